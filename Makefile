@@ -1,9 +1,9 @@
-# Every target sets up what it needs in .venv, from constraints.txt; nothing but Python, make and a C++ compiler is
-# expected on the machine. `make help` lists the targets.
+# Every target installs what it needs into .venv, in the versions of constraints.txt. The machine must have Python, make
+# and a C++ compiler. `make help` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# the tests that `make test` runs; `make test MARKS=` runs the slow ones too, as .ci/run does
+# `make test` runs the tests with these marks. `make test MARKS=` also runs the slow tests, like .ci/run.
 MARKS  ?= not slow
 
 BIN    := $(VENV)/bin
@@ -11,28 +11,29 @@ STAMPS := $(VENV)/stamps
 CMAKE  := build/cmake
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD  := PURIFY_FAST_BUILD=cpu
-# a test process per core: threads that wait for work must not spin, or each would take the others' core
+# There is a test process for each core. Threads that wait for work must not spin, because they would slow down the
+# other processes.
 PARALLEL = OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
-# the oldest versions that are supported, and the newest numpy that the interpreter of that Triton works with
+# These are the oldest supported versions, and the newest numpy with which the interpreter of this Triton works.
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5
 COMPAT := build/compat
 ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$(abspath $(COMPAT)/lib/purify_fast/_C.abi3.so)
-# Python.h may be missing; then the property tests of the core say so, and are skipped
+# Without Python.h, the property tests of the C++ core are skipped with a message.
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-python test-interpreter test-cpp lint format docs bench cuda-check compat wheel clean
 .DELETE_ON_ERROR:
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(STAMPS)/package  ## train and attack on digits, minutes on 2 cores; ARGS=--quick for a minute or two
+demo: $(STAMPS)/package  ## train and attack on digits (some minutes on 2 cores); ARGS=--quick takes a minute or two
 	$(BIN)/purify-fast demo $(ARGS)
 
-test: test-cpp test-python test-interpreter  ## C++, Python, Triton in its interpreter; MARKS= for the slow tests too
+test: test-cpp test-python test-interpreter  ## test C++, Python, and Triton in its interpreter; MARKS= adds slow tests
 
 test-cpp: $(STAMPS)/cmake
 	@echo "== C++ tests of csrc/core"
@@ -45,36 +46,36 @@ test-python: $(STAMPS)/package test-cpp
 	@echo "== Python tests"
 	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(ARGS)
 
-# Triton's interpreter is chosen when Triton is imported: a process of its own
+# Triton's interpreter must be chosen before Triton is imported, so these tests run in a separate process.
 test-interpreter: $(STAMPS)/package
 	@echo "== Triton kernels in the interpreter"
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
 EXAMPLES ?= 1000
-fuzz: $(STAMPS)/package  ## arguments of any kind, at random: EXAMPLES=1000 for each of about 70 tests
+fuzz: $(STAMPS)/package  ## run about 70 tests with random arguments, each EXAMPLES=1000 times
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
 
-lint: $(STAMPS)/lint $(STAMPS)/package  ## ruff, clang-format, mypy, import-linter
+lint: $(STAMPS)/lint $(STAMPS)/package  ## run ruff, clang-format, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMPS)/lint  ## rewrite the sources as lint wants them
+format: $(STAMPS)/lint  ## rewrite the sources in the format that the linters require
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(STAMPS)/docs $(STAMPS)/package  ## the documentation in build/docs, every warning an error; no network
+docs: $(STAMPS)/docs $(STAMPS)/package  ## build the documentation in build/docs; warnings are errors; needs no network
 	$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs
 	$(BIN)/python -m benchmarks report --check
 	@echo "== build/docs/index.html"
 
-bench: $(STAMPS)/package  ## every op: eager, torch.compile, ours
+bench: $(STAMPS)/package  ## time every op: eager PyTorch, torch.compile, and this package's kernel
 	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
 
-cuda-check: $(STAMPS)/package  ## compile the Triton kernels for sm_80, 90, 100, 120 and look at their code; no GPU
+cuda-check: $(STAMPS)/package  ## compile the Triton kernels for sm_80, 90, 100, 120 and check their code; needs no GPU
 	PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
 
 compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldest torch and triton
@@ -87,12 +88,13 @@ compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldes
 	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/ops
 	$(ASIDE) TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
-wheel: $(STAMPS)/base  ## a wheel with the CPU kernels in dist/, for every Python from 3.10 and torch from 2.11
-	@rm -rf build/lib* build/bdist*  # what an earlier build left would be packed
+# Files of an earlier build would be packed into the wheel, so they are removed first.
+wheel: $(STAMPS)/base  ## build a wheel with the CPU kernels in dist/, for every Python from 3.10 and torch from 2.11
+	@rm -rf build/lib* build/bdist*
 	$(BUILD) $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-clean:  ## remove what was built; .venv stays
+clean:  ## remove the results of builds, except .venv
 	rm -rf build dist docs/api docs/generated purify_fast/_C*.so purify_fast/_build.json $(STAMPS)/package *.egg-info
 
 $(BIN)/python:
@@ -114,16 +116,18 @@ $(COMPAT)/site/.done: Makefile | $(STAMPS)/base
 $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	@echo "== purify_fast with its CPU kernels"
 	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test,diffusion]'
-	# RobustBench runs AutoAttack's class, and has a network that tests compare with
+	# Tests run AutoAttack's class from RobustBench, and compare a network with RobustBench's.
 	$(PIP) robustbench
-	# AttackBench runs attacks, and PGD of torchattacks is a row; what else the two ask for is not needed
+	# Tests run attacks in AttackBench, and PGD of torchattacks in a report. The other requirements of these two
+	# packages are not needed.
 	$(PIP) --no-deps attackbenchlib torchattacks
-	# torchattacks' wheel replaces files of robustbench
+	# The wheel of torchattacks overwrites files of robustbench, so install robustbench again.
 	$(PIP) --no-deps --force-reinstall robustbench
-	# RobustBench imports pkg_resources, which later setuptools lack: a test finds it in a folder of its own
+	# RobustBench imports pkg_resources, which later versions of setuptools do not have. A test finds this older version
+	# in a separate folder.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/setuptools-80 \
 	  setuptools==80.10.2
-	# their attacks run on this package's defences, and inside its reports
+	# Tests run the attacks of these packages on this package's defences and inside its reports.
 	$(PIP) foolbox adversarial-robustness-toolbox
 	@touch $@
 

@@ -1,7 +1,9 @@
-"""Builds purify_fast._C, the optional compiled extension; the pure-Python package never needs it.
+"""Build purify_fast._C, the optional extension with the compiled CPU kernels.
 
-PURIFY_FAST_BUILD = auto (default) | none | cpu decides. It has the kernels of the CPU; those of GPUs are Triton's.
-torch must be importable (`pip install --no-build-isolation`); without it, `auto` installs the pure-Python package.
+The environment variable PURIFY_FAST_BUILD has three values. `cpu` builds the extension, and fails if the build is
+impossible. `none` does not build the extension. `auto`, the default, builds the extension if possible. The build needs
+torch in the environment, so call `pip install --no-build-isolation`. GPU kernels are written in Triton, and need no
+build.
 """
 
 from __future__ import annotations
@@ -24,20 +26,24 @@ MODES = ("auto", "none", "cpu")
 ROOT = Path(__file__).resolve().parent
 
 DEFINES = [
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11: runs on every later one
+    # With the stable ABI of torch 2.11, the extension runs with every later version of torch.
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DPy_LIMITED_API=0x030A0000",
 ]
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
-    "-fno-math-errno",  # sqrt is one instruction
-    "-fno-trapping-math",  # selects may evaluate both sides: needed to vectorise them; NaN semantics stay
+    # This option lets the compiler use a single instruction for sqrt.
+    "-fno-math-errno",
+    # Vectorized code evaluates both sides of a selection, which this option allows. It does not change the results for
+    # NaN.
+    "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
 
 
 class Impossible(Exception):
-    """The extension cannot be built; the text says why, and what to do."""
+    """Raised if the extension cannot be built. The message says why, and what to do."""
 
 
 def build_mode(environ: Mapping[str, str]) -> str:
@@ -48,7 +54,7 @@ def build_mode(environ: Mapping[str, str]) -> str:
 
 
 def pip_arguments() -> list[str]:
-    """The words that were typed after ``pip``, or the usual words if the parent process does not show them."""
+    """The user's arguments of ``pip``, or ``install .`` if they cannot be read from the parent process."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
     except OSError:
@@ -59,7 +65,7 @@ def pip_arguments() -> list[str]:
 
 
 def how(environ: Mapping[str, str]) -> str:
-    """The command that builds the kernels: the command that was typed, with the missing parts added."""
+    """The commands that build the kernels: the user's command with the missing parts added."""
     command, *rest = pip_arguments()
     rest = ["--no-build-isolation", *(word for word in rest if word != "--no-build-isolation")]
     chosen = environ.get("PURIFY_FAST_BUILD")
@@ -69,7 +75,7 @@ def how(environ: Mapping[str, str]) -> str:
 
 
 def compiler(environ: Mapping[str, str], which: Callable[[str], str | None] = shutil.which) -> str:
-    """The C++ compiler; raises Impossible."""
+    """The name of the C++ compiler. Raises Impossible if there is none."""
     for name in (environ.get("CXX"), "g++", "c++", "clang++"):
         if name and which(name.split()[0]):
             return name
@@ -77,20 +83,20 @@ def compiler(environ: Mapping[str, str], which: Callable[[str], str | None] = sh
 
 
 def check_setuptools(version: str) -> None:
-    """End with one line if setuptools is too old to read pyproject.toml; its own error would take forty lines.
+    """End with a short message if setuptools is too old to read pyproject.toml. Its own error has forty lines.
 
     Args:
-        version: of setuptools.
+        version: version of setuptools.
 
     Raises:
-        SystemExit: it is older than 77; the message repeats the command that was typed.
+        SystemExit: the version is below 77. The message contains the command that installs the package.
     """
     if int(version.split(".")[0]) < 77:
         raise SystemExit(f"purify_fast needs setuptools >= 77, got {version}: {how(os.environ)}")
 
 
 def csrc_hash() -> str:
-    """The hash of the C++ sources, by the package's own function; importing the package takes torch."""
+    """The hash of the C++ sources. The function is loaded from its file, because the package may not be importable."""
     spec = importlib.util.spec_from_file_location("_files", ROOT / "purify_fast" / "_files.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -102,7 +108,7 @@ def say(line: str) -> None:
 
 
 def extension(mode: str) -> dict:
-    """The arguments of setup() that build the extension; none for the pure-Python package."""
+    """The arguments of setup() that build the extension. The dictionary is empty for the pure-Python package."""
     if mode == "none":
         return {}
     try:
@@ -122,7 +128,7 @@ def torch_extension(mode: str) -> dict:
     from setuptools.errors import CompileError
     from torch.utils import cpp_extension
 
-    # The build backend insists on paths relative to the root of the tree.
+    # The build backend requires paths relative to the root of the checkout.
     sources = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     flags = {"cxx": CXX_FLAGS + DEFINES}
     # Free-threaded Pythons do not load abi3 modules.
@@ -133,14 +139,18 @@ def torch_extension(mode: str) -> dict:
     facts = {"torch": torch.__version__, "flags": " ".join(CXX_FLAGS)}
 
     class Build(cpp_extension.BuildExtension):
-        """Adds the record that `purify-fast info` reads. In `auto` a failing compiler only leaves the kernels out."""
+        """Builds the extension and writes its record, which `purify-fast info` reads.
 
-        compiled = False  # by this run
+        If compiling fails in the mode `auto`, the pure-Python package is installed.
+        """
+
+        # This becomes True when this run has compiled the extension.
+        compiled = False
 
         def build_extension(self, ext) -> None:
             try:
-                # Remove the extension of an earlier build. It could be taken for the new one, or for one that need not
-                # be built again.
+                # Remove the extension of an earlier build. Otherwise it could be mistaken for the result of this build,
+                # or setuptools could skip this build.
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 super().build_extension(ext)
                 self.compiled = True
@@ -148,11 +158,12 @@ def torch_extension(mode: str) -> dict:
                 if not ext.optional:
                     raise
                 say(f"pure-Python install, compiling the kernels failed: {error}")
-                raise CompileError(str(error)) from error  # which setuptools makes a warning
+                # setuptools turns this error into a warning.
+                raise CompileError(str(error)) from error
 
         def run(self) -> None:
             built = Path(self.get_ext_fullpath("purify_fast._C"))
-            # If compiling fails, an older extension stays. Without its record it is not loaded in a checkout.
+            # If compiling fails, an older extension remains. Without its record it is not loaded in a checkout.
             built.with_name("_build.json").unlink(missing_ok=True)
             super().run()
             if self.compiled:

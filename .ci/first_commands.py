@@ -1,8 +1,9 @@
-"""README's first commands as a script, and an environment that has no more than a plain installation needs.
+"""Prepare a run of README's first commands in an environment with only the packages that the commands need.
 
-`python .ci/first_commands.py FOLDER` writes both. FOLDER/typed.sh has the lines under README's marks ``ci: install``
-and ``ci: judge`` as they stand, except that ``git clone`` gets this checkout as its address. FOLDER/site has links to
-PyTorch and the package's other requirements in the environment that runs this: nothing large is downloaded again.
+`python .ci/first_commands.py FOLDER` writes a script and a folder of packages. The script FOLDER/typed.sh contains the
+lines under README's marks ``ci: install`` and ``ci: judge``. In these lines only the address of ``git clone`` is
+replaced, by the path of this checkout. The folder FOLDER/site has links to PyTorch and the package's other requirements
+in the current environment, so that nothing large is downloaded again.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Small ones, which README's own lines install.
+#: Small packages that README's commands install themselves.
 TYPED = {"setuptools", "ninja"}
 
 
 def block(page: str, mark: str) -> str:
-    """The lines of the block that directly follows a mark; ends with an error if there is none."""
+    """The lines of the code block that directly follows a mark. If there is not exactly one, the program ends."""
     found = re.findall(rf"^<!-- ci: {mark} -->\n```[a-z]*\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     if len(found) != 1:
-        sys.exit(f"README.md must have one fenced block right under <!-- ci: {mark} -->, it has {len(found)}")
+        sys.exit(f"README.md must have one fenced block right under <!-- ci: {mark} -->; it has {len(found)}")
     return found[0]
 
 
 def typed(page: str, address: Path) -> str:
-    """Both blocks as one script, which clones from this address."""
+    """Join the blocks ``install`` and ``judge`` into one script, which clones from ``address``."""
     install, clones = re.subn(r"\bgit clone \S+", f"git clone --quiet '{address}'", block(page, "install"))
     if clones != 1:
-        sys.exit(f"README.md must clone the repository once under <!-- ci: install -->, it does so {clones} times")
+        sys.exit(f"README.md must contain git clone once under <!-- ci: install -->; it contains it {clones} times")
     lines = (install + block(page, "judge")).replace("\\\n", " ").splitlines()
-    # a person stops at the first error; `set -e` goes on after the first command of a && b
+    # Stop at the first line that fails, like a person. `set -e` would not stop if the first command of `a && b` fails.
     return "\n".join(f"{line}\n[ $? = 0 ] || exit 1" for line in lines if line.strip()) + "\n"
 
 
 def required(name: str, extras: frozenset[str] = frozenset()) -> dict[str, frozenset[str]]:
-    """The packages that a package requires, and what these require, each with its extras; without `TYPED`."""
+    """All direct and indirect requirements of a package, with their extras. The packages in `TYPED` are left out."""
     found: dict[str, frozenset[str]] = {}
     waiting = [(name, extras)]
     while waiting:
@@ -54,7 +55,7 @@ def required(name: str, extras: frozenset[str] = frozenset()) -> dict[str, froze
 
 
 def link(names: list[str], site: Path) -> None:
-    """Link what these packages have in their environment's folder of packages."""
+    """Make links in the folder ``site`` to the installed files of these packages."""
     for name in names:
         installed = distribution(name)
         for top in {file.parts[0] for file in installed.files or ()} - {"..", "__pycache__"}:
@@ -64,7 +65,7 @@ def link(names: list[str], site: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    # its last part names the folder that `git clone` makes
+    # `git clone` names the new folder after the last part of the address.
     address = folder / "address" / "purify_fast"
     for place in (address.parent, folder / "site"):
         place.mkdir()

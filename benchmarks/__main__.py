@@ -1,4 +1,4 @@
-"""The benchmarks of speed and robustness, and the pages made from them."""
+"""Measure the package's speed and robustness, and write the pages of the results."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
 _pipelines = partial(running.arguments, known=list(pipelines.registry()))
-#: The commands, each with a line of help. A module has the function ``main``, whose result is printed, except a bool,
-#: which says whether it succeeded. It may have a function ``arguments`` that adds options to a parser.
+#: The module and the help text of each command. The module's function ``main`` runs the command. Its result is printed.
+#: If the result is a bool, it is the command's success and is not printed. A module may have a function ``arguments``
+#: that adds options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
-    "ops": (_ops, "the ops against their references"),
+    "ops": (_ops, "measure the speed of the ops, compared with their references in PyTorch"),
     "pipelines": (
         SimpleNamespace(main=running.pipelines_command, arguments=_pipelines),
-        "whole predictions and training steps, against a plain implementation",
+        "measure the speed of whole predictions and training steps, compared with a plain implementation",
     ),
-    "convolutions": (convolutions, "the layers of AToP's generator, ours against PyTorch's"),
-    "evaluation": (contests, "our attacks against the official AutoAttack, by strength and time"),
-    "broken": (run_broken, "the reports on rebuilt defences that were broken, and on honest models"),
-    "truth": (run_truth, "the images that each protocol misses, by exact answers"),
-    "study": (run_study, "studies of robustness, which train and attack models"),
-    "robust_networks": (robust_networks, "train a robust network for the contest of attacks"),
-    "gpu_check": (gpu_check, "the checks that need a GPU, in three resumable commands of nine minutes"),
-    "instructions": (instructions, "the GPU kernels' machine code, counted without a GPU"),
-    "memory": (gradient_memory, "memory of the gradient through a diffusion process"),
-    "diffusion_picture": (diffusion_picture, "an image, noised, denoised step by step and purified"),
-    "roofline": (roofline, "a counted model of the time of an attack's step on an H100"),
+    "convolutions": (convolutions, "measure the convolutions of AToP's generator, ours and PyTorch's"),
+    "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
+    "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
+    "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
+    "study": (run_study, "run a study of robustness, which trains and attacks models"),
+    "robust_networks": (robust_networks, "train a robust network for the comparison of attacks"),
+    "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
+    "instructions": (instructions, "count the machine instructions of the GPU kernels; needs no GPU"),
+    "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
+    "diffusion_picture": (diffusion_picture, "draw an image that is noised, denoised step by step and purified"),
+    "roofline": (roofline, "model the time of an attack's step on an H100, from counted work"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=add_device),
-        "let what purify-fast tune found on this machine ship with the package",
+        "put the kernel choices that purify-fast tune made on this machine into the package",
     ),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
-    "report": (fill, "write the tables and pictures again from the results files"),
+    "report": (fill, "write all tables and pictures again from the results files"),
 }
-#: Modules whose function ``check`` refuses options that would stop the command later, and the types of its errors.
+#: CHECKED modules have a function ``check``, which refuses options that would stop the command later. REFUSALS are the
+#: types of its errors.
 CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 

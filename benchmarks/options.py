@@ -1,4 +1,4 @@
-"""Options that several commands have, and the error of options that do not fit; argparse reports what is wrong."""
+"""Command-line options that several commands share, and the error for options that cannot be used."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from . import RESULTS
 
 
 class Unfit(ValueError):
-    """Existing files or settings do not fit the request."""
+    """The options contradict each other, or contradict existing files. argparse prints the message."""
 
 
 def at_least_one(text: str) -> int:
     """Read a whole number that is at least 1."""
     if (number := int(text)) < 1:
-        raise ArgumentTypeError(f"must be at least 1, got {number}")
+        raise ArgumentTypeError(f"must be a whole number of at least 1; it is {number}")
     return number
 
 
 def seconds(text: str) -> float:
-    """Read a time above 0."""
+    """Read a number of seconds or minutes, which must be above 0."""
     if not (number := float(text)) > 0:
-        raise ArgumentTypeError(f"must be above 0, got {number:g}")
+        raise ArgumentTypeError(f"must be a number above 0; it is {number:g}")
     return number
 
 
 def one_of(known: Collection[str]) -> Callable[[str], str]:
-    """Make a reader of one of the names; argparse's own choices refuse an empty list."""
+    """Make a reader that accepts only the known names. The choices of argparse would refuse an empty list of names."""
 
     def name(text: str) -> str:
         if text not in known:
-            raise ArgumentTypeError(f"there is no {text!r}; there are {'; '.join(known)}")
+            raise ArgumentTypeError(f"{text!r} is unknown. Choose from: {'; '.join(known)}")
         return text
 
     return name
 
 
 def device(text: str) -> torch.device:
-    """Read a device of this machine."""
+    """Read the name of a device that this machine has."""
     try:
         return torch.device(usable_device(text))
     except ValueError as error:
@@ -52,23 +52,23 @@ def device(text: str) -> torch.device:
 
 
 def add_names(parser: ArgumentParser, known: Collection[str], option: str = "names", what: str = "which") -> None:
-    """Add an option that takes some of the known names, all by default."""
-    text = f"{what}; all by default: {'; '.join(known)}"
+    """Add an option that takes some of the known names. All of them are the default."""
+    text = f"{what}; default: all. Names: {'; '.join(known)}"
     parser.add_argument(option, nargs="*", default=list(known), metavar="NAME", type=one_of(known), help=text)
 
 
 def add_out(parser: ArgumentParser, where: str) -> None:
-    """Add ``--out``, the folder for the results, and ``--quick``, a trial without numbers."""
-    parser.add_argument("--quick", action="store_true", help="a short trial on small inputs; no numbers")
-    parser.add_argument("--out", type=Path, help=f"folder for the results; benchmarks/results{where} by default")
+    """Add ``--out``, the folder for the results, and ``--quick``, a short trial whose numbers mean nothing."""
+    parser.add_argument("--quick", action="store_true", help="a short trial on small inputs; its numbers mean nothing")
+    parser.add_argument("--out", type=Path, help=f"folder for the results; default: benchmarks/results{where}")
 
 
 def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
-    """The folder for the results; a trial must not replace the committed results.
+    """Return the folder for the results. Without --out a trial writes to runs/, so that committed results remain.
 
     Args:
-        chosen: options of a command, with those of `add_out`.
-        trial: whether the results are a trial's.
+        chosen: options of a command that has the options of `add_out`.
+        trial: True for a trial, whose numbers mean nothing.
         name: name of the usual folder in benchmarks/results.
     """
     return chosen.out or (Path("runs/benchmarks") if trial else RESULTS) / name
@@ -76,10 +76,10 @@ def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
 
 def add_device(parser: ArgumentParser) -> None:
     """Add ``--device``."""
-    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; cpu by default")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
 
 
 def add_minutes(parser: ArgumentParser) -> None:
     """Add ``--minutes``."""
-    text = "begin nothing that would probably end later"
+    text = "time limit; work that would probably exceed the limit is not started; default: no limit"
     parser.add_argument("--minutes", type=seconds, default=math.inf, help=text)

@@ -1,4 +1,4 @@
-"""Pages whose sentences are a template, and whose tables and numbers are filled in."""
+"""Fill tables and numbers into templates of Markdown pages, and wrap long lines."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import jinja2
 
 #: The longest line of prose.
 WIDTH = 120
-#: Lines that mean something else when they are broken: tables, headings, comments, pictures, and code that is indented.
+#: Lines that would change their meaning if they were broken: tables, headings, comments, pictures, and indented code.
 _WHOLE = re.compile(r"\||#|<|!\[| {4}")
-#: Spaces before words that would begin an item of a list or a heading at the start of a line.
+#: Spaces at which a line must not be broken, because the next word would begin a list item or a heading.
 _GLUED = re.compile(r" (?=(?:[-+*#]|\d+[.)]) )")
 
 
 def wrapped(text: str) -> str:
-    """Break the lines of prose in a page of Markdown at `WIDTH`."""
+    """Break long lines of prose in a Markdown page at `WIDTH` characters."""
     lines, in_code = list[str](), False
     for line in text.split("\n"):
         in_code ^= line.startswith("```")
@@ -35,12 +35,12 @@ def wrapped(text: str) -> str:
 
 
 def rendered(template: Path, functions: Sequence[Callable] = (), **values: Any) -> str:
-    """Fill a template; more than one blank line in a row becomes one.
+    """Fill a template, and return the page. Several blank lines in a row become one blank line.
 
     Args:
-        template: the file of the template.
-        functions: functions that it calls by their names.
-        values: its variables; a variable that is missing is an error.
+        template: path of the template.
+        functions: functions that the template calls by their names.
+        values: variables of the template. A missing variable raises an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),

@@ -1,7 +1,8 @@
-"""The look of every picture of the benchmarks: a white card, for print and dark pages alike; colors with a meaning.
+"""The common style of all pictures of the benchmarks.
 
-This package's own results are green, rivals blue, everything else gray, and alarms red. Figures do not use pyplot, so
-that the user's backend and open figures are left alone.
+The background is white, which is readable in print and on dark pages. Each color has a meaning: green is this package,
+blue is torch.compile, gray is everything else, and red is an alarm. The figures do not use pyplot, because pyplot would
+change the user's backend and open figures.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from typing import Any
 from purify_fast._files import atomic
 
 INK = "#1b1f24"
-#: This package's own contestants and models.
+#: The color of this package's implementations and models.
 OURS = "#1f6f4a"
-#: The rival ``torch.compile``.
+#: The color of ``torch.compile``.
 RIVAL = "#2457a6"
-#: The plain implementation.
+#: The color of the plain implementation in PyTorch.
 PLAIN = "#9aa4ae"
 ALARM = "#c62828"
 GRID = "#dde2e7"
 
 
 def new_figure(**options: Any) -> Any:
-    """A figure for a file; None without matplotlib.
+    """Return an empty figure, or None if matplotlib is not installed.
 
     Args:
         options: options of matplotlib's Figure.
@@ -36,10 +37,10 @@ def new_figure(**options: Any) -> Any:
 
 
 def plain_axes(axes: Any) -> None:
-    """Axes with a light grid along x and no frame.
+    """Give axes a light grid along x, and remove their frame.
 
     Args:
-        axes: matplotlib's.
+        axes: axes of matplotlib.
     """
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(PLAIN)
@@ -49,15 +50,15 @@ def plain_axes(axes: Any) -> None:
 
 
 def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], texts: list[str], most: float) -> Any:
-    """Horizontal bars from top to bottom, each with a text at its end; returns matplotlib's bars.
+    """Draw horizontal bars from top to bottom, with a text at the end of each bar. Return the bars of matplotlib.
 
     Args:
-        axes: matplotlib's.
-        names: names at the left.
-        widths: widths of the bars.
-        colors: colors of the bars.
-        texts: texts at their ends.
-        most: the largest width of all axes that are compared.
+        axes: axes of matplotlib.
+        names: name at the left of each bar.
+        widths: width of each bar.
+        colors: color of each bar.
+        texts: text at the end of each bar.
+        most: largest width of a bar in all axes that are compared.
     """
     container = axes.barh(range(len(names)), widths, height=0.72, color=colors)
     card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
@@ -70,21 +71,21 @@ def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], te
 
 
 def title(axes: Any, text: str) -> None:
-    """A title at the left edge.
+    """Write a title at the left edge.
 
     Args:
-        axes: matplotlib's.
-        text: the title.
+        axes: axes of matplotlib.
+        text: text of the title.
     """
     axes.set_title(text, fontsize=9.5, loc="left", color=INK, weight="bold")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the PNG, whole or not at all, with nothing in it that changes from run to run.
+    """Write a figure as PNG, atomically. The same figure always gives the same bytes.
 
     Args:
-        figure: the figure.
-        path: the file.
+        figure: figure of matplotlib.
+        path: path of the PNG file.
     """
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")

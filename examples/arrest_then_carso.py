@@ -1,7 +1,7 @@
-"""A standard classifier, finetuned by ARREST; then CARSO's purifier in front of the result.
+"""Finetune a standard classifier by ARREST, and train CARSO's purifier in front of the result.
 
-python examples/arrest_then_carso.py            # the package's digits, minutes
-python examples/arrest_then_carso.py --tiny     # seconds; its numbers mean nothing
+python examples/arrest_then_carso.py            # trains on the package's digits, for some minutes
+python examples/arrest_then_carso.py --tiny     # takes seconds, and its numbers mean nothing
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ EPS = 0.2
 
 
 def main(tiny: bool = False) -> None:
-    """Train and judge the three models.
+    """Train a standard classifier, ARREST and CARSO, and evaluate the last two.
 
     Args:
-        tiny: few images, one epoch of everything: that it runs.
+        tiny: use few images and few epochs, to see that the script runs.
     """
     torch.manual_seed(0)
     digits = purify_fast.load_dataset("digits")

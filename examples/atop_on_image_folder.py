@@ -1,9 +1,9 @@
-"""AToP on a folder of images: the purifier learns to repair, then to serve the classifier.
+"""Train AToP on a folder of images: the purifier first learns to repair images, then to support the classifier.
 
-The folder holds train/<class>/*.jpg or png, and val/<class>/ likewise.
+The folder contains train/<class>/*.jpg or *.png, and val/<class>/ in the same form.
 
     python examples/atop_on_image_folder.py --data DIR --size 128
-    python examples/atop_on_image_folder.py --tiny        # makes a small folder by itself; seconds
+    python examples/atop_on_image_folder.py --tiny        # uses random images, and takes seconds
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ EPS = 8 / 255
 
 
 def random_folder(folder: Path, size: int) -> Path:
-    """A folder with two classes of random pictures.
+    """Make a folder with two classes of random images.
 
     Args:
-        folder: where.
-        size: height and width.
+        folder: path of the folder.
+        size: height and width of the images.
     """
     for split, count in (("train", 16), ("val", 4)):
         for name, shade in (("dark", 0), ("light", 128)):
@@ -43,20 +43,20 @@ def random_folder(folder: Path, size: int) -> Path:
 
 
 def main(data: Path | None = None, size: int = 32, epochs: int = 10, tiny: bool = False) -> None:
-    """Train a classifier and its purifier, and judge them.
+    """Train a classifier and its purifier, and evaluate the defence.
 
     Args:
-        data: the folder of images; needed without --tiny.
-        size: height and width the images are brought to.
-        epochs: of each training.
-        tiny: a folder of random pictures, one epoch of everything: that it runs.
+        data: the folder of images; required without --tiny.
+        size: height and width to which images are resized.
+        epochs: number of epochs of each training.
+        tiny: use random images and a single epoch, to see that the script runs.
     """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
         if tiny:
             data, epochs = random_folder(Path(temporary) / "images", size), 1
         if data is None:
-            raise SystemExit("name a folder with --data, or rehearse with --tiny")
+            raise SystemExit("give a folder with --data, or try the script with --tiny")
         images = purify_fast.load_dataset(data, image_size=(size, size))
         x, y = images.x_train, images.y_train
         loop = FitConfig(epochs=epochs, batch_size=16, flip=True)
@@ -67,7 +67,7 @@ def main(data: Path | None = None, size: int = 32, epochs: int = 10, tiny: bool 
 
         defence = Atop(classifier.eval(), SmallGenerator(3), images.image_shape, transform="rt2")
         fit(AtopTask(defence, AtopConfig.pretraining()), x, y, loop, title="repairing")
-        # not in the paper: attacked by PGD through transform, purifier and classifier
+        # The paper does not train like this: PGD attacks transform, purifier and classifier together.
         pipeline = AtopConfig(attack_method="pgd", attack_target="pipeline", cls_weight=1.0, cls_delay=0)
         fit(AtopTask(defence, pipeline), x, y, loop, title="through the pipeline")
 

@@ -1,7 +1,7 @@
-"""A model that returns an object with .logits, as those of Hugging Face do: judged, and defended by CARSO.
+"""Evaluate a model that returns an object with .logits, like the models of Hugging Face, and defend it by CARSO.
 
-python examples/hf_model.py                                        # a model of that shape, made here
-python examples/hf_model.py --folder DIR                           # one that transformers has saved in a folder
+python examples/hf_model.py                                        # uses a small model with the same interface
+python examples/hf_model.py --folder DIR                           # uses a model that transformers has saved
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from purify_fast.evaluation import evaluate
 
 
 class ImageClassifier(torch.nn.Module):
-    """A stand-in with the interface of transformers' image classifiers."""
+    """A small model with the interface of transformers' image classifiers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class ImageClassifier(torch.nn.Module):
 
 
 class Logits(torch.nn.Module):
-    """Images in [0, 1] to logits: the normalization, the model, the tensor in its answer.
+    """Normalizes images in [0, 1], calls the model, and returns the logits.
 
     Args:
-        model: whose answer has ``.logits``.
-        mean: what the model was trained to have subtracted.
-        std: what it was trained to be divided by.
+        model: a model that returns an object with ``.logits``.
+        mean: mean of the model's normalization.
+        std: standard deviation of the model's normalization.
     """
 
     def __init__(self, model: torch.nn.Module, mean: float = 0.5, std: float = 0.5):
@@ -47,23 +47,23 @@ class Logits(torch.nn.Module):
 
 
 def main(folder: str | None = None, size: int = 32, layer: str = "model.stage", images: int = 8) -> None:
-    """Judge a model, and put a purifier in front of it.
+    """Evaluate a model, and put a purifier in front of it.
 
     Args:
-        folder: of a model that transformers has saved; None takes the stand-in.
+        folder: folder of a model that transformers has saved; None: the small model of this script.
         size: height and width of the images.
-        layer: module path of the layer that CARSO reads.
-        images: how many random images.
+        layer: name of the layer whose output is CARSO's representation.
+        images: number of random images.
     """
     torch.manual_seed(0)
     if folder is None:
         model: torch.nn.Module = ImageClassifier()
     else:
-        # transformers is no dependency: only who gives a folder has it
+        # transformers is needed only with --folder, so it is imported here.
         from transformers import AutoModelForImageClassification
 
         model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-    # evaluate takes the object as it is; a purifier's classifier returns logits, of images in [0, 1]
+    # `evaluate` accepts a model that returns an object with .logits. The classifier of a purifier must return a tensor.
     classifier = Logits(model).eval()
     x = torch.rand(images, 3, size, size)
     y = classifier(x).argmax(1)
@@ -72,7 +72,7 @@ def main(folder: str | None = None, size: int = 32, layer: str = "model.stage", 
     defence = purify_fast.Carso(classifier, [layer], (3, size, size), cond_dim=32, latent_dim=8, samples=2).eval()
     print(evaluate(defence, x, y, eps=4 / 255, attacks=[PGD(steps=5)], name="CARSO", progress=False).to_text())
     print("The images are random and the purifier is untrained, so these numbers mean nothing.")
-    print("train_carso_cifar10.py shows how it is trained.")
+    print("train_carso_cifar10.py shows how a purifier is trained.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Judge a defence of your own: here a classifier that sees each image with fresh noise.
+"""Evaluate your own defence: in this example, a classifier that adds new noise to an image in each call.
 
-A random defence is attacked with gradients averaged over draws (EOT), and an image counts as robust only if several
-fresh predictions are right. The base, the same classifier without the noise, is attacked too: a defence that does not
-beat its base is not worth its cost.
+A random defence is attacked with gradients that are averaged over several draws (EOT). An image counts as robust only
+if several new predictions are correct. The base, which is the same classifier without the noise, is also attacked. If
+the defence is not more robust than its base, the noise is useless.
 
     python examples/judge_your_defence.py
 """
@@ -20,7 +20,7 @@ from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Tr
 
 
 class Noisy(torch.nn.Module):
-    """The defence: Gaussian noise before the classifier."""
+    """A defence that adds Gaussian noise to the images before the classifier."""
 
     def __init__(self, classifier: torch.nn.Module, sigma: float):
         super().__init__()
@@ -31,14 +31,14 @@ class Noisy(torch.nn.Module):
 
 
 def main(epochs: int = 10, images: int = 100, eps: float = 0.1, sigma: float = 0.2, out: str | None = None) -> None:
-    """Train a classifier on the package's digits, defend it by noise, judge both.
+    """Train a classifier on the package's digits, defend it by noise, and evaluate both.
 
     Args:
-        epochs: of the classifier's training.
-        images: held-out images to attack.
+        epochs: number of epochs of the classifier's training.
+        images: number of held-out images to attack.
         eps: radius of the attacks, in image units.
-        sigma: of the defence's noise, in image units.
-        out: folder for the report with its pictures; None prints the table only.
+        sigma: standard deviation of the noise, in image units.
+        out: folder for the report and its pictures; None: only print the table.
     """
     torch.manual_seed(0)
     digits = purify_fast.load_dataset("digits")
@@ -52,7 +52,7 @@ def main(epochs: int = 10, images: int = 100, eps: float = 0.1, sigma: float = 0
     attacks = [
         PGD(steps=10),
         APGD(steps=20),
-        # the weakest attacker, who does not know of the noise: the report names it as what it is
+        # This attack ignores the noise. The report says that the attack is not adaptive.
         AttackSpec(PGD(steps=10), target="classifier"),
     ]
     config = EvaluateConfig(eot_iter=4)

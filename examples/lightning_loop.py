@@ -1,7 +1,7 @@
-"""A task's training step in a trainer of somebody else: a LightningModule, or a loop of its shape without Lightning.
+"""Use a task's training step in another training loop, such as Lightning's.
 
-A task knows its model, its optimizer and one step. `fit` is not needed, and neither is Lightning: where it is not
-installed, the few lines of `Loop` call the module as Lightning's trainer would.
+A task has a model, an optimizer and a training step, so it can be trained without `fit`. If Lightning is not installed,
+the class `Loop` of this script calls the module in the same way as Lightning's trainer.
 
     python examples/lightning_loop.py
 """
@@ -25,11 +25,11 @@ except ImportError:
 
 
 class Purifier(Module):
-    """CARSO's purifier as a Lightning module.
+    """A Lightning module that trains CARSO's purifier.
 
     Args:
-        task: what is trained.
-        epochs: of the whole training, which schedules need.
+        task: the task, which contains the defence.
+        epochs: number of epochs of the whole training, for the schedules.
     """
 
     def __init__(self, task: CarsoTask, epochs: int):
@@ -52,21 +52,21 @@ class Purifier(Module):
 
 
 class Loop:
-    """What Lightning's trainer does with a module, as far as this example needs it.
+    """A minimal replacement of Lightning's trainer.
 
     Args:
-        max_epochs: passes over the data.
+        max_epochs: number of epochs.
     """
 
     def __init__(self, max_epochs: int):
         self.max_epochs = max_epochs
 
     def fit(self, module: Purifier, loader: Any) -> None:
-        """Train.
+        """Train a module.
 
         Args:
-            module: with a training step and optimizers.
-            loader: its batches.
+            module: module with a training step and an optimizer.
+            loader: loader of the batches.
         """
         optimizer = module.configure_optimizers()
         for _ in range(self.max_epochs):
@@ -80,21 +80,22 @@ def main(epochs: int = 2, images: int = 32) -> None:
     """Train a small purifier on random images.
 
     Args:
-        epochs: passes over the images.
-        images: how many.
+        epochs: number of epochs.
+        images: number of images.
     """
     torch.manual_seed(0)
     x, y = torch.rand(images, 3, 32, 32), torch.arange(images) % 10
     classifier = purify_fast.models.build_classifier("small_cnn", (3, 32, 32), 10).eval()
     defence = Carso(classifier, ["conv3", "conv4"], (3, 32, 32), cond_dim=32, latent_dim=8, samples=2)
     task = CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=8 / 255, steps=2)))
-    # the third tensor is each image's index in the data set: random draws follow it, not its place in the batch
+    # The third tensor has the index of each image in the data set. The random draws depend on this index, not on the
+    # place in the batch.
     data = torch.utils.data.TensorDataset(x, y, torch.arange(images))
     loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(max_epochs=epochs, **quiet) if Trainer else Loop(epochs)
     trainer.fit(Purifier(task, epochs), loader)
-    name = "Lightning" if Trainer else "a loop of Lightning's shape"
+    name = "Lightning" if Trainer else "a loop like Lightning's"
     print(f"trained by {name}; logits {tuple(defence.eval()(x[:2]).shape)}")
 
 

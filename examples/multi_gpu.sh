@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A training in several processes by torchrun: one process for each GPU, or some on a CPU.
+# Train in several processes with torchrun: a process for each GPU, or two processes on a CPU.
 #
-#     bash examples/multi_gpu.sh                  # every GPU of this machine, MNIST from data/mnist.npz
-#     bash examples/multi_gpu.sh --tiny           # two CPU processes, the package's digits, seconds
+#     bash examples/multi_gpu.sh                  # uses all GPUs of this machine, and MNIST from data/mnist.npz
+#     bash examples/multi_gpu.sh --tiny           # uses two CPU processes and digits, and takes seconds
 #
-# The batch is shared out among the processes, BatchNorm sees all of it, and the weights are those of one process up to
-# floating point. It is tested on CPUs; it has not yet been run on several GPUs.
+# Each process computes a part of the batch. BatchNorm uses the statistics of the whole batch. The resulting weights are
+# those of a single process, up to rounding. This script is tested on CPUs. It has not yet been run on several GPUs.
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-runs/multi_gpu}

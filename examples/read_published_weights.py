@@ -1,7 +1,7 @@
-"""The weight files of CARSO's authors: read, and judged under exact gradients.
+"""Read the weight files of CARSO's authors, and evaluate the system with exact gradients.
 
-The official code publishes three safetensors files for a system, and RobustBench the classifier's weights. Nothing is
-downloaded here: bring the files, or rehearse with files that this script writes itself.
+The authors publish three safetensors files for a system, and RobustBench publishes the weights of its classifier. This
+script downloads nothing. Give the files, or try the script with files that it writes itself.
 
     python examples/read_published_weights.py --folder DIR --classifier FILE.pt --data cifar10 --root DIR
     python examples/read_published_weights.py --tiny
@@ -24,10 +24,10 @@ from purify_fast.models import WideResNet
 
 
 def rehearsal(folder: str) -> torch.nn.Module:
-    """Write the three files of a small system with fresh weights, and return its classifier.
+    """Write the three files of a small system with random weights, and return its classifier.
 
     Args:
-        folder: where to.
+        folder: folder for the files.
     """
     classifier = WideResNet(depth=10, width=1).eval()
     layers, shape = classifier.representation_layers(), (3, 32, 32)
@@ -45,16 +45,16 @@ def main(
     images: int = 100,
     tiny: bool = False,
 ) -> None:
-    """Read a published system, and attack it through PeeL, its authors' output, and through exact gradients.
+    """Read a published system, and attack it through PeeL, the authors' aggregation, and with exact gradients.
 
     Args:
-        folder: with the three files; needed without --tiny.
-        classifier: state dict of the classifier; needed without --tiny.
-        data: a data set's name, or the path of an .npz file.
-        root: the folder that holds it.
-        recipe: of the published system whose classifier is built.
-        images: held-out images to attack.
-        tiny: files with fresh weights and random images: that it runs.
+        folder: folder of the three files; required without --tiny.
+        classifier: file with the state dict of the classifier; required without --tiny.
+        data: name of a data set, or path of an .npz file.
+        root: folder of the data set.
+        recipe: recipe of the published system, from which the classifier is built.
+        images: number of held-out images to attack.
+        tiny: use random weights and random images, to see that the script runs.
     """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,19 +63,19 @@ def main(
             x = torch.rand(4, 3, 32, 32)
             y = network(x).argmax(1)
         elif folder is None or classifier is None:
-            raise SystemExit("name the files with --folder and --classifier, or rehearse with --tiny")
+            raise SystemExit("give the files with --folder and --classifier, or try the script with --tiny")
         else:
             network = recipe_named(recipe).build_classifier()
-            # weights_only: a file of tensors is read, nothing in it is run
+            # With weights_only, only tensors are read from the file, and no code in it is run.
             network.load_state_dict(torch.load(classifier, weights_only=True))
             held_out = purify_fast.load_dataset(data, root)
             x, y = to_float(held_out.x_test[:images]), held_out.y_test[:images]
         defence = Carso.from_official(network.eval(), folder)
     steps = 2 if tiny else 50
     attacks = [
-        # as its authors attack it: through an output whose gradients are not finite
+        # The authors attack this output, whose gradients are not finite.
         AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL"),
-        # the same decisions through a logsumexp, which has gradients
+        # This attack uses the logsumexp, which has the same decisions and exact gradients.
         PGD(steps=steps),
     ]
     print(evaluate(defence, x, y, eps=8 / 255, base=network, attacks=attacks, progress=not tiny).to_text())

@@ -5,14 +5,14 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=08:00:00
-# An evaluation on several machines under Slurm: one torchrun on each machine, which starts one process for each GPU.
+# Evaluate a model on several machines under Slurm. On each machine, torchrun starts a process for each GPU.
 #
 #     sbatch examples/slurm.sh runs/carso --data data/cifar10.npz --protocol standard
 #
-# The words behind the script's name are those of `purify-fast evaluate`. The report goes to a folder that all machines
-# see. A job that ended early is submitted again with the same words, on any number of machines: it goes on from the
-# batches that are finished. Nothing of this has been run on several machines or on GPUs yet; the script is rehearsed
-# with two processes on one machine.
+# The arguments are those of `purify-fast evaluate`. The folder of the report must be visible on all machines. If a job
+# ends early, submit it again with the same arguments, on any number of machines. It then continues after the finished
+# batches. This script is tested with two processes on a single machine. It has not yet been run on several machines or
+# on GPUs.
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 

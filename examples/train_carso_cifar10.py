@@ -1,7 +1,7 @@
-"""CARSO on CIFAR-10: an adversarially trained classifier, its purifier by the paper's objective, then the pipeline's.
+"""Train CARSO on CIFAR-10: first a classifier, then its purifier with the paper's objective and through the pipeline.
 
-python examples/train_carso_cifar10.py --data cifar10 --root DIR    # hours on a CPU
-python examples/train_carso_cifar10.py --tiny                        # seconds, random images
+python examples/train_carso_cifar10.py --data cifar10 --root DIR    # takes hours on a CPU
+python examples/train_carso_cifar10.py --tiny                        # uses random images, and takes seconds
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ EPS = 8 / 255
 
 
 def random_images() -> DataSet:
-    """Images to rehearse with; nothing can be learned from them."""
+    """Make random images, to see that the script runs."""
     x = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     y = torch.arange(64) % 10
     return DataSet(x, y, x[:8], y[:8], "random images", 10)
 
 
 def main(data: str = "cifar10", root: str = "data", out: Path = Path("runs/carso_cifar10"), tiny: bool = False) -> None:
-    """Train and judge. Killed and started again, it goes on where it was.
+    """Train and evaluate CARSO. If the script is interrupted and started again, it continues.
 
     Args:
-        data: a data set's name, or the path of an .npz file.
-        root: the folder that holds it.
+        data: name of a data set, or path of an .npz file.
+        root: folder of the data set.
         out: folder for checkpoints and the result.
-        tiny: random images, one epoch of everything: that it runs.
+        tiny: use random images and few epochs, to see that the script runs.
     """
     torch.manual_seed(0)
     images = random_images() if tiny else purify_fast.load_dataset(data, root)
@@ -55,7 +55,7 @@ def main(data: str = "cifar10", root: str = "data", out: Path = Path("runs/carso
     objective = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=3 if tiny else 100, batch_size=batch)
     fit(CarsoTask(defence, objective), x, y, epochs, out / "objective", "the paper's objective")
-    # not in the paper, and what makes the difference: attacked through the whole defence
+    # The paper does not train like this: the attacks see the whole defence. This step matters most for robustness.
     pipeline = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=1 if tiny else 20, batch_size=batch)
     fit(CarsoTask(defence, pipeline), x, y, epochs, out / "pipeline", "through the pipeline")

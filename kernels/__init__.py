@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file per op; imported as ``purify_fast.kernels``."""
+"""Triton kernels and their launchers, one file per op. Their import name is ``purify_fast.kernels``."""

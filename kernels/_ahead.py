@@ -1,4 +1,4 @@
-"""Kernels compiled side by side before the first of them runs."""
+"""Compiles several kernels in parallel, before the first of them runs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
-#: Threads that compile. Triton lets go of the interpreter while it optimizes and assembles.
+#: Number of threads that compile. Triton releases the interpreter lock while it optimizes and assembles.
 MOST = 8
 _patched = threading.Lock()
 
 
 def compile_together(launch: Callable[[], None]) -> None:
-    """Compile the kernels that a function launches, in threads, and run none of them.
+    """Compile the kernels that a function launches, in parallel, and run none of them.
 
-    A kernel that cannot be compiled is left out: its launch will say why.
+    A kernel that cannot be compiled is skipped. Its next launch raises the error.
 
     Args:
-        launch: calls launchers; what they return has no meaning.
+        launch: function that calls launchers. The results of the launchers are meaningless.
     """
     this, run = threading.get_ident(), triton.JITFunction.run
 
     def compiled(function, *args, grid, warmup, **kwargs):
-        # kernels of other threads run as usual
+        # Other threads may launch kernels at the same time. Those kernels run as usual.
         return run(function, *args, grid=grid, warmup=warmup or threading.get_ident() == this, **kwargs)
 
     workers = min(MOST, os.cpu_count() or 1)

@@ -1,6 +1,7 @@
-"""Windows of a matrix between positions of a grid, query and key moved together: for `contextual_attention`.
+"""Sums over windows of a matrix, for `contextual_attention`: in each term, query and key are shifted by the same step.
 
-A program has a row of the matrix, a thread a group of ``VECTOR`` neighbouring keys, 1 or 4.
+A program computes one row of the matrix. A thread computes a group of ``VECTOR`` neighbouring keys, where VECTOR is 1
+or 4.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def keys(size, width, VECTOR: tl.constexpr, GROUPS: tl.constexpr):
-    """The first key of each thread's group, which groups are inside, and their row and column in the grid."""
+    """Return each group's first key, whether the group is inside, and the key's row and column in the grid."""
     at = tl.arange(0, GROUPS) * VECTOR
     y = (at.to(tl.uint32) // tl.cast(width, tl.uint32)).to(tl.int32)
     return at, at < size, y, at - y * width
@@ -19,14 +20,14 @@ def keys(size, width, VECTOR: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def load(pointer, at, inside, VECTOR: tl.constexpr):
-    """The numbers of each group, [GROUPS, VECTOR] in float32, 0 where not inside."""
+    """Return the numbers of each group, [GROUPS, VECTOR] in float32. Groups that are not inside get 0."""
     at = at[:, None] + tl.arange(0, VECTOR)[None, :]
     return tl.load(pointer + at, mask=inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def parts(x):
-    """[GROUPS, 4] -> four blocks."""
+    """Split [GROUPS, 4] into four blocks."""
     even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
     a, c = tl.split(even)
     b, d = tl.split(odd)
@@ -35,13 +36,13 @@ def parts(x):
 
 @triton.jit
 def whole(a, b, c, d):
-    """Four blocks -> [GROUPS, 4]."""
+    """Join four blocks into [GROUPS, 4]."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
 
 
 @triton.jit
 def moved_in(x, first, VECTOR: tl.constexpr):
-    """Each number's predecessor in its group; ``first`` is that of the group's first."""
+    """Return the predecessor of each number in its group. The first number of a group has the predecessor ``first``."""
     if VECTOR == 1:
         out = first[:, None]
     else:
@@ -52,7 +53,7 @@ def moved_in(x, first, VECTOR: tl.constexpr):
 
 @triton.jit
 def moved_out(x, last, VECTOR: tl.constexpr):
-    """Each number's successor in its group; ``last`` is that of the group's last."""
+    """Return the successor of each number in its group. The last number of a group has the successor ``last``."""
     if VECTOR == 1:
         out = last[:, None]
     else:
@@ -63,7 +64,7 @@ def moved_out(x, last, VECTOR: tl.constexpr):
 
 @triton.jit
 def previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
-    """x[n - 1, i - 1], ``pointer`` being row n; the group's first number has one where ``starts``."""
+    """Return x[n - 1, i - 1]. ``pointer`` is row n. A group's first number has a predecessor only where ``starts``."""
     x = load(pointer - stride, at, inside, VECTOR)
     first = tl.load(pointer - stride + at - 1, mask=inside & starts, other=0.0).to(tl.float32)
     return moved_in(x, first, VECTOR)
@@ -71,7 +72,7 @@ def previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
 
 @triton.jit
 def next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
-    """x[n + 1, i + 1], in the same form."""
+    """Return x[n + 1, i + 1]. ``pointer`` is row n. The last number of a group has a successor only where ``ends``."""
     x = load(pointer + stride, at, inside, VECTOR)
     last = tl.load(pointer + stride + at + VECTOR, mask=inside & ends, other=0.0).to(tl.float32)
     return moved_out(x, last, VECTOR)
@@ -79,7 +80,10 @@ def next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
 
 @triton.jit
 def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """Sum over the moves along a line of the grid; ``x`` is the query's column, ``column`` that of a first key."""
+    """Sum x[n + o, i + o] for o = -1, 0, 1 within a line of the grid.
+
+    ``pointer`` is row n, ``x`` is the column of the query, and ``column`` is the column of each group's first key.
+    """
     total = load(pointer, at, inside, VECTOR)
     total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
     return total + next_pair(
@@ -89,7 +93,7 @@ def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
 
 @triton.jit
 def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: tl.constexpr):
-    """Sum over the nine moves o of x[n + o, i + o], wherever both are on the grid; ``pointer`` is row n."""
+    """Sum x[n + o, i + o] over the nine steps o for which query and key remain on the grid. ``pointer`` is row n."""
     total = line(pointer, size, at, inside=inside, x=x, column=column, width=width, VECTOR=VECTOR)
     far = width * tl.cast(size, tl.int64) + width
     above, below = inside & (y > 0) & (row > 0), inside & (y < height - 1) & (row < height - 1)
@@ -99,19 +103,20 @@ def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: 
 
 @triton.jit
 def store_wings(pointer, at, value, size, width):
-    """Single numbers of a row into its wings; ``pointer`` is the row's number 0."""
+    """Store single numbers of a row into the wings of the row. ``pointer`` is the row's number 0."""
     tl.store(pointer + at + (size - 1), value, mask=(at >= 1) & (at <= width) & (at < size))
     tl.store(pointer + at - (size - 1), value, mask=(at >= size - 1 - width) & (at < size - 1))
 
 
 @triton.jit
 def store_winged(pointer, at, value, inside, size, width, VECTOR: tl.constexpr):
-    """A row's numbers and its wings; ``pointer`` is the row's number 0."""
+    """Store the numbers of a row, and its wings. ``pointer`` is the row's number 0."""
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
     tl.store(pointer + i, value, mask=inside[:, None])
     if VECTOR == 1:
         store_wings(pointer, i, value, size, width)
-    else:  # the wings have another alignment than the row
+    else:
+        # The wings have a different alignment than the row, so their numbers are stored one by one.
         a, b, c, d = parts(value)
         store_wings(pointer, at, a, size, width)
         store_wings(pointer, at + 1, b, size, width)

@@ -1,7 +1,8 @@
-"""`aggregate` in Triton: tiles [samples, classes] of one image, all K samples in one tile, classes in turn.
+"""`aggregate` in Triton: a tile has all K samples and some classes of one image.
 
-lse, mean and mean_sigmoid treat each class alone: a program per image and tile. peel and vote compare classes: a
-program per image goes through the tiles twice, and computes a tile again rather than write it and read it back.
+lse, mean and mean_sigmoid treat each class separately, so they use one program per image and tile. peel and vote
+compare classes, so they use one program per image, which processes the tiles twice. Computing a tile twice is cheaper
+than writing and reading it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from ._common import log1p, on, warps
 
-#: Elements of a tile; only more samples than that make it larger.
+#: The number of elements in a tile. A tile is larger only if there are more samples than this.
 TILE = 4096
-#: The indices of `purify_fast.ops.aggregate.METHODS`, and its constant.
+#: The indices of `purify_fast.ops.aggregate.METHODS`, and the constant of that file.
 LSE, PEEL, MEAN, MEAN_SIGMOID, VOTE = (tl.constexpr(index) for index in range(5))
 TANGENT = tl.constexpr(70.0)
 
 
 @triton.jit
 def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
-    """The tile of classes ``first`` .. as float32 [K, C], and where it is inside."""
+    """Return the tile of the classes from ``first`` on as float32 [K, C], and the mask of its valid elements."""
     k, c = tl.arange(0, K), first + tl.arange(0, C)
     inside = (k < samples)[:, None] & (c < classes)[None, :]
     at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
@@ -31,7 +32,7 @@ def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: t
 
 @triton.jit
 def _logsumexp(x):
-    """Over axis 0; rows that do not count hold -inf. A NaN or an infinity comes out as torch.logsumexp has it."""
+    """logsumexp over axis 0. Unused rows must be -inf. NaN and infinities give the same result as torch.logsumexp."""
     high = tl.max(x, 0)
     high = tl.where(tl.abs(high) == float("inf"), 0.0, high)
     return tl.log(tl.sum(tl.exp(x - high[None, :]), 0)) + high
@@ -39,20 +40,21 @@ def _logsumexp(x):
 
 @triton.jit
 def _softmax(x, inside):
-    """Over axis 0, as torch.softmax: NaN for a column that holds +inf or nothing but -inf."""
+    """softmax over axis 0. Like in torch.softmax, a column that has +inf or only -inf gives NaN."""
     e = tl.where(inside, tl.exp(x - tl.max(x, 0)[None, :]), 0.0)
     return e / tl.sum(e, 0)[None, :]
 
 
 @triton.jit
 def _odds(x, inside):
-    """The terms of the odds of the mean of sigmoid(x) over axis 0; rows that do not count hold +inf.
+    """Compute the terms of the odds of mean(sigmoid(x)) over axis 0. Unused rows must be +inf.
 
-    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If a whole column has one sign,
-    the sum of the second kind could underflow: it is kept times exp(shift), and shift is the least |x|.
+    With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If all numbers of a column have
+    the same sign, the sum of the t / (1 + t) could underflow. So this sum is stored times exp(|shift|), where |shift|
+    is the least |x|. shift has the sign of x. It is 0 if |shift| would be at most 1 or infinite.
 
-    Returns t exp(shift) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; the shift, from 0 down
-    where x is negative, and 0 up to 1 and where it is infinite; exp(-|shift|).
+    Returns t exp(|shift|) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; shift; and
+    exp(-|shift|).
     """
     low, high = tl.min(x, 0), tl.max(tl.where(inside, x, float("-inf")), 0)
     shift = tl.maximum(low, 0.0) + tl.minimum(high, 0.0)
@@ -67,7 +69,7 @@ def _odds(x, inside):
 
 @triton.jit
 def _tangent_exp(q):
-    """exp(q), continued by its tangent above TANGENT, and its slope."""
+    """Return exp(q), continued along its tangent above TANGENT, and its slope."""
     slope = tl.exp(tl.minimum(q, TANGENT, propagate_nan=tl.PropagateNan.ALL))
     return slope * (1.0 + tl.maximum(q - TANGENT, 0.0, propagate_nan=tl.PropagateNan.ALL)), slope
 
@@ -86,7 +88,8 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
             out = tl.sum(x, 0) / samples
         else:
             tail, most, yes, no, shift, _least = _odds(x, inside)
-            # near even odds the logarithm needs their difference, which is summed by itself
+            # If the odds are nearly even, the logarithm needs the difference of the sums, so the difference is summed
+            # directly.
             excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
             more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
             out = tl.where(more == float("inf"), more, log1p(more))
@@ -112,7 +115,7 @@ def _columns_backward(
         out = _softmax(x, inside) * g[None, :]
     else:
         x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("inf"), K=K, C=C)
-        # the slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no); one of the sums may be kept times exp(shift)
+        # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no). One of the two sums may be stored times exp(|shift|).
         tail, most, yes, no, shift, least = _odds(x, inside)
         small, large = tl.where(shift < 0, yes, no), tl.where(shift < 0, no, yes)
         out = tail * most * most * (g * (1.0 / small + least / large))[None, :]
@@ -122,14 +125,17 @@ def _columns_backward(
 
 @triton.jit
 def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.constexpr):
-    """max and sum of softmax(S) over all classes, one running pair per lane, then joined."""
+    """Return max and sum of softmax(S) over all classes.
+
+    Each lane has a running pair, and they are joined at the end.
+    """
     high = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)
     for first in range(0, classes, C):
         x, _inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
         s, _slope = _tangent_exp(_logsumexp(x))
         valid = first + tl.arange(0, C) < classes
-        # S is at least 0, so that 0 is a safe start of the running maximum wherever a lane has been used
+        # S is at least 0, so 0 is a safe start for the running maximum of every lane in use.
         new = tl.where(valid, tl.maximum(tl.maximum(high, 0.0), s), high)
         total = tl.where(valid, total * tl.exp(high - new) + tl.exp(s - new), total)
         high = new
@@ -179,10 +185,12 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         nan = x != x
         x = tl.where(nan, float("-inf"), x)
         high = tl.max(x, 1)
-        where = tl.min(tl.where((x == high[:, None]) & inside, c, classes), 1)  # ties: the first class, as argmax
+        # Among equal classes the first wins, like in argmax.
+        where = tl.min(tl.where((x == high[:, None]) & inside, c, classes), 1)
         index = tl.where(high > best, where, index)
         best = tl.maximum(best, high)
-        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))  # argmax takes a NaN for the largest
+        # argmax treats NaN as the largest number.
+        first_nan = tl.minimum(first_nan, tl.min(tl.where(nan, c, classes), 1))
     index = tl.where(first_nan < classes, first_nan, index)
     counts = tl.arange(0, K) < samples
     for first in range(0, classes, C):
@@ -192,7 +200,7 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
 
 
 def _shape(logits: Tensor) -> tuple[int, int, int]:
-    """K and C of a tile, and how many tiles the classes take; depends on K and C only, never on the batch."""
+    """Return K and C of a tile, and the number of tiles. They depend on samples and classes, not on the batch."""
     samples, classes = logits.shape[1], logits.shape[2]
     k = triton.next_power_of_2(samples)
     c = min(triton.next_power_of_2(classes), max(TILE // k, 1))
@@ -200,7 +208,7 @@ def _shape(logits: Tensor) -> tuple[int, int, int]:
 
 
 def forward(logits: Tensor, method: int) -> Tensor:
-    """[B, K, C] -> [B, C], float32."""
+    """Map [B, K, C] to [B, C], float32."""
     batch, samples, classes = logits.shape
     out = torch.empty((batch, classes), dtype=torch.float32, device=logits.device)
     if batch == 0:
@@ -210,7 +218,8 @@ def forward(logits: Tensor, method: int) -> Tensor:
     x = logits.contiguous()
     with on(logits):
         if method == PEEL.value:
-            # s is a product: fused with it, `s - top` would leave its rounding where s is the largest, and not 0
+            # s is a product. If it were fused with the subtraction, `s - top` would be its rounding error and not 0 for
+            # the largest s.
             _peel[(batch,)](x, out, samples, classes, **shape, enable_fp_fusion=False)
         elif method == VOTE.value:
             _vote[(batch,)](x, out, samples, classes, **shape)
@@ -220,7 +229,7 @@ def forward(logits: Tensor, method: int) -> Tensor:
 
 
 def backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
-    """grad [B, C] times the Jacobian, [B, K, C], in the logits' dtype."""
+    """Return grad [B, C] times the Jacobian, [B, K, C], in the dtype of the logits."""
     batch, samples, classes = logits.shape
     if method == VOTE.value:
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)

@@ -1,4 +1,4 @@
-"""`apgd_step` in Triton: linf elementwise and bit-exact (no fused multiply-add); l2 one program per sample."""
+"""`apgd_step` in Triton: linf is elementwise and bit-exact (no fused multiply-add); l2 uses one program per sample."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _linf(
 
 @triton.jit
 def _offset(x_ptr, grad_ptr, nat_ptr, previous_ptr, at, inside, peak, step, usable, shrink, momentum, rest, lo, hi):
-    # the image with its momentum, before the second projection, minus the natural image
+    # Return the offset from the natural image, with momentum and before the second projection.
     x, nat = _load(x_ptr, at, inside), _load(nat_ptr, at, inside)
     d = _l2_moved(x_ptr, grad_ptr, at, inside=inside, peak=peak, step=step, usable=usable) - nat
     z = _clamp(nat + d * shrink, lo, hi)
@@ -66,7 +66,8 @@ def _l2(
     hi,
     WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) // blocks  # blocks is 1
+    # `blocks` is 1.
+    row = tl.program_id(0).to(tl.int64) // blocks
     lane = tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
@@ -102,7 +103,8 @@ def _l2(
             lo=lo,
             hi=hi,
         )
-        squares += tl.where(inside, d * d, 0.0)  # where the box leaves 0 out, masked lanes are not 0
+        # Masked lanes can be nonzero if the box does not contain 0.
+        squares += tl.where(inside, d * d, 0.0)
     outer = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
@@ -139,7 +141,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """The new x, contiguous; ``norm`` by index."""
+    """Return the new x, contiguous. ``norm`` is an index."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out

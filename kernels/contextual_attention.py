@@ -1,16 +1,17 @@
-"""`contextual_attention` in Triton: a program makes the rows of a few neighbouring queries, whose neighbours it shares.
+"""`contextual_attention` in Triton: a program computes the rows of a few adjacent queries, which share neighbours.
 
-Forward: patch sums; both fuses and the softmax; the sums for the four pixels of a cell. Backward: those sums and the
-softmax; both fuses, and the gradient of the norms over a few queries; patch sums. Everything between stays in the L2
-cache of a large GPU; no atomics.
+The forward has three kernels: patch sums; both fusions and the softmax; the sums for the four pixels of a cell. The
+backward has three kernels: the gradient of those sums and of the softmax; both fusions, and the gradient of the norms
+over a few queries; patch sums. All intermediate results fit into the L2 cache of a large GPU. There are no atomics.
 
-Query and key always move together, so that a sum over the nine neighbours is one of three rows, each of them a sum of
-three: a row of queries before, the same, the row after. A thread has ``VECTOR`` neighbouring keys, four where the width
-of the grid allows it. It loads those of the three rows at once, and one more number for the end that moves in.
+Query and key are always shifted together. So a sum over the nine neighbours is a sum over three lines of the grid: the
+line of the query, the line before and the line after. Each of these is a sum of three numbers. A thread has ``VECTOR``
+adjacent keys: four if the width of the grid is a multiple of four, and one otherwise. The thread loads its keys in all
+three lines, and one more number at the end from which a shift enters.
 
-The input of both fuses is kept with wings: in front of a row's L numbers, and behind them, ``width`` more, so that the
-successor of key i in column-major order is at i + width and its predecessor at i - width, whether they are in the next
-column or not.
+The input of both fusions is stored with wings: before and after the L numbers of a row there are ``width`` more
+numbers. With the wings, the successor of key i in column-major order is always at i + width, and its predecessor at i -
+width, even if they are in another column.
 """
 
 from __future__ import annotations
@@ -23,34 +24,36 @@ from torch import Tensor
 from ._common import grid, on, program
 from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
-#: Neighbouring queries of a program, where the grid's width allows it: they read each other's rows.
+#: The number of adjacent queries in a program, if the width of the grid is a multiple of it. The queries share rows.
 TOGETHER = 4
-#: Queries whose part of the norms' gradient one program adds; fixed, so that the result is independent of the batch.
+#: The number of queries whose gradient of the norms one program adds. It is fixed, so the result does not depend on the
+#: batch.
 QUERIES = 8
 
 
 def warps(groups: int) -> int:
-    """A group of keys per thread."""
+    """Return the warps of a program with one group of keys per thread."""
     return max(1, min(16, groups // 32))
 
 
 @triton.jit
 def _next(i, size, width):
-    """The successor in column-major order, of all but the last."""
+    """Return the successor in column-major order. Every key except the last has a successor."""
     return tl.where(i < size - width, i + width, i + width - size + 1)
 
 
 @triton.jit
 def _previous(i, size, width):
-    """The predecessor, of all but the first."""
+    """Return the predecessor in column-major order. Every key except the first has a predecessor."""
     return tl.where(i < width, i - width + size - 1, i - width)
 
 
 @triton.jit
 def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, ends, VECTOR: tl.constexpr):
-    """x fused in row-major order: of row n, where ``pointer`` is, the groups at ``at``.
+    """Return row n of x, fused in row-major order, for the groups at ``at``. ``pointer`` is row n.
 
-    ``before`` and ``after`` are where the number before a group and that after it are, unless they are not.
+    ``before`` and ``after`` are the positions of the numbers before and after a group. They exist where ``starts`` and
+    ``ends``.
     """
     lower, upper = inside & (n > 0), inside & (n < size - 1)
     total = load(pointer, at, inside, VECTOR)
@@ -62,7 +65,7 @@ def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, end
 
 @triton.jit
 def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
-    """Row n of x, fused in row-major order and that in column-major order; ``pointer`` is number 0 of row 0."""
+    """Return row n of x, fused in row-major and then in column-major order. ``pointer`` is number 0 of row 0."""
     stride = size + 2 * width
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
     total = _fused_rows(
@@ -111,9 +114,10 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
 
 @triton.jit
 def _column(pointer, stride, n, i, inside, size, width):
-    """x fused in column-major order, [n, i] where inside, of single keys or of groups of them.
+    """Return x fused in column-major order at [n, i], where inside. ``i`` has single keys or groups of keys.
 
-    Masks of groups allow loads of groups; then the first and the last key lose what they have not.
+    If ``inside`` is a mask of groups, whole groups can be loaded. The terms that the first and the last key do not have
+    are then removed.
     """
     total = tl.load(pointer + n.to(tl.int64) * stride + i, mask=inside, other=0.0)
     following = pointer + _next(n, size, width).to(tl.int64) * stride + width
@@ -189,14 +193,15 @@ def _attend(
         pointer = x_ptr + sample * size * (size + 2 * width) + width
         total = _fused(pointer, n, at, inside=inside, size=size, width=width, VECTOR=VECTOR)
         logits = tl.where(inside[:, None], scale * keep * total, float("-inf"))
-        e = tl.exp(logits - tl.max(tl.max(logits, 1), 0))  # 0 outside, and NaN anywhere is NaN everywhere
+        # e is 0 outside. A NaN anywhere in the row makes the whole row NaN.
+        e = tl.exp(logits - tl.max(tl.max(logits, 1), 0))
         share = 1.0 / tl.sum(tl.sum(e, 1), 0)
         tl.store(out_ptr + (sample * size + n) * size + i, keep * (e * share), mask=inside[:, None])
 
 
 @triton.jit
 def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """x[n, i] with x[n - 1, i - 1], and with x[n + 1, i + 1], in a line of the grid."""
+    """Return x[n, i] + x[n - 1, i - 1] and x[n, i] + x[n + 1, i + 1], within a line of the grid."""
     here = load(pointer, at, inside, VECTOR)
     left = previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
     right = next_pair(pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR)
@@ -230,7 +235,7 @@ def _spread(
 
 @triton.jit
 def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
-    """x[n, i] and its neighbor before it in a line of the grid, or behind it."""
+    """Return x[n, i] plus x[n + 1, i + 1] if ``RIGHT``, or plus x[n - 1, i - 1] if not, within a line of the grid."""
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(
@@ -265,7 +270,8 @@ def _gather(
         n = first + query
         x = n - y * width
         total = tl.zeros((GROUPS, VECTOR), tl.float32)
-        for down in range(2):  # a loop, since the numbers of all four maps at once take too many registers
+        # This is a loop, because the numbers of all four maps at once would need too many registers.
+        for down in range(2):
             there = tl.where(down == 0, below, above)
             for right in tl.static_range(2):
                 pointer = grad_ptr + (sample * 4 * size + n) * size + (2 * down + right) * map_size
@@ -344,21 +350,24 @@ def _scaled(
 
 
 def _layout(size: int, height: int, width: int) -> dict[str, int]:
-    """Keys of a thread, groups of them and warps of a program; the wings of one row of keys are too short for four."""
+    """Return the keys per thread, their groups and the warps of a program.
+
+    If the grid has a single line, the wings are too short for groups of four keys.
+    """
     vector = 4 if width % 4 == 0 and height > 1 else 1
     groups = triton.next_power_of_2(triton.cdiv(size, vector))
     return {"VECTOR": vector, "GROUPS": groups, "num_warps": warps(groups)}
 
 
 def _together(width: int) -> int:
-    """Queries of a program: all of one line of the grid."""
+    """Return the number of queries of a program. All are in the same line of the grid."""
     return TOGETHER if width % TOGETHER == 0 else 1
 
 
 def forward(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(U [B, 4, L, L] in keep's dtype, A [B, L, L] float32), as the op returns them."""
+    """Return (U [B, 4, L, L] in the dtype of keep, A [B, L, L] float32) like the op."""
     batch, size = keep.shape
     out = torch.empty((batch, 4, size, size), dtype=keep.dtype, device=keep.device)
     weights = torch.empty((batch, size, size), dtype=torch.float32, device=keep.device)
@@ -378,7 +387,7 @@ def forward(
 def backward(
     grad: Tensor, correlation: Tensor, inverse: Tensor, weights: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the correlation [B, L, L] and of the inverse norms [B, L], float32."""
+    """Return the gradients of the correlation [B, L, L] and of the inverse norms [B, L], float32."""
     batch, size = inverse.shape
     out = torch.empty((batch, size, size), dtype=torch.float32, device=grad.device)
     if batch == 0:

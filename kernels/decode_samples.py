@@ -1,18 +1,20 @@
-"""`decode_samples` in Triton: every layer of the decoder is one launch of matrix products, the last two are one.
+"""`decode_samples` in Triton: every layer of the decoder is one launch of matrix products. The last two may share one.
 
-A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s: the outputs of such a
-class meet the same taps, so that no inserted zero is multiplied. The rows of a product are pixels of all samples, its
-columns are channels, and its sum runs over taps and channels of the input. The linear layer is such a convolution of a
-map of one pixel, whose stride is its kernel. The gradient of a convolution is one product of the same kind.
+A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s. All outputs with the same
+residue use the same taps, so the products contain no inserted zeros. The rows of a product are pixels of all samples,
+its columns are channels, and its sum runs over taps and input channels. The linear layer is such a convolution: its
+input is a map of one pixel, and its stride is the size of its kernel. The gradient of a convolution is a single product
+of this kind.
 
-Maps lie in memory as [samples, height, width, channels], with channels padded by zeros to a multiple of 32, in the
-weights' dtype, after the LeakyReLU: its sign is that of what entered. Which products are added in which order depends
-on the layer alone, so that a sample has the same bits in every batch.
+Feature maps are stored as [samples, height, width, channels], with channels padded by zeros to a multiple of 32, in the
+dtype of the weights. They are stored after the LeakyReLU, which preserves the sign of its input. The order of the
+additions depends only on the layer, so a sample has the same bits in every batch.
 
-The last two layers are one launch where the image's has stride 1. A row is then a cell: the s * s neighbouring pixels
-of the second-last map. Its products give all of them at once, with zeros for taps that a pixel does not meet. They stay
-in registers. The last layer multiplies them in place, once for every neighbouring cell that they reach, and a cell of
-the image adds up what its neighbours give. Programs overlap by the cells that are needed from beside.
+If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighbouring pixels
+of the second-last map. The products give all pixels of the cell at once, with zeros for taps that a pixel does not use.
+The results remain in registers. The last layer multiplies them there, once for every neighbouring cell that they
+affect. A cell of the image then adds the contributions of its neighbours. Programs overlap, because each one needs the
+cells next to its own.
 """
 
 from __future__ import annotations
@@ -28,19 +30,21 @@ from ._common import grid, on, program
 from .decoder_sizes import CHANNEL_TILE, Geometry, Layer, padded
 from .philox import noise
 
-#: The stream of latents: purify_fast/ops/philox.py.
+#: The stream of the latents, defined in purify_fast/ops/philox.py.
 LATENT = 1
-#: Bytes of the maps that are kept at once, at most: more samples are decoded one part after the other.
+#: The largest number of bytes of feature maps in memory at once. If there are too many samples, they are decoded in
+#: parts.
 MEMORY = 1 << 29
-#: The kinds of launches of `_layer`: the first map; a map between; an image; the gradient of a map.
+#: The kinds of launches of `_layer`: the first feature map, a later feature map, an image, and the gradient of a
+#: feature map.
 FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
-#: Columns of one cell's part of the image, at most.
+#: The largest number of columns for one cell of the image.
 CELL = 16
-#: The dtypes in which the last two layers are one launch: in float32 they do not fit registers.
+#: The dtypes for which the last two layers can be one launch. In float32 they do not fit into the registers.
 TOGETHER = (torch.bfloat16,)
-#: Rows of `_last_two` by the major compute capability, where 256 would not fit registers.
+#: The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256.
 FEWER_ROWS = {8: 128, 12: 128}
-#: The oldest major compute capability whose shared memory holds the tiles of `_last_two`.
+#: The lowest major compute capability whose shared memory has room for the tiles of `_last_two`.
 OLDEST = 8
 
 
@@ -57,7 +61,7 @@ def _latents(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """The latents of some rows, each of ``WIDTH`` numbers, of which those after the first ``SIZE`` are zero."""
+    """Draw the latents of some rows. A row has ``WIDTH`` numbers, and those after the first ``SIZE`` are zero."""
     row, block = program(rows)
     at = first + row
     sample, draw = tl.load(ids_ptr + at // draws), at % draws
@@ -74,7 +78,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _first_output(residue, PADDING: tl.constexpr, STRIDE: tl.constexpr):
-    """The first y >= 0 with (y + PADDING) mod STRIDE = residue."""
+    """Return the first y >= 0 with (y + PADDING) mod STRIDE = residue."""
     return (residue + PADDING * (STRIDE - 1)) % STRIDE
 
 
@@ -103,9 +107,10 @@ def _products(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sums over the taps of a residue and the channels: of tap j a row reads the input's pixel at y + STEP * j.
+    """Sum over the taps of a residue and over the channels. For tap j, a row reads the input pixel at y + STEP * j.
 
-    A program that is not ``busy`` has no rows: there are as many for every residue as that of most rows needs.
+    All residues have as many programs as the residue with the most rows needs. A program that is not ``busy`` has no
+    rows.
     """
     lane = tl.arange(0, CHUNK)
     place = in_ptr + ((sample * HEIGHT + y) * WIDTH + x)[:, None] * CHANNELS + lane[None, :]
@@ -132,7 +137,7 @@ def _products(
     return total
 
 
-# long because the kinds share the place of their rows, and Triton compiles only one of them
+# This function is long because all kinds share the computation of the rows. Triton compiles only the code of one kind.
 @triton.jit(do_not_specialize=["samples", "tiles", "first", "draws"])
 def _layer(
     in_ptr,
@@ -256,7 +261,7 @@ def _layer(
             total = tl.where(entered > 0, total, slope * total)
         else:
             if KIND == 0:
-                # all conditions of a call together may hold more numbers than 32 bits count
+                # The conditions of a call together may have more elements than a 32-bit number can count.
                 image = ((first + sample) // draws).to(tl.int64)
                 own = (image * (OUT_HEIGHT * OUT_WIDTH) + (out_y * OUT_WIDTH + out_x)) * OUT_CHANNELS
                 mask = inside[:, None] & (column < OUT_CHANNELS)[None, :]
@@ -267,7 +272,7 @@ def _layer(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-# long because it is two layers, of which the first stays in registers for the second
+# This function is long because it computes two layers. The result of the first remains in registers for the second.
 @triton.jit(do_not_specialize=["samples", "tiles"])
 def _last_two(
     in_ptr,
@@ -306,7 +311,11 @@ def _last_two(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The pixels of a cell from input cells at offsets ``LOW`` to ``HIGH``; the image's from ``FROM`` to ``TO``."""
+    """Compute the pixels of a cell.
+
+    The first layer reads input cells at offsets ``LOW`` to ``HIGH``. The second reads cells at offsets ``FROM`` to
+    ``TO``.
+    """
     block, _ = program(tiles)
     BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
     OWN: tl.constexpr = ROWS - (TO - FROM) * (CELLS_X + 1)
@@ -385,38 +394,38 @@ def _last_two(
 
 
 def _power(columns: int, most: int) -> int:
-    """The largest power of two that divides ``columns``, at most ``most``."""
+    """Return the largest power of two that divides ``columns``, but at most ``most``."""
     return min(columns & -columns, most)
 
 
 def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Rows, columns and channels that a program of `_layer` multiplies at once, its warps, and loads under way."""
+    """Return the tile of a program of `_layer` (rows, columns and channels), its warps, and its pipelined loads."""
     if dtype == torch.bfloat16:
         tile = _power(columns, 128)
-        # On sm_120 four warps have too few registers for 64 columns.
+        # On sm_120, four warps have too few registers for 64 columns.
         warps = 8 if tile == 128 or (tile == 64 and _common._major(device) == 12) else 4
         return {"ROWS": 128, "TILE": tile, "CHUNK": _power(channels, 64), "num_warps": warps, "num_stages": 3}
-    # float32 is multiplied without the matrix units: what a thread keeps in registers bounds the tile
+    # float32 does not use the matrix units, so the registers of a thread limit the tile.
     return {"ROWS": 32, "TILE": _power(columns, 32), "CHUNK": 32, "num_warps": 4, "num_stages": 2}
 
 
 def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
-    """The same for `_last_two`. If threads and not warp groups keep the sums, fewer rows fit into registers."""
+    """Return the tile of `_last_two`. Fewer rows fit into registers if threads, not warp groups, store the sums."""
     rows = FEWER_ROWS.get(_common._major(device), 256)
     tile = {"ROWS": rows, "TILE": max(16, stride**2 * columns), "CHUNK": _power(channels, 64)}
     return tile | {"num_warps": 8, "num_stages": 2}
 
 
 def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, int]:
-    """The offsets of the first and the last cell of the input that pixels of a cell of the output meet.
+    """Return the offsets of the first and the last input cell that affect the pixels of an output cell.
 
-    ``lead`` is the position in a cell of the input's last pixel: 0 where its cells are pixels.
+    ``lead`` is the position of the last pixel in an input cell. It is 0 if the cells are pixels.
     """
     return -((kernel - 1 + lead - padding) // stride), (stride - 1 + padding) // stride
 
 
 class Decoder:
-    """A packed decoder's weights and maps, product by product."""
+    """The weights of a packed decoder, and the launches of its layers."""
 
     def __init__(self, packed: Tensor, biases: Tensor, numbers: list[int], slope: float, squash: bool):
         self.geometry = Geometry.of(numbers)
@@ -434,7 +443,7 @@ class Decoder:
         self.biases = biases.split(self.columns[1:])
 
     def inputs(self, index: int) -> tuple[int, int, int]:
-        """Height, width and padded channels of the input of a layer of the geometry."""
+        """Return height, width and padded channels of the input of a layer."""
         _, h, w = self.geometry.start
         if index:
             before = self.geometry.layers[index - 1]
@@ -442,13 +451,13 @@ class Decoder:
         return h, w, self.columns[index]
 
     def elements(self, index: int) -> int:
-        """Numbers of one sample in the map that enters a layer."""
+        """Return the number of elements that the input of a layer has per sample."""
         h, w, channels = self.inputs(index)
         return h * w * channels
 
     @property
     def together(self) -> bool:
-        """Tell whether the last two layers are one launch."""
+        """True if the last two layers are one launch."""
         layers = self.geometry.layers
         if self.dtype not in TOGETHER or len(layers) < 2 or layers[-1].stride != 1 or layers[-2].stride > 2:
             return False
@@ -468,9 +477,12 @@ class Decoder:
         )
 
     def first(self, condition: Tensor, z: Tensor, out: Tensor, first: int, draws: int) -> None:
-        """The first map, after the LeakyReLU: of a map of one pixel, whose channels are the latent."""
+        """Compute the first feature map, after the LeakyReLU.
+
+        The input is a map of one pixel whose channels are the latent.
+        """
         channels, h, w = self.geometry.start
-        # positional because tensors come in the order of the launch
+        # The arguments are positional because the tensors have the order of the launch.
         self._run(
             z,
             self.weights[0],
@@ -487,10 +499,10 @@ class Decoder:
         )
 
     def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
-        """A layer's map, after the LeakyReLU, or the image."""
+        """Compute the feature map of a layer, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
         image = index == len(self.geometry.layers) - 1
-        # positional because tensors come in the order of the launch
+        # The arguments are positional because the tensors have the order of the launch.
         self._run(
             x,
             self.weights[index + 1],
@@ -506,10 +518,10 @@ class Decoder:
         )
 
     def backward(self, index: int, grad: Tensor, entered: Tensor, out: Tensor) -> None:
-        """The gradient of the input of the LeakyReLU before a layer, from the gradient of the layer's output."""
+        """Compute the gradient of a layer's input before its LeakyReLU, from the gradient of the layer's output."""
         layer = self.geometry.layers[index]
         h, w, columns = self.inputs(index)
-        # positional because tensors come in the order of the launch
+        # The arguments are positional because the tensors have the order of the launch.
         self._run(
             grad,
             self.transposed[index],
@@ -578,7 +590,7 @@ class Decoder:
         )
 
     def last_two(self, x: Tensor, out: Tensor, by_pixel: bool) -> None:
-        """The image of the map that enters the last layer but one."""
+        """Compute the image from the feature map that is the input of the second-last layer."""
         before, last = self.geometry.layers[-2:]
         h, w, channels = self.inputs(len(self.geometry.layers) - 2)
         tile = tiles_of_two(channels, self.columns[-2], before.stride, self.device)
@@ -626,7 +638,7 @@ class Decoder:
 
 
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
-    """The latents of ``count`` samples from sample ``first`` on, padded."""
+    """Draw the padded latents of ``count`` samples from sample ``first`` on."""
     size = decoder.geometry.latent_dim
     width = padded(size, CHANNEL_TILE)
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
@@ -648,13 +660,16 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
 
 
 def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """The parts of the samples, (first, count), for maps with ``elements`` numbers for a sample."""
+    """Divide the samples into parts (first, count), for feature maps with ``elements`` elements per sample."""
     most = max(1, MEMORY // (elements * dtype.itemsize))
     return [(first, min(most, total - first)) for first in range(0, total, most)]
 
 
 def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
-    """The layers' inputs, map after map; all stay if ``kept``, else each replaces the last but one."""
+    """Compute the inputs of the layers.
+
+    If ``kept`` is false, two buffers are used in turn, so only the last two remain.
+    """
     condition, seed, sample_ids = inputs
     z = draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)
     last = len(decoder.geometry.layers) - (0 if kept or not decoder.together else 1)
@@ -681,7 +696,7 @@ def forward(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`purify_fast.ops.decode_samples.reference`'s contract: images [B * K, C, H, W]."""
+    """Decode images [B * K, C, H, W], as defined by `purify_fast.ops.decode_samples.reference`."""
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     total = len(condition) * samples
     last = decoder.geometry.layers[-1]
@@ -715,7 +730,10 @@ def backward(
     slope: float,
     squash: bool,
 ) -> Tensor:
-    """`purify_fast.ops.decode_samples.reference_backward`'s contract: [B, H * W * C]; the maps are made again."""
+    """Return the gradient [B, H * W * C], as `purify_fast.ops.decode_samples.reference_backward` does.
+
+    The feature maps are computed again.
+    """
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     layers, (channels, h, w) = decoder.geometry.layers, decoder.geometry.start
     total = len(condition) * samples

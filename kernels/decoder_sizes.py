@@ -1,4 +1,4 @@
-"""The sizes of a packed decoder, for the op `decode_samples` and for its kernels; this file needs no Triton."""
+"""The sizes of a packed decoder, for the op `decode_samples` and for its kernels. This file does not need Triton."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: Channels of maps, and columns of an image, are padded to a multiple of these: what one matrix product takes.
+#: The channels of feature maps and the columns of an image are padded to a multiple of these sizes, which are those of
+#: one matrix product.
 CHANNEL_TILE, COLUMN_TILE = 32, 16
 
 
 def padded(value: int, step: int) -> int:
-    """The next multiple of ``step``."""
+    """Round ``value`` up to a multiple of ``step``."""
     return -(-value // step) * step
 
 
@@ -37,11 +38,11 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A packed decoder's sizes.
+    """The sizes of a packed decoder.
 
     Args:
-        latent_dim: numbers of a latent.
-        start: channels, height and width of the first map.
+        latent_dim: number of elements of a latent.
+        start: channels, height and width of the first feature map.
         layers: the transposed convolutions, in order.
     """
 
@@ -50,17 +51,20 @@ class Geometry:
     layers: tuple[Layer, ...]
 
     def numbers(self) -> list[int]:
-        """The numbers of the geometry, in the order of the op's argument."""
+        """Return the numbers of the geometry, in the order of the op's argument."""
         return [self.latent_dim, *self.start, *(number for layer in self.layers for number in layer)]
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Geometry:
-        """The inverse of `numbers`."""
+        """Make a geometry from the result of `numbers`."""
         latent_dim, c, h, w, *rest = numbers
         return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
 
     def products(self) -> list[tuple[int, int, int]]:
-        """(taps, channels in, columns) of every matrix product: the first layer's, then the convolutions', padded."""
+        """Return (taps, input channels, columns) of every matrix product, padded.
+
+        The first product is the first layer's. Then come the products of the convolutions.
+        """
         channels, h, w = self.start
         out = [(h * w, padded(self.latent_dim, CHANNEL_TILE), padded(channels, CHANNEL_TILE))]
         for i, layer in enumerate(self.layers):
@@ -70,7 +74,7 @@ class Geometry:
         return out
 
     def sizes(self) -> tuple[int, int]:
-        """Numbers of the packed weights, the gradient's among them, and of the biases."""
+        """Return the number of elements of the packed weights, including those for the gradient, and of the biases."""
         first, *products = self.products()
         channels = [self.start[0], *(layer.channels for layer in self.layers)]
         backward = [

@@ -1,4 +1,4 @@
-"""`diffusion_step` in Triton: elementwise, the noise drawn in the kernel, by learned variances again in backward."""
+"""`diffusion_step` in Triton: elementwise. The kernel draws the noise, in the backward only for learned variances."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ._common import first_of, grid, is_channels_last, memory_format, on, progra
 from .pgd_step import _clamp, _load
 from .philox import noise
 
-#: The fourth counter word, `purify_fast.ops.philox.Stream.DIFFUSION`.
+#: The fourth word of the counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
 DIFFUSION = 9
-#: Steps that have noise of their own, `purify_fast.ops.diffusion_step.STEPS`.
+#: The number of steps with their own noise: `purify_fast.ops.diffusion_step.STEPS`.
 STEPS = tl.constexpr(65536)
 
 
 @triton.jit
 def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
-    """The places of a row's elements in a row of the prediction, and the distance to the numbers that choose."""
+    """Return the positions of a row's elements in the prediction, and the distance to their variance channels."""
     if CHANNELS_LAST:
         plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
         channel = element // plane
@@ -33,7 +33,7 @@ def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
 def _normals(
     seed_ptr, ids_ptr, draws_ptr, step_ptr, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Normals of the elements of this program, from group ``first`` on."""
+    """Draw normal numbers for the elements of this program, from group ``first`` on."""
     draw = tl.load(draws_ptr + row) * STEPS + tl.load(step_ptr)
     return noise(
         tl.load(seed_ptr), first, draw, sample=tl.load(ids_ptr + row), stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS
@@ -165,11 +165,15 @@ def _backward(
 
 
 def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], results: tuple[Tensor, ...], noisy) -> None:
-    """``images``: as the kernel takes them, x and the prediction last; ``named``: from the coefficients to the step."""
+    """Launch a kernel.
+
+    ``images`` are in the order of the kernel's arguments, with x and the prediction last. ``named`` has the
+    coefficients and the arguments after them, up to the step.
+    """
     *_, x, prediction = images
     rows, last, channels = x.shape[0], is_channels_last(prediction), prediction.shape[1]
     size = x.numel() // rows
-    # a thread moves single numbers of a prediction in channels_last, and whole vectors of the state
+    # A thread reads single numbers of a channels_last prediction, but whole vectors of the state.
     block, warps = tile(size, x) if last else tile(size, x, prediction)
     coefficients = named[0].contiguous()
     with on(x):
@@ -196,7 +200,7 @@ def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], resul
 
 
 def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:
-    """The next state; ``named``: coefficients, seed, sample_ids, draws, step, and whether there is noise."""
+    """Return the next state. ``named``: coefficients, seed, sample_ids, draws, step, and whether there is noise."""
     out = empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         _launch(_forward, (x, prediction), named[:-1], (out,), noisy=named[-1])
@@ -204,7 +208,7 @@ def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, prediction: Tensor, *named) -> tuple[Tensor, Tensor]:
-    """The gradients of x, and of the prediction in its dtype and memory format."""
+    """Return the gradients of x and of the prediction, the latter in the prediction's dtype and memory format."""
     to_x = empty(x.shape, dtype=x.dtype, device=x.device)
     to_prediction = empty_like(prediction, memory_format=memory_format(is_channels_last(prediction)))
     if to_x.numel():

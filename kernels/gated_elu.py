@@ -1,4 +1,4 @@
-"""`gated_elu` in Triton: tiles of rows, a row being n numbers a, then n numbers b, whatever the layout makes a row."""
+"""`gated_elu` in Triton: tiles of rows. A row has n numbers a, followed by n numbers b."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._common import expm1, on, tile
 
 @triton.jit
 def _places(rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows and elements of this program's tile, and where it is inside."""
+    """Return rows and elements of this program's tile, and the mask of its valid elements."""
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     element = (pid % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
@@ -46,13 +46,14 @@ def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.cons
     tail = tl.exp(-tl.abs(b))
     inverse = 1.0 / (1.0 + tail)
     to_a = g * (tl.where(b < 0, tail, 1.0) * inverse) * tl.exp(tl.where(a > 0, 0.0, a))
-    to_b = g * _elu(a) * (tail * inverse * inverse)  # s(b) s(-b): 1 - s(b) would lose its digits
+    # 1 - sigmoid(b) would lose digits, so this is sigmoid(b) sigmoid(-b).
+    to_b = g * _elu(a) * (tail * inverse * inverse)
     tl.store(out_ptr + at, to_a.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + at + size, to_b.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
-    """Rows, elements of half a row and programs per row; the tile. Not of an empty tensor."""
+    """Return rows, elements of half a row and programs per row; and the tile. The tensor must not be empty."""
     rows = math.prod(features.shape[:dim])
     size = features.numel() // rows // 2
     block, warps = tile(rows * size, features)
@@ -61,7 +62,7 @@ def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
 
 
 def forward(features: Tensor, dim: int) -> Tensor:
-    """The halves of ``dim`` into one, contiguous, in the features' dtype."""
+    """Combine the two halves along ``dim``. The result is contiguous, in the dtype of the features."""
     shape = list(features.shape)
     shape[dim] //= 2
     out = torch.empty(shape, dtype=features.dtype, device=features.device)
@@ -74,7 +75,7 @@ def forward(features: Tensor, dim: int) -> Tensor:
 
 
 def backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
-    """grad times the slopes, in the features' dtype and shape, contiguous."""
+    """Return grad times the slopes, contiguous, in the shape and dtype of the features."""
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     if out.numel() == 0:
         return out

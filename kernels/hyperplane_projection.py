@@ -1,6 +1,6 @@
-"""`hyperplane_projection` in Triton: a program for each row, which it reads again in every pass.
+"""`hyperplane_projection` in Triton: one program per row. The program reads the row in every pass.
 
-For linf and l2 these are as many as Newton's method takes, seldom more than ten; for l1 some thirty.
+For linf and l2, Newton's method determines the number of passes, which is rarely above ten. l1 needs about thirty.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from ._common import BLOCK, dense, on, sum_tile
 @triton.jit
 def _normal(w_ptr, at, inside):
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(tl.abs(w) < float("inf"), w, 0.0)  # NaN is not
+    # The comparison is False for NaN.
+    return tl.where(tl.abs(w) < float("inf"), w, 0.0)
 
 
 @triton.jit
 def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
-    # the contribution of a coordinate, its way to the border, and a number whose sign is the direction of its move
+    # Return the slope of a coordinate, its distance to the border of the box, and a number whose sign is its direction.
     x, ahead = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), _normal(w_ptr, at, inside) * scale * side
     free = tl.where(ahead < 0, x - lo, hi - x)
     return tl.abs(ahead), tl.where((ahead != 0) & (free > 0), free, 0.0), ahead
@@ -29,7 +30,7 @@ def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
 
 @triton.jit
 def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
-    # the largest |w| and the power of two that brings it into [1, 2), the distance to the plane, and its side
+    # Return the largest |w|, the power of two that scales it into [1, 2), the distance to the plane, and the side.
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         highest = tl.maximum(highest, tl.abs(_normal(w_ptr, row * size + first + lane, first + lane < size)))
@@ -50,8 +51,9 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # the contributions of the coordinates at the border, and of the others per t, decide the next t. It grows until no
-    # further coordinate reaches the border, and is infinite if all are there and the plane is not reached
+    # The contribution of the coordinates at the border, and the contribution per t of the others, determine the next t.
+    # t grows until no further coordinate reaches the border. t is infinite if all coordinates are at the border but do
+    # not reach the plane.
     reached, ahead = -1.0, 0.0
     while ahead > reached:
         reached = ahead
@@ -74,7 +76,7 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
 
 @triton.jit
 def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.constexpr):
-    # the contributions of the coordinates whose slope is above ``least``, and of those whose slope equals it
+    # Return the contribution of the coordinates with a slope above ``least``, and of those with exactly that slope.
     above, edge = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -89,7 +91,7 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     peak, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # the slopes above high do not reach the plane; those above low do, or low is below all
+    # The coordinates with slopes above high do not reach the plane. Those with slopes above low do, unless low is -1.
     low, high = -1, peak.to(tl.int32, bitcast=True)
     while high - low > 1:
         middle = low + (high - low) // 2
@@ -121,7 +123,7 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
 
 
 def forward(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """The moves, contiguous; ``norm`` by index."""
+    """Return the moves, contiguous. ``norm`` is an index."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out

@@ -1,4 +1,4 @@
-"""`noisy_replay` in Triton: elementwise, the noise drawn in the kernel and for replayed samples only; bit-exact."""
+"""`noisy_replay` in Triton: elementwise and bit-exact. The kernel draws noise for the replayed samples only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ._common import on, tile
 from .pgd_step import _clamp, _load
 from .philox import noise
 
-#: The fourth counter word, `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
+#: The fourth word of the counter: `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
 REPLAY_NOISE = 5
 
 
@@ -67,7 +67,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """The image that each sample is trained on, contiguous."""
+    """Return the image on which each sample is trained, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

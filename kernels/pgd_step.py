@@ -1,7 +1,7 @@
-"""`pgd_step` in Triton: linf elementwise and bit-exact (no fused multiply-add); l2 and l1 one program per sample.
+"""`pgd_step` in Triton: linf is elementwise, without fused multiply-add; l2 and l1 use one program per sample.
 
-A sample that fits into a program's registers is read once (the kernels named ``_whole``); a larger one is read again in
-every pass over it: four for l2, some fifty for l1.
+If a sample fits into the registers of a program, it is read once (by the kernels named ``_whole``). A larger sample is
+read in every pass: four passes for l2, and about fifty for l1.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ._common import BLOCK, on, sum_tile, tile
 
-#: The largest tile that holds a sample without spilling registers, by norm.
+#: The largest tile, by norm, that stores a sample without spilling registers.
 WHOLE = {1: 16384, 2: 8192}
-#: Registers that a thread of an l1 kernel may use. The compiler of triton 3.6 aims at 48 or 80 by itself, so that more
-#: programs fit beside each other, and spills.
+#: The largest number of registers that a thread of an l1 kernel may use. By default, the compiler of triton 3.6 limits
+#: itself to 48 or 80 registers, so that more programs run on a multiprocessor, and it spills.
 L1_REGISTERS = 128
-#: Bits of the first float32 that is not finite; those of |x| are ordered as |x| is, NaN last.
+#: The bits of the first float32 number that is not finite. The bits of |x| have the same order as |x|, and NaN is last.
 INFINITE = tl.constexpr(0x7F800000)
-#: Halvings of the interval that holds l1's shift: the reference's number for float32.
+#: The number of bisections that find the shift of l1. The reference uses the same number for float32.
 HALVINGS = tl.constexpr(24)
 
 
@@ -37,18 +37,20 @@ def _load(pointer, at, inside):
 
 @triton.jit
 def _linf_moved(x, g, nat, alpha, eps, lo, hi):
-    up, down = (g > 0) & (g < float("inf")), (g < 0) & (g > float("-inf"))  # NaN is neither
+    # NaN is neither up nor down.
+    up, down = (g > 0) & (g < float("inf")), (g < 0) & (g > float("-inf"))
     x += alpha * (up.to(tl.float32) - down.to(tl.float32))
     return _clamp(_clamp(x, nat - eps, nat + eps), lo, hi)
 
 
 @triton.jit
 def _l2_direction(grad_ptr, row, lane, size, WIDTH: tl.constexpr):
-    # max |g|, |g| / max |g|, and whether there is a direction
+    # Return max |g|, the norm of g / max |g|, and whether the gradient has a direction.
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         g = _load(grad_ptr, row * size + first + lane, first + lane < size)
-        highest = tl.maximum(highest, tl.where(g == g, tl.abs(g), float("inf")))  # tl.max would drop a NaN
+        # tl.max would lose a NaN.
+        highest = tl.maximum(highest, tl.where(g == g, tl.abs(g), float("inf")))
     peak = tl.max(highest, 0)
     usable = (peak > 0) & (peak < float("inf"))
     peak = tl.where(usable, peak, 1.0)
@@ -113,7 +115,8 @@ def _l2_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, h
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
-    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), 0)  # tl.max would drop a NaN
+    # tl.max would lose a NaN.
+    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), 0)
     usable = (peak > 0) & (peak < float("inf"))
     g = g / tl.where(usable, peak, 1.0)
     step = alpha / tl.where(usable, tl.sqrt_rn(tl.sum(g * g, 0)), 1.0)
@@ -129,13 +132,14 @@ def _bits(x):
 
 @triton.jit
 def _candidates(x, g, lo, hi):
-    # the bits of |g|, 0 where the box stops the step
+    # Return the bits of |g|, or 0 if the box prevents the step.
     return tl.where(((x >= hi) & (g > 0)) | ((x <= lo) & (g < 0)), 0, _bits(g))
 
 
 @triton.jit
 def _narrowed(low, high, count, chosen):
-    # halve [low, high): at least ``chosen`` reach low, fewer reach high; it is over when exactly so many do
+    # Bisect [low, high): at least ``chosen`` candidates are >= low, and fewer are >= high. If exactly ``chosen``
+    # candidates are >= middle, the search ends.
     middle = low + (high - low) // 2
     end = tl.where(count == chosen, middle + 1, high)
     return tl.where(count >= chosen, middle, low), tl.where(count >= chosen, end, middle)
@@ -161,7 +165,8 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
     d = x - nat
     left = tl.maximum(tl.abs(d) - shift, 0.0)
     x = tl.where(moves, nat + tl.where(d < 0, -left, left), x)
-    return _clamp(tl.where(d != d, d, x), lo, hi)  # only nat is NaN here
+    # The difference is NaN only if nat is NaN.
+    return _clamp(tl.where(d != d, d, x), lo, hi)
 
 
 @triton.jit(do_not_specialize=["chosen"])
@@ -197,7 +202,8 @@ def _l1_whole(
 
     d = x - nat
     span, room = tl.abs(d), _room(d, nat, lo, hi)
-    moves = tl.sum(_clamp(span, 0.0, room), 0) > eps  # NaN does not
+    # The comparison is False for NaN.
+    moves = tl.sum(_clamp(span, 0.0, room), 0) > eps
     outer = 0.0
     if moves:
         inner, outer = 0.0, tl.max(span, 0)
@@ -211,7 +217,7 @@ def _l1_whole(
 
 @triton.jit
 def _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, least, WIDTH: tl.constexpr):
-    # how many candidates reach ``least``, which is at least 1
+    # Return how many candidates are >= ``least``, which is at least 1.
     count = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -227,7 +233,7 @@ def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
 
 @triton.jit
 def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, lo, hi, WIDTH: tl.constexpr):
-    # the l1 norm of what is left of the offset, and the largest offset
+    # Return the l1 norm of the offset after it is shortened by ``shift``, and the largest offset.
     left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -287,7 +293,8 @@ def _l1(
         hi=hi,
         WIDTH=WIDTH,
     )
-    moves = total > eps  # NaN does not
+    # The comparison is False for NaN.
+    moves = total > eps
     outer = 0.0
     if moves:
         inner, outer = 0.0, largest
@@ -317,14 +324,14 @@ def _l1(
 
 
 def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
-    """Elements of a sample, programs per sample, elements a program sees at once and its warps; ``norm`` by index."""
+    """Return the elements of a sample, the programs per sample, and the tile with its warps. ``norm`` is an index."""
     size = x.numel() // x.shape[0]
     width, warps = tile(size, x) if norm == 0 else sum_tile(size, 2 * BLOCK)
     return size, triton.cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
 
 
 def whole_warps(width: int) -> int:
-    """Warps of a program that keeps ``width`` elements of each image: sixteen per thread, one to sixteen warps."""
+    """Return the warps of a program that stores ``width`` elements per image: 1 to 16, with 16 elements per thread."""
     return max(1, min(16, width // 512))
 
 
@@ -339,7 +346,7 @@ def forward(
     hi: float,
     density: float,
 ) -> Tensor:
-    """The new x, contiguous; ``norm`` by index."""
+    """Return the new x, contiguous. ``norm`` is an index."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out

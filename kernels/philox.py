@@ -1,4 +1,4 @@
-"""Philox4x32-10 in Triton: the device functions other kernels draw with, and the op `philox`."""
+"""Philox4x32-10 in Triton: the op `philox`, and device functions with which other kernels draw random numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._common import first_of, grid, on, program, tile
 
 @triton.jit
 def words(seed, group, draw, sample, stream):
-    """The four uint32 words of each group of four elements; ``group`` is a block, the others scalars."""
+    """Return the four uint32 words of each group of four elements. ``group`` is a block, all others are scalars."""
     c0 = group.to(tl.uint32)
     zero = c0 * 0
     return tl.philox(seed, c0, zero + draw.to(tl.uint32), zero + sample.to(tl.uint32), zero + stream)
@@ -20,16 +20,20 @@ def words(seed, group, draw, sample, stream):
 
 @triton.jit
 def uniform(word):
-    """A word as float32 in [0, 1): its 24 high bits."""
-    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    """Convert the 24 high bits of a word to a float32 number in [0, 1)."""
+    # The factor is 2^-24.
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit
 def cos_sin(angle):
-    """cos and sin for angles in [0, 2 pi], to about one ulp; the libraries' versions pull in float64 and local memory.
+    """Return cos and sin of angles in [0, 2 pi], within about one ulp.
 
-    The number of quarter turns is rounded by adding 1.5 * 2^23, which leaves it in the low bits. They are subtracted in
-    three parts whose products with 0..4 are exact; then come polynomials, fitted on [-pi / 4, pi / 4].
+    The functions of the CUDA libraries would use float64 and local memory.
+
+    Adding 1.5 * 2^23 rounds the number of quarter turns, and moves it into the low bits. The quarter turns are
+    subtracted in three parts, whose products with 0..4 are exact. Then polynomials are evaluated, which were fitted on
+    [-pi / 4, pi / 4].
     """
     shifted = tl.fma(angle, 0.6366197723675814, 12582912.0)
     quarter, turn = shifted.to(tl.uint32, bitcast=True), shifted - 12582912.0
@@ -47,18 +51,18 @@ def cos_sin(angle):
 
 @triton.jit
 def _negated(x, bits):
-    """-x where the highest bit is set, else x."""
+    """Return -x where the highest bit of ``bits`` is set, and x elsewhere."""
     return (x.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _radius(word):
-    """sqrt(-2 log u) of u in (0, 1], a word's 24 high bits: u = 2^e (1 + r) with r in [-1/3, 1/3].
+    """Return sqrt(-2 log u), where u in (0, 1] comes from the 24 high bits of a word.
 
-    The polynomial is -2 log(1 + r), fitted. A library's logarithm takes half as many instructions again, for numbers
-    that u never is: 0, infinities, and those below 2^-126.
+    u = 2^e (1 + r) with r in [-1/3, 1/3]. The polynomial is a fit of -2 log(1 + r). A library's logarithm needs 50 %
+    more instructions, because it also handles numbers that u never has: 0, infinity, and numbers below 2^-126.
     """
-    # the bits of u, which is 2^-24 times that number
+    # The bits of u, which is 2^-24 times this integer.
     bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x0C000000
     exponent = (bits - 0x3F2AAAAB) & -0x00800000
     r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -70,32 +74,34 @@ def _radius(word):
     p = tl.fma(r, p, -0.6666639447212219)
     p = tl.fma(r, p, 0.9999987483024597)
     p = tl.fma(r, p, -2.0)
-    return tl.sqrt(tl.fma(r, p, exponent.to(tl.float32) * -1.6525916589736e-07))  # 2 log(2) 2^-23
+    # The factor is 2 log(2) 2^-23.
+    return tl.sqrt(tl.fma(r, p, exponent.to(tl.float32) * -1.6525916589736e-07))
 
 
 @triton.jit
 def box_muller(a, b):
-    """Two normals from two words."""
+    """Make two normal numbers from two words."""
     radius = _radius(a)
-    cos, sin = cos_sin((b >> 8).to(tl.float32) * 3.745070282923929e-07)  # 2 pi 2^-24
+    # The factor is 2 pi 2^-24.
+    cos, sin = cos_sin((b >> 8).to(tl.float32) * 3.745070282923929e-07)
     return radius * cos, radius * sin
 
 
 @triton.jit
 def in_order(a, b, c, d):
-    """Four blocks of one word each -> one block, four times as long, in the order of the elements."""
+    """Interleave four blocks of one word each into one block, four times as long, in the order of the elements."""
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
 @triton.jit
 def in_pairs(a, b, c, d, e, f, g, h):
-    """Eight blocks, from the four words of the even groups and those of the odd groups, in pairs."""
+    """Interleave eight blocks: the four words of the even groups and the four words of the odd groups, in pairs."""
     return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
 
 
 @triton.jit
 def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
-    """The four numbers of each group of four elements: normals, or uniform in [0, 1)."""
+    """Return the four numbers of each group of four elements: normal numbers, or uniform numbers in [0, 1)."""
     a, b, c, d = words(seed, group, draw, sample, stream)
     if NORMAL:
         w, x = box_muller(a, b)
@@ -107,10 +113,10 @@ def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
 
 @triton.jit
 def noise(seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True):
-    """The numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
+    """Return the numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
 
-    With ``PAIRS`` a thread draws two neighbouring groups: the eight elements of 16 bits that it loads and stores at
-    once. Drawn one by one, numbers would change threads through shared memory.
+    With ``PAIRS``, a thread draws two neighbouring groups. These are the eight 16-bit elements that the thread loads
+    and stores at once. If it drew single groups, numbers would have to move between threads through shared memory.
     """
     if PAIRS:
         group = first + 2 * tl.arange(0, GROUPS // 2)
@@ -142,7 +148,7 @@ def _philox(
 def philox(
     seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
 ) -> Tensor:
-    """`purify_fast.ops.philox.reference`'s contract: [B, draws, numel], int32 bits or float32."""
+    """Draw [B, draws, numel], int32 bits or float32, as defined by `purify_fast.ops.philox.reference`."""
     dtype = torch.int32 if distribution == 0 else torch.float32
     out = torch.empty((sample_ids.shape[0], draws, numel), dtype=dtype, device=sample_ids.device)
     if out.numel() == 0:

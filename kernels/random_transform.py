@@ -1,4 +1,4 @@
-"""`random_transform` in Triton: block owners by rank, then noise, clip, scale and mask in one pass over the image."""
+"""`random_transform` in Triton: a kernel ranks the blocks, and a second adds noise, clips, scales and masks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile, w
 from .pgd_step import _clamp, _load
 from .philox import in_order, in_pairs, noise, words
 
-#: The fourth counter words, `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
+#: The fourth words of the counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = 2
 MASK = 3
-#: Blocks of an image that a program compares with each other at once.
+#: The number of blocks of an image that a program compares with each other at once.
 TILE = 64
 
 
@@ -38,7 +38,10 @@ def _owners(
     STREAM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A block's rank is how many blocks come before it; ``cut`` is the blocks of a pass, or how many are masked."""
+    """Write the owners of the blocks. A block's rank is the number of blocks with a lower key.
+
+    ``cut`` is the number of blocks per pass, or the number of masked blocks.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row, start = pid // tiles, pid % tiles * WIDTH
     draw = row // batch
@@ -63,11 +66,13 @@ def _owners(
 
 @triton.jit
 def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
-    """A block's plane, its first group of the random stream, its pixels in the plane, and which of these are inside."""
+    """Return the plane, the first group of the random stream, the pixels in the plane, and which pixels are inside."""
     tile = block // planes
     channel = block - tile * planes
-    first = channel.to(tl.int64) * plane  # element of the image; its group may have begun in the plane before
-    group = (first >> 2).to(tl.int32) + tile * GROUPS  # the stream counts groups in 32 bits
+    # The first element of the plane in its image. Its group may begin in the plane before.
+    first = channel.to(tl.int64) * plane
+    # The random stream counts groups with 32 bits.
+    group = (first >> 2).to(tl.int32) + tile * GROUPS
     pixel = tile * GROUPS * 4 + tl.arange(0, GROUPS * 4)
     if ALIGNED:
         return channel, group, pixel, pixel < plane
@@ -77,7 +82,7 @@ def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _cell(pixel, width, side, columns):
-    """The block of the mask that each pixel is in. The divisions are unsigned, which takes fewer instructions."""
+    """Return the mask block of each pixel. The divisions are unsigned, because they need fewer instructions."""
     at, width, side = pixel.to(tl.uint32), tl.cast(width, tl.uint32), tl.cast(side, tl.uint32)
     y = at // width
     return y // side * tl.cast(columns, tl.uint32) + (at - y * width) // side
@@ -98,7 +103,10 @@ def _owner(
     PAIRS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """The owner of each pixel's block, found once for the ``UNIT`` neighbours, 1, 4 or 8, that never leave one."""
+    """Return the owner of each pixel's block.
+
+    ``UNIT`` adjacent pixels (1, 4 or 8) lie in one block and are found together.
+    """
     if UNIT == 1:
         at = _cell(pixel, width, side, columns)
         owner = tl.load(owners_ptr + at, mask=inside, other=0)
@@ -119,7 +127,7 @@ def _owner(
 
 @triton.jit
 def _place(pixel, channel, planes, plane, CHANNELS_LAST: tl.constexpr):
-    """The places of a plane's pixels in a packed image: the first, and the others from there on."""
+    """Return the positions of a plane's pixels in a packed image: the first position, and the offsets from it."""
     if CHANNELS_LAST:
         begin, at = channel.to(tl.int64), pixel.to(tl.int64) * planes
     else:
@@ -159,7 +167,7 @@ def _forward(
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
     is_image = channel < channels
     x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside & is_image)
-    # the value of a hidden pixel: 0 in t, 1 in the other planes
+    # The value of a hidden pixel is 0 in the image, and 1 in the other planes.
     covered = tl.where(is_image, 0.0, 1.0)
     begin, at = _place(pixel, channel, planes, plane, CHANNELS_LAST=CHANNELS_LAST)
     for draw in range(samples):
@@ -265,7 +273,7 @@ def _assign(
     samples: int,
     shared_mask: bool,
 ) -> Tensor:
-    """The owner of every block, uint8 [S, B, *cells]."""
+    """Return the owner of every block, uint8 [S, B, *cells]."""
     batch, blocks = sample_ids.shape[0], cells[0] * cells[1]
     out = torch.empty((samples, batch, *cells), dtype=torch.uint8, device=sample_ids.device)
     width = min(TILE, max(16, triton.next_power_of_2(blocks)))
@@ -294,7 +302,8 @@ def _launch(
     _, channels, height, width = x.shape
     plane = height * width
     block, own = tile(plane, pointers[0], pointers[-1])
-    tiles = triton.cdiv(plane + 3, block)  # a plane may begin inside a group
+    # A plane may begin inside a group.
+    tiles = triton.cdiv(plane + 3, block)
     side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
     unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1
     kernel[grid(batch, tiles * planes)](
@@ -335,7 +344,7 @@ def forward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(packed, owners), as the op returns them."""
+    """Return (packed, owners) like the op."""
     batch, channels, height, width = x.shape
     shape = (samples * batch * max(num_passes, 1), channels + 2, height, width)
     packed = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(channels_last))
@@ -361,7 +370,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, owners: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, num_passes: int
 ) -> Tensor:
-    """dx [B, C, H, W] in x's dtype."""
+    """Return dx [B, C, H, W], in the dtype of x."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

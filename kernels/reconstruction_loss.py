@@ -1,6 +1,6 @@
-"""`reconstruction_loss` in Triton: a program sums one chunk of one sample; a second one adds the chunks, in order.
+"""`reconstruction_loss` in Triton: a program sums one chunk of one sample. A second kernel adds the chunks in order.
 
-The chunk is fixed, so that a sample's loss has the same bits in any batch. No atomics.
+The chunk has a fixed size and there are no atomics, so the loss of a sample has the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr
         inside = element < size
         x = tl.load(logits_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
         t = tl.load(target_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
-        # (1 - t) x + log(1 + exp(-x)), the form that keeps its digits at both ends
+        # (1 - t) x + log(1 + exp(-x)), in a form that is accurate for large and small x.
         loss = (1.0 - t) * x + log1p(tl.exp(-tl.abs(x))) + tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         total += tl.where(inside, loss, 0.0)
     tl.store(out_ptr + pid, tl.sum(total, 0))
@@ -51,7 +51,7 @@ def _backward(grad_ptr, logits_ptr, target_ptr, out_ptr, size, blocks, WIDTH: tl
 
 
 def forward(logits: Tensor, target: Tensor) -> Tensor:
-    """[B, ...] twice -> [B], float32."""
+    """Map logits and target [B, ...] to the loss [B], float32."""
     batch, out = logits.shape[0], torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.numel() == 0:
         return out.zero_()
@@ -76,7 +76,7 @@ def forward(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """grad [B] times dloss/dlogits, in the logits' dtype and shape, contiguous."""
+    """Return grad [B] times dloss/dlogits, contiguous, in the shape and dtype of the logits."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.numel() == 0:
         return out

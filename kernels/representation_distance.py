@@ -1,9 +1,11 @@
 """`representation_distance` in Triton, all layers in one launch: a program sums one chunk of one layer of one sample.
 
-A sum of one chunk is measured at once; if any layer has more, a second launch adds the chunks of each, in order. The
-chunk is fixed, so that a sample has the same bits in any batch. No atomics.
+If a layer has a single chunk, the program computes its distance at once. If any layer has several chunks, a second
+launch adds them in order. The chunk has a fixed size and there are no atomics, so a sample has the same bits in every
+batch.
 
-Layers are tuples of pointers and sizes, each with its own copy of the kernel's body: dtypes and shapes may differ.
+Layers are tuples of pointers and sizes. Each layer has its own copy of the kernel's code, so dtypes and shapes may
+differ.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from torch import Tensor
 from ._common import CHUNK, dense, on, sum_tile, tile
 from .pgd_step import _clamp, _load
 
-#: `purify_fast.ops.representation_distance`'s kind by index, and its limits.
+#: Indices of the kinds of `purify_fast.ops.representation_distance`, and the limits of that file.
 ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
 PI = tl.constexpr(3.141592653589793)
-#: Layers of a launch, and chunks that are added at once.
+#: LAYERS is the number of layers in a launch. PARTS is the number of chunks that are added at once.
 LAYERS = 16
 PARTS = 128
 
 
 @triton.jit
 def _arccos(x):
-    # Abramowitz and Stegun 4.4.46, within 2e-8; exactly 0 at 1
+    # Abramowitz and Stegun 4.4.46, with an error of at most 2e-8. The result is exactly 0 at 1.
     a = tl.abs(x)
     p = -0.0012624911 * a + 0.0066700901
     p = p * a - 0.0170881256
@@ -43,7 +45,10 @@ def _arccos(x):
 
 @triton.jit
 def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr):
-    """u . v, |u|^2 and |v|^2 of the elements from ``start`` to ``end``; |u - v|^2 and two zeros if DIFFERENCE."""
+    """Return u . v, |u|^2 and |v|^2 over the elements start .. end - 1.
+
+    If DIFFERENCE, return |u - v|^2 and two zeros.
+    """
     dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(start, end, WIDTH):
         element = first + tl.arange(0, WIDTH)
@@ -59,20 +64,23 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """(distance, scale, along). A row has few numbers: all kinds are computed, so that one kernel serves them all."""
+    """Return (distance, scale, along). This is little work, so all kinds are computed and one kernel is sufficient."""
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)
     along = tl.div_rn(dot, uu)
-    c = along * tl.sqrt_rn(tl.div_rn(uu, vv))  # in this order exactly 1 at u = v
+    # In this order of operations, c is exactly 1 at u = v.
+    c = along * tl.sqrt_rn(tl.div_rn(uu, vv))
     c = tl.where(norms < float("inf"), _clamp(c, -1.0, 1.0), float("nan"))
     c = tl.where(nothing, 0.0, c)
     near = tl.where(kind == ABS_COSINE, tl.abs(c), c)
     square = tl.maximum(1.0 - c * c, LEAST_SQUARE_SINE, propagate_nan=tl.PropagateNan.ALL)
     angular = kind > COSINE
     distance = tl.maximum(1.0 - near, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    distance = tl.where(angular, _arccos(c) * 0.3183098861837907, distance)  # 1 / pi
-    slope = tl.where((c > 0) | (kind == COSINE), 0.0 * c - 1.0, tl.where(c < 0, 1.0, 0.0 * c))  # NaN stays
+    # The factor is 1 / pi.
+    distance = tl.where(angular, _arccos(c) * 0.3183098861837907, distance)
+    # A NaN in c gives a NaN slope.
+    slope = tl.where((c > 0) | (kind == COSINE), 0.0 * c - 1.0, tl.where(c < 0, 1.0, 0.0 * c))
     slope = tl.where(angular, tl.div_rn(-1.0, tl.sqrt_rn(square) * PI), slope)
     scale = tl.where(nothing, 0.0, tl.div_rn(slope, tl.where(nothing, 1.0, norms)))
     return distance, scale, tl.where(nothing, 0.0, along)
@@ -109,7 +117,11 @@ def _forward(
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """``programs`` of a sample; ``layer``: the first one's index among all ``layers``. Without parts, measures."""
+    """Sum the chunks.
+
+    A sample has ``programs`` programs. ``layer`` is the index of the first layer among ``layers``.
+    If there is no second launch, the distance is computed here.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // programs, pid % programs
     before = 0
@@ -152,7 +164,7 @@ def _add(
     DIFFERENCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program for every sample and layer, ``programs`` being those of a sample in `_forward`."""
+    """Add the chunks of one sample and layer. ``programs`` is the number of programs per sample in `_forward`."""
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // len(chunks), pid % len(chunks)
     start, count = row * programs, row * 0
@@ -199,13 +211,13 @@ def _backward(
 
 
 def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
-    """Layers [B, ...] -> distance [B, L] and slopes [B, L, 2], float32; ``kind`` by index."""
+    """Map layers [B, ...] to distances [B, L] and slopes [B, L, 2], float32. ``kind`` is an index."""
     batch, layers, device = student[0].shape[0], len(student), student[0].device
     out = torch.empty((batch, layers), dtype=torch.float32, device=device)
     slopes = torch.empty((batch, layers, 2), dtype=torch.float32, device=device)
     if batch == 0:
         return out, slopes
-    # the same for the smallest layer: a launch has one size
+    # A launch has a single tile size, so the smallest layer has the same size as the largest.
     width, warps = sum_tile(CHUNK)
     with on(out):
         for layer in range(0, layers, LAYERS):
@@ -250,7 +262,7 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
 
 
 def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes: Tensor) -> list[Tensor]:
-    """grad [B, L] times dd/dstudent, each layer in its dtype and shape, contiguous."""
+    """Return grad [B, L] times dd/dstudent. Each layer has its own dtype and shape, and is contiguous."""
     outs = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in student]
     batch, layers = slopes.shape[:2]
     if batch == 0:

@@ -1,4 +1,4 @@
-"""`sample_latent` in Triton: one program per sample, the noise drawn in the kernel, again in backward."""
+"""`sample_latent` in Triton: one program per sample. The kernel draws the noise, in the backward once more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ._common import dense, expm1, on, sum_tile, tile
 from .philox import noise
 
-#: The fourth counter word, `purify_fast.ops.philox.Stream.LATENT`.
+#: The fourth word of the counter: `purify_fast.ops.philox.Stream.LATENT`.
 LATENT = 1
 
 
@@ -38,7 +38,8 @@ def _forward(
         m = tl.load(mu_ptr + row * dim + element, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + row * dim + element, mask=inside, other=0.0).to(tl.float32)
         tl.store(z_ptr + row * dim + element, (m + drawn * tl.exp(0.5 * v)).to(z_ptr.dtype.element_ty), mask=inside)
-        total += m * m + tl.exp(v) - v - 1.0  # 0 outside
+        # Elements outside the row add 0.
+        total += m * m + tl.exp(v) - v - 1.0
     tl.store(kl_ptr + row, 0.5 * tl.sum(total, 0))
 
 
@@ -74,12 +75,12 @@ def _backward(
 
 
 def _pairs(mu: Tensor, logvar: Tensor) -> bool:
-    """Tell whether a thread has eight elements of 16 bits at once."""
+    """Return True if a thread processes eight 16-bit elements at once."""
     return min(mu.element_size(), logvar.element_size()) == 2
 
 
 def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(z [B, D], kl [B]), as the op returns them."""
+    """Return (z [B, D], kl [B]) like the op."""
     z = torch.empty(mu.shape, dtype=mu.dtype, device=mu.device)
     kl = torch.empty(mu.shape[0], dtype=torch.float32, device=mu.device)
     if mu.numel() == 0:
@@ -105,7 +106,7 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tup
 def backward(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
+    """Return (dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
     dmu = torch.empty(mu.shape, dtype=mu.dtype, device=mu.device)
     dlogvar = torch.empty(mu.shape, dtype=logvar.dtype, device=mu.device)
     if mu.numel() == 0:

@@ -1,7 +1,7 @@
-"""`square_proposal` in Triton: linf elementwise and bit-exact; l2 and l1 one program for each proposal of each image.
+"""`square_proposal` in Triton: linf is elementwise and bit-exact; l2 and l1 use one program per proposal and image.
 
-Such a program sees all channels of some pixels at once, and reads the images again in every pass over them: four passes
-for l2, some thirty for l1.
+A program of l2 or l1 processes all channels of some pixels at once. It reads the images again in every pass: four
+passes for l2, and about thirty for l1.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from torch import Tensor
 from ._common import first_of, grid, on, program, tile, warps
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
 
-#: Constants of the definition: the random numbers before the channels' signs, and the number that is added to lengths.
+#: Constants of the definition: the number of random numbers before the signs of the channels, and the number that is
+#: added to lengths.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
-#: Elements that a program of l2 or l1 sees at once at most, and pixels of a channel at least.
+#: TILE is the largest number of elements that a program of l2 or l1 processes at once. FEWEST is the smallest number of
+#: pixels per channel.
 TILE, FEWEST = 2048, 32
 
 
 @triton.jit
 def _first(place, edge, size):
-    """The first pixel of a window along an axis."""
+    """Return the first pixel of a window along one axis."""
     return (place * (size - edge + 1).to(tl.float32)).to(tl.int32)
 
 
@@ -82,9 +84,10 @@ def _root(mass, L1: tl.constexpr):
 
 @triton.jit
 def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
-    """Some pixels of an image in all channels: the clean ones and the offsets, and which lie in W and in V.
+    """Read some pixels of an image in all channels.
 
-    Also where they are among all elements, which of them there are, and their index in W.
+    Returns the natural pixels, the offsets, masks of the pixels in the windows W and V, the positions in the image, a
+    mask of the positions that exist, and the positions in W.
     """
     x_ptr, nat_ptr = images
     channels, height, width, edge = shape
@@ -101,14 +104,14 @@ def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
 
 @triton.jit
 def _in_window(pattern_ptr, index, one, offset, sign, length):
-    """The pattern that is put into W, up to its length; 0 elsewhere."""
+    """Return the pattern for the window W, before it is scaled to its length, and 0 outside W."""
     shape = tl.load(pattern_ptr + index, mask=one, other=0.0)
     return tl.where(one, shape * sign + offset / (TINY + length), 0.0)
 
 
 @triton.jit
 def _moved(images, pattern_ptr, first, channel, shape, windows, factors, WIDTH: tl.constexpr):
-    """Some pixels after the mass has moved: the clean ones and the offsets; and where they are."""
+    """Return natural pixels, their offsets after the mass has moved, their positions, and which positions exist."""
     sign, length, scale = factors
     nat, offset, one, two, at, inside, index = _pixels(
         images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
@@ -131,7 +134,7 @@ def _l1_spread(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The l1 norm of what a shift leaves of the offsets, and the largest offset."""
+    """Return the l1 norm of the offsets after they are shortened by ``shift``, and the largest offset."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     _channels, height, width, _edge = shape
     for first in range(0, height * width, WIDTH):
@@ -158,7 +161,7 @@ def _l1_shift(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Tell whether the projection moves the image, and by how much every offset becomes shorter."""
+    """Return whether the projection changes the image, and the amount by which it shortens every offset."""
     spread, largest = _l1_spread(
         images,
         pattern_ptr,
@@ -208,7 +211,7 @@ def _factors(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The factors of the content of W: the channels' signs, the old lengths, and the stretch."""
+    """Return the factors of the content of W: the signs of the channels, the old lengths, and the scale."""
     channels, height, width, _edge = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
@@ -221,7 +224,7 @@ def _factors(
         old += tl.where(one, mass, 0.0)
         both += tl.where(one | two, mass, 0.0)
     length = _root(tl.sum(old, 1), L1)[:, None]
-    # tl.maximum would drop a NaN
+    # tl.maximum would lose a NaN, but _clamp propagates it.
     unused = _clamp(_mass(eps, L1) - tl.sum(tl.sum(total, 1), 0), 0.0, float("inf"))
     wanted = _root(unused / channels + tl.sum(both, 1), L1)[:, None]
     for first in range(0, height * width, WIDTH):
@@ -268,7 +271,7 @@ def _mass_moved(
     pattern_ptr += tl.where(tl.load(numbers_ptr + 4) < 0.5, edge * edge, 0)
     channel = tl.arange(0, CHANNELS)[:, None]
     number = tl.load(numbers_ptr + PLACES + channel, mask=channel < channels, other=0.0)
-    # 0 beyond the last channel
+    # The sign is 0 for channels that do not exist.
     sign = tl.where(channel < channels, tl.where(number < 0.5, -1.0, 1.0), 0.0)
     factors = _factors(
         images,
@@ -318,7 +321,7 @@ def _mass_moved(
 
 
 def layout(channels: int, pixels: int) -> dict[str, int]:
-    """The tile of a program of l2 or l1: all channels, rounded up, of some pixels; and its warps."""
+    """Return the tile and the warps of a program of l2 or l1. The tile has all channels, rounded up, of some pixels."""
     every = triton.next_power_of_2(channels)
     width = max(FEWEST, min(triton.next_power_of_2(pixels), TILE // every))
     return {"CHANNELS": every, "WIDTH": width, "num_warps": warps(every * width)}
@@ -335,7 +338,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """The points, [T * B, C, H, W], contiguous; ``norm`` by index."""
+    """Return the points [T * B, C, H, W], contiguous. ``norm`` is an index."""
     images, draws = numbers.shape[:2]
     out = torch.empty((draws * images, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:

@@ -1,4 +1,4 @@
-"""`stitch` in Triton: every element from the pass that owns its block, and back."""
+"""`stitch` in Triton: copies every element from the pass that owns its block. The backward copies to that pass."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile
 
 @triton.jit
 def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
-    """This block's groups of neighbouring elements, [GROUPS, 1], which are inside, and the owner of each.
+    """Return this program's groups of neighbouring elements [GROUPS, 1], whether each is inside, and its owner.
 
-    A block of the mask is a whole number of groups wide, so that a thread divides once for all elements of its group.
-    ``line`` and ``cell`` are the groups of a line of the image and of a block in it. 32-bit and unsigned: a signed
-    division takes six instructions more, and one of 64 bits a hundred.
+    The width of a block of the mask is a multiple of a group, so a thread divides once for all elements of its group.
+    ``line`` and ``cell`` are the numbers of groups in a line of the image and in a line of a block. The divisions are
+    unsigned and use 32 bits. A signed division needs six more instructions, and a 64-bit division about a hundred more.
     """
     group = tl.program_id(0).to(tl.uint32) * GROUPS + tl.arange(0, GROUPS)
     inside = group < tl.cast(groups, tl.uint32)
     at = group // tl.cast(line, tl.uint32)
     column = (group - at * tl.cast(line, tl.uint32)) // tl.cast(cell, tl.uint32)
-    y = at if CHANNELS_LAST else at % tl.cast(height, tl.uint32)  # channels_last, an image has a line for each y only
+    # In channels_last, an image has a single line for each y.
+    y = at if CHANNELS_LAST else at % tl.cast(height, tl.uint32)
     block = y // tl.cast(tall, tl.uint32) * tl.cast(columns, tl.uint32) + column
     owner = tl.load(owners_ptr + block, mask=inside, other=0).to(tl.int32)
     return group[:, None], inside[:, None], owner[:, None]
@@ -108,7 +109,7 @@ def _backward(
 
 
 def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
-    """x: what is read, [.., C, H, W]; images: how many are written."""
+    """Launch a kernel that reads x [.., C, H, W], and return the ``images`` images that it writes."""
     last = is_channels_last(x)
     x = x if last else x.contiguous()
     out = torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format(last))
@@ -144,10 +145,10 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
 
 
 def forward(images: Tensor, owners: Tensor, passes: int) -> Tensor:
-    """[S * B, C, H, W] in images' memory format."""
+    """Return the stitched images [S * B, C, H, W], in the memory format of ``images``."""
     return _run(_forward, images, owners, passes, owners.shape[0] * owners.shape[1])
 
 
 def backward(grad: Tensor, owners: Tensor, passes: int) -> Tensor:
-    """[S * B * N, C, H, W] in grad's memory format."""
+    """Return the gradient [S * B * N, C, H, W], in the memory format of ``grad``."""
     return _run(_backward, grad, owners, passes, grad.shape[0] * passes)

@@ -1,17 +1,18 @@
-"""Judge, train and speed up adversarial defences of image classifiers in PyTorch.
+"""Evaluate, train and speed up adversarial defences of image classifiers in PyTorch.
 
 - `purify_fast.Carso`, `purify_fast.Atop`, `purify_fast.DiffusionPurifier`: defences,
   ``defence(images in [0, 1]) -> logits``.
-- `purify_fast.load_defence`, `purify_fast.load_classifier`: what was saved, read back.
+- `purify_fast.load_defence`, `purify_fast.load_classifier`: functions that read a saved model.
 - `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
-- `purify_fast.training`: the loop that the methods share. `purify_fast.data`: data sets.
-- `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks themselves.
-- `purify_fast.ops`: the fused operations. `purify_fast.speed`: what makes a frozen model fast.
+- `purify_fast.training`: the training loop of all methods. `purify_fast.data`: data sets.
+- `purify_fast.evaluation`: adaptive evaluation and reports. `purify_fast.attacks`: the attacks.
+- `purify_fast.ops`: the fused operations. `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
 - `purify_fast.zoo`: small trained models to attack.
-- `purify_fast.models`, `purify_fast.defences`, `purify_fast.protocols`: classifiers, what every defence shares, and
-  what the package asks of objects of yours.
+- `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
+- `purify_fast.protocols`: the methods that the package can use of your own models.
 
-Each is imported when it is first used: PyTorch takes 1.8 seconds, which the command line's help does not wait for.
+Each name is imported when it is first used, because the import of PyTorch takes 1.8 seconds. So ``purify-fast --help``
+does not wait for PyTorch.
 """
 
 from __future__ import annotations

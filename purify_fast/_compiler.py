@@ -1,7 +1,7 @@
 """The parts of `torch.compile` that this package uses, without an import of the compiler.
 
-That import takes as long as the import of PyTorch. The first ``torch.compile`` imports ``torch._dynamo``; before that
-nothing is compiled.
+The compiler is ``torch._dynamo``. Its import takes as long as the import of PyTorch, and happens at the first
+``torch.compile``. Before that nothing is compiled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _R = TypeVar("_R")
 
 
 def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callable[_P, _R]:
-    """A function that no compiled graph contains, as `torch.compiler.disable` makes it.
+    """Exclude a function from compiled graphs, like `torch.compiler.disable`.
 
     Args:
-        function: to be called between two graphs.
-        recursive: whether the functions that it calls stay uncompiled too.
+        function: the function, which is called between two graphs.
+        recursive: whether the functions that ``function`` calls are excluded too.
     """
-    # This function is private, but it is the only such decorator that does not import the compiler at once.
+    # `torch._disable_dynamo` is private, but it is the only such decorator that does not import the compiler at once.
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
     @functools.wraps(function)
@@ -32,17 +32,18 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
         chosen: Callable[_P, _R] = disabled if "torch._dynamo" in sys.modules else function
         return chosen(*args, **kwargs)
 
-    # With this mark the compiler ends its graph before the call. Without it, the graph would end inside the call.
+    # With this attribute the compiler ends its graph before the call. Without it, the graph would end inside the call.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
 
 
 def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that is called while a graph is traced, as `torch.compiler.assume_constant_result` makes it.
+    """Mark a function as constant: the compiler calls it once, while it traces a graph, and stores the result there.
+
+    The effect is that of `torch.compiler.assume_constant_result`.
 
     Args:
-        function: a function of plain values, not of tensors. Its result becomes part of the graph, its operations do
-            not.
+        function: a function of plain values, not of tensors.
     """
     # `torch.compiler.assume_constant_result` only sets this attribute, in every version since PyTorch 2.0.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -50,6 +51,6 @@ def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def is_compiled(module: Any) -> bool:
-    """Tell whether `torch.compile` made a module from another."""
+    """Tell whether a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

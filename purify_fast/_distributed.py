@@ -1,4 +1,7 @@
-"""Signs of life between the processes of one training or evaluation, through the store of their process group."""
+"""Heartbeats between the processes of one training or evaluation, through the store of their process group.
+
+A process that died or hangs gives no more signs of life, and the other processes notice.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,18 @@ from torch.distributed.distributed_c10d import Store
 
 from ._process import patience, processes
 
-BEAT = 5.0  # seconds between two signs of life
-SILENCE = 75.0  # seconds of silence after which a process counts as lost
+#: Seconds between two signs of life.
+BEAT = 5.0
+#: Seconds without a sign of life after which a process counts as lost.
+SILENCE = 75.0
 
 
 class ProcessLost(ConnectionError):
-    """Another process of the training or evaluation does not answer: it died, or hangs."""
+    """Raised if another process of the training or evaluation does not answer, because it died or hangs."""
 
 
 class Sign(NamedTuple):
-    """A sign of life: the number of its beat, the step of its process, and the state: works, waits or done."""
+    """A sign of life of a process: its number, the step of the work, and the state ("works", "waits" or "done")."""
 
     beat: str
     step: str
@@ -27,20 +32,20 @@ class Sign(NamedTuple):
 
 
 class Heartbeat:
-    """The signs of life of several processes.
+    """Exchanges signs of life with the other processes.
 
-    One thread exchanges the signs and another counts the silence, because an exchange may wait long for a store whose
-    process was stopped. Silence is counted in beats of the second thread and not by a clock. So a process that was
-    stopped and continues does not mistake its own pause for silence of the others.
+    One thread exchanges the signs. A second thread counts the beats for which a process has given no sign. There are
+    two threads because an exchange may block for a long time if the process of the store was stopped. The second
+    thread counts beats instead of reading a clock: if this process is itself stopped and continued, its own pause does
+    not count as silence of the other processes.
 
     Args:
-        store: a connection that is used for the signs alone. The connection of the work would delay the signs while it
-            waits.
+        store: a connection that is used only for the signs. A connection that the work also uses would delay them.
         name: name of this training or evaluation, the same in all processes.
 
     Attributes:
-        signs: the last sign of each other process that gave one.
-        missed: for each other process, the beats since its last sign, or since the start.
+        signs: the last sign of each other process that gave a sign.
+        missed: for each other process, the number of beats since its last sign, or since the start.
     """
 
     def __init__(self, store: Store, name: str):
@@ -53,17 +58,17 @@ class Heartbeat:
         self.threads = [threading.Thread(target=each, daemon=True) for each in (self._exchange, self.watch)]
 
     def start(self) -> None:
-        """Begin to give signs."""
+        """Start both threads."""
         for thread in self.threads:
             thread.start()
 
     def stop(self) -> None:
-        """Give the last sign, unless the store is gone."""
+        """End both threads, and wait at most `BEAT` seconds for the last exchange."""
         self.over.set()
         self.threads[0].join(BEAT)
 
     def give_and_read(self) -> None:
-        """Give a sign of life, and read those of the others; a store that does not answer is silence."""
+        """Give a sign of life, and read the signs of the other processes. Errors of the store are ignored."""
         with contextlib.suppress(Exception):
             self.beats += 1
             self.store.set(f"{self.name} {self.rank}", f"{self.beats} {self.step} {self.state}")
@@ -74,7 +79,7 @@ class Heartbeat:
                         self.signs[other], self.missed[other] = sign, 0
 
     def _exchange(self) -> None:
-        """Exchange signs at every beat, and once more when this process has done its part."""
+        """Exchange signs at every beat, and once more at the end if this process has finished its work."""
         self.give_and_read()
         while not self.over.wait(BEAT):
             self.give_and_read()
@@ -82,15 +87,15 @@ class Heartbeat:
             self.give_and_read()
 
     def watch(self) -> None:
-        """Count the beats without a sign."""
+        """Count beats until `stop` is called."""
         while not self.over.wait(BEAT):
             self.count()
 
     def count(self) -> None:
-        """Count a beat."""
+        """Add a beat to the missed beats of every other process."""
         for other in self.missed:
             self.missed[other] += 1
 
     def is_silent(self, other: int) -> bool:
-        """Tell whether another process has fallen silent; its first sign may take as long as an exchange."""
+        """Tell whether another process counts as lost. It has `patience` for its first sign, then `SILENCE`."""
         return self.missed[other] * BEAT >= (SILENCE if other in self.signs else patience().total_seconds())

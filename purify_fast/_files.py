@@ -1,12 +1,12 @@
-"""Files that are whole or absent, folders with one run at a time, and the record of an extension's sources.
+"""Write files atomically, lock folders, and tell whether the compiled extension fits the C++ sources.
 
-A file is written aside, synced, and moved into place.
+A file is first written under a temporary name, synced, and then renamed.
 
-The lock of a folder is `filelock`'s: the operating system locks the file ``.purify_fast.lock`` and releases it when the
-process ends, however it ends. ``.purify_fast.holder`` beside it says in words who has the lock. Both files are removed
-when the run ends.
+A folder is locked with `filelock`: the operating system locks the file ``.purify_fast.lock``, and unlocks it when the
+process ends, even if the process is killed. The file ``.purify_fast.holder`` names the run that has the lock. Both
+files are removed when the run ends.
 
-setup.py reads this module by itself, so that it imports nothing of the package.
+This module imports nothing of the package when it is loaded, because setup.py loads it without the package.
 """
 
 from __future__ import annotations
@@ -30,40 +30,41 @@ from typing import Literal
 
 logger = logging.getLogger("purify_fast")
 
-#: The reaction of a run to a full disk: "stop" raises an error, "wait" tries again until there is room.
+#: The reaction of a run to a full disk: "stop" raises an error, "wait" tries again until there is space.
 OnFull = Literal["stop", "wait"]
-#: The errors of a full disk: no space is left, a quota is used up, or the file is larger than the process may write.
+#: The errors of a full disk: no free space, a quota that is used up, or a file above the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Seconds between two attempts to write to a full disk.
 PAUSE = 5.0
 LOCK, HOLDER = ".purify_fast.lock", ".purify_fast.holder"
-#: Seconds for which a lock is tried again, because the run that has it may be about to remove the file.
+#: Seconds for which the program tries to get a lock. The run that has the lock may be about to end.
 PATIENCE = 0.2
 
-#: For each lock that was taken in this process: the ids of the process and of the thread that took it. After a fork,
-#: the process id shows that the child does not have its parent's locks.
+#: For each lock of this process, the ids of the process and of the thread that took the lock. The process id differs
+#: in a forked child, which does not have its parent's locks.
 _owners: dict[Path, tuple[int, int]] = {}
 
-#: The file beside the extension in which its build notes, among other facts, the hash of the C++ sources.
+#: The file beside the extension that contains, among other facts, the hash of the C++ sources it was built from.
 RECORD = "_build.json"
 #: The folders of ``csrc`` whose files are compiled into the extension.
 PARTS = ("core", "cpu")
-#: Files by which this package's ``csrc`` is recognized. Another package may have put a folder of this name into
-#: ``site-packages``.
+#: Files that are present only in this package's ``csrc``. Another package may have installed a folder with the same
+#: name into ``site-packages``.
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
 def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", remark: str = "") -> None:
-    """Write a file; on a full disk say which and how large, and either end or wait until there is room.
+    """Write a file. If the disk is full, either raise an error or wait until there is space.
 
     Args:
-        write: writes the file. It may be called several times, and removes by itself what a failure leaves behind.
-        path: the file, for the message.
-        on_full: "stop" raises, "wait" tries again every few seconds until there is room.
-        remark: text that the message adds, such as which earlier file is kept.
+        write: function that writes the file. It may be called several times, and must remove its partial file if it
+            fails.
+        path: path of the file, for the message.
+        on_full: "stop" raises an error, "wait" tries again every few seconds until there is space.
+        remark: text at the end of the message, for example about the previous version of the file.
 
     Raises:
-        OSError: the file cannot be written; a full disk raises it only with "stop".
+        OSError: the file cannot be written. A full disk raises this error only with "stop".
     """
     waited = False
     while True:
@@ -72,7 +73,7 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            # If the disk was disconnected, its free space cannot be read, and the message leaves it out.
+            # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
             free = ""
             with contextlib.suppress(OSError):
                 free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
@@ -87,14 +88,14 @@ def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", r
 
 @contextlib.contextmanager
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """A temporary path beside ``path``, moved onto it when the block ends without an error.
+    """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block ends without an error.
 
-    The content is on the disk before it takes the name, and the name is on the disk when the block has ended.
+    The content is synced to the disk before the file is renamed. The new name is synced before this function returns.
 
     Args:
-        path: the file to write; its folder is created if it is missing.
-        previous: the name that the file before it gets; None drops it. At every moment one of the two names is a whole
-            file.
+        path: the file to write. Its folder is created if it is missing.
+        previous: path to which an existing file ``path`` is moved; None: the existing file is replaced. At every
+            moment, ``path`` or ``previous`` is a complete file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -110,7 +111,7 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            # If the writing itself fails, as on a full disk, the system's error has no file name. Add the name.
+            # The system's error has no file name if the write failed, for example on a full disk. Add the name.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -118,8 +119,8 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder last: only then is a file that was renamed there after a power failure."""
-    # Windows cannot open a folder, and some network file systems cannot sync one.
+    """Sync the names of the files in a folder, so that a renamed file keeps its new name after a power failure."""
+    # Windows cannot open a folder, and some network file systems cannot sync a folder.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -129,7 +130,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, which is whole or absent.
+    """Write a UTF-8 text file atomically.
 
     Args:
         path: the file.
@@ -143,25 +144,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 class FolderInUse(ValueError):
-    """Another run writes into the folder."""
+    """Raised if another run writes into the folder."""
 
 
 @contextlib.contextmanager
 def folder_lock(folder: str | Path | None) -> Iterator[None]:
-    """Within the block, no other process or thread has the lock of this folder; the same thread may take it again.
+    """Lock a folder against all other processes and threads within the block. The same thread may lock it again.
 
     Args:
-        folder: created if it is missing; None locks nothing.
+        folder: the folder, which is created if it is missing; None locks nothing.
 
     Raises:
-        FolderInUse: another run has the lock; the message names its machine, process, start and command.
-        ValueError: there is a file in the folder's place.
-        OSError: the folder cannot be written to, or its file system refuses locks.
+        FolderInUse: another run has the lock. The message names the machine, process, start and command of that run.
+        ValueError: the path is a file.
+        OSError: the folder is not writable, or its file system does not support locks.
     """
     if folder is None:
         yield
         return
-    # Imported here because filelock takes 0.1 seconds, for which the command line's --help should not wait.
+    # The import of filelock takes 0.1 seconds, and ``--help`` on the command line should not wait for it.
     from filelock import FileLock, Timeout
 
     from ._validation import check_folder
@@ -186,8 +187,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         raise FolderInUse(f"{folder} is in use by another run{_holder(folder)}") from None
     _owners[path] = this
     try:
-        # On a full disk this file cannot be written. The operating system has locked the folder all the same; messages
-        # then lack the name of the run.
+        # On a full disk this file cannot be written. The folder is locked even then, but messages cannot name the run.
         with contextlib.suppress(OSError):
             (folder / HOLDER).write_text(_this_process())
         yield
@@ -195,26 +195,26 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         del _owners[path]
         with contextlib.suppress(OSError):
             (folder / HOLDER).unlink()
-        # Remove the lock file before the lock is released. Afterwards another run could already have locked it.
+        # Remove the lock file before the lock is released. After the release, another run may have locked the file.
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        # Remove the folders that this block created if they are empty, as after a command that was refused.
+        # Remove the folders that this block created if they are empty, for example because the settings were invalid.
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
 
 
 def lock_file(handle: int, *, shared: bool) -> bool:
-    """Lock an open file without waiting, until it is closed or its process ends.
+    """Lock an open file without waiting. The lock ends when the file is closed or the process ends.
 
     Args:
-        handle: descriptor of the file. Duplicates of the descriptor share the lock, which lasts until the last of them
-            is closed.
-        shared: whether others may have such a lock at the same time. A lock that is not shared excludes all others.
+        handle: descriptor of the file. Duplicates of the descriptor share the lock. The lock ends when the last
+            duplicate is closed.
+        shared: whether other processes may have a shared lock at the same time.
 
     Returns:
-        True if the file is locked. On Windows always True: that system lets nobody remove a file that is open.
+        True if the file is locked. On Windows always True, because Windows does not remove a file that is open.
     """
     if sys.platform != "win32":
         import fcntl
@@ -233,7 +233,7 @@ def _this_process() -> str:
 
 
 def _holder(folder: Path) -> str:
-    """The end of a sentence: who has the lock, and what to do."""
+    """The end of an error message, which names the run that has the lock and says what to do."""
     try:
         who = f": {(folder / HOLDER).read_text()}"
     except (OSError, UnicodeDecodeError):
@@ -245,10 +245,10 @@ def _holder(folder: Path) -> str:
 
 
 def csrc_hash(folder: Path) -> str:
-    """A hash of names and contents of the sources.
+    """A hash of the names and contents of the C++ sources.
 
     Args:
-        folder: ``csrc``.
+        folder: the folder ``csrc``.
     """
     content = hashlib.blake2b(digest_size=16)
     for path in sorted(path for part in PARTS for path in (folder / part).glob("*") if path.is_file()):
@@ -258,13 +258,13 @@ def csrc_hash(folder: Path) -> str:
 
 
 def is_stale(extension: Path, folder: Path) -> bool:
-    """Tell whether an extension was built from other sources than those of a checkout.
+    """Tell whether an extension was built from C++ sources that differ from those of the checkout.
 
-    Its ops may then take other arguments than this package's Python gives them.
+    The ops of a stale extension may have other arguments than the Python code passes.
 
     Args:
-        extension: the shared object, whose record lies beside it.
-        folder: ``csrc`` of the checkout; without it, as in an installed wheel, nothing is stale.
+        extension: the shared object. Its record lies beside it.
+        folder: ``csrc`` of the checkout. An installed wheel has no such folder, and its extension is never stale.
     """
     if not all((folder / name).is_file() for name in MARKS):
         return False

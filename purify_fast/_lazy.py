@@ -1,7 +1,7 @@
-"""Packages that import a public name when it is first used (PEP 562).
+"""Let a package import each public name when it is first used (PEP 562).
 
-PyTorch takes about 1.8 seconds to import. The command line prints its help and refuses wrong options without PyTorch.
-So the packages that it imports for the settings of a training must import PyTorch only when they compute.
+The import of PyTorch takes about 1.8 seconds. The command line needs no PyTorch to print its help and to refuse wrong
+options, but it imports packages of settings for this. These packages must not import PyTorch when they are imported.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 
 def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose public names are imported when they are used.
+    """Make ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are imported when they are first used.
 
-    The package lists each name once, for type checkers: ``from .module import name as name`` in the block under
-    ``if TYPE_CHECKING:``, which Python does not run.
+    The package lists its names as imports under ``if TYPE_CHECKING:``, such as ``from .module import name as name``.
+    Python does not run these imports. Type checkers read them, and this function reads them from the source text.
 
     Args:
         package: the package's ``__name__``.
@@ -34,7 +34,7 @@ def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callabl
         home = homes[name]
         value = None if home == "." else getattr(importlib.import_module(home, package), name, None)
         if value is None:
-            # The name is that of a module.
+            # The name is a module's name.
             value = importlib.import_module(f"{home.removesuffix('.')}.{name}", package)
         # Store the value in the package, so that the next look-up does not call this function.
         setattr(module, name, value)

@@ -1,4 +1,8 @@
-"""Loads the compiled extension once. A missing extension is normal; the error of a broken one is kept and logged."""
+"""Load the compiled extension when this module is imported.
+
+The package works without the extension. If the extension cannot be loaded, the reason is logged and is the value of
+`load_error`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from ._files import is_stale
 
 logger = logging.getLogger("purify_fast")
 
-#: The error that says why the extension is not loaded; None if it is loaded.
+#: The reason why the extension is not loaded; None if it is loaded.
 load_error: Exception | None = None
-#: Path of the shared object, even if it could not be loaded; None if there is no such file.
+#: Path of the extension, even if it could not be loaded; None if it is not installed.
 path: str | None = None
 
 BUILD_HINT = (
@@ -29,7 +33,7 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 
 
 def _find() -> str | None:
-    """PURIFY_FAST_EXTENSION, a shared object built elsewhere, or the installed one."""
+    """The path in the variable PURIFY_FAST_EXTENSION, or else the path of the installed extension."""
     spec = importlib.util.find_spec("purify_fast._C")
     return os.environ.get("PURIFY_FAST_EXTENSION") or (spec.origin if spec is not None else None)
 
@@ -46,7 +50,8 @@ def _load() -> None:
     else:
         try:
             torch.ops.load_library(path)
-        except Exception as error:  # the pure-Python package must work in spite of a broken extension
+        # The pure-Python package must work in spite of an extension that cannot be loaded.
+        except Exception as error:
             load_error = error
             logger.warning(
                 "%s cannot be loaded, so PyTorch computes the operations of the compiled CPU kernels: %s; %s",
@@ -62,7 +67,7 @@ def loaded() -> bool:
 
 
 def has_kernel(qualified: str, key: str) -> bool:
-    """Tell whether ``qualified`` (``purify_fast::op``) has its own kernel at dispatch key ``key``."""
+    """Tell whether the op ``qualified`` (such as ``purify_fast::op``) has a kernel for the dispatch key ``key``."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key))
 
 

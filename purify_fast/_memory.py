@@ -1,4 +1,4 @@
-"""The host's memory: what may still be taken, and whether an error says that there was too little."""
+"""The host's memory: how much is available, and whether an error says that memory ran out."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 #: Bytes per unit, by the lower-case prefix of the unit.
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-#: The bytes that are assumed to be available if the system does not say how many are.
+#: Bytes that are assumed to be available if the system does not tell.
 USUAL = 8 * 2**30
 
 
 def bytes_of(amount: int | str) -> int:
-    """An amount of memory in bytes: a number of them, or a text such as "20GB", "512 MB" or "8GiB".
+    """An amount of memory in bytes.
 
     Args:
-        amount: the amount.
+        amount: a number of bytes, or a text such as "20GB", "512 MB" or "8GiB".
 
     Raises:
-        ValueError: any other text, or less than one byte.
+        ValueError: ``amount`` is another text, or less than one byte.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
     if found is None or found[2] not in UNITS or (count := int(float(found[1]) * UNITS[found[2]])) < 1:
@@ -30,10 +30,10 @@ def bytes_of(amount: int | str) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take on the host.
+    """The bytes that this process can still allocate on the host.
 
-    It is the least of three: the memory that Linux calls available, the rest of the control groups of the process, and
-    the rest of its own limits on address space and data. Other systems count as 8 GiB.
+    This is the smallest of three amounts: the memory that Linux reports as available, the unused memory of the
+    process's control groups, and the unused part of its limits on address space and data. On other systems, 8 GiB.
     """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -44,10 +44,10 @@ def available_memory() -> int:
 
 
 def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
-    """The rest of each control group that this process is in, of both versions.
+    """The unused bytes of each control group (version 1 or 2) that contains this process.
 
     Args:
-        groups: the file that names them.
+        groups: the file that names the groups.
         mounted: the folder of the groups.
     """
     with contextlib.suppress(OSError):
@@ -67,7 +67,7 @@ def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
 
 
 def _reclaimable(group: Path) -> int:
-    """The bytes of files that a control group holds and would give back at once."""
+    """The bytes of cached files in a control group, which the system frees when memory is needed."""
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(lines.get("total_inactive_file", lines["inactive_file"]))
@@ -75,7 +75,7 @@ def _reclaimable(group: Path) -> int:
 
 
 def _left_by_limits() -> Iterator[int]:
-    """The rest of the process's own limits on its address space and its data."""
+    """The unused bytes of the process's limits on its address space and on its data."""
     if sys.platform != "linux":
         return
     import resource
@@ -89,7 +89,7 @@ def _left_by_limits() -> Iterator[int]:
 
 
 def resident_memory() -> int:
-    """Bytes of the host's memory that this process takes; 0 if the system does not say."""
+    """The bytes of the host's memory that this process uses; 0 if the system does not tell."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -98,7 +98,7 @@ def resident_memory() -> int:
 
 
 def peak_resident_memory() -> int:
-    """The most bytes of the host's memory that this process has taken so far; 0 if the system does not say."""
+    """The peak of `resident_memory` so far, in bytes; 0 if the system does not tell."""
     try:
         import resource
     except ImportError:
@@ -111,8 +111,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out.
 
     Args:
-        error: any error. PyTorch has a class for a GPU's memory. For a CPU's memory only the text of a RuntimeError
-            says so.
+        error: any error. PyTorch has a class of errors for the memory of a GPU. If the memory of a CPU runs out,
+            PyTorch raises a RuntimeError, which is recognized by its text.
     """
     texts = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
     by_text = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent, and this process's number among those that train together."""
+"""Child processes that end with their parent, a clean end at SIGTERM, and the rank of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def end_with_parent() -> None:
-    """Leave Ctrl-C to the parent process, and end when it ends; a worker calls this first."""
+    """Ignore Ctrl-C in this process, and end this process when its parent ends. A worker calls this first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -29,24 +29,24 @@ def end_with_parent() -> None:
 
 
 def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> ProcessPoolExecutor:
-    """Processes that start with an interpreter of their own: threads do not survive a fork.
+    """Make a pool of spawned processes. Forked processes would lack the threads of this process.
 
-    Each calls ``prepare`` first, which must call `end_with_parent`.
+    Each process calls ``prepare`` first, which must call `end_with_parent`.
     """
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
 
 
 def end_workers() -> None:
-    """End this process's children at once; a pool that is shut down would wait for their work."""
+    """Terminate the children of this process. A shutdown of their pool would wait until their work is finished."""
     for process in multiprocessing.active_children():
         process.terminate()
 
 
 class Stop:
-    """The request to end this process.
+    """Tells whether this process was asked to end.
 
     Attributes:
-        asked: set by SIGTERM within `stop_on_sigterm`.
+        asked: whether a SIGTERM arrived within `stop_on_sigterm`.
     """
 
     asked: bool = False
@@ -54,14 +54,14 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """Within the block, SIGTERM asks to end where it suits the work; a second one ends the process at once.
+    """Within the block, a first SIGTERM is recorded, so that the work can end cleanly. A second ends the process.
 
-    SIGTERM is handled only if it would otherwise end the process. Nothing changes if the user has set a handler, in a
-    thread other than the main one, in a worker, which its parent ends by SIGTERM, and among several processes, where a
-    process that waits for the others would not notice the request.
+    This function changes nothing in four cases. The user has set a handler. It is called outside the main thread. This
+    process is a worker, which its parent ends by SIGTERM. Or this process belongs to a group of several processes: it
+    may be waiting for another process, and would then not see the record.
 
     Yields:
-        An object that says whether the process was asked to end.
+        An object that tells whether a SIGTERM arrived.
     """
     stop = Stop()
     main = threading.current_thread() is threading.main_thread()
@@ -82,10 +82,10 @@ def stop_on_sigterm() -> Iterator[Stop]:
 
 
 def processes() -> tuple[int, int]:
-    """This process among those that train together.
+    """The rank of this process and the number of processes, in torch's default process group.
 
     Returns:
-        Its number and how many there are, of torch's default process group; (0, 1) without one.
+        Rank and number; (0, 1) without a process group.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -93,7 +93,7 @@ def processes() -> tuple[int, int]:
 
 
 def patience() -> timedelta:
-    """The time that an exchange waits for another process: PURIFY_FAST_TIMEOUT in seconds, 1800 if it is not set.
+    """The longest wait for another process: PURIFY_FAST_TIMEOUT in seconds, or 1800 if the variable is not set.
 
     Raises:
         ValueError: the variable is not a number above 0.
@@ -102,12 +102,12 @@ def patience() -> timedelta:
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) < 1e9:
             return timedelta(seconds=seconds)
-    raise ValueError(f"PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
+    raise ValueError(f"the variable PURIFY_FAST_TIMEOUT must be a number of seconds above 0, got {text!r}")
 
 
 def sendable(error: BaseException) -> BaseException:
-    """An exception that the other processes can read: itself, or its text if it cannot be pickled."""
-    # An exception class of the user may raise any error when it is pickled or unpickled.
+    """The error itself if it can be pickled for other processes, or else a RuntimeError with its text."""
+    # A user's class of exceptions may raise any error when it is pickled or unpickled.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error

@@ -1,6 +1,6 @@
-"""Files of tensors and plain values that hold a checksum of their content, in the format of safetensors.
+"""Read and write safetensors files that contain tensors, JSON values and a checksum of both.
 
-The checksum is compared whenever a file is read: one in which a single bit changed is refused.
+The checksum is compared whenever a file is read. A file in which a single bit has changed is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from ._files import atomic
 from ._tensors import digest, text_hash
 
-#: The key of the only entry in a file's metadata; its value is a checksum, a space, and JSON. Several entries would
-#: have no fixed order, so that the same content could give different files.
+#: The key of the only entry in a file's metadata. Its value is a checksum, a space, and JSON. Several entries would
+#: have no fixed order, and the same content could then give different files.
 _ENTRY = "purify_fast"
 
 
@@ -28,15 +28,15 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previous: Path | None = None) -> None:
-    """Write tensors and a JSON value as one safetensors file, which is whole or absent.
+    """Write tensors and a JSON value to one safetensors file, atomically.
 
     Args:
         path: the file.
         content: the JSON value.
-        tensors: by their names.
-        previous: the name that the file before it gets; None drops it.
+        tensors: tensors by their names.
+        previous: path to which an existing file ``path`` is moved; None: the existing file is replaced.
     """
-    # Tensors are cloned because safetensors refuses tensors that share memory.
+    # safetensors refuses tensors that share memory, so clone them.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(content)
     data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
@@ -51,7 +51,7 @@ def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
         path: the file.
 
     Raises:
-        ValueError: the file is damaged or has another format; the message says what is wrong, without the file's name.
+        ValueError: the file is damaged or has another format. The message does not contain the file's name.
     """
     try:
         with safe_open(path, "pt") as file:

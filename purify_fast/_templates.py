@@ -1,4 +1,4 @@
-"""Texts that are templates of jinja2, in files beside the modules that fill them."""
+"""Render the package's jinja2 templates, which are files beside the modules that use them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 @functools.cache
 def environment(package: str) -> jinja2.Environment:
-    """The templates of a package; a variable that is missing is an error, and in HTML every text is escaped.
+    """The jinja2 environment of a package's templates.
+
+    A missing variable raises an error. HTML templates escape every text.
 
     Args:
-        package: the package that the templates lie in.
+        package: the package that contains the templates.
     """
-    # Imported here because jinja2 takes 0.05 seconds, for which the command line's --help should not wait.
+    # The import of jinja2 takes 0.05 seconds, and ``--help`` on the command line should not wait for it.
     import jinja2
 
     return jinja2.Environment(
@@ -31,8 +33,8 @@ def render(package: str, template: str, **values: Any) -> str:
     """Render a template to text.
 
     Args:
-        package: the package of the template.
-        template: the file's name.
-        values: variables of the template.
+        package: the package that contains the template.
+        template: the name of its file.
+        values: the variables of the template.
     """
     return environment(package).get_template(template).render(values)

@@ -1,4 +1,4 @@
-"""Tensors: their shapes and dtypes, and short hashes that tell whether they, models and settings are still the same."""
+"""Helpers for tensors: checks of shapes and dtypes, memory layouts, and hashes of tensors and models."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Shape a number for each image so that it is broadcast over the image.
+    """Reshape a vector with one number per image, so that it can be broadcast over the images.
 
     Args:
-        values: ``[B]``, any dtype.
-        like: ``[B, ...]``, images or anything else with one entry per image.
+        values: the numbers ``[B]``, any dtype.
+        like: images ``[B, ...]``, or any tensor with one entry per image.
 
     Returns:
-        A view of ``values`` of shape ``[B, 1, ...]``, with as many dimensions as ``like``.
+        A view of ``values`` of shape ``[B, 1, ...]`` with the number of dimensions of ``like``.
     """
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def check_one_device(**tensors: Tensor) -> None:
-    """ValueError unless tensors, by their names, are on one device."""
+    """Raise a ValueError if the tensors are on different devices. The keywords are the names in the message."""
     devices = [tensor.device for tensor in tensors.values()]
     if any(device != devices[0] for device in devices):
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
@@ -35,7 +35,10 @@ def check_one_device(**tensors: Tensor) -> None:
 
 
 def check_alike(**tensors: Tensor) -> None:
-    """ValueError unless tensors, by their names, have one shape [B, ...], floating-point dtype and device."""
+    """Raise a ValueError if the tensors differ in shape, dtype or device. The keywords are the names in the message.
+
+    The shape must be [B, ...], with at least two dimensions, and the dtype a floating-point dtype.
+    """
     *names, last = tensors
     named = f"{', '.join(names)} and {last}"
     shapes, dtypes = ([getattr(tensor, what) for tensor in tensors.values()] for what in ("shape", "dtype"))
@@ -50,33 +53,35 @@ def repeat_batch(x: Tensor, times: int) -> Tensor:
     """Repeat the whole batch ``times`` times.
 
     Args:
-        x: ``[B, ...]``.
-        times: how often, at least 1.
+        x: tensor ``[B, ...]``.
+        times: number of copies, at least 1.
 
     Returns:
-        A new tensor ``[times * B, ...]``; ``unflatten(0, (times, -1))`` parts it again.
+        A new tensor ``[times * B, ...]``. ``unflatten(0, (times, -1))`` separates the copies again.
     """
     return x.repeat(times, *[1] * (x.dim() - 1))
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """A view of a tensor whose dimensions stand in the order in which they lie in memory.
+    """Permute the dimensions of a tensor into their order in memory, from the largest stride to the smallest.
 
     Args:
         x: any tensor.
 
     Returns:
-        The view; it is contiguous if the numbers of ``x`` lie side by side, channels_last or in another order.
+        A view of ``x``. It is contiguous if the numbers of ``x`` fill their memory without gaps, in any layout.
     """
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
 def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
-    """A view of numbers in the order of `in_memory_order`, with the shape of ``x`` and, where it can, its strides.
+    """View a vector with the shape and the memory layout of ``x``.
 
     Args:
-        numbers: ``[N]``, contiguous, N the number of elements of ``x``.
-        x: whose shape and strides it gets. The strides are others if the numbers of ``x`` do not lie side by side.
+        numbers: contiguous vector ``[N]``, where N is the number of elements of ``x``, in the order of
+            `in_memory_order`.
+        x: a tensor. The view gets its shape, and also its strides if the numbers of ``x`` fill their memory without
+            gaps.
     """
     ordered = in_memory_order(x)
     if ordered.is_contiguous():
@@ -86,48 +91,51 @@ def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
 
 
 def last_channels(x: Tensor) -> bool:
-    """Tell whether ``x`` is dense in channels_last, and only there."""
+    """Tell whether ``x`` is contiguous in channels_last, but not in PyTorch's default format."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """PyTorch's name of a layout: channels_last, or contiguous."""
+    """PyTorch's memory format: channels_last, or contiguous."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A block in which operators keep the dtypes of their inputs, also where the caller is under ``torch.autocast``.
+    """Switch ``torch.autocast`` off within a block, so that operators keep the dtypes of their inputs.
 
     Args:
-        device: device of the tensors. A meta tensor has no autocast, and PyTorch refuses to switch one off for it.
+        device: device of the tensors. Meta tensors have no autocast, and PyTorch raises an error if it is switched off
+            for them.
 
     Returns:
-        The context to enter; it does nothing for meta tensors.
+        A context manager, which does nothing for meta tensors.
     """
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def first_tensor(module: nn.Module) -> Tensor:
-    """The first floating-point parameter or buffer, which has the module's device and dtype.
+    """The first floating-point parameter or buffer of a module. Its device and dtype stand for the module's.
 
     Args:
         module: any module.
 
     Returns:
-        That tensor, or a float32 zero on the CPU for a module that has none.
+        The tensor; for a module without floating-point tensors, a float32 zero on the CPU.
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of `first_tensor`, found without making a tensor, which in a compiled step would be one more graph.
+    """The dtype of `first_tensor`.
+
+    This function never makes a tensor, because a new tensor would split the graph of a compiled step.
 
     Args:
         module: any module.
 
     Returns:
-        That dtype, float32 for a module without floating-point tensors.
+        The dtype; float32 for a module without floating-point tensors.
     """
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
@@ -136,23 +144,26 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 class Digested(Protocol):
-    """Represents a tensor whose digest is stored with it, such as a file that is not read whole."""
+    """Stands for a tensor whose digest is stored with it, such as a file of images that is not read into memory."""
 
     digest: str
 
 
 def text_hash(text: str = "") -> hashlib.blake2b:
-    """The hash of a text; more can be added to it."""
+    """The hash object of a text. Its method ``update`` can add more data."""
     return hashlib.blake2b(text.encode(), digest_size=16)
 
 
 def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
-    """The hash of a tensor's dtype and shape, to which its bytes are then added."""
+    """The hash object of a tensor's dtype and shape. The caller adds the bytes of the tensor to it."""
     return text_hash(f"{dtype} {list(shape)}")
 
 
 def digest(*tensors: Tensor | Digested) -> str:
-    """A hash of dtypes, shapes and contents, made of each tensor's hash, so that a stored hash can replace a tensor."""
+    """A hash of the dtypes, shapes and contents of tensors.
+
+    It is made from the hashes of the single tensors. So the stored hash of a tensor can be used in place of the tensor.
+    """
     whole = text_hash()
     for tensor in tensors:
         if isinstance(tensor, Tensor):
@@ -165,9 +176,9 @@ def digest(*tensors: Tensor | Digested) -> str:
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameters and buffers: names, shapes and bytes.
+    """A short hash of a module's parameters and buffers: names, dtypes, shapes and bytes.
 
-    Saved models and checkpoints contain this hash. If it were computed in another way, all of them would be refused.
+    Saved models and checkpoints contain this hash. Do not change its computation, since they would all be refused.
     """
     content = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -177,7 +188,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def structure_fingerprint(module: nn.Module) -> str:
-    """A short hash of the names and shapes of a module's parameters and buffers; checkpoints contain it."""
+    """A short hash of the names and shapes of a module's parameters and buffers. Checkpoints contain this hash."""
     shapes = [(name, list(tensor.shape)) for name, tensor in module.state_dict().items()]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
@@ -187,9 +198,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_stamp(tensor: Tensor) -> int:
-    """A number that changes whenever the tensor is written to or replaced by another.
+    """A number that differs after the tensor was written to, and for another tensor.
 
     Args:
-        tensor: any tensor; those made in inference mode count no writes.
+        tensor: any tensor. For a tensor made in inference mode, PyTorch does not count the writes, so they do not
+            change the number.
     """
     return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

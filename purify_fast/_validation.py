@@ -1,4 +1,4 @@
-"""The names that arguments of several packages take, and checks, whose errors say what is allowed."""
+"""The allowed names of arguments that several packages share, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 
 #: The norms of a ball.
 Norm = Literal["linf", "l2", "l1"]
-#: The norms that public functions take. AutoAttack and RobustBench spell them as in the second half.
+#: The norms that public functions accept. "Linf", "L2" and "L1" are the names in AutoAttack and RobustBench.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 #: The precision of a training or an evaluation. With "tf32" a GPU rounds the factors of products to ten bits of
 #: mantissa.
@@ -25,29 +25,29 @@ CudaGraphs = Literal["auto", "always", "off"]
 #: The choice of cuDNN's algorithms; see `purify_fast.speed.precision.raced_convolutions`.
 CudnnBenchmark = Literal["auto", "on", "off"]
 
-#: For each type of a field: the class of its values, and the words for it in messages. A bool is not a number here,
-#: although Python takes it for one.
+#: For each type of a field, the class of its values and its name in messages. A bool does not count as a number,
+#: although bool is a subclass of int in Python.
 _KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     str: (str, "a string"),
 }
-#: The types of the fields, by class. This is a plain dictionary, because torch.compile may trace a step that makes a
-#: config. It can trace a look-up in a dictionary, but neither `get_type_hints` nor a `functools.cache`.
+#: The types of the fields, by class. torch.compile may trace a step that makes a config. It can trace a look-up in a
+#: dictionary, but it cannot trace `get_type_hints` or `functools.cache`.
 _types_of: dict[type, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold, as a part of its type: ``Annotated[float, Range(0, 1)]``.
+    """The allowed numbers of a field, as a part of its type: ``Annotated[float, Range(0, 1)]``.
 
     Args:
-        low: the least.
-        high: the most; infinity for no bound.
-        above: whether the value must be above ``low``.
-        below: whether the value must be below ``high``; below infinity it is finite.
-        unit: text that the message adds behind the bounds.
+        low: the lower bound.
+        high: the upper bound; infinity for none.
+        above: whether ``low`` itself is excluded.
+        below: whether ``high`` itself is excluded. With an infinite ``high``, this means that the value is finite.
+        unit: text behind the bounds in the message.
     """
 
     low: float
@@ -57,7 +57,7 @@ class Range:
     unit: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        """ValueError unless ``value``, called ``name``, is in the range; NaN is in none."""
+        """Raise a ValueError if ``value`` is outside the range or NaN; ``name`` is its name in the message."""
         high_enough = value > self.low if self.above else value >= self.low
         if high_enough and (value < self.high if self.below else value <= self.high):
             return
@@ -78,13 +78,16 @@ ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
 
 def check_counts(**counts: Any) -> None:
-    """ValueError unless each argument, by its name, is a whole number of at least 1."""
+    """Raise a ValueError unless every argument is a whole number of at least 1. The keywords are the names."""
     for name, value in counts.items():
         _check_type(name, value, Count)
 
 
 def check_number(name: str, value: Any) -> None:
-    """TypeError unless the argument ``name`` is a number; a fraction in quotes is written out."""
+    """Raise a TypeError unless ``value``, the argument called ``name``, is a number.
+
+    For a fraction in quotes, such as "8/255", the message says how to write it as a number.
+    """
     if isinstance(value, Real) and not isinstance(value, bool):
         return
     got, hint = repr(value), ""
@@ -92,20 +95,20 @@ def check_number(name: str, value: Any) -> None:
         hint = f": write {' / '.join(part.strip() for part in value.split('/'))} without quotes"
     elif (shape := getattr(value, "shape", None)) is not None:
         got = f"{type(value).__module__}.{type(value).__name__} {list(shape)}"
-        hint = f": float({name}) makes a number" if math.prod(shape) == 1 else ""
+        hint = f": float({name}) makes a number of it" if math.prod(shape) == 1 else ""
     raise TypeError(f"{name} must be a number, such as 8 / 255, got {got}{hint}")
 
 
 def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
-    """A norm's name as this package writes it.
+    """Convert the name of a norm to this package's spelling, such as ``linf``.
 
     Args:
         norm: the name in upper or lower case, with or without ``-`` or ``_``: ``Linf``, ``L-inf`` and ``l_inf`` mean
             ``linf``.
-        allowed: the norms that the caller takes, as this package writes them.
+        allowed: the norms that the caller allows, in this package's spelling.
 
     Raises:
-        ValueError: another name.
+        ValueError: ``norm`` is none of the allowed norms.
     """
     known = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
     if known not in allowed:
@@ -116,20 +119,21 @@ def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
 
 
 def check_literal(name: str, value: Any, literal: Any) -> None:
-    """ValueError unless ``value`` is one of the strings of ``literal``, a ``typing.Literal`` type."""
+    """Raise a ValueError unless ``value`` is one of the values of ``literal``, a ``typing.Literal`` type."""
     allowed = get_args(literal)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 def check_types(config: Any) -> None:
-    """ValueError unless each field of a dataclass has a value of the type, and in the `Range`, of its annotation.
+    """Raise a ValueError if a field of a dataclass does not have the type and the `Range` of its annotation.
 
-    Python itself checks no annotation: the string "5" or the number 2.5 in place of 5 could end a training hours later.
+    Python itself does not check annotations. A wrong type, such as "5" in place of 5, could stop a training only after
+    hours.
 
     Args:
-        config: the dataclass. Fields that are bool, int, float, str, a ``typing.Literal``, a dataclass, a tuple of
-            these, or None are checked, and others are not.
+        config: the dataclass. Checked fields have the type bool, int, float, str, ``typing.Literal``, a dataclass, a
+            tuple of these, or one of these or None. Fields of other types are not checked.
     """
     if type(config) not in _types_of:
         _types_of[type(config)] = get_type_hints(type(config), include_extras=True)
@@ -170,17 +174,17 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def check_folder(name: str, path: str | Path | None) -> None:
-    """ValueError if a folder is wanted and there is a file, or a file on the way to it; None is accepted.
+    """Raise a ValueError if the path of a folder, or one of its parents, is a file.
 
     Args:
         name: name of the argument.
-        path: its value.
+        path: its value. None is accepted.
     """
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
-        # Call `exists` first: if another process creates the folder between the two calls, the other order would take
-        # it for a file.
+        # `exists` must come before `is_dir`. In the other order, a folder that another process creates between the two
+        # calls would be taken for a file.
         if place.exists():
             if not place.is_dir():
                 raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
@@ -188,15 +192,15 @@ def check_folder(name: str, path: str | Path | None) -> None:
 
 
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse missing, unknown or misshapen tensors.
+    """Raise an error if tensors are missing, unknown or have a wrong shape.
 
     Args:
-        what: how the error begins.
+        what: the beginning of the message.
         shapes: the shape of each tensor, by its name.
-        wanted: the wanted shape of each tensor, by its name.
+        wanted: the required shape of each tensor, by its name.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; four of them at most are named.
+        ValueError: a tensor is missing, is unknown or has a wrong shape. The message names at most four.
     """
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
     problems += [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]

@@ -1,13 +1,18 @@
-"""AutoAttack's class by this package's engine: ``from purify_fast.autoattack import AutoAttack`` is all that changes.
+"""The class AutoAttack, computed with this package's attacks. Code that uses the original changes only its import.
 
-Names, order of the arguments and defaults are those of the original implementation (Croce & Hein, ICML 2020; the class
-``AutoAttack`` of the package autoattack, which RobustBench calls). A request that cannot be met is an error.
-The original itself is `purify_fast.attacks.AutoAttack`, the protocol "official".
+The import is ``from purify_fast.autoattack import AutoAttack``. The names and defaults of the arguments and their order
+are those of the original implementation (Croce & Hein, ICML 2020; the class ``AutoAttack`` of the package autoattack,
+which RobustBench calls). An argument that this class does not support raises an error. To run the original
+implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
 
-Four things differ. A search ends early if success is out of its reach. An image is attacked until every fresh draw of
-the model misclassifies it; there are as many fresh draws as a step averages, and the accuracy that is printed is the
-mean over them. If the model has fewer classes than a loss needs, the margin replaces the loss. And ``fab`` runs FAB
-towards one class after the other, with as many restarts as the settings say, because the engine has no untargeted FAB.
+Four things differ from the original:
+
+- The attack on an image ends early if it can no longer succeed.
+- The prediction of a random model uses several new draws, as many as a step of the attack averages. An image is
+  attacked until all these draws misclassify it. The printed accuracy is the mean over the draws.
+- If the model has fewer classes than a loss needs, the margin replaces the loss.
+- ``fab`` runs targeted FAB for one class after the other, with ``fab.n_restarts`` restarts, because this package has no
+  untargeted FAB.
 """
 
 from __future__ import annotations
@@ -43,15 +48,15 @@ RUN: dict[str, tuple[AttackName, ...]] = {
 }
 
 
-# With slots, setting an attribute that the engine does not have raises an error.
+# With slots, setting an attribute that this package does not support raises an error.
 @dataclass(slots=True)
 class FabSettings:
     """FAB's settings, by their names in AutoAttack.
 
     Args:
-        n_restarts: runs of ``fab``; ``fab-t`` has one.
-        n_iter: steps of a run.
-        n_target_classes: wrong classes that are tried.
+        n_restarts: number of runs of ``fab``. ``fab-t`` has a single run.
+        n_iter: number of steps in a run.
+        n_target_classes: number of wrong classes that are tried as targets.
     """
 
     n_restarts: int = 5
@@ -64,11 +69,11 @@ class ApgdSettings(FabSettings):
     """Auto-PGD's settings, by their names in AutoAttack.
 
     Args:
-        n_restarts: runs of each image.
-        n_iter: gradient steps of a run.
-        n_target_classes: wrong classes that ``apgd-t`` tries; the other losses have no target.
-        eot_iter: draws of a random model averaged per step.
-        rho: the share of the steps between two checkpoints that must raise the loss for the step to stay.
+        n_restarts: number of runs on each image.
+        n_iter: number of gradient steps in a run.
+        n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
+        eot_iter: number of draws of a random model that a gradient step averages.
+        rho: share of the steps between two checkpoints that must raise the loss. Otherwise the step size is halved.
     """
 
     eot_iter: int = 1
@@ -80,8 +85,8 @@ class SquareSettings:
     """Square's settings, by their names in AutoAttack.
 
     Args:
-        n_queries: queries of a run.
-        n_restarts: runs of each image.
+        n_queries: number of queries in a run.
+        n_restarts: number of runs on each image.
     """
 
     n_queries: int = 5000
@@ -89,28 +94,30 @@ class SquareSettings:
 
 
 class AutoAttack:
-    """AutoAttack's attacks, each on the images that withstood the attacks before it.
+    """Run AutoAttack's attacks one after the other, each on the images that are still classified correctly.
+
+    Change the attributes ``apgd``, ``apgd_targeted``, ``fab`` and ``square`` before a run to change the attacks.
 
     Args:
-        model: images ``[B, C, H, W]`` in [0, 1] to logits; a module is attacked in evaluation mode.
+        model: a function from images ``[B, C, H, W]`` in [0, 1] to logits. A module is attacked in evaluation mode.
         norm: norm of the ball: "Linf", "L2" or "L1".
         eps: radius in image units.
         seed: seed of all random draws; None: 0.
         verbose: whether to print the accuracy after each attack.
-        attacks_to_run: with the version "custom", the names of the attacks in their order.
+        attacks_to_run: names of the attacks in their order; only with the version "custom".
         version: "standard", "plus", "rand" (for random models: 20 draws per step) or "custom".
-        is_tf_model: False; models of TensorFlow are refused.
-        device: where the model computes; None: where its parameters are.
-        log_path: a file to which the accuracy after each attack is appended; None: none.
+        is_tf_model: must be False, because models of TensorFlow are not supported.
+        device: device on which the model computes; None: the device of its parameters.
+        log_path: path of a file to which the accuracy after each attack is appended; None: no file.
 
     Attributes:
-        apgd: `ApgdSettings` of ``apgd-ce`` and ``apgd-dlr``, to be changed before a run, as are the next three.
+        apgd: `ApgdSettings` of ``apgd-ce`` and ``apgd-dlr``.
         apgd_targeted: `ApgdSettings` of ``apgd-t``.
-        fab: `FabSettings`.
-        square: `SquareSettings`.
+        fab: `FabSettings` of ``fab`` and ``fab-t``.
+        square: `SquareSettings` of ``square``.
 
     Raises:
-        ValueError: a setting that is not allowed, or that this class cannot honour; the message names it.
+        ValueError: a setting is not allowed or not supported. The message names the setting.
     """
 
     def __init__(
@@ -162,17 +169,18 @@ class AutoAttack:
         Args:
             x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
             y_orig: labels, integers ``[N]``.
-            bs: images attacked together.
-            return_labels: whether to return the classes predicted on the returned images too.
-            state_path: None; `purify_fast.evaluate` with ``out`` can be interrupted and resumed.
-            batch_size: pyautoattack's name of ``bs``.
+            bs: number of images that are attacked together.
+            return_labels: whether to return also the classes that are predicted for the returned images.
+            state_path: must be None. `purify_fast.evaluate` with ``out`` can be interrupted and resumed.
+            batch_size: the name of ``bs`` in pyautoattack.
 
         Returns:
-            Adversarial images, float32 on the device of x_orig, and the image itself where none was found (of a random
-            model the point that most draws misclassify); with ``return_labels`` also classes, int64 ``[N]``.
+            Images ``[N, C, H, W]``, float32 on the device of x_orig: the adversarial image, or the original if none was
+            found. For a random model, the point that most draws misclassify. With ``return_labels`` also the predicted
+            classes, int64 ``[N]``.
 
         Raises:
-            ValueError: wrong images, labels, names or counts, or a ``state_path``.
+            ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
         """
         if state_path is not None:
             raise ValueError(
@@ -195,36 +203,36 @@ class AutoAttack:
         Args:
             x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
             y_orig: labels, integers ``[N]``.
-            bs: images attacked together.
-            return_labels: whether to return predicted classes too.
-            batch_size: pyautoattack's name of ``bs``.
+            bs: number of images that are attacked together.
+            return_labels: whether to return also the classes that are predicted for the returned images.
+            batch_size: the name of ``bs`` in pyautoattack.
 
         Returns:
-            The results of `run_standard_evaluation`, by the names of the attacks.
+            For each attack, by its name, the result that `run_standard_evaluation` would return for this attack alone.
 
         Raises:
-            ValueError: wrong images, labels, names or counts.
+            ValueError: images, labels, names or counts are not allowed.
         """
         size = batch_size or bs
         return {name: self._run(x_orig, y_orig, [name], size, return_labels) for name in self._chosen()}
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
-        """The share of images that a single prediction classifies correctly.
+        """The share of images that are classified correctly, with one prediction of each image.
 
         Args:
-            x_orig: images ``[N, C, H, W]``, uint8 or floating point in [0, 1]; adversarial ones as well.
+            x_orig: clean or adversarial images ``[N, C, H, W]``, uint8 or floating point in [0, 1].
             y_orig: labels, integers ``[N]``.
-            bs: images in one forward pass.
+            bs: number of images in one forward pass.
 
         Raises:
-            ValueError: wrong images, labels or counts.
+            ValueError: images, labels or counts are not allowed.
         """
         check_at_least_one(bs=bs)
         x, y = collect(x_orig, y_orig)
         return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
 
     def _chosen(self) -> list[AttackName]:
-        """The names of the attacks, which may have been given after the construction."""
+        """The names of the attacks. The user may have set `attacks_to_run` after the construction."""
         if not self.attacks_to_run:
             allowed = ", ".join(get_args(AttackName))
             raise ValueError(f"attacks_to_run must name at least one of {allowed}, got {self.attacks_to_run!r}")
@@ -247,7 +255,7 @@ class AutoAttack:
             is_random = self._is_random(model, x[:FEW].to(device))
             self._tell(f"using {self.version} version including {', '.join(names)}")
             if is_random and draws == 1:
-                self._tell("WARNING: the model is random, and no step averages its draws: use version='rand'")
+                self._tell("WARNING: the model is random, but each step uses a single draw: use version='rand'")
             context = AttackContext(
                 eps=float(self.epsilon),
                 norm=self.norm,
@@ -272,7 +280,7 @@ class AutoAttack:
             return (found, self._predicted(found, size)) if return_labels else found
 
     def _attack(self, name: str) -> Attack:
-        """An attack by its name, with the settings as they are now."""
+        """Make an attack by its name, with the current settings."""
         check_literal("attacks_to_run", name, AttackName)
         if name == "square":
             return Square(n_queries=self.square.n_queries, restarts=self.square.n_restarts, give_up=True)
@@ -293,7 +301,7 @@ class AutoAttack:
 
     @torch.no_grad()
     def _predicted(self, x: Tensor, size: int) -> Tensor:
-        """A prediction of each image, on its own device."""
+        """The predicted classes of the images, on the device of the images."""
         device = device_of(self.model, x) if self.device is None else self.device
         with frozen(self.model):
             model, _ = returning_logits(self.model, x[:1].to(device, copy=True))
@@ -307,7 +315,7 @@ class AutoAttack:
 
     @staticmethod
     def _left(attacked: AttackSequence) -> float:
-        # For a random model this is the share that a fresh draw is expected to classify correctly.
+        # For a random model this is the expected accuracy of a new draw.
         return 1 - float(attacked.share.mean())
 
     def _tell(self, text: str) -> None:

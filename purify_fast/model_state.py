@@ -1,14 +1,14 @@
-"""The state of a model: the values inside it, the modules among them, and two keys that are the same while they are.
+"""Find the values and modules that a model contains, and make two keys that tell whether the model has changed.
 
-`children` yields the values directly inside a value, with their names: every question about what a model depends on
-uses it. Two keys are made by one walk through all of them:
+`children` returns the values directly inside a value, with their names. The rest of this module is built on it. The two
+keys are made from all values inside a model:
 
-- `identity_key` compares the tensors and objects themselves. A captured step reads the memory that its model had when
-  it was captured, and may be replayed while this key is the same. Writing into that memory does not change the key: an
-  optimizer's step, a refreshed inference copy, new running statistics.
-- `fingerprint` compares values, for models in different processes. Two models get the same fingerprint only if nothing
-  that can be seen of them differs. It depends on nothing that differs from process to process: no address in memory, no
-  order of a set, no state of a generator.
+- `identity_key` identifies tensors by their addresses, and other objects by their identity. A captured step reads the
+  memory that its model used at the capture, so it may be replayed as long as this key is unchanged. A write into that
+  memory, such as an optimizer's step, does not change the key.
+- `fingerprint` compares models in different processes by value. Two models get the same fingerprint only if no
+  difference between them can be found. A fingerprint contains nothing that varies between processes, such as addresses
+  in memory, the order of a set, or the state of a random generator.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ._compiler import is_compiled, outside_graphs
 from ._tensors import digest, text_hash
 
-#: The attributes that every module has. Only the mode, the tensors, the submodules and the hooks among them count.
+#: The attributes that every module has. The keys include only its mode, tensors, submodules and hooks.
 BARE = frozenset(vars(nn.Module()))
-#: The dictionaries of hooks that run with a forward or a backward pass.
+#: The dictionaries of hooks that run in a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: Types of plain values, which contain no other values.
+#: Types of values that contain no other values.
 _NUMBERS = (bool, int, float, complex)
 PLAIN = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _SIMPLE = frozenset(PLAIN)
@@ -52,7 +52,7 @@ _VALUES = (*PLAIN, enum.Enum)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-#: Only this many members of a list or dict are searched for modules. A longer list usually holds data, not an ensemble.
+#: Number of members of a list or dict that are searched for modules. A longer list usually contains data.
 _MEMBERS = 1000
 #: Nested objects and lists are searched for modules down to this depth.
 _DEPTH = 8
@@ -63,12 +63,14 @@ Children = Iterable[tuple[Any, Any]]
 
 
 def children(value: Any) -> Children:
-    """Yield the values directly inside a value, each with its name; a plain value has none.
+    """The values directly inside a value, each with its name. A plain value contains none.
+
+    A class lists in ``not_dependencies`` the names of attributes to leave out.
 
     Args:
-        value: a module (its tensors, hooks, modules and attributes), a list, tuple, set, deque or dict (by index or by
-            key), a function (its variables and defaults), a method, a partial function, or any object (its attributes).
-            A class names in ``not_dependencies`` the attributes that do not count.
+        value: any object. The result has, for a module, its tensors, hooks, submodules and attributes; for a list,
+            tuple, set, deque or dict, its members by index or key; for a function, its default values and the variables
+            outside it that it uses; for a method or a partial function, its parts; for another object, its attributes.
     """
     if isinstance(value, nn.Module):
         return [*registered(value), *hooks(value), *attributes(value)]
@@ -87,18 +89,19 @@ def children(value: Any) -> Children:
 
 
 def registered(module: nn.Module) -> Children:
-    """The tensors and modules that PyTorch knows of."""
+    """The parameters, buffers and submodules that are registered with PyTorch."""
     return [item for group in ("_parameters", "_buffers", "_modules") for item in vars(module)[group].items()]
 
 
 def hooks(module: nn.Module) -> list[tuple[str, Any]]:
-    """The functions that a module calls with a forward or a backward pass."""
+    """The hooks of a module's forward and backward passes."""
     return [("a hook", hook) for group in HOOKS for hook in getattr(module, group).values()]
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
-    """The attributes of an object; for a module, those that PyTorch does not register."""
-    left_out = _left_out(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    """The attributes of an object. For a module, only attributes that PyTorch does not register."""
+    # mypy does not accept a class as hashable.
+    left_out = _left_out(type(value))  # type: ignore[arg-type]
     return [item for item in (getattr(value, "__dict__", None) or {}).items() if item[0] not in left_out]
 
 
@@ -113,7 +116,7 @@ def not_dependencies(kind: type) -> frozenset[str]:
 
 
 def around(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables around a function that have a value already."""
+    """The variables of enclosing functions that a function uses. Variables without a value yet are left out."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -128,14 +131,14 @@ def defaults(function: FunctionType) -> Children:
 
 
 def read_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The global variables that a function reads; none for PyTorch's functions."""
+    """The global variables that a function reads. For a function of PyTorch, none."""
     known = function.__globals__
     if str(known.get("__name__")).partition(".")[0] != "torch":
         yield from ((name, known[name]) for name in _global_names(function.__code__) if name in known)
 
 
 def code_and_inner(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of the functions, lambdas and comprehensions inside it."""
+    """The code of a function, and of the functions, lambdas and comprehensions that are defined in it."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -144,7 +147,7 @@ def code_and_inner(code: CodeType) -> Iterator[CodeType]:
 
 @functools.lru_cache(maxsize=4096)
 def _global_names(code: CodeType) -> tuple[str, ...]:
-    """The names of global variables that a function reads; ``co_names`` has those of attributes too."""
+    """The names of the global variables that a function reads. ``co_names`` would also include names of attributes."""
     read = (
         instruction.argval
         for inner in code_and_inner(code)
@@ -158,24 +161,26 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
 
 
 class _Walk:
-    """A walk through everything inside a value. Two walks have equal ``values`` only if the values walked are alike.
+    """Visits everything inside a value, recursively.
+
+    If two models differ, the lists ``values`` of their walks differ.
 
     Attributes:
-        values: plain values, the marks that `open` gives, and names.
-        path: the values that are open, each with the name of its child that is visited.
+        values: the plain values, the names, and the marks that `open` returns, in the order of the visit.
+        path: the values that are being visited, outermost first, each with the name of its child that is visited.
     """
 
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.path: list[tuple[Any, Any]] = []
-        # The number of each visited value, by its id. A value that is met again counts by this number, since it matters
-        # whether two places hold the same object or two equal objects.
+        # A number for each visited value, by its id. If the same object is visited again, the number is recorded
+        # instead of its content. So the keys tell a shared object from two equal objects.
         self._numbers: dict[int, int] = {}
-        # Keep every visited value alive, since an id is unique only while its value exists.
+        # Keep every visited value alive, because an id is unique only while its object exists.
         self._alive: list[Any] = []
 
     def open(self, value: Any) -> tuple[Any, Children]:
-        """The mark of a value that is not plain, and what it has inside."""
+        """Return a mark that identifies a value, and the values inside it. The value is not plain."""
         raise NotImplementedError
 
     def add(self, value: Any) -> None:
@@ -194,7 +199,7 @@ class _Walk:
             for name, part in inside:
                 self.path.append((value, name))
                 for each in (name, part):
-                    # Most values are plain: skip the call for them, to save time.
+                    # Most values are plain. Skip the call for them to save time.
                     if type(each) in _SIMPLE:
                         self.values.append(each)
                     else:
@@ -204,7 +209,7 @@ class _Walk:
 
 def _is_simple(value: tuple[Any, ...]) -> bool:
     """Tell whether a tuple contains only plain values, such as the sizes of a kernel."""
-    # Use a loop, which is faster than a generator: most values of a model are such tuples.
+    # Most values of a model are such tuples, and a loop is faster than a generator.
     for part in value:  # noqa: SIM110
         if type(part) not in _SIMPLE:
             return False
@@ -215,21 +220,21 @@ def _is_simple(value: tuple[Any, ...]) -> bool:
 
 
 def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
-    """The tensors, settings and objects that ``model`` computes with now: equal values mean equal computations.
+    """Make a key from the tensors, settings and objects of a model: equal keys mean equal computations.
+
+    Tensors are identified by their addresses. Objects of this package, dataclasses, ``types.SimpleNamespace`` and
+    ``argparse.Namespace`` are compared by their attributes. Any other object is identified by its id, so a change
+    inside it is not noticed. A class lists in ``not_dependencies`` the attributes that do not affect its computation.
 
     Args:
-        model: a module. The objects of this package that it holds are looked into, and so are dataclasses,
-            ``types.SimpleNamespace`` and ``argparse.Namespace``. Any other object counts by its identity: what changes
-            inside it is not seen. A class names in ``not_dependencies`` the attributes that its computation does not
-            depend on.
+        model: a module.
 
     Returns:
-        The values, which can be hashed; tensors count by their addresses. Then the objects that count by their
-        identity: keep them as long as the values, so that no new object gets the same identity. Then the tensors, each
-        once, in the order of the values.
+        Three values: the key, which can be hashed; the objects that are identified by their ids, to be kept alive as
+        long as the key, so that no new object gets the same id; and the model's tensors, without repetition.
 
     Raises:
-        TypeError: a tensor of a special class, such as the part of a sharded weight, whose memory is elsewhere.
+        TypeError: a tensor has a special class, such as a part of a sharded weight, whose memory is elsewhere.
     """
     walk = _Identities()
     walk.add(model)
@@ -247,19 +252,20 @@ class _Identities(_Walk):
         if isinstance(value, Tensor):
             if kind not in _TENSORS:
                 raise TypeError(
-                    f"a tensor of type {kind.__name__} does not say where its memory is: only tensors, parameters and "
-                    "buffers of PyTorch's own classes are allowed"
+                    f"a tensor of type {kind.__name__} does not say where its memory is: only torch.Tensor, "
+                    "nn.Parameter and nn.Buffer are allowed"
                 )
             self.tensors.append(value)
             return (value.data_ptr(), value.shape, value.dtype, value.device), ()
-        if isinstance(value, nn.Module) or _is_settings(kind):  # type: ignore[arg-type]  # mypy takes no class for hashable
+        # mypy does not accept a class as hashable.
+        if isinstance(value, nn.Module) or _is_settings(kind):  # type: ignore[arg-type]
             return (kind.__qualname__, getattr(value, "training", None)), children(value)
         if isinstance(value, (dict, list, tuple, set, frozenset)):
             return kind.__qualname__, children(value)
         if isinstance(value, _VALUES):
             return value, ()
         if isinstance(value, slice):
-            # Take a slice apart, since a slice cannot be hashed before Python 3.12.
+            # A slice cannot be hashed before Python 3.12.
             return ("slice", value.start, value.stop, value.step), ()
         self.objects.append(value)
         return id(value), ()
@@ -267,9 +273,10 @@ class _Identities(_Walk):
 
 @functools.lru_cache(maxsize=4096)
 def _is_settings(kind: type) -> bool:
-    """Tell whether objects of a class count by their attributes: this package's own, and those made to hold settings.
+    """Tell whether `identity_key` compares the objects of a class by their attributes.
 
-    An object with slots counts by its identity, because its attributes are not found here.
+    These are objects of this package that are not callable, and objects that were made to contain settings. Objects
+    with slots are identified by their ids, because `attributes` does not find the attributes in slots.
     """
     if issubclass(kind, type) or not kind.__dictoffset__:
         return False
@@ -280,55 +287,57 @@ def _is_settings(kind: type) -> bool:
 
 # -- the key by value -------------------------------------------------------------------------------------------------
 
-#: Types whose values count by their name: descriptors and operators written in C, and objects on which no prediction
-#: depends.
+#: Types whose values are compared by their name: descriptors and operators written in C, and objects that do not affect
+#: predictions.
 _IN_C = (types.GetSetDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _NAMED = (*_IN_C, ModuleType, logging.Logger, type(threading.Lock()), type(threading.RLock()))
-#: Types that wrap a function, and the attributes in which they keep the function and its object.
+#: Types that wrap a function, and their attributes that refer to the function and its object.
 _AROUND = (MethodType, property, staticmethod, classmethod, functools.cached_property)
 _INNER = ("__func__", "__self__", "fget", "fset", "fdel", "func")
-#: Generators of random numbers that do not show their seed, and compiled scripts. Neither can be compared.
+#: Random generators that do not show their seed, and compiled scripts. These cannot be compared.
 _DRAWS = (random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
 _INCOMPARABLE = (*_DRAWS, torch.jit.ScriptModule, torch.jit.ScriptFunction)
-#: Attributes of a class that do not change what the class computes.
+#: Attributes of a class that do not affect its computation.
 _NOT_CODE = frozenset({"_abc_impl", "__annotate__", "__annotate_func__", "not_dependencies"})
 #: Attributes that PyTorch adds to a module that it compiled or traced.
 _ADDED = frozenset({"_compiled_call_impl", "_graph", "_tracer_cls", "meta"})
-#: Packages whose functions and classes count only by their name, without their code.
+#: Packages whose functions and classes are compared only by their name, not by their code.
 _LIBRARIES = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module_names} - {"__main__"}
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
-    """Hash all that a module computes with: its weights, attributes, hooks and parts, and the code of its classes.
+    """Hash everything that affects a module's computation: weights, attributes, hooks, submodules and code.
 
-    An edited defence must not get kept rows of the earlier defence. Attributes count by value, private ones too:
-    tensors and arrays with their contents, and modules, functions and objects that are held anywhere inside them with
-    all that these hold. A class names in ``not_dependencies`` the attributes that its predictions do not depend on. The
-    seed of a torch.Generator counts, its state does not.
+    With ``out``, `evaluate` stores the result of each attack. It uses a stored result again only if the fingerprint of
+    the model is unchanged.
 
-    The user's functions count by their source text, with comments, and so do the methods of the user's classes and
-    the functions that these read as global variables. Code that they reach in another way, such as an attribute of an
-    imported module, counts by its name: after editing that, give another ``revision``. Installed packages count by
-    their name and version, and PyTorch, NumPy and Python's own modules by their name alone: a kept row names PyTorch's
-    release besides. A function without source text cannot be compared.
+    Attributes, also private ones, are hashed by value, with everything inside them: contents of tensors and arrays,
+    modules, functions and objects. A class lists in ``not_dependencies`` the attributes that do not affect its
+    predictions. The seed of a torch.Generator is hashed, but not its state.
 
-    A generator of NumPy or of Python's ``random`` does not show its seed, and `evaluate` sets neither its seed nor its
-    state: a kept row could come from other draws unnoticed. A model that holds such a generator has no fingerprint.
-    Draw from PyTorch's own generator, which `evaluate` seeds, or give a revision.
+    The user's functions, the methods of the user's classes, and the functions that they read as global variables are
+    hashed by their source text, comments included. Other code, such as a function of an imported module, is hashed by
+    its name only: pass another ``revision`` after you edit such code. Installed packages are hashed by name and
+    version. PyTorch, NumPy and Python's own modules are hashed by name only; `evaluate` stores PyTorch's version with
+    each result. A function without source text cannot be compared.
+
+    A generator of NumPy or of Python's ``random`` does not show its seed, and `evaluate` does not set its seed. A
+    stored result could then come from other random draws. So a model that contains such a generator has no fingerprint.
+    Use PyTorch's default generator, which `evaluate` seeds, or pass a revision.
 
     Args:
-        model: the judged model.
-        revision: the user's name for what the model computes. It identifies a model that cannot be compared, together
-            with the model's name and weights.
+        model: the evaluated model.
+        revision: the user's name for this version of the model. A model that cannot be compared is identified by its
+            revision, name and weights.
 
     Returns:
-        The hash. Without a revision, None if the model is not a module or holds something that cannot be compared.
+        The hash. Without a revision, None if the model is not a module or contains something that cannot be compared.
     """
     return fingerprint_or_reason(model, revision)[0]
 
 
 def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[str | None, str]:
-    """The `fingerprint` of a model, or None and the reason, as the end of a sentence that begins with its name."""
+    """The `fingerprint` and "", or None and the reason. The reason completes a sentence that begins with the model."""
     inner: Any = getattr(model, "fingerprinted", model)
     reason = "is a function, whose weights cannot be compared"
     if isinstance(inner, nn.Module):
@@ -348,7 +357,7 @@ def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[s
 
 
 class _CannotCompareError(Exception):
-    """An error whose message names the place and the type of a value."""
+    """Raised for a value that cannot be compared. The message names the value's place and type."""
 
 
 class _Values(_Walk):
@@ -381,7 +390,7 @@ class _Values(_Walk):
         return _CannotCompareError(f"{''.join(steps).lstrip('.') or 'itself'} ({type(value).__qualname__})")
 
     def _text(self, value: Any) -> str:
-        """A text for a value by itself, by which members of a set are sorted."""
+        """A text for a value, used to sort the members of a set."""
         walk = _Values()
         walk.path = self.path
         walk.add(value)
@@ -405,7 +414,7 @@ class _Values(_Walk):
         return [("class", kind), ("training", module.training), *registered(module), *held, *hooks(module)]
 
     def _class(self, kind: type) -> Children:
-        """The names of a class and its bases; for the user's classes also their methods and attributes."""
+        """The names of a class and its bases. For the user's classes, also their methods and attributes."""
         inside: list[tuple[Any, Any]] = []
         for base in kind.__mro__:
             inside.append(("base", _name(base)))
@@ -421,8 +430,8 @@ class _Values(_Walk):
         if library and _is_found_by_name(function):
             return _name(function), ()
         inside = [*around(function), *defaults(function), *_by_name(vars(function).items())]
-        # The methods that Python generates for dataclasses and named tuples have no source text. They follow from the
-        # fields of the class, so their name is enough.
+        # The methods that Python generates for dataclasses and named tuples have no source text. Their names are
+        # enough, because the fields of the class decide their code.
         made = function.__code__.co_filename == "<string>" and function.__name__ in vars(object)
         if library or made:
             return _name(function), inside
@@ -430,22 +439,22 @@ class _Values(_Walk):
             text = inspect.getsource(function.__code__)
         except (OSError, TypeError, SyntaxError, tokenize.TokenError) as error:
             raise self._cannot_compare(function) from error
-        # Tell several lambdas in one line apart by their columns, which are not known before Python 3.11.
+        # Several lambdas in the same line differ in their columns. Python 3.10 does not know the columns.
         columns = [position[2:] for position in getattr(function.__code__, "co_positions", list)()]
         mark = _name(function), text, columns if function.__name__ == "<lambda>" else None
         return mark, [*inside, *read_globals(function)]
 
     def _object(self, value: Any) -> Children:
-        """The class of any other object, its state for a copy or a pickle, and its attributes."""
+        """The class of an object, its state as for a copy or a pickle, and its attributes."""
         kind = type(value)
         try:
             reduced: Any = (copyreg.dispatch_table.get(kind) or (lambda value: value.__reduce_ex__(4)))(value)
-        # Catch every error, since an object's own code may raise anything.
+        # Catch every error, because the code of a user's class may raise any.
         except Exception as error:
             raise self._cannot_compare(value) from error
         if isinstance(reduced, str):
-            # A text means that the value is a global variable of this name. Add what it wraps, since a wrapper around a
-            # function has the same name.
+            # A string means that the value is a global variable of this name. A wrapper around a function has the
+            # function's name, so add the wrapped function.
             reduced = _name(value), getattr(value, "__wrapped__", None)
         make, arguments, state, *members = (*cast(tuple[Any, ...], reduced), None)
         inside = [("class", kind), ("maker", make), ("arguments", arguments)]
@@ -453,18 +462,18 @@ class _Values(_Walk):
         # The state of an object with slots is a pair of dictionaries.
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             inside += _by_name(part.items(), left_out) if isinstance(part, dict) else [("state", part)]
-        # The remaining parts are the elements of a kind of list, and the entries of a kind of dictionary.
+        # The remaining parts are the members of a subclass of list, and the entries of a subclass of dict.
         inside += [("members", None if each is None else list(each)) for each in members[:2]]
         return inside if _is_library(_package(kind)) else [*inside, *_by_name(attributes(value), left_out)]
 
 
 def _by_name(named: Children, left_out: Iterable[str] = ()) -> list[tuple[Any, Any]]:
-    """Attributes sorted by name, since the order in which an object got them does not matter."""
+    """Sort attributes by name. The order in which an object got its attributes does not affect its computation."""
     return sorted((item for item in named if item[0] not in left_out), key=lambda item: str(item[0]))
 
 
 def _computed_once(kind: type) -> frozenset[str]:
-    """Properties whose value is computed from the other attributes and kept with the object."""
+    """The names of cached properties, whose values follow from the other attributes."""
     once = functools.cached_property
     return frozenset(name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, once))
 
@@ -484,7 +493,11 @@ def _package(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """The name of a class or function; without the file if it is the user's, since that may be run or imported."""
+    """The name of a class or function, with package and version if it belongs to a library.
+
+    The name of the user's module is left out, because it differs between a script that is run and the same file when it
+    is imported.
+    """
     package = _package(value)
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
     version = "" if package in _LIBRARIES else getattr(sys.modules.get(package), "__version__", "")
@@ -492,7 +505,7 @@ def _name(value: Any) -> str:
 
 
 def _is_found_by_name(function: FunctionType) -> bool:
-    """Tell whether a library's function counts by its name: not a lambda, and not made by another function."""
+    """Tell whether a library's function can be imported by its name, unlike a lambda or an inner function."""
     place: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         place = getattr(place, name, None)
@@ -504,14 +517,17 @@ def _is_found_by_name(function: FunctionType) -> bool:
 
 @outside_graphs
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that a module holds without having registered them, the outermost ones, each with its place.
+    """Find modules that a model contains without having registered them, such as modules in a plain list.
 
-    ``model.modules()`` leaves them out, and so do ``eval()``, ``parameters()``, ``to()`` and ``state_dict()``. They are
-    in lists, tuples, sets and dicts, in objects, in functions that are attributes and in hooks, of the model and of all
-    its parts.
+    PyTorch does not find such modules: ``modules()``, ``eval()``, ``parameters()``, ``to()`` and ``state_dict()`` leave
+    them out. This function searches the attributes and hooks of the model and of all its submodules: lists, tuples,
+    sets, dicts, objects and functions.
 
     Args:
         model: any module.
+
+    Returns:
+        Pairs of a name, such as ``encoder.parts[0]``, and a module. Submodules of these modules are not listed.
     """
     hidden: list[tuple[str, nn.Module]] = []
     waiting, known = deque([("", model)]), {id(part) for part in model.modules()}
@@ -532,18 +548,18 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a value holds or uses, once each, with the name by which it uses them.
+    """Yield the modules that a value contains or uses, each once, with a name that says where it was found.
 
-    Every value is visited once, because functions that call each other have too many paths to walk all of them.
+    Every value is visited once, because functions that call each other could be reached by too many paths.
 
     Args:
-        value: a function, a method, a partial function, or an object, a list, tuple, set or dict with such inside.
-        place: name of the value.
+        value: a function, a method, a partial function, an object, or a list, tuple, set or dict.
+        place: name of the value, with which the names of the modules begin.
     """
     if not (isinstance(value, (*_CALLS, *_GROUPS)) or _is_object(value)):
         return
     seen = {id(value)}
-    # Each entry is a name, a value, and how many nested objects and lists lead to the value.
+    # Each entry is a name, a value, and the depth of the value in nested objects and lists.
     waiting = deque([(place, value, 1)])
     while waiting:
         outer, value, depth = waiting.popleft()
@@ -556,15 +572,14 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
             elif isinstance(part, _CALLS):
                 waiting.append((name, part, depth))
             elif _is_object(part) or isinstance(part, _GROUPS):
-                # A method uses its object, so the object is searched however deep it is, and the depth is counted from
-                # there.
+                # A method uses its object. So the object is always searched, and the depth is counted from the object.
                 inside = 1 if isinstance(value, MethodType) else depth + 1
                 if inside <= _DEPTH:
                     waiting.append((name, part, inside))
 
 
 def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a value that it may use, by the name for the reader."""
+    """The parts of a value that it may use, each with its name for messages."""
     if isinstance(value, _GROUPS):
         yield from ((f"{place}[{name!r}]", part) for name, part in islice(children(value), _MEMBERS))
     elif not isinstance(value, FunctionType):
@@ -573,8 +588,8 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         attributes_read = {name for code in code_and_inner(value.__code__) for name in code.co_names}
         for name, part in children(value):
             calls = (getattr(type(part), attribute, None) for attribute in attributes_read)
-            # If the function calls the object or one of its methods, all attributes of the object count. Otherwise only
-            # those attributes count that the function names.
+            # If the function calls the object or a method of the object, it may use all attributes of the object.
+            # Otherwise it uses only the attributes that its code names.
             if not _is_object(part) or callable(part) or any(isinstance(call, FunctionType) for call in calls):
                 yield name, part
             else:
@@ -582,9 +597,10 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_object(value: Any) -> bool:
-    """Tell whether a value is an object with variables of its own that may be modules.
+    """Tell whether a value is an object whose attributes must be searched for modules.
 
-    Objects of this package do not count: they hold copies that are as they should be, or parts of the model.
+    Objects of this package are not searched, because their modules are parts of the model, or copies that this package
+    itself keeps up to date.
     """
     return (
         getattr(value, "__dict__", None) is not None
@@ -594,7 +610,7 @@ def _is_object(value: Any) -> bool:
 
 
 def class_functions(model: nn.Module) -> list[FunctionType]:
-    """The methods that a prediction of a module and of its parts may call, without those of PyTorch.
+    """The methods that the forward pass of a module and its submodules may call. Methods of PyTorch are left out.
 
     Args:
         model: any module.
@@ -607,8 +623,8 @@ def class_functions(model: nn.Module) -> list[FunctionType]:
                 if isinstance(value, FunctionType):
                     methods.setdefault(name, []).append(value)
     called: list[FunctionType] = []
-    # Collect the methods that can be reached by name from forward. Methods that only training calls are left out, since
-    # they may use other modules.
+    # Collect the methods whose names can be reached from `forward`. This leaves out methods that only a training calls,
+    # which may use other modules.
     waiting = ["forward", "__call__"]
     while waiting:
         for method in methods.pop(waiting.pop(), ()):

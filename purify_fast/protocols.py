@@ -1,8 +1,8 @@
-"""The methods that this package uses of the user's objects, as protocols; a class need not inherit one.
+"""The methods that this package can use of a user's model, as protocols. A class need not inherit from them.
 
-A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells what a
-defence can do beyond that. It looks at the object's type: a wrapper that merely passes attribute names on, such as a
-compiled module, does not count, because a call of the inner object's method would bypass the wrapper.
+A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells which
+other methods a defence has. It looks at the object's type. So the methods of a model inside a wrapper, such as a
+compiled module, do not count as methods of the wrapper: a call would bypass the wrapper.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Classifier(Protocol):
 
 @runtime_checkable
 class NamesRepresentation(Protocol):
-    """A classifier that names the modules which make a good representation."""
+    """A classifier that names the layers whose outputs make a good representation of an image."""
 
     def representation_layers(self) -> list[str]:
-        """Module paths, as in ``named_modules()``."""
+        """The names of the layers, as in ``named_modules()``."""
 
 
 @runtime_checkable
@@ -35,183 +35,182 @@ class Purifies(Protocol):
     """Repairs images before they are classified."""
 
     def purify(self, x: Tensor) -> Tensor:
-        """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+        """Purified images ``[B, C, H, W]``, or K draws for each image, ``[B, K, C, H, W]``."""
 
 
 class HasClassifier(Protocol):
-    """Has a classifier, which is an attribute of the object."""
+    """Has an attribute ``classifier``."""
 
     classifier: nn.Module
 
 
 @runtime_checkable
 class Purifier(Purifies, Protocol):
-    """A purifier in front of a classifier; the classifier is an attribute of the object."""
+    """A purifier in front of a classifier, with the attribute ``classifier``."""
 
     classifier: nn.Module
 
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """Repairs images by a method with CARSO's name for it."""
+    """Repairs images before they are classified, by a method that is called ``reconstruct`` as in CARSO."""
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Purified images ``[B, C, H, W]``, or K draws of each ``[B, K, C, H, W]``."""
+        """Purified images ``[B, C, H, W]``, or K draws for each image, ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
 class ShowsTransform(Protocol):
-    """Transforms images before it repairs them, and shows the transformed ones."""
+    """Transforms images before it repairs them, and can return the transformed images."""
 
     def transformed(self, x: Tensor) -> Tensor:
-        """The transformed images, which are not repaired yet: ``[B, C, H, W]``, or K draws ``[B, K, C, H, W]``."""
+        """The transformed images before the repair: ``[B, C, H, W]``, or K draws for each, ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
 class FrozenClassifier(Protocol):
-    """A defence whose images are classified, and whose classifier is attacked alone, through a copy of it."""
+    """A defence with a frozen copy of its classifier, which classifies and is attacked without the purifier."""
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """The frozen copy, or the classifier itself."""
+        """The frozen copy, or the classifier itself if there is no copy."""
 
 
 @runtime_checkable
 class Aggregates(Protocol):
-    """Makes one prediction of several."""
+    """Combines several predictions of an image into a single prediction."""
 
     def aggregate(self, logits: Tensor) -> Tensor:
-        """Logits of K draws ``[B, K, classes]`` to those of the prediction, ``[B, classes]``."""
+        """Combine the logits of K draws, ``[B, K, classes]``, into the logits of the prediction, ``[B, classes]``."""
 
 
 @runtime_checkable
 class HasOriginalLoss(Protocol):
-    """A generator with the loss that it was made with."""
+    """A generator that has the loss of its original authors."""
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """The loss of each image, ``[N]``, from the images ``[N, C, H, W]`` of every stage and the target images."""
+        """The loss of each image, ``[N]``, from the outputs ``[N, C, H, W]`` of all stages and the target images."""
 
 
 @runtime_checkable
 class SampleLogits(Protocol):
-    """Makes several predictions per image, which are then aggregated."""
+    """Makes K predictions per image, which are then aggregated."""
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """Logits of the K draws, ``[B, K, classes]``."""
+        """The logits of the K predictions, ``[B, K, classes]``."""
 
 
 @runtime_checkable
 class DrawsSampleLogits(Protocol):
-    """Makes the sample logits of several independent calls at once."""
+    """Computes the sample logits of several independent calls together."""
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`SampleLogits.sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``."""
+        """The results of ``draws`` independent calls of `SampleLogits.sample_logits`, ``[draws, B, K, classes]``."""
 
 
 @runtime_checkable
 class SharesDraws(Protocol):
-    """Makes several independent predictions at once, cheaper than as many calls.
+    """Computes several independent predictions together, in less time than separate calls.
 
-    A type with this method promises that it speaks for the type's own ``forward``.
+    A class with this method promises that the results are distributed like those of its ``forward``.
     """
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits of ``draws`` independent calls, ``[draws, B, classes]``."""
+        """The logits of ``draws`` independent calls, ``[draws, B, classes]``."""
 
 
 @runtime_checkable
 class FixedNoise(Protocol):
-    """Can make its randomness a function of a seed."""
+    """Has a mode in which its random draws are decided by a seed."""
 
     def fixed_noise(self, seed: int) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, every image gets the same draws in every call, made from ``seed`` alone."""
+        """Within the block, every image gets the same draws in every call. The draws depend only on ``seed``."""
 
 
 @runtime_checkable
 class DeterministicMode(Protocol):
-    """Can be run without any randomness."""
+    """Has a mode without randomness."""
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
-        """A block in which nothing is drawn."""
+        """Switch all random draws off within the block."""
 
 
 @runtime_checkable
 class AuthorsEvaluation(Protocol):
-    """Knows how the people who published it evaluate it."""
+    """Has the attacks with which the authors of the defence evaluated it."""
 
     def authors_attacks(self, eps: float) -> Sequence[Any]:
-        """Their attacks at the radius ``eps``: `purify_fast.evaluation.AttackSpec`, each with a ``judge``."""
+        """The authors' attacks at radius ``eps``: `purify_fast.evaluation.AttackSpec`, each with a ``judge``."""
 
 
 @runtime_checkable
 class OwnSurrogates(Protocol):
-    """Knows models whose gradients may find adversarial images that its own gradients do not find."""
+    """Has surrogate models, whose gradients may find adversarial images that the defence's gradients do not find."""
 
     def attack_surrogates(self) -> Sequence[tuple[str, Classifier]]:
-        """Surrogate models of the same images and classes, each with a description, as in "the gradients of ..."."""
+        """Pairs of a description, which completes "the gradients of ...", and a surrogate with the same classes."""
 
 
 @runtime_checkable
 class OwnAttacks(Protocol):
-    """Knows attacks that a careful attacker would add for it."""
+    """Has attacks that were written for this defence."""
 
     def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
-        """Attacks that the protocol "strong" adds in that ball: `purify_fast.evaluation.AttackSpec`."""
+        """The attacks that the protocol "strong" adds, in the given ball: `purify_fast.evaluation.AttackSpec`."""
 
 
 @runtime_checkable
 class Accelerates(Protocol):
-    """Computes through fast copies of its parts from then on."""
+    """Can replace its parts by faster copies."""
 
     def accelerate(self, dtype: torch.dtype | None = ..., /) -> Any:
-        """The object itself, accelerated."""
+        """Accelerate the object, and return it."""
 
 
 @runtime_checkable
 class PassesOn(Protocol):
-    """A wrapper, such as one that counts images. An attack may put another model with the same methods into it."""
+    """A wrapper around a model, such as a wrapper that counts images. An attack may exchange the model inside it."""
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
-        """The same wrapper around the result of ``replace`` for the model inside."""
+        """Make the same wrapper around ``replace(model)``, where ``model`` is the model inside."""
 
 
 @runtime_checkable
 class PreparesReplay(Protocol):
-    """Keeps values that it computes from its weights; replays of a captured step read them from their memory."""
+    """Stores values that were computed from the weights. Replays of a captured step read these values from memory."""
 
     def prepare_replay(self) -> None:
-        """Update the kept values, in place."""
+        """Update the stored values in place."""
 
 
 @runtime_checkable
 class CountsImages(Protocol):
-    """Counts the images of its forward passes; a replay of a captured step runs none of its Python."""
+    """Counts the images of its forward passes. A replay of a captured step does not run the Python code that counts."""
 
     def counted(self) -> int:
-        """The number of images that it has counted."""
+        """The number of images so far."""
 
     def count(self, images: int) -> None:
-        """Add to the count; a negative number lowers it."""
+        """Add a number, which may be negative, to the count."""
 
 
 def supports(model: object, protocol: type) -> bool:
-    """Tell whether the type of ``model`` has the methods of ``protocol``, a protocol of methods in this module."""
+    """Tell whether the type of ``model`` has the methods of ``protocol``, a protocol of this module."""
     return issubclass(type(model), protocol)
 
 
 def draws_for_each_image(model: object) -> bool:
-    """Tell whether the class of ``model`` promises by ``draws_for_each_image = True`` that every image gets own draws.
+    """Tell whether the class of ``model`` has the attribute ``draws_for_each_image = True``.
 
-    Attacks do not test the draws of such a model. A subclass has to promise it again, because it may draw in its own
-    way.
+    With this attribute, a class promises that its random draws differ from image to image, and attacks do not test
+    this. A subclass does not inherit the promise, because it may draw in another way.
     """
     return bool(vars(type(model)).get("draws_for_each_image", False))
 
 
 def is_purifier(model: object) -> TypeGuard[Purifier]:
     """Tell whether ``model`` satisfies `Purifier`."""
-    # Since Python 3.12 isinstance(model, Purifier) does not find submodules, which are not plain attributes of the
-    # object.
+    # Since Python 3.12, isinstance(model, Purifier) does not find submodules, because they are not plain attributes.
     return supports(model, Purifies) and has_classifier(model)
 
 

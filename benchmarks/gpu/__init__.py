@@ -1,1 +1,1 @@
-"""Measurements that need a GPU, and counts that stand in for them."""
+"""Measurements that need a GPU, and counts that replace them where there is no GPU."""

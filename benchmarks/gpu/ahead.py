@@ -1,8 +1,8 @@
-"""Every Triton kernel compiled ahead of time, without a GPU, and its machine code.
+"""Compile every Triton kernel ahead of time, without a GPU, and read its machine code.
 
-A case calls a launcher and compiles what that launches: block, warps and the types of the arguments, with every size
-and pointer a multiple of 16, as for large tensors. tests/aot tests the code; `python -m benchmarks instructions` counts
-its instructions.
+A case has the arguments of a launcher. The launcher is called, and the kernels that it launches are compiled instead of
+run, with the same block sizes, warps and types of arguments. All sizes and pointers are multiples of 16, as they are
+for large tensors. tests/aot tests the machine code, and `python -m benchmarks instructions` counts its instructions.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 
-#: The modules of kernels, each by the name of its file.
+#: The modules of kernels, by the names of their files.
 MODULES = {
     path.stem: import_module(f"purify_fast.kernels.{path.stem}")
     for path in sorted(Path(_common.__file__).parent.glob("[a-z]*.py"))
 }
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Triton brings its own disassemblers.
+#: The folder of the disassemblers that are part of Triton.
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-one = torch.empty  # float32
+#: Makes a float32 tensor, whatever the dtype of the case.
+one = torch.empty
 SEED, IDS = torch.zeros(1, dtype=torch.int64), torch.arange(4)
 
 
 def x(*shape: int, last: bool = False) -> Callable:
-    """An argument of a case: a tensor of its dtype."""
+    """Return a function that makes an argument of a case: a tensor in the dtype of the case."""
     return lambda dtype: torch.empty(shape, dtype=dtype, memory_format=_common.memory_format(last))
 
 
@@ -57,7 +58,10 @@ def _made(arguments: Sequence, dtype: torch.dtype) -> list:
 
 
 def _cases() -> dict[str, tuple]:
-    """The arguments of each launcher, by names that begin with the op's name; "-backward" means its backward."""
+    """Return the launcher's arguments for each case. The name of a case begins with the name of the op.
+
+    A name with "-backward" is a case of the op's backward pass.
+    """
     image, latent, rows = x(4, 3, 64, 64), x(4, 1024), one(4)
     cases = {
         "sample_latent-forward": (latent, latent, SEED, IDS),
@@ -81,7 +85,7 @@ def _cases() -> dict[str, tuple]:
     for method, name in enumerate(METHODS):
         logits = x(4, 8, 1024)
         cases[f"aggregate-{name}-forward"] = (logits, method)
-        # A vote has no gradient.
+        # The method "vote" has no gradient.
         if name != "vote":
             cases[f"aggregate-{name}-backward"] = (one(4, 1024), logits, method)
 
@@ -122,11 +126,11 @@ def _cases() -> dict[str, tuple]:
         cases[f"stitch-forward{layout}"] = (x(16, 3, 64, 64, last=last), quarters, 4)
         cases[f"stitch-backward{layout}"] = (x(4, 3, 64, 64, last=last), quarters, 4)
 
-    # The first are one chunk, the others several.
+    # The tensors of `few` fit into one chunk of the kernel, and those of `many` need several chunks.
     few, many = [x(4, 512), one(4, 1024)], [x(4, 512), one(4, 1024), x(4, 64, 16, 16)]
     for kind, name in enumerate(KINDS):
         cases[f"representation_distance-{name}"] = (few, few, kind)
-        # These two have products and squares.
+        # The kernel for chunks differs for these two kinds, which need products and squares.
         if name in ("abs_cosine", "l2"):
             cases[f"representation_distance-{name}-chunks"] = (many, many, kind)
     slopes = one(4, 3, 2)
@@ -140,12 +144,12 @@ def _no_half(dtype: torch.dtype) -> torch.dtype:
 
 
 def no_half(*shape: int) -> Callable:
-    """An argument of an op without float16: bfloat16 in its place."""
+    """Return a function that makes an argument of an op without float16. It uses bfloat16 in place of float16."""
     return lambda dtype: torch.empty(shape, dtype=_no_half(dtype))
 
 
 def _decoders() -> dict[str, tuple]:
-    """The decoders that CARSO has for images of 32 x 32 and of 64 x 64."""
+    """Return the cases of CARSO's decoders for images of 32 x 32 and of 64 x 64 pixels."""
     cases = {}
     for name, latent, side in (("cifar10", 128, 32), ("tiny_imagenet", 192, 64)):
         start, plan = published_decoder((3, side, side))
@@ -166,7 +170,10 @@ CASES = _cases()
 
 
 class Device:
-    """The facts that the compiler asks a driver for; the number keeps the compiled kernels of devices apart."""
+    """A replacement for the GPU driver, with the facts that the compiler needs.
+
+    The architecture serves as the device's number, so that kernels for different architectures are cached separately.
+    """
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -182,7 +189,7 @@ class Device:
 
 
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
-    """The results of ``start`` for every launch of the case on such a device."""
+    """Call ``start`` in place of every launch of a case on a device of an architecture. Return its results."""
     results: list = []
     op = case.partition("-")[0] + ("_backward" if "-backward" in case else "")
     with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):
@@ -192,7 +199,7 @@ def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
 
 @contextmanager
 def recorded(architecture: int, start: Callable) -> Iterator[None]:
-    """Within the block, launchers find such a device, and ``start`` replaces every launch."""
+    """Within the block, launchers find a device of an architecture, and ``start`` replaces every launch."""
     run = mock.patch.object(triton.JITFunction, "run", lambda *args, **kwargs: start(*args, **kwargs))
     major = mock.patch.object(_common, "_major", lambda device: architecture // 10)
     with run, major, mock.patch.object(driver, "_active", Device(architecture)):
@@ -201,7 +208,7 @@ def recorded(architecture: int, start: Callable) -> Iterator[None]:
 
 @cache
 def launched(case: str, dtype: str, architecture: int) -> list:
-    """The kernels that the launcher starts, compiled and not run."""
+    """Compile the kernels of a case for an architecture without running them, and return them."""
     compiled = triton.JITFunction.run
     return run(case, dtype, architecture, lambda *args, **kwargs: compiled(*args, **kwargs | {"warmup": True}))
 
@@ -212,11 +219,11 @@ def name_of(function: triton.JITFunction) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """The instructions of a kernel in order, its loops, and the resources of a thread.
+    """The machine code of a kernel, its loops, and the resources that it needs.
 
     Attributes:
-        instructions: SASS without addresses and without the padding after the last branch.
-        loops: begin and end of each loop among the instructions: a branch backwards closes it.
+        instructions: SASS instructions in order, without addresses and without the padding at the end.
+        loops: begin and end of each loop, as indices of instructions. A loop ends at a branch that leads back.
         registers: number of registers of a thread.
         threads: number of threads of a program.
     """
@@ -227,17 +234,17 @@ class Code:
     threads: int
 
     def executed(self, *trips: int) -> int:
-        """The instructions executed by a thread, if no branch skips any.
+        """Return the number of instructions that a thread executes if no branch skips instructions.
 
         Args:
-            trips: numbers of trips of the loops, from the outermost inward; 1 for loops beyond these.
+            trips: numbers of iterations of the loops, from the outermost inward. Deeper loops count once.
         """
         depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
         return sum(math.prod(trips[:nested]) for nested in depth)
 
     def programs(self) -> int:
-        """The number of programs that fit on a multiprocessor of sm_90 at once, by registers and threads."""
-        # A warp gets registers by 256.
+        """Return how many programs a multiprocessor of sm_90 can run at once, limited by registers and threads."""
+        # Registers are allocated to a warp in units of 256.
         warp = -(-self.registers * 32 // 256) * 256
         warps = self.threads // 32
         return min(32, 65536 // warp // warps, 64 // warps)
@@ -251,18 +258,18 @@ def _tool(name: str, *arguments: str, cubin: bytes) -> str:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """The registers (REG) and bytes of stack (STACK) and of local memory (LOCAL) of a thread."""
+    """Return a thread's number of registers (REG), bytes of stack (STACK) and bytes of local memory (LOCAL)."""
     text = _tool("cuobjdump", "-res-usage", cubin=cubin)
     return {of: int(re.search(rf"\b{of}:(\d+)", text)[1]) for of in ("REG", "STACK", "LOCAL")}
 
 
 def sass(cubin: bytes) -> str:
-    """The output of nvdisasm."""
+    """Return the output of nvdisasm for a cubin."""
     return _tool("nvdisasm", "-c", cubin=cubin)
 
 
 def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """The instructions and loops in the output of nvdisasm."""
+    """Return the instructions and the loops in the output of nvdisasm, as in `Code`."""
     code, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -278,7 +285,7 @@ def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
 
 @cache
 def code(case: str, dtype: str, architecture: int = 90) -> dict[str, Code]:
-    """The kernels that the case launches, by name."""
+    """Return the machine code of the kernels that a case launches, by the names of the kernels."""
     found = {}
     for kernel in launched(case, dtype, architecture):
         cubin = kernel.asm["cubin"]

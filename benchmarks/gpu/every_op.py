@@ -1,4 +1,4 @@
-"""Runs every registered op once for each of its examples, for the sanitizers."""
+"""Run every op once with each of its example inputs, so that sanitizers can check the kernels."""
 
 from __future__ import annotations
 

@@ -1,19 +1,23 @@
-"""All checks that need a GPU, in three commands of at most nine minutes each.
+"""Run all checks that need a GPU, in three parts of at most nine minutes each.
 
-``tests`` measures what a capture costs, verifies every kernel, and runs the tests of the device; ``ops`` evaluates a
-model with graphs and without, times training steps, and races the kernels; ``pipelines`` has the ops in detail, the
-sanitizer and the pipelines. The five measurements of `gpu_sections` come before everything else. ``tests ops`` does
-both on one machine, which compiles their kernels once. Each command consists of sections, each in its own process and
-within a time limit.
+- ``tests`` measures the capture of CUDA graphs, verifies every kernel, and runs the tests that need a GPU.
+- ``ops`` evaluates a model with CUDA graphs and without, times training steps, and compares kernels with references.
+- ``pipelines`` measures the ops in detail, runs the sanitizer, and measures whole pipelines.
 
-A section ends as passed, failed, or not available (a tool is missing). At its end, findings are written to
-``DIR/gpu_check/<section>.json``, its output to ``<section>.log``, a summary of all to ``DIR/gpu_check.md``; figures and
-tables go to DIR itself, row by row. A second run repeats sections that failed, were left out, or were done by another
-version, by other sources or on another device. A killed run is resumed: written rows are not measured again, and passed
-tests are not run again.
+``tests ops`` runs two parts on one machine, where kernels that both need are compiled once. A part consists of
+sections. Each section has a separate process and a time limit. It ends as passed, failed, or not available (if a tool
+is missing).
 
-Every command finally writes DIR's chapter of docs/performance.md, and the races that ship with the package. In a
-rehearsal both are written only into DIR.
+DIR is the folder for the results of the device. A section writes its findings to ``DIR/gpu_check/<section>.json`` and
+its output to ``DIR/gpu_check/<section>.log``. Measured rows are written to DIR at once. The file ``DIR/gpu_check.md``
+has a summary of all sections.
+
+A second run repeats only those sections that failed, that were left out, or whose results are from another version,
+other sources or another device. After a killed run, written rows are not measured again, and passed tests are not run
+again.
+
+At the end every run writes the device's chapter of docs/performance.md, and the choices between kernel and reference
+that are part of the package. A rehearsal writes both only into DIR.
 """
 
 from __future__ import annotations
@@ -47,32 +51,32 @@ from ..speed import sheets, shipping
 from ..speed.running import device_class
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 
-#: Seconds beyond its limit after which a section is killed, on a GPU and in the rehearsal.
+#: A section is killed this many seconds after its time limit, on a GPU and in a rehearsal.
 GRACE = (20.0, 5.0)
-#: The commands, each with its sections.
+#: The names of the sections in each part.
 PARTS = {
     part: [name for name, section in SECTIONS.items() if section.part == part] for part in ("tests", "ops", "pipelines")
 }
-#: The seconds that each command may take, on a GPU and in the rehearsal.
+#: The time limit of each part in seconds, on a GPU and in a rehearsal.
 TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
 
 
 def _rehearse(out: Path) -> None:
-    """Set up few elements, short runs, and a separate folder of verdicts and races."""
+    """Prepare this process for a rehearsal: use small tensors, short runs, and a separate cache folder."""
     os.environ["PURIFY_FAST_CACHE"] = str(out / "gpu_check" / "cache")
     racing.ELEMENTS["cpu"] = {"small": 2**10, "medium": 2**17}
     racing.RUN = 1e-5
 
 
 def _end_with(parent: int) -> None:
-    """End this group of processes once its parent is gone: a killed parent could not end it."""
+    """Wait until the parent process has ended, and then kill this process group. A killed parent cannot do it."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os.killpg(0, signal.SIGKILL)
 
 
 def _work(name: str, context: Context, path: Path, parent: int) -> None:
-    """Run a section in this process, which leads a process group, and write its outcome."""
+    """Run a section in this process, as the leader of a new process group, and write its outcome."""
     os.setsid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if context.dry:
@@ -89,7 +93,7 @@ def _work(name: str, context: Context, path: Path, parent: int) -> None:
 
 
 def run_section(name: str, context: Context) -> dict:
-    """Run a section, and return its outcome, with a traceback; a section that exceeds its time is killed."""
+    """Run a section in a new process, and return its outcome. A section that exceeds its time limit is killed."""
     began, grace = time.monotonic(), GRACE[context.dry]
     path = context.out / "gpu_check" / f"{name}.outcome"
     path.unlink(missing_ok=True)
@@ -100,7 +104,7 @@ def run_section(name: str, context: Context) -> dict:
         process.join(context.seconds + grace)
         late = process.is_alive()
     finally:
-        # The processes that it started must not outlive it. It may have had no time to lead a group.
+        # Kill the whole group, so that no process of the section survives. The group may not exist yet.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
@@ -108,14 +112,14 @@ def run_section(name: str, context: Context) -> dict:
     if path.is_file():
         outcome = json.loads(path.read_text())
     else:
-        why = f"its process ended with exit status {process.exitcode}"
-        why = f"ended {grace:.0f} s after its limit of {context.seconds:.0f} s" if late else why
+        why = f"the section's process ended with exit status {process.exitcode}"
+        why = f"was killed {grace:.0f} s after its limit of {context.seconds:.0f} s" if late else why
         outcome = dataclasses.asdict(Outcome(FAILED, why))
     return {"section": name, **outcome, "seconds": round(time.monotonic() - began, 1)}
 
 
 def done(path: Path, mark: dict) -> dict | None:
-    """Read the result of a section, if it has the same fingerprint."""
+    """Read the result of a section. Return None if there is none with the fingerprint ``mark``."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -124,7 +128,7 @@ def done(path: Path, mark: dict) -> dict | None:
 
 
 def table(results: dict[str, dict | None]) -> list[str]:
-    """A line for each section."""
+    """Return the table of the sections. The result of a section that has not run is None."""
     body = [
         [name, result["state"], f"{result['seconds']:.0f}", result["summary"].replace("\n", " ")]
         if result
@@ -135,21 +139,23 @@ def table(results: dict[str, dict | None]) -> list[str]:
 
 
 def page(results: dict[str, dict | None], mark: dict) -> str:
-    """The report: the table, the omissions, the failures."""
+    """Return the report as Markdown: the table of the sections, the omitted work, and the failures."""
     there = {name: result for name, result in results.items() if result is not None}
     template, today = Path(__file__).with_name("gpu_check.md.jinja"), datetime.date.today().isoformat()
     return rendered(template, mark=mark, today=today, table=table(results), results=there)
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
-    """Write the chapter, and in the folder of all results the page and the races that ship.
+    """Write the device's chapter, and its choices between kernel and reference.
+
+    If the results are in ``benchmarks/results``, docs and the package are updated as well.
 
     Args:
-        out: the folder of the device.
-        dry: whether this was a rehearsal, which changes nothing outside ``out``.
+        out: folder for the results of the device.
+        dry: True after a rehearsal, which changes nothing outside of ``out``.
 
     Returns:
-        A list of the written files.
+        The paths of the two files in ``out``.
     """
     written = [out / "chapter.md", out / "races.json"]
     write_text(written[0], "\n".join(performance.chapter(out)) + "\n")
@@ -160,7 +166,7 @@ def conclude(out: Path, dry: bool) -> list[Path]:
 
 
 def why_no_device() -> str:
-    """The reason why PyTorch finds no CUDA device, in its own words, with the version that it was built for."""
+    """Return PyTorch's message about the missing CUDA device, and the CUDA version that PyTorch was built for."""
     built = f"this PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this PyTorch has no CUDA"
     try:
         torch.cuda.init()
@@ -170,7 +176,7 @@ def why_no_device() -> str:
 
 
 def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
-    """Record that a section was begun, and remove its outdated results."""
+    """Record that a section has begun, and remove its outdated results."""
     begun = out / "gpu_check" / f"{name}.begun"
     if redo or not begun.exists() or json.loads(begun.read_text()) != mark:
         for file in SECTIONS[name].files:
@@ -182,12 +188,12 @@ def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
 
 
 def complete(result: dict | None) -> bool:
-    """Tell whether a section is complete."""
+    """Tell whether a section has run without failures and without omissions."""
     return result is not None and result["state"] != FAILED and not result["left_out"]
 
 
 def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
-    """Run the unfinished chosen sections; tell whether all of them passed or are not available."""
+    """Run those of the chosen sections that are not complete. Return True if none of the chosen sections failed."""
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began, dry = fingerprint(device, chosen.dry), time.monotonic(), chosen.dry
     total = chosen.total or sum(TOTALS[part][dry] for part in chosen.parts or PARTS)
@@ -200,7 +206,8 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
         left = total - (time.monotonic() - began) - GRACE[dry]
         limit = min(chosen.seconds or SECTIONS[name].limits[dry], left)
         if limit < 5:
-            progress.write(f"{name}: left out, the {total:.0f} s for all are over", file=sys.stderr)
+            text = f"{name}: left out, because the time limit of {total:.0f} s for all sections is reached"
+            progress.write(text, file=sys.stderr)
             continue
         _begin(name, out, mark, chosen.redo)
         built = done(paths["extension"], mark)
@@ -220,34 +227,34 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks gpu_check``."""
+    """Add the options of ``python -m benchmarks gpu_check``."""
     parts, sections = ", ".join(PARTS), ", ".join(SECTIONS)
-    which = f"which of {parts}; all in turn by default"
+    which = f"parts to run; default: all, one after the other. Parts: {parts}"
     parser.add_argument("parts", nargs="*", metavar="part", type=options.one_of(PARTS), help=which)
     parser.add_argument(
         "--dry",
         action="store_true",
-        help="rehearse every section on the CPU; no numbers",
+        help="rehearse every section on the CPU; the numbers mean nothing",
     )
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device> by default")
-    only = f"which; all by default: {sections}"
+    parser.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/<device>")
+    only = f"run only these sections. Sections: {sections}"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
-    parser.add_argument("--redo", action="store_true", help="repeat finished sections")
-    parser.add_argument("--seconds", type=options.seconds, help="time limit of each section; its own by default")
+    parser.add_argument("--redo", action="store_true", help="also repeat finished sections")
+    seconds = "time limit of each section in seconds; the default depends on the section"
+    parser.add_argument("--seconds", type=options.seconds, help=seconds)
+    total = "time limit of all sections together in seconds; default: 540 for each part"
+    parser.add_argument("--total", type=options.seconds, help=total)
     parser.add_argument(
-        "--total", type=options.seconds, help="time limit of all sections; 540 seconds for each command by default"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="folder with CIFAR-10, or an .npz file; the current folder by default"
+        "--data", type=Path, help="folder with CIFAR-10, or path of an .npz file; default: the current folder"
     )
 
 
 def main(chosen: argparse.Namespace) -> bool:
-    """``python -m benchmarks gpu_check``; tell whether everything requested passed."""
+    """Run ``python -m benchmarks gpu_check``. Return True if none of the chosen sections failed."""
     if not chosen.dry and not torch.cuda.is_available():
-        raise Unfit(f"no CUDA device is available: {why_no_device()}; --dry rehearses everything on the CPU")
+        raise Unfit(f"no CUDA device is available: {why_no_device()}. Use --dry to rehearse all sections on the CPU.")
     device = torch.device("cpu" if chosen.dry else "cuda")
-    # The path is absolute, because pytest runs in another folder.
+    # Make the path absolute, because pytest runs in another folder.
     out = options.out_of(chosen, chosen.dry, device_class(device)).resolve()
     lacking = records.missing_compiler()
     if lacking is not None and not chosen.dry:

@@ -1,12 +1,12 @@
-"""The sections of the GPU check, each a function of a `Context`.
+"""The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`.
 
-Five measurements come first, each in its own file: they decide whether graphs and kernels gain anything.
+Five sections decide whether CUDA graphs and kernels are worth using. Each of them writes a separate file:
 
-1. `CAPTURE_COST`: cost of a capture, and saving of a replay.
-2. `VERDICTS`: correctness and compile time of each kernel. The tests of the device stand beside it.
-3. `STANDARD`: an evaluation with graphs and without, against the official AutoAttack.
-4. `STEPS`: a training step of each method: the host's launch time, and the device's computing time.
-5. `REPLAYS`: kernels replayed in CUDA graphs, against their references and `torch.compile`.
+1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay saves.
+2. `VERDICTS`: the correctness and the compile time of each kernel.
+3. `STANDARD`: an evaluation with CUDA graphs and without, compared with the official AutoAttack.
+4. `STEPS`: a training step of each method: the time to launch its operators, and the computing time of the GPU.
+5. `REPLAYS`: kernels replayed in CUDA graphs, compared with their references and with `torch.compile`.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ from .launches import Replays
 
 ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
-#: The folder that pytest runs.
+#: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
-#: The files on which results depend.
+#: The files on which the results depend. A section runs again if one of them has changed.
 SOURCES = (
     "purify_fast/**/*.py",
     "kernels/*.py",
@@ -75,7 +75,7 @@ SOURCES = (
 )
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
 STEPS, REPLAYS = "training_steps.csv", "replays.csv"
-#: Number of timed runs, whose median counts.
+#: The number of timed runs. Their median is the result.
 RUNS = 20
 
 
@@ -87,12 +87,12 @@ class Context:
     """The inputs of a section.
 
     Attributes:
-        out: the folder of the device's results.
-        device: the checked device.
-        dry: whether this rehearses on a CPU, where everything is small and no number means anything.
-        seconds: time limit of the section.
-        data: CIFAR-10, as a folder or an ``.npz`` file; None for the current folder.
-        started: start time on the monotonic clock.
+        out: folder for the results of the device.
+        device: checked device.
+        dry: True for a rehearsal on a CPU, in which all inputs are small and the numbers mean nothing.
+        seconds: time limit of the section in seconds.
+        data: folder with CIFAR-10 or path of an ``.npz`` file. None means the current folder.
+        started: start time of the section on the monotonic clock.
     """
 
     out: Path
@@ -120,15 +120,14 @@ class Outcome:
 
 
 def measured(context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]]) -> Outcome:
-    """Measure the missing parts of a file one by one, and write the file after each part.
+    """Measure those parts of a section that its results file does not have yet. Write the file after each part.
+
+    A failed part does not stop the other parts. A part that does not fit into the time limit is left out.
 
     Args:
         context: context of the section.
-        file: file in the folder of the device.
-        work: for each part's name, as in the column ``part``, the function that measures its row or rows.
-
-    Returns:
-        The outcome of the parts: a failed part does not stop others, and parts without enough time are left out.
+        file: name of the results file in the folder of the device.
+        work: for each name in the column ``part``, the function that measures one row or several rows.
     """
     path, here = context.out / file, timing.environment(context.device)
     rows: list[dict] = list(sheets.rows_of(path))
@@ -146,14 +145,21 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
 
 
 def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] | None = None) -> Outcome:
-    """The outcome: passed if something was measured and nothing has an error or a wrong result."""
+    """Return the outcome of a section.
+
+    Args:
+        budget: budget after the run, with the errors and the names of the items that were left out.
+        summary: beginning of the summary.
+        some: True if at least one row was measured. Otherwise the section has failed.
+        wrong: messages about wrong results. If there are any, the section has failed.
+    """
     errors = {**(budget.failed or {}), **(wrong or {})}
     summary += f", {len(wrong or {})} wrong, {len(budget.failed or {})} with an error, {len(budget.left_out)} left out"
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
 def fingerprint(device: torch.device, dry: bool) -> dict:
-    """The identity of a section's results: version, sources and machine."""
+    """Return the facts that identify the results of a section: version, hash of the sources, and machine."""
     sources = hashlib.blake2b(digest_size=16)
     for pattern in SOURCES:
         for path in sorted(path for path in ROOT.glob(pattern) if path.is_file()):
@@ -165,12 +171,12 @@ def fingerprint(device: torch.device, dry: bool) -> dict:
 
 
 def _capture(device: torch.device) -> Any:
-    """The class that captures on a device; on a CPU a stand-in."""
+    """Return the object that captures CUDA graphs on a device. On a CPU it is a replacement without real graphs."""
     return CudaCapture() if device.type == "cuda" else Replays()
 
 
 def _with_kernels(device: torch.device) -> list[Op]:
-    """The ops that have a kernel for a device."""
+    """Return the ops that have a kernel for a device."""
     return [op for op in REGISTRY.values() if op.kernel(device.type) != "reference"]
 
 
@@ -180,7 +186,7 @@ def _ms(seconds: float) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _SignStep:
-    """A step of an attack: the gradient to the images, and a step by its sign."""
+    """A step of an attack: it computes the gradient with respect to the images, and adds the sign of the gradient."""
 
     model: nn.Module
 
@@ -193,7 +199,7 @@ class _SignStep:
 
 
 def _one_capture(context: Context, images: int, precision: Any) -> dict:
-    """Measure the cost of capturing a step, and the time of a step with and without it."""
+    """Measure the time to capture a step, and the time of the step with and without a CUDA graph."""
     torch.manual_seed(0)
     model = (PreActResNet18(width=4).eval() if context.dry else classifier()).to(context.device)
     x = torch.rand(images, 3, 32, 32, device=context.device)
@@ -225,7 +231,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
 
 
 def capture_cost(context: Context) -> Outcome:
-    """Milliseconds of a capture; of a gradient step launched, replayed, and on the device alone."""
+    """Measure the time of a capture, and of a gradient step: launched, replayed, and on the device alone."""
     sizes = (2, 4) if context.dry else (16, 64, 250)
     work = {
         f"{images} images, {precision}": partial(_one_capture, context, images, precision)
@@ -236,7 +242,7 @@ def capture_cost(context: Context) -> Outcome:
 
 
 def verdicts(context: Context) -> Outcome:
-    """Every kernel against the definition in float64; the seconds are mostly for compiling."""
+    """Compare every kernel with its definition in float64. Most of the measured time is compilation."""
 
     def one(op: Op) -> dict:
         verdict = verify.verdict_of(op, Call(context.device))
@@ -252,7 +258,7 @@ def verdicts(context: Context) -> Outcome:
 
 
 def _subject(context: Context) -> contests.Subject:
-    """A ResNet-18 of the zoo with 1,000 images of CIFAR-10; in a rehearsal a small model with random images."""
+    """Return a ResNet-18 of the zoo and 1,000 images of CIFAR-10. In a rehearsal, return a small random model."""
     if context.dry:
         torch.manual_seed(0)
         model, x = PreActResNet18(width=4).eval(), torch.rand(6, 3, 32, 32)
@@ -264,14 +270,14 @@ def _subject(context: Context) -> contests.Subject:
 
 
 def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
-    """Compare the images that an attack left with those that it left without graphs."""
+    """Return a row of the results file that compares the robust images with those of the run without CUDA graphs."""
     other = int((robust != without_graphs).sum())
     row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
     return row | {"other_than_off": other}
 
 
 def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[dict]:
-    """Evaluate, and tell whether the robust images equal those of the evaluation without graphs."""
+    """Evaluate a model. Return a row for each attack, compared with the evaluation without CUDA graphs."""
     folder = context.out / "gpu_check" / "standard"
     protocol = "fast" if context.dry else "standard"
     config = EvaluateConfig(protocol=protocol, batch_size=contests.BATCH, cuda_graphs=mode, probes=False)
@@ -284,7 +290,7 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
 
 
 def _official(context: Context, subject: contests.Subject) -> list[dict]:
-    """The official AutoAttack on the same images, judged by the model itself."""
+    """Run the official AutoAttack on the same images. Count the images that the model still classifies correctly."""
     began = time.perf_counter()
     images = contests.official("standard")(subject, contests.QUICK if context.dry else contests.Amount())
     seconds = time.perf_counter() - began
@@ -296,7 +302,7 @@ def _official(context: Context, subject: contests.Subject) -> list[dict]:
 
 
 def standard(context: Context) -> Outcome:
-    """The protocol `standard` with graphs off, auto and always, and AutoAttack; robust images, one by one."""
+    """Run the protocol `standard` with CUDA graphs off, auto and always, and AutoAttack. Compare each image."""
     subject = _subject(context)
     work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto", "always")}
     work["AutoAttack"] = partial(_official, context, subject)
@@ -304,7 +310,7 @@ def standard(context: Context) -> Outcome:
 
 
 def _device_seconds(run: Callable[[], object]) -> float:
-    """Seconds that a GPU computes, by PyTorch's profiler; 0 if it cannot measure them."""
+    """Return the computing time of the GPU in seconds, by PyTorch's profiler, or 0 if the profiler cannot tell."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -312,7 +318,7 @@ def _device_seconds(run: Callable[[], object]) -> float:
 
 
 def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> dict:
-    """Measure a training step: launching, the whole step, and the device's computing time."""
+    """Measure a training step: the time to launch it, the time of the whole step, and the GPU's computing time."""
     chosen = pipelines.registry()[pipeline](context.dry)[case].contestants[contestant]
     job, runs = chosen.make(context.device, context.dry), 1 if context.dry else RUNS
     for _ in range(1 if context.dry else 5):
@@ -326,7 +332,7 @@ def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> di
 
 
 def training_steps(context: Context) -> Outcome:
-    """Measure a step of each method's training, host against device."""
+    """Measure a training step of each method: launch time on the host, and computing time on the device."""
     work = {
         f"{pipeline}, {name}: {contestant}": partial(_one_step, context, pipeline, name, contestant)
         for pipeline in ("arrest_step", "carso_training", "atop_finetune")
@@ -338,7 +344,7 @@ def training_steps(context: Context) -> Outcome:
 
 
 def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
-    """Replay a kernel, its reference, and the reference under `torch.compile`."""
+    """Time the replays of a kernel, of its reference, and of the reference under `torch.compile`."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
     row = racing.run_race(race, context.device)[0]
@@ -350,7 +356,7 @@ def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
         "kernel": lambda: op.handle(*arguments),
     }
     if context.dry:
-        # Compilation would take a minute.
+        # Leave out torch.compile in a rehearsal, because compilation would take a minute.
         del calls["compile"]
     capture = _capture(context.device)
     with torch.no_grad(), use_backend("reference"):
@@ -368,7 +374,7 @@ def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
 
 
 def replays(context: Context) -> Outcome:
-    """Measure each kernel on large tensors, in bfloat16 if it is supported, by variant and layout."""
+    """Time replays of each kernel on large tensors, by variant and layout, in bfloat16 if the op supports it."""
     copied = limits.read(context.out).get((timing.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
     for op in _with_kernels(context.device):
@@ -379,7 +385,7 @@ def replays(context: Context) -> Outcome:
 
 
 def extension(context: Context) -> Outcome:
-    """The loaded extension, or else a separate build; it has the kernels of the CPU."""
+    """Find the loaded extension with the CPU kernels, or build one in a separate folder."""
     loaded = _library.path if _library.loaded() else None
     path = Path(loaded) if loaded else _build(context)
     known = facts(path)
@@ -401,7 +407,10 @@ def measured_limits(context: Context) -> Outcome:
 
 
 def tests(context: Context) -> Outcome:
-    """Run tests/gpu: small tensors side by side, then large tensors one by one; passed tests are skipped."""
+    """Run tests/gpu. Tests with small tensors run in parallel, then those with large tensors run one by one.
+
+    Tests that passed in an earlier run are skipped.
+    """
     path = context.out / "gpu_check" / "tests.outcomes"
     cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
     for mark, share, workers in (("not large", 0.8, cores), ("large", 1.0, 0)):
@@ -415,9 +424,9 @@ def tests(context: Context) -> Outcome:
         command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
         command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
-        # All passed, some failed, or none was left to run.
+        # These statuses of pytest mean: all tests passed, some tests failed, there was no test to run.
         if status not in (0, 1, 5):
-            raise RuntimeError(f"pytest ended with exit status {status}")
+            raise RuntimeError(f"pytest ended with exit status {status}; its output is in the section's log")
     outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}
     why: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}, "left out": {}}
     for test, line in outcomes.items():
@@ -428,9 +437,9 @@ def tests(context: Context) -> Outcome:
 
 
 def sanitizer(context: Context) -> Outcome:
-    """Run compute-sanitizer over every op once; without it, only the ops, which does not check memory."""
+    """Run every op once under compute-sanitizer. Without this tool run only the ops, which checks no memory."""
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
-    # Every tensor gets a separate allocation.
+    # Give every tensor a separate allocation, so that the tool finds accesses beyond a tensor.
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def run(command: list[str]) -> subprocess.CompletedProcess:
@@ -442,13 +451,14 @@ def sanitizer(context: Context) -> Outcome:
     alone = run(script)
     alone.check_returncode()
     if context.device.type != "cuda":
-        return Outcome(NOT_AVAILABLE, f"compute-sanitizer needs a CUDA device; {alone.stdout.strip()} without it")
+        ran = alone.stdout.strip()
+        return Outcome(NOT_AVAILABLE, f"compute-sanitizer needs a CUDA device. Without the tool these ran: {ran}")
     homes = [f"{os.environ.get(name, '/usr/local/cuda')}/bin" for name in ("CUDA_HOME", "CUDA_PATH")]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *homes]))
     if tool is None:
-        return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor below CUDA_HOME")
+        return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin or CUDA_PATH/bin")
     tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
-    # PyTorch may ask the driver for unsupported features: those errors are not the kernels'.
+    # Do not report errors of the CUDA API: PyTorch may ask the driver for features that it does not support.
     commands = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
     commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in commands.items()}
     clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "SUMMARY: 0 hazards"}
@@ -470,7 +480,7 @@ def sanitizer(context: Context) -> Outcome:
 
 
 def races(context: Context) -> Outcome:
-    """`purify-fast tune`, whose file is kept with the results."""
+    """Run `purify-fast tune`, and copy its file to the results."""
     retain_freed_memory()
     device = context.device
     if device.type == "cuda":
@@ -481,8 +491,8 @@ def races(context: Context) -> Outcome:
     ratios = [row.ratio for op in _with_kernels(device) for row in racing.known_rows(op, device)]
     problems = {**tuned.failed, **tuned.wrong}
     summary = (
-        f"{len(ratios)} races, {sum(ratio > 1 for ratio in ratios)} won by the kernel, {len(tuned.changes)} calls "
-        f"served by another than before, {len(problems)} with a problem"
+        f"{len(ratios)} comparisons of kernel and reference, the kernel was faster in "
+        f"{sum(ratio > 1 for ratio in ratios)}, {len(tuned.changes)} choices changed, {len(problems)} with a problem"
     )
     changes = [{**vars(one), "call": f"{one.call.style} {one.call.cell}"} for one in tuned.changes]
     details = {"errors": problems, "changes": changes}
@@ -490,7 +500,7 @@ def races(context: Context) -> Outcome:
 
 
 def ops(context: Context) -> Outcome:
-    """`python -m benchmarks ops`."""
+    """Run `python -m benchmarks ops`."""
     retain_freed_memory()
     budget = context.budget()
     run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
@@ -498,14 +508,14 @@ def ops(context: Context) -> Outcome:
 
 
 def raced_pipelines(context: Context) -> Outcome:
-    """`python -m benchmarks pipelines`."""
+    """Run `python -m benchmarks pipelines`."""
     budget = context.budget()
     run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
     return _judged(budget, context.out / sheets.PIPELINES, ("pipeline", "case", "contestant"))
 
 
 def _judged(budget: Budget, path: Path, columns: tuple[str, ...]) -> Outcome:
-    """Count the rows of a file by verdict, and name wrong rows by their columns."""
+    """Return the outcome for a results file: the number of rows with each verdict, and the names of wrong rows."""
     rows = sheets.rows_of(path)
     wrong = {" ".join(row[name] for name in columns): "wrong" for row in rows if row["verdict"] == "wrong"}
     counts = Counter(row["verdict"] for row in rows)
@@ -515,13 +525,13 @@ def _judged(budget: Budget, path: Path, columns: tuple[str, ...]) -> Outcome:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the check, which runs in a process of its own.
+    """A section of the check. It runs in a separate process.
 
     Attributes:
-        part: the section's command.
-        run: runs the section.
-        limits: time limits in seconds, on a GPU and in the rehearsal on a CPU.
-        files: the files of its rows, in the folder of the device.
+        part: name of the command that the section belongs to.
+        run: function that runs the section.
+        limits: time limits in seconds, on a GPU and in a rehearsal on a CPU.
+        files: names of the results files that the section writes into the folder of the device.
     """
 
     part: str

@@ -1,6 +1,7 @@
-"""The instructions that a thread of a Triton kernel executes on sm_90, beside the memory time of its data.
+"""Count the instructions that a thread of a Triton kernel executes on sm_90, and compare them with the memory time.
 
-Counted in the machine code of the ahead-of-time build, without a GPU; no time is measured.
+The kernels are compiled ahead of time, and the instructions are counted in the machine code. This needs no GPU, and no
+time is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from .. import RESULTS
 from ..speed import sheets
 from ..speed.sheets import read_csv, write_csv
 
-#: An H100 at 1.7 GHz: bytes of memory for each of its 132 multiprocessors in a cycle, and instructions of threads.
+#: The rates of an H100 at 1.7 GHz, for each of its 132 multiprocessors and each cycle. BYTES is the memory bandwidth.
+#: ISSUED is the number of instructions, where the same instruction in 32 threads counts as 32.
 BYTES, ISSUED = 3.35e12 / 132 / 1.7e9, 128
 RESULT = "instructions.csv"
 
@@ -23,13 +25,13 @@ class Row:
     """A line of the table.
 
     Attributes:
-        case: case in `benchmarks.gpu.ahead.CASES`.
-        dtype: dtype in `benchmarks.gpu.ahead.DTYPES`.
-        elements: number of elements that a thread makes with the counted instructions.
-        bytes: least number of bytes that must be moved for them.
-        trips: trips of the loops for these elements.
-        divided: divisor of the instructions, if the trips make more elements by this factor.
+        case: name of the case in `benchmarks.gpu.ahead.CASES`.
+        dtype: name of the dtype in `benchmarks.gpu.ahead.DTYPES`.
+        elements: number of elements that a thread computes with the counted instructions.
+        bytes: least number of bytes that must be read and written for these elements.
         where: description of the bytes.
+        trips: number of iterations of the kernel's loops.
+        divided: divisor of the instructions, for loops whose iterations compute this many times as many elements.
     """
 
     case: str
@@ -44,21 +46,27 @@ class Row:
 EXECUTED = (
     Row("pgd_step-linf", "bf16", 8, 64, "three images read, one written"),
     Row("apgd_step-linf", "bf16", 8, 80, "four images read, one written"),
-    Row("philox-bits", "fp32", 4, 16, "written"),
-    Row("philox-normal", "fp32", 4, 16, "written"),
+    Row("philox-bits", "fp32", 4, 16, "results written"),
+    Row("philox-normal", "fp32", 4, 16, "results written"),
     Row("sample_latent-forward", "fp32", 8, 96, "mu and logvar read, z written"),
     Row("sample_latent-backward", "bf16", 8, 80, "three read, two written"),
     Row("random_transform-forward-masked", "bf16", 8, 48, "the float32 image read, the packed one written"),
     Row("noisy_replay", "bf16", 8, 32, "one of two images read, one written"),
-    Row("diffusion_step-forward-fixed", "bf16", 8, 80, "the state and a prediction of 16 bits read, the next written"),
-    Row("diffusion_step-forward-learned", "bf16", 8, 96, "likewise, with a prediction of two halves"),
-    Row("diffusion_step-forward-noiseless", "bf16", 8, 80, "as the first of these"),
+    Row("diffusion_step-forward-fixed", "bf16", 8, 80, "state and 16-bit prediction read, next state written"),
+    Row("diffusion_step-forward-learned", "bf16", 8, 96, "state and double 16-bit prediction read, next state written"),
+    Row("diffusion_step-forward-noiseless", "bf16", 8, 80, "state and 16-bit prediction read, next state written"),
     Row("diffusion_step-backward-fixed", "bf16", 8, 128, "gradient, state and prediction read, two gradients written"),
-    Row("diffusion_step-backward-learned", "bf16", 8, 160, "likewise, with a prediction of two halves"),
+    Row(
+        "diffusion_step-backward-learned",
+        "bf16",
+        8,
+        160,
+        "gradient, state, double prediction read, two gradients written",
+    ),
     Row("gated_elu-forward", "bf16", 8, 48, "two halves read, one written"),
     Row("gated_elu-backward", "bf16", 8, 80, "three read, two written"),
     Row("stitch-forward", "bf16", 8, 32, "one pass read, one image written"),
-    Row("stitch-forward-channels_last", "bf16", 8, 32, "likewise"),
+    Row("stitch-forward-channels_last", "bf16", 8, 32, "one pass read, one image written"),
     Row("stitch-backward", "bf16", 8, 80, "one image read, four passes written"),
     Row("aggregate-lse-forward", "fp32", 16, 64, "logits read"),
     Row("aggregate-mean_sigmoid-forward", "fp32", 16, 64, "logits read"),
@@ -66,15 +74,15 @@ EXECUTED = (
     Row("contextual_attention-forward", "bf16", 4, 64, "G read, A and four U written", trips=4, divided=4),
     Row("contextual_attention-backward", "bf16", 4, 80, "four U, A and G read, one written", trips=4, divided=4),
 )
-#: The trips of a kernel's loops if they differ from the row's.
+#: The iterations of the loops of kernels for which `Row.trips` is wrong, from the outermost loop inward.
 TRIPS = {"contextual_attention._scaled": (8,), "contextual_attention._gather": (4, 2)}
-#: Kernels that work on the blocks of a mask, which are few, not on the elements of a row.
+#: Kernels that do not count, because they work on the few blocks of a mask and not on the elements.
 APART = ("random_transform._owners",)
 
 
 def instructions(case: str, dtype: str) -> int:
-    """The instructions of a thread in all launches of the case, for the elements of its row in `EXECUTED`."""
-    # This module needs Triton, which a report does not need.
+    """Return the instructions that a thread executes in all launches of a case, for the elements of its `Row`."""
+    # Import late, because the module needs Triton. A report must work without Triton.
     from . import ahead
 
     row = next((row for row in EXECUTED if row.case == case), Row(case, dtype, 0, 0, ""))
@@ -88,7 +96,7 @@ def instructions(case: str, dtype: str) -> int:
 
 
 def write(folder: Path) -> Path:
-    """Count every row, beside the committed table's column ``before``, which stays."""
+    """Count the instructions of all rows, and write the results file. Its column ``before`` is not changed."""
     path = folder / RESULT
     known = {(line["case"], line["dtype"]): line for line in read_csv(path)} if path.exists() else {}
     rows = []
@@ -101,12 +109,12 @@ def write(folder: Path) -> Path:
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """``python -m benchmarks instructions``."""
+    """Run ``python -m benchmarks instructions``."""
     return write(RESULTS)
 
 
 def table(results: Path) -> list[str]:
-    """The results of `write` beside the memory time of the moved data, for docs/performance.md."""
+    """Return the table of instructions and memory times for docs/performance.md."""
     counted = {(line["case"], line["dtype"]): line for line in read_csv(results / RESULT)}
     body = []
     for row in EXECUTED:

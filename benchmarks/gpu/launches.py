@@ -1,10 +1,13 @@
-"""The operators that a step of each training dispatches: on a GPU each is a launch, which costs host time.
+"""Count the operators that a step of each training dispatches. On a GPU each operator is a launch, which takes time.
 
-PyTorch's dispatches are counted on the CPU, without operators that move no data, such as views. The ops are served by
-the PyTorch references; by the kernels that serve a GPU's eager calls without races, which replace at least a dozen
-launches each, with the attack's step launched each time or replayed as one graph; and by every kernel, as if all had
-won their races. The CPU's kernels stand for the GPU's, as both are one operator; the decoder, which has no CPU kernel,
-is counted by its layers.
+The operators are counted on the CPU, as PyTorch dispatches them. Operators that move no data, such as views, do not
+count. There are four counts. In the first, all ops are PyTorch references. In the second, an op is a kernel if a GPU
+would use its kernel for eager calls without a measurement, because it replaces at least a dozen launches. The third is
+the same, but the steps of the attack are replays of a CUDA graph, and each replay counts as one launch. In the fourth,
+every op is a kernel, as if all kernels had been measured to be faster.
+
+A CPU kernel counts like a GPU kernel, because both are one operator. CARSO's decoder has no CPU kernel, so its layers
+are counted.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ FILE = "launches.csv"
 SHAPE, EPS = (1, 16, 16), 0.1
 Served = Literal["references", "by rule", "by rule, captured", "all kernels"]
 CPU = torch.device("cpu")
-#: The module, which the package's function of the same name hides.
+#: The module of contextual attention. It is imported by name, because `purify_fast.ops` has a function of that name.
 attention = import_module("purify_fast.ops.contextual_attention")
 
 
@@ -64,7 +67,7 @@ def _atop(target: str, steps: int) -> AtopTask:
     return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 
 
-#: For each training, the function that makes its task, with the number of its attack's steps; FGSM has none.
+#: The function that makes the task of each training. PGD-N attacks with N steps.
 TRAININGS: dict[str, Callable[[], Any]] = {
     "ARREST, PGD-2": partial(_arrest, 2),
     "ARREST, PGD-10": partial(_arrest, 10),
@@ -80,10 +83,11 @@ TRAININGS: dict[str, Callable[[], Any]] = {
 
 @contextlib.contextmanager
 def served(by: Served) -> Iterator[None]:
-    """Within the block, the CPU is served by the references alone, as a GPU where nothing was raced, or by all kernels.
+    """Within the block, choose for each op on the CPU between its reference and its kernel.
 
     Args:
-        by: references or kernels.
+        by: the rule. "references" chooses no kernel, and "all kernels" every kernel. "by rule" chooses the kernels that
+            a GPU would use without a measurement, and so does "by rule, captured".
     """
     entries = {}
     for name, op in REGISTRY.items():
@@ -91,7 +95,7 @@ def served(by: Served) -> Iterator[None]:
         kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
         cells = {"": {"eager": "reference"}} | {variant: {"eager": op.kernel("cpu")} for variant in kernels}
         entries[name] = {"races": [cells]}
-    # A CPU has kernels for whole functions that a GPU lacks: they would count fewer operators than a GPU launches.
+    # Turn off the CPU kernel for the whole attention. A GPU has no such kernel, so it launches more operators.
     whole, attention.WHOLE = attention.WHOLE, False
     try:
         with keep_kernels({"device": "cpu", "ops": entries}):
@@ -101,7 +105,7 @@ def served(by: Served) -> Iterator[None]:
 
 
 class Replays:
-    """Stands for CUDA graphs on a CPU, for `StepGraphs`: a replay runs the captured step again, as one launch."""
+    """Replacement for CUDA graphs in `StepGraphs` on a CPU. A replay runs the step again, and counts as one launch."""
 
     kind = "cpu"
 
@@ -109,24 +113,24 @@ class Replays:
         self.replayed = 0
 
     def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Do nothing: nothing here disturbs the step."""
+        """Return an empty context, because nothing disturbs the capture on a CPU."""
         return contextlib.nullcontext()
 
     def clock(self) -> float:
-        """Return a constant: no time passes."""
+        """Return a constant, because times do not matter here."""
         return 0.0
 
     def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-        """Report that all of a step's time is launching."""
+        """Run a step, and return constants for the launch time and the time of the whole step."""
         run()
         return 1.0, 1.0
 
     def now(self, device: torch.device) -> float:
-        """Return a constant: no time passes."""
+        """Return a constant, because times do not matter here."""
         return 0.0
 
     def release(self) -> None:
-        """Do nothing: there is no memory to give back."""
+        """Do nothing, because a CPU needs no memory for graphs."""
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """Return a function that replays a step without counting its operators."""
@@ -140,18 +144,18 @@ class Replays:
 
 
 def count(make: Callable[[], Any], by: Served) -> int:
-    """Count the operators of a step, forward and backward, after everything that is made only once.
+    """Count the operators of a training step, forward and backward. Work that only the first steps do does not count.
 
     Args:
-        make: makes the training's task.
-        by: see `served`.
+        make: function that makes the task of the training.
+        by: choice between references and kernels, as in `served`.
     """
     torch.manual_seed(0)
     with served(by):
         task, batch, replays = make(), _batch(), Replays()
         task.graphs = StepGraphs("always", capture=replays) if by == "by rule, captured" else None
         task.model.train()
-        # The first replay is checked by an eager step.
+        # Count only the third step: the first steps also capture the graph, and check the first replay.
         for _ in range(3):
             torch.manual_seed(0)
             replays.replayed = 0
@@ -161,19 +165,19 @@ def count(make: Callable[[], Any], by: Served) -> int:
 
 
 def measured() -> list[dict[str, Any]]:
-    """A row for each training."""
+    """Return a row of the results file for each training."""
     return [{"training": name, **{by: count(make, by) for by in get_args(Served)}} for name, make in TRAININGS.items()]
 
 
 def write(results: Path) -> Path:
-    """Count, and write ``launches.csv`` into the folder of results."""
+    """Count the operators, and write ``launches.csv`` into the folder of results. Return the path of the file."""
     path = results / FILE
     sheets.write_csv(path, measured())
     return path
 
 
 def table(results: Path) -> list[str]:
-    """The operators of one step of each training, from the committed count."""
+    """Return the table of the operators in one step of each training, from the committed counts."""
     body = []
     for row in sheets.read_csv(results / FILE):
         plain = int(row["references"])

@@ -1,8 +1,9 @@
-"""A model of the time of a step of each attack on an H100, counted and not measured.
+"""Model the time of one step of each attack on an H100. The numbers are counted, not measured.
 
-A step takes at least the longest of three times: the host launches its operators, the memory moves their bytes, and the
-tensor cores compute their products. All three are counted on the CPU as PyTorch dispatches a step at two batch sizes,
-and extrapolated linearly to others. The model is made to be tested by measurements on a GPU.
+A step takes at least the longest of three times: the host's time to launch the operators, the time to move their bytes,
+and the time of the matrix products in the tensor cores. Launches, bytes and FLOP are counted on the CPU at two batch
+sizes, as PyTorch dispatches a step. They are extrapolated linearly to other batch sizes. Measurements on a GPU can
+later test the model.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from .launches import Replays, served
 
 FILE = "roofline.csv"
 H100 = GPUS["h100"]
-#: The batch sizes at which a step is counted, and those for which it is modelled.
+#: COUNTED are the batch sizes at which a step is counted, and BATCHES those for which its time is modelled.
 COUNTED, BATCHES = (4, 8), (16, 64, 250)
-#: The numbers of steps with which the operators of a step are counted.
+#: The lengths of two runs of an attack. Their difference gives the work of a single step.
 COUNTED_STEPS = (20, 40)
 SHAPE, CLASSES, EPS = (3, 32, 32), 10, 8 / 255
-#: A run of each modelled attack, by the beginning of its name in a report.
+#: The function that runs each modelled attack, by the beginning of the attack's name in a report.
 ATTACKS: dict[str, Callable[..., Tensor]] = {
     "APGD-100 ce": apgd,
     "APGD-T 100": partial(apgd, loss="dlr_targeted", n_target_classes=1),
@@ -52,10 +53,10 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
 
 
 class Half(nn.Module):
-    """A classifier in the form whose gradients attacks use on a GPU: BatchNorm folded, bfloat16, channels last.
+    """A classifier as attacks use it for gradients on a GPU: with folded BatchNorm, in bfloat16 and channels_last.
 
     Args:
-        model: the classifier.
+        model: classifier, which is changed.
     """
 
     def __init__(self, model: nn.Module):
@@ -68,13 +69,15 @@ class Half(nn.Module):
 
 
 def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], captures: bool) -> tuple[float, float]:
-    """Count the operators that a step launches, and those that wait for the device.
+    """Count the launches of one step of an attack, and the operators that wait for the device.
+
+    The labels are the model's own predictions and eps is tiny, so that no image becomes adversarial.
 
     Args:
-        model: images to logits.
-        x: images ``[B, C, H, W]``, with the model's own classes as labels, so that no image falls.
+        model: classifier, images to logits.
+        x: images ``[B, C, H, W]``.
         attack: one of `ATTACKS`.
-        captures: whether to capture everything that can be captured.
+        captures: True to replace all steps that can be captured by replays of a CUDA graph.
     """
     y, replays = model(x).argmax(1).detach(), Replays()
     options: dict[str, Any] = {"eps": 1e-6}
@@ -82,7 +85,7 @@ def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], capture
         options["graphs"] = StepGraphs("always", capture=replays)
     launched, waited = [], []
     for steps in COUNTED_STEPS:
-        # The first of these runs captures everything that can be captured.
+        # Run the attack once before the counted run, because the first run captures the graphs.
         attack(model, x, y, steps=steps, **options)
         replays.replayed = 0
         with HostSyncs() as waits, Launches() as launches:
@@ -94,11 +97,11 @@ def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], capture
 
 
 def of_model(name: str, model: nn.Module, x: Tensor) -> Cost:
-    """A model's work in a step of an attack: the gradient of its loss, for Square a forward pass; see `counted`.
+    """Count a model's work in one step of an attack: the gradient of a loss, or a forward pass for Square.
 
     Args:
-        name: name of the attack.
-        model: images to logits.
+        name: name of the attack in `ATTACKS`.
+        model: classifier, images to logits.
         x: images ``[B, C, H, W]``.
     """
     with frozen(model), torch.no_grad():
@@ -109,17 +112,18 @@ def of_model(name: str, model: nn.Module, x: Tensor) -> Cost:
 
 
 def kernels_serve() -> contextlib.AbstractContextManager[Any]:
-    """Within the block, every op counts as one operator, like a kernel, even if a CPU has no kernel."""
+    """Within the block, every op counts as one operator, as its kernel on a GPU would, even if a CPU has no kernel."""
     return mock.patch.object(registry.Op, "uses_reference", lambda *given: False)
 
 
 def of_attack(name: str, size: int) -> tuple[Cost, float]:
-    """A step's cost on a ResNet-18 that no image falls to, and its launches with everything captured that can be.
+    """Count the work of one step of an attack on a ResNet-18, and its launches with CUDA graphs.
 
-    The attack's own work is counted on a tiny network, whose share is subtracted.
+    The work of the attack itself is counted on a tiny network. Then the work of this network is subtracted, and that of
+    the ResNet-18 is added. No image becomes adversarial.
 
     Args:
-        name: name of the attack, in `ATTACKS`.
+        name: name of the attack in `ATTACKS`.
         size: number of images.
     """
     torch.manual_seed(0)
@@ -135,17 +139,17 @@ def of_attack(name: str, size: int) -> tuple[Cost, float]:
         small, big = of_model(name, tiny, x), of_model(name, large, x)
     step = long.plus(short.times(-1)).times(1 / (COUNTED_STEPS[1] - COUNTED_STEPS[0]))
     cost = step.plus(small.times(-1)).plus(big)
-    # A query of Square is not captured.
+    # Square's queries are not captured, so CUDA graphs do not change its launches.
     return cost, cost.launches if name == "Square" else captured
 
 
 def row_of(step: str, cost: Cost, captured: float, size: int) -> dict[str, Any]:
-    """The model of one step.
+    """Return a row of the results file: the modelled times of one step.
 
     Args:
-        step: name of the step.
+        step: name of the attack.
         cost: work of the step.
-        captured: number of launches with everything captured that can be; a replay counts as one.
+        captured: number of launches with CUDA graphs, where each replay counts as one launch.
         size: number of images.
     """
     eager = {
@@ -172,12 +176,12 @@ def row_of(step: str, cost: Cost, captured: float, size: int) -> dict[str, Any]:
 
 
 def write(results: Path) -> Path:
-    """Count, and write ``roofline.csv`` into the folder of results.
+    """Count the work of all attacks, and write ``roofline.csv``. Return the path of the file.
 
-    Bytes and products of other batches lie on the straight line through the two that are counted.
+    Bytes and FLOP for other batch sizes lie on the straight line through the two counted batch sizes.
 
     Args:
-        results: the folder.
+        results: folder of results.
     """
     rows = []
     with served("by rule"):
@@ -192,20 +196,20 @@ def write(results: Path) -> Path:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks roofline``."""
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    """Add the options of ``python -m benchmarks roofline``."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; default: benchmarks/results")
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """``python -m benchmarks roofline``."""
+    """Run ``python -m benchmarks roofline``."""
     return write(chosen.out)
 
 
-#: The heads of the table, for the columns of the file in their order.
+#: The headings of the table, in the order of the columns in the results file.
 HEADS = ["step", "images", "operators", "beside a graph", "MB", "GFLOP", "launches, ms", "bytes, ms", "products, ms"]
 HEADS += ["captured launches, ms", "eager, ms", "bound by", "captured, ms", "bound by"]
 
 
 def table(results: Path) -> list[str]:
-    """The results of `write`, for docs/performance.md."""
+    """Return the table of the modelled times for docs/performance.md."""
     return sheets.table(HEADS, [row.values() for row in sheets.read_csv(results / FILE)])

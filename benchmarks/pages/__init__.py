@@ -1,1 +1,1 @@
-"""The tables and numbers of README and docs, made from the committed results."""
+"""Make the tables and numbers of README and docs from the committed results."""

@@ -1,8 +1,8 @@
-"""The tables and single values that README and docs take from results files, between markers.
+"""Write tables and single numbers from the results files into README and docs, and check these pages.
 
-A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->`` around a table, and around one number
-``<!-- value: STUDY/MODEL/ATTACK -->`` ... ``<!-- end -->``. `fill` writes both again from ``benchmarks/results``, so
-that no number that a results file holds is typed by hand.
+In a page, a table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. A number stands between
+``<!-- value: STUDY/MODEL/ATTACK -->`` and ``<!-- end -->``. `fill` writes tables and numbers again from
+``benchmarks/results``, so that nobody types measured numbers by hand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _VALUE = re.compile(
     rf"(?P<begin><!-- value: (?P<study>[^/>]+)/(?P<model>[^/>]+)/(?P<key>[^>]+?) -->){_BODY}(?P<end><!-- end -->)", re.S
 )
 _BEGIN = re.compile(r"<!-- (?:table|value): ")
-#: The names of a race's contestants on a page for readers.
+#: The names that pages use for compared implementations.
 NAMES = {
     "ours": "**purify_fast**",
     "ours, compiled": "**purify_fast, compiled**",
@@ -52,13 +52,13 @@ NAMES = {
 
 
 def every_page() -> list[Path]:
-    """README, the project's other files for readers, and the pages of the documentation that people write."""
+    """Return the paths of all Markdown pages that people write: in the root, in examples and in docs."""
     project = sorted(ROOT.glob("*.md"))
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def pipelines(results: Path, *wanted: str) -> list[str]:
-    """The contestants of some pipelines, with a column for each case.
+    """Return the table of some pipelines, with a line for each implementation and a column for each case.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -74,12 +74,12 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
             row = times.get((pipeline, case, contestant))
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']})" if row and row["ms"] else "-")
         body.append(line)
-    # What follows the semicolon in a shape explains the names of cases and contestants; the page says it in a sentence.
+    # In a shape, the text after the semicolon explains names of cases. It is cut off because the page explains them.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     return [f"{machines(rows)}. Milliseconds (speedup over the plain form).", "", *markdown_table(["", *heads], body)]
 
 
-#: For each table, the function that makes its lines.
+#: The function that makes the lines of each table.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
@@ -103,15 +103,15 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "diffusion": diffusion_table.table,
     "diffusion_said": diffusion_table.said,
 }
-#: Pages of tables and notes on them, whose numbers no study holds.
+#: The page whose sentences may contain numbers that are in no results file.
 MEASURED_PAGE = "performance.md"
 
 
 def table(name: str, results: Path) -> str | None:
-    """The text of a table; None if its results file is missing.
+    """Return the text of a table, or None if its results file is missing.
 
     Args:
-        name: name in `TABLES`, or of a study with a file ``studies/NAME.md``.
+        name: name of the table in `TABLES`, or name of a study, whose table is in ``studies/NAME.md``.
         results: the folder ``benchmarks/results``.
     """
     try:
@@ -123,17 +123,18 @@ def table(name: str, results: Path) -> str | None:
 
 
 def value(study: str, model: str, key: str, results: Path) -> str:
-    """An accuracy of a study in percent, with one decimal; the mean over several seeds.
+    """Return an accuracy of a study in percent, with one decimal, or a speedup of a pipeline.
+
+    The accuracy is the mean over the seeds of the study.
 
     Args:
-        study: the study's name; ``cpu`` for the speed of a pipeline, whose ``model`` is "pipeline, case" and whose
-            ``key`` is the contestant.
-        model: the model, as in the study's table.
-        key: the attack, or the key of a digits study's results.
+        study: name of the study, or ``cpu`` for a speedup.
+        model: name of the model in the study's table. For a speedup it is "pipeline, case".
+        key: name of the attack, or a key in the results of a study on digits. For a speedup it is the implementation.
         results: the folder ``benchmarks/results``.
 
     Raises:
-        KeyError: the results hold no such number.
+        KeyError: the results contain no such number.
     """
     if study == "cpu":
         for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES):
@@ -153,11 +154,14 @@ def value(study: str, model: str, key: str, results: Path) -> str:
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:
-    """Update a page's tables and values; return the text and the names of tables whose results are missing.
+    """Update the tables and values in the text of a page.
 
     Args:
         text: text of the page.
         results: the folder ``benchmarks/results``.
+
+    Returns:
+        The new text, and the names of the tables whose results are missing.
 
     Raises:
         ValueError: a block has no name or no end.
@@ -181,10 +185,10 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
 
 
 def fill(page: Path, results: Path) -> list[str]:
-    """Write a page's tables and values again; returns the names of tables whose results are missing.
+    """Write the tables and values of a page again. Return the names of the tables whose results are missing.
 
     Args:
-        page: the file.
+        page: path of the page.
         results: the folder ``benchmarks/results``.
     """
     text, missing = filled(page.read_text(), results)
@@ -205,10 +209,12 @@ _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)")
 
 
 def broken_links(page: Path) -> list[str]:
-    """Local links of a page that lead nowhere; pages of the API reference count as there, if the module is public.
+    """Return a message for each broken local link of a page.
+
+    A link to a page of the API reference is valid if its module exists.
 
     Args:
-        page: the file.
+        page: path of the page.
     """
     found = []
     for target in _LINK.findall(_CODE.sub("", page.read_text())):
@@ -217,38 +223,38 @@ def broken_links(page: Path) -> list[str]:
             continue
         place = (page.parent / path) if path else page
         if place.parent == ROOT / "docs" / "api":
-            # The site's build writes a page for each public module.
+            # The API pages do not exist in the repository: the build of the site writes one for each public module.
             module = place.stem.removeprefix("purify_fast").replace(".", "/")
             home = ROOT / f"purify_fast{module}"
             if not (home.with_suffix(".py").is_file() or (home / "__init__.py").is_file()):
-                found.append(f"{page.name}: {target} is the page of no module")
+                found.append(f"{page.name}: the link {target} is not the API page of a module of purify_fast")
         elif not place.exists():
-            found.append(f"{page.name}: {target} does not exist")
+            found.append(f"{page.name}: the link {target} leads to a file that does not exist")
         elif anchor and anchor not in anchors(place):
-            found.append(f"{page.name}: {target} names no heading of {place.name}")
+            found.append(f"{page.name}: the link {target} names a heading that {place.name} does not have")
     return found
 
 
 def anchors(page: Path) -> set[str]:
-    """The names under which a page's headings can be linked, as GitHub makes them.
+    """Return the anchors of a page's headings, as GitHub makes them.
 
     Args:
-        page: the file.
+        page: path of the page.
     """
     heads = re.findall(r"^#+ (.+)$", _CODE.sub("", page.read_text()), re.M)
     return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
 
 
 def typed_numbers(page: Path, results: Path) -> list[str]:
-    """Numbers in a page's sentences that are neither in its generated tables nor in the results that it names.
+    """Return a message for each number in a page's sentences that has no source in the results.
 
-    Only numbers with decimals are checked, outside code, generated tables and generated values. Two comments name a
-    number's source: ``<!-- numbers from: carso_mnist, atop_digits -->`` names studies, and
-    ``<!-- not measured here: 0.25, 1.1 -->`` the numbers that are no measurements of this package, such as settings,
-    versions and figures of papers.
+    A number has a source if it is in a generated table of the page, or in results that the page names. Only numbers
+    with decimals are checked, and only outside of code, generated tables and generated values. A page names results in
+    the comment ``<!-- numbers from: carso_mnist, atop_digits -->``. Numbers that this package did not measure, such as
+    settings, versions and figures of papers, are listed in the comment ``<!-- not measured here: 0.25, 1.1 -->``.
 
     Args:
-        page: the file.
+        page: path of the page.
         results: the folder ``benchmarks/results``.
     """
     text = page.read_text()
@@ -260,13 +266,15 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
         text = pattern.sub(" ", text)
     numbers = dict.fromkeys(number.replace(",", "") for number in _NUMBER.findall(text))
     return [
-        f"{page.name}: {number} stands in no results that the page names" for number in numbers if number not in known
+        f"{page.name}: the number {number} is not in the results that the page names"
+        for number in numbers
+        if number not in known
     ]
 
 
 @functools.cache
 def _measured(name: str, results: Path) -> frozenset[str]:
-    """Every number with decimals in a table and in its results, the latter in percent with one decimal."""
+    """Return all numbers with decimals in a table, and the numbers in its results as percentages with one decimal."""
     text = table(name, results) or ""
     found = {number.replace(",", "") for number in re.findall(r"\d[\d,]*\.\d+", text)}
     whole = results / "studies" / f"{name}.json"
@@ -276,10 +284,10 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 
 
 def check(results: Path) -> list[str]:
-    """The faults of README and docs.
+    """Return a message for each fault of README and docs.
 
-    These are tables and values that differ from the results, contests made with other attacks or weights than the
-    package has, broken links and typed numbers.
+    Faults are tables and values that differ from the results, broken links, numbers without a source, and results that
+    were made by other attacks or weights than the package has now.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -288,8 +296,8 @@ def check(results: Path) -> list[str]:
     for page in every_page():
         text, missing = filled(page.read_text(), results)
         if text != page.read_text():
-            found.append(f"{page.name}: not what the results say; run `python -m benchmarks report`")
-        found += [f"{page.name}: no results for the table {name}" for name in missing]
+            found.append(f"{page.name}: tables differ from the results. Run `python -m benchmarks report`.")
+        found += [f"{page.name}: the results of the table {name} are missing" for name in missing]
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
@@ -297,19 +305,19 @@ def check(results: Path) -> list[str]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks report``."""
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; benchmarks/results/* by default")
+    """Add the options of ``python -m benchmarks report``."""
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; default: benchmarks/results/*")
     parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing, and tell whether README and docs agree with the results"
+        "--check", action="store_true", help="write nothing; check that README and docs agree with the results"
     )
 
 
 def main(chosen: argparse.Namespace) -> bool | None:
-    """``python -m benchmarks report``; with --check, tell whether README and docs agree with the results."""
+    """Run ``python -m benchmarks report``. With --check, return True if README and docs agree with the results."""
     if chosen.check:
         problems = check(RESULTS)
-        print("\n".join(problems) or "README and docs agree with the results files; their local links lead somewhere")
+        print("\n".join(problems) or "README and docs agree with the results files, and their local links are valid.")
         return not problems
     try:
         for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
@@ -318,7 +326,7 @@ def main(chosen: argparse.Namespace) -> bool | None:
         raise Unfit(str(error)) from error
     if chosen.count:
         print(launches.write(RESULTS))
-    # The pages show only the committed results.
+    # The pages show only the committed results, so do not write them for results in other folders.
     if any(RESULTS not in path.resolve().parents for path in chosen.folders):
         return None
     front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
@@ -327,15 +335,15 @@ def main(chosen: argparse.Namespace) -> bool | None:
 
 
 def publish() -> None:
-    """Write the results that ship with the package, and the tables of all pages."""
+    """Write the kernel choices that are part of the package, and the tables of all pages."""
     print(shipping.write_races(RESULTS))
     for page in every_page():
         for name in fill(page, RESULTS):
-            print(f"{page} wants the table {name}, whose results are not there yet", file=sys.stderr)
+            print(f"{page}: the results of the table {name} are missing, so the table was not written", file=sys.stderr)
 
 
 def ship(chosen: argparse.Namespace) -> Path:
-    """``python -m benchmarks ship``."""
+    """Run ``python -m benchmarks ship``."""
     try:
         path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""README's picture and tables, made from the committed results; `fill` writes the tables into the page."""
+"""Make the picture and the tables of README from the committed results. `fill` writes the tables into README."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..robustness.studies import diffusion_table
 from ..robustness.truth import truth_tables as truth
 from ..speed.sheets import PIPELINES, ROWS, ops_speedups, read_csv
 
-#: The row of a report that takes the worst over its attacks, image by image.
+#: The row of a report for the worst case over all attacks, image by image.
 WORST = "worst"
-#: The same row in the studies of ARREST.
+#: The row with the worst case in the study of ARREST, where each attack continues on the survivors of the one before.
 LAST = "then AutoAttack standard, first 300"
-#: Lines of the table of results: title, study, the model's name in its report, and the row that is shown.
+#: The lines of the table of results. Each has a title, a study, the model's name in the study's report, and the row of
+#: the report that is shown.
 PAPER = "CARSO with the paper's objective, attacked through"
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
@@ -31,7 +32,7 @@ MODELS = [
     ("adversarial training from scratch", "arrest_mnist", "AT from scratch", LAST),
     ("ARREST", "arrest_mnist", "ARREST", LAST),
 ]
-#: Columns of the table of speeds: title, and the pipeline and case in pipelines.csv.
+#: The lines of the table of speeds. Each has a title, and the pipeline and the case in pipelines.csv.
 CASES = [
     ("CARSO prediction, K = 8", "carso_inference", "prediction"),
     ("CARSO training step", "carso_training", "paper's objective"),
@@ -47,10 +48,10 @@ def _row(results: Path, study: str, model: str, attack: str) -> Row:
 
 
 def results_table(results: Path) -> list[str]:
-    """The models that README compares, on MNIST.
+    """Return the table of the models that README compares on MNIST.
 
     Args:
-        results: the folder of committed results.
+        results: folder of the committed results.
     """
     body = []
     for title, study, model, attack in MODELS:
@@ -62,10 +63,12 @@ def results_table(results: Path) -> list[str]:
 
 
 def speed_table(results: Path) -> list[str]:
-    """Times of whole predictions, training steps and single operations on a CPU, beside the strongest rival.
+    """Return the table of the CPU times of predictions, training steps and single operations.
+
+    It compares this package with plain PyTorch and with the fastest form of `torch.compile`.
 
     Args:
-        results: the folder of committed results.
+        results: folder of the committed results.
     """
     rows = read_csv(results / "cpu" / PIPELINES)
     body = []
@@ -87,10 +90,10 @@ def speed_table(results: Path) -> list[str]:
 
 
 def contests_sentence(results: Path) -> list[str]:
-    """The default protocol beside the official AutoAttack, on the same images and models.
+    """Compare the default protocol with the official AutoAttack, on the same images and models.
 
     Args:
-        results: the folder of committed results.
+        results: folder of the committed results.
     """
     rows = [row for file in (contests.FILE, contests.ROBUST_FILE) for row in contests.read(results / "studies", file)]
     official = {row["contest"]: row for row in rows if row["contestant"].startswith(contests.OFFICIAL)}
@@ -98,34 +101,34 @@ def contests_sentence(results: Path) -> list[str]:
     for row in rows:
         theirs = official.get(row["contest"])
         ours = row["contestant"].partition(",")[0] == contests.OURS or row["contestant"] == contests.OURS_RAND
-        # An unfinished official row has fewer images.
+        # Compare only runs on the same images: an unfinished run of AutoAttack has fewer images.
         if ours and theirs is not None and len(theirs.get("left", "")) == len(row.get("left", "")):
             leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
     every = [lead for of_contest in leads.values() for lead in of_contest]
     above = sum(lead < 0 for lead in every)
     by = f", by at most {-min(every):.1f} points" if above else ""
     return [
-        f"| {len(leads)} models that the official AutoAttack attacked too ([contests](docs/evaluation.md)) | "
-        f"`standard` leaves up to {max(every):.1f} points less robust accuracy than AutoAttack. "
-        f"In {above} of {len(every)} runs it leaves more{by}. |"
+        f"| {len(leads)} models that the official AutoAttack attacked too ([comparison](docs/evaluation.md)) | "
+        f"The robust accuracy under `standard` is up to {max(every):.1f} points lower than under AutoAttack. "
+        f"It is higher in {above} of {len(every)} runs{by}. |"
     ]
 
 
 def judges_sentences(results: Path) -> list[str]:
-    """How the attacks of this package compare with AutoAttack, and with the truth where it is known.
+    """Return the table that compares the protocols with AutoAttack, adaptive attacks and exact answers.
 
     Args:
-        results: the folder of committed results.
+        results: folder of the committed results.
     """
     lines = [*contests_sentence(results), *broken_sentence(results), *truth.front(results)]
     return ["| attacked | result |", "| --- | --- |", *lines, *diffusion_sentence(results)]
 
 
 def diffusion_sentence(results: Path) -> list[str]:
-    """A purifier by diffusion under its authors' attacks and under exact gradients; empty without the study.
+    """Compare the attacks of DiffPure's authors with exact gradients. Return no line if the study has not run.
 
     Args:
-        results: the folder of committed results.
+        results: folder of the committed results.
     """
     name, rows = "digits-diffpure", diffusion_table.rows_of(results / "studies")
     found = diffusion_table.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
@@ -134,18 +137,18 @@ def diffusion_sentence(results: Path) -> list[str]:
         return []
     most = max(theirs.values(), key=lambda left: left.mean())
     return [
-        f"| `{name}`, a [purifier by diffusion](docs/diffusion.md) with random predictions | AutoAttack, as the "
-        f"method's authors ran it, leaves {100 * most.mean():.0f} % of {len(most)} images right. PGD with exact "
-        f"gradients leaves {100 * draws.mean():.0f} % of predictions right, and {100 * strict.mean():.0f} % of "
-        f"{len(strict)} images right in all ten predictions. |"
+        f"| `{name}`, a [purifier by diffusion](docs/diffusion.md) with random predictions | After AutoAttack, as the "
+        f"method's authors ran it, {100 * most.mean():.0f} % of {len(most)} images are classified correctly. After PGD "
+        f"with exact gradients {100 * draws.mean():.0f} % of predictions are correct, and {100 * strict.mean():.0f} % "
+        f"of {len(strict)} images are correct in all ten predictions. |"
     ]
 
 
 def broken_sentence(results: Path) -> list[str]:
-    """The number of broken defences on which AutoAttack and the default find what an adaptive attack finds.
+    """Count the broken defences on which AutoAttack and the default protocol match an adaptive attack.
 
     Args:
-        results: the folder of committed results.
+        results: folder of the committed results.
     """
     rows = rows_of(results / broken_tables.FILE)
     names = [name for name, entry in broken_tables.ENTRIES.items() if entry.paper]
@@ -154,18 +157,22 @@ def broken_sentence(results: Path) -> list[str]:
     judged = len(official) - official.count("-")
     return [
         "| rebuilt defences that [adaptive attacks](docs/judge_reference.md#defences-that-were-broken) have broken | "
-        f"For {official.count('missed')} of {judged}, AutoAttack leaves over 2 points more than the adaptive attack. "
-        f"`standard` stays within 2 points for {default.count('found')} of {len(default) - default.count('-')}, and "
-        f"calls its own number unreliable for {default.count('flagged')} more. |"
+        f"For {official.count('missed')} of {judged}, the robust accuracy under AutoAttack is more than 2 points "
+        f"higher than under the adaptive attack. Under `standard` it is at most 2 points higher for "
+        f"{default.count('found')} of {len(default) - default.count('-')}. For {default.count('flagged')} more, "
+        f"`standard` marks its own result as unreliable. |"
     ]
 
 
 def picture(results: Path, path: Path) -> bool:
-    """Draw a defence's claim, the alarm, and the truth under exact gradients; False without matplotlib.
+    """Draw the robust accuracy that CARSO claims, and the accuracy under exact gradients.
 
     Args:
-        results: the folder of committed results.
-        path: the PNG file that is written.
+        results: folder of the committed results.
+        path: path of the PNG file.
+
+    Returns:
+        True if the picture was drawn, and False if matplotlib is not installed.
     """
     figure = style.new_figure(figsize=(9, 3.6))
     if figure is None:

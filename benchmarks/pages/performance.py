@@ -1,6 +1,6 @@
-"""The tables of docs/performance.md: the work of ops and pipelines, its least time, and the measurements.
+"""Make the tables of docs/performance.md from the committed CSV files and from the formulas of the benchmarks.
 
-They are made from the committed CSV files and the formulas of the benchmarks.
+The tables show the work of ops and pipelines (bytes and FLOP), the lower limit of its time, and the measured times.
 """
 
 from __future__ import annotations
@@ -16,28 +16,36 @@ from ..speed.ops import Case, registry
 from ..speed.sheets import table
 from ..speed.timing import AUTOTUNED
 
-#: Findings by hand on a device, in words; they close its chapter.
+#: The file with notes on a device, written by hand. They are put at the end of the device's chapter.
 NOTES = "notes.md"
-#: Assumed bytes/s and FLOP/s of an H200-class GPU if none was measured.
+#: The assumed bytes/s of a copy and FLOP/s of a bfloat16 product on an H200-class GPU.
 ASSUMED = (4.3e12, 790e12)
-#: Contestants whose microseconds are shown.
+#: The compared implementations whose times are shown.
 KINDS = ("eager", "compile", AUTOTUNED, "ours")
 NOT_RUN = (
-    "**Not yet run on a GPU.** What is said of one below is counted. `python -m benchmarks gpu_check` measures "
-    "it; its folder in `benchmarks/results` becomes a chapter here. Until then a GPU kernel serves eager "
-    "calls where forward and backward replace a dozen launches or more, once it was verified on the user's own "
-    "card. Inside compiled graphs it does so only where compilers do not fuse the reference as well."
+    "Nothing has been measured on a GPU yet. The numbers for a GPU on this page are counted or assumed. "
+    "`python -m benchmarks gpu_check` measures a GPU, and its results become a chapter of this page. Until then the "
+    "package uses a GPU kernel for eager calls only if forward and backward replace at least a dozen launches, and if "
+    "the kernel was verified on the user's own card. Inside a compiled graph there is one more condition: compilers "
+    "must not fuse the reference themselves."
 )
 
 
 def standard(cases: list[Case]) -> Case:
-    """The case that represents an op: the largest of the first variant and dtype."""
+    """Return the case that represents an op in the tables: the largest case of its first variant and dtype."""
     same = [case for case in cases if (case.variant, case.dtype) == (cases[0].variant, cases[0].dtype)]
     return max(same, key=lambda case: case.count("bytes", "forward"))
 
 
 def limit(case: Case, direction: str, copied: float | None, multiplied: float | None) -> tuple[float, str] | None:
-    """The lower limit in seconds, and its cause; None if the bandwidth is unknown."""
+    """Return the lower limit of the time in seconds, and its cause ("bytes" or "FLOP").
+
+    Args:
+        case: the measured case of an op.
+        direction: "forward" or "backward".
+        copied: measured bandwidth of a copy, in bytes/s. If it is None, the result is None.
+        multiplied: measured rate of bfloat16 products, in FLOP/s. If it is None, only bytes count.
+    """
     if copied is None:
         return None
     moving = case.count("bytes", direction) / copied
@@ -46,7 +54,7 @@ def limit(case: Case, direction: str, copied: float | None, multiplied: float | 
 
 
 def _counted(case: Case, what: str, direction: str) -> tuple[str, str]:
-    """The formula, and the number in millions."""
+    """Return the formula of bytes or FLOP, and the number in millions, as two cells of a table."""
     return f"`{case.formula(what, direction).replace('*', ' ')}`", f"{case.count(what, direction) / 1e6:,.1f}"
 
 
@@ -55,7 +63,7 @@ def _shape(case: Case) -> str:
 
 
 def counted() -> list[str]:
-    """The work of every op at a shape that fills a GPU, and its least time."""
+    """Return the table of the work of every op, and of its lower time limit, at a shape that fills a GPU."""
     body = []
     for op, cases in registry("cuda").items():
         case = standard(cases())
@@ -68,7 +76,7 @@ def counted() -> list[str]:
 
 
 def _rates(folder: Path, rows: list[dict], races: list[dict]) -> dict[str, tuple[float | None, float | None]]:
-    """For each device, bytes/s of a copy and FLOP/s of a product, None if not measured there."""
+    """Return bytes/s of a copy and FLOP/s of a product for each device. A rate that was not measured is None."""
     measured = limits.read(folder)
     raced = {
         device: max(1e9 * float(row["matrix_GFLOP_per_s"]) for row in races if row["device"] == device)
@@ -86,7 +94,7 @@ def _measured_on(rows: list[dict]) -> str:
 
 
 def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
-    """A shape of every op, called eagerly, beside its limit."""
+    """Return the table of eager calls, at one shape of every op, with the lower limit of the time."""
     columns = [name for name in KINDS if f"{name}_us" in rows[0]]
     served = {(line["op"], line["direction"]): line["eager_calls"] for line in sheets.verdicts(rows)}
     body = []
@@ -106,7 +114,7 @@ def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
 
 
 def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
-    """Whole predictions and training steps, beside the least time of their arithmetic."""
+    """Return the table of whole predictions and training steps, with the lower limit for their arithmetic."""
     known = {name: cases(False) for name, cases in pipelines.registry().items()}
     body = []
     for (pipeline, name), rows in sheets.by_case(races).items():
@@ -128,7 +136,10 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
 
 
 def measured_races(raced: dict) -> list[str]:
-    """The results of `purify-fast tune` on a device: gains over the reference by op, and lost races."""
+    """Return the table of the results of `purify-fast tune` on a device.
+
+    For each op it shows the speedup of the kernel over the reference, and the cases in which the reference is used.
+    """
     body = []
     for op, entry in raced["ops"].items():
         cells = []
@@ -147,12 +158,12 @@ def measured_races(raced: dict) -> list[str]:
 
 
 def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The rows of the ops and of the pipelines in a device's folder."""
+    """Return the rows of ops.csv and of pipelines.csv in the folder of a device."""
     return sheets.rows_of(folder / sheets.ROWS), sheets.rows_of(folder / sheets.PIPELINES)
 
 
 def chapter(folder: Path) -> list[str]:
-    """The chapter of a folder of results; empty if nothing was measured."""
+    """Return the lines of a device's chapter, or an empty list if its folder has no measurements."""
     rows, races = _measurements(folder)
     rates, raced = _rates(folder, rows, races), shipping.read(folder)
     if not (rows or races or raced):
@@ -178,12 +189,12 @@ def chapter(folder: Path) -> list[str]:
 
 
 def folders(results: Path) -> list[Path]:
-    """The folders of the devices that were measured."""
+    """Return the folders of all measured devices."""
     return [path for path in sorted(results.iterdir()) if path.is_dir() and any(_measurements(path))]
 
 
 def devices(results: Path) -> list[str]:
-    """The limits of the devices, and whether they include a GPU."""
+    """Return the table of the rates of all devices. A note follows if no GPU was measured."""
     body = [["an H200-class GPU", *(f"{rate / 1e9:,.0f}" for rate in ASSUMED), "**assumed**, not measured"]]
     for folder in folders(results):
         rows, races = _measurements(folder)
@@ -196,5 +207,5 @@ def devices(results: Path) -> list[str]:
 
 
 def chapters(results: Path) -> list[str]:
-    """The measurements on each device."""
+    """Return the lines of the chapters of all devices."""
     return "\n\n".join("\n".join(chapter(folder)) for folder in folders(results)).splitlines()

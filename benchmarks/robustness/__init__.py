@@ -1,1 +1,4 @@
-"""Attacks against other attacks, exact answers and broken defences; studies that train and attack models."""
+"""Tests of the package's attacks, and studies that train and attack models.
+
+The attacks are compared with the official AutoAttack, with exact answers, and with adaptive attacks on broken defences.
+"""

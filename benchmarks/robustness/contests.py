@@ -1,16 +1,17 @@
-"""The package's own attacks against the official AutoAttack: finds and times.
+"""Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
-Each contest is one model, one set of images and one radius. Its contestants run one after the other in one process, and
-every round runs all of them, so that other load on the machine affects them alike. Results are judged alike: images are
-clipped to the ball, and the model itself decides, by fresh draws if it is random.
+A contest is one model, one set of images and one radius. Its contestants are the compared attacks. They run one after
+the other in one process, and every round runs all of them, so that other load on the machine affects all contestants in
+the same way. Their results are evaluated in the same way: the returned images are clipped to the ball, and the model
+classifies them. A random model classifies each image several times, with new random numbers.
 
-Every finished run of a contestant is kept in the results file and not made again: the command can be interrupted, and
-the contests can be run one by one, by their names. A row names what its figures depend on: the weights, the images, and
-a protocol's attacks with their revisions. If one of these has changed, the contestant runs again.
+Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a contest can be
+run alone, by its name. A row of the results file has all runs of one contestant in one contest. It names the weights,
+the images, and the attacks with their revisions. If one of these changes, the contestant runs again.
 
-The contests on robust networks are larger, and are counted: how many images went through the model, and to how many a
-gradient was computed. There a run covers a part of the images. The images that each contestant left are kept, so that
-two contestants are compared image by image.
+The contests on robust networks are larger. There a run may attack only a part of the images. The images in forward
+passes and in gradients are counted. The results file has the outcome of each image, so that two contestants can be
+compared image by image.
 """
 
 from __future__ import annotations
@@ -59,35 +60,36 @@ from . import revisions
 from .counted_model import CountedModel
 from .studies import carso_resnet18
 
-#: The results file, and the table that a page shows.
+#: The names of the results file, and of the file with the table for docs/evaluation.md. The names in the next line are
+#: those of the contests on robust networks.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: How many steps the shorter run of rand against a random model takes, and the name of this run.
+#: The number of steps of a shorter run of the protocol rand, and the name of this run.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
-#: JUDGES draws judge each image of a random model. Attacks average DRAWS draws in each step.
+#: A random model classifies each returned image JUDGES times. Attacks on it average DRAWS gradients in each step.
 JUDGES, DRAWS = 20, 20
-#: How many images are attacked together, as by default in the official implementation.
+#: The number of images in a batch, which is the default of the official implementation.
 BATCH = 250
-#: Slow contestants of a robust contest attack parts of this many images, so that a stopped run can resume. The others
-#: attack all images in one run, since their stopping rule decides by all images when to stop.
+#: On a robust network, slow contestants attack this many images in a run, so that an interrupted contest can resume.
+#: The other contestants attack all images in one run, because their stopping rule depends on all images.
 PARTS = {OFFICIAL: 50, STRONG: 50}
-#: The protocol strong attacks only this many images of a robust contest.
+#: The number of images that the protocol strong attacks on a robust network.
 STRONG_IMAGES = 100
 
 
 @dataclass(frozen=True)
 class Amount:
-    """The amounts of everything.
+    """The numbers of images, steps and runs in a contest.
 
     Args:
-        images: largest number of images; None: all images of the contest.
-        steps: largest number of steps of an attack, which an attack without a number takes.
-        queries: queries of Square.
-        draws: draws that the attacks on a random model average.
-        rounds: number of runs of every contestant; the shortest time counts.
+        images: largest number of images. None means all images of the contest.
+        steps: largest number of steps of an attack. An attack without a number of steps takes this number.
+        queries: number of queries of Square.
+        draws: number of random predictions whose gradients an attack on a random model averages.
+        rounds: number of runs of every contestant. The shortest time counts.
     """
 
     images: int | None = None
@@ -102,14 +104,14 @@ QUICK = Amount(images=4, steps=2, queries=5, draws=2)
 
 @dataclass(frozen=True)
 class Subject:
-    """The attacked model and images.
+    """The attacked model and images of a contest.
 
     Args:
-        model: images to logits, as its users would hold it.
+        model: classifier, images to logits.
         x: images, float32 ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``.
-        eps: the L-inf radius.
-        random: whether two predictions differ.
+        eps: L-inf radius on images in [0, 1].
+        random: True if two predictions of the same image differ.
     """
 
     model: nn.Module
@@ -119,12 +121,16 @@ class Subject:
     random: bool = False
 
 
-#: A function that attacks a subject, and returns the share of fresh draws that misclassify each image, ``[N]``.
+#: A function that attacks a `Subject`, and returns the share of new predictions that are wrong for each image, ``[N]``.
 Contestant = Callable[[Subject, Amount], Tensor]
 
 
 def official(version: str) -> Contestant:
-    """The official AutoAttack, called as in its own documentation."""
+    """Return a contestant that runs the official AutoAttack as its documentation says.
+
+    Args:
+        version: "standard", or "rand" for random models.
+    """
 
     def attack(subject: Subject, amount: Amount) -> Tensor:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -148,11 +154,11 @@ def official(version: str) -> Contestant:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol of the package; run by `evaluate` for a deterministic model, as users do.
+    """A contestant that runs a protocol of this package. On a deterministic model it calls `evaluate`, as users do.
 
     Args:
         name: name of the protocol.
-        steps: largest number of steps.
+        steps: largest number of steps of an attack.
         seed: seed of the evaluation.
     """
 
@@ -161,20 +167,25 @@ class Protocol:
     seed: int = 0
 
     def attacks(self, subject: Subject, amount: Amount) -> list[tuple[AttackSpec, Attack]]:
-        """The attacks that are run, each with its options reduced to the amount."""
+        """Return the specifications and the attacks of the protocol, with options reduced to an amount."""
         whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
         listed = []
         for spec in protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps)):
             if (spec.variant, spec.target, spec.aggregation) != ("random", None, None):
-                raise ValueError(f"the protocol {self.name} must only have attacks on the deployed model, got {spec}")
+                raise ValueError(f"the protocol {self.name} may only have attacks on the deployed model; it has {spec}")
             given = {name: getattr(spec.resolved, name, None) for name in most}
             less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
             listed.append((spec, replace(spec.resolved, **less)))
         return listed
 
     def code(self, random: bool, amount: Amount) -> list[str]:
-        """The code that tells these attacks' results from others', for any random or deterministic model."""
+        """Return descriptions of the attacks. Results of attacks with other descriptions are outdated.
+
+        Args:
+            random: True if two predictions of the model differ.
+            amount: numbers of steps and queries.
+        """
         x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
         with torch.random.fork_rng([]):
             attacks = self.attacks(Subject(revisions.AnyModel(random), x, y, 0.1, random), amount)
@@ -211,14 +222,13 @@ class Protocol:
 
 
 def standard_error(share: float, draws: int) -> float:
-    """The standard error of a share of misclassified draws.
+    """Return the standard error of a share of wrong predictions, as the half width of Wilson's interval.
+
+    The half width of one standard deviation is used. It is above 0 even if all predictions agree.
 
     Args:
-        share: share of draws, in [0, 1].
-        draws: number of independent draws, at least 1.
-
-    Returns:
-        Wilson's half width at one standard deviation, which is not 0 if all draws agree: four equal draws prove little.
+        share: share of wrong predictions, in [0, 1].
+        draws: number of independent predictions, at least 1.
     """
     return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
 
@@ -239,18 +249,18 @@ ROBUST_CONTESTANTS: dict[str, Contestant] = {
     **{f"{name}, seed {seed}" if seed else name: Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS},
     STRONG: Protocol("strong"),
 }
-#: The order of the rows of a contest.
+#: The order of the contestants in the results of a contest.
 RANKS = [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]
 
 
 class Contest(NamedTuple):
-    """A contest.
+    """A model, a set of images, a radius, and the attacks that are compared.
 
     Args:
-        make: makes the attacked model and images, from the folder of the images.
-        contestants: the attackers, by name.
-        model: makes the model alone, if that needs no folder and no training.
-        random: whether two predictions of the model differ.
+        make: function that makes the attacked model and images, from the folder of the images.
+        contestants: compared attacks, by name.
+        model: function that makes the model alone. It is None if the model needs a folder or a training.
+        random: True if two predictions of the model differ.
     """
 
     make: Callable[[Path | None], Subject]
@@ -260,16 +270,16 @@ class Contest(NamedTuple):
 
 
 def _of_zoo(name: str, random: bool = False) -> nn.Module:
-    """A model of the zoo, without its noise unless it is to be random."""
+    """Load a model of the zoo. If ``random`` is False, a random defence becomes deterministic."""
     model = zoo.load(name)
     if isinstance(model, StochasticDefence) and not random:
-        # Remove the noise, since AutoAttack's standard version is for deterministic models.
+        # Remove the randomness, because AutoAttack's version "standard" is for deterministic models.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
 
 def _digits(name: str, images: int | None = None, random: bool = False) -> Contest:
-    """A model of the zoo, and digits on which it was not trained."""
+    """Return the contest of a model of the zoo on held-out digits."""
 
     def make(folder: Path | None) -> Subject:
         held_out = digits()
@@ -286,7 +296,13 @@ def _resnet18(folder: Path | None) -> Subject:
 
 
 def _network(name: str, count: int, first: int = 0) -> Contest:
-    """A network of the zoo, and some images on which it was not trained."""
+    """Return the contest of a network of the zoo on a part of the test images.
+
+    Args:
+        name: name of the network in the zoo.
+        count: number of images.
+        first: index of the first image.
+    """
 
     def make(folder: Path | None) -> Subject:
         card = zoo.card(name)
@@ -297,21 +313,21 @@ def _network(name: str, count: int, first: int = 0) -> Contest:
 
 
 def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
-    """The demonstration's adversarially trained classifier, from another seed, and the digits."""
+    """Train the demonstration's adversarially trained classifier with a seed. Return it with the held-out digits."""
     held_out, place = digits(), Path("runs/digits_seeds") / str(seed)
     train(Workspace(place, Budget(), seed, progress=False), BASE)
     return Subject(load_classifier(place / FOLDERS[BASE]), to_float(held_out.x_test), held_out.y_test, EPS)
 
 
 def _published(folder: Path | None) -> Subject:
-    """An adversarially trained network by others, from the folder ``networks`` beside the images.
+    """Load a published, adversarially trained network for MNIST, from the subfolder ``networks`` of the data folder.
 
-    It is SDP-FO's network (Dathathri et al., NeurIPS 2020), distributed by alpha-beta-CROWN. Its authors have 200
-    images at this radius. 76.0 % of them were proved robust, and the best attack left 76.5 %.
+    It is the network of SDP-FO (Dathathri et al., NeurIPS 2020), which alpha-beta-CROWN distributes. The authors report
+    200 images at this radius. 76.0 % of them were proved robust, and after the best attack 76.5 % were right.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: copy it from alpha-beta-CROWN, which distributes this network")
+        raise FileNotFoundError(f"{path} does not exist: copy this file from alpha-beta-CROWN, which distributes it")
     model = nn.Sequential(
         nn.Conv2d(1, 16, 4, 2, 1),
         nn.ReLU(),
@@ -327,19 +343,19 @@ def _published(folder: Path | None) -> Subject:
     return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
 
 
-#: The contests, by name.
+#: The contests of a usual run, by name.
 CONTESTS = {
     "digits, base": _digits("digits-pgd-at"),
     "digits, ARREST": _digits("digits-arrest"),
     "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
     "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
-    # Take only 100 images: each step has 20 draws of eight samples, so that the official attack takes several minutes
-    # even for a fifth of all images.
+    # Use only 100 of the 500 images. Each step averages 20 draws of eight samples, so that the official attack takes
+    # several minutes for 100 images.
     "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
 }
-#: The contests on robust networks. If a contest has only a part of the images, its name ends with the first and the
-#: last image.
+#: The contests on robust networks. If a contest uses only a part of the test images, its name ends with the numbers of
+#: the first and the last image.
 ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
 ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
 ROBUST |= {
@@ -355,11 +371,13 @@ ROBUST |= {
 
 
 def misclassified(subject: Subject, found: Tensor) -> Tensor:
-    """The share of draws that misclassify each image of an attack, clipped to the ball, ``[N]``.
+    """Return the share of wrong predictions for each image that an attack returned, ``[N]``.
+
+    The returned images are first clipped to the ball.
 
     Args:
-        subject: the attacked model and images.
-        found: images returned by the attack.
+        subject: attacked model and images.
+        found: images that the attack returned.
     """
     inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
     judge = Judge(subject.model, draws=JUDGES if subject.random else 1, max_forward_batch=2 * BATCH)
@@ -369,10 +387,10 @@ def misclassified(subject: Subject, found: Tensor) -> Tensor:
 
 
 def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
-    """The share of right predictions in percent, and its standard error over the draws.
+    """Return the share of right predictions in percent, and its standard error over the random predictions.
 
     Args:
-        subject: the attacked model and images.
+        subject: attacked model and images.
         wrong: result of `misclassified`.
     """
     errors = [standard_error(float(share), JUDGES) for share in wrong] if subject.random else [0.0]
@@ -380,7 +398,7 @@ def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
 
 
 def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
-    """The images of each run of a contestant: a part, or all in every round."""
+    """Return the images of each run of a contestant. A run attacks a part of the images, or all of them."""
     if name not in ROBUST:
         return [slice(0, images)] * rounds
     size, count = PARTS.get(who, images), min(images, STRONG_IMAGES) if who == STRONG else images
@@ -394,7 +412,7 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted
     begin, work = time.perf_counter(), time.process_time()
     wrong = attack(subject if door is None else replace(subject, model=door), amount)
     row["seconds"].append(time.perf_counter() - begin)
-    # Measure processor time too, since other load on the machine affects it less.
+    # Measure the processor time too, because other programs on the machine change it less than the wall time.
     row["cpu_seconds"].append(time.process_time() - work)
     row["robust"], row["error"] = accuracy(subject, wrong)
     if door is not None:
@@ -405,11 +423,11 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted
 
 
 def is_current(row: Row, contest: Contest) -> bool:
-    """Tell whether a row was made with the attacks and weights of the package.
+    """Tell whether a row was made with the attacks and weights that the package has now.
 
     Args:
         row: row of `run_contest`.
-        contest: contest of the row; weights are compared only if its `Contest.model` is known.
+        contest: contest of the row. The weights are compared only if `Contest.model` is not None.
     """
     code: dict[str, Any] = row.get("code", {})
     attack = contest.contestants.get(row["contestant"])
@@ -419,7 +437,7 @@ def is_current(row: Row, contest: Contest) -> bool:
 
 
 def outdated(results: Path) -> list[str]:
-    """A line for each row of the contests that was made with other attacks or weights than the package has.
+    """Return a message for each row that was made with other attacks or weights than the package has now.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -435,15 +453,15 @@ def outdated(results: Path) -> list[str]:
 def run_contest(
     name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[Row] = ()
 ) -> Iterator[Row]:
-    """Let the contestants attack in turn, and yield the row of each after every run.
+    """Run the contestants in turn, and yield the row of a contestant after each of its runs.
 
     Args:
-        name: name in `CONTESTS` or `ROBUST`.
-        whole: the attacked model and images.
-        contestants: the attackers.
-        amount: the amounts of everything.
-        known: the rows of an interrupted contest. Their runs are repeated only if the model's weights, the images or a
-            protocol's attacks have changed.
+        name: name of the contest in `CONTESTS` or `ROBUST`.
+        whole: attacked model and images.
+        contestants: compared attacks, by name.
+        amount: numbers of images, steps and runs.
+        known: rows of an interrupted contest. A run in them is repeated only if the weights, the images or the attacks
+            have changed.
     """
     counted, before, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
@@ -465,19 +483,20 @@ def run_contest(
                 part = replace(subject, x=subject.x[parts[turn]], y=subject.y[parts[turn]])
                 _run(contestants[who], part, amount, row, counted)
                 row |= shared
-                print(f"{name}: {who} leaves {row['robust']:.1f} % in {row['seconds'][-1]:.1f} s", flush=True)
+                spent = row["seconds"][-1]
+                print(f"{name}: robust accuracy {row['robust']:.1f} % under {who}, {spent:.1f} s", flush=True)
                 yield row
 
 
 def sign_test(one: str, other: str) -> float:
-    """The chance of a difference at least as large, if each attack alone were equally likely to leave an image.
+    """Return the p-value of the difference between two attacks, by an exact two-sided sign test.
+
+    The test uses the images on which the attacks differ. Its null hypothesis says that each attack is equally likely to
+    be the better attack on such an image.
 
     Args:
-        one: for each image "1" if the first attack left it, else "0".
-        other: the same for the second attack.
-
-    Returns:
-        The exact two-sided binomial p-value over the images on which they differ.
+        one: a text with "1" for each image that is right after the first attack, and "0" for each other image.
+        other: the same text for the second attack.
     """
     only = [sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one))]
     tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1))
@@ -485,10 +504,10 @@ def sign_test(one: str, other: str) -> float:
 
 
 def robust_markdown(rows: list[Row]) -> list[str]:
-    """The table of the contests on robust networks.
+    """Return the table of the contests on robust networks.
 
     Args:
-        rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these.
+        rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these images.
     """
     head = ["model, images", "eps", "clean, %", "attack", "of", "left", "difference", "p", "forward passes an image"]
     body = []
@@ -511,11 +530,14 @@ def robust_markdown(rows: list[Row]) -> list[str]:
 
 
 def picture(rows: list[Row], path: Path) -> bool:
-    """Draw the points that each contestant leaves more than AutoAttack, over its passes; False without matplotlib.
+    """Draw each contestant's robust accuracy minus that of AutoAttack, against the forward passes per image.
 
     Args:
-        rows: rows of `run_contest`, on robust networks.
-        path: the PNG file that is written.
+        rows: rows of `run_contest` on robust networks.
+        path: path of the PNG file.
+
+    Returns:
+        True if the picture was drawn, and False if matplotlib is not installed.
     """
     figure = style.new_figure(figsize=(7, 4))
     if figure is None:
@@ -542,7 +564,7 @@ def picture(rows: list[Row], path: Path) -> bool:
 
 
 def markdown(rows: list[Row]) -> list[str]:
-    """The table of all contests.
+    """Return the table of the contests in `CONTESTS`.
 
     Args:
         rows: rows of `run_contest`.
@@ -561,7 +583,7 @@ def markdown(rows: list[Row]) -> list[str]:
         else:
             faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
             if row["device"] != first["device"]:
-                # Do not compare times of two machines, since they say nothing about the attacks.
+                # Do not compare times of two machines, because they say nothing about the attacks.
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
@@ -569,29 +591,30 @@ def markdown(rows: list[Row]) -> list[str]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks evaluation``."""
-    which = f"which contests; all by default: {'; '.join(CONTESTS)}; with --robust: {'; '.join(ROBUST)}"
+    """Add the options of ``python -m benchmarks evaluation``."""
+    which = f"contests to run; default: all. Names: {'; '.join(CONTESTS)}. Names with --robust: {'; '.join(ROBUST)}"
     parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
-    parser.add_argument("--robust", action="store_true", help="the contests on robust networks, which take days")
-    parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or the official files")
-    options.add_names(parser, RANKS, "--contestants", "who attacks")
-    parser.add_argument("--images", type=options.at_least_one, help="the most images of a contest; all by default")
-    rounds = "number of runs of every contestant; 1 by default"
+    parser.add_argument("--robust", action="store_true", help="run the contests on robust networks, which take days")
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
+    options.add_names(parser, RANKS, "--contestants", "attacks that are compared")
+    images = "largest number of images of a contest; default: all images"
+    parser.add_argument("--images", type=options.at_least_one, help=images)
+    rounds = "number of runs of every attack; default: 1"
     parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
-    parser.add_argument("--redo", action="store_true", help="repeat finished runs")
+    parser.add_argument("--redo", action="store_true", help="also repeat finished runs")
     options.add_out(parser, "/studies")
 
 
 def _beside(row: Row, other: Row) -> bool:
-    """Tell whether another row stays in the file: all rows of a contest have the same amount."""
+    """Tell whether another row remains in the file. Rows of the same contest must have the same amount."""
     return other["contest"] != row["contest"] or other["amount"] == row["amount"]
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Run contests, and return their table. Every finished run of a contestant is kept and not repeated."""
+    """Run contests, and return their table. Finished runs are not repeated."""
     usual = QUICK if chosen.quick else Amount()
     amount = replace(usual, rounds=chosen.rounds, images=chosen.images or usual.images)
-    # Write a trial to another folder, so that it does not replace results that took days.
+    # Write the results of a trial to another folder, so that they do not replace results that took days.
     trial = chosen.quick or (chosen.robust and chosen.images is not None)
     out = options.out_of(chosen, trial, "studies")
     contests, file, page, table = CONTESTS, FILE, TABLE, markdown
@@ -604,9 +627,9 @@ def main(chosen: argparse.Namespace) -> str:
     for name in chosen.names or contests:
         if name not in contests:
             raise Unfit(
-                f"{name!r} is not a contest of --robust: leave --robust out"
+                f"the contest {name!r} does not exist with --robust: remove --robust"
                 if chosen.robust
-                else f"{name!r} is a contest of --robust: add --robust"
+                else f"the contest {name!r} exists only with --robust: add --robust"
             )
         contestants = {who: one for who, one in contests[name].contestants.items() if who in chosen.contestants}
         known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
@@ -631,5 +654,5 @@ def main(chosen: argparse.Namespace) -> str:
 
 
 def read(out: Path, file: str = FILE) -> list[Row]:
-    """The rows of a results folder; none without a results file."""
+    """Return the rows in a folder of results, or an empty list if there is no results file."""
     return kept.rows_of(out / file)

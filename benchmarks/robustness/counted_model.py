@@ -1,4 +1,4 @@
-"""Counts of an attack's work at the model: images of forward passes, and gradients to images."""
+"""Count the work that an attack requires of a model: images in forward passes, and gradients to images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Counts:
-    """The sums, which copies of a counted model share.
+    """The counted work. All copies of a counted model share one object, because a deep copy returns the object itself.
 
     Attributes:
-        forwards: number of images that went through the model, counted each time.
-        gradients: number of images to which a gradient was computed, counted each time.
+        forwards: number of images in all forward passes.
+        gradients: number of images in all gradient computations.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,17 @@ class Counts:
         return self
 
     def count_gradient(self, gradient: Tensor) -> None:
-        """Count the images of a gradient that arrives at them."""
+        """Count the images of a computed gradient."""
         self.gradients += len(gradient)
 
 
 class CountedModel(nn.Module):
-    """A model that counts its inputs.
+    """A model that counts the images of its forward passes and gradients.
 
-    An attack that computes gradients in a copy of the model copies the counter too, so that nothing is missed.
+    If an attack computes gradients in a copy of the model, the copy shares the counts.
 
     Args:
-        model: images ``[B, C, H, W]`` to logits ``[B, classes]``.
+        model: classifier, images ``[B, C, H, W]`` to logits ``[B, classes]``.
     """
 
     #: The counts do not change predictions, so fingerprints and captured steps ignore them (`purify_fast.model_state`).
@@ -46,8 +46,8 @@ class CountedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.counts.forwards += len(x)
         if x.requires_grad:
-            # Put the hook on a new tensor of this pass. On the attack's own tensor it would remain, and count later
-            # passes again.
+            # Put the hook on a new tensor for this pass. On the attack's tensor the hook would remain, and would count
+            # the gradients of later passes again.
             x = x.view_as(x)
             x.register_hook(self.counts.count_gradient)
         return self.model(x)

@@ -1,9 +1,9 @@
-"""Packs trained models into `purify_fast.zoo`, each with a card of what this package's evaluation left of it.
+"""Evaluate trained models, and put them into `purify_fast.zoo`. Each model has a card with the evaluated accuracies.
 
-FOLDER is the folder that a training wrote, with a saved classifier or defence. Without a folder the model must be in
-the zoo already, and only its card is written again. The card describes the model. For a new model put a ``card.json``
-into FOLDER; its numbers are replaced by those of the evaluation. The classifier behind a defence is a model of the zoo
-too, and several defences share it. An interrupted evaluation continues where it stopped.
+An argument NAME=FOLDER names a model and the folder that a training wrote, with a saved classifier or defence. An
+argument NAME evaluates a model that is in the zoo already, and writes its card again. The card describes the model. A
+new model needs a ``card.json`` in FOLDER, whose numbers are replaced by those of the evaluation. The classifier of a
+defence must be in the zoo too, and several defences can share it. An interrupted evaluation continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,58 +33,60 @@ from ..options import Unfit
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
 
-#: The largest size of a model, and of all models of the zoo together, in bytes.
+#: The largest size of a model (LARGEST) and of all models of the zoo together (ALL), in bytes.
 LARGEST, ALL = 3_000_000, 20_000_000
-#: The protocols whose accuracies a card shows, each with the share of the images that it attacks.
+#: The protocols whose accuracies are in a card, each with the share of the images that it attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
-#: The protocols for a purifier by diffusion, which predicts at random. "votes" attacks and judges the majority of
-#: `VOTES` draws.
+#: The protocols for a purifier by diffusion, whose predictions are random. "votes" attacks and evaluates the majority
+#: vote of `VOTES` predictions.
 DIFFUSION_PROTOCOLS = {"rand": 1.0, "strong": 0.25, "votes": 0.25}
 VOTES = 10
-#: How many images a protocol with the share 1 attacks, if the command gives no other number.
+#: The default number of images that a protocol with the share 1 attacks.
 IMAGES = 200
-#: Clean accuracy is measured on at most this many test images.
+#: The largest number of test images on which clean accuracy is measured.
 CLEAN = 10_000
-#: The mark of a number that was made by other attacks than the package has now, in the table.
+#: In the table, the mark of a number that was measured with attacks of an earlier version.
 OLDER = "†"
-#: The name of the method of a `DiffusionPurifier` in its card.
+#: The name of the method in the card of a `DiffusionPurifier`.
 DIFFUSION = "diffusion"
 
 
 def size_of(folder: Path) -> int:
-    """The size of a saved model, in bytes."""
+    """Return the size of a saved model in bytes."""
     return (folder / MODEL).stat().st_size
 
 
 def card_of(name: str, source: Path) -> Card:
-    """The card of a model before the model is judged.
+    """Return the card of a model as it is before the evaluation.
 
     Raises:
-        Unfit: there is no card that describes the model.
+        Unfit: neither the zoo nor the folder has a card for the model.
     """
     for folder in (MODELS / name, source):
         if (folder / FILE).is_file():
             return replace(read_card(folder), name=name)
     raise Unfit(
-        f"there is no model {name!r} in the zoo: there are {', '.join(packed.list())}. For a new model give "
-        f"NAME=FOLDER, and put a {FILE} into FOLDER"
+        f"the zoo has no model {name!r}. Its models are {', '.join(packed.list())}. For a new model give NAME=FOLDER, "
+        f"and put a {FILE} into FOLDER."
     )
 
 
 def prepare(source: Path, out: Path) -> Path:
-    """Write a model in the form of the zoo, and return its folder, which stays beside the reports on the model.
+    """Write a model in the form in which the zoo stores it, and return its new folder.
 
-    A model that is too large in float32 is stored in bfloat16. It is judged in the form in which it is stored.
+    A model that is too large in float32 is stored in bfloat16. The stored form is evaluated.
 
     Args:
-        source: the folder that a training wrote.
-        out: the folder to write to.
+        source: folder that a training wrote.
+        out: folder for the stored model.
 
     Raises:
-        Unfit: both are the same folder.
+        Unfit: both folders are the same.
     """
     if source.resolve() == out.resolve():
-        raise Unfit(f"source and output are the same folder, {source}: as source give the folder that a training wrote")
+        raise Unfit(
+            f"FOLDER must not be the output folder {source}: give NAME=FOLDER with the folder that a training wrote"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if size_of(source) <= LARGEST:
         shutil.copyfile(source / MODEL, out / MODEL)
@@ -94,11 +96,11 @@ def prepare(source: Path, out: Path) -> Path:
 
 
 def store_in_bfloat16(source: Path, out: Path) -> None:
-    """Write a saved model again, with its weights in bfloat16.
+    """Convert the weights of a saved model to bfloat16, and save the model in another folder.
 
     Args:
-        source: the folder of the model.
-        out: the folder to write to.
+        source: folder of the saved model.
+        out: folder for the converted model.
     """
     facts, state = read_model(source)
     extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
@@ -107,29 +109,35 @@ def store_in_bfloat16(source: Path, out: Path) -> None:
 
 
 def check_sizes(sources: dict[str, Path], models: Path) -> None:
-    """Check that the zoo stays small; raise Unfit otherwise.
+    """Check that the models are small enough for the zoo.
 
     Args:
-        sources: the folders of the models as they are to be packed, by name.
-        models: the zoo's folder.
+        sources: folders of the stored models, by the names of the models.
+        models: folder of the zoo.
+
+    Raises:
+        Unfit: a model is larger than `LARGEST`, or the zoo would be larger than `ALL`.
     """
     total = sum(size_of(path.parent) for path in models.glob(f"*/{MODEL}") if path.parent.name not in sources)
     for source in sources.values():
         size = size_of(source)
         if size > LARGEST:
-            raise Unfit(f"the model in {source} has {size:,} bytes, but a model of the zoo has at most {LARGEST:,}")
+            raise Unfit(
+                f"the model in {source} has {size:,} bytes. A model of the zoo may have at most {LARGEST:,}: give a "
+                "smaller model."
+            )
         total += size
     if total > ALL:
-        raise Unfit(f"the zoo would have {total:,} bytes, but at most {ALL:,} are allowed: pack fewer models")
+        raise Unfit(f"the zoo would have {total:,} bytes. It may have at most {ALL:,}: pack fewer models.")
 
 
 def pack(source: Path, card: Card, models: Path) -> None:
     """Put a model and its card into the zoo.
 
     Args:
-        source: the folder that `prepare` wrote, or the model's folder in the zoo.
-        card: the card of the model.
-        models: the zoo's folder.
+        source: folder that `prepare` wrote, or the model's folder in the zoo.
+        card: card of the model.
+        models: folder of the zoo.
     """
     folder = models / card.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,10 +147,10 @@ def pack(source: Path, card: Card, models: Path) -> None:
 
 
 def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
-    """Accuracy on the first test images.
+    """Measure the accuracy on the first `CLEAN` test images.
 
     Args:
-        model: images to logits.
+        model: classifier or defence, images to logits.
         data: data set with the test images.
     """
     x = data.x_test[:CLEAN]
@@ -151,15 +159,15 @@ def clean_accuracy(model: torch.nn.Module, data: DataSet) -> Accuracy:
 
 
 def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Module:
-    """A model in evaluation mode; a defence with its classifier.
+    """Load a model in evaluation mode. A defence is loaded together with its classifier.
 
     Args:
-        card: the card of the model.
+        card: card of the model.
         folders: folders of the models that are being packed, by name.
-        models: the zoo's folder.
+        models: folder of the zoo.
 
     Raises:
-        Unfit: a defence was trained for another classifier than the one in the zoo, or has one of its own.
+        Unfit: a defence does not fit the classifier that its card names.
     """
     folder = folders.get(card.name, models / card.name)
     if card.classifier is None:
@@ -171,41 +179,41 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
         raise Unfit(str(error)) from error
     if model.own_classifier:
         raise Unfit(
-            f"{folder} has a classifier that was trained together with its purifier, but defences of the zoo share "
-            "their classifiers: give a defence with a classifier of the zoo"
+            f"the defence in {folder} has a classifier that was trained together with the purifier. The zoo needs a "
+            f"defence of its classifier {card.classifier!r}: give the folder of such a defence."
         )
     return model
 
 
 def protocols_of(card: Card) -> dict[str, float]:
-    """The protocols that judge a model, and the share of the images that each one attacks.
+    """Return the protocols by which a model is evaluated, each with the share of the images that it attacks.
 
     Args:
-        card: the card of the model.
+        card: card of the model.
     """
     return DIFFUSION_PROTOCOLS if card.method == DIFFUSION else PROTOCOLS
 
 
 def attacks_of(card: Card, protocol: str) -> str:
-    """A short hash of the attacks that judge a model by a protocol.
+    """Return a short hash of the attacks that a protocol runs on a model.
 
     Args:
-        card: the card of the model.
-        protocol: one of `protocols_of`.
+        card: card of the model.
+        protocol: one of the protocols in `protocols_of`.
     """
     random, name = card.method not in ("classifier", "ARREST"), "rand" if protocol == "votes" else protocol
     return revisions.short(name, random, card.method == DIFFUSION)
 
 
 def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: Path) -> Card:
-    """Evaluate a model, and return its card.
+    """Evaluate a model, and return its new card.
 
     Args:
-        card: the card of the model.
-        model: the model, in evaluation mode.
-        images: number of held-out images; `protocols_of` has the share that each protocol attacks.
-        data: the data set on which the model was trained.
-        out: folder of the reports, by which an interrupted evaluation continues.
+        card: card of the model.
+        model: model in evaluation mode.
+        images: number of held-out images. Each protocol attacks its share in `protocols_of`.
+        data: data set on which the model was trained.
+        out: folder for the reports. An interrupted evaluation continues from there.
     """
     name, attacked = card.name, {}
     for protocol, share in protocols_of(card).items():
@@ -234,10 +242,10 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
 
 
 def table(models: Sequence[Card]) -> list[str]:
-    """The models of the zoo as a table for a page.
+    """Return the table of the models of the zoo.
 
     Args:
-        models: their cards.
+        models: cards of the models.
     """
     protocols = list(dict.fromkeys(protocol for card in models for protocol in card.attacked))
     body = []
@@ -251,7 +259,7 @@ def table(models: Sequence[Card]) -> list[str]:
     if any(OLDER in line for line in lines):
         lines += [
             "",
-            f"{OLDER} An earlier version of the attacks made this number, or one that the card does not name.",
+            f"{OLDER} This number was measured with attacks of an earlier or unknown version.",
         ]
     return lines
 
@@ -270,43 +278,52 @@ def _cell(accuracy: Accuracy) -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks zoo``."""
-    models = f"a model of the zoo, with the folder of a training that is packed; names: {', '.join(packed.list())}"
+    """Add the options of ``python -m benchmarks zoo``."""
+    models = f"name of a model; for a new model also the folder of its training. Names: {', '.join(packed.list())}"
     parser.add_argument("models", nargs="+", metavar="NAME[=FOLDER]", help=models)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in (PROTOCOLS | DIFFUSION_PROTOCOLS).items())
     shares = shares.replace("%", "%%")
-    images = f"how many held-out images are attacked: {shares}; {IMAGES} by default"
+    images = f"number of held-out images; default: {IMAGES}. The protocols attack these shares of them: {shares}"
     parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
-    parser.add_argument(
-        "--data", default="data", help="of MNIST and CIFAR-10: the folder that holds them; data by default"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; runs/zoo by default")
+    parser.add_argument("--data", default="data", help="folder with MNIST and CIFAR-10; default: data")
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; default: runs/zoo")
 
 
 def sources_of(chosen: argparse.Namespace, models: Path) -> dict[str, Path]:
-    """The folders of the models that are packed or judged, by name."""
+    """Return the folders of the models that are packed or evaluated, by name."""
     split = (model.partition("=") for model in chosen.models)
     return {name: Path(source) if equals else models / name for name, equals, source in split}
 
 
 def check(chosen: argparse.Namespace, models: Path = MODELS) -> None:
-    """ValueError for an unknown name; FileNotFoundError for a model or data that are not there."""
+    """Check the options before any work.
+
+    Args:
+        chosen: options of the command.
+        models: folder of the zoo.
+
+    Raises:
+        ValueError: a name is unknown.
+        FileNotFoundError: a model or a data set does not exist.
+    """
     for name, source in sources_of(chosen, models).items():
         card = card_of(name, source)
         if not (source / MODEL).is_file():
-            raise FileNotFoundError(f"{source} holds no model: give NAME=FOLDER, with the folder that a training wrote")
+            raise FileNotFoundError(
+                f"the folder {source} contains no model: give NAME=FOLDER with the folder that a training wrote"
+            )
         load_dataset(card.data, chosen.data)
 
 
 def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
-    """Pack and judge models, and return their cards.
+    """Evaluate and pack models, and return their cards.
 
     Args:
-        chosen: the options, which `check` has checked.
-        models: the zoo's folder.
+        chosen: options of the command, which `check` has accepted.
+        models: folder of the zoo.
 
     Raises:
-        Unfit: a model is too large, or of another classifier than that of the zoo.
+        Unfit: a model is too large, or a defence does not fit its classifier in the zoo.
     """
     sources = sources_of(chosen, models)
     cards = {name: card_of(name, source) for name, source in sources.items()}
@@ -317,14 +334,14 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
     check_sizes(folders, models)
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for path in models.glob(f"*/{FILE}"):
-        # Load the defences that stay in the zoo, to check that they fit a classifier that is packed anew.
+        # If a classifier is replaced, check that the other defences of the zoo fit the new classifier.
         if (card := read_card(path.parent)).name not in cards and card.classifier in cards:
             loaded(card, folders, models)
     judged = [
         judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out)
         for name, card in cards.items()
     ]
-    # Pack all models in one go at the end, so that a defence and its classifier do not differ for long.
+    # Pack all models at the end, so that the zoo is inconsistent only for a short time.
     for card in judged:
         pack(folders[card.name], card, models)
     return "\n".join(map(str, judged))

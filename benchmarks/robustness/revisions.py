@@ -1,6 +1,7 @@
-"""A protocol's attacks with options and revisions, on which its rows depend besides model and images.
+"""Describe the attacks of a protocol by their options and revisions.
 
-A results file keeps these with its rows, so that outdated rows are found without making them again.
+A row of a results file depends on the model, the images and the attacks. Results files store the descriptions of the
+attacks, so that outdated rows are found without running the attacks again.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 
 class AnyModel(nn.Module):
-    """A classifier of ten classes, to list the attacks that a protocol runs on every model.
+    """A classifier of ten classes, which is used to list the attacks that a protocol runs on every model.
 
     Args:
-        random: whether two predictions differ.
+        random: True if two predictions of the same image differ.
     """
 
     def __init__(self, random: bool):
@@ -35,7 +36,7 @@ class AnyModel(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, 10]``.
+        """Return the logits ``[B, 10]``.
 
         Args:
             x: images ``[B, 1, 8, 8]``.
@@ -45,18 +46,18 @@ class AnyModel(nn.Module):
 
 
 class AnyPurifier(AnyModel):
-    """The same classifier as a purifier by diffusion, for which "strong" adds attacks."""
+    """The same classifier with the attacks that the protocol "strong" adds for a purifier by diffusion."""
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """The added attacks; the arguments are those of `DiffusionPurifier.strong_attacks`."""
+        """Return the added attacks. The arguments are those of `DiffusionPurifier.strong_attacks`."""
         return strong_attacks(self, norm, eps)
 
 
 def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
-    """Each attack in words: its label, options and revision, and the images that it searches.
+    """Return a description of each attack: its label, options and revision, and the images that it attacks.
 
     Args:
-        attacks: specification of each attack, and the attack with its final options.
+        attacks: pairs of an attack's specification and the attack with its final options.
     """
     words = []
     for spec, attack in attacks:
@@ -67,12 +68,12 @@ def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
 
 
 def of_protocol(name: str, random: bool, diffusion: bool = False) -> list[str]:
-    """The attacks of a protocol on any model.
+    """Return the descriptions of the attacks that a protocol runs on every model.
 
     Args:
         name: name of the protocol.
-        random: whether two predictions of the model differ.
-        diffusion: whether it is a purifier by diffusion.
+        random: True if two predictions of the model differ.
+        diffusion: True for a purifier by diffusion.
     """
     x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
     with torch.random.fork_rng([]):
@@ -83,16 +84,16 @@ def of_protocol(name: str, random: bool, diffusion: bool = False) -> list[str]:
 
 
 def added(name: str, random: bool) -> list[str]:
-    """The revision of surrogates, for a protocol that may add attacks through a model's surrogates.
+    """Return the revision of the surrogates if the protocol may add attacks through surrogates of the model.
 
     Args:
         name: name of the protocol.
-        random: whether two predictions of the model differ.
+        random: True if two predictions of the model differ.
     """
     return [f"surrogates {REVISION}"] if name == "strong" or (name == "standard" and random) else []
 
 
 @functools.cache
 def short(name: str, random: bool, diffusion: bool = False) -> str:
-    """A short hash of `of_protocol`, with its arguments."""
+    """Return a short hash of the result of `of_protocol` for the same arguments."""
     return hashlib.sha256("\n".join(of_protocol(name, random, diffusion)).encode()).hexdigest()[:8]

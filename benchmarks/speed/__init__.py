@@ -1,1 +1,1 @@
-"""Kernels, convolutions and whole pipelines: races of time and memory, and their tables."""
+"""Measure the time and memory of ops, convolutions and whole pipelines, and write tables of the results."""

@@ -1,7 +1,7 @@
-"""Every convolution of AToP's generator at 128 px, ours against PyTorch's: ``python -m benchmarks convolutions``.
+"""Time every convolution of AToP's generator at 128 px, ours and PyTorch's: ``python -m benchmarks convolutions``.
 
-Both run in bfloat16 and channels_last, on 4 images, in turn, by CPU time on one thread. Directions are timed
-separately.
+The convolutions run in bfloat16 and channels_last, on 4 images and one thread. Our convolution and PyTorch's run in
+turn, and their CPU time is measured. The forward pass and the two gradients are timed separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_g
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution; ``side`` is the side of its input images."""
+    """A square convolution. ``side`` is the side of its input images in pixels."""
 
     inputs: int
     outputs: int
@@ -49,12 +49,12 @@ class Layer:
 
     @property
     def flop(self) -> int:
-        """The FLOP of the formula, including products with the zeros of the border."""
+        """The FLOP of the convolution by its formula, including products with the zeros of the padding."""
         pixels = IMAGES * (self.side // self.stride) ** 2
         return 2 * pixels * self.inputs * self.outputs * self.kernel**2
 
     def arguments(self) -> dict[str, tuple]:
-        """The arguments of each direction's op."""
+        """Return the arguments for each op in `DIRECTIONS`."""
         padding = self.dilation * (self.kernel // 2)
         settings = [[one, one] for one in (self.stride, padding, self.dilation)]
         small = self.side // self.stride
@@ -72,7 +72,7 @@ class Layer:
 
 
 def layers_of_generator() -> dict[Layer, int]:
-    """Every convolution of AToP's generator at 128 px, and the number of convolutions of its shape."""
+    """Return the shapes of the convolutions in AToP's generator at 128 px, each with its number of occurrences."""
     counts: Counter[Layer] = Counter()
 
     def count(layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
@@ -89,14 +89,17 @@ def layers_of_generator() -> dict[Layer, int]:
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """The CPU time of a call."""
+    """Return the CPU time of a call in seconds."""
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
 def table(layers: dict[Layer, int], runs: int) -> list[str]:
-    """Milliseconds of both, and GFLOP/s of ours, for each layer; then for all layers of the generator together."""
+    """Return the table of all layers: milliseconds of PyTorch's convolution and of ours, and GFLOP/s of ours.
+
+    The last line has the milliseconds of all layers of the generator together.
+    """
     total = {name: [0.0, 0.0] for name in DIRECTIONS}
     body = []
     for layer, count in layers.items():
@@ -114,27 +117,27 @@ def table(layers: dict[Layer, int], runs: int) -> list[str]:
         body.append([layer.name, count, *cells])
     sums = [f"{1e3 * before:.0f} to {1e3 * after:.0f} ms" for before, after in total.values()]
     body.append([f"all {sum(layers.values())}", "", *sums])
-    what = "convolution, 3 x 3 unless it says more"
+    what = "convolution (3 x 3 if no size is given)"
     return sheets.table([what, "how often", "forward", "gradient of the input", "of the weights"], body)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks convolutions``."""
+    """Add the options of ``python -m benchmarks convolutions``."""
     parser.add_argument(
-        "--runs", type=options.at_least_one, default=15, help="number of runs of every contestant; 15 by default"
+        "--runs", type=options.at_least_one, default=15, help="number of runs of each convolution; default: 15"
     )
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """The table of all layers, in Markdown. The process has one thread from then on.
+    """Return the table of all layers in Markdown. This limits PyTorch to one thread in the whole process.
 
     Raises:
-        Unfit: there is no kernel.
+        Unfit: the package has no kernel for convolutions on this machine.
     """
     if REGISTRY[DIRECTIONS[0]].kernel("cpu") == "reference":
         raise Unfit(
-            "this package's convolutions have no kernel here: they need the compiled extension, and a processor with "
-            "AVX512-BF16 and without AMX"
+            "this machine has no kernel for the package's convolutions. They need the compiled extension, and a "
+            "processor with AVX512-BF16 and without AMX."
         )
     torch.set_num_threads(1)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Memory of the gradient through a diffusion process of five and of a hundred steps, each in its own process."""
+"""Measure the memory of the gradient through a diffusion process of 5 and of 100 steps.
+
+Each measurement runs in a separate operating-system process.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ FILE = "cpu/memory.csv"
 IMAGES, STEPS = 8, (5, 100)
 SMALL, LARGE = "U-Net of width 32", "UNet2DModel of google/ddpm-cifar10-32's shape"
 PLAIN, CHECKPOINTED, OURS, OURS_BFLOAT16 = "plain autograd", "checkpointed steps", "ours", "ours, bfloat16"
-#: For the other networks, the activations of all steps would not fit into a usual machine's memory.
+#: The measured networks, forms of the gradient and numbers of steps. Plain autograd is measured with few steps only,
+#: because the activations of 100 steps would not fit into the memory of a usual machine.
 MEASURED = [
     (network, form, steps)
     for network in (SMALL, LARGE)
@@ -39,7 +43,7 @@ GIGABYTE = 1e9
 
 
 def network(name: str) -> nn.Module:
-    """A denoiser for CIFAR-10's images with random weights, by its name in the table."""
+    """Return a denoiser for images of CIFAR-10, with random weights, by its name in the table."""
     if name == SMALL:
         return denoiser(32)
     torch.manual_seed(0)
@@ -58,12 +62,12 @@ def network(name: str) -> nn.Module:
 
 
 def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
-    """The logits of a plain loop: DDPM's steps, noise by `torch.randn_like`.
+    """Return the logits of a plain loop over the steps of DDPM, with noise from `torch.randn_like`.
 
     Args:
-        made: defence whose parts and coefficients are used.
-        x: images ``[B, C, H, W]``.
-        kept: whether autograd keeps all activations; else each step is computed again backward.
+        made: defence whose networks and coefficients are used.
+        x: images ``[B, C, H, W]`` in [0, 1].
+        kept: True to store all activations for the backward pass; False to compute each step again there.
     """
     table, noises = made.process.table()
     numbers, times = table.coefficients.tolist(), table.times.long().tolist()
@@ -80,13 +84,15 @@ def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
 
 
 def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
-    """A row: the peak memory of this process above that with only the networks.
+    """Measure how much the gradient raises the peak memory of this process. Return one row of the results file.
+
+    The memory of the networks themselves does not count.
 
     Args:
         name: name of the network.
-        form: form of the gradient.
-        steps: number of steps of the process.
-        images: number of images of the batch.
+        form: form of the gradient, one of `PLAIN`, `CHECKPOINTED`, `OURS` and `OURS_BFLOAT16`.
+        steps: number of steps of the diffusion process.
+        images: number of images in the batch.
     """
     made = DiffusionPurifier(
         network(name),
@@ -115,18 +121,19 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks memory``."""
-    parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=f"of the batch; {IMAGES}")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    """Add the options of ``python -m benchmarks memory``."""
+    images = f"number of images in the batch; default: {IMAGES}"
+    parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; default: benchmarks/results")
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """``python -m benchmarks memory``: write the file after each row, and resume earlier runs."""
+    """Run ``python -m benchmarks memory``. Rows that an earlier run has written are not measured again."""
     path = chosen.out / FILE
     rows: list[dict[str, Any]] = list(sheets.read_csv(path)) if path.exists() else []
     done = {(row["network"], row["form"], int(row["steps"])) for row in rows}
     for name, form, steps in tqdm([one for one in MEASURED if one not in done], desc="memory", unit=" rows"):
-        # The peak memory of a process never falls.
+        # Use a new process for each row, because the recorded peak memory of a process never falls.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows.append(pool.submit(measured, name, form, steps, chosen.images).result())
         sheets.write_csv(path, rows)
@@ -134,10 +141,10 @@ def main(chosen: argparse.Namespace) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """The lines of docs/diffusion.md.
+    """Return the table for docs/diffusion.md.
 
     Args:
-        results: the folder.
+        results: the folder ``benchmarks/results``.
     """
     cells = {(row["network"], row["form"], row["steps"]): row for row in sheets.read_csv(results / FILE)}
     body = []

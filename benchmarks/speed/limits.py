@@ -1,4 +1,4 @@
-"""The device's measured limits: bytes copied and bfloat16 products per second."""
+"""Measure the limits of a device: the bandwidth of a copy, and the rate of bfloat16 matrix products."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ FILE = "limits.csv"
 COPY, PRODUCT = "copy", "bfloat16 product"
 
 
-#: Bytes of a copied buffer, rows of a matrix, and number of runs.
+#: For each type of device: bytes of a copied buffer, rows of a square matrix, and number of runs.
 SIZES = {"cuda": (2 << 30, 8192, 20), "cpu": (256 << 20, 2048, 10)}
 QUICK = (8 << 20, 256, 3)
 
 
 def times_of(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
-    """The times of ``runs`` calls in turn, after a first call of each."""
+    """Return the seconds of ``runs`` calls. The functions take turns, and each is called once before, untimed."""
     for call in calls:
         call()
     return [timing.seconds([call], device) for call, _ in zip(cycle(calls), range(runs), strict=False)]
 
 
 def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[float]]:
-    """The bytes read and written by a copy, and times; buffers take turns, so that no cache holds the next one."""
+    """Return the bytes that a copy reads and writes, and its times in seconds.
+
+    Two pairs of buffers take turns, so that no cache contains the next buffer.
+    """
     if device.type == "cuda":
         length = min(length, torch.cuda.mem_get_info(device)[0] // 8)
     pairs = [[torch.empty(length // 4, dtype=torch.int32, device=device).random_() for _ in range(2)] for _ in range(2)]
@@ -38,12 +41,12 @@ def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[floa
 
 
 def operands(device: torch.device, *shape: int) -> Tensor:
-    """Random matrices, since a GPU multiplies ones or zeros faster than data."""
+    """Return a random bfloat16 matrix. Constant values would not do, because a GPU multiplies them faster."""
     return torch.randn(shape, device=device).to(torch.bfloat16)
 
 
 def products(device: torch.device, rows: int, runs: int) -> tuple[int, list[float]]:
-    """The FLOP of a square product, and times."""
+    """Return the FLOP of a product of two square matrices, and its times in seconds."""
     a, b = (operands(device, rows, rows) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * rows**3, times_of([lambda: torch.mm(a, b, out=out)], device, runs)
@@ -51,7 +54,7 @@ def products(device: torch.device, rows: int, runs: int) -> tuple[int, list[floa
 
 @torch.no_grad()
 def run(device: torch.device, quick: bool, out: Path) -> list[dict]:
-    """Measure, and write ``out``'s limits.csv."""
+    """Measure both limits, write them to limits.csv in the folder ``out``, and return the rows."""
     length, side, runs = QUICK if quick else SIZES[device.type]
     moved, copying = copies(device, length, runs)
     computed, multiplying = products(device, side, runs)
@@ -72,6 +75,6 @@ def run(device: torch.device, quick: bool, out: Path) -> list[dict]:
 
 
 def read(folder: Path) -> dict[tuple[str, str], float]:
-    """Rates by device and limit, in units per second; empty if none were measured."""
+    """Return the rates by device and limit, in bytes/s or FLOP/s. The result is empty if nothing was measured."""
     rows = sheets.rows_of(folder / FILE)
     return {(row["device"], row["limit"]): 1e9 * float(row["median"]) for row in rows}

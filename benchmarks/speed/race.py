@@ -1,8 +1,9 @@
-"""Races of pipelines: every contestant has its own process, and they run in turn, one at a time.
+"""Compare the speed of several implementations of a pipeline (a race). Each compared implementation is a contestant.
 
-The processes are needed because a process cannot restore its allocator's thresholds. A pause between two runs lets the
-threads of the last process stop spinning. For a GPU all contestants get ready at the same time, which is mostly
-compilation; then they are timed in turn like the others.
+Every contestant has a separate process, because a process cannot restore the thresholds of its memory allocator. The
+contestants are timed in turn, so that only one of them runs at a time. During the pause between two runs the threads of
+the previous process stop spinning. On a GPU all contestants are prepared at the same time, because most of the
+preparation is compilation. They are then timed in turn as on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Effort:
     Attributes:
         runs: number of runs of each contestant.
         pause: seconds between two runs.
-        matrix: rows of the matrices whose product gives the rate, and 32 times the images of its convolution.
+        matrix: rows of the square matrices whose product is timed. The timed convolution has 1/32 as many images.
     """
 
     runs: int = 5
@@ -45,7 +46,7 @@ QUICK = Effort(runs=2, pause=0.0, matrix=128)
 
 
 def _matrix_rate(device: torch.device, size: int) -> float:
-    """bfloat16 FLOP/s of a large matrix product or a 3 x 3 convolution, whichever is faster: the best of a few runs."""
+    """Return the highest bfloat16 FLOP/s of a large matrix product and of a 3 x 3 convolution, in three runs each."""
     product, times = limits.products(device, size, 3)
     channels, side = min(size, 256), 16
     x = limits.operands(device, max(1, size // 32), channels, side, side)
@@ -58,7 +59,7 @@ def _matrix_rate(device: torch.device, size: int) -> float:
 
 
 def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, quick: bool, threads: int) -> None:
-    """Run a contestant's process: make its job, then answer commands one by one."""
+    """Run a contestant's process: prepare its job, then execute commands and send their results."""
     torch.set_num_threads(threads)
     device, effort = torch.device(device_type), QUICK if quick else Effort()
     chosen = registry()[pipeline](quick)[case].contestants[contestant]
@@ -90,13 +91,18 @@ class _Process:
         theirs.close()
 
     def order(self, command: str) -> None:
-        """Send a command, whose answer `answer` awaits."""
-        # If the process has ended, the answer says so.
+        """Send a command. `answer` waits for its result."""
+        # Ignore a process that has ended, because `answer` reports it.
         with contextlib.suppress(OSError):
             self.pipe.send(command)
 
     def answer(self, command: str, seconds: float = math.inf):
-        """Return the answer; RuntimeError with the process's traceback or exit status; TimeoutError if it is late."""
+        """Return the result of a command.
+
+        Raises:
+            RuntimeError: the command failed, or the process ended. The message has the traceback or the exit status.
+            TimeoutError: there is no result within the given seconds.
+        """
         try:
             if seconds < math.inf and not self.pipe.poll(max(0.0, seconds)):
                 raise TimeoutError(command)
@@ -105,7 +111,7 @@ class _Process:
             self.process.join()
             done, answer = False, f"exit status {self.process.exitcode}"
         if not done:
-            raise RuntimeError(f"{command!r} failed in a contestant's process: {answer}")
+            raise RuntimeError(f"the command {command!r} failed in the process of a compared implementation: {answer}")
         return answer
 
     def ask(self, command: str):
@@ -113,7 +119,7 @@ class _Process:
         return self.answer(command)
 
     def end(self, at_once: bool = False) -> None:
-        # The process may have ended.
+        # Ignore an error here, because the process may have ended already.
         with contextlib.suppress(OSError):
             self.pipe.send(None)
         if at_once:
@@ -129,15 +135,15 @@ def race(
     quick: bool,
     limit: float = math.inf,
 ) -> list[dict]:
-    """The rows of a case, one for each contestant; a contestant with a wrong result has no number.
+    """Time all contestants of a case, and return one row of the results file for each.
 
-    A contestant that is not ready within ``limit`` seconds has no number and is left out, unless it is the first or
-    ours.
+    The row of a contestant whose result is wrong has no times. A contestant that is not ready within ``limit`` seconds
+    is left out. The first contestant and ours are always timed.
     """
     effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
     together = device.type == "cuda"
     if together:
-        # No thread of the other contestants spins.
+        # A short pause is enough on a GPU, because the other contestants have no spinning threads.
         effort = replace(effort, pause=0.02)
     processes: dict[str, _Process] = {}
     right, times, rates = {}, {}, []
@@ -152,7 +158,7 @@ def race(
     try:
         truth = None
         needed = {next(iter(case.contestants)), "ours"}
-        # Within a time limit, contestants that a race needs come first.
+        # If there is a time limit, prepare the two contestants first that are always timed.
         order = sorted(case.contestants, key=lambda label: limit < math.inf and label not in needed)
         for label in order if together else ():
             prepare(label)
@@ -178,7 +184,7 @@ def race(
             for label, process in processes.items():
                 time.sleep(effort.pause)
                 times[label].append(process.ask("time"))
-                # Parts are timed beside the whole, because the machine's speed changes.
+                # Time the parts directly after the whole, because the speed of the machine changes over time.
                 if label == "ours":
                     for part, spent in process.ask("parts").items():
                         shares.setdefault(part, []).append(spent / times[label][-1])

@@ -1,4 +1,8 @@
-"""Measure rows one by one and write them at once; rows left out by a time limit are named."""
+"""Measure ops and pipelines within a time limit.
+
+One measurement is a row of ops.csv or pipelines.csv. Every row is written at once, so that an interrupted run can be
+resumed. Rows that the time limit excluded are listed.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,12 @@ from .. import options
 from . import limits, pipelines, race, sheets, timing
 from .ops import Case, registry
 
-#: The columns that identify a row of ops.csv.
+#: The columns that together identify a row of ops.csv.
 KEY = ("op", "variant", "shape", "dtype", "direction", "style", "backend")
 
 
 def device_class(device: torch.device) -> str:
-    """The folder of a device's results: cpu, or the GPU's name."""
+    """Return the name of the folder for a device's results: "cpu", or the name of the GPU."""
     if device.type == "cpu":
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
@@ -34,12 +38,14 @@ def device_class(device: torch.device) -> str:
 
 @dataclass
 class Budget:
-    """The time limit of a run, and its resumption: by default an error ends it and nothing is left out.
+    """The time limit of a run, and the list of work that did not fit into it. By default there is no limit.
 
     Attributes:
-        seconds: time limit; work is not begun if it would exceed this by taking as long as the longest work before.
-        resume: whether to keep earlier measurements.
-        failed: tracebacks by name, if errors are to be collected.
+        seconds: time limit in seconds. An item of work is not started if it would end too late, assuming that it takes
+            as long as the longest item before.
+        resume: True to keep earlier measurements.
+        failed: dictionary that collects tracebacks by the name of the item. If it is None, an error ends the run.
+        left_out: names of the items that were not started.
     """
 
     seconds: float = math.inf
@@ -48,7 +54,7 @@ class Budget:
     left_out: list[str] = field(default_factory=list)
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
-        """Run all of ``work``, by name, within the budget."""
+        """Run the items of ``work``, pairs of a name and a function, within the time limit."""
         start, spent, longest = time.monotonic(), 0.0, 0.0
         with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
             for index, (name, run) in enumerate(progress):
@@ -67,12 +73,12 @@ class Budget:
 
 
 def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
-    """The (rank of the case, op, case, direction, style) of every row."""
+    """Return (rank of the case, op, case, direction, style) for every row that is to be measured."""
     rows = []
     for name in names:
         cases = ops[name]()
         if quick:
-            # Only the first case of each variant counts.
+            # Keep only the first case of each variant.
             cases = list({case.variant: case for case in reversed(cases)}.values())
         rows += [(i, name, c, d, s) for i, c in enumerate(cases) for d in c.directions for s in timing.STYLES]
     return rows
@@ -89,18 +95,18 @@ def run_ops(
     out: Path,
     budget: Budget | None = None,
 ) -> None:
-    """Measure, and write after every row; rows of other ops stay.
+    """Measure ops, and write ops.csv after every row. Existing rows of other ops are kept.
 
     Args:
         names: names of the ops.
-        device: device of the ops.
-        quick: whether one small case of each variant is enough.
-        out: the folder of the results.
-        budget: time limit; none by default.
+        device: device on which the ops run.
+        quick: True to measure only the first case of each variant.
+        out: folder of the results.
+        budget: time limit. By default there is no limit.
     """
     budget = budget or Budget()
     effort = timing.QUICK if quick else timing.Effort()
-    # These are the device's cases; in a quick run those of a CPU, if there are any.
+    # A quick run uses the smaller cases for a CPU also on a GPU, where an op has such cases.
     ops = registry(device.type) | (registry("cpu") if quick else {})
     path = out / sheets.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path)}
@@ -112,7 +118,7 @@ def run_ops(
         try:
             backends[name] = timing.backend_of(name, device)
         except RuntimeError as error:
-            # The other ops can still be measured.
+            # Without a kernel for this op, the other ops can still be measured.
             if budget.failed is None:
                 raise
             budget.failed[name] = str(error)
@@ -120,7 +126,7 @@ def run_ops(
     bandwidth = limits.read(out).get((timing.environment(device)["device"], limits.COPY))
     work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
     if budget.seconds < math.inf:
-        # The first case of every op comes first, called eagerly.
+        # Within a time limit, measure the first case of every op first, and eager calls before graphs.
         work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
 
     def run(rank: int, *row) -> None:
@@ -138,7 +144,7 @@ def run_ops(
 
 
 def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
-    """Race, and write after every case; rows of other cases stay."""
+    """Measure pipelines, and write pipelines.csv after every case. Existing rows of other cases are kept."""
     budget = budget or Budget()
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
@@ -146,7 +152,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
     known = {name: pipelines.registry()[name](quick) for name in names}
     work = [(name, label) for name, cases in known.items() for label in cases if (name, label) not in done]
-    # Compilation takes most of the time: contestants that are not ready within a case's share are left out.
+    # Limit the time of preparation, which is mostly compilation, so that no case uses up the time of the others.
     share = budget.seconds / 3
 
     def run(name: str, label: str) -> None:
@@ -161,20 +167,20 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
 
 
 def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
-    """Add the options of ``python -m benchmarks`` for ops and for pipelines.
+    """Add the options of ``python -m benchmarks ops`` and ``python -m benchmarks pipelines``.
 
     Args:
         parser: parser of the command.
-        known: names that can be measured.
+        known: names of the ops or pipelines that can be measured.
     """
-    which = f"which; all by default: {', '.join(known)}"
+    which = f"names to measure; default: all. Names: {', '.join(known)}"
     parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(known), help=which)
     options.add_device(parser)
     options.add_out(parser, "/<device>")
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
-    """Measure ops; return who serves each of them, and the table's file."""
+    """Measure ops. Return the table of the implementations that the package uses, and the path of the full page."""
     device, out = chosen.device, options.out_of(chosen, chosen.quick, device_class(chosen.device))
     retain_freed_memory()
     run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out)
@@ -183,7 +189,7 @@ def ops_command(chosen: argparse.Namespace) -> str:
 
 
 def pipelines_command(chosen: argparse.Namespace) -> str:
-    """Race pipelines; return their table."""
+    """Measure pipelines, and return the page of the results."""
     out = options.out_of(chosen, chosen.quick, device_class(chosen.device))
     run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out)
     return (out / sheets.PIPELINES_TABLE).read_text()

@@ -1,4 +1,8 @@
-"""The tables and pictures made from the CSV files, and the kernels chosen for the ops."""
+"""Make tables and pictures from the CSV files, and choose the implementation of each op from its measured rows.
+
+A row of ops.csv is the measurement of an op at one shape, dtype, direction and style. A row of pipelines.csv is the
+measurement of one implementation (a contestant) of a pipeline.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from .timing import AUTOTUNED, CONTESTANTS, LEAST, STYLES
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
 
-#: The templates of the pages.
+#: The folder with the templates of the pages.
 PAGES = Path(__file__).with_name("pages")
 
 
@@ -30,12 +34,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none without the file."""
+    """Return the rows of a CSV file, or an empty list if there is no file."""
     return read_csv(path) if path.exists() else []
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     return markdown_table(head, [[str(cell) for cell in line] for line in body])
 
 
@@ -49,16 +53,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """A line for each op, direction and kernel: who serves eager calls, and our kernel's standing there and in graphs.
+    """Choose the implementation for eager calls and for compiled graphs, for each op, direction and kernel.
 
-    Eager calls go to our kernel if no row of it is more than 5 percent behind the best, else to the plain reference.
-    Inside a compiled graph it serves if it is at least `IN_GRAPHS` times as fast in every row.
+    Eager calls use our kernel if it is at most 5 percent slower than the best other implementation in every row.
+    Otherwise they use the reference in PyTorch. A compiled graph uses our kernel if it is at least `IN_GRAPHS` times as
+    fast as the best other implementation in every row, and if compilers do not fuse the reference.
+
+    Args:
+        rows: rows of ops.csv.
+
+    Returns:
+        A dictionary for each op, direction and kernel, with the choices and the reasons for them.
     """
     decided = []
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
         own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
-        if not eager:  # A time limit left them out.
+        # A time limit may have excluded the eager calls.
+        if not eager:
             continue
         behind, behind_in_graphs = (
             sum(row["verdict"] in ("behind", "wrong") for row in rows) for rows in (eager, graph)
@@ -82,9 +94,10 @@ def verdicts(rows: list[dict]) -> list[dict]:
 
 
 def _ahead(rows: list[dict]) -> bool:
-    """Tell whether a kernel is far enough ahead in all of these rows to block fusion inside a graph.
+    """Tell whether a compiled graph should use a kernel, although the compiler cannot fuse the kernel with other code.
 
-    This holds only if compilers do not fuse the reference as well, with neighbors that the rows do not have.
+    This requires that the kernel is much faster in all rows. It also requires that compilers do not fuse the reference:
+    in a user's model the reference may have more neighbors to be fused with than in the measured graph.
     """
     many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
@@ -93,9 +106,12 @@ def _ahead(rows: list[dict]) -> bool:
 
 
 def races(rows: list[dict]) -> dict:
-    """The facts that the package ships from rows: who serves each op and variant, and the measuring machine.
+    """Return the choices that become part of the package: the implementation of each op and variant, and the machine.
 
-    If ops were measured on several machines, the machine with most rows is named.
+    If ops were measured on several machines, the result names the machine with the most rows.
+
+    Args:
+        rows: rows of ops.csv.
     """
     usual = statistics.mode(row["device"] for row in rows)
     first = next(row for row in rows if row["device"] == usual)
@@ -115,13 +131,18 @@ def races(rows: list[dict]) -> dict:
 
 
 def _winners(rows: list[dict]) -> dict[str, str]:
-    """The backends of eager calls and inside graphs, by rows of one op and direction."""
+    """Return the implementations for eager calls and for compiled graphs, from the rows of one op and direction."""
     (line,) = verdicts(rows)
     return {"eager": line["eager_calls"], "graph": line["in_graphs"]}
 
 
 def measured_on(rows: list[dict], kind: str) -> str:
-    """The machine of the rows; if there are several, the machine of each ``kind``."""
+    """Return a sentence about the machine on which rows were measured.
+
+    Args:
+        rows: rows of ops.csv or pipelines.csv.
+        kind: name of a column. If there were several machines, the sentence names the column's values for each.
+    """
     found: dict[str, list[str]] = {}
     for row in rows:
         where = f"{row['device']}, {row['threads']} threads, torch {row['torch']}, triton {row['triton'] or 'absent'}"
@@ -133,20 +154,20 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
 
 def verdicts_table(rows: list[dict]) -> list[str]:
-    """The table of the implementation that runs each op, and of how much faster or slower our kernel is."""
+    """Return the table of the chosen implementation of each op, and of the speed of our kernel."""
     head = ["op", "direction", "eager calls", "in graphs", "slower, eager", "slower, graph", "gain", "worst ratio"]
     return table([*head, "where"], (line.values() for line in verdicts(rows)))
 
 
 def markdown(rows: list[dict]) -> str:
-    """The page of the ops: the serving kernels, and all rows."""
+    """Return the page of the ops, with the chosen implementations and all rows."""
     gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
     kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
     heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
     body = []
     for row in rows:
         cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
-        # Not every row has an autotuned form; its column is left out if no row has it.
+        # Only some rows have the autotuned implementation, so a missing time there is no wrong result.
         cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
         cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
         body.append(cells)
@@ -155,13 +176,13 @@ def markdown(rows: list[dict]) -> str:
 
 
 def report(folder: Path) -> list[Path]:
-    """Write the pages of a folder's ops.csv and pipelines.csv beside them, and return the pages.
+    """Write the pages of ops.csv and pipelines.csv into the folder of these files. Return the paths of the pages.
 
     Args:
-        folder: the folder, which holds at least one of the two files.
+        folder: folder of a device's results.
 
     Raises:
-        FileNotFoundError: it holds neither.
+        FileNotFoundError: the folder contains neither of the two files.
     """
     pages = []
     for file, page, write in ((ROWS, TABLE, markdown), (PIPELINES, PIPELINES_TABLE, pipelines_markdown)):
@@ -169,19 +190,20 @@ def report(folder: Path) -> list[Path]:
             write_text(folder / page, write(rows))
             pages.append(folder / page)
     if not pages:
-        raise FileNotFoundError(f"{folder} holds neither {ROWS} nor {PIPELINES}")
+        raise FileNotFoundError(f"{folder} contains neither {ROWS} nor {PIPELINES}: give a folder of results")
     plot_pipelines(rows, folder / PIPELINES_PLOT)
     return pages
 
 
 def ops_speedups(path: Path) -> tuple[int, float, float]:
-    """The number of eager rows, and the geometric means of the C++ kernels' speedups in them.
+    """Return the mean speedups of the C++ kernels in eager calls.
 
     Args:
-        path: the rows, ops.csv of a CPU; at least one of them was called from Python.
+        path: path of the ops.csv of a CPU, which has at least one row of style "eager".
 
     Returns:
-        The number, and the speedups over the compiler and over the uncompiled reference.
+        The number of rows with eager calls, and the geometric means of the speedups over torch.compile and over the
+        uncompiled reference.
     """
     rows = [row for row in read_csv(path) if row["style"] == "eager" and row["ratio"]]
     compiled, eager = (
@@ -192,7 +214,7 @@ def ops_speedups(path: Path) -> tuple[int, float, float]:
 
 
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """The rows of each case of each pipeline."""
+    """Return the rows of each case of each pipeline, by the names of pipeline and case."""
     cases: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         cases.setdefault((row["pipeline"], row["case"]), []).append(row)
@@ -200,25 +222,29 @@ def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def pipelines_markdown(rows: list[dict]) -> str:
-    """The page of the pipelines."""
+    """Return the page of the pipelines.
+
+    Args:
+        rows: rows of pipelines.csv.
+    """
     return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case, parts), rows=rows)
 
 
 def parts(row: dict) -> list[tuple[str, float]]:
-    """The parts of a contestant with their shares of its time."""
+    """Return the parts of a contestant, each with its share of the contestant's time."""
     pairs = (part.split(":") for part in row["parts"].split())
     return [(name, float(share)) for name, share in pairs]
 
 
 def plot_pipelines(rows: list[dict], path: Path) -> bool:
-    """Draw speeds relative to the first contestant, with the best torch.compile marked.
+    """Draw the speed of each contestant relative to the first one. A dashed line marks the best torch.compile.
 
     Args:
         rows: rows of pipelines.csv.
-        path: the picture's file.
+        path: path of the PNG file.
 
     Returns:
-        True if it was drawn; False without rows or without matplotlib.
+        True if the picture was drawn, and False if there are no rows or if matplotlib is not installed.
     """
     cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
     heights = [len(group) + 1.2 for group in cases.values()]

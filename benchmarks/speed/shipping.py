@@ -1,8 +1,8 @@
-"""The serving kernels on machines for which the package ships verdicts: ``purify_fast/ops/races.json``.
+"""Write ``purify_fast/ops/races.json``, the choices between kernel and reference that are part of the package.
 
-They come from two files of a folder of results. ``raced.json`` is the file that ``purify-fast tune`` wrote on that
-device: the winners by variant, dtype and size. ``ops.csv`` has the rows of ``python -m benchmarks ops``, which decide
-the rest: calls inside compiled graphs, if the races left these out.
+The choices for a device come from two files in its folder of results. ``raced.json`` was written by
+``purify-fast tune`` on that device. It has the faster implementation by variant, dtype and size. ``ops.csv`` was
+written by ``python -m benchmarks ops``. It decides where raced.json has no choice, such as inside compiled graphs.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from purify_fast.ops.dispatch import races, records
 from . import sheets
 
 FILE = "raced.json"
-#: Keys of a user's entry that concern only that machine, and decide nothing.
+#: Keys of raced.json that are not put into the package, because they concern only the measured machine.
 PRIVATE = ("rows", "sources", "verified")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The races of a folder of results; empty if there are none."""
+    """Return the contents of raced.json in a folder of results, or an empty dictionary if there is no such file."""
     path = folder / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge two entries of an op: the second fills the gaps of the first."""
+    """Merge two entries of an op. Where both have a value, the value of the first entry is used."""
     ours, theirs = first.get("cells", {}), second.get("cells", {})
     cells = {name: theirs.get(name, {}) | ours.get(name, {}) for name in sorted({*ours, *theirs})}
     return {**second, **first, "cells": cells}
 
 
 def shipped(folder: Path) -> dict[str, Any]:
-    """The races of a folder of results that ship with the package."""
+    """Return the choices from a folder of results, in the form in which they are part of the package."""
     raced, path = read(folder), folder / sheets.ROWS
     base = sheets.races(sheets.read_csv(path)) if path.exists() else {}
     if not raced:
@@ -52,7 +52,7 @@ def shipped(folder: Path) -> dict[str, Any]:
 
 
 def write_races(results: Path) -> Path:
-    """Write the shipped races of all folders of results."""
+    """Write the choices from all folders of results into races.json, and return the path of this file."""
     folders = sorted({path.parent for name in (sheets.ROWS, FILE) for path in results.glob(f"*/{name}")})
     write_text(races.SHIPPED, json.dumps([shipped(folder) for folder in folders], indent=1) + "\n")
     return races.SHIPPED
@@ -62,12 +62,13 @@ def take(device: torch.device, folder: Path) -> Path:
     """Copy the results of `purify-fast tune` on a device of this machine into a folder of results.
 
     Raises:
-        FileNotFoundError: there is no such file, or its sources or versions differ.
+        FileNotFoundError: there are no results, or they were made by other sources or versions.
     """
     raced = races.read(device)
     if not raced.get("ops"):
         raise FileNotFoundError(
-            f"{records.file_of('raced', device)} holds no races of this machine: run `purify-fast tune` first"
+            f"{records.file_of('raced', device)} has no results for this machine and version: run `purify-fast tune` "
+            "first"
         )
     write_text(folder / FILE, json.dumps(raced, indent=1) + "\n")
     return folder / FILE

@@ -1,11 +1,14 @@
-"""A row of the table: the contestants are compared, then timed in turn, in the same run.
+"""Measure one row of ops.csv: compare the results of several implementations of an op, then time them in turn.
 
-Contestants: ``eager`` (the reference), ``compile`` (torch.compile of it), ``ours`` (the C++, Triton or CUDA op), and on
-a GPU ``autotuned`` (torch.compile with the mode max-autotune-no-cudagraphs). Styles: ``eager`` calls the function from
-Python; ``graph`` puts it between a multiplication and a sum and compiles the whole, so that the plain reference can be
-fused with its neighbours and the opaque op cannot.
+The compared implementations are called contestants. ``eager`` is the reference in PyTorch. ``compile`` is torch.compile
+of the reference. ``ours`` is the C++, Triton or CUDA kernel. On a GPU there is also ``autotuned``, which is
+torch.compile with the mode max-autotune-no-cudagraphs.
 
-On a GPU, runs are timed by its events, and sets of inputs take turns if the data would stay in its cache.
+There are two styles of calls. In the style ``eager`` the function is called from Python. In the style ``graph`` it
+stands between a multiplication and a sum, and the whole is compiled. There the compiler can fuse the reference with its
+neighbors, but it cannot fuse our op.
+
+On a GPU the time is measured by CUDA events. Several sets of inputs take turns if one set would fit into the cache.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from .ops import Case
 STYLES = ("eager", "graph")
 CONTESTANTS = ("eager", "compile", "ours")
 AUTOTUNED = "autotuned"
-#: The most sets of inputs that take turns: smaller inputs are not limited by memory.
+#: The largest number of input sets that take turns. Inputs that would need more sets are small, and their time is not
+#: limited by memory.
 MOST_SETS = 8
-#: Ours is served only if nothing beats it by more than 5 percent.
+#: Our kernel is used only if the time of the fastest other implementation is at least this share of the kernel's time.
 LEAST = 0.95
 
 
@@ -49,10 +53,10 @@ class Effort:
     """The effort of a row.
 
     Attributes:
-        runs: number of runs of each contestant.
-        seconds: seconds of a run.
-        attempts: number of attempts, of which the steadiest counts.
-        steady: largest ratio of p80 to p20 that needs no other attempt.
+        runs: number of runs of each contestant in an attempt.
+        seconds: approximate seconds of a run.
+        attempts: largest number of attempts. The attempt with the least spread counts.
+        steady: largest ratio of the 80th to the 20th percentile at which no further attempt is made.
     """
 
     runs: int = 15
@@ -65,10 +69,14 @@ QUICK = Effort(runs=3, seconds=2e-4, attempts=1)
 
 
 def backend_of(op: str, device: torch.device) -> str:
-    """Our backend for ``op`` on ``device``; RuntimeError if there is only the reference."""
+    """Return the name of our kernel's backend for an op on a device.
+
+    Raises:
+        RuntimeError: only the reference is available.
+    """
     ours = [name for name in REGISTRY[op].available[device.type] if name != "reference"]
     if not ours:
-        raise RuntimeError(f"{op}: there is only the reference on {device.type}; build the extension first")
+        raise RuntimeError(f"the op {op} has no kernel on {device.type}: build the extension first")
     return ours[-1]
 
 
@@ -96,20 +104,20 @@ def _function(case: Case, style: str) -> Callable:
 
 
 def _own_code(function: Callable, name: str) -> Callable:
-    """A copy with its own code object, so that contestants do not share the compiler's cache and guards."""
+    """Copy a function together with its code object, so that contestants do not share torch.compile's cache."""
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 class Contestant:
-    """Functions without arguments, one for each set of inputs, and their backend."""
+    """A compared implementation. ``calls`` has a function without arguments for each set of inputs."""
 
     def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, sets: list[tuple[Tensor, ...]]):
         self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
-            # CUDA graphs would copy the inputs and overwrite the outputs of the run before.
+            # Avoid the mode's CUDA graphs, which would copy the inputs and overwrite the outputs of the previous run.
             mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
             function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
@@ -132,7 +140,15 @@ class Contestant:
 def agree(
     actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype, style: str, slack: float = 1.0
 ) -> bool:
-    """Tell whether two contestants agree within rounding of ``dtype``, with some more room for sums over a graph."""
+    """Tell whether two results agree within the rounding of a dtype.
+
+    Args:
+        actual: tensors of the tested implementation.
+        expected: tensors of the reference.
+        dtype: dtype of the op's inputs.
+        style: style of the calls. The tolerance is 20 times as large for "graph", which sums over all elements.
+        slack: further factor on the tolerance.
+    """
     wide = slack * (20 if style == "graph" else 1)
     rtol = wide * (1e-5 if dtype not in (torch.float16, torch.bfloat16) else 2e-2)
     for a, b in zip(actual, expected, strict=True):
@@ -143,11 +159,11 @@ def agree(
 
 
 def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """The seconds of all calls one after the other, on a GPU by its own events."""
+    """Return the seconds of all calls, one after the other. On a GPU they are measured by CUDA events."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # The device need not be the current device, whose stream an event uses by default.
+        # Name the stream, because an event would use the stream of the current device, which may be another device.
         stream = torch.cuda.current_stream(device)
         began.record(stream)
         for call in calls:
@@ -162,11 +178,11 @@ def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
 
 
 def allocated(work: Callable[[], object], device: torch.device) -> int:
-    """The peak bytes of tensors that some work adds, including those of compiled code.
+    """Return the peak bytes of tensors that a function allocates. Allocations in compiled code count too.
 
     Args:
-        work: the measured function, which is called once.
-        device: its device.
+        work: measured function, which is called once.
+        device: device of the tensors.
     """
     if device.type == "cuda":
         return peak_memory(work, device)
@@ -178,7 +194,7 @@ def allocated(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:
-    """Seconds per call."""
+    """Return the seconds per call."""
     calls = [contestant.calls[i % len(contestant.calls)] for i in range(repeats)]
     with contestant.mode():
         return seconds(calls, device) / repeats
@@ -189,11 +205,11 @@ def quantile(times: list[float], fifths: int) -> float:
 
 
 def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Times of some contestants, which run in turn.
+    """Run several contestants in turn, and return the times of each.
 
     Args:
-        clocks: for each contestant the function that runs it and returns its time.
-        runs: number of runs of each.
+        clocks: for each contestant, a function that runs it and returns the seconds.
+        runs: number of runs of each contestant.
     """
     times: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(runs):
@@ -203,7 +219,7 @@ def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, l
 
 
 def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """The times of the attempt with the least spread."""
+    """Return the times of the attempt with the least spread."""
     best, least = {}, math.inf
     for _ in range(effort.attempts):
         times = alternated(clocks, effort.runs)
@@ -216,12 +232,12 @@ def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[s
 
 
 def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """The inputs; on a GPU several sets, together twice as large as its cache."""
+    """Return the sets of inputs. On a GPU there are enough sets for twice the size of its cache, up to `MOST_SETS`."""
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
-    # Large inputs are made where they are used.
+    # Create the inputs on the device itself, because copying large inputs takes long.
     with device:
         sets = [[tensor.to(device) for tensor in case.inputs()]]
     sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
@@ -230,7 +246,7 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     return [tuple(one) for one in sets]
 
 
-#: A backward pass that is repeated must keep its buffers.
+#: Forbid donated buffers, because a backward pass that runs several times must not reuse its saved buffers.
 @functorch_config.patch(donated_buffer=False)
 def measure(
     op: str,
@@ -242,7 +258,18 @@ def measure(
     contestants: tuple[str, ...] = CONTESTANTS,
     bandwidth: float | None = None,
 ) -> dict:
-    """A row of the table; a contestant with a wrong result has no number. ``bandwidth``: a copy's bytes/s."""
+    """Measure one row of ops.csv. A contestant whose result differs from that of the reference gets no time.
+
+    Args:
+        op: name of the op.
+        case: inputs and function.
+        direction: "forward" or "backward".
+        style: "eager" or "graph".
+        device: device of the inputs.
+        effort: number and length of the runs.
+        contestants: names of the compared implementations.
+        bandwidth: measured bandwidth of a copy in bytes/s, or None if it is unknown.
+    """
     torch._dynamo.reset()
     sets = _sets(case, direction, device)
     entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in contestants}
@@ -256,7 +283,7 @@ def measure(
         entries["eager"].calls[0]()
     clocks = {}
     for kind, entry in entries.items():
-        # Then everything is compiled, and the allocator has its blocks.
+        # After three untimed runs everything is compiled, and the memory allocator has its blocks.
         for _ in range(3):
             once = _clock(entry, len(entry.calls), device)
         repeats = max(len(entry.calls), math.ceil(effort.seconds / once))
@@ -276,14 +303,14 @@ def measure(
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
     row["GFLOP_per_s"] = f"{computed / 1e9:.2f}" if right["ours"] else ""
     row["copy_GB_per_s"] = f"{bandwidth / 1e9:.1f}" if bandwidth else ""
-    # The reference launches these; ours is a few.
+    # The column has the launches of the reference. Our kernel has only a few.
     row["launches"] = counted.count
     row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 
 
 def verdict(row: dict) -> str:
-    """The verdict on ours in a row: ``best``, ``level`` (at most 5 percent behind), ``behind``, or ``wrong``."""
+    """Return the verdict on our kernel: ``best``, ``level`` (at most 5 percent slower), ``behind`` or ``wrong``."""
     if not row["ratio"]:
         return "wrong"
     ratio = float(row["ratio"])

@@ -1,7 +1,8 @@
-// K predictions into one, in the log domain (purify_fast/ops/aggregate.py is the definition).
+// Combines the predictions from K samples into one prediction, in the log domain. purify_fast/ops/aggregate.py has the
+// definition.
 //
-// Works on tiles [samples][width]: the lanes are (image, class) pairs, so that every loop is long whatever the number
-// of classes. `width` is rounded up by the caller, and every lane must hold a number.
+// The functions work on a tile [samples][width]. A lane is one (image, class) pair, so every loop is long even if there
+// are few classes. The caller rounds `width` up and must write a number into every lane.
 #pragma once
 
 #include "math.h"
@@ -10,9 +11,10 @@ namespace pf {
 
 enum class Aggregation : int { lse = 0, peel = 1, mean = 2, probability = 3, vote = 4 };
 
-constexpr double tangent_from = 70.0;  // fp32 stays finite up to logits of about 1e8
+// With this bound, float32 remains finite for logits up to about 1e8.
+constexpr double tangent_from = 70.0;
 
-// exp(q), continued by its tangent above `tangent_from`.
+// exp(q) for q <= tangent_from. Above that, the function continues along the tangent.
 template <class W>
 PF_INLINE W tangent_exp(W q, W& slope) {
   constexpr W from = static_cast<W>(tangent_from);
@@ -20,14 +22,14 @@ PF_INLINE W tangent_exp(W q, W& slope) {
   return slope * (1 + max_nan(W(q - from), W(0)));
 }
 
-// A number to subtract inside logsumexp: the maximum, unless it is infinite.
+// The number that logsumexp subtracts before the exponential: the maximum, or 0 if the maximum is infinite.
 template <class W>
 PF_INLINE W shift_of(W maximum) {
   constexpr W infinity = std::numeric_limits<W>::infinity();
   return abs(maximum) == infinity ? W(0) : maximum;
 }
 
-// Largest and smallest number of each lane over the samples.
+// Writes the largest and the smallest number of each lane over the samples.
 template <class W>
 PF_INLINE void lane_range(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ most,
                           W* __restrict__ least) {
@@ -41,12 +43,13 @@ PF_INLINE void lane_range(const W* __restrict__ tile, int64_t samples, int64_t w
   }
 }
 
-// Most lanes that are worked on together while the samples are walked through: enough for loops that compilers
-// vectorise, few enough for the first-level cache.
+// The largest number of lanes that are computed together. Compilers need this many to vectorise the loops. More lanes
+// would not fit into the first-level cache.
 constexpr int64_t aggregate_lanes = 64;
 
-// Over the samples of some lanes, `stride` numbers from one sample to the next: the largest, which logsumexp subtracts,
-// and the sum of the exponentials of the rest. Infinite logits make sums that mean nothing: the maximum tells.
+// For each of `lanes` lanes, computes two numbers over the samples. `most` is the largest number, and `sum` is the sum
+// of exp(x - most). Two samples of a lane are `stride` elements apart. If `most` is infinite, `sum` is meaningless, so
+// callers check `most`.
 template <class T, class W>
 PF_INLINE void exponentials(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
                             W* __restrict__ most, W* __restrict__ sum) {
@@ -60,7 +63,7 @@ PF_INLINE void exponentials(const T* __restrict__ x, int64_t samples, int64_t la
   }
 }
 
-// The same, the exponentials written over the numbers.
+// Like `exponentials`, but also overwrites the numbers with their exponentials.
 template <class W>
 PF_INLINE void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
                                  W* __restrict__ most, W* __restrict__ sum) {
@@ -78,7 +81,7 @@ PF_INLINE void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lan
   }
 }
 
-// logsumexp over the samples of some lanes.
+// logsumexp over the samples, for each of `lanes` lanes.
 template <class T, class W>
 PF_INLINE void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
                                W* __restrict__ out) {
@@ -90,7 +93,7 @@ PF_INLINE void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t
   }
 }
 
-// grad * softmax over the samples of some lanes. scratch: samples * lanes numbers.
+// Writes grad * softmax over the samples, for each of `lanes` lanes. `scratch` has room for samples * lanes numbers.
 template <class T, class W>
 PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T* __restrict__ out, int64_t samples,
                              int64_t lanes, int64_t stride, W* __restrict__ scratch) {
@@ -100,7 +103,8 @@ PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x
   }
   W most[aggregate_lanes], sum[aggregate_lanes];
   tile_exponentials(scratch, samples, lanes, lanes, most, sum);
-  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : nan;  // like torch.softmax
+  // An infinite maximum gives NaN, like in torch.softmax.
+  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : nan;
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] *= sum[j];
   }
@@ -109,9 +113,9 @@ PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x
   }
 }
 
-// The first of the largest of `classes` numbers, for as many rows as `rows`, at most aggregate_lanes, one after the
-// other in x. NaN counts as the largest. Rows are the lanes: a search along one row would wait for itself at every
-// number.
+// For each of `rows` rows of x, writes the index of the first largest of its `classes` numbers. The rows are
+// contiguous, and there are at most aggregate_lanes of them. NaN counts as the largest. The inner loop runs over the
+// rows, because in a search along one row every comparison has to wait for the previous comparison.
 template <class T>
 PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
   using W = wide_t<T>;
@@ -130,7 +134,7 @@ PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t clas
   }
 }
 
-// The same of one long row: its largest number, then where that first is.
+// Like `first_largest`, for one long row: finds the largest number first, then the first index that has it.
 template <class T>
 PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   using W = wide_t<T>;
@@ -154,18 +158,18 @@ PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   return first;
 }
 
-// sigmoid(x) = yes and sigmoid(-x) = no, and both divided by exp(yes_shift) and exp(no_shift).
+// yes = sigmoid(x) and no = sigmoid(-x). The scaled numbers are yes / exp(yes_shift) and no / exp(no_shift).
 template <class W>
 struct Sigmoids {
   W yes, no, scaled_yes, scaled_no;
 };
-// Products that a compiler joins with a sum are not rounded. A bound keeps them apart, which changes nothing else: both
-// forms of the function below then round alike.
+// A compiler may fuse a product and a sum into one instruction, which does not round the product. This bound prevents
+// the fusion and never changes a value that is at most 1. Both forms of `sigmoids` below then round in the same way.
 template <class W>
 PF_INLINE W at_most_one(W x) {
   return x > 1 ? W(1) : x;
 }
-// Where `shifted` is false both shifts are 0. Where a shift is 0 either form gives the same bits.
+// `shifted` may be false only if both shifts are 0. If a shift is 0, both forms give the same bits.
 template <bool shifted, class W>
 PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
   const bool low = x < 0;
@@ -181,11 +185,12 @@ PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
   return s;
 }
 
-// Beyond it a sigmoid is its exponential to the last bit, and the least of its sums would be lost.
+// Above this number, sigmoid(-x) and exp(-x) are equal to the last bit, and a sum of such small numbers would
+// underflow.
 constexpr double sigmoid_shift_from = 40.0;
 
-// For both signs: what the sums below are the exponential of the shift too small by. It is 0 unless the sigmoids of a
-// lane are all tiny. Returns whether there is another.
+// Computes the shifts for both signs: the sums of `sigmoid_sums` are divided by the exponential of the shift. A shift
+// is 0 unless all sigmoids of a lane are tiny. Returns true if any shift is not 0.
 template <class W>
 PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
                               W* __restrict__ no_shift) {
@@ -201,8 +206,8 @@ PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64
   return shifted != 0;
 }
 
-// For both signs: the sum over the samples of the sigmoid, divided by the exponential of the shift. Where `keep` is
-// true and nothing is shifted, the slope of the sigmoid is written over the numbers.
+// For both signs, sums the sigmoids over the samples, divided by the exponential of the shift. If `keep` is true and
+// `shifted` is false, it also overwrites each number with the slope of its sigmoid.
 template <bool shifted, bool keep, class W>
 PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
                             const W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
@@ -217,7 +222,7 @@ PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width
     }
   }
 }
-// Backward of both sums, written over the numbers, or over the slopes that were kept.
+// Backward of both sums. Overwrites the tile, which holds the logits if `shifted` is true, and the slopes otherwise.
 template <bool shifted, class W>
 PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
                               const W* __restrict__ no_shift, const W* __restrict__ of_yes,
@@ -236,8 +241,8 @@ PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t wid
   }
 }
 
-// grad times the Jacobian of log(sum of the sigmoids) - log(sum of those of the opposite), written over the logits.
-// scratch: four rows.
+// Overwrites the logits with grad times the Jacobian of log(sum of sigmoid(x)) - log(sum of sigmoid(-x)). `scratch` has
+// room for 4 * width numbers.
 template <class W>
 PF_INLINE void sigmoids_backward(W* __restrict__ tile, const W* __restrict__ grad, int64_t samples, int64_t width,
                                  W* scratch) {
@@ -262,7 +267,7 @@ PF_INLINE void sigmoids_backward(W* __restrict__ tile, const W* __restrict__ gra
   }
 }
 
-// Every class gets the sum over its image's classes.
+// Replaces the number of every class by the sum over all classes of its image.
 template <class W>
 PF_INLINE void sum_over_classes(W* __restrict__ row, int64_t images, int64_t classes) {
   for (int64_t image = 0; image < images; ++image, row += classes) {
@@ -272,7 +277,7 @@ PF_INLINE void sum_over_classes(W* __restrict__ row, int64_t images, int64_t cla
   }
 }
 
-// The parts of a softmax over the classes: s becomes s - max, sum becomes the sum of its exponentials.
+// Computes a softmax over the classes in two parts: s becomes s - max, and `sum` becomes the sum of exp(s - max).
 template <class W>
 PF_INLINE void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes, int64_t width, W* __restrict__ sum) {
   for (int64_t image = 0; image < images; ++image) {
@@ -285,10 +290,10 @@ PF_INLINE void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes,
   sum_over_classes(sum, images, classes);
 }
 
-// Rows of `width` numbers that both functions below need.
+// The number of scratch rows, with `width` numbers each, that both functions below need.
 constexpr int aggregate_scratch_rows = 4;
 
-// tile [samples][width] -> out [width]; the tile is overwritten.
+// Aggregates a tile [samples][width] into out [width]. Overwrites the tile.
 template <class W>
 PF_INLINE void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t samples, int64_t images,
                               int64_t classes, int64_t width, W* __restrict__ out, W* scratch) {
@@ -328,7 +333,8 @@ PF_INLINE void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t 
       for (int64_t k = 0; k < samples; ++k) {
         for (int64_t image = 0; image < images; ++image) {
           const W* row = tile + k * width + image * classes;
-          int64_t best = 0;  // the first of equals; NaN counts as the largest
+          // Among equal numbers the first wins. NaN counts as the largest.
+          int64_t best = 0;
           W most = row[0];
           for (int64_t i = 1; i < classes; ++i) {
             const bool better = !(row[i] <= most) & (most == most);
@@ -342,7 +348,7 @@ PF_INLINE void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t 
   }
 }
 
-// grad [width] times the Jacobian, written over the logits in the tile; grad is overwritten.
+// Overwrites the logits in the tile with grad [width] times the Jacobian. Overwrites grad too.
 template <class W>
 PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* __restrict__ grad, int64_t samples,
                                        int64_t images, int64_t classes, int64_t width, W* scratch) {
@@ -356,7 +362,8 @@ PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile,
     case Aggregation::peel:
       tile_exponentials(tile, samples, width, width, a, b);
       for (int64_t i = 0; i < width; ++i) {
-        c[i] = (finite(a[i]) ? W(1) : nan) / b[i];  // like torch.softmax
+        // An infinite maximum gives NaN, like in torch.softmax.
+        c[i] = (finite(a[i]) ? W(1) : nan) / b[i];
         a[i] += log(b[i]);
       }
       if (method == Aggregation::peel) {

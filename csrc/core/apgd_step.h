@@ -1,4 +1,4 @@
-// One step of Auto-PGD (purify_fast/ops/apgd_step.py is the definition).
+// One step of Auto-PGD. purify_fast/ops/apgd_step.py has the definition.
 #pragma once
 
 #include "pgd_step.h"
@@ -7,23 +7,24 @@ namespace pf {
 
 template <class W>
 struct ApgdStep : PgdStep<W> {
-  W momentum, rest;  // a, and 1 - a rounded once
+  // The coefficient a of the momentum, and 1 - a, rounded once.
+  W momentum, rest;
 };
 
-// From x to z, the step without momentum, and on by a part of the last move.
+// Moves from x to z, the result of the step without momentum, and adds a part of the previous move.
 template <class W>
 PF_INLINE W with_momentum(W x, W z, W previous, ApgdStep<W> step) {
   return x + step.momentum * (z - x) + step.rest * (x - previous);
 }
 
-// One element.
+// The step of one element.
 template <class W>
 PF_INLINE W apgd_step_linf(W x, W grad, W x_nat, W previous, ApgdStep<W> step) {
   const W moved = with_momentum(x, pgd_step_linf<W>(x, grad, x_nat, step), previous, step);
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
-// One sample of n elements; scratch holds n.
+// The step of one sample with n elements. `scratch` has room for n numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void apgd_step_l2(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
                             ApgdStep<W> step, W* scratch) {

@@ -1,6 +1,8 @@
-// From products of pixels to attention weights and back (purify_fast/ops/contextual_attention.py is the definition).
+// Turns products of pixels into attention weights, and computes the gradient. purify_fast/ops/contextual_attention.py
+// has the definition.
 //
-// Matrices are [cells][cells], a query's row of keys each; both positions are cells of one grid, in row-major order.
+// The matrices are [cells][cells]: each row belongs to a query and has a number for every key. Queries and keys are
+// cells of the same grid, in row-major order.
 #pragma once
 
 #include "math.h"
@@ -13,7 +15,7 @@ struct Grid {
   PF_INLINE int64_t cells() const { return height * width; }
 };
 
-// A row of scores into keep * softmax(scale * keep * scores).
+// Replaces a row of scores by keep * softmax(scale * keep * scores).
 template <class W>
 PF_INLINE void attention_row(W* __restrict__ row, const W* __restrict__ keep, W scale, int64_t n) {
   constexpr int lanes = 16;
@@ -33,7 +35,8 @@ PF_INLINE void attention_row(W* __restrict__ row, const W* __restrict__ keep, W 
   for (int64_t i = 0; i < n; ++i) row[i] *= inverse * keep[i];
 }
 
-// The gradient of the weights into that of the scores; keep is 1 wherever a weight is not 0.
+// Replaces the gradient of the weights by the gradient of the scores. A key with keep = 0 has weight 0, so `keep`
+// itself is not needed.
 template <class W>
 PF_INLINE void attention_row_backward(W* __restrict__ row, const W* __restrict__ weights, W scale, int64_t n) {
   const W* grad = row;

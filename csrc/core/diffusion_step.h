@@ -1,11 +1,11 @@
-// One step of a diffusion sampler (purify_fast/ops/diffusion_step.py is the definition).
+// One step of a diffusion sampler. purify_fast/ops/diffusion_step.py has the definition.
 #pragma once
 
 #include "math.h"
 
 namespace pf {
 
-// In the order of the op's tensor.
+// The fields have the order of the op's `coefficients` tensor.
 template <class W>
 struct StepCoefficients {
   W of_state, of_prediction, clip, image, state, noise, log_low, log_high;
@@ -16,20 +16,20 @@ PF_INLINE W predicted_image(W x, W m, const StepCoefficients<W>& k) {
   return k.of_state * x + k.of_prediction * m;
 }
 
-// The next state without noise; NaN stays.
+// The next state without noise. NaN gives NaN.
 template <class W>
 PF_INLINE W stepped(W x, W m, const StepCoefficients<W>& k) {
   return k.image * clamp_nan(predicted_image(x, m, k), -k.clip, k.clip) + k.state * x;
 }
 
-// The factor of a normal where variances are learned; v chooses between two of them.
+// The standard deviation of the noise if variances are learned. v interpolates between two log-variances.
 template <class W>
 PF_INLINE W learned_deviation(W v, const StepCoefficients<W>& k) {
   const W share = W(0.5) * (v + 1);
   return k.noise * exp(W(0.5) * (share * k.log_high + (1 - share) * k.log_low));
 }
 
-// The gradient of the image before the clip, both ends of which pass it.
+// The gradient with respect to the predicted image before the clip. Both ends of the clip pass the gradient.
 template <class W>
 PF_INLINE W image_slope(W x, W m, W grad, const StepCoefficients<W>& k) {
   const W image = predicted_image(x, m, k);

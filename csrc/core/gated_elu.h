@@ -1,4 +1,5 @@
-// ELU of one half, gated by the sigmoid of the other (purify_fast/ops/gated_elu.py is the definition).
+// The ELU of one half of the channels, times the sigmoid of the other half. purify_fast/ops/gated_elu.py has the
+// definition.
 #pragma once
 
 #include "math.h"
@@ -21,7 +22,8 @@ struct GatedEluSlope {
   W a, b;
 };
 
-// By a and by b; s(b) s(-b) from one exponential, where 1 - s(b) would lose its digits.
+// The slopes with respect to a and b. sigmoid(b) sigmoid(-b) is computed from one exponential, because 1 - sigmoid(b)
+// would lose digits.
 template <class W>
 PF_INLINE GatedEluSlope<W> gated_elu_slope(W a, W b) {
   const W tail = exp_unit(-abs(b)), inverse = 1 / (1 + tail);

@@ -1,4 +1,4 @@
-// The shortest move to a hyperplane within a box (purify_fast/ops/hyperplane_projection.py is the definition).
+// The shortest move to a hyperplane within a box. purify_fast/ops/hyperplane_projection.py has the definition.
 #pragma once
 
 #include "pgd_step.h"
@@ -10,26 +10,30 @@ struct Plane {
   W offset, lo, hi;
 };
 
-// The power of two that brings a number into [1, 2); for one too small or too large the nearest.
+// The power of two that scales `peak` into [1, 2). If no float can do that, the nearest power of two that is a normal
+// float.
 template <class W>
 PF_INLINE W scale_of(W peak) {
   constexpr int mantissa = std::numeric_limits<W>::digits - 1;
-  constexpr bits_t<W> twice = 2 * (std::numeric_limits<W>::max_exponent - 1);  // the bias of the exponent
+  // Twice the bias of the exponent.
+  constexpr bits_t<W> twice = 2 * (std::numeric_limits<W>::max_exponent - 1);
   const bits_t<W> exponent = bit_cast<bits_t<W>>(peak) >> mantissa;
   const bits_t<W> normal = exponent < 1 ? 1 : (exponent > twice - 1 ? twice - 1 : exponent);
   return bit_cast<W>((twice - normal) << mantissa);
 }
 
-// A row, scaled: how much each coordinate brings, how far it may go, and the way to the plane.
+// One row after scaling. slope: the size of each coordinate of the normal. room: how far each coordinate can move
+// before the border of the box. gap: the distance to the plane, measured along the scaled normal.
 template <class W>
 struct Way {
   const W *slope, *room;
   W gap;
 };
 
-// How far the coordinates go in linf (all alike) or l2 (in proportion to their slopes), by Newton's method. What
-// the coordinates at the border bring, and what the others bring per t, decide the next t; it grows until no further
-// coordinate reaches the border.
+// Finds by Newton's method how far the coordinates move: each by t for linf (`Alike`), and each by t * slope for l2,
+// but at most by their room. Each iteration computes the contribution of the coordinates at the border, and the
+// contribution per t of the other coordinates. From these follows the next t. t grows until no further coordinate
+// reaches the border.
 template <bool Alike, class W>
 PF_INLINE W newton_step(Way<W> way, int64_t n) {
   const W *slope = way.slope, *room = way.room;
@@ -44,14 +48,14 @@ PF_INLINE W newton_step(Way<W> way, int64_t n) {
       const W unit = Alike ? W(1) : slope[i], gain = slope[i] * unit;
       return t * unit < room[i] ? gain : W(0);
     });
-    // infinite where all are at the border and the plane is not reached
+    // The result is infinite if all coordinates are at the border and the plane is not reached.
     next = (way.gap - filled) / rate;
   }
   return reached;
 }
 
-// For l1: the slope at which the plane is reached if larger slopes go first, and the share of their room that the
-// coordinates with that slope go.
+// For l1, coordinates with a larger slope move first. `least` is the slope at which the plane is reached. `share` is
+// the fraction of their room by which the coordinates with exactly that slope move.
 template <class W>
 struct Threshold {
   W least, share;
@@ -65,7 +69,7 @@ PF_INLINE Threshold<W> threshold(Way<W> way, int64_t n, W peak) {
       return slope[i] >= least ? gain : W(0);
     });
   };
-  // those of slopes from low on reach the plane, or low is 0; those from high on do not
+  // The coordinates with slope >= low reach the plane, or low is 0. The coordinates with slope >= high do not reach it.
   bits_t<W> low = 0, high = bit_cast<bits_t<W>>(peak) + 1;
   while (high - low > 1) {
     const bits_t<W> middle = low + (high - low) / 2;
@@ -80,7 +84,7 @@ PF_INLINE Threshold<W> threshold(Way<W> way, int64_t n, W peak) {
   return {least, clamp_nan(share, W(0), W(1))};
 }
 
-// One row of n elements; scratch holds 2 n.
+// The projection of one row with n elements. `scratch` has room for 2 n numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void hyperplane_projection(const T* x, const T* w, T* out, int64_t n, Norm norm, Plane<W> plane, W* scratch) {
   W *slope = scratch, *room = scratch + n;
@@ -94,7 +98,8 @@ PF_INLINE void hyperplane_projection(const T* x, const T* w, T* out, int64_t n, 
   for (int64_t i = 0; i < n; ++i) slope[i] *= scale;
   const W gap = plane.offset * scale -
                 ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return normal(i) * scale * load(x[i]); });
-  // its sign says where a coordinate moves; a comparison of two conditions would not be vectorised
+  // The sign of normal * side is the direction in which a coordinate moves. Compilers do not vectorise a comparison of
+  // two conditions, so `side` is a number.
   const W side = gap < 0 ? W(-1) : W(1);
   const auto ahead = [=](int64_t i) PF_INLINED_LAMBDA { return normal(i) * side; };
   store_all(room, n, [=](int64_t i) PF_INLINED_LAMBDA {

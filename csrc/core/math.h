@@ -1,14 +1,17 @@
-// The parts that every kernel shares: storage types, fp32 functions a compiler can vectorise, sums in a fixed order.
+// Code that every kernel shares: storage types, float32 functions that a compiler can vectorise, and sums in a fixed
+// order.
 //
-// The fp32 functions are branch-free polynomials (minimax fits of our own), within 2 ulp of the truth, and keep NaN and
-// infinities. Built without fused multiply-adds they give the same bits on every CPU. float64 uses libm.
+// The float32 functions are branch-free polynomials (our own minimax fits). Their error is at most 2 ulp. They
+// propagate NaN and handle infinities. Without fused multiply-adds they give the same bits on every CPU. The float64
+// functions call libm.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-// Inlined always, so that a function is compiled for its caller's instruction set. Lambdas take PF_INLINED_LAMBDA.
+// Forces inlining, so that a function is compiled for the instruction set of its caller. Lambdas need
+// PF_INLINED_LAMBDA.
 #if defined(__GNUC__)
 #define PF_INLINE __attribute__((always_inline)) inline
 #define PF_INLINED_LAMBDA __attribute__((always_inline))
@@ -25,7 +28,7 @@ PF_INLINE To bit_cast(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// 16-bit floats as stored; all arithmetic is in float.
+// Storage of 16-bit floats. All arithmetic is in float.
 struct half {
   uint16_t bits;
 };
@@ -33,7 +36,7 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// The precision a storage type is computed in.
+// The type in which numbers of a storage type are computed.
 template <class T>
 struct wide {
   using type = float;
@@ -50,14 +53,14 @@ PF_INLINE double load(double x) { return x; }
 PF_INLINE float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 PF_INLINE float load(half x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // shifting the exponent by a multiplication is exact, for subnormal numbers too
+  // Multiplying by a power of two shifts the exponent exactly, also for subnormal numbers.
   const float finite = bit_cast<float>(magnitude << 13) * 0x1p112f;
   const uint32_t special = 0x7f800000u | (magnitude << 13);
   const uint32_t bits = magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(finite);
   return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// Round to nearest, ties to even, as PyTorch does.
+// Stores round to nearest, ties to even, like PyTorch.
 PF_INLINE void store(float& to, float x) { to = x; }
 PF_INLINE void store(double& to, double x) { to = x; }
 PF_INLINE void store(bfloat16& to, float x) {
@@ -75,8 +78,8 @@ PF_INLINE void store(half& to, float x) {
   to.bits = static_cast<uint16_t>(out | sign);
 }
 
-// max, min and clamp that keep NaN, as torch.maximum, torch.minimum and torch.clamp do. One select for NaN in a, one
-// for NaN in b: compilers vectorise this form, not `a > b || a != a`.
+// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. The first select propagates NaN
+// in b, the second NaN in a. Compilers vectorise this form, but not `a > b || a != a`.
 template <class W>
 PF_INLINE W max_nan(W a, W b) {
   const W most = a > b ? a : b;
@@ -104,8 +107,10 @@ PF_INLINE bool finite(W x) {
 
 namespace detail {
 
-constexpr float ln2_hi = 0.693115234375f, ln2_lo = 3.1946183e-05f;  // hi has 12 bits: n * hi is exact
-constexpr float magic = 12582912.0f;                                // 1.5 * 2^23: adding it rounds to an integer
+// ln2_hi has 12 bits, so n * ln2_hi is exact.
+constexpr float ln2_hi = 0.693115234375f, ln2_lo = 3.1946183e-05f;
+// 1.5 * 2^23. Adding it to a float rounds the float to an integer.
+constexpr float magic = 12582912.0f;
 
 // exp(r) - 1 for |r| <= ln(2) / 2.
 PF_INLINE float exp_minus_one(float r) {
@@ -118,7 +123,8 @@ PF_INLINE float exp_minus_one(float r) {
   return r + r * r * p;
 }
 
-// x = n ln 2 + r, |r| <= ln(2) / 2; returns exp(r) - 1. Any bits for n when x is NaN, but then r is NaN.
+// Splits x into n ln 2 + r with |r| <= ln(2) / 2, and returns exp(r) - 1. If x is NaN, n is arbitrary and the result is
+// NaN.
 PF_INLINE float reduce_exp(float x, int32_t& n) {
   const float shifted = x * 1.44269504f + magic;
   n = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(magic));
@@ -128,7 +134,7 @@ PF_INLINE float reduce_exp(float x, int32_t& n) {
 
 PF_INLINE float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
-// log(1 + f) for sqrt(1/2) <= 1 + f <= sqrt(2), and a small term added where it costs no precision.
+// log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2). `small` is added at the point where it loses no precision.
 PF_INLINE float log_near_one(float f, float small) {
   float p = 0.067476823f;
   p = p * f - 0.116775028f;
@@ -146,22 +152,25 @@ PF_INLINE float log_near_one(float f, float small) {
 }  // namespace detail
 
 PF_INLINE float exp(float x) {
-  x = x > 90.0f ? 90.0f : x;  // infinity, after rounding
+  // The result is infinite for every x above this bound.
+  x = x > 90.0f ? 90.0f : x;
   x = x < -105.0f ? -105.0f : x;
   int32_t n;
   const float p = 1.0f + detail::reduce_exp(x, n);
-  const int32_t half_n = n >> 1;  // in two steps: 2^n itself may overflow, or be subnormal
+  // The scaling takes two steps, because 2^n itself may overflow or be subnormal.
+  const int32_t half_n = n >> 1;
   return p * detail::power_of_two(half_n) * detail::power_of_two(n - half_n);
 }
 
-// exp(x) and exp(x) - 1 for x <= 0, the only range that softmax, the sigmoid and the ELU need: the same bits as exp in
-// two thirds of its instructions. 0 where exp(x) would be subnormal; NaN stays.
+// exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. `exp` has the same bits as
+// exp(x), with two thirds of the instructions, but is 0 where exp(x) would be subnormal. NaN gives NaN.
 template <class W>
 struct ExpUnit {
   W exp, minus_one;
 };
 PF_INLINE ExpUnit<float> exp_units(float x) {
-  constexpr float least = -87.33654f, shift = detail::magic + 127.0f;  // then the low bits are the exponent's
+  // With this shift, the low bits of the sum are the biased exponent of the result.
+  constexpr float least = -87.33654f, shift = detail::magic + 127.0f;
   const float bounded = x < least ? least : x;
   const float shifted = bounded * 1.44269504f + shift;
   const float whole = shifted - shift;
@@ -176,16 +185,18 @@ PF_INLINE float expm1(float x) {
   x = x < -40.0f ? -40.0f : x;
   int32_t n;
   const float q = detail::reduce_exp(x, n);
-  const float scale = detail::power_of_two(n - 1);  // half of 2^n, which may overflow where the result does not
+  // Half of 2^n, because 2^n may overflow although the result does not.
+  const float scale = detail::power_of_two(n - 1);
   const float out = 2.0f * (scale * q + (scale - 0.5f));
-  return n == 0 ? q : out;  // halving a subnormal number would round it
+  // For n = 0 the scaling is skipped, because it would round a subnormal number.
+  return n == 0 ? q : out;
 }
 
 PF_INLINE float log(float x) {
   const bool tiny = x < 1.17549435e-38f;
   const uint32_t bits = bit_cast<uint32_t>(tiny ? x * 8388608.0f : x);
-  const int32_t n =
-      static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // exponent, with the mantissa in [sqrt(1/2), sqrt(2))
+  // The exponent for which the mantissa is in [sqrt(1/2), sqrt(2)).
+  const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
   const float mantissa = bit_cast<float>(bits - (static_cast<uint32_t>(n) << 23));
   const float whole = static_cast<float>(tiny ? n - 23 : n);
   constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
@@ -195,17 +206,18 @@ PF_INLINE float log(float x) {
   return x == 0.0f ? -infinity : out;
 }
 
-// log(1 + x) for 0 <= x <= 1, the only range the losses need.
+// log(1 + x) for 0 <= x <= 1. The losses need only this range.
 PF_INLINE float log1p_unit(float x) {
   const bool upper = x > 0.41421354f;
   const float f = upper ? 0.5f * (x - 1.0f) : x;
   return (upper ? detail::ln2_hi : 0.0f) + detail::log_near_one(f, upper ? detail::ln2_lo : 0.0f);
 }
 
-// sine and cosine for 0 <= x <= 2 pi.
+// The sine and the cosine for 0 <= x <= 2 pi.
 PF_INLINE void sincos_turn(float x, float& sine, float& cosine) {
   const float shifted = x * 0.636619772f + detail::magic;
-  const uint32_t quadrant = bit_cast<uint32_t>(shifted);  // its low bits
+  // The two low bits are the quadrant.
+  const uint32_t quadrant = bit_cast<uint32_t>(shifted);
   const float n = shifted - detail::magic;
   const float r = ((x - n * 1.57080078125f) + n * 4.455447196960449e-06f) - n * 9.920936e-10f;
   const float z = r * r;
@@ -225,21 +237,21 @@ PF_INLINE double log1p_unit(double x) { return ::log1p(x); }
 PF_INLINE float sqrt(float x) { return ::sqrtf(x); }
 PF_INLINE double sqrt(double x) { return ::sqrt(x); }
 
-// 0 where it would be subnormal.
+// The sigmoid, but 0 where it would be subnormal.
 template <class W>
 PF_INLINE W sigmoid(W x) {
   const W e = exp_unit(-abs(x));
   return (x < 0 ? e : W(1)) / (1 + e);
 }
 
-// log(sigmoid(x)); never above 0.
+// log(sigmoid(x)), which is never above 0.
 template <class W>
 PF_INLINE W log_sigmoid(W x) {
   return min_nan(x, W(0)) - log1p_unit(exp_unit(-abs(x)));
 }
 
-// out[i] = value(i), i < n. Rounding to 16 bits is a loop of its own: together with clamps compilers do not vectorise
-// it.
+// out[i] = value(i) for all i < n. Rounding to 16 bits has its own loop, because compilers do not vectorise a loop that
+// has clamps and rounding.
 template <class T, class F>
 PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   if constexpr (sizeof(T) == 2) {
@@ -255,7 +267,8 @@ PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   for (int64_t i = 0; i < n; ++i) store(out[i], value(i));
 }
 
-// Sum of term(i), i < n, in an order that depends on n alone: 16 running sums over blocks, the blocks added in double.
+// The sum of term(i) for all i < n. The order of the additions depends only on n. Each block has 16 running sums, and
+// the sums of the blocks are added in double.
 template <class W, class F>
 PF_INLINE W ordered_sum(int64_t n, F term) {
   constexpr int lanes = 16, block = 64 * lanes;

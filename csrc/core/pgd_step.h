@@ -1,4 +1,4 @@
-// One step of projected gradient descent (purify_fast/ops/pgd_step.py is the definition).
+// One step of projected gradient descent. purify_fast/ops/pgd_step.py has the definition.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@ struct PgdStep {
   W alpha, eps, lo, hi;
 };
 
-// One element. A non-finite or zero gradient moves nothing; NaN in x, x_nat, alpha or eps stays.
+// The step of one element. A zero or non-finite gradient does not move it. NaN in x, x_nat, alpha or eps gives NaN.
 template <class W>
 PF_INLINE W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   constexpr W largest = std::numeric_limits<W>::max();
@@ -25,8 +25,9 @@ PF_INLINE W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
-// The direction g / |g| of a sample; 0 if any element is not finite, or all are zero. In two factors, since one alone
-// might overflow; and no divisions, which would take most of the time.
+// The direction g / |g| of one sample. It is 0 if any element is not finite, or if all elements are 0. The factor 1 /
+// |g| is stored as two numbers, because a single number could overflow. There are no divisions per element, because
+// they would take most of the time.
 template <class W>
 struct Direction {
   W scale, inverse;
@@ -38,7 +39,7 @@ struct Direction {
   }
 };
 
-// max |x_i|; NaN if one is.
+// max |x_i|, or NaN if any element is NaN.
 template <class T, class W = wide_t<T>>
 PF_INLINE W largest_size(const T* x, int64_t n) {
   constexpr int lanes = 16;
@@ -57,11 +58,11 @@ PF_INLINE Direction<W> l2_direction(const T* grad, int64_t n) {
   const W highest = largest_size(grad, n);
   const bool usable = finite(highest) & (highest > 0);
   const W peak = usable ? highest : W(1);
-  // brings any peak, subnormal or huge, to where its inverse is exact enough
+  // `scale` brings any peak, subnormal or huge, into a range in which its inverse is accurate.
   constexpr W small = std::numeric_limits<W>::epsilon() * std::numeric_limits<W>::epsilon(), tiny = small * small;
   const W scale = peak < tiny ? 1 / tiny : (peak > 1 / tiny ? tiny : W(1));
   const W inverse = 1 / (peak * scale);
-  // scaled by max |g|, so that the squares of tiny gradients do not vanish
+  // The gradient is divided by max |g| first, so that the squares of tiny gradients do not underflow.
   const W length = usable ? sqrt(ordered_sum<W>(n,
                                                 [=](int64_t i) PF_INLINED_LAMBDA {
                                                   const W g = load(grad[i]) * scale * inverse;
@@ -71,7 +72,7 @@ PF_INLINE Direction<W> l2_direction(const T* grad, int64_t n) {
   return {scale, inverse / length, usable};
 }
 
-// The factor of offset(i), i < n, with which it lies in the ball.
+// The factor, at most 1, that moves the vector offset(i), i < n, into the L2 ball of radius eps.
 template <class W, class F>
 PF_INLINE W l2_shrink(int64_t n, W eps, F offset) {
   const W radius = sqrt(ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {
@@ -81,7 +82,7 @@ PF_INLINE W l2_shrink(int64_t n, W eps, F offset) {
   return radius > eps ? eps / radius : W(1);
 }
 
-// One sample of n elements.
+// The step of one sample with n elements.
 template <class T, class W = wide_t<T>>
 PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step) {
   const Direction<W> direction = l2_direction(grad, n);
@@ -98,11 +99,13 @@ PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, in
 template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
-// A threshold that the k largest of x_i, i < n, reach; of the others only those do that equal the k-th. It is never 0.
-// All x_i must lie in [0, most]: it bisects their bit patterns, which are ordered as such numbers are.
+// A positive threshold for the k largest of the x_i, i < n. An element is selected if x_i >= threshold. The selection
+// contains the k largest elements and all elements equal to the k-th. All x_i must be in [0, most]. The search bisects
+// bit patterns, because the bit patterns of such numbers have the same order as the numbers.
 template <class W>
 PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
-  bits_t<W> low = 0, high = bit_cast<bits_t<W>>(most) + 1;  // at least k reach low, fewer reach high
+  // At least k elements are >= low, and fewer than k are >= high.
+  bits_t<W> low = 0, high = bit_cast<bits_t<W>>(most) + 1;
   while (high - low > 1) {
     const bits_t<W> middle = low + (high - low) / 2;
     const W least = bit_cast<W>(middle);
@@ -114,7 +117,7 @@ PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   return bit_cast<W>(low > 0 ? low : bits_t<W>(1));
 }
 
-// One sample of n elements, of which k move; scratch holds 3 n.
+// The step of one sample with n elements, of which k move. `scratch` has room for 3 n numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
                            W* scratch) {
@@ -136,7 +139,7 @@ PF_INLINE void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, in
   }
   store_all(moved, n, [=](int64_t i) PF_INLINED_LAMBDA {
     const W ahead = load(grad[i]) > 0 ? length : -length;
-    // the least number of all is 0 to a processor that flushes denormals
+    // `size > 0` is needed because a processor that flushes denormals treats the smallest threshold as 0.
     return load(x[i]) + ((size[i] >= least) & (size[i] > 0) ? ahead : W(0));
   });
 
@@ -146,7 +149,8 @@ PF_INLINE void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, in
     const W center = load(x_nat[i]), free = offset(i) > 0 ? hi - center : center - lo;
     return free > 0 ? free : W(0);
   });
-  const auto outside = [=](W shift) PF_INLINED_LAMBDA {  // NaN is not
+  // False for NaN.
+  const auto outside = [=](W shift) PF_INLINED_LAMBDA {
     return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return clamp_nan(size[i] - shift, W(0), room[i]); }) >
            step.eps;
   };

@@ -1,13 +1,14 @@
-// The random stream (purify_fast/ops/philox.py is the definition): Philox4x32-10, Salmon et al., SC 2011.
+// The random number generator: Philox4x32-10, Salmon et al., SC 2011. purify_fast/ops/philox.py has the definition.
 //
-//   key = (low, high word of the seed), counter = (element / 4, draw, sample, stream), element i takes word i mod 4.
+// key = (low word, high word of the seed), counter = (element / 4, draw, sample, stream).
+// Element i takes word i mod 4.
 #pragma once
 
 #include "math.h"
 
 namespace pf {
 
-// Never renumber: results depend on it.
+// These numbers must never change, because results depend on them.
 enum class Stream : uint32_t {
   latent = 1,
   transform_noise = 2,
@@ -28,8 +29,8 @@ PF_INLINE Key key_of(int64_t seed) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
 }
 
-// Replaces the counter by its four random words. U holds 32-bit words: uint32_t, or uint64_t with the upper half zero,
-// which vectorises twice as well with AVX-512.
+// Replaces the counter by its four random words. U stores a 32-bit word: uint32_t, or uint64_t with a zero upper half.
+// AVX-512 processes the uint64_t form twice as fast.
 template <class U>
 PF_INLINE void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
   for (int round = 0; round < 10; ++round) {
@@ -43,21 +44,22 @@ PF_INLINE void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
   }
 }
 
-// [0, 1), a multiple of 2^-24. The detour over int32 is exact, and one instruction on every CPU.
+// A multiple of 2^-24 in [0, 1). The conversion by way of int32 is exact, and it is a single instruction on every CPU.
 PF_INLINE float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
 
-// Two independent normals from two words, by Box-Muller.
+// Two independent normal numbers from two words, by the Box-Muller transform.
 PF_INLINE void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
-  const float u = static_cast<float>(static_cast<int32_t>((a >> 8) + 1u)) * 0x1p-24f;  // (0, 1]
+  // u is in (0, 1], so that its logarithm is finite.
+  const float u = static_cast<float>(static_cast<int32_t>((a >> 8) + 1u)) * 0x1p-24f;
   const float radius = sqrt(-2.0f * log(u));
   float sine, cosine;
-  // the angle is rounded to float32 before its cosine is taken: this, too, is the contract
+  // The definition requires the angle to be rounded to float32 before the sine and the cosine.
   sincos_turn(static_cast<float>(static_cast<int32_t>(b >> 8)) * 3.7450704e-07f, sine, cosine);
   first = radius * cosine;
   second = radius * sine;
 }
 
-// Elements 4 group .. 4 group + 3 of one sample and draw; floats travel as their bits.
+// Draws elements 4 group .. 4 group + 3 of one sample and draw. Floats are returned as their bit patterns.
 PF_INLINE void draw_group(Distribution kind, Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
                           uint32_t out[4]) {
   uint32_t w[4] = {group, draw, sample, stream};

@@ -1,11 +1,11 @@
-// Sum-BCE with logits per sample (purify_fast/ops/reconstruction_loss.py is the definition).
+// The binary cross-entropy with logits, summed per sample. purify_fast/ops/reconstruction_loss.py has the definition.
 #pragma once
 
 #include "math.h"
 
 namespace pf {
 
-// max(l, 0) - l t + log(1 + exp(-|l|)); in this order the loss of a right and certain pixel keeps all its digits.
+// max(l, 0) - l t + log(1 + exp(-|l|)). In this order the loss of a pixel that is certain and correct keeps all digits.
 template <class W>
 PF_INLINE W reconstruction_loss_term(W logit, W target) {
   return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp_unit(-abs(logit)));
@@ -22,7 +22,7 @@ PF_INLINE W reconstruction_loss_slope(W logit, W target) {
   return sigmoid(logit) - target;
 }
 
-// The loss, in the same order, and on the way its slope at every pixel.
+// Returns the loss, with additions in the same order, and writes the slope at every pixel.
 template <class L, class T, class W = wide_t<L>>
 PF_INLINE W reconstruction_loss_and_slope(const L* logits, const T* target, W* __restrict__ slope, int64_t n) {
   return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {

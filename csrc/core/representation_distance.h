@@ -1,4 +1,4 @@
-// Distances between representations (purify_fast/ops/representation_distance.py is the definition).
+// Distances between representations. purify_fast/ops/representation_distance.py has the definition.
 #pragma once
 
 #include "math.h"
@@ -7,7 +7,8 @@ namespace pf {
 
 enum class Distance : int { abs_cosine = 0, cosine = 1, angular = 2, l2 = 3 };
 
-// |u||v| below this counts as 0; and what 1 - c^2 is at least, where the slope of arccos is taken.
+// If |u||v| is less than least_norms, it counts as 0. The slope of arccos is computed with 1 - c^2 bounded below by
+// least_square_sine.
 constexpr double least_norms = 1e-30, least_square_sine = 1e-4;
 
 // u.v, |u|^2 and |v|^2 of one sample.
@@ -15,12 +16,12 @@ struct Products {
   double dot, uu, vv;
 };
 
-// d, and its gradient in two numbers: dd/du = scale (v - along u). In this form it is exactly 0 at u = v.
+// The distance d and its gradient, dd/du = scale (v - along u). In this form the gradient is exactly 0 at u = v.
 struct Measured {
   double distance, scale, along;
 };
 
-// Running sums in float, folded into half as many in double before they are long.
+// Adds `lanes` short float sums to lanes / 2 sums in double. Short float sums lose little precision.
 template <int lanes, class W>
 PF_INLINE void fold(const W* x, double* total) {
   constexpr int half = lanes / 2;
@@ -34,8 +35,8 @@ PF_INLINE double sum_of(double* x) {
   return x[0];
 }
 
-// One pass, in an order that depends on n alone. The three sums are made alike, so that they are equal to the last bit
-// where u = v.
+// Computes u.v, |u|^2 and |v|^2 in one pass. The order of the additions depends only on n. All three sums use the same
+// order, so they are equal to the last bit if u = v.
 template <class L, class T, class W = wide_t<L>>
 PF_INLINE Products products(const L* u, const T* v, int64_t n) {
   constexpr int lanes = 32;
@@ -78,11 +79,12 @@ PF_INLINE Measured angle(Distance kind, Products p) {
     return {::acos(cosine) / pi, -1 / (pi * sqrt(square_sine) * norms), along};
   }
   if (kind == Distance::cosine) return {max_nan(1 - cosine, 0.0), -1 / norms + 0 * cosine, along};
-  const double sign = cosine > 0 ? 1 : (cosine < 0 ? -1 : 0 * cosine);  // NaN stays
+  // If the cosine is NaN, so is the sign.
+  const double sign = cosine > 0 ? 1 : (cosine < 0 ? -1 : 0 * cosine);
   return {max_nan(1 - abs(cosine), 0.0), -sign / norms, along};
 }
 
-// From |u - v|^2.
+// The Euclidean distance and its gradient, from |u - v|^2.
 PF_INLINE Measured euclidean(double square) {
   const double distance = sqrt(square);
   return {distance, distance > 0 ? -1 / distance : 0 * distance, 1};
@@ -96,7 +98,7 @@ PF_INLINE W square_distance(const L* u, const T* v, int64_t n) {
   });
 }
 
-// One sample of n elements.
+// The distance of one sample with n elements.
 template <class L, class T>
 PF_INLINE Measured representation_distance(Distance kind, const L* u, const T* v, int64_t n) {
   return kind == Distance::l2 ? euclidean(square_distance(u, v, n)) : angle(kind, products(u, v, n));

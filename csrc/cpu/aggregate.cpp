@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t lanes = 16, tile_width = 128;
 
-// Copies a row of `classes` numbers. A loop of unknown length costs more than a few copies: where `more` is true, 16
-// numbers are copied at once, of which there are at least as many in both places.
+// Copies a row of `classes` numbers. If `more` is true, it copies 16 numbers, because a loop of unknown length is
+// slower than a few extra copies. Both arrays must then have room for 16 numbers.
 template <class T>
 PF_INLINE void copy_row(const T* from, T* to, int64_t classes, bool more) {
   if (more) {
@@ -22,14 +22,15 @@ PF_INLINE void copy_row(const T* from, T* to, int64_t classes, bool more) {
     for (int64_t c = 0; c < classes; ++c) to[c] = from[c];
   }
 }
-// True if rows of sample k may be copied with the numbers behind them in their image, which are copied later.
+// Returns true if 16 numbers of sample k may be copied at once. The extra numbers belong to the next samples of the
+// same image, so later copies overwrite them.
 PF_INLINE bool room_behind(int64_t k, int64_t samples, int64_t classes) {
   return classes < lanes && (samples - k) * classes >= lanes;
 }
 
-// Logits [images][samples][classes] <-> a tile [samples][width], width >= images * classes; the rest is 0. 16-bit
-// numbers of several images are gathered first, so that they are converted in one long loop. Behind the tile there is
-// another row of scratch memory.
+// Copies logits [images][samples][classes] into a tile [samples][width], or back. width >= images * classes, and the
+// rest of the tile is 0. 16-bit numbers of several images are gathered first, so that one long loop converts them. The
+// tile must be followed by one more row of scratch memory.
 template <class T, class W>
 PF_INLINE void to_tile(const T* __restrict__ logits, W* __restrict__ tile, int64_t images, int64_t samples,
                        int64_t classes, int64_t width) {
@@ -72,11 +73,12 @@ PF_INLINE void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_
   }
 }
 
-// scratch: samples + aggregate_scratch_rows + 1 rows of `width`
+// `scratch` has room for samples + aggregate_scratch_rows + 1 rows of `width` numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples,
                             int64_t classes, int64_t width, W* scratch) {
-  width = width / lanes * lanes;  // as it is: the compiler should know, too
+  // `width` already is a multiple of `lanes`. This line tells the compiler.
+  width = width / lanes * lanes;
   W *tile = scratch, *row = tile + samples * width;
   to_tile(logits, tile, images, samples, classes, width);
   aggregate_tile(method, tile, samples, images, classes, width, row, row + width);
@@ -93,13 +95,15 @@ PF_INLINE void backward_tile(Aggregation method, const W* grad, const T* logits,
   from_tile(tile, out, images, samples, classes, width);
 }
 
-// f(first lane, lanes) for the classes of one image, which are as many as `lanes` at least and read where they lie: a
-// tile would be a copy. Calls get whole groups of lanes; the last overlaps another, and its lanes are computed twice.
+// Calls f(first lane, number of lanes) for the classes of one image. Requires classes >= lanes. The logits are read in
+// place, without a copy to a tile. Each call gets a multiple of `lanes` lanes, so the last call may overlap another
+// call and compute some lanes twice.
 template <class F>
 PF_INLINE void for_lanes(int64_t classes, F f) {
   const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
                 parts = (groups + most - 1) / most;
-  if (parts == 1 && classes % lanes != 0) {  // one call would be wider than a row
+  // A single call would be wider than a row.
+  if (parts == 1 && classes % lanes != 0) {
     f(int64_t{0}, classes / lanes * lanes);
     f(classes - lanes, lanes);
     return;
@@ -132,7 +136,7 @@ PF_INLINE void mean_image(const T* logits, W* out, int64_t samples, int64_t clas
     for (int64_t j = 0; j < width; ++j) out[at + j] = sum[j] / static_cast<W>(samples);
   });
 }
-// All images at once: their rows follow one another.
+// Processes the rows of all images together, because they are contiguous.
 template <class T, class W = wide_t<T>>
 PF_INLINE void vote_images(const T* logits, W* out, int64_t images, int64_t samples, int64_t classes) {
   for (int64_t i = 0; i < images * classes; ++i) out[i] = 0;
@@ -155,8 +159,8 @@ PF_INLINE void mean_image_backward(const W* grad, T* out, int64_t samples, int64
   }
 }
 
-// Beside the op's result, three rows of every image that its backward would compute again: the largest logits, what
-// their exponentials are multiplied by, and for "peel" the probabilities of the classes. scratch: a row.
+// Computes the result of the op. Also stores three rows per image for the backward: the largest logits, the factors of
+// their exponentials, and, for "peel", the probabilities of the classes. `scratch` has room for one row.
 template <class T, class W = wide_t<T>>
 PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, int64_t samples, int64_t classes,
                           W* scratch) {
@@ -168,7 +172,8 @@ PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, 
   for (int64_t i = 0; i < classes; ++i) {
     const W whole = most[i] + log(share[i]);
     out[i] = finite(most[i]) ? whole : most[i];
-    factor[i] = (finite(most[i]) ? W(1) : nan) / share[i];  // like torch.softmax
+    // An infinite maximum gives NaN, like in torch.softmax.
+    factor[i] = (finite(most[i]) ? W(1) : nan) / share[i];
   }
   if (method == Aggregation::lse) return;
   for (int64_t i = 0; i < classes; ++i) {
@@ -186,7 +191,8 @@ template <class T, class W = wide_t<T>>
 PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* logits, const W* kept, T* out,
                                    int64_t samples, int64_t classes, W* scratch) {
   const W *most = kept, *factor = kept + classes, *share = kept + 2 * classes, *slope = scratch;
-  // if a probability is near 1, the difference below is as small as this sum's rounding
+  // If a probability is near 1, the difference below is as small as the rounding error of this sum, so the sum uses
+  // ordered_sum.
   const W total = method == Aggregation::peel
                       ? ordered_sum<W>(classes, [=](int64_t i) PF_INLINED_LAMBDA { return grad[i]; })
                       : W(0);
@@ -246,7 +252,7 @@ PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* l
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// f(first image, images, width, scratch) for as many images at a time as fill a tile.
+// Calls f(first image, images, width, scratch), each time with as many images as fit into a tile.
 template <class W, class F>
 void for_each_tile(int64_t batch, int64_t samples, int64_t classes, F f) {
   const int64_t step = classes < tile_width ? tile_width / classes : 1;
@@ -312,11 +318,12 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
   return out;
 }
 
-// "lse" and "peel" of at least as many classes as lanes.
+// Supports the methods "lse" and "peel" if there are at least `lanes` classes.
 std::tuple<Tensor, Tensor> aggregate_keeping(Tensor logits, int64_t method) {
   const Tensor x = dense(logits);
   const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);
-  STD_TORCH_CHECK(classes >= lanes && method <= static_cast<int64_t>(Aggregation::peel), "lse or peel of 16 classes");
+  STD_TORCH_CHECK(classes >= lanes && method <= static_cast<int64_t>(Aggregation::peel),
+                  "aggregate_keeping: needs method lse or peel and at least 16 classes; there are ", classes);
   const ScalarType wide_type = wide_dtype(x.scalar_type());
   Tensor out = new_tensor({batch, classes}, wide_type), kept = new_tensor({batch, 3, classes}, wide_type);
   dispatch(x.scalar_type(), "aggregate", [&](auto tag) {

@@ -1,4 +1,4 @@
-// Without fused multiply-adds linf has the same bits as the reference.
+// Without fused multiply-adds, the linf step has the same bits as the reference.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)

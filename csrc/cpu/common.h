@@ -1,4 +1,4 @@
-// The parts that the CPU kernels share: dispatch on the dtype, contiguous inputs, outputs, threads.
+// Code that all CPU kernels share: dispatch on the dtype, contiguous inputs, new outputs, and threads.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,9 +19,9 @@
 
 #include "../core/math.h"
 
-// One copy of a loop per instruction set, chosen once when the library is loaded: fast everywhere without
-// -march=native. Templates cannot carry it, hence the overloads at the top of each file. v3 is AVX2 with FMA and F16C,
-// v4 is AVX-512.
+// Compiles a loop once per instruction set. The library chooses a copy when it is loaded, so it is fast on every CPU
+// without -march=native. Templates cannot have this attribute, so each file has non-template overloads. v3 is AVX2 with
+// FMA and F16C, and v4 is AVX-512.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define PF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) static
 #elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && defined(__GNUC__)
@@ -31,7 +31,8 @@
 #endif
 
 #define PF_FOR_EACH_DTYPE(X) X(float) X(double) X(pf::half) X(pf::bfloat16)
-// Two tensors: the second in the first's dtype, or wide (images stay float32 under autocast).
+// Pairs of dtypes for two tensors. The second tensor has the dtype of the first, or the wide dtype, because images stay
+// float32 under autocast.
 #define PF_FOR_EACH_PAIR(X)     \
   X(float, float)               \
   X(double, double)             \
@@ -45,10 +46,10 @@ namespace pf::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements per task, at least: a thread costs about 5 us to wake.
+// The least number of elements per task. Waking a thread takes about 5 us.
 constexpr int64_t grain = 32768;
 
-// Calls f(T{}) with T the storage type of `dtype`.
+// Calls f(T{}), where T is the storage type of `dtype`.
 template <class F>
 void dispatch(ScalarType dtype, const char* op, F f) {
   switch (dtype) {
@@ -61,38 +62,38 @@ void dispatch(ScalarType dtype, const char* op, F f) {
     case ScalarType::BFloat16:
       return f(bfloat16{});
     default:
-      STD_TORCH_CHECK(false, op, ": float16, bfloat16, float32 or float64 expected");
+      STD_TORCH_CHECK(false, op, ": the tensors must be float16, bfloat16, float32 or float64; use .to()");
   }
 }
 
 inline ScalarType wide_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
-// Dense, and of this dtype.
+// Returns x as a contiguous tensor of this dtype. Copies only if necessary.
 inline Tensor dense(const Tensor& x, ScalarType dtype) {
   const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
   return same.is_contiguous() ? same : torch::stable::contiguous(same);
 }
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// Asks for pages of 2 MiB for a large new tensor. C's allocator returns blocks of 32 MiB and more to the system when
-// they are freed, so that each call's result is new memory, where every page of 4 KiB that is written first costs a
-// fault.
+// Requests pages of 2 MiB for a large new tensor. C's allocator returns freed blocks of 32 MiB or more to the system,
+// so the result of every call is fresh memory. Each first write to a page of fresh memory is a page fault, and 2 MiB
+// pages have far fewer of them than 4 KiB pages.
 inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = 2 << 20, least = 32 << 20;
   if (bytes < least) return;
   const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
   const uintptr_t first = (begin + page - 1) / page * page, stop = (begin + bytes) / page * page;
-  // a wish: where it is not granted, nothing but time is lost
+  // madvise is only a hint. If the system ignores it, only time is lost.
   madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 #endif
 }
 
-// Results of so many bytes do not fit in the caches that a few cores share.
+// Results of this size do not fit into the caches that a few cores share.
 constexpr int64_t streamed_bytes = 32 << 20;
 
-// Copies past the caches: memory that is written without them need not be read first, which halves what is moved. Both
-// places may be aligned in any way. Follow the last copy of a thread by `streamed`.
+// Copies without using the caches. A normal write reads the memory into the cache first, so this halves the memory
+// traffic. Neither pointer needs to be aligned. Call `streamed` after the last copy of a thread.
 inline void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   auto* target = static_cast<char*>(to);
@@ -110,14 +111,14 @@ inline void stream(void* to, const void* from, int64_t bytes) {
   std::memcpy(to, from, bytes);
 #endif
 }
-// Other threads see what was streamed.
+// Makes the data written by `stream` visible to other threads.
 inline void streamed() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// A new CPU tensor, uninitialised.
+// Returns a new, uninitialised CPU tensor.
 inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -129,11 +130,11 @@ inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t 
   prefer_large_pages(made, bytes);
   return made;
 }
-// A contiguous one.
+// Returns a new, uninitialised, contiguous CPU tensor.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   constexpr int64_t most = 16;
   std::array<int64_t, most> strides;
-  STD_TORCH_CHECK(dim <= most, "at most ", most, " dimensions");
+  STD_TORCH_CHECK(dim <= most, "a tensor must have at most ", most, " dimensions; this one has ", dim);
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
@@ -146,12 +147,13 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype)
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-// Images [n, c, h, w] in either memory format.
+// Returns new images [n, c, h, w] in either memory format.
 inline Tensor new_images(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last) {
   const int64_t sizes[] = {n, c, h, w}, last[] = {h * w * c, 1, w * c, c};
   return channels_last ? new_strided(sizes, last, 4, dtype) : new_tensor(sizes, 4, dtype);
 }
-// True if images are channels_last and not contiguous; as in PyTorch, strides of dimensions of size 1 do not count.
+// Returns true if the images are channels_last and not contiguous. Like in PyTorch, the strides of dimensions of size 1
+// are ignored.
 inline bool is_channels_last(const Tensor& x) {
   if (x.is_contiguous()) return false;
   int64_t stride = 1;
@@ -171,7 +173,8 @@ T* writable(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Calls f(pointer to a, pointer to b), both dense and of a pair of PF_FOR_EACH_PAIR: b is converted if it must be.
+// Calls f(pointer to a, pointer to b). Both tensors are contiguous, and their dtypes are a pair of PF_FOR_EACH_PAIR. b
+// is converted if necessary.
 template <class F>
 void with_pair(const Tensor& first, const Tensor& second, const char* op, F f) {
   const ScalarType dtype = first.scalar_type();
@@ -187,7 +190,7 @@ void with_pair(const Tensor& first, const Tensor& second, const char* op, F f) {
   });
 }
 
-// f(begin, end) over rows of `cost` elements each, on PyTorch's threads.
+// Calls f(begin, end) for ranges of rows, on PyTorch's threads. `cost` is the work of a row, measured in elements.
 template <class F>
 void parallel_rows(int64_t rows, int64_t cost, const F& f) {
   const int64_t step = grain / (cost > 0 ? cost : 1) + 1;
@@ -198,8 +201,8 @@ void parallel_rows(int64_t rows, int64_t cost, const F& f) {
   }
 }
 
-// f(row, first, count) over all elements of `rows` rows of n, each on its own: threads split the elements, whatever the
-// shape; `first` counts from the first row.
+// Calls f(row, first, count) for ranges of the elements of `rows` rows with n elements each. A range lies within one
+// row. The threads divide the elements, not the rows. `first` counts from the beginning of the first row.
 template <class F>
 void split_elements(int64_t rows, int64_t n, const F& f) {
   parallel_rows(rows * n, 1, [&](int64_t begin, int64_t end) {

@@ -9,7 +9,7 @@
 namespace pf::cpu {
 namespace {
 
-// The arguments of every pass over the queries of a call. Matrices in scratch memory have rows of `size` numbers.
+// The arguments that all passes of a call share. Matrices in scratch memory have rows with `size` numbers.
 template <class W>
 struct Call {
   Grid grid;
@@ -22,9 +22,10 @@ struct Call {
   Padded<W> matrix(const W* scratch) const { return {scratch, size()}; }
 };
 
-// -- passes over the queries begin .. end of a sample, whose first row in `Dense` matrices is `first` -----------------
+// -- passes over the queries begin .. end of a sample; in `Dense` matrices its first row is `first`
+// ----------------------
 
-// Sums of neighbours of the products of pixels, the keys scaled.
+// The scores: sums of neighbours of the products of pixels, times the inverse norm of the key.
 template <class W>
 PF_INLINE void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,
                            int64_t begin, int64_t end) {
@@ -52,7 +53,7 @@ PF_INLINE void columns_loop(const W* x, W* out, const Call<W>& call, int64_t beg
     sum_terms<5>(terms, out + n * call.size(), call.size());
   }
 }
-// The weights, in scratch memory and as the op returns them.
+// Computes the weights in scratch memory, and copies them to the tensor that the op returns.
 template <class W>
 PF_INLINE void attend_loop(const W* x, const W* keep, W* out, W* weights, const Call<W>& call, int64_t begin,
                            int64_t end) {
@@ -64,7 +65,7 @@ PF_INLINE void attend_loop(const W* x, const W* keep, W* out, W* weights, const 
     for (int64_t i = 0; i < cells; ++i) weights[n * cells + i] = row[i];
   }
 }
-// The weights' sums of the four phases; spare: as many rows.
+// Computes the sums of the weights for each of the four phases. `spare` has room for four rows.
 template <class T, class W = wide_t<T>>
 PF_INLINE void spread_loop(const W* weights, T* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
   const int64_t cells = call.cells();
@@ -78,7 +79,7 @@ PF_INLINE void spread_loop(const W* weights, T* out, const Call<W>& call, int64_
     }
   }
 }
-// The gradient of the scores, from that of the weights' sums.
+// Computes the gradient of the scores from the gradient of the sums of the weights.
 template <class T, class W = wide_t<T>>
 PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights, W* out, const Call<W>& call,
                            int64_t begin, int64_t end) {
@@ -91,8 +92,8 @@ PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights
     attention_row_backward(row, weights + n * call.cells(), call.scale, call.cells());
   }
 }
-// `x` fused by rows and scaled into `out`, and the gradient of the inverse norms, summed over these queries. spare: two
-// rows.
+// Fuses the rows of `x` and scales them into `out`. Also computes the gradient of the inverse norms, summed over these
+// queries. `spare` has room for two rows.
 template <class W>
 PF_INLINE void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out,
                             W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
@@ -111,7 +112,7 @@ PF_INLINE void inverse_loop(const W* x, const Dense<W>& correlation, int64_t fir
     }
   }
 }
-// spare: a row.
+// Computes the gradient of the products of pixels. `spare` has room for one row.
 template <class W>
 PF_INLINE void patches_loop(const W* x, W* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
   const int64_t cells = call.cells();
@@ -160,7 +161,7 @@ PF_LOOPS(double)
   }
 PF_FOR_EACH_DTYPE(PF_STORED_LOOPS)
 
-// Two matrices in scratch memory that samples take in turn, with room beside them.
+// Two matrices in scratch memory, with room around them. They are reused for every sample.
 template <class W>
 class Scratch {
  public:
@@ -171,10 +172,11 @@ class Scratch {
 
  private:
   int64_t room_, matrix_;
-  std::unique_ptr<W[]> memory_;  // not set to anything: all that counts is written first
+  // The memory is uninitialised. Everything that affects the result is written before it is read.
+  std::unique_ptr<W[]> memory_;
 };
 
-// f(sample, begin, end, scratch) over `units` of a sample, each of `cost` numbers.
+// Calls f(sample, begin, end, scratch) for parts of the `units` of a sample. The work of a unit is `cost` numbers.
 template <class F>
 struct Pass {
   int64_t units, cost;
@@ -183,7 +185,8 @@ struct Pass {
 template <class F>
 Pass(int64_t, int64_t, F) -> Pass<F>;
 
-// Runs one pass after the other over every sample: threads take whole samples if these are many and small, else rows.
+// Runs the passes one after the other for every sample. If there are many small samples, each thread processes whole
+// samples. Otherwise, the threads share the rows of one sample.
 template <class W, class... Passes>
 void run_passes(int64_t batch, const Call<W>& call, const Passes&... passes) {
   constexpr int64_t small = 256, many = 8;
@@ -203,7 +206,7 @@ void run_passes(int64_t batch, const Call<W>& call, const Passes&... passes) {
 
 // -- the op ---------------------------------------------------------------------------------------------------------
 
-// correlation [batch, cells, cells]; inverse and keep [batch, cells]; all wide.
+// correlation is [batch, cells, cells]; inverse and keep are [batch, cells]. All are in the wide dtype.
 template <class T, class W = wide_t<T>>
 void forward(const Tensor& correlation, const W* inverse, const W* keep, const Call<W>& call, T* out, W* weights) {
   const int64_t batch = correlation.size(0), cells = call.cells(), square = cells * cells;
@@ -246,7 +249,8 @@ std::tuple<Tensor, Tensor> contextual_attention(Tensor correlation, Tensor inver
 template <class T, class W = wide_t<T>>
 void backward(const T* grad, const Tensor& correlation, const W* inverse, const W* weights, const Call<W>& call, W* out,
               W* to_inverse) {
-  constexpr int64_t block = 32;  // queries whose part of a sum over all is made together, whatever the threads
+  // The number of queries in one partial sum. It is fixed, so that the result does not depend on the number of threads.
+  constexpr int64_t block = 32;
   const int64_t batch = correlation.size(0), cells = call.cells(), square = cells * cells;
   const int64_t blocks = (cells + block - 1) / block;
   if (batch == 0) return;
@@ -299,9 +303,10 @@ std::tuple<Tensor, Tensor> contextual_attention_backward(Tensor grad, Tensor cor
   return {out, to_inverse};
 }
 
-// -- the whole function's parts between its products, in eager calls --------------------------------------------------
+// -- parts of the whole function between its matrix products, for eager calls
+// ---------------------------------------------
 
-// The weights' sums, the weights and the inverse norms, which are those of the products' diagonal.
+// Returns the sums of the weights, the weights, and the inverse norms, which come from the diagonal of the products.
 std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlation, Tensor valid, int64_t height,
                                                                int64_t width, double scale, ScalarType dtype) {
   const ScalarType wide_type = wide_dtype(dtype);
@@ -324,8 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlatio
   return {out, weights, inverse};
 }
 
-// The factors of the pixels for their gradient: the gradient of their products plus its transpose, and on the diagonal
-// the part that comes through the norms.
+// Returns the factors that turn the pixels into their gradient: the gradient of the products plus its transpose. The
+// diagonal also includes the gradient through the norms.
 Tensor contextual_attention_slopes(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, int64_t height,
                                    int64_t width, double scale) {
   const std::tuple<Tensor, Tensor> slopes =

@@ -1,19 +1,19 @@
-// The pixels of contextual_attention as matrices, and back: one copy each way, between its products.
+// Copies the pixels of contextual_attention into matrices before the matrix products, and back afterwards.
 #include "common.h"
 #include "pixels.h"
 
 namespace pf::cpu {
 namespace {
 
-// x [batch, channels, 2 height, 2 width] in either memory format, and its phases: [batch, 4, channels, cells] of the
-// contiguous, [batch, 4, cells, channels] of the others.
+// Feature maps x [batch, channels, 2 height, 2 width] and their phases. For contiguous x the phases are [batch, 4,
+// channels, cells]. For channels_last x they are [batch, 4, cells, channels].
 struct Maps {
   int64_t batch, channels, height, width;
   int64_t cells() const { return height * width; }
   int64_t phase() const { return channels * cells(); }
 };
 
-// Planes begin .. end of contiguous maps; plane c of sample b is number b * channels + c.
+// Splits the planes begin .. end of contiguous maps. Plane c of sample b has the number b * channels + c.
 template <class T>
 PF_INLINE void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -21,7 +21,8 @@ PF_INLINE void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin
     split_plane(x + i * 4 * maps.cells(), to, maps.height, maps.width, maps.phase());
   }
 }
-// `more`, if given, is added to phase 0: [batch, channels, cells]. spare: a plane.
+// Joins the phases of these planes. `more` [batch, channels, cells] is added to phase 0, or is null. `spare` has room
+// for one plane.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_planes_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end, T* spare) {
   const int64_t cells = maps.cells();
@@ -34,7 +35,7 @@ PF_INLINE void join_planes_loop(const T* phases, const W* more, T* x, Maps maps,
     join_plane(more ? spare : from, from, x + i * 4 * cells, maps.height, maps.width, maps.phase());
   }
 }
-// Rows begin .. end of pixels of channels_last maps; row y of sample b is number b * 2 height + y.
+// Splits rows of pixels begin .. end of channels_last maps. Row y of sample b has the number b * 2 height + y.
 template <class T>
 PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;
@@ -48,7 +49,7 @@ PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, 
     }
   }
 }
-// `more`: [batch, cells, channels].
+// Joins the phases of these rows. `more` is [batch, cells, channels], or null.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;

@@ -10,7 +10,7 @@ using convolution::Images;
 using convolution::Sizes;
 using convolution::WeightGradient;
 
-// Parts of any size: each is thousands of products.
+// Runs parts of any size in parallel. The grain size is 1, because each part has thousands of products.
 struct Parallel {
   template <class F>
   void operator()(int64_t count, const F& f) const {
@@ -22,22 +22,22 @@ const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.c
 
 Tensor images_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::BFloat16, "convolution: ", name,
-                  " must be bfloat16 with four dimensions");
+                  " must be bfloat16 and have four dimensions; it has ", x.dim());
   return dense(x);
 }
 using Two = std::vector<int64_t>;
 
-// Checked: what is read lies within the tensors.
+// Computes the sizes, and checks them so that no kernel reads beyond the tensors.
 Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, const Tensor& weight, const Two& stride,
                const Two& padding, const Two& dilation) {
   Sizes s{images, height, width, inputs, 0, 0, weight.size(0), {weight.size(1), weight.size(2)}, {}, {}, {}};
   const int64_t size[2] = {height, width};
   int64_t out[2];
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "convolution: stride, padding and dilation must be two numbers each");
+                  "convolution: stride, padding and dilation must have two numbers each");
   for (int i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(s.kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
-                    "convolution: kernel, stride and dilation must be positive, padding not negative");
+                    "convolution: kernel, stride and dilation must be above 0, and padding must be at least 0");
     s.stride[i] = stride[i], s.padding[i] = padding[i], s.dilation[i] = dilation[i];
     const int64_t room = size[i] + 2 * padding[i] - dilation[i] * (s.kernel[i] - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "convolution: the kernel is larger than the padded image");
@@ -47,13 +47,13 @@ Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, co
   return s;
 }
 
-// An image with fewer tiles than this takes the sums as they are written. Tiles need transformed weights, which take
-// the same time however many tiles there are: with four tiles an image, a batch of eight has gained in both
-// directions, while the gradient of a single image takes a third longer. The gradient of the weights needs transformed
-// sums, which take more.
+// An image with fewer tiles than this uses a direct convolution. The transform of the weights takes the same time for
+// every number of tiles. With four tiles per image, a batch of eight images was faster in both directions, but the
+// gradient of a single image was a third slower. For the gradient of the weights, the sums must be transformed, which
+// takes more time.
 constexpr int64_t fewest_tiles = 4, fewest_tiles_of_gradient = 64;
 
-// turned: the input is the gradient of the output, and the result that of the input.
+// If `turned`, `input` is the gradient of the output, and the result is the gradient of the input.
 Tensor convolve(const Sizes& s, const Tensor& input, const Tensor& weight, bool turned, const float* bias) {
   Tensor out = turned ? new_tensor({s.images, s.height, s.width, s.inputs}, ScalarType::BFloat16)
                       : new_tensor({s.images, s.out_height, s.out_width, s.outputs}, ScalarType::BFloat16);
@@ -70,11 +70,13 @@ Tensor convolve(const Sizes& s, const Tensor& input, const Tensor& weight, bool 
 
 Tensor forward(Tensor input, Tensor weight, std::optional<Tensor> bias, Two stride, Two padding, Two dilation) {
   const Tensor x = images_of(input, "input"), w = images_of(weight, "weight");
-  STD_TORCH_CHECK(w.size(3) == x.size(3), "convolution: input and weight must have the same input channels");
+  STD_TORCH_CHECK(w.size(3) == x.size(3), "convolution: weight must have ", x.size(3),
+                  " input channels, like the input; it has ", w.size(3));
   const Sizes s = sizes_of(x.size(0), x.size(1), x.size(2), x.size(3), w, stride, padding, dilation);
   std::optional<Tensor> wide;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.outputs, "convolution: bias must be one number per output");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.outputs, "convolution: bias must have ", s.outputs,
+                    " numbers, one per output channel");
     wide = dense(*bias, ScalarType::Float);
   }
   return convolve(s, x, w, false, wide.has_value() ? data<float>(*wide) : nullptr);
@@ -85,19 +87,19 @@ Tensor input_gradient(Tensor grad, Tensor weight, int64_t height, int64_t width,
   const Tensor g = images_of(grad, "grad"), w = images_of(weight, "weight");
   const Sizes s = sizes_of(g.size(0), height, width, w.size(3), w, stride, padding, dilation);
   STD_TORCH_CHECK(g.size(1) == s.out_height && g.size(2) == s.out_width && g.size(3) == s.outputs,
-                  "convolution: grad has another shape than the output");
+                  "convolution: grad must have the shape of the output");
   return convolve(s, g, w, true, nullptr);
 }
 
 std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel, Two stride, Two padding,
                                            Two dilation) {
   const Tensor g = images_of(grad, "grad"), x = images_of(input, "input");
-  STD_TORCH_CHECK(kernel.size() == 2, "convolution: kernel must be two numbers");
+  STD_TORCH_CHECK(kernel.size() == 2, "convolution: kernel must have two numbers; it has ", kernel.size());
   Tensor weight = new_tensor({g.size(3), kernel[0], kernel[1], x.size(3)}, ScalarType::Float);
   Tensor bias = new_tensor({g.size(3)}, ScalarType::Float);
   const Sizes s = sizes_of(x.size(0), x.size(1), x.size(2), x.size(3), weight, stride, padding, dilation);
   STD_TORCH_CHECK(g.size(0) == s.images && g.size(1) == s.out_height && g.size(2) == s.out_width,
-                  "convolution: grad has another shape than the output");
+                  "convolution: grad must have the shape of the output");
   if (convolution::by_tiles(s, fewest_tiles_of_gradient)) {
     convolution::TiledWeightGradient(s).run(words(x), words(g), writable<float>(weight), Parallel{});
   } else {
@@ -116,7 +118,7 @@ std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
-  // elsewhere there is no kernel, and the reference serves
+  // Other processors have no kernel, and purify_fast runs the reference there.
   if (pf::cpu::convolution::supported()) {
     m.impl("convolution", TORCH_BOX(&pf::cpu::forward));
     m.impl("convolution_input_gradient", TORCH_BOX(&pf::cpu::input_gradient));

@@ -1,5 +1,5 @@
-// Convolutions of bfloat16 images in channels_last by the processor's own products of pairs (vdpbf16ps): one
-// instruction adds two products to each of 16 sums in float32. What is multiplied is first laid out in such pairs.
+// Convolutions of bfloat16 channels_last images with the processor instruction vdpbf16ps. For each of 16 float32 sums,
+// the instruction adds two products of neighboring numbers. So the operands are first arranged as pairs.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,18 @@
 
 namespace pf::cpu::convolution {
 
-// True if the processor has these instructions, and no tiles (AMX): oneDNN's convolutions by tiles are faster.
+// Returns true if the processor has the instructions of PF_PAIRS.
+inline bool has_pairs() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// Returns true if the processor has these instructions but no AMX tiles. With AMX, the convolutions of oneDNN are
+// faster.
 inline bool supported() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-  return !tiles && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return !tiles && has_pairs();
 }
 
 struct Sizes {
@@ -36,15 +42,16 @@ struct Sizes {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// Memory that a thread no longer needs and will need again: new memory costs a fault for each page.
+// Memory that a thread has released and can reuse. New memory would cause a page fault for each page.
 class Kept {
  public:
-  static constexpr size_t most = 16 << 20;  // bytes of a thread
+  // The largest number of bytes that a thread stores.
+  static constexpr size_t most = 16 << 20;
   struct Piece {
     void* at;
     size_t bytes;
   };
-  // A piece of at least so many bytes and of at most four times as many; null if there is none.
+  // Returns a piece with at least `bytes` and at most four times as many bytes, or null if there is none.
   Piece take(size_t bytes) {
     for (Piece& piece : pieces) {
       if (piece.bytes < bytes || piece.bytes > 4 * bytes) continue;
@@ -74,7 +81,7 @@ class Kept {
   size_t total = 0;
 };
 
-// Memory on cache lines, uninitialised.
+// Uninitialised memory that is aligned to cache lines.
 template <class T>
 struct Lines {
   explicit Lines(int64_t count) {
@@ -92,22 +99,24 @@ struct Lines {
   Kept::Piece held{nullptr, 0};
 };
 
-// Channels that are worked on together: `count` of them, from channel `first` on. Their data are laid out position by
-// position, with room for `pitch` channels at each. Blocks lie one behind the other, and those before this one have
-// together room for `before` channels at each position.
+// A group of channels that are computed together: `count` channels from channel `first` on. Their data are stored
+// position by position, with room for `pitch` channels per position. Blocks are stored one after the other. At each
+// position, the blocks before this block have room for `before` channels in total.
 struct Block {
   int64_t first, count, pitch, before;
 };
 struct Blocks {
   std::vector<Block> list;
-  int64_t pitch = 0;  // of all of them
+  // The sum of the pitches of all blocks.
+  int64_t pitch = 0;
   void add(int64_t first, int64_t count, int64_t room) {
     list.push_back({first, count, room, pitch});
     pitch += room;
   }
 };
 
-// At most `most` vectors of 16 channels, and the last of a block may be one of 8.
+// Divides the channels into blocks of at most `most` vectors with 16 channels each. The last vector of a block may have
+// 8 channels.
 inline Blocks vectors(int64_t channels, int64_t most) {
   Blocks made;
   const int64_t halves = (channels + 7) / 8, blocks = (halves + 2 * most - 1) / (2 * most);
@@ -118,7 +127,8 @@ inline Blocks vectors(int64_t channels, int64_t most) {
   }
   return made;
 }
-// Single channels, in as few blocks of at most 8 as possible, of about the same size.
+// Divides single channels into as few blocks as possible. A block has at most 8 channels, and the blocks have about the
+// same size.
 inline Blocks singles(int64_t channels) {
   Blocks made;
   const int64_t blocks = (channels + 7) / 8;
@@ -129,7 +139,7 @@ inline Blocks singles(int64_t channels) {
   return made;
 }
 
-// Single channels in blocks that begin at multiples of 8, as a vector that is cut into halves needs them.
+// Divides single channels into blocks that begin at multiples of 8. A vector that is split into halves requires this.
 inline Blocks eights(int64_t channels) {
   Blocks made;
   for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
@@ -138,16 +148,17 @@ inline Blocks eights(int64_t channels) {
 
 inline int64_t rounded_to_eights(int64_t count) { return (count + 7) / 8 * 8; }
 
-// The mask of the first `count` of 16 numbers: of all of them if `count` is larger, of none if it is negative.
+// The mask of the first `count` of 16 numbers. It has all bits if `count` is above 16, and no bits if `count` is
+// negative.
 inline __mmask16 first_of(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
-// 16 numbers in float32, zeros where the mask has none.
+// Loads 16 numbers and converts them to float32. Numbers outside the mask become 0.
 PF_PAIRS_INLINE __m512 load_numbers(const uint16_t* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
-// (x, y) of 8 or 16 channels as numbers of 32 bits, x in the lower half.
+// Stores the pairs (x, y) of 8 or 16 channels as 32-bit numbers, with x in the lower half.
 PF_PAIRS_INLINE void store_pairs(__m128i x, __m128i y, uint32_t* to) {
   const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(y), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(_mm256_cvtepu16_epi32(x), high));
@@ -157,8 +168,8 @@ PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
 }
 
-// From a row of pixels, pairs (pixel j, pixel j + distance) for j = from, from + step, ...: zeros stand for the pixels
-// beyond the row. Each pair is a number of 32 bits for each channel of the block.
+// Makes the pairs (pixel j, pixel j + distance) from a row of pixels, for `count` values of j: from, from + step, ...
+// Pixels beyond the row count as 0. Each pair is a 32-bit number per channel of the block.
 PF_PAIRS inline void pack_pairs(const uint16_t* row, int64_t width, int64_t channels, const Block& block, int64_t from,
                                 int64_t step, int64_t distance, int64_t count, uint32_t* to) {
   for (int64_t c = 0; c < block.pitch; c += 16) {

@@ -1,5 +1,6 @@
-// A convolution, and the gradient of its input, which is one as well: sums over taps and channels of the input, at a
-// few pixels and many channels of the output at once. Pairs are those of neighboring channels, as they lie in memory.
+// A convolution, or the gradient of its input, which is also a convolution. The sums over taps and input channels are
+// computed for a few output pixels and many output channels at once. The two numbers of a pair come from neighboring
+// channels, which are adjacent in memory.
 #pragma once
 
 #include <algorithm>
@@ -14,15 +15,15 @@ namespace pf::cpu::convolution {
 
 using Pair [[gnu::may_alias]] = int32_t;
 
-// The factors of one tap of the kernel, or of several side by side: pairs of numbers, of the pixels from here on and of
-// these weights.
+// The factors of one tap, or of several adjacent taps: `pairs` pairs of input numbers, and the same number of pairs of
+// weights.
 struct Factor {
   const uint16_t* pixels;
   const uint32_t* weights;
   int64_t pairs;
 };
-// Where a tile's results go: the first pixel, and the numbers from one pixel to the next. So many channels are written,
-// rounded to bfloat16, or all in float32.
+// The destination of a tile's results: the first pixel, the distance between pixels, and the number of channels to
+// write. bfloat16 results are rounded, and only `channels` channels are written. float32 results include all channels.
 template <class Number>
 struct Target {
   Number* at;
@@ -30,7 +31,7 @@ struct Target {
   int64_t channels;
 };
 
-// P neighboring pixels, at 16 V + 8 H channels: the sums over all factors.
+// Computes the sums over all factors for P neighboring pixels and 16 V + 8 H channels.
 template <class Number, int V, int H, int P>
 PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, const float* bias,
                          const Target<Number>& to) {
@@ -44,7 +45,7 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
   const int64_t step3 = 3 * step;
   for (const Factor* f = factors; f < factors + count; ++f) {
     const uint32_t* w = f->weights;
-    // three pixels to a register, because there are fewer registers for addresses than pixels
+    // Three pixels share an address register, because there are fewer address registers than pixels.
     const uint16_t* x[(P + 2) / 3];
     x[0] = f->pixels;
     PF_UNROLL for (int i = 1; i < (P + 2) / 3; ++i) x[i] = x[i - 1] + step3;
@@ -69,7 +70,8 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
       }
     }
   }
-  __mmask16 masks[V + 1];  // the channels that are written, of each vector
+  // Per vector, the channels that are written.
+  __mmask16 masks[V + 1];
   PF_UNROLL for (int v = 0; v <= V; ++v) masks[v] = first_of(to.channels - 16 * v);
   PF_UNROLL for (int p = 0; p < P; ++p) {
     Number* at = to.at + p * to.step;
@@ -95,7 +97,7 @@ template <class Number, int V, int H, int... P>
 constexpr std::array<ImageTile<Number>, sizeof...(P)> image_tiles(std::integer_sequence<int, P...>) {
   return {image_tile<Number, V, H, P + 1>...};
 }
-// Tiles of 1, 2, ... pixels, at most as many as registers have room for.
+// Functions for tiles of 1, 2, ... `most` pixels. The registers have no room for larger tiles.
 template <class Number>
 struct Tiles {
   const ImageTile<Number>* of;
@@ -124,18 +126,18 @@ Tiles<Number> tiles_of(int64_t channels) {
   }
 }
 
-// Which pixels of the input a tap sees, from the pixel of the output, and which tap of the kernel it is. The weights of
-// `together` taps from this one on lie one behind the other, and they see pixels side by side.
+// row and column: the input pixel that the tap reads, relative to the output pixel. kernel: the index of the tap in the
+// kernel. The weights of the `together` taps from this tap on are adjacent, and so are the pixels that they read.
 struct Tap {
   int64_t row, column, kernel, together = 1;
 };
-// Every few pixels of the output, those that the same taps reach.
+// Output pixels at regular distances that are reached by the same taps.
 struct Phase {
   int64_t row, column, rows, columns;
   std::vector<Tap> taps;
 };
 
-// One image to another: which phases there are, and how far pixels are apart.
+// The plan of a convolution from one image to another: its phases, and the distances between pixels.
 struct Plan {
   int64_t images, height, width, inputs, out_height, out_width, outputs;
   int64_t in_step[2], out_step[2];
@@ -165,7 +167,7 @@ inline Plan forward_plan(const Sizes& s) {
   return plan;
 }
 
-// The gradient of the output takes the place of the input.
+// The plan of the input's gradient. Here the gradient of the output takes the place of the input.
 inline Plan input_gradient_plan(const Sizes& s) {
   Plan plan{s.images,
             s.out_height,
@@ -196,7 +198,7 @@ inline Plan input_gradient_plan(const Sizes& s) {
   return plan;
 }
 
-// Taps in the order in which they see pixels, and which of them are together.
+// Sorts the taps by the pixels that they read, and finds which taps are adjacent.
 inline void join(Phase& phase) {
   auto& taps = phase.taps;
   const auto place = [](const Tap& tap) { return std::pair(tap.row, tap.column); };
@@ -223,7 +225,8 @@ class Images {
     columns = left + p.width + right;
   }
 
-  // Weights [outputs, taps, inputs] of the plan's, where the plan is of the input's gradient [inputs, taps, outputs].
+  // Packs the weights of the plan's convolution. They are [outputs, taps, inputs], or, in the plan of the input's
+  // gradient (`turned`), [inputs, taps, outputs].
   void pack(const uint16_t* weight, bool turned, uint32_t* to) const {
     for (const Block& block : blocks.list) {
       uint32_t* place = to + block.before * p.taps * pairs;
@@ -240,7 +243,7 @@ class Images {
     }
   }
 
-  // bias: as many numbers as there are outputs, or null.
+  // `bias` has one number per output channel, or is null.
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* weight, bool turned, const float* bias, uint16_t* out,
            const Parallel& parallel) const {
@@ -250,7 +253,7 @@ class Images {
     if (bias) {
       for (const Block& block : blocks.list) std::copy_n(bias + block.first, block.count, &biases[block.before]);
     }
-    // enough parts for many threads, and so small that a part's rows of the input stay in a core's cache
+    // There are enough parts for many threads. Each part is so small that its input rows fit into the cache of a core.
     const int64_t row = columns * 2 * pairs * 2 * p.in_step[0];
     const int64_t fitting = std::max<int64_t>(1, (192 << 10) / std::max<int64_t>(1, row));
     const int64_t spread = (p.images * rows + 15) / 16;
@@ -288,7 +291,8 @@ class Images {
     }
   }
 
-  // Rows [top, stop) of an image, those that there are, with zeros beside them and behind an odd channel.
+  // Copies the rows [top, stop) that lie within the image. Adds zeros on both sides, and after an odd number of
+  // channels.
   void take(const uint16_t* image, int64_t top, int64_t stop, uint16_t* to) const {
     const int64_t even = 2 * pairs, line = columns * even;
     for (int64_t y = std::max<int64_t>(0, top); y < std::min(stop, p.height); ++y) {
@@ -308,7 +312,7 @@ class Images {
     }
   }
 
-  // One row of a phase at the channels of a block.
+  // Computes one row of a phase for the channels of a block.
   void multiply(const Phase& phase, const Block& block, const uint16_t* copy, int64_t top, int64_t y,
                 const uint32_t* weights, const float* bias, uint16_t* out) const {
     const int64_t even = 2 * pairs, step = p.in_step[1] * even;

@@ -1,5 +1,5 @@
-// Convolutions tile by tile of the output: what convolution_winograd.h makes of images and weights is multiplied as
-// matrices, 16 products for each tile.
+// Winograd convolutions, tile by tile of the output. convolution_winograd.h transforms the images and weights. The 16
+// products of each tile are computed here as matrix products.
 #pragma once
 
 #include "convolution_images.h"
@@ -13,7 +13,7 @@ namespace pf::cpu::convolution {
 // The convolution, or the gradient of its input.
 class TiledImages {
  public:
-  // turned: the input is the gradient of the output, whose own input's gradient is wanted.
+  // If `turned`, the input is the gradient of the output, and the result is the gradient of the input.
   TiledImages(const Sizes& s, bool turned)
       : images(s.images),
         height(turned ? s.out_height : s.height),
@@ -30,7 +30,8 @@ class TiledImages {
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* weight, const float* bias, uint16_t* out,
            const Parallel& parallel) const {
-    // tiles of one part of the work: a multiple of the 8, 12 or 16 that `tiles_of` multiplies at once
+    // The number of tiles in one part of the work. It is a multiple of 8, 12 and 16, because `tiles_of` multiplies that
+    // many at once.
     constexpr int64_t together = 48;
     const int64_t pairs = (inputs + 1) / 2, pitch = (inputs + 15) / 16 * 16, of_weights = blocks.pitch * pairs;
     Lines<uint32_t> packed(products * of_weights);
@@ -86,7 +87,7 @@ class TiledImages {
   const Blocks blocks;
 };
 
-// The gradient of the weights: for each of the 16 products a matrix product over all tiles, in pairs of tiles.
+// The gradient of the weights. Each of the 16 products is a matrix product over all tiles, with pairs of tiles.
 class TiledWeightGradient {
  public:
   explicit TiledWeightGradient(const Sizes& sizes)
@@ -103,13 +104,13 @@ class TiledWeightGradient {
     }
   }
 
-  // Into `result` [outputs, 3, 3, inputs].
+  // Writes the gradient to `result` [outputs, 3, 3, inputs].
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) const {
     Lines<float> sums(products * total);
     std::memset(sums.get(), 0, products * total * sizeof(float));
     const int64_t tiles = s.images * grid.each, bytes = products * 2 * (of_gradient.pitch + of_input.pitch);
-    // so many tiles at a time that what is made of them stays in the cache near a core
+    // The number of tiles per step, so that their transformed data fit into the cache of a core.
     constexpr int64_t room = 1280 << 10;
     const int64_t fitting = std::clamp<int64_t>(room / bytes / few * few, few, (tiles + few - 1) / few * few);
     Lines<uint32_t> left(products * of_gradient.pitch * fitting / 2), right(products * of_input.pitch * fitting / 2);
@@ -134,7 +135,8 @@ class TiledWeightGradient {
   }
 
  private:
-  static constexpr int64_t few = 16;  // tiles of one part of the work, an even number
+  // The number of tiles in one part of the work. It must be even.
+  static constexpr int64_t few = 16;
   struct Part {
     Block many, single;
     int64_t sums;

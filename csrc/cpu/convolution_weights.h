@@ -1,5 +1,5 @@
-// The gradient of a convolution's weights: for each tap of the kernel a product of two matrices, channels of the input
-// times pixels, and pixels times channels of the output. Pairs are those of neighboring pixels of the output.
+// The gradient of a convolution's weights. For each tap of the kernel it is a product of two matrices: (input channels
+// x pixels) times (pixels x output channels). The two numbers of a pair come from neighboring pixels of the output.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,18 @@
 
 namespace pf::cpu::convolution {
 
-// Neighboring pairs of one row: where they begin among the positions of both sides.
+// A run of pairs in one row: the position at which it begins on both sides, and the number of pairs.
 struct Segment {
   int64_t gradient, input, pairs;
 };
-// One side of the products: where its pairs lie, and how far it is from one to the next.
+// One side of the products: its pairs, the numbers per position, and the step from one pair to the next.
 struct Side {
   const uint32_t* pairs;
   int64_t pitch, step;
 };
 
-// sums[B][16 V + 8 H] += over all pairs of all segments. V vectors of 16 channels and H of 8 are multiplied with each
-// of B single channels, all of whose sums stay in registers.
+// Adds the products of all pairs of all segments to sums[B][16 V + 8 H]. V vectors of 16 channels and H vectors of 8
+// channels are multiplied with B single channels. All sums remain in registers.
 template <int V, int H, int B>
 PF_PAIRS void weight_tile(const Side& many, const Side& single, const Segment* segments, int64_t count,
                           bool many_is_gradient, float* sums) {
@@ -75,7 +75,7 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   return made[(many + 7) / 8 - 1](singles);
 }
 
-// The gradient of the bias: the sum over all pixels, of 16 channels from `first` on.
+// The gradient of the bias: the sum over all pixels, for 16 channels from `first` on.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
   const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -90,7 +90,7 @@ PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_
                         _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-// Some rows of the output of one image.
+// Consecutive output rows of one image.
 struct Band {
   int64_t image, first, stop;
 };
@@ -103,7 +103,8 @@ class WeightGradient {
         of_gradient(many_is_gradient ? vectors(s.outputs, 3) : singles(s.outputs)),
         of_input(many_is_gradient ? singles(s.inputs) : vectors(s.inputs, 3)),
         pairs((s.out_width + 1) / 2),
-        // a column before the row, and one for each tap where the output's last pixel has no neighbor
+        // There is one extra column before the row. If the last output pixel has no neighbor, there is also one extra
+        // column per kernel column.
         columns(s.width + s.stride[1] + (s.out_width % 2 ? s.kernel[1] : 0)),
         taps(s.kernel[0] * s.kernel[1]) {
     const Blocks& many = many_is_gradient ? of_gradient : of_input;
@@ -116,8 +117,8 @@ class WeightGradient {
     }
   }
 
-  // Into `result` [outputs, kernel, kernel, inputs]; parallel(count, f) calls f(begin, end) for all parts of a range.
-  // Every sum runs over the pixels in one order, whoever makes it.
+  // Writes the gradient to `result` [outputs, kernel, kernel, inputs]. parallel(count, f) must call f(begin, end) for
+  // parts that together cover the range. Every sum adds the pixels in the same order, whichever thread computes it.
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) const {
     const auto parts = static_cast<int64_t>(tiles.size());
@@ -150,13 +151,13 @@ class WeightGradient {
     Block many, single;
     int64_t sums;
   };
-  // Both sides of a group, and of how many positions.
+  // The pairs of both sides of a group, and the number of positions on each side.
   struct Packed {
     const uint32_t *gradient, *input;
     int64_t gradients, inputs;
   };
 
-  // The first row of the input that a band reads, and how many there are.
+  // Returns the first input row that a band reads, and the number of input rows.
   std::pair<int64_t, int64_t> rows_of(const Band& band) const {
     const int64_t low = band.first * s.stride[0] - s.padding[0];
     const int64_t high = (band.stop - 1) * s.stride[0] - s.padding[0] + (s.kernel[0] - 1) * s.dilation[0];
@@ -164,7 +165,7 @@ class WeightGradient {
     return {first, std::max<int64_t>(0, stop - first)};
   }
 
-  // All bands, so many together as the cache near a core has room for, on both sides.
+  // Groups all bands. A group has as many bands as fit, with both sides, into the cache of a core.
   std::vector<std::vector<Band>> grouped() const {
     constexpr int64_t room = 2048 << 10;
     const int64_t out_row = pairs * of_gradient.pitch * 4, in_row = columns * of_input.pitch * 4;
@@ -189,7 +190,7 @@ class WeightGradient {
     return groups;
   }
 
-  // Returns the positions of both sides.
+  // Packs both sides of a group. Returns the number of positions on each side.
   template <class Parallel>
   std::pair<int64_t, int64_t> pack(const std::vector<Band>& group, const uint16_t* input, const uint16_t* gradient,
                                    uint32_t* left, uint32_t* right, const Parallel& parallel) const {
@@ -234,8 +235,8 @@ class WeightGradient {
       uint32_t* place = to + block.before * positions + position * block.pitch;
       pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
       if (s.out_width % 2) {
-        // Alone, so that what the output does not reach is not multiplied, not even with a zero. Its neighbor is so far
-        // away that it lies beyond every row.
+        // The last pixel has no neighbor. It gets a pair of its own, with a distance that reaches beyond every row. So
+        // pixels that the output does not reach are never multiplied, not even by zero.
         place += (s.width + stride) * block.pitch;
         const int64_t last = (s.out_width - 1) * stride - s.padding[1];
         pack_pairs(row, s.width, s.inputs, block, last, s.dilation[1], int64_t{1} << 40, s.kernel[1], place);
@@ -243,7 +244,8 @@ class WeightGradient {
     }
   }
 
-  // By tap, all rows of a group. Rows and pixels at which the tap sees nothing of the input are left out.
+  // Returns the segments of each tap, for all rows of a group. Rows and pixels for which the tap is outside the input
+  // are omitted.
   std::vector<std::vector<Segment>> segments_of(const std::vector<Band>& group) const {
     std::vector<std::vector<Segment>> made(taps);
     const int64_t stride = s.stride[1];

@@ -1,12 +1,14 @@
-// Convolutions of 3 x 3 taps and stride 1 by Winograd's algorithm F(2 x 2, 3 x 3): an output of 2 x 2 pixels takes 16
-// products for each pair of channels, where the sums as they are written take 36.
+// Convolutions with 3 x 3 taps and stride 1 by Winograd's algorithm F(2 x 2, 3 x 3). An output tile of 2 x 2 pixels
+// needs 16 products per pair of channels. A direct convolution needs 36.
 //
-//     Y = A' [(G g G') * (B' d B)] A      d 4 x 4 pixels of the input, g the kernel, Y 2 x 2 pixels, * by elements
+// Y = A' [(G g G') * (B' d B)] A
 //
-// The gradient of the weights is G' [(A Y A') * (B' d B)] G summed over the tiles. What is multiplied is made in
-// float32 and rounded to bfloat16 once more, hence errors of about twice those of rounding images and weights.
+// d is a tile of 4 x 4 input pixels, g is the kernel, Y is a tile of 2 x 2 output pixels, and * multiplies elements.
+// The gradient of the weights is G' [(A Y A') * (B' d B)] G, summed over the tiles. The factors are computed in float32
+// and then rounded to bfloat16. This extra rounding makes the errors about twice as large as those from rounding the
+// images and weights alone.
 //
-// With a dilation of D the pixels D apart are an image of their own, of which there are D x D.
+// With dilation D, pixels at distance D form an image of their own. There are D x D such images.
 #pragma once
 
 #include <algorithm>
@@ -17,14 +19,15 @@
 
 namespace pf::cpu::convolution {
 
-constexpr int64_t products = 16;  // of a tile
+// The number of products of a tile.
+constexpr int64_t products = 16;
 
-// The upper left pixel of a tile's output.
+// The upper left pixel of an output tile.
 struct Spot {
   int64_t image, row, column;
 };
 
-// The tiles of an output, in order.
+// The tiles of an output, in order. `each` is the number of tiles per image.
 struct Grid {
   int64_t rows, columns, dilation[2], phases[2], tiles[2], each;
 
@@ -45,10 +48,11 @@ struct Grid {
   }
 };
 
-// True if tiles are faster than the sums as they are written. With few channels, and with fewer tiles than `least`,
-// most of the time would go into the work before and after the products. With a large padding or dilation the sums are
-// short, since they leave out the zeros of the border: tiles must need less than 3/4 of their products. The answer
-// depends on one image alone, so that the same image has the same result in every batch.
+// Returns true if Winograd's algorithm is faster than a direct convolution. With few channels or fewer tiles than
+// `least`, most of the time would be spent before and after the products. A direct convolution omits the zeros of the
+// border, so it has few products if the padding or the dilation is large. Winograd's algorithm is used only if it needs
+// less than 3/4 of those products. The decision depends only on the sizes of one image, so an image has the same result
+// in every batch.
 inline bool by_tiles(const Sizes& s, int64_t least) {
   if (s.kernel[0] != 3 || s.kernel[1] != 3 || s.stride[0] != 1 || s.stride[1] != 1) return false;
   const int64_t tiles = Grid(s.out_height, s.out_width, s.dilation).each;
@@ -70,7 +74,7 @@ using Floats = __m512[4][4];
 
 PF_PAIRS_INLINE __m256i rounded_numbers(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// B' d B, in place.
+// Replaces d by B' d B.
 PF_PAIRS_INLINE void spread_input(Floats& d) {
   PF_UNROLL for (int k = 0; k < 4; ++k) {
     const __m512 a = d[k][0], b = d[k][1], c = d[k][2], e = d[k][3];
@@ -88,7 +92,8 @@ PF_PAIRS_INLINE void spread_input(Floats& d) {
   }
 }
 
-// The pixels that a tile of the output is made of, 4 x 4 of the input or 2 x 2 of the gradient: those that there are.
+// The pixels of one tile: 4 x 4 pixels of the input, or 2 x 2 pixels of the gradient. `seen` is 0 for pixels outside
+// the image.
 struct Pixels {
   const uint16_t* from[16];
   __mmask16 seen[16];
@@ -103,14 +108,14 @@ struct Pixels {
       seen[i] = inside ? 0xffff : 0;
     }
   }
-  // Pixels of no tile.
+  // A tile without pixels.
   explicit Pixels(const uint16_t* images) {
     std::fill_n(from, 16, images);
     std::fill_n(seen, 16, __mmask16(0));
   }
 };
 
-// 16 channels from `c` on of B' d B.
+// Computes B' d B for 16 channels from `c` on.
 PF_PAIRS_INLINE void spread_input(const Pixels& pixels, int64_t c, __mmask16 mask, Floats& d) {
   PF_UNROLL for (int i = 0; i < 16; ++i) {
     d[i / 4][i % 4] = load_numbers(pixels.from[i] + c, static_cast<__mmask16>(mask & pixels.seen[i]));
@@ -118,7 +123,7 @@ PF_PAIRS_INLINE void spread_input(const Pixels& pixels, int64_t c, __mmask16 mas
   spread_input(d);
 }
 
-// The same of A Y A'.
+// Computes A Y A' for 16 channels from `c` on.
 PF_PAIRS_INLINE void spread_gradient(const Pixels& pixels, int64_t c, __mmask16 mask, Floats& d) {
   const __m512 zero = _mm512_setzero_ps();
   __m512 y[4], half[4][2];
@@ -139,7 +144,8 @@ PF_PAIRS_INLINE void spread_gradient(const Pixels& pixels, int64_t c, __mmask16 
   }
 }
 
-// B' d B of a tile at all channels, to[16][plane], `pitch` numbers each, a multiple of 16, zeros behind the channels.
+// Computes B' d B of a tile for all channels, into to[16][plane]. There are `pitch` numbers, a multiple of 16, with
+// zeros after the channels.
 PF_PAIRS inline void take_input(const Pixels& pixels, int64_t channels, int64_t pitch, int64_t plane, uint16_t* to) {
   for (int64_t c = 0; c < pitch; c += 16) {
     Floats d;
@@ -150,8 +156,8 @@ PF_PAIRS inline void take_input(const Pixels& pixels, int64_t channels, int64_t 
   }
 }
 
-// Pairs (one tile, the next), to[16][plane]: of the gradient's tiles or the input's, at all channels. Blocks begin at
-// multiples of 8, and each has room for `positions` pairs.
+// Writes pairs (tile, next tile) into to[16][plane] for all channels, from tiles of the gradient or of the input.
+// Blocks begin at multiples of 8. Each block has room for `positions` pairs.
 template <bool gradient>
 PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t channels, const Blocks& blocks,
                          int64_t position, int64_t positions, uint32_t* to) {
@@ -186,7 +192,7 @@ PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t chan
   }
 }
 
-// G' m G of 16 sums side by side, of each of the products `step` numbers apart, to[9][16].
+// Computes G' m G for 16 sums, into to[9][16]. The sums of two products are `step` numbers apart.
 PF_PAIRS inline void give_kernel(const float* sums, int64_t step, __mmask16 mask, float* to) {
   const __m512 half = _mm512_set1_ps(0.5f);
   __m512 rows[3][4];
@@ -206,7 +212,7 @@ PF_PAIRS inline void give_kernel(const float* sums, int64_t step, __mmask16 mask
   }
 }
 
-// G g G' of 16 channels side by side; the taps lie `step` numbers apart, the other way round if turned.
+// Computes G g G' for 16 channels. The taps are `step` numbers apart, and are read in reverse order if `turned`.
 PF_PAIRS_INLINE void spread_kernel(const uint16_t* from, int64_t step, bool turned, __mmask16 mask, Floats& u) {
   const __m512 half = _mm512_set1_ps(0.5f);
   __m512 g[3][3], rows[4][3];
@@ -231,7 +237,7 @@ PF_PAIRS_INLINE void spread_kernel(const uint16_t* from, int64_t step, bool turn
   }
 }
 
-// Columns of 8 x 8 numbers, the first `count`, to rows that are `pitch` numbers apart.
+// Transposes the first `count` columns of 8 x 8 numbers into rows. The rows are `pitch` numbers apart.
 PF_PAIRS_INLINE void store_columns(const uint32_t (*from)[8], int64_t count, int64_t pitch, uint32_t* to) {
   __m256i x[8], y[8];
   PF_UNROLL for (int i = 0; i < 8; ++i) x[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(from[i]));
@@ -254,10 +260,12 @@ PF_PAIRS_INLINE void store_columns(const uint32_t (*from)[8], int64_t count, int
   }
 }
 
-// Weights of a convolution [outputs, 9, inputs] as pairs of neighboring inputs, to[16][block][pair][channels].
+// Packs the weights of a convolution [outputs, 9, inputs] as pairs of neighboring inputs, into
+// to[16][block][pair][channels].
 PF_PAIRS inline void pack_kernels(const uint16_t* weight, int64_t inputs, const Blocks& blocks, uint32_t* to) {
   const int64_t pairs = (inputs + 1) / 2, plane = blocks.pitch * pairs;
-  alignas(32) uint32_t made[16][8][8];  // [product][output][pair]
+  // [product][output][pair]
+  alignas(32) uint32_t made[16][8][8];
   for (const Block& block : blocks.list) {
     uint32_t* place = to + block.before * pairs;
     for (int64_t o = 0; o < block.pitch; o += 8) {
@@ -277,7 +285,8 @@ PF_PAIRS inline void pack_kernels(const uint16_t* weight, int64_t inputs, const 
     }
   }
 }
-// The same of the convolution that is the gradient of the input: pairs of neighboring outputs, the kernel turned.
+// Like pack_kernels, for the convolution that computes the gradient of the input: pairs of neighboring outputs, and a
+// turned kernel.
 PF_PAIRS inline void pack_turned_kernels(const uint16_t* weight, int64_t outputs, int64_t inputs, const Blocks& blocks,
                                          uint32_t* to) {
   const int64_t pairs = (outputs + 1) / 2, plane = blocks.pitch * pairs;
@@ -304,7 +313,7 @@ PF_PAIRS inline void pack_turned_kernels(const uint16_t* weight, int64_t outputs
   }
 }
 
-// A' m A of one tile at the channels of a block, with the bias, to the pixels of the output that there are.
+// Computes A' m A of one tile plus the bias, for the channels of a block. Writes the pixels that lie within the output.
 PF_PAIRS inline void give_output(const float* sums, int64_t plane, const Block& block, const float* bias,
                                  const Spot& spot, const Grid& grid, int64_t channels, uint16_t* out) {
   uint16_t* to[4];

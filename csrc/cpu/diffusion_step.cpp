@@ -1,4 +1,4 @@
-// Without fused multiply-adds a step without noise has the bits of the reference.
+// Without fused multiply-adds, a step without noise has the same bits as the reference.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -14,11 +14,13 @@
 namespace pf::cpu {
 namespace {
 
-constexpr int64_t chunk = 2048;  // elements of a row that are worked on at once; they stay in the cache
+// The number of elements of a row that are computed at once. They fit into the cache.
+constexpr int64_t chunk = 2048;
 constexpr int coefficients_of_a_row = 8;
-constexpr uint64_t steps = 1 << 16;  // purify_fast.ops.diffusion_step.STEPS
+// Must be equal to purify_fast.ops.diffusion_step.STEPS.
+constexpr uint64_t steps = 1 << 16;
 
-// v is null where variances are not learned, noise where there is none.
+// v is null if variances are not learned. `noise` is null if there is no noise.
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_loop(const W* x, const T* m, const T* v, const float* noise, StepCoefficients<W> k, W* out,
                             int64_t n) {
@@ -34,7 +36,7 @@ PF_INLINE void forward_loop(const W* x, const T* m, const T* v, const float* noi
     });
   }
 }
-// At most a chunk. to_v is null where variances are not learned.
+// Computes at most one chunk. to_v is null if variances are not learned.
 template <class T, class W = wide_t<T>>
 PF_INLINE void backward_loop(const W* grad, const W* x, const T* m, const T* v, const float* noise,
                              StepCoefficients<W> k, W* to_x, T* to_m, T* to_v, int64_t n) {
@@ -73,13 +75,14 @@ PF_INLINE void backward_loop(const W* grad, const W* x, const T* m, const T* v, 
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// A row of the prediction or of its gradient: a plane of pixels for each channel, or its channels for each pixel.
+// The layout of a row of the prediction, or of its gradient: contiguous (a plane of pixels per channel) or
+// channels_last (all channels per pixel).
 struct Planes {
   int64_t channels, pixels;
   bool channels_last;
 };
-// f(offset in memory, count) for `count` elements from `first` on, counted as in a contiguous row; those of one f are
-// the channels apart.
+// Calls f(offset in memory, count) for parts of the `count` elements from `first` on, where elements are counted as in
+// a contiguous row. Elements of one part belong to one channel, so they are `channels` elements apart in memory.
 template <class F>
 void for_planes(Planes planes, int64_t first, int64_t count, F f) {
   for (const int64_t end = first + count; first < end;) {
@@ -88,7 +91,7 @@ void for_planes(Planes planes, int64_t first, int64_t count, F f) {
     first = stop;
   }
 }
-// Elements of a row next to each other: where they are, or in `buffer`.
+// Returns a pointer to contiguous elements of a row. It copies them into `buffer` if the row is channels_last.
 template <class T>
 const T* gathered(const T* row, Planes planes, int64_t first, int64_t count, T* buffer) {
   if (!planes.channels_last) return row + first;
@@ -98,7 +101,7 @@ const T* gathered(const T* row, Planes planes, int64_t first, int64_t count, T* 
   });
   return buffer;
 }
-// From `buffer` to where they belong.
+// Copies the elements of `buffer` to their places in a channels_last row.
 template <class T>
 void scatter(const T* buffer, T* row, Planes planes, int64_t first, int64_t count) {
   for_planes(planes, first, count, [&](int64_t at, int64_t some) {
@@ -106,9 +109,10 @@ void scatter(const T* buffer, T* row, Planes planes, int64_t first, int64_t coun
   });
 }
 
-// The arguments of a call beside its tensors of images.
+// The arguments of a call, apart from the images.
 struct Job {
-  int64_t rows, n;  // n: elements of a row of x
+  // n is the number of elements in a row of x.
+  int64_t rows, n;
   Planes planes;
   bool learned, noisy;
   Key key;
@@ -121,10 +125,11 @@ struct Job {
   template <class W>
   StepCoefficients<W> of_row(int64_t row) const {
     const W* k = data<W>(coefficients) + (coefficients.dim() == 2 ? row * coefficients_of_a_row : 0);
-    const W image = k[2] == k[2] ? k[3] : k[2];  // comparisons would not see that a clip is NaN
+    // Comparisons ignore a NaN clip, so a NaN clip also replaces the coefficient of the image.
+    const W image = k[2] == k[2] ? k[3] : k[2];
     return {k[0], k[1], k[2], image, k[4], k[5], k[6], k[7]};
   }
-  // Normals of count elements of a row from `first` on, a multiple of 4.
+  // Draws normal numbers for `count` elements of a row, from `first` on. `first` must be a multiple of 4.
   void draw(int64_t row, int64_t first, int64_t count, float* noise) const {
     const auto word = static_cast<uint32_t>(static_cast<uint64_t>(draws[row]) * steps + step);
     fill_groups(Distribution::normal, key, word, static_cast<uint32_t>(sample_ids[row]), Stream::diffusion, first / 4,
@@ -132,7 +137,7 @@ struct Job {
   }
 };
 
-// A prediction as the loops read it: contiguous, or channels_last.
+// The loops below read a prediction that is contiguous or channels_last. Other layouts are copied.
 bool has_last(const Tensor& x) { return x.dim() == 4 && is_channels_last(x); }
 Tensor in_planes(const Tensor& x) { return has_last(x) ? x : dense(x); }
 Tensor new_planes(const Tensor& x) {
@@ -155,7 +160,8 @@ Job job_of(const Tensor& x, const Tensor& prediction, const Tensor& coefficients
           coefficients};
 }
 
-// f(row, first, count) over the elements of all rows, a chunk at a time; `cost` of an element in those of a copy.
+// Calls f(row, first, count) for the elements of all rows, one chunk at a time. `cost` is the work per element,
+// measured in copies of an element.
 template <class F>
 void for_chunks(const Job& job, int64_t cost, const F& f) {
   const int64_t chunks = (job.n + chunk - 1) / chunk;

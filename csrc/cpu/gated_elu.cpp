@@ -5,11 +5,13 @@
 namespace pf::cpu {
 namespace {
 
-// A row is n numbers a, then n numbers b. Elements are counted over all rows' halves; they are worked on in tiles, so
-// that loops are long whatever n is: one row per image, or per pixel in channels_last.
+// A row has n numbers a, followed by n numbers b. Elements are counted through the halves a of all rows. They are
+// processed in tiles, so that loops are long for every n. There is one row per image, or one row per pixel in
+// channels_last.
 constexpr int64_t tile = 1024;
 
-// f(offset in the tile, place of a in the rows, length) for every stretch of elements [first, first + count).
+// Calls f(offset in the tile, index of a in the rows, length) for every contiguous part of the elements [first, first +
+// count).
 template <class F>
 PF_INLINE void for_each_stretch(int64_t first, int64_t count, int64_t n, F f) {
   int64_t row = first / n, at = first % n;
@@ -73,7 +75,7 @@ PF_INLINE void backward_loop(const T* grad, const T* features, T* out, int64_t n
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Half of the elements of what lies within one index of the dimensions before `dim`.
+// Half of the number of elements in the dimensions from `dim` on.
 int64_t half_row(const Tensor& features, int64_t dim) {
   int64_t n = 1;
   for (int64_t i = dim; i < features.dim(); ++i) n *= features.size(i);

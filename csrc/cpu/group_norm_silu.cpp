@@ -9,11 +9,13 @@ namespace {
 using convolution::Lines;
 using convolution::load_numbers;
 
-constexpr int64_t lanes = 16;  // channels of a vector
+// The number of channels in a vector.
+constexpr int64_t lanes = 16;
 constexpr __mmask16 all = 0xffff;
 
 struct Sizes {
-  int64_t images, pixels, channels, width;  // width: channels of a group, a multiple of 16
+  // `width` is the number of channels in a group, a multiple of 16.
+  int64_t images, pixels, channels, width;
   float eps;
   int64_t groups() const { return channels / width; }
 };
@@ -22,13 +24,15 @@ PF_PAIRS_INLINE void store_numbers(uint16_t* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// The sigmoid, to 1e-4 of itself: results are rounded to bfloat16, whose numbers are 4e-3 apart. NaN stays.
+// The sigmoid, with a relative error of 1e-4. The results are rounded to bfloat16, which has a relative spacing of
+// 4e-3. NaN gives NaN.
 PF_PAIRS_INLINE __m512 sigmoid(__m512 x) {
-  // 2^t = exp(-x), finite; 2^t = 2^whole 2^rest with the rest between -1/2 and 1/2
+  // 2^t = exp(-x), which is finite. 2^t = 2^whole 2^rest, with `rest` between -1/2 and 1/2.
   const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
   const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(t, whole);
-  __m512 p = _mm512_set1_ps(0.0096181291f);  // Taylor's, ln(2)^k / k!
+  // The coefficients of the Taylor series are ln(2)^k / k!.
+  __m512 p = _mm512_set1_ps(0.0096181291f);
   p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.0555041087f));
   p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.240226507f));
   p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.693147181f));
@@ -36,12 +40,13 @@ PF_PAIRS_INLINE __m512 sigmoid(__m512 x) {
   return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, whole)));
 }
 
-// 16 channels of a group: (x - center) is multiplied by the group's 1 / deviation, then by weight, and bias is added.
+// The transform of 16 channels of a group: (x - center) * scale + bias. `scale` includes the group's 1 / deviation and
+// the weight.
 struct Affine {
   __m512 center, scale, bias;
 };
 
-// The numbers of a group of an image, for `Affine`.
+// The mean and the deviation of one group of one image.
 class Group {
  public:
   PF_PAIRS Group(const Sizes& sizes, const uint16_t* first, const float* moved) : s(sizes), x(first), shift(moved) {
@@ -49,7 +54,8 @@ class Group {
     Lines<float> means(s.width), squares(s.width);
     mean = 0;
     for (int64_t c = 0; c < s.width; c += lanes) {
-      // differences to the first pixel: squares of large numbers would lose the digits of the deviation
+      // Squares of large numbers would lose the digits of the deviation, so the sums use differences from the first
+      // pixel.
       const __m512 pivot = at(0, c), zero = _mm512_setzero_ps();
       __m512 sums[4] = {zero, zero, zero, zero}, products[4] = {zero, zero, zero, zero};
       for (int64_t p = 0; p < s.pixels; p += 4) {
@@ -91,7 +97,7 @@ class Group {
   const float* shift;
 };
 
-// The input of both directions; `shift` [rows, channels], one row or one for each image, or null.
+// The inputs of both directions. `shift` [rows, channels] has one row, or one row per image, or is null.
 struct Operands {
   const uint16_t* x;
   const float *weight, *bias, *shift;
@@ -132,7 +138,8 @@ PF_PAIRS void backward_group(const Sizes& s, const Operands& in, const uint16_t*
       const __m512 d = _mm512_sub_ps(group.at(p, c), a.center), n = _mm512_fmadd_ps(d, a.scale, a.bias);
       const __m512 near = sigmoid(n), far = _mm512_sub_ps(one, near);
       const __m512 slope = _mm512_mul_ps(near, _mm512_fmadd_ps(n, far, one));
-      // the gradient of (x - center) times 1 / deviation, of which that of the mean and the deviation is taken below
+      // m is the gradient of (x - center), without the parts that come through the mean and the deviation. The second
+      // loop subtracts them.
       const __m512 g = load_numbers(grad + first + p * s.channels + c, all);
       const __m512 m = _mm512_mul_ps(_mm512_mul_ps(g, slope), a.scale);
       sums = _mm512_add_ps(sums, m);
@@ -162,17 +169,17 @@ Tensor words_of(const Tensor& x, const char* name) {
 }
 const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
-// f(sizes, operands, result) for a result like x; nothing if it is empty.
+// Calls f(sizes, operands, result), where the result has the shape of x. Does not call f if the result is empty.
 template <class F>
 Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& shift,
             int64_t groups, double eps, F f) {
   const Tensor x = words_of(images, "x");
   const int64_t count = x.size(0), channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(groups > 0 && channels % (groups * lanes) == 0,
-                  "group_norm_silu: groups must be of 16 channels each, "
-                  "or of a multiple");
+                  "group_norm_silu: the channels per group must be a multiple of 16; there are ", channels,
+                  " channels in ", groups, " groups");
   STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels,
-                  "group_norm_silu: weight and bias must be one number per channel");
+                  "group_norm_silu: weight and bias must have ", channels, " numbers, one per channel");
   const Tensor w = dense(weight, ScalarType::Float), b = dense(bias, ScalarType::Float);
   std::optional<Tensor> moved;
   if (shift.has_value()) {
@@ -217,8 +224,8 @@ Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bia
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
-  // elsewhere there is no kernel, and the reference serves
-  if (pf::cpu::convolution::supported()) {
+  // Other processors have no kernel, and purify_fast runs the reference there.
+  if (pf::cpu::convolution::has_pairs()) {
     m.impl("group_norm_silu", TORCH_BOX(&pf::cpu::group_norm_silu));
     m.impl("group_norm_silu_backward", TORCH_BOX(&pf::cpu::group_norm_silu_backward));
   }

@@ -1,8 +1,9 @@
-// Rows of [cells][cells] matrices as sums of other rows, moved: a query's row of keys, where both positions are cells
-// of one grid, in row-major order, and move together.
+// Computes rows of [cells][cells] matrices as sums of shifted rows. A row belongs to a query and has a number for every
+// key. Queries and keys are cells of the same grid, in row-major order. In each term, the query and the key are shifted
+// by the same step.
 //
-// 64 bytes are added at a time. What is moved beyond a row, or beyond the grid, is masked bit by bit, so that NaN there
-// is not seen; rows have room for a whole number of 64 bytes, and what lies beside them may be read.
+// The code adds 64 bytes at a time. Bit masks remove numbers from beyond a row or beyond the grid, so a NaN there has
+// no effect. Every row has room for a multiple of 64 bytes, and the memory next to a row may be read.
 #pragma once
 
 #include <cstring>
@@ -12,7 +13,7 @@
 
 namespace pf::cpu {
 
-// 64 bytes of W, and the integers of its size.
+// Vectors of 64 bytes: numbers of type W, and integers of the same size.
 template <class W>
 struct Lanes {
   using Word = int32_t;
@@ -27,14 +28,14 @@ struct Lanes<double> {
 };
 template <class W>
 using word_of_t = typename Lanes<W>::Word;
-// Rows are padded to so many numbers.
+// The lengths of rows are rounded up to a multiple of this number.
 constexpr int64_t whole_lanes = 16;
 PF_INLINE int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / whole_lanes * whole_lanes; }
-// How far beside a matrix its moved rows are read.
+// How far outside a matrix the shifted rows may be read.
 PF_INLINE int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
 
-// The bits of 64 bytes of numbers at `from`, whatever it holds; vectors are results by reference, since without
-// instructions for them they cannot be returned.
+// Loads 64 bytes of numbers at `from` as bits. The vector is an output argument, because functions cannot return a
+// vector on processors without instructions for it.
 template <class Words>
 PF_INLINE void load_lanes(const float* from, Words& out) {
   std::memcpy(&out, from, sizeof out);
@@ -59,14 +60,14 @@ PF_INLINE void load_lanes(const half* from, Words& out) {
   std::memcpy(&out, numbers, sizeof out);
 }
 
-// One row of a sum: the numbers from `from` on, where the mask has its bits.
+// One term of a sum of rows: the numbers from `from` on, in the places where the mask has set bits.
 template <class T, class W = wide_t<T>>
 struct Term {
   const T* from;
   const word_of_t<W>* mask;
 };
 
-// out[i] = the sum of the terms, i < size, a whole number of lanes.
+// out[i] = the sum of the terms at i, for i < size. `size` is a multiple of the vector length.
 template <int count, class T, class W = wide_t<T>>
 PF_INLINE void sum_terms(const Term<T>* terms, W* out, int64_t size) {
   using Numbers = typename Lanes<W>::Numbers;
@@ -85,7 +86,8 @@ PF_INLINE void sum_terms(const Term<T>* terms, W* out, int64_t size) {
   }
 }
 
-// A quarter of the sums of the nine neighbours' terms that reach each of the four phases: four rows of `size` numbers.
+// For each of the four phases, computes a quarter of the sum of those neighbour terms (of nine) that reach the phase.
+// Writes four rows with `size` numbers.
 template <class W>
 PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
   using Numbers = typename Lanes<W>::Numbers;
@@ -112,7 +114,7 @@ PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
   }
 }
 
-// Which keys may be moved where, for every move that the op knows.
+// The masks of all shifts: which keys have a key at the shifted position.
 template <class W>
 class Masks {
  public:
@@ -136,14 +138,15 @@ class Masks {
   }
 
   PF_INLINE int64_t size() const { return size_; }
-  // the mask of the keys that have a neighbour `down` and `right` of them, each within -1 .. 1
+  // The mask of the keys that have a neighbour `down` rows below and `right` columns to the right. Both are -1, 0 or 1.
   PF_INLINE const Word* neighbour(int down, int right) const { return mask(3 * (down + 1) + right + 1); }
   PF_INLINE const Word* every() const { return neighbour(0, 0); }
   PF_INLINE const Word* none() const { return mask(none_); }
-  // in row-major order, of the keys that are not the first, and not the last
+  // In row-major order: all keys except the first, and all keys except the last.
   PF_INLINE const Word* before() const { return mask(before_); }
   PF_INLINE const Word* after() const { return mask(after_); }
-  // in column-major order: whose next key is below, or the top of the next column; and the other way
+  // In column-major order, the next key is the cell below, or the top of the next column. `below` and `next_top` mask
+  // the keys of the two cases. `above` and `last_bottom` do the same for the previous key.
   PF_INLINE const Word* below() const { return mask(below_); }
   PF_INLINE const Word* next_top() const { return mask(next_top_); }
   PF_INLINE const Word* above() const { return mask(above_); }
@@ -158,7 +161,7 @@ class Masks {
   std::vector<Word> words_;
 };
 
-// A matrix in scratch memory, its rows `stride` apart, with room beside it.
+// A matrix in scratch memory. Its rows are `stride` apart, and the memory around it may be read.
 template <class T>
 struct Padded {
   const T* begin;
@@ -166,7 +169,8 @@ struct Padded {
   PF_INLINE const T* at(int64_t row, int64_t column) const { return begin + row * stride + column; }
 };
 
-// Dense matrices one after the other, beside which nothing may be read: the ends are copied.
+// Contiguous matrices in memory whose surroundings must not be read. Reads that could cross an end use a padded copy of
+// that end.
 template <class T>
 class Dense {
  public:
@@ -181,7 +185,7 @@ class Dense {
     tail_ = tail - (numbers_ - kept);
   }
 
-  // `row` counts through all matrices
+  // `row` counts through all matrices.
   PF_INLINE const T* at(int64_t row, int64_t column) const {
     const int64_t offset = row * cells_ + column;
     if (offset < 0) return head_ + offset;
@@ -196,7 +200,8 @@ class Dense {
   const T* tail_;
 };
 
-// The nine neighbours of query n, and of every key the neighbour on the same side; the matrix's first row is `first`.
+// The nine terms of query n: for each neighbour of the query, its row, with every key shifted to the neighbour on the
+// same side. `first` is the index of the first row of the matrix.
 template <class T, class Matrix>
 PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
                                Term<T>* terms) {
@@ -210,8 +215,8 @@ PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_
     }
   }
 }
-// The rows of the four phases' gradients whose sum, quartered, is that of row n of the weights; the first phase's first
-// row is `first`.
+// The terms whose sum, divided by 4, is the gradient of row n of the weights. They are rows of the gradients of the
+// four phases. `first` is the index of the first row of the first phase.
 template <class T>
 PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
                            Term<T>* terms) {
@@ -227,7 +232,7 @@ PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64
     }
   }
 }
-// Row n and what lies before and behind it on the diagonal, in row-major order.
+// Row n, and its two neighbours along the diagonal in row-major order.
 template <class T>
 PF_INLINE void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const bool last = n == cells - 1;
@@ -235,7 +240,8 @@ PF_INLINE void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide
   terms[1] = n > 0 ? Term<T>{x.at(n - 1, -1), masks.before()} : Term<T>{x.at(n, 0), masks.none()};
   terms[2] = last ? Term<T>{x.at(n, 0), masks.none()} : Term<T>{x.at(n + 1, 1), masks.after()};
 }
-// The same in column-major order: below the last cell of a column comes the first of the next.
+// Row n, and its neighbours along the diagonal in column-major order. The top of a column follows the last cell of the
+// previous column.
 template <class T>
 PF_INLINE void column_terms(Padded<T> x, Grid grid, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const int64_t cells = grid.cells(), width = grid.width, wrap = cells - 1 - width;

@@ -14,7 +14,8 @@
 namespace pf::cpu {
 namespace {
 
-constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
+// The number of random numbers that are drawn at once. They fit into the cache.
+constexpr int64_t chunk = 2048;
 
 template <class T, class W = wide_t<T>>
 PF_INLINE void replay_loop(const T* x, const float* uniform, T* out, int64_t n, W eps, W lo, W hi) {
@@ -28,7 +29,7 @@ PF_INLINE void replay_loop(const T* x, const float* uniform, T* out, int64_t n, 
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Who is replayed, a byte for each sample.
+// Returns one byte per sample: 1 if the sample is replayed.
 std::vector<uint8_t> who(const Tensor& drift, const Tensor& tau) {
   std::vector<uint8_t> chosen(drift.numel());
   const Tensor values = dense(drift), limit = dense(tau, drift.scalar_type());

@@ -1,4 +1,4 @@
-// One over the norms of the 3x3 patches around every cell of a grid, and their gradient, beside the pixels' products.
+// Computes 1 / norm of the 3x3 patch around every cell of a grid, and its gradient, from the products of the pixels.
 #pragma once
 
 #include "../core/contextual_attention.h"
@@ -7,7 +7,7 @@ namespace pf::cpu {
 
 constexpr double smallest_norm = 1e-4;
 
-// f(j) for the cell i and its neighbours.
+// Calls f(j) for the cell i and each of its neighbours.
 template <class F>
 PF_INLINE void for_neighbours(Grid grid, int64_t i, F f) {
   const int64_t y = i / grid.width, x = i % grid.width;
@@ -18,13 +18,13 @@ PF_INLINE void for_neighbours(Grid grid, int64_t i, F f) {
   }
 }
 
-// 1 / max(norm, 1e-4) of a patch, of the sum of its squares; the squares are clamped, not their root.
+// 1 / max(norm, 1e-4) of a patch, from the sum of its squares. The clamp acts on the sum of squares, before the root.
 template <class W>
 W inverse_norm(W squares) {
   return 1 / pf::sqrt(max_nan(squares, static_cast<W>(smallest_norm * smallest_norm)));
 }
 
-// From the products of the pixels [cells][cells], whose diagonal has the squares.
+// `products` [cells][cells] are the products of the pixels. Their diagonal contains the squares.
 template <class W>
 void inverse_norms(const W* products, Grid grid, W* out) {
   for (int64_t i = 0; i < grid.cells(); ++i) {
@@ -34,13 +34,13 @@ void inverse_norms(const W* products, Grid grid, W* out) {
   }
 }
 
-// Adds to the diagonal of `slopes` [cells][cells] what a pixel is multiplied by for its gradient through the norms.
-// to_inverse, the gradient of the inverse norms, is overwritten.
+// Adds the part of the gradient that comes from the norms to the diagonal of `slopes` [cells][cells]. A diagonal entry
+// is a factor of the pixel itself. Overwrites to_inverse, the gradient of the inverse norms.
 template <class W>
 void add_norm_slopes(W* to_inverse, const W* inverse, Grid grid, W* slopes) {
   const W clamped = inverse_norm(W(0));
   for (int64_t i = 0; i < grid.cells(); ++i) {
-    // minus the third power is twice the slope of 1 / sqrt(squares), and that of the squares is twice the pixel
+    // -inverse^3 is twice the derivative of 1 / sqrt(squares), and the derivative of the squares is twice the pixel.
     const W slope = -to_inverse[i] * inverse[i] * inverse[i] * inverse[i];
     to_inverse[i] = inverse[i] == clamped ? W(0) : slope;
   }
@@ -49,7 +49,7 @@ void add_norm_slopes(W* to_inverse, const W* inverse, Grid grid, W* slopes) {
   }
 }
 
-// x [n][n] into x + its transpose, tile by tile.
+// Replaces x [n][n] by x + its transpose, tile by tile.
 template <class W>
 void add_transpose(W* x, int64_t n) {
   constexpr int64_t tile = 16;

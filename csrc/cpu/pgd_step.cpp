@@ -12,8 +12,8 @@ PF_INLINE void linf_loop(const T* x, const T* grad, const T* x_nat, T* out, int6
   });
 }
 
-// step(x, grad, x_nat, out, scratch) for one sample. float16 is widened once, not in each of its passes (the conversion
-// is long): that takes 4 n numbers of scratch.
+// Calls step(x, grad, x_nat, out, scratch) for one sample. The step reads its inputs several times, so float16 is
+// converted once, before the step. The conversion needs 4 n numbers of scratch memory.
 template <class T, class W, class F>
 PF_INLINE void widened(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, W* scratch, F step) {
   if constexpr (std::is_same_v<T, half>) {
@@ -86,7 +86,8 @@ Tensor pgd_step(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, i
       });
     } else if (static_cast<Norm>(norm) == Norm::l1) {
       const auto share = static_cast<int64_t>(density * static_cast<double>(n) + 0.5), k = share > 0 ? share : 1;
-      parallel_rows(samples, 10 * n, [&](int64_t begin, int64_t end) {  // some fifty short passes
+      // The step of a sample makes about fifty short passes over its elements.
+      parallel_rows(samples, 10 * n, [&](int64_t begin, int64_t end) {
         std::vector<W> scratch((wider + 3) * n);
         for (int64_t b = begin; b < end; ++b) {
           l1(px + b * n, pg + b * n, pn + b * n, to + b * n, n, step(b), k, scratch.data());

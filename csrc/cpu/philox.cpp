@@ -1,4 +1,4 @@
-// Without fused multiply-adds the normals have the same bits on every CPU and GPU.
+// Without fused multiply-adds, the normal numbers have the same bits on every CPU and GPU.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -10,8 +10,9 @@
 #include <algorithm>
 #include <cstring>
 
-// The widening products of Philox are one instruction of AVX-512, which no compiler finds in the portable loop: there
-// it multiplies 64 bits by 64. Both versions give the same bits; the loader chooses, as for the clones.
+// Philox needs products of 32 bits by 32 bits, with 64-bit results. AVX-512 has an instruction for them, but compilers
+// do not find it in the portable loop, which multiplies 64 bits by 64 bits. Both versions give the same bits. The
+// loader chooses the version, like for PF_CLONES.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define PF_PORTABLE __attribute__((target("default")))
@@ -23,9 +24,10 @@
 namespace pf::cpu {
 namespace {
 
-constexpr int lanes = 64;  // counters computed at once
+// The number of counters that are computed at once.
+constexpr int lanes = 64;
 
-// The four words of every counter.
+// Computes the four words of every counter.
 PF_PORTABLE void fill_words(Key key, const uint32_t* group, const uint32_t* draw, const uint32_t* sample,
                             uint32_t stream, uint32_t (*w)[lanes]) {
   for (int i = 0; i < lanes; ++i) {
@@ -37,7 +39,7 @@ PF_PORTABLE void fill_words(Key key, const uint32_t* group, const uint32_t* draw
     w[3][i] = static_cast<uint32_t>(c3);
   }
 }
-// The same where the counters differ in their group alone, which counts on from `group`.
+// Like `fill_words`, for counters that differ only in their group. The groups are group, group + 1, ...
 PF_PORTABLE void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
                            uint32_t (*w)[lanes]) {
   uint32_t c0[lanes], c1[lanes], c2[lanes];
@@ -45,15 +47,17 @@ PF_PORTABLE void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t samp
   fill_words(key, c0, c1, c2, stream, w);
 }
 #if defined(PF_AVX512)
-// The words of 32 counters, eight to a register, each word in the lower half of a lane. What is left in the upper
-// halves is not looked at: the products take the lower ones.
-constexpr int together = 4;  // registers whose rounds overlap
+// Computes the words of 32 counters, eight per register. Each word is in the lower half of a lane. The upper halves may
+// contain anything, because the products use only the lower halves.
+// The number of registers whose rounds are interleaved.
+constexpr int together = 4;
 PF_AVX512 inline void rounds(Key key, __m512i (&c)[4][together], uint32_t (*w)[lanes], int at) {
   const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
   for (int round = 0; round < 10; ++round, key.low += 0x9E3779B9u, key.high += 0xBB67AE85u) {
     const __m512i low = _mm512_set1_epi64(key.low), high = _mm512_set1_epi64(key.high);
     for (int j = 0; j < together; ++j) {
-      constexpr int all_three = 0x96;  // a ^ b ^ c
+      // The truth table of a ^ b ^ c.
+      constexpr int all_three = 0x96;
       const __m512i p0 = _mm512_mul_epu32(c[0][j], first), p1 = _mm512_mul_epu32(c[2][j], second);
       c[0][j] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c[1][j], low, all_three);
       c[2][j] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c[3][j], high, all_three);
@@ -99,7 +103,7 @@ PF_AVX512 void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t sample
 }
 #endif
 
-// Words into numbers of the distribution, four of one counter next to each other.
+// Converts the words into numbers of the distribution. The four numbers of a counter are adjacent in `out`.
 PF_CLONES void shape_words(Distribution kind, uint32_t (*__restrict__ w)[lanes], uint32_t* __restrict__ out) {
   if (kind == Distribution::normal) {
     for (int pair = 0; pair < 4; pair += 2) {
@@ -162,7 +166,7 @@ void fill_these(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stre
 void fill_rows(Distribution kind, const Rows& rows, int64_t begin, int64_t end, int64_t numel, uint32_t* out) {
   const int64_t groups = (numel + 3) / 4, last = (end - begin) * groups;
   int64_t row = begin, group = 0;
-  // a row's end inside a block costs nothing: the counters of the next row follow
+  // A block may contain the end of a row without extra work, because it continues with the counters of the next row.
   for (int64_t start = 0; start < last; start += lanes) {
     const int64_t left_in_row = groups - group;
     if (numel % 4 == 0 && left_in_row >= lanes) {

@@ -1,4 +1,4 @@
-// Fills rows of the random stream; shared by the philox op and by the ops that draw inside.
+// Fills memory with random numbers. Used by the philox op and by the ops that draw random numbers themselves.
 #pragma once
 
 #include "../core/philox.h"
@@ -13,14 +13,14 @@ struct Rows {
   uint32_t stream;
 };
 
-// Groups first .. first + count - 1 of one sample and draw, four elements each, one after the other in out.
+// Writes the groups first .. first + count - 1 of one sample and draw. A group has four elements. `out` is contiguous.
 void fill_groups(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stream stream, int64_t first,
                  int64_t count, uint32_t* out);
-// The same of these groups, in any order.
+// Like `fill_groups`, for a list of groups in any order.
 void fill_these(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stream stream, const uint32_t* groups,
                 int64_t count, uint32_t* out);
 
-// Rows begin .. end - 1 (row = sample * draws + draw) of `numel` elements each, one after the other in out.
+// Writes the rows begin .. end - 1 with `numel` elements each, where row = sample * draws + draw. `out` is contiguous.
 void fill_rows(Distribution kind, const Rows& rows, int64_t begin, int64_t end, int64_t numel, uint32_t* out);
 
 }  // namespace pf::cpu

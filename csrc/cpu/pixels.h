@@ -1,4 +1,5 @@
-// Feature maps and their four phases: the pixels (2 i + a, 2 j + b) of every a, b in {0, 1}, phase 2 a + b.
+// Splits feature maps into four phases and joins them again. Phase 2 a + b has the pixels (2 i + a, 2 j + b), for a, b
+// in {0, 1}.
 #pragma once
 
 #include <cstring>
@@ -31,7 +32,8 @@ struct Shuffled<8> {
   typedef uint64_t Eight __attribute__((vector_size(64)));
 };
 
-// x[0 .. 2 n - 1] into its even and its odd numbers, eight at a time: rows of maps are too short for longer vectors.
+// Splits x[0 .. 2 n - 1] into the numbers at even and at odd positions, eight at a time. Rows of feature maps are too
+// short for longer vectors.
 template <class T>
 PF_INLINE void split_row(const T* __restrict__ x, T* __restrict__ even, T* __restrict__ odd, int64_t n) {
   int64_t j = 0;
@@ -50,7 +52,7 @@ PF_INLINE void split_row(const T* __restrict__ x, T* __restrict__ even, T* __res
     odd[j] = x[2 * j + 1];
   }
 }
-// The inverse.
+// The inverse of `split_row`.
 template <class T>
 PF_INLINE void join_row(const T* __restrict__ even, const T* __restrict__ odd, T* __restrict__ x, int64_t n) {
   int64_t j = 0;
@@ -69,7 +71,7 @@ PF_INLINE void join_row(const T* __restrict__ even, const T* __restrict__ odd, T
   }
 }
 
-// x [2 height][2 width] into its phases [height][width], which lie `apart` elements apart.
+// Splits x [2 height][2 width] into its phases [height][width]. The phases are `apart` elements apart in memory.
 template <class T>
 PF_INLINE void split_plane(const T* x, T* phases, int64_t height, int64_t width, int64_t apart) {
   for (int64_t i = 0; i < height; ++i, x += 4 * width, phases += width) {
@@ -78,7 +80,7 @@ PF_INLINE void split_plane(const T* x, T* phases, int64_t height, int64_t width,
   }
 }
 
-// The inverse; phase 0 is where `first` is.
+// The inverse of `split_plane`. Phase 0 is read from `first`.
 template <class T>
 PF_INLINE void join_plane(const T* first, const T* phases, T* x, int64_t height, int64_t width, int64_t apart) {
   for (int64_t i = 0; i < height; ++i, x += 4 * width, phases += width, first += width) {
@@ -87,7 +89,7 @@ PF_INLINE void join_plane(const T* first, const T* phases, T* x, int64_t height,
   }
 }
 
-// n numbers from one place to another.
+// Copies n numbers.
 template <class T>
 PF_INLINE void copy_numbers(const T* __restrict__ from, T* __restrict__ to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];

@@ -1,4 +1,4 @@
-// Without fused multiply-adds the pixels have the same bits on every CPU.
+// Without fused multiply-adds, the pixels have the same bits on every CPU.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -15,14 +15,16 @@
 namespace pf::cpu {
 namespace {
 
-// -- masks: which pass owns which block -------------------------------------------------------------------------------
+// -- masks: assign each block to the pass that hides it
+// ------------------------------------------------------------------
 
-// How the blocks of an image are divided; the arguments of the op.
+// How the blocks of an image are divided between the passes. These are arguments of the op.
 struct Mask {
   int64_t blocks, masked_blocks, num_passes;
 };
 
-// The owners of the blocks of one image, from the ranks of their keys; blocks with equal keys are ranked by index.
+// Writes the owners of the blocks of one image. The owner follows from the rank of the block's random key. Blocks with
+// equal keys are ranked by their index.
 void assign(Key key, uint32_t draw, uint32_t sample, Mask mask, uint8_t* out) {
   const int64_t groups = (mask.blocks + 3) / 4;
   std::vector<uint32_t> keys(groups * 4);
@@ -37,7 +39,7 @@ void assign(Key key, uint32_t draw, uint32_t sample, Mask mask, uint8_t* out) {
   }
 }
 
-// A mask for every draw and image.
+// Writes a mask for every draw and image.
 void assign_each(Key key, const int64_t* sample_ids, int64_t samples, int64_t batch, Mask mask, uint8_t* out) {
   parallel_rows(samples * batch, 32 * mask.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -47,7 +49,7 @@ void assign_each(Key key, const int64_t* sample_ids, int64_t samples, int64_t ba
   });
 }
 
-// A mask for every draw, copied to all images.
+// Writes a mask for every draw, which all images share.
 void assign_shared(Key key, int64_t samples, int64_t batch, Mask mask, uint8_t* out) {
   parallel_rows(batch > 0 ? samples : 0, 32 * mask.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t draw = begin; draw < end; ++draw) {
@@ -74,9 +76,10 @@ struct Forward {
   const Job& job;
   const In* images;
   Out* packed;
-  bool streams;  // the result, which is contiguous, is too large for the caches
+  // True if the result is contiguous and too large for the caches.
+  bool streams;
 
-  // The thread's own memory.
+  // Memory that belongs to one thread.
   struct Scratch {
     explicit Scratch(const Job& job)
         : noise(job),
@@ -90,7 +93,8 @@ struct Forward {
     std::vector<Run> runs;
   };
 
-  // Calls write(to) for n pixels of a pass, or has them written to the cache and copied past it.
+  // Calls write(to), which writes n pixels of a pass. If `streams` is true, write() fills a buffer in the cache
+  // instead, and the buffer is copied to `to` without using the caches.
   template <class Write>
   void put(U* to, int64_t n, Scratch& scratch, Write write) const {
     if (!streams) return write(to);
@@ -100,7 +104,7 @@ struct Forward {
 
   U* bits(int64_t at) const { return reinterpret_cast<U*>(packed) + at; }
 
-  // One draw of a piece, where Out is the dtype of the arithmetic.
+  // Writes one draw of a piece. Requires that Out is the dtype of the arithmetic.
   void by_runs(Piece piece, int64_t draw, Scratch& scratch) const {
     const int64_t corner = job.in_packed(piece, draw), plane = job.images.plane();
     const Strip strip = strip_of(job, piece, draw, scratch.runs);
@@ -114,7 +118,7 @@ struct Forward {
     mark_runs(U(0), one, strip, ones + plane);
   }
 
-  // One draw of a piece: its pixels are transformed and rounded once, then written for every pass.
+  // Writes one draw of a piece. Its pixels are transformed and rounded once, and then written for every pass.
   void by_owners(Piece piece, int64_t draw, Scratch& scratch) const {
     const int64_t n = job.pixels(piece), corner = job.in_packed(piece, draw);
     const int64_t stride = job.pixel_stride(), channel_stride = job.channel_stride();
@@ -199,14 +203,15 @@ std::tuple<Tensor, Tensor> random_transform(Tensor x, Tensor seed, Tensor sample
 template <class In, class Grad>
 struct Backward {
   using W = wide_t<In>;
-  // then the gradient of x is summed where it goes, else in scratch memory, and rounded at the end
+  // If true, the gradient of x is summed in the result. Otherwise, it is summed in scratch memory and rounded at the
+  // end.
   static constexpr bool in_place = std::is_same_v<In, W>;
   const Job& job;
   const In* images;
   const Grad* grad;
   In* result;
 
-  // The thread's own memory.
+  // Memory that belongs to one thread.
   struct Scratch {
     explicit Scratch(const Job& job)
         : noise(job),
@@ -219,13 +224,13 @@ struct Backward {
     std::vector<Run> runs;
   };
 
-  // The gradient of channel c of x, summed over draws.
+  // The gradient of channel c of x, summed over the draws.
   W* total(Piece piece, int64_t c, Scratch& scratch) const {
     if constexpr (in_place) return result + job.in_images(piece) + c * job.images.plane();
     return scratch.totals.data() + c * job.most_pixels();
   }
 
-  // One draw of a piece, where Grad is the dtype of the arithmetic.
+  // Adds one draw of a piece. Requires that Grad is the dtype of the arithmetic.
   void by_runs(Piece piece, int64_t draw, Scratch& scratch) const {
     const int64_t plane = job.images.plane();
     const W* from = reinterpret_cast<const W*>(grad) + job.in_packed(piece, draw);
@@ -236,7 +241,7 @@ struct Backward {
     }
   }
 
-  // The passes' gradients of one channel, summed.
+  // Sums the gradients of all passes for one channel.
   void sum_passes(Piece piece, int64_t draw, int64_t c, Scratch& scratch) const {
     const int64_t n = job.pixels(piece);
     const Grad* from = grad + job.in_packed(piece, draw) + c * job.channel_stride();
@@ -254,7 +259,7 @@ struct Backward {
     }
   }
 
-  // One draw of a piece: the passes are summed first, so that the noise is drawn once.
+  // Adds one draw of a piece. The passes are summed first, so that the noise is drawn only once.
   void by_sums(Piece piece, int64_t draw, Scratch& scratch) const {
     const int64_t n = job.pixels(piece);
     if (job.strategy == Strategy::by_owners) owners_of_pixels(job, piece, draw, scratch.owner.data());

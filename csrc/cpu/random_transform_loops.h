@@ -1,5 +1,5 @@
-// The inner loops of random_transform, one copy per instruction set. Include it after fused multiply-adds are switched
-// off: the pixels must have the same bits on every CPU.
+// The inner loops of random_transform, compiled once per instruction set. Include this file after fused multiply-adds
+// are switched off, so that the pixels have the same bits on every CPU.
 #pragma once
 
 #include "../core/random_transform.h"
@@ -8,8 +8,8 @@
 namespace pf::cpu {
 namespace {
 
-// The unsigned integer with the size of a storage type. Hiding a pixel replaces its bits, so one loop serves every type
-// of that size.
+// The unsigned integer with the size of a storage type. Hiding a pixel replaces its bits, so one loop works for every
+// type of that size.
 template <int bytes>
 struct word_of;
 template <>
@@ -27,7 +27,7 @@ struct word_of<8> {
 template <class T>
 using word_t = typename word_of<sizeof(T)>::type;
 
-// Neighbouring columns that are all seen, or all hidden.
+// Neighbouring columns that are all visible, or all hidden.
 struct Run {
   int64_t begin, length;
   bool seen;
@@ -36,11 +36,12 @@ struct Run {
 struct Strip {
   int64_t rows, width;
   const Run* runs;
-  int64_t count;  // of the runs
+  // The number of runs.
+  int64_t count;
 };
 
-// The transformed pixels of a strip, 0 where hidden. `noise` holds numbers for the seen runs only, one run after the
-// other; it is null if there is no noise.
+// Writes the transformed pixels of a strip, and 0 for hidden pixels. `noise` has numbers for the visible runs only,
+// without gaps. It is null if there is no noise.
 template <class T, class W = wide_t<T>>
 PF_INLINE void transform_loop(const T* __restrict__ x, const float* __restrict__ noise, W sigma, Strip strip,
                               W* __restrict__ out) {
@@ -60,8 +61,8 @@ PF_INLINE void transform_loop(const T* __restrict__ x, const float* __restrict__
     }
   }
 }
-// The gradient that reaches the pixels of a strip: assigned to out if `first`, else added. Of grad only the seen runs
-// are read.
+// Computes the gradient of the pixels of a strip. If `first`, the gradient is assigned to `out`; otherwise it is added.
+// Only the visible runs of grad are read.
 template <bool first, class T, class W = wide_t<T>>
 PF_INLINE void slope_loop(const T* __restrict__ x, const float* __restrict__ noise, W sigma, const W* __restrict__ grad,
                           Strip strip, W* __restrict__ out) {
@@ -89,7 +90,7 @@ PF_INLINE void slope_loop(const T* __restrict__ x, const float* __restrict__ noi
     }
   }
 }
-// Writes one value wherever the strip is seen, and another wherever it is hidden.
+// Writes the value `seen` for visible pixels of the strip, and `hidden` for hidden pixels.
 template <class U>
 PF_INLINE void mark_loop(U seen, U hidden, Strip strip, U* out) {
   for (int64_t row = 0; row < strip.rows; ++row) {
@@ -110,15 +111,15 @@ PF_INLINE void round_loop(const W* from, word_t<T>* to, int64_t n) {
     to[i] = bit_cast<word_t<T>>(rounded);
   }
 }
-// Adds to sum[i] the gradients of pixel i in the passes first .. first + passes - 1, but not in the one that hides the
-// pixel, its owner. In grad, passes lie `apart` elements apart, and pixels `stride`.
+// Adds to sum[i] the gradients of pixel i in the passes first .. first + passes - 1, except for the pass that hides the
+// pixel (its owner). In grad, passes are `apart` elements apart, and pixels are `stride` elements apart.
 template <int passes, class T, class W>
 PF_INLINE void add_loop(const T* __restrict__ grad, int64_t apart, int64_t stride, const uint32_t* __restrict__ owner,
                         uint32_t first, W* __restrict__ sum, int64_t n) {
   const auto added = [=](int64_t i, int64_t at) PF_INLINED_LAMBDA {
     W total = sum[i];
     for (int j = 0; j < passes; ++j) {
-      // read in any case: a loop without a branch vectorises
+      // The value is read in any case, because only a loop without a branch vectorises.
       const W g = static_cast<W>(load(grad[j * apart + at]));
       total += owner[i] == first + static_cast<uint32_t>(j) ? W(0) : g;
     }
@@ -130,7 +131,7 @@ PF_INLINE void add_loop(const T* __restrict__ grad, int64_t apart, int64_t strid
     for (int64_t i = 0; i < n; ++i) sum[i] = added(i, i * stride);
   }
 }
-// The same for any number of passes, four at a time.
+// Like add_loop, for any number of passes, four at a time.
 template <class T, class W>
 PF_INLINE void add_passes(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,
                           int64_t passes, W* sum, int64_t n) {
@@ -140,14 +141,14 @@ PF_INLINE void add_passes(const T* grad, int64_t apart, int64_t stride, const ui
   for (; passes > 0; --passes, ++first, grad += apart) add_loop<1>(grad, apart, stride, owner, first, sum, n);
 }
 
-// The owners of an image's blocks, and the blocks' size in pixels.
+// The owners of the blocks of an image, and the size of a block in pixels.
 struct Blocks {
   const uint8_t* owners;
   int64_t columns, tall, wide;
 };
-// The sums of add_passes for `rows` rows from `first` on, if blocks are wide and pixels contiguous. A block is worked
-// on as a whole, so that the pass that hides it is not read. The other passes are added in their order, three at a
-// time.
+// Computes the sums of add_passes for `rows` rows from `first` on. Requires wide blocks and contiguous pixels. Blocks
+// are processed as a whole, so the pass that hides a block is not read. The other passes are added in their order,
+// three at a time.
 template <class T, class W>
 PF_INLINE void add_blocks_loop(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows,
                                W* sum) {
@@ -214,7 +215,7 @@ PF_INLINE void add_blocks_loop(const T* grad, int64_t apart, int64_t passes, Blo
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Writes for pixel i `hidden` where its owner is this pass, else seen(i). In out, pixels lie `stride` elements apart.
+// For pixel i, writes `hidden` if `pass` owns it, and seen(i) otherwise. In `out`, pixels are `stride` elements apart.
 template <class U, class Seen>
 PF_INLINE void choose_loop(Seen seen, U hidden, const U* owner, U pass, U* out, int64_t stride, int64_t n) {
   const auto chosen = [=](int64_t i) PF_INLINED_LAMBDA {

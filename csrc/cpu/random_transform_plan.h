@@ -1,4 +1,5 @@
-// How one call of random_transform is cut into pieces, where its tensors hold what, and which noise a piece needs.
+// Plans one call of random_transform: how the images are divided into pieces, where a piece lies in each tensor, and
+// which noise a piece needs.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +10,10 @@
 namespace pf::cpu {
 namespace {
 
-// Pixels of a plane worked on at once; they stay in the cache. Where planes are read and written without gaps, longer
-// stretches of each are faster.
+// The number of pixels of a plane that are computed at once. They fit into the cache. Longer stretches are faster if
+// planes are read and written without gaps.
 constexpr int64_t chunk = 1024, long_chunk = 8192;
-// A block at least this wide is worked on as a run of pixels, not pixel by pixel.
+// A block that is at least this wide is processed as a run of pixels. Narrower blocks are processed pixel by pixel.
 constexpr int64_t least_wide = 16;
 
 struct Images {
@@ -22,41 +23,49 @@ struct Images {
 
 struct Grid {
   int64_t rows, columns;
-  int64_t tall, wide;  // pixels of a block
+  // The size of a block in pixels.
+  int64_t tall, wide;
   int64_t blocks() const { return rows * columns; }
 };
 Grid grid_of(Images images, int64_t rows, int64_t columns) {
   return {.rows = rows, .columns = columns, .tall = images.height / rows, .wide = images.width / columns};
 }
 
-// A few consecutive rows of one image: what a thread works on at once.
+// A few consecutive rows of one image. A thread processes one piece at a time.
 struct Piece {
   int64_t image, first_row, rows;
 };
 
-// How hidden pixels are found.
-//   by_runs    as runs of columns, the same in every row of a block: nothing is drawn, computed or read for hidden
-//   pixels by_blocks  block by block: the pass that hides the block is not read (backward only) by_owners  pixel by
-//   pixel, from a map of owners: takes every layout, dtype and block
+// How the hidden pixels are found.
+// - by_runs: as runs of columns, which are the same in every row of a block. For hidden pixels, nothing is drawn,
+// computed or read.
+// - by_blocks: block by block. The pass that hides a block is not read there. Backward only.
+// - by_owners: pixel by pixel, from a map of owners. Works for every layout, dtype and block size.
 enum class Strategy { by_runs, by_blocks, by_owners };
 
-// All that a call needs to know of its tensors. The packed images are [draw, image, pass][channels + 2 planes].
+// Everything that a call needs to know about its tensors. The packed images are [draw, image, pass][channels + 2
+// planes].
 struct Job {
   Images images;
   Grid grid;
   Strategy strategy;
-  int64_t strip_rows;  // a piece crosses no multiple of this many rows
-  int64_t most_rows;   // of a piece
+  // A piece does not cross a multiple of this number of rows.
+  int64_t strip_rows;
+  // The largest number of rows in a piece.
+  int64_t most_rows;
   int64_t samples, passes;
-  int64_t first_pass;  // the owner that the first pass looks for
+  // The owner number of the blocks that the first pass hides.
+  int64_t first_pass;
   bool channels_last;
   Key key;
   double sigma;
-  const uint8_t* owners;      // [draw, image, block]
-  const int64_t* sample_ids;  // [image]
+  // [draw, image, block]
+  const uint8_t* owners;
+  // [image]
+  const int64_t* sample_ids;
 
   int64_t planes() const { return images.channels + 2; }
-  // elements of the packed images from one to the next
+  // The strides count elements of the packed images.
   int64_t pixel_stride() const { return channels_last ? planes() : 1; }
   int64_t channel_stride() const { return channels_last ? 1 : images.plane(); }
   int64_t pass_stride() const { return planes() * images.plane(); }
@@ -64,7 +73,8 @@ struct Job {
   int64_t most_pixels() const { return most_rows * images.width; }
   int64_t first_pixel(Piece piece) const { return piece.first_row * images.width; }
   int64_t pixels(Piece piece) const { return piece.rows * images.width; }
-  // where the piece begins in channel 0 of the images, and in channel 0 of its first pass in the packed images
+  // in_images: where the piece begins in channel 0 of the images. in_packed: where it begins in channel 0 of its first
+  // pass in the packed images.
   int64_t in_images(Piece piece) const { return piece.image * images.channels * images.plane() + first_pixel(piece); }
   int64_t in_packed(Piece piece, int64_t draw) const {
     return (draw * images.batch + piece.image) * passes * pass_stride() + first_pixel(piece) * pixel_stride();
@@ -74,8 +84,9 @@ struct Job {
   }
 };
 
-// Chooses the strategy and the pieces. Runs serve one pass whose numbers need no rounding and no transposition, if
-// blocks are wide and start with a group of the noise (four numbers). Other pieces have about `pixels` pixels.
+// Chooses the strategy and the size of a piece. by_runs requires a single pass, a result that needs neither rounding
+// nor transposition, and wide blocks that begin at a group of the noise (four numbers). For the other strategies a
+// piece has about `pixels` pixels.
 void plan(Job& job, bool rounds, bool has_block_loop, int64_t pixels) {
   const bool wide = !job.channels_last && job.grid.wide >= least_wide;
   job.strategy = wide && job.passes == 1 && !rounds && job.grid.wide % 4 == 0 ? Strategy::by_runs
@@ -86,7 +97,7 @@ void plan(Job& job, bool rounds, bool has_block_loop, int64_t pixels) {
   job.most_rows = std::clamp((by_runs ? long_chunk : pixels) / job.images.width, int64_t{1}, job.strip_rows);
 }
 
-// f(piece) for the pieces of rows begin .. end - 1 of the whole batch, of which one image follows the other.
+// Calls f(piece) for the pieces of the rows begin .. end - 1. Rows are counted through all images of the batch.
 template <class F>
 void for_pieces(const Job& job, int64_t begin, int64_t end, F f) {
   while (begin < end) {
@@ -97,7 +108,7 @@ void for_pieces(const Job& job, int64_t begin, int64_t end, F f) {
   }
 }
 
-// The owner of every pixel of a piece.
+// Writes the owner of every pixel of a piece.
 template <class U>
 void owners_of_pixels(const Job& job, Piece piece, int64_t draw, U* out) {
   const uint8_t* owners = job.owners_of(piece, draw);
@@ -110,7 +121,8 @@ void owners_of_pixels(const Job& job, Piece piece, int64_t draw, U* out) {
   }
 }
 
-// The piece as a strip of runs; all its rows are in one row of blocks. The strip points into `runs`.
+// Returns the piece as a strip of runs. All rows of the piece must be in one row of blocks. The strip points into
+// `runs`.
 Strip strip_of(const Job& job, Piece piece, int64_t draw, std::vector<Run>& runs) {
   const Grid grid = job.grid;
   const uint8_t* owners = job.owners_of(piece, draw) + piece.first_row / grid.tall * grid.columns;
@@ -127,12 +139,13 @@ Strip strip_of(const Job& job, Piece piece, int64_t draw, std::vector<Run>& runs
       .rows = piece.rows, .width = job.images.width, .runs = runs.data(), .count = static_cast<int64_t>(runs.size())};
 }
 
-// Normals of one image, draw and channel for the pixels of a piece; null if there is no noise.
+// Draws the normal numbers for the pixels of a piece, for one image, draw and channel. Returns null if there is no
+// noise.
 class Noise {
  public:
   explicit Noise(const Job& job) : job_(job), numbers_(job.most_pixels() + 8), groups_(job.most_pixels() / 4 + 1) {}
 
-  // One for every pixel.
+  // One number for every pixel.
   const float* of_pixels(Piece piece, int64_t draw, int64_t channel) {
     if (job_.sigma == 0) return nullptr;
     const int64_t first = first_element(piece, channel), skip = first % 4;
@@ -141,7 +154,7 @@ class Noise {
     return numbers_.data() + skip;
   }
 
-  // For the seen runs only, one after the other. All of them are whole groups of four.
+  // Numbers for the visible runs only, without gaps. Every run consists of whole groups of four.
   const float* of_runs(Piece piece, int64_t draw, int64_t channel, Strip strip) {
     if (job_.sigma == 0) return nullptr;
     const int64_t first = first_element(piece, channel);

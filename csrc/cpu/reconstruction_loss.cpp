@@ -64,7 +64,8 @@ Tensor reconstruction_loss_backward(Tensor grad, Tensor logits, Tensor target) {
   return out;
 }
 
-// For a backward that scales the slope: purify_fast/ops/_kept.py.
+// The forward that also stores the slope, so that the backward only scales it. purify_fast/ops/reconstruction_loss.py
+// uses it.
 std::tuple<Tensor, Tensor> reconstruction_loss_keeping(Tensor logits, Tensor target) {
   const int64_t rows = logits.size(0), n = rows > 0 ? logits.numel() / rows : 0;
   const ScalarType dtype = wide_dtype(logits.scalar_type());
@@ -79,7 +80,8 @@ std::tuple<Tensor, Tensor> reconstruction_loss_keeping(Tensor logits, Tensor tar
   return {loss, slope};
 }
 
-// grad [B] times rows [B, ...] in the dtype of its arithmetic, rounded to `dtype`.
+// Multiplies each row of `rows` [B, ...] by its number of grad [B], in the dtype of `rows`, and rounds the result to
+// `dtype`.
 Tensor scaled_rows(Tensor grad, Tensor rows, ScalarType dtype) {
   const Tensor from = dense(rows), g = dense(grad, from.scalar_type());
   const int64_t count = from.size(0), n = count > 0 ? from.numel() / count : 0;
@@ -89,7 +91,7 @@ Tensor scaled_rows(Tensor grad, Tensor rows, ScalarType dtype) {
     using W = wide_t<T>;
     const W *factors = data<W>(g), *values = data<W>(from);
     T* to = writable<T>(out);
-    // a multiplication costs a fifth of what grains are counted in
+    // `parallel_rows` counts the work in elements that cost five times as much as a multiplication.
     parallel_rows(count, n / 2, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) scale(factors[b], values + b * n, to + b * n, n);
     });

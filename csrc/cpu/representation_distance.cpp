@@ -5,7 +5,7 @@
 namespace pf::cpu {
 namespace {
 
-// Out is the student's dtype, or that of the arithmetic where the slope is kept.
+// `Out` is the dtype of the student. If the slope is stored for the backward, it is the dtype of the arithmetic.
 template <class L, class T, class Out, class W = wide_t<L>>
 PF_INLINE void backward_loop(W scale, W along, const L* student, const T* teacher, Out* out, int64_t n) {
   store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {
@@ -33,7 +33,7 @@ PF_FOR_EACH_PAIR(PF_LOOPS)
   }
 PF_FOR_EACH_PAIR(PF_WIDE_SLOPES)
 
-// float64 if any layer is.
+// float64 if any layer is float64, and float32 otherwise.
 ScalarType result_dtype(const std::vector<Tensor>& layers) {
   for (const Tensor& x : layers) {
     if (x.scalar_type() == ScalarType::Double) return ScalarType::Double;
@@ -43,7 +43,7 @@ ScalarType result_dtype(const std::vector<Tensor>& layers) {
 
 int64_t row_size(const Tensor& x) { return x.size(0) > 0 ? x.numel() / x.size(0) : 0; }
 
-// One row: from the layer's numbers to the distance and its slopes.
+// Returns the distance of one row and the numbers that give its slope.
 template <class L, class T>
 Measured measured(Distance kind, const L* u, const T* v, int64_t n) {
   return kind == Distance::l2 ? euclidean(all_squares(u, v, n)) : angle(kind, all_products(u, v, n));
@@ -103,7 +103,8 @@ std::vector<Tensor> representation_distance_backward(Tensor grad, std::vector<Te
   return outs;
 }
 
-// One layer, and dd/du in the dtype of its arithmetic, written while the row is in the cache: purify_fast/ops/_kept.py.
+// Returns the distance of one layer and its slope dd/du in the dtype of the arithmetic. The slope is written while the
+// row is still in the cache. purify_fast/ops/representation_distance.py uses it.
 std::tuple<Tensor, Tensor> representation_distance_keeping(Tensor student, Tensor teacher, int64_t kind) {
   const int64_t rows = student.size(0), n = row_size(student);
   const ScalarType dtype = wide_dtype(student.scalar_type());

@@ -5,7 +5,8 @@
 namespace pf::cpu {
 namespace {
 
-constexpr int64_t chunk = 2048;  // numbers drawn at once; they stay in the cache
+// The number of random numbers that are drawn at once. They fit into the cache.
+constexpr int64_t chunk = 2048;
 
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_loop(const T* mu, const T* logvar, const float* noise, T* z, W* kl, int64_t rows, int64_t n) {
@@ -68,7 +69,7 @@ PF_INLINE void from_kept_loop(const T* grad_z, W grad_kl, const T* mu, const T* 
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// f(begin, end, noise of these rows), a few rows at a time.
+// Calls f(begin, end, noise of these rows), with a few rows at a time.
 template <class F>
 void with_noise(const Tensor& seed, const Tensor& sample_ids, int64_t rows, int64_t n, F f) {
   const Tensor ids = dense(sample_ids);
@@ -124,7 +125,8 @@ std::tuple<Tensor, Tensor> sample_latent_backward(Tensor grad_z, Tensor grad_kl,
   return {out_mu, out_logvar};
 }
 
-// For a backward that draws no noise: purify_fast/ops/_kept.py.
+// The forward that also stores the deviation, so that the backward does not draw the noise again.
+// purify_fast/ops/sample_latent.py uses it.
 std::tuple<Tensor, Tensor, Tensor> sample_latent_keeping(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) {
   const ScalarType dtype = mu.scalar_type(), wide_type = wide_dtype(dtype);
   mu = dense(mu);

@@ -14,23 +14,27 @@ int64_t size_of(ScalarType dtype) {
   return bytes;
 }
 
-// Writes the part of a row of n that every pass owns, `stride` apart, zeros elsewhere. Runs are too short for memcpy.
+// For every pass, writes the elements of `row` (length n) that the pass owns, and zeros elsewhere. The outputs of two
+// passes are `stride` elements apart. Runs are too short for memcpy.
 PF_CLONES void share_out(const uint16_t* __restrict__ row, const uint16_t* __restrict__ owner, int64_t passes,
                          int64_t stride, uint16_t* __restrict__ out, int64_t n) {
   for (int64_t pass = 0; pass < passes; ++pass, out += stride) {
     const auto part = static_cast<uint16_t>(pass);
     for (int64_t i = 0; i < n; ++i) {
-      const uint16_t value = row[i];  // read in any case: this vectorises
+      // The value is read in any case, so that the loop vectorises.
+      const uint16_t value = row[i];
       out[i] = owner[i] == part ? value : uint16_t(0);
     }
   }
 }
 
-// The stitched images as runs of bytes, each from one pass: one block's part of a row of pixels, of one channel or, in
-// channels_last, of all.
+// The stitched images as runs of bytes. Each run comes from one pass: the part of a row of pixels that lies in one
+// block, for one channel. In channels_last a run contains all channels.
 struct Runs {
-  int64_t images, rows, height;  // rows of runs in an image: of every channel, or of all channels together
-  int64_t bytes;                 // of a run
+  // `rows` counts the rows of runs in an image: those of every channel, or in channels_last those of all channels.
+  int64_t images, rows, height;
+  // The size of a run.
+  int64_t bytes;
   Blocks blocks;
 
   int64_t row_bytes() const { return bytes * blocks.columns; }
@@ -47,7 +51,7 @@ Runs runs_of(const Tensor& images, const Tensor& owners, bool channels_last) {
           {height / grid_rows, wide, columns}};
 }
 
-// f(image, row of runs, owners of its blocks), on PyTorch's threads, each with a copy of f.
+// Calls f(image, row of runs, owners of its blocks) on PyTorch's threads. Each thread has its own copy of f.
 template <class F>
 void for_each_row(const Runs& runs, const Tensor& owners, const F& f) {
   const uint8_t* of_block = data<uint8_t>(owners);
@@ -71,7 +75,8 @@ Tensor stitch(Tensor images, Tensor owners, int64_t passes) {
   const auto* from = data<uint8_t>(images);
   auto* to = writable<uint8_t>(out);
   for_each_row(runs, owners, [&](int64_t image, int64_t row, const uint8_t* owner) {
-    const uint8_t* first = from + image * passes * runs.image_bytes() + row * runs.row_bytes();  // in the first pass
+    // The start of the row in the first pass.
+    const uint8_t* first = from + image * passes * runs.image_bytes() + row * runs.row_bytes();
     uint8_t* run = to + image * runs.image_bytes() + row * runs.row_bytes();
     for (int64_t column = 0; column < runs.blocks.columns; ++column, first += runs.bytes, run += runs.bytes) {
       if (owner[column] < passes) {
@@ -91,11 +96,13 @@ Tensor stitch_backward(Tensor grad, Tensor owners, int64_t passes) {
   const Runs runs = runs_of(grad, owners, channels_last);
   Tensor out =
       new_images(runs.images * passes, grad.size(1), grad.size(2), grad.size(3), grad.scalar_type(), channels_last);
-  const auto* from = data<uint16_t>(grad);  // every dtype is made of such words
+  // The elements of every dtype consist of whole 16-bit words.
+  const auto* from = data<uint16_t>(grad);
   auto* to = writable<uint16_t>(out);
   const int64_t words = runs.row_bytes() / 2, image_words = runs.image_bytes() / 2;
   std::vector<uint16_t> of_words(words);
-  const uint8_t* known = nullptr;  // whose owners these are: consecutive rows mostly share them
+  // The owners for which of_words was filled. Consecutive rows mostly have the same owners.
+  const uint8_t* known = nullptr;
   for_each_row(runs, owners, [=](int64_t image, int64_t row, const uint8_t* owner) mutable {
     if (owner != known) {
       for (int64_t column = 0; column < runs.blocks.columns; ++column) {

@@ -1,6 +1,7 @@
 """Attacks on any model that maps images in [0, 1] to logits.
 
-The functions, such as `pgd`, attack a batch; the dataclasses, such as `PGD`, are rows of `purify_fast.evaluation`.
+A function, such as `pgd`, attacks one batch. A dataclass, such as `PGD`, is the same attack for a list of attacks that
+`purify_fast.evaluation` runs.
 """
 
 import types

@@ -1,10 +1,10 @@
-"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum that halves its steps by itself.
+"""Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and an automatic step size.
 
-At a checkpoint the step of an image is halved, and its search continues at the best point seen, in two cases: at most a
-share rho of the steps since the last checkpoint raised the loss, or the step was not halved at the last checkpoint and
-the best loss is the same as then. The first checkpoint comes after 22 % of the steps, and the next ones follow at ever
-shorter distances, rounded as in the authors' implementation. Two things are not in the paper: the start is uniform in
-the ball, and a random model's loss is the mean over the draws.
+At a checkpoint the step of an image is halved, and its search continues at the point of highest loss, in two cases.
+Either at most a share rho of the steps since the last checkpoint raised the loss. Or the step was not halved at the
+last checkpoint, and the highest loss has not risen since. The first checkpoint comes after 22 % of the steps. The
+following intervals become shorter and shorter, rounded as in the authors' implementation. Two things are not in the
+paper: the first point is uniform in the ball, and a random model's loss is the mean over the draws.
 """
 
 from __future__ import annotations
@@ -27,35 +27,37 @@ from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Objective
 from .search import better_of, forgiven
 
-#: The paper's a. A move is a times the new step plus 1 - a times the last move.
+#: The paper's alpha. A move is alpha times the new step plus (1 - alpha) times the last move.
 MOMENTUM = 0.75
-#: A run in the l1 ball begins in larger balls. LARGER: the factors of their radii; the last ball is the given one.
+#: A run in the l1 ball begins in larger balls. LARGER: the factors of their radii; the last ball has the given radius.
 #: LARGER_STEPS: the share of the steps in each ball.
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
 #: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). FIRST_SHARE: the share of the coordinates that
 #: the first steps move. SPARSER: a later step moves the share of coordinates in which the best point differs from the
-#: image, divided by this. SHRINK: the factor by which a step is shortened. SHORTEST: no step is shorter than eps
-#: divided by this.
+#: image, divided by SPARSER. SHRINK: a shortened step is the step divided by SHRINK. SHORTEST: the smallest step is eps
+#: divided by SHORTEST.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
-#: If the number of changed coordinates falls below this share of the number before, the steps get their full length
-#: again.
+#: If the number of changed coordinates falls below this share of the number at the last checkpoint, the step gets its
+#: full length again.
 FEWER = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class APGD(EngineAttack):
-    """Auto-PGD; every run begins at another random point, and images leave the attack as soon as they have fallen.
+    """Auto-PGD; every run begins at another random point.
 
     Args:
-        steps: gradient steps of a run; None: as many as the evaluation takes, and 100 without an evaluation.
-        n_target_classes: the number of wrong classes with a run each. They are those with the nearest borders by the
-            model's linear approximation at the image. None, or more than there are: all.
-        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED`, whose losses raise one class each.
-            "margin" replaces "dlr" below 3 classes and "dlr_targeted" below 4. Only a targeted loss uses
-            ``n_target_classes``.
-        rho: a step keeps its length if at least this share of the steps between two checkpoints raised the loss.
-        leave_when_fallen: whether an image leaves once a second look of the model itself misclassifies its point; that
-            point is then returned. If not, every image is attacked to the end, as long as some draw is right.
+        steps: number of gradient steps of a run; None: the number of the evaluation, or 100 without an evaluation.
+        n_target_classes: the number of target classes of a targeted loss, each with a run. They are the wrong classes
+            whose decision boundaries are nearest, by the model's linear approximation at the image. None: all wrong
+            classes.
+        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. With fewer than 3
+            classes "margin" replaces "dlr", and with fewer than 4 classes "dlr_targeted".
+        rho: a checkpoint halves the step of an image if at most this share of the steps since the last checkpoint
+            raised the loss.
+        leave_when_fallen: whether the attack of an image ends once the model itself has confirmed a misclassified
+            point; this point is then returned. If not, every image is attacked to the end, except if all draws
+            misclassify it.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -86,8 +88,8 @@ class APGD(EngineAttack):
         steps, draws, loss, targets = self.decided(context)
         runs = self.restarts * (targets or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
-        # Before the runs the clean image is judged. One more prediction gives the order of the targets or the number of
-        # classes.
+        # Before the runs the clean image is judged. Some losses need one more prediction, for the number of classes.
+        # Targets need the predictions that order them.
         before = context.judges(draws) + (loss in FEWEST_CLASSES)
         if targets is not None:
             before = context.judges(draws) + cost_of_borders(self.n_target_classes, context.num_classes, draws)
@@ -107,7 +109,7 @@ class APGD(EngineAttack):
                 AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
 
     def _goals(self, active: ActiveSet, objective: Objective) -> Goals:
-        """The target class of each run, int64 ``[B]``, or None; ValueError for too few classes for the loss."""
+        """The target class of each run, int64 ``[B]``, or None; ValueError if the loss needs more classes."""
         loss = objective.loss
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
@@ -117,13 +119,13 @@ class APGD(EngineAttack):
 apgd = as_function(
     "apgd",
     APGD,
-    "Per image the best point seen: misclassified in most draws, then of highest loss.",
+    "Per image the point that most draws misclassify; among equal points, the point of highest loss.",
     precision="float32",
 )
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """The checkpoints, and the steps since the one before: 22 % of all steps, then each time 3 % less, at least 6 %."""
+    """The checkpoints, and the number of steps before each: 22 % of all, then 3 % less each time, at least 6 %."""
     length, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     marks, at = {}, length
     while at < steps:
@@ -134,7 +136,7 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 
 def checkpoints_l1(steps: int) -> dict[int, int]:
-    """The checkpoints for the l1 ball, as `checkpoints` gives them: one after every 4 % of the steps."""
+    """The checkpoints for the l1 ball, in the form of `checkpoints`: after every 4 % of the steps."""
     length = max(int(0.04 * steps), 1)
     return dict.fromkeys(range(length, steps, length), length)
 
@@ -145,21 +147,24 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 
 
 def border(loss: str) -> float:
-    """The least value of a loss at a misclassified image; for a targeted loss at one that is taken for the target."""
-    # At a misclassified image the true class has at most half of the probability, so the cross-entropy is at least log
-    # 2. All other losses are margins, up to a positive factor.
+    """The smallest value of a loss at a misclassified image; if targeted, at an image that is predicted as the target.
+
+    The value is 0 for all losses except cross-entropy, because they are margins times a positive factor.
+    """
+    # At a misclassified image the true class has at most half of the probability, so the cross-entropy is at least
+    # log 2.
     return math.log(2) if loss == "ce" else 0.0
 
 
 class AutoPgd(RowSearch):
-    """A run of Auto-PGD. It takes the options of `RowSearch` too.
+    """One run of Auto-PGD. It takes the arguments of `RowSearch` too.
 
-    A checkpoint may halve the step of a row. The search of that row then continues at its point of highest loss, the
-    top.
+    A checkpoint may halve the step of a row. The search of this row then continues at its point of highest loss,
+    ``top``.
 
     Args:
-        rho: a step keeps its length if at least this share of the steps between two checkpoints raised the loss.
-        claims: whether a misclassified point is a success; it is not in a ball that is too large.
+        rho: a checkpoint halves a step if at most this share of the steps since the last checkpoint raised the loss.
+        claims: whether a misclassified point counts as a success. It does not count in a larger ball than the given.
     """
 
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
@@ -193,7 +198,7 @@ class AutoPgd(RowSearch):
             self._finish(slice(None))
 
     def _look(self) -> None:
-        """Take the gradient, and remember the point if it is better than those before."""
+        """Take the gradient at the present points, and remember the points that are the best so far."""
         now = self.gradients.at(self.point)
         self.gradient, loss = now.image.to(self.point.dtype), now.loss
         self.see_gradient(self.gradient, forgiven(self.objective, now))
@@ -207,7 +212,7 @@ class AutoPgd(RowSearch):
         self.last_loss = loss
 
     def _check(self, i: int) -> Tensor:
-        """Adapt the steps at a checkpoint, and return which rows continue at the top, bool ``[R]``."""
+        """Adapt the step sizes at a checkpoint, and tell which rows continue at ``top``, bool ``[R]``."""
         few = self.rises <= self.rho * self.marks[i]
         stuck = ~self.halved & (self.top_loss <= self.checked_loss)
         self.halved = few | stuck
@@ -217,13 +222,13 @@ class AutoPgd(RowSearch):
         return self.halved
 
     def _move(self, i: int, point: Tensor, gradient: Tensor) -> Tensor:
-        """Step ``i`` from some points along gradients, ``[R, ...]``."""
+        """Take step ``i`` from points along gradients, both ``[R, ...]``."""
         ball, momentum = self.rows.ball, MOMENTUM if i > 0 else 1.0
         step = {"eps": ball.eps, "momentum": momentum, **ball.bounds}
         return apgd_step(point, gradient, self.rows.x, self.previous, self.step, **step)
 
     def _shrink(self, step: int) -> None:
-        """Let the rows leave whose images have fallen, and those that are given up."""
+        """Remove the rows of fallen images, and the rows that are given up."""
         share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0], self.rows.run)
         self.score = torch.stack([share, self.score[1]])
         lost = self.out_of_reach(step, border(self.objective.loss) - self.top_loss)
@@ -238,14 +243,13 @@ class AutoPgd(RowSearch):
             self.see_given_up(index)
         if kept is not None:
             if self.health is not None:
-                # Rows that leave because their image has fallen count as images, but never as unmoved ones: they may
-                # have begun at a misclassified point.
+                # Removed rows of fallen images count as images, but never as unmoved images, because they may have
+                # begun at a misclassified point.
                 self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
             self.take(kept)
 
     def may_end(self) -> Tensor:
-        # A row without a gradient, or a row that never moved, is searched to the end, because it is a sign of masked
-        # gradients.
+        # A row without a gradient, or with an unchanged point, is a sign of masked gradients, so it is not given up.
         return self.gradient.flatten(1).any(1) & (self.point != self.rows.begin).flatten(1).any(1)
 
     def _see_move(self, index: Tensor | slice) -> None:
@@ -254,7 +258,7 @@ class AutoPgd(RowSearch):
             self.health.see_move(self.rows.begin[index], self.point[index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
-        """Judge the best and the last points of some rows, and keep the best of those that are no success."""
+        """Compare the best and the last points of some rows, let the model judge them, and remember the best."""
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
@@ -262,8 +266,8 @@ class AutoPgd(RowSearch):
             score = self.objective.score(best, labels)
         best, score = better_of(best, score, last, self.objective.score(last, labels))
         if self.active.leave:
-            # The model itself may misclassify a point that its copy classifies correctly. So every point is judged if
-            # the search used a copy.
+            # If the search used a copy, every point is judged, because the model may misclassify a point that the copy
+            # classifies correctly.
             by_copy = self.objective.model is not self.active.judge.model
             claimed = torch.ones_like(score[0]) if by_copy else score[0]
             share, _ = self.active.confirm_successes(owner, best, claimed, run)
@@ -272,7 +276,9 @@ class AutoPgd(RowSearch):
 
 
 class AutoPgdL1(AutoPgd):
-    """Auto-PGD in the l1 ball: a step moves a share of the coordinates, which follows how many the best point changed.
+    """One run of Auto-PGD in the l1 ball.
+
+    A step moves only a share of the coordinates, which depends on the number of changed coordinates of the best point.
 
     Args:
         share: the share of the coordinates that the first steps move, ``[R]``; None: a fifth.
@@ -281,7 +287,7 @@ class AutoPgdL1(AutoPgd):
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
         self.marks, self.step = checkpoints_l1(self.steps), self.rows.ball.eps.clone()
-        # A given share belongs to the point where the run begins: that point changed SPARSER times as many coordinates.
+        # A given share is that of the changed coordinates at the first point, divided by SPARSER.
         self.changed = torch.ones_like(self.top_loss) if share is None else share * SPARSER
         self.share = torch.full_like(self.top_loss, FIRST_SHARE) if share is None else share
 
@@ -304,12 +310,12 @@ class AutoPgdL1(AutoPgd):
 
 
 def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: int) -> None:
-    """One run of the l1 ball: in a ball three times as large, then twice, then in the ball itself.
+    """Make one run in the l1 ball: first with three times its radius, then with twice its radius, then with its radius.
 
-    The rows begin anywhere; the steps are those of all three parts.
+    The first points may lie outside of the ball. ``steps`` is the number of steps in all three balls.
     """
     parts = [math.ceil(part * steps) for part in LARGER_STEPS[:-1]]
-    # The last ball, the given one, gets at least one step.
+    # The last ball gets at least one step.
     parts.append(max(1, steps - sum(parts)))
     begin = rows.begin
     for factor, count in zip(LARGER, parts, strict=True):

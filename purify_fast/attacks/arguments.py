@@ -1,4 +1,4 @@
-"""Checks of what attacks are given; every error names the argument, its value and what is allowed."""
+"""Checks of the arguments of attacks; every error names the argument, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._validation import check_number
 
-#: By rounding, a pixel may lie outside of [clip_min, clip_max] by this share of the range's width.
+#: Because of rounding, a pixel may lie outside of [clip_min, clip_max] by this share of the range's width.
 ROUNDING = 1e-4
 
 
 def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: float = 1.0) -> None:
-    """TypeError or ValueError unless x is floating point ``[B, ...]`` within its range, and y int64 ``[B]`` from 0.
+    """Refuse images or labels that are not allowed, with TypeError or ValueError.
 
-    Values are only read on a CPU: elsewhere the check would wait for the device, and `evaluate` reads them anyway. They
-    are not read while a compiler or a dispatch mode is active. Fake tensors and tensors inside ``torch.func.vmap`` have
-    no values. Without ``clip_min`` a pixel may have any value.
+    x must be floating point ``[B, ...]`` in [clip_min, clip_max]; without ``clip_min`` a pixel may have any value. y
+    must be int64 ``[B]``, at least 0. The values are checked only on a CPU, because a check on another device would
+    wait for it, and `evaluate` checks them anyway. The values are also not checked while a compiler or a dispatch mode
+    is active. Fake tensors, and tensors inside ``torch.func.vmap``, have no values.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -36,7 +37,7 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         label = int(y.min())
         least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
     except RuntimeError:
-        # Tensors inside torch.func.vmap, and fake tensors outside their mode, have no values.
+        # Tensors inside torch.func.vmap have no values, nor have fake tensors outside of their mode.
         return
     if label < 0:
         raise ValueError(f"y must have class numbers of at least 0, got {label}")
@@ -52,16 +53,16 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
 
 
 def check_at_least_one(**counts: int | None) -> None:
-    """ValueError for a count below 1; None is no count."""
+    """Refuse a count below 1 with ValueError; None is allowed."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_not_negative(**sizes: float | Tensor | None) -> None:
-    """ValueError for a negative number or NaN, TypeError for a value that is not a number; None is allowed.
+    """Refuse a negative number or NaN with ValueError, and a value that is not a number with TypeError.
 
-    A tensor's values are not read: that would wait for the device.
+    None is allowed. A tensor's values are not checked, because the check would wait for the device.
     """
     for name, value in sizes.items():
         if value is None or isinstance(value, Tensor):
@@ -76,13 +77,13 @@ def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, pe
 
     Args:
         eps: the radius in image units.
-        norm: norm of the ball, as `read_norm` returns it; None if it is not known.
-        largest: the range of the pixels, beyond which no L-inf radius makes sense.
+        norm: norm of the ball, a result of `read_norm`; None if it is not known.
+        largest: the largest allowed L-inf radius, which is the width of the pixels' range.
         per_image: whether a tensor ``[B]`` is allowed, with a radius for each image.
 
     Raises:
         TypeError: eps is not a number.
-        ValueError: a negative radius, NaN, or an L-inf radius beyond ``largest``.
+        ValueError: a negative radius, NaN, or an L-inf radius above ``largest``.
     """
     if per_image and isinstance(eps, Tensor):
         return

@@ -1,6 +1,6 @@
 """This package's attacks for AttackBench (Cina et al., AAAI 2025), the package attackbenchlib.
 
-AttackBench counts the queries of each image when they enter the model, and stops an attack after a budget of queries.
+AttackBench counts the queries of each image at the model's input, and stops an attack after a budget of queries.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from .sequence import AttackSequence
 
 
 def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
-    """Attacks as ``attackbench.run_attack`` takes them; each of several attacks the images that no earlier one fooled.
+    """Make an attack for ``attackbench.run_attack`` from attacks of this package.
 
-    Gradients are those of the model itself, never of a copy of it, so that every query is counted.
+    Several attacks run one after the other, and each attacks only the images that no earlier attack has fooled. The
+    gradients are always those of the model itself, because AttackBench cannot count the queries of a copy.
 
     Args:
-        *attacks: attacks of `purify_fast.attacks`, such as ``APGD()``; they support the norm that AttackBench sets.
+        *attacks: attacks of `purify_fast.attacks`, such as ``APGD()``, that support the norm that AttackBench sets.
         eps: radius in image units; ``run_attack(..., epsilon=...)`` overrides it.
 
     Returns:
         The attack ``(model, inputs, labels, targets, targeted, threat_model, epsilon, seed)``, which returns
-        adversarial images. It raises ValueError for a targeted attack, and for the norm l0.
+        adversarial images. It raises ValueError for ``targeted=True`` and for the norm l0.
 
     Raises:
         ValueError: no attack, an attack with a radius of its own, or an eps that is not allowed.
@@ -36,7 +37,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
     if not attacks:
         raise ValueError("attacks must contain at least one attack, such as APGD(), got none")
     if fixed := [attack.kind for attack in attacks if getattr(attack, "eps", None) is not None]:
-        raise ValueError(f"attacks must have no own eps, but {', '.join(fixed)} has one: give eps to for_attackbench")
+        raise ValueError(f"attacks must not set eps, but {', '.join(fixed)} does: give eps to for_attackbench")
     check_eps(eps, None)
     plain = [replace(attack, precision="float32") if isinstance(attack, EngineAttack) else attack for attack in attacks]
 
@@ -51,7 +52,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
         seed: int = 0,
     ) -> Tensor:
         if targeted or targets is not None:
-            raise ValueError("targeted must be False and targets None: these attacks look for any wrong class")
+            raise ValueError("targeted must be False and targets must be None: these attacks search any wrong class")
         radius = eps if epsilon is None else epsilon
         context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]
         attacked = AttackSequence(model, inputs, labels, context)

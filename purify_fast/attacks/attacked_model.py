@@ -1,6 +1,6 @@
-"""The model under attack: it is frozen, its calls are checked for writes to the images, and its draws are tested.
+"""Freezes the model under attack, refuses a model that writes to its input, and tests how a random model draws.
 
-A model that writes to the images that it is given would change the points of an attack.
+A model that writes to its input would change the points of an attack.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_im
 
 Answer = TypeVar("Answer")
 
-#: The sizes of the test whether a model draws once per call. TRIED_IMAGES: its images. TRIED_ROWS: the rows of one
-#: batch with several draws of these images. TRIED_CALLS: the calls with each image once. If a model picks one of two
-#: networks in each call, all of these calls agree by chance once in 128 times.
+#: The sizes of the test whether a model draws only once per call. TRIED_IMAGES: the number of images. TRIED_ROWS: the
+#: size of a batch with several draws of each image. TRIED_CALLS: the number of calls with each image once. A model that
+#: picks one of two networks in each call picks the same network in all of these calls with the probability 1/128.
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
-#: Draws of one call count as equal if they differ by less than this share of the difference between two calls.
+#: Draws of the same call count as equal if their difference is below this share of the difference between two calls.
 ALIKE = 0.01
 
-#: Two answers of a model count as equal if no logit differs by more than SAME_SPREAD times the spread of an image's
-#: logits plus SAME_SIZE times the largest logit.
+#: Two outputs of a model count as equal if no logit differs by more than SAME_SPREAD times the largest spread of an
+#: image's logits plus SAME_SIZE times the largest absolute logit.
 SAME_SPREAD = 1e-5
 #: About 16 times the rounding of float32.
 SAME_SIZE = 2e-6
@@ -34,15 +34,15 @@ SAME_SIZE = 2e-6
 
 @contextlib.contextmanager
 def frozen(model: Classifier) -> Iterator[None]:
-    """Within the block, ``model`` is in evaluation mode and no parameter asks for a gradient.
+    """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    A compiled backward computes weight gradients for every parameter that asks for a gradient, needed or not: about a
-    third of an attack's work. Modules that the model holds in a plain list, in an object or in a hook are frozen as its
-    registered modules are (`purify_fast.model_state.hidden_modules`).
+    At the end of the context both are restored. A compiled backward pass computes the gradients of all parameters with
+    ``requires_grad=True`` even if they are not needed, which is about a third of an attack's work. Modules in a plain
+    list, in an object or in a hook of the model are frozen too (`purify_fast.model_state.hidden_modules`).
 
     Args:
-        model: an ``nn.Module``; any other callable is left as it is. A caller that attacks a module's method must
-            freeze the module itself.
+        model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
+            caller must freeze the module.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -64,32 +64,33 @@ def frozen(model: Classifier) -> Iterator[None]:
 
 
 class WritesToItsInput(ValueError):
-    """A model changed the images that it was given."""
+    """A model has changed its input in place."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the model writes to the images that it is given, on which the attack continues: copy them in the model "
-            "by x = x.clone() before its first operation in place (x.mul_(), x.clamp_(), x += ..., x[...] = ...)"
+            "model must not write to its input x, because the attack still needs x: call x = x.clone() in the model "
+            "before its first in-place operation (x.mul_(), x.clamp_(), x += ..., x[...] = ...)"
         )
 
 
 def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     """Call a model on images, and refuse a model that writes to them; the check takes no time.
 
-    PyTorch counts the writes to a tensor, except those through ``x.data`` or a NumPy array of the same memory. A model
-    that writes to the images has changed them: give a copy if that must not happen.
+    The check compares PyTorch's count of the writes to x. Writes through ``x.data``, or through a NumPy array with the
+    same memory, are not counted. After an error the images may have been changed, so a caller that still needs them
+    must pass a copy.
 
     Raises:
-        WritesToItsInput: the model wrote to the images, or tried to while gradients to them were recorded.
+        WritesToItsInput: the model wrote to the images, or tried to write to them while gradients were recorded.
     """
-    # A compiler cannot trace the count of writes, and inference tensors have no such count.
+    # torch.compile cannot trace the count of writes, and inference tensors have no such count.
     if torch.compiler.is_compiling() or x.is_inference():
         return model(x)
     writes = x._version
     try:
         answer = model(x)
     except RuntimeError as error:
-        # The parameters are frozen, so the images are the only leaf that can require a gradient.
+        # The parameters are frozen, so only the images can be a leaf that requires a gradient.
         if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
             raise WritesToItsInput from error
         raise
@@ -99,14 +100,14 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
-    """The gradient of a number to images, or None.
+    """The gradient of a number with respect to images.
 
-    It is None if the number does not depend on the images, or if PyTorch has no derivative for a function on the way,
-    such as ``x // 1``.
+    The result is None if the number does not depend on the images, or if PyTorch has no derivative for a function
+    between them, such as ``x // 1``.
     """
     if not value.requires_grad:
         return None
-    # A compiler cannot trace the `try` block below.
+    # torch.compile cannot trace the `try` block below.
     if torch.compiler.is_compiling():
         return torch.autograd.grad(value, leaf, allow_unused=True)[0]
     try:
@@ -118,7 +119,7 @@ def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
 
 
 def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
-    """Refuse a model that writes to its input in any way; it is called on copies, with gradients and without.
+    """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients.
 
     Raises:
         WritesToItsInput: the model wrote to its input.
@@ -131,8 +132,8 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
             except WritesToItsInput:
                 raise
             except Exception:
-                # A model that fails only while gradients are recorded can still be evaluated, so its error is ignored
-                # here.
+                # A model that raises an error only while gradients are recorded can be evaluated, so the error is
+                # ignored.
                 if not recorded:
                     raise
         if not torch.equal(images.detach(), x.detach()):
@@ -140,10 +141,10 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two answers, logits ``[B, classes]``, differ by more than rounding.
+    """Tell whether two outputs of a model, logits ``[B, classes]``, differ by more than rounding.
 
-    Rounding grows with the logits, and a difference matters in relation to the spread of an image's logits. So neither
-    limit is an absolute number: logits times 1e-8 decide the same.
+    Rounding errors grow with the logits, and a difference is important in relation to the spread of an image's logits.
+    So the limits are relative: logits that are all multiplied by 1e-8 give the same result.
     """
     if first.shape != second.shape:
         return True
@@ -158,9 +159,9 @@ def differ(first: Tensor, second: Tensor) -> bool:
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
-    """Logits ``[draws * B, classes]`` of several draws of each image; the first draw of every image comes first.
+    """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first.
 
-    A model that shares work between its draws makes all of them at once.
+    If the model can share work between draws (`SharesDraws`), its method makes all draws together.
     """
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
@@ -170,17 +171,17 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
 
 @torch.no_grad()
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
-    """Tell whether a random model draws once for all images of a call, as a model that picks a network in every call.
+    """Tell whether a random model draws once for all images of a call; an example is a model that picks a network.
 
-    It does if several draws of an image, taken as an attack takes them, are equal, while another call gives other
-    draws. The random generators are restored afterwards. The comparison waits for the device.
+    It draws once if several draws of an image in the same batch are equal, but the draws of another call differ. The
+    random generators are restored afterwards. The comparison waits for the device.
 
     Args:
-        model: images to logits; within `frozen`.
-        x: images ``[B, ...]``; the first few are tested.
-        draws: the number of draws that an attack will take. With one draw the model is not called. Nor is it called if
-            its class promises draws for each image (`purify_fast.protocols.draws_for_each_image`), because a training
-            would test it in every step.
+        model: images to logits; frozen, see `frozen`.
+        x: images ``[B, ...]``; only the first few are tested.
+        draws: the number of draws that an attack will take. With a single draw the model is not called, and the result
+            is False. The same is true if the model's class promises a draw for each image
+            (`purify_fast.protocols.draws_for_each_image`), because a training would repeat the test in every step.
         most: the most images in one forward pass; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
@@ -195,12 +196,12 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
         other = next((other for other in others if differ(first, other)), first)
     if supports(model, CountsImages):
-        # The counter is for the images of attacks, so the images of this test are subtracted.
+        # The counter should count only the images of attacks, so the images of this test are subtracted.
         cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
 
     # The position of an image in a batch may change the last bits of its logits, and in bfloat16 even the second digit.
-    # So equal draws need only be close.
+    # So draws count as equal if they are close.
     return apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * apart(first, other)

@@ -1,4 +1,4 @@
-"""The set in which an attack may move an image: a ball around it, within the range of the pixels."""
+"""The set in which an attack may change an image: a ball around the image, within the box, the range of the pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .arguments import check_eps
 
 @dataclass(frozen=True)
 class Ball:
-    """A ball around each image of a batch, within a box.
+    """A ball around each image of a batch, within the box [clip_min, clip_max].
 
     Args:
         eps: the radius of each image's ball in image units, ``[B]``.
@@ -27,8 +27,7 @@ class Ball:
         clip_max: the largest value of a pixel.
     """
 
-    #: `eps` is not compared, because it is a part of a step's state: one captured step can be replayed for every
-    #: radius.
+    #: `eps` is not compared, because a captured step takes it as an input and so can be replayed for every radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: float = 0.0
@@ -43,7 +42,7 @@ class Ball:
         """The balls of some of the images.
 
         Args:
-            index: the images, an index of ``[B]``.
+            index: an index or a slice of the images.
         """
         return replace(self, eps=self.eps[index])
 
@@ -51,10 +50,10 @@ class Ball:
 def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
 ) -> Ball:
-    """The ball around each image, after a check of its radius, a number or ``[B]``, and its norm (see `read_norm`).
+    """Make the balls around images, after a check of the radius, a number or ``[B]``, and the norm (see `read_norm`).
 
     Returns:
-        The ball; its eps is on x's device, float32, or float64 if x is.
+        The ball. Its eps is on x's device, with the dtype float32, or float64 if x is float64.
 
     Raises:
         TypeError: a radius that is neither a number nor a tensor.
@@ -66,15 +65,15 @@ def ball_around(
 
 
 def philox_key(seed: int, device: torch.device) -> Tensor:
-    """A seed as Philox takes it, int64 ``[1]``; ValueError for a seed outside int64."""
+    """The key of Philox for a seed, int64 ``[1]``; ValueError for a seed outside the range of int64."""
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
-    # The seed is made on the device, because copying it there would wait for the device.
+    # The tensor is made on the device, because a copy to the device would wait for it.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., Tensor]:
-    """A function that makes the random numbers of a start, ``[B, count]``, by Philox's first draw or a later draw."""
+    """Make a function that returns random numbers for the first points of an attack, ``[B, count]``."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
     key = philox_key(seed, x.device)
 
@@ -86,7 +85,7 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
-    """The nearest points in the balls around images x, clamped to the box; in l1 the nearest within ball and box."""
+    """Project points onto the balls around images x, then onto the box; in l1 onto the intersection of both."""
     # A step of length 0 only projects the point.
     return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 
@@ -94,7 +93,7 @@ def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
 def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
     """A point drawn from a normal distribution around each image, projected onto its ball and the box.
 
-    ``std`` is in image units; seed and ids are those of `sample_in_ball`.
+    ``std`` is in image units. For ``seed`` and ``sample_ids`` see `sample_in_ball`.
     """
     noise = _numbers(x, seed, sample_ids)(x[0].numel(), "normal")
     return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
@@ -120,7 +119,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
             noise = draw(size, "normal")
         else:
             # Draw from Laplace's distribution by the inverse of its distribution function. The uniform numbers are
-            # multiples of 2^-24; the middles between them are used, because they give neither 0 nor infinity.
+            # multiples of 2^-24. They are shifted by half of that, so that no result is 0 or infinite.
             middles = 2 * draw(size) - (1 - 2**-24)
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1) ** (1 / size)

@@ -1,7 +1,7 @@
-"""The interface of an attack, and its call without an evaluation.
+"""The interface of an attack, and functions that run an attack without an evaluation.
 
-Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch. An
-`AttackContext` has the settings that the options leave open.
+Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch. If
+an option is None, its value comes from an `AttackContext`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ USUAL_TARGETS = 9
 
 
 class ThreatModel(NamedTuple):
-    """The set in which an attack may move an image."""
+    """The set in which an attack may change an image."""
 
-    #: "linf", "l2" or "l1"; "flow" where pixels are moved rather than changed.
+    #: "linf", "l2" or "l1"; "flow" for an attack that shifts pixels instead of changing their values.
     norm: str
     #: The radius in image units. For "flow": the largest shift along each axis, in units of half the image.
     eps: float
@@ -51,11 +51,11 @@ class AttackResult:
 
     Args:
         images: adversarial images, with the shape and dtype of the clean ones.
-        health: the counts of gradients and movement; None if nothing was counted.
+        health: the counts of faulty gradients and unmoved images; None if nothing was counted.
         warnings: texts that a reader of the result must know.
-        fell_to: the number of images that fell to each target and restart, by its name.
-        stood_still: the number of images that no search brought nearer to a border before it was given up, a number or
-            a tensor []. Their survival says nothing.
+        fell_to: the number of images on which each target and restart succeeded, by the name of target and restart.
+        stood_still: the number of images whose searches were all given up before they came nearer to a decision
+            boundary, a number or a tensor []. That these images survive says nothing about the defence.
         proved: the number of images for which a complete search has proved that no point of the ball is misclassified,
             a number or a tensor [].
     """
@@ -69,7 +69,7 @@ class AttackResult:
 
 
 class Decided(NamedTuple):
-    """The options that an attack may leave open; values of the context replace the open ones."""
+    """The final values of the options that may be None in an attack; the context gives the missing values."""
 
     steps: int
     eot_iter: int
@@ -82,29 +82,29 @@ class Decided(NamedTuple):
 class Attack(abc.ABC):
     """An attack with its options; subclasses are frozen dataclasses.
 
-    A subclass with `norms` searches a ball, and has the fields ``eps`` and ``norm`` for a ball of its own.
+    A subclass with `norms` searches a ball. Its fields ``eps`` and ``norm`` override the ball of the evaluation.
 
     Args:
-        eot_iter: draws of a random model that are averaged in each step. They are computed in one batch; if the model
-            draws once per call, each draw takes one call. None: as many as the evaluation takes, and 1 without an
-            evaluation.
+        eot_iter: number of draws of a random model that are averaged in each step. They are computed in one batch. If
+            the model draws only once per call, each draw takes a separate call. None: the number of the evaluation, or
+            1 without an evaluation.
     """
 
     #: The attack's name in files: "pgd", "apgd", ...
     kind: ClassVar[str]
 
-    #: The version of the attack's code, which `revision` returns. It must be raised whenever the same settings would
-    #: find other images.
+    #: The version of the attack's code, which `revision` returns. It must be raised whenever a change makes the attack
+    #: find other images with the same settings.
     code_version: ClassVar[str | None] = None
 
     #: The norms of the balls that the attack can search. Empty: the attack searches no ball and overrides
     #: `threat_model`.
     norms: ClassVar[tuple[str, ...]] = ()
 
-    #: True if `search` can follow the gradients of another model, `AttackContext.gradients_from`.
+    #: True if `search` can take its gradients from another model, `AttackContext.gradients_from`.
     follows_gradients: ClassVar[bool] = False
 
-    #: The number of steps if the options leave it open. None: the number of the context.
+    #: The number of steps if the option ``steps`` is None. None: the number of the context.
     usual_steps: ClassVar[int | None] = None
 
     eot_iter: Count | None = None
@@ -126,7 +126,7 @@ class Attack(abc.ABC):
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """The attack's own ball or the context's; ValueError for a norm or a radius that is not allowed."""
+        """Return the attack's own ball or the context's; ValueError for a norm or a radius that is not allowed."""
         norm, eps = self._norm_and_radius(context)
         check_eps(eps, norm)
         return ThreatModel(norm, float(eps))
@@ -161,11 +161,11 @@ class Attack(abc.ABC):
         return known
 
     def draws(self, context: AttackContext) -> int:
-        """The predictions of the model that a step averages; 1 if predictions do not differ."""
+        """The number of predictions that a step averages; 1 if the model predicts the same every time."""
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
-        """Steps, draws, loss and targets, none left open; the margin replaces a loss that needs more classes."""
+        """Steps, draws, loss and targets without None; the margin replaces a loss that needs more classes."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
@@ -173,11 +173,11 @@ class Attack(abc.ABC):
         return Decided(steps, self.draws(context), loss, targets)
 
     def cost(self, context: AttackContext) -> int | None:
-        """The most forward passes per image; None if they are not known before, as in a search that ends early."""
+        """The largest number of forward passes per image; None if it is not known before the attack."""
         return None
 
     def may_end_early(self, context: AttackContext) -> bool:
-        """Tell whether a search may end before its last step because success is out of reach."""
+        """Tell whether a search may stop before its last step because it would not succeed."""
         return False
 
     @abc.abstractmethod
@@ -185,17 +185,17 @@ class Attack(abc.ABC):
         """Attack the model that `target` returned.
 
         Args:
-            target: images to logits. An ``nn.Module`` has the same modes and gradient flags afterwards as before.
+            target: images to logits. Afterwards the modes and gradient flags of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             context: the settings besides the attack's own options.
 
         Returns:
-            The adversarial images, and what the attack has counted.
+            The adversarial images, and the counts of the attack.
         """
 
-    # torch.compile cannot trace how the options are shared out between attack and context. So it skips this function,
-    # and compiles inside the attack again.
+    # torch.compile cannot trace how the options are divided between attack and context. So this function is not
+    # compiled, and compilation begins again inside the attack.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         """The images of `run`, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
@@ -205,16 +205,16 @@ class Attack(abc.ABC):
         """Attack a batch of images without an evaluation.
 
         Args:
-            model: images to logits. An ``nn.Module`` has the same modes and gradient flags afterwards as before.
+            model: images to logits. Afterwards the modes and gradient flags of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             options: fields of `AttackContext` and of its `Resources`, such as ``eps``, ``norm`` and ``seed``.
 
         Returns:
-            The adversarial images, and what the attack has counted.
+            The adversarial images, and the counts of the attack.
 
         Raises:
-            TypeError: an option that neither of them has.
+            TypeError: an option that is a field of neither class.
             ValueError: no radius, or images, labels or options that are not allowed.
         """
         context = AttackContext.from_options(**options)
@@ -223,14 +223,14 @@ class Attack(abc.ABC):
         return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
-        """The version of the attack's code; an evaluation uses a kept row again only if the version is the same.
+        """The version of the attack's code; an evaluation uses a cached result only if the version is the same.
 
-        If it is None, rows are never kept, because nobody can tell when the code has changed.
+        None: results of this attack are not cached, because nothing shows when its code has changed.
         """
         return self.code_version
 
     def identity(self) -> list[str]:
-        """Module and name of the attack's code: the revisions of two attacks may be equal."""
+        """Module and name of the attack's class, because two attacks may have the same revision."""
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
@@ -238,7 +238,7 @@ class Attack(abc.ABC):
         return model
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        """The options as plain values; the context's values replace those that are None."""
+        """The options as plain values; the context's value replaces an option that is None."""
         options = asdict(self)
         decided = {name: value for name, value in self.decided(context)._asdict().items() if name in options}
         return options | decided | self.threat_model(context)._asdict()
@@ -255,8 +255,8 @@ def times(restarts: int) -> str:
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:
     """The forward passes per image of `worst_of_runs`."""
     steps, draws, *_ = attack.decided(context)
-    # Each run scores its last point, and with several draws also its best point. Health needs the prediction of the
-    # clean image.
+    # Each run scores its last point, and with several draws also its best point. The count of unmoved images needs one
+    # prediction of the clean image.
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if attack.restarts > 1 else 0
     return attack.restarts * (steps * draws + at_the_end + comparison)
@@ -268,14 +268,15 @@ def worst_of_runs(
     batch: tuple[Classifier, Tensor, Tensor],
     context: AttackContext,
 ) -> AttackResult:
-    """Take every run, and keep for each image the point that most draws misclassify, then that of largest margin.
+    """Make all runs of an attack, and return for each image the best point of all runs.
 
-    A prediction with NaN is misclassified, and its margin counts as larger than any other. So a further run never takes
-    a success away.
+    The best point is misclassified by the most draws. Among equal points it has the largest margin. A prediction with
+    NaN counts as misclassified, with a margin larger than any other. So a further run never undoes a success.
 
     Args:
         attack: an attack with ``restarts``.
-        one_run: takes the objective, the number of the run, from 0, and what counts gradients.
+        one_run: a function of the objective, the number of the run from 0, and the `GradientHealth` that counts the
+            gradients (None: nothing is counted). It returns the points of the run.
         batch: the attacked model, the images and their labels.
         context: the settings besides the attack's own options.
     """
@@ -304,26 +305,27 @@ def worst_of_runs(
     return AttackResult(best, health)
 
 
-# -- attacks whose successes the model itself judges ------------------------------------------------------------------
+# -- attacks that search on a copy of the model, and check every success on the model itself --------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineAttack(Attack):
-    """The options of the attacks that let the model itself judge every success, such as `apgd`, `fab_t` and `square`.
+    """The options of attacks that search on a fast copy of the model, such as `apgd`, `fab_t` and `square`.
 
-    They search on a fast copy of the model. The search only claims a success. The model confirms it in its own
-    precision, and a random model by fresh draws. Images that have fallen leave the batch.
+    A success on the copy is only a claim. The model itself must confirm it in its own precision, and a random model
+    must confirm it by fresh draws. The image then has fallen, and is removed from the batch.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
         restarts: number of runs for each target; a run searches the images that have not fallen yet.
-        precision: precision of the search: "float32", "bfloat16" (in a copy of the model) or "auto" (in such a copy if
-            that saves time). The model itself judges every success.
-        give_up: whether a search ends if it would not succeed even at several times its recent pace. Attacks by
-            gradients decide that after 40, 60 and 80 % of the steps, if there are 50 or more; Square decides it from
-            query 500 on. Auto-PGD never gives up in the l1 ball or if fallen images stay, and Square never with several
-            draws. DeepFool, C&W and HopSkipJump refuse it, because their pace is not steady.
+        precision: precision of the search: "float32", "bfloat16" (a copy of the model computes in bfloat16) or "auto"
+            (such a copy is used if it saves time). Every success is checked on the model itself.
+        give_up: whether the search of an image stops if it would not succeed even at several times its recent pace.
+            Attacks with gradients check this after 40, 60 and 80 % of the steps, if there are 50 or more. Square checks
+            it from query 500 on. Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``.
+            Square ignores it with several draws. DeepFool, C&W and HopSkipJump raise ValueError, because their pace is
+            not steady.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -342,7 +344,9 @@ class EngineAttack(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.give_up and not self.has_pace:
-            raise ValueError(f"give_up must be False for {type(self).__name__}, which searches to its end, got True")
+            raise ValueError(
+                f"give_up must be False for {type(self).__name__}, because its search has no steady pace, got True"
+            )
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball = self.ball(x, y, context)
@@ -374,14 +378,15 @@ class EngineAttack(Attack):
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search adversarial images for the clean ones of one batch or of a group; within `frozen`.
+        """Search adversarial images for the clean images of ``active``; the model is in evaluation mode (`frozen`).
 
-        The objective is the loss that the search raises, on the attacked model, a fast copy of it or another model.
+        The objective is the loss that the search maximizes. Its model is the attacked model, a fast copy of the
+        attacked model, or another model.
         """
 
 
 def targets_and_times(n_target_classes: int | None, restarts: int) -> str:
-    """The number of target classes, if it is not the usual number, and of restarts as the end of an attack's name."""
+    """The end of an attack's name: the number of targets, unless it is the usual number, and the restarts."""
     count = "all" if n_target_classes is None else n_target_classes
     return (f", {count} targets" if count != USUAL_TARGETS else "") + times(restarts)
 
@@ -389,8 +394,8 @@ def targets_and_times(n_target_classes: int | None, restarts: int) -> str:
 # -- the attacks as functions -----------------------------------------------------------------------------------------
 
 
-# torch.compile cannot trace how the options are shared out between attack and context. So it skips this function, and
-# compiles inside the attack again.
+# torch.compile cannot trace how the options are divided between attack and context. So this function is not compiled,
+# and compilation begins again inside the attack.
 @functools.partial(outside_graphs, recursive=False)
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Run an attack without an evaluation.
@@ -400,14 +405,15 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
         model: images to logits.
         x: images ``[B, ...]``.
         y: labels, int64 ``[B]``.
-        **options: fields of the attack, of `AttackContext` or of `Resources`. If the attack has a field of the context,
-            it is the attack's. Or ``health``, to which the counts of gradients and movement are added.
+        **options: fields of the attack, of `AttackContext` or of `Resources`. If attack and context have a field of the
+            same name, the option sets the attack's field. ``health`` is a `GradientHealth`, to which the counts are
+            added.
 
     Returns:
         Adversarial images, shape and dtype of x.
 
     Raises:
-        TypeError: an option that none of them has, or no radius for an attack in a ball.
+        TypeError: an unknown option, or no radius for an attack in a ball.
     """
     own, shared = _options_of_call(attack)
     health: GradientHealth | None = options.pop("health", None)
@@ -424,26 +430,26 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
 
 @functools.cache
 def _options_of_call(attack: type[Attack]) -> tuple[dict[str, inspect.Parameter], dict[str, inspect.Parameter]]:
-    """The options of a call without an evaluation: the fields of the attack, and those of context and resources."""
+    """The options of a call without an evaluation: the attack's fields, and the fields of context and resources."""
     own, shared = parameters_of(attack), parameters_of(AttackContext, Resources)
     del shared["counts_health"], shared["resources"]
     if attack.norms:
-        # The options eps and norm are the context's, because only the context's eps may be a tensor [B].
+        # The options eps and norm set the context's fields, because only the context's eps may be a tensor [B].
         del own["eps"], own["norm"]
     return own, {name: option for name, option in shared.items() if name not in own}
 
 
 def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) -> Callable[..., Tensor]:
-    """The function that runs an attack on one batch.
+    """Make the function that runs an attack on one batch.
 
-    ``inspect.signature`` and ``help`` show all of its options, which are the fields of the attack, of `AttackContext`
+    ``inspect.signature`` and ``help`` show all options of the function: the fields of the attack, of `AttackContext`
     and of `Resources`.
 
     Args:
         name: the name of the function in the attack's module.
         attack: the class of the attack.
         returns: the sentence of the docstring about the images that the function returns.
-        **defaults: the defaults that differ from those of the fields.
+        **defaults: the default values that differ from those of the fields.
 
     Returns:
         The function.
@@ -476,10 +482,10 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
 
 
 _TEXTS = {
-    "model": "images ``[B, ...]`` to logits ``[B, classes]``; a module is frozen for the attack, then restored.",
+    "model": "images ``[B, ...]`` to logits ``[B, classes]``; a module is in evaluation mode during the attack.",
     "x": "images, floating point ``[B, ...]`` in [clip_min, clip_max].",
     "y": "true labels, int64 ``[B]``.",
-    "health": "gets the counts of gradients and movement, if given.",
+    "health": "the counts of faulty gradients and unmoved images are added to it; None: nothing is counted.",
 }
 _SHAPE = (
     " Shape and dtype are those of x. Up to the rounding of this dtype, the images lie within the radius and within "
@@ -487,6 +493,6 @@ _SHAPE = (
 )
 _ERRORS = (
     "TypeError: x or y is no tensor, there is no such option, or a radius is missing.",
-    "RuntimeError: the attack takes gradients, and the call stands within ``torch.inference_mode()``.",
+    "RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.",
     "ValueError: a shape, dtype, name, count or range that is not allowed; or a model that writes to its input.",
 )

@@ -1,9 +1,10 @@
-"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): for a purifier whose gradient is missing or useless.
+"""BPDA (Athalye, Carlini & Wagner, ICML 2018, section 4): an attack for purifiers without a useful gradient.
 
     forward: classifier(purify(x));   backward: as if purify(x) were x
 
-The classifier's gradient at the purified image serves as the gradient at x, which makes sense if purify(x) is near x. A
-usable gradient of the purifier gives a stronger attack; BPDA then checks that gradient.
+The classifier's gradient at the purified image replaces the gradient at x, which is sensible if purify(x) is near x. If
+the purifier has a useful gradient, an attack with this gradient is stronger. BPDA then is a check: if it finds more
+adversarial images, the gradient is not useful.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ def classifier_of(defence: HasClassifier) -> nn.Module:
 
 
 class BpdaModel(nn.Module):
-    """A purifier and a classifier as a model that any gradient attack can run on; the attack decides over the draws.
+    """A purifier and a classifier as a model for any gradient attack, with the gradient of BPDA.
 
-    The forward pass is exactly the defence's. The gradient at x is exactly the classifier's at purify(x), summed over
-    the draws.
+    The forward pass is the same as that of the defence. The gradient at x is the classifier's gradient at purify(x),
+    summed over the draws.
 
     Args:
-        purify: images ``[B, ...]`` to purified images of the same shape, or to K draws of each, ``[B, K, ...]``; it is
-            never differentiated.
+        purify: a function from images ``[B, ...]`` to purified images of the same shape, or to K draws of each,
+            ``[B, K, ...]``. It is never differentiated.
         classifier: purified images to logits ``[B, classes]``.
         aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function
             ``[B, K, classes] -> [B, classes]``.
-        modules: the modules whose methods the callables above are. They are frozen along with this module (`frozen`),
-            and so are callables that are modules themselves.
+        modules: the modules to which the functions above belong, if they are methods. An attack puts these modules into
+            evaluation mode together with this module (`frozen`).
 
     Raises:
         ValueError: an unknown aggregation; in the forward pass, purified images of another shape.
@@ -67,8 +68,8 @@ class BpdaModel(nn.Module):
         """Make the model of a defence that purifies images before it classifies them, as `purify_fast.Carso` does.
 
         Args:
-            defence: it has ``purify(x)`` and ``classifier``.
-            aggregation: how the logits of several draws are aggregated; None: as the defence does it.
+            defence: a defence with ``purify(x)`` and ``classifier``.
+            aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation.
         """
         own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []
@@ -85,7 +86,7 @@ class BpdaModel(nn.Module):
                 f"purify must return images of the shape of x, {list(x.shape)}, or K draws of each, [B, K, ...], got "
                 f"{list(purified.shape)}"
             )
-        # The value is zero, and its gradient is that of x.
+        # The value of `change` is zero, and its gradient with respect to x is 1.
         change = (x - x.detach()).to(purified.dtype)
         if not several:
             return self.classifier(purified + change)
@@ -96,10 +97,10 @@ class BpdaModel(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class BPDA(PGD):
-    """PGD on `BpdaModel` of a defence with ``purify(x)`` and ``classifier``, as a row of an evaluation.
+    """PGD on the `BpdaModel` of a defence with ``purify(x)`` and ``classifier``.
 
     Args:
-        aggregation: how the logits of several draws are aggregated; None: as the defence does.
+        aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -114,13 +115,13 @@ class BPDA(PGD):
         return super().name(context) + ("" if self.aggregation is None else f" through {self.aggregation}")
 
     def target(self, model: Classifier) -> BpdaModel:
-        """The defence with the purifier's gradient replaced.
+        """Make the `BpdaModel` of a defence.
 
         Args:
             model: a defence with ``purify(x)`` and ``classifier``.
 
         Raises:
-            TypeError: the model is not such a defence.
+            TypeError: the model has no ``purify(x)`` or no ``classifier``.
         """
         if not is_purifier(model):
             raise TypeError(f"BPDA needs a defence with purify(x) and classifier, got {type(model).__qualname__}")

@@ -1,15 +1,18 @@
-"""Branch and bound on a small ReLU network: a complete search of an L-inf ball, for a point or a proof.
+"""Branch and bound on a small ReLU network: a complete search of an L-inf ball.
 
-The lead of one class over another is bounded from below over the ball: a line above and a line below replace each ReLU
-(CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). Where the bound is not above 0, a ReLU is split: in one
-half its input is at least 0, in the other at most 0, and it is a line in both (Bunel et al., JMLR 2020, arXiv
-1909.06588). A Lagrange multiplier for each split brings its constraint into the bound (beta-CROWN, Wang et al., NeurIPS
-2021, arXiv 2103.06624). Three things are not in these papers. The multipliers and the slopes of the lines below rise by
-Polyak's steps, whose goal is known: a bound above 0. Each subproblem searches a point as well: it begins at the bound's
-minimizers, and the same steps lower the lead that is left and the violation of the signs. And some of the subproblems
-are the deepest, where a misclassified point is found first.
+The result is a misclassified point, or a proof that the ball contains none. For each other class, the "lead" is the
+true class's logit minus the other class's logit. Over the ball the lead is bounded from below: each ReLU is replaced by
+a line above it and a line below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). If the bound is not above 0,
+the problem is split at a ReLU into two subproblems, called nodes. In the first the ReLU's input is at least 0, in the
+second it is at most 0, so the ReLU is linear in both (Bunel et al., JMLR 2020, arXiv 1909.06588). A Lagrange multiplier
+for each split puts its constraint into the bound (beta-CROWN, Wang et al., NeurIPS 2021, arXiv 2103.06624).
 
-Gradients of the network need not lead to the point that is found, so that a network cannot hide it from this search.
+Three things are not in these papers. The multipliers and the slopes of the lower lines are optimized by Polyak's steps,
+because their goal is known, a bound above 0. In each subproblem a misclassified point is searched too: from the
+minimizers of the bound, the same kind of steps lower the lead and the violations of the splits. And a share of the next
+subproblems are those with most splits, because they are the first to find a misclassified point.
+
+The search does not depend on useful gradients of the network, so masked gradients cannot hide a misclassified point.
 """
 
 from __future__ import annotations
@@ -31,41 +34,41 @@ from .context import AttackContext
 from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
-#: The steps per subproblem. RAISES: steps that raise its lower bound. DESCENTS: steps that search a misclassified
-#: point.
+#: The numbers of steps per subproblem. RAISES: steps that raise its lower bound. DESCENTS: steps that search a
+#: misclassified point.
 RAISES, DESCENTS = 5, 15
-#: SAFE: a bound is a proof if it is above this share of the image's largest logit, because the model computes in
-#: float32 and this search in float64. ALIKE: the model's logits may differ from those in float64 by this share of the
-#: largest logit.
+#: SAFE: a bound counts as a proof if it is above this share of the image's largest logit, because the model computes in
+#: float32, but this search in float64. ALIKE: the model's logits may differ from the logits in float64 by this share of
+#: the largest logit.
 SAFE, ALIKE = 5e-5, 2e-5
-#: IMAGES: the images that are searched at once. AT_ONCE: the most subproblems that are split at once. NUMBERS: the most
-#: elements of the matrices that bound these subproblems.
+#: IMAGES: the number of images that are searched together. AT_ONCE: the most subproblems that are split together.
+#: NUMBERS: the most elements of the matrices that bound these subproblems.
 IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
-#: The share of the next subproblems that are chosen because they are the deepest, those with most splits. The others
-#: are chosen because their bounds are the lowest.
+#: The share of the next subproblems that are chosen because they have the most splits. The others are chosen because
+#: they have the lowest bounds.
 DEEPEST = 0.5
 #: The next ReLU to split is chosen by the error of its relaxation at the minimizer, plus this weight times the width of
 #: the relaxation.
 WIDTH = 0.3
-#: A step aims at a bound above 0 by this share of the present bound's distance from 0.
+#: The goal of a step is a bound above 0 by this share of the present bound's distance from 0.
 GOAL = 0.05
-#: The steps that search a point are longer by this factor than Polyak's steps with the goal 0.
+#: The steps that search a misclassified point are Polyak's steps with the goal 0, times this factor.
 LONG = 3.0
 TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchAndBound(Attack):
-    """Branch and bound in an L-inf ball, for modules of affine layers with few ReLUs between them.
+    """Branch and bound in an L-inf ball, for networks of affine layers with few ReLUs between them.
 
     Linear layers, convolutions, batch normalization, average pooling and a normalization of the images are affine.
-    `AttackResult.proved` is the number of images of a batch that are proved robust.
+    `AttackResult.proved` is the number of images that are proved robust.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: "linf", the norm of the attack's own ball, which needs an eps; None: the norm of the evaluation.
-        nodes: about the most subproblems of an image; an image that needs more is not proved.
-        relus: the most ReLUs of the network.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, which can only be "linf" and needs an eps; None: the norm of the evaluation.
+        nodes: the approximate limit of subproblems per image. An image that needs more is not proved.
+        relus: the most ReLUs of a network.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -84,15 +87,15 @@ class BranchAndBound(Attack):
         return "branch and bound"
 
     def layers(self, model: Classifier, x: Tensor, max_forward_batch: int | None = None) -> list[Affine]:
-        """The network that is searched.
+        """Read the layers of the network that is searched.
 
         Args:
             model: images to logits.
-            x: images ``[B, C, H, W]``, on which the network is compared with the model.
+            x: images ``[B, C, H, W]``, on which the layers are compared with the model.
             max_forward_batch: the most images in one forward pass; None: no limit.
 
         Raises:
-            ValueError: the model is not such a network.
+            ValueError: the model does not consist of affine layers and ReLUs, or is too large.
         """
         layers = affine_layers(model, x.shape[1:], self.relus)
         with frozen(model):
@@ -100,7 +103,7 @@ class BranchAndBound(Attack):
         apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
         if not apart <= ALIKE * logits.abs().max():
             raise ValueError(
-                f"model must give the logits of its weights in float64, got logits that differ by up to {apart:.2g}"
+                f"model must give the same logits as its layers in float64, got logits that differ by up to {apart:.2g}"
             )
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 
@@ -121,26 +124,26 @@ class BranchAndBound(Attack):
 
 
 branch_and_bound = as_function(
-    "branch_and_bound", BranchAndBound, "Per image a misclassified point if one was found, otherwise the image."
+    "branch_and_bound", BranchAndBound, "Per image the misclassified point that was found, otherwise the image."
 )
 
 
-#: For each node the least and the largest values: of the pixels, ``[B, pixels]``, then of the inputs of each layer of
-#: ReLUs, ``[B, units]``.
+#: The smallest and the largest values in each node: first of the pixels, ``[B, pixels]``, then of the inputs of each
+#: layer of ReLUs, ``[B, units]``.
 _Boxes = list[tuple[Tensor, Tensor]]
 
 
 class _Nodes(NamedTuple):
-    """Subproblems; every field has an entry per node.
+    """Subproblems ("nodes"); every field has an entry per node.
 
     Args:
-        owner: the image, int64 ``[B]``.
-        rival: the class whose logit should exceed that of the true class, int64 ``[B]``.
-        signs: the signs of the inputs of ReLUs that were split, 1 or -1, and 0 for the others; int8 ``[B, units]``.
+        owner: the index of the image, int64 ``[B]``.
+        rival: the class whose logit should exceed the true class's logit, int64 ``[B]``.
+        signs: the sign of each ReLU's input, 1 or -1, or 0 if the ReLU was not split; int8 ``[B, units]``.
         slopes: the slopes of the lines below the ReLUs, float32 ``[B, units]``; below 0: not chosen yet.
         prices: the multipliers of the splits, float32 ``[B, units]``.
         least: the lower bound of the lead, float64 ``[B]``.
-        unit: the ReLU to split next, int64 ``[B]``; -1: none, and the node itself is bounded again.
+        unit: the ReLU to split next, int64 ``[B]``. -1: no ReLU is split, and the bound of the node is raised again.
     """
 
     owner: Tensor
@@ -152,7 +155,7 @@ class _Nodes(NamedTuple):
     unit: Tensor
 
     def take(self, index: Tensor) -> _Nodes:
-        """Some of the nodes, by an index int64 or bool."""
+        """Some of the nodes, selected by an int64 or bool index."""
         return _Nodes(*(each[index] for each in self))
 
     @staticmethod
@@ -161,19 +164,19 @@ class _Nodes(NamedTuple):
         return _Nodes(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def halves(self) -> _Nodes:
-        """Both halves of each node that has a ReLU to split, and the others."""
+        """Split the nodes that have a ReLU to split; return both halves of them, and the other nodes."""
         others, split = self.take(self.unit < 0), self.take(self.unit >= 0)
         signs = [split.signs.scatter(1, split.unit[:, None], sign) for sign in (1, -1)]
         return _Nodes.joined([others, *(split._replace(signs=each) for each in signs)])
 
 
 class _Search:
-    """The search of some images.
+    """Branch and bound on some of the images.
 
     Args:
         layers: the layers of the network.
-        active: all images.
-        part: indices of the images that are searched, int64 ``[n]``.
+        active: all images of the attack.
+        part: the indices of the images that are searched here, int64 ``[n]``.
     """
 
     def __init__(self, layers: Sequence[Affine], active: ActiveSet, part: Tensor):
@@ -183,12 +186,12 @@ class _Search:
         self.low, self.high = ((x + way * reach).clamp(ball.clip_min, ball.clip_max) for way in (-1, 1))
         self.safe = SAFE * forward(layers, x).abs().amax(1)
         self.widths = [len(bias) for _, bias in layers[:-1]]
-        # To bound a layer takes, for each node, a matrix of the layer's units and the pixels. This limits the nodes at
-        # once.
+        # The bounds of a layer take a matrix of units x pixels for each node. So memory limits the number of nodes that
+        # are bounded together.
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
-        """Search until every image fell, is proved robust, or had ``limit`` nodes; True for proved images, ``[n]``."""
+        """Search until every image has fallen, is proved or had ``limit`` nodes; return which are proved, ``[n]``."""
         count, classes, device = len(self.y), len(self.layers[-1].bias), self.y.device
         owner, rival = torch.ones(count, classes, device=device).nonzero().unbind(1)
         owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
@@ -207,7 +210,7 @@ class _Search:
         return ~ended & ~self.active.fallen[self.part]
 
     def chosen(self, nodes: _Nodes) -> Tensor:
-        """Choose the next nodes, bool ``[B]``: those of least bound, and a share of the deepest."""
+        """Choose the next nodes, bool ``[B]``: nodes with the most splits, and nodes with the lowest bounds."""
         order = nodes.least.argsort()
         deepest = order[nodes.signs.abs().sum(1)[order].argsort(descending=True, stable=True)]
         chosen, share = torch.zeros_like(order, dtype=torch.bool), int(DEEPEST * self.at_once)
@@ -216,10 +219,10 @@ class _Search:
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
-        """Bound some nodes, try points of each, and return the nodes that are left with their next ReLUs to split."""
+        """Bound some nodes, and search points in them; return the undecided nodes with their next ReLUs to split."""
         boxes = self.boxes(nodes)
         nodes, corners, weights = self.raised(nodes, boxes)
-        # If the signs of a node contradict each other, no point lies in the node, and it is dropped.
+        # A node whose signs contradict each other contains no point, so it is dropped.
         empty = torch.stack([(low > high).any(1) for low, high in boxes]).any(0)
         stays = (nodes.least <= self.safe[nodes.owner]) & ~empty
         nodes, corners, weights = nodes.take(stays), corners[:, stays], weights[stays]
@@ -229,7 +232,7 @@ class _Search:
         return nodes._replace(unit=self.to_split(nodes, boxes, corners[-1], weights))
 
     def boxes(self, nodes: _Nodes) -> _Boxes:
-        """The least and the largest values of the pixels and of the ReLUs' inputs in each node."""
+        """The smallest and the largest values of the pixels and of the ReLUs' inputs in each node."""
         boxes = [(self.low[nodes.owner], self.high[nodes.owner])]
         for i, signs in enumerate(nodes.signs.split(self.widths, 1)):
             weight, bias = self.layers[i]
@@ -237,8 +240,7 @@ class _Search:
             middle, radius = (least + most) / 2 @ weight.T + bias, (most - least) / 2 @ weight.abs().T
             low, high = middle - radius, middle + radius
             if i:
-                # Neither the interval bounds nor those of CROWN are always tighter, so each bound is the tighter of
-                # both.
+                # Sometimes the interval bound is tighter, sometimes CROWN's bound. So the tighter bound is taken.
                 both = Affine(torch.cat([weight, -weight])[None], torch.cat([bias, -bias]))
                 ends, upper = self.least(boxes, both, _smallest_areas(boxes))[0].split(len(bias), 1)
                 low, high = torch.maximum(low, ends), torch.minimum(high, -upper)
@@ -251,13 +253,16 @@ class _Search:
         """Lower bounds of linear functions of a layer's ReLUs, by CROWN's backward pass.
 
         Args:
-            boxes: the boxes up to that layer.
-            functions: weights ``[B, F, units of the layer]`` and constants ``[B, F]``; no B if all nodes share them.
-            slopes: the slopes of the lines below open ReLUs, ``[B, units]`` of all these layers.
+            boxes: the boxes up to this layer.
+            functions: weights ``[B, F, units of the layer]`` and constants ``[B, F]``. The dimension B may be missing
+                if all nodes have the same functions.
+            slopes: the slopes of the lines below those ReLUs whose inputs have both signs, ``[B, units]`` over all
+                layers of ``boxes``.
             prices: the factors with which the inputs of ReLUs are subtracted, ``[B, units]``.
 
         Returns:
-            The bounds ``[B, F]``; the functions' weights of the pixels; and their weights of each layer's ReLUs.
+            The bounds ``[B, F]``; the weights of the functions for the pixels; and their weights for each layer's
+            ReLUs.
         """
         (weight, constant), weights = functions, []
         ends = slopes.shape[1]
@@ -278,16 +283,16 @@ class _Search:
         return bound, weight, weights[::-1]
 
     def raised(self, nodes: _Nodes, boxes: _Boxes) -> tuple[_Nodes, Tensor, Tensor]:
-        """Raise the bounds of nodes by their slopes and prices.
+        """Raise the bounds of nodes by steps in their slopes and prices.
 
         Returns:
-            The nodes; the minimizers of their relaxations on the way, ``[steps, B, pixels]``; and the change of the
-            lead per change of each ReLU's output, ``[B, units]``.
+            The nodes; the minimizer of the relaxation at each step, ``[steps, B, pixels]``; and the derivatives of the
+            relaxed lead with respect to the ReLUs' outputs, ``[B, units]``.
         """
         (weight, bias), y, rival, signs = self.layers[-1], self.y[nodes.owner], nodes.rival, nodes.signs
         lead = Affine((weight[y] - weight[rival])[:, None], (bias[y] - bias[rival])[:, None])
         slopes = torch.where(nodes.slopes < 0, _smallest_areas(boxes), nodes.slopes.double())
-        # Each multiplier is scaled by the range of its ReLU's input, so that one step length suits all of them.
+        # Each multiplier is scaled by the range of its ReLU's input, so that the same step length suits all of them.
         low, high = _of_all(boxes)
         prices, unit = nodes.prices.double(), 1 / (high - low).clamp(min=TINY)
         least, corners = nodes.least, []
@@ -299,11 +304,11 @@ class _Search:
             bound = bound.detach()[:, 0]
             least = torch.maximum(least, bound)
             corners.append(torch.where(normal.detach()[:, 0] > 0, *boxes[0]))
-            # No step follows the last bound. Without ReLUs the first bound is exact already.
+            # No step follows the last bound. Without ReLUs the first bound is already exact.
             if step == RAISES or not self.widths:
                 break
             up, dearer = torch.autograd.grad(total, (slopes, prices))
-            # A value at the end of its range cannot move further, so its gradient is set to 0.
+            # A value at the end of its range cannot move beyond it, so such a gradient is set to 0.
             up = up * torch.where(up > 0, slopes < 1, slopes > 0)
             dearer = unit * dearer * ((dearer > 0) | (prices > 0))
             missing = (2 * self.safe[nodes.owner] + GOAL * bound.abs() - bound).clamp(min=0)
@@ -314,7 +319,7 @@ class _Search:
         return nodes, torch.stack(corners), torch.cat([*changes, low[:, :0]], 1)
 
     def to_split(self, nodes: _Nodes, boxes: _Boxes, corner: Tensor, weights: Tensor) -> Tensor:
-        """The open ReLU whose relaxation lowers the bound most, at the minimizer and elsewhere; -1: none is open."""
+        """The next ReLU to split, whose relaxation lowers the bound most; -1 if no input has both signs."""
         low, high = _of_all(boxes)
         at, inputs = corner, [low[:, :0]]
         for i, (weight, bias) in enumerate(self.layers[:-1]):
@@ -327,7 +332,7 @@ class _Search:
         return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
 
     def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
-        """Search a misclassified point with the signs of each node; it begins at the points ``[B, pixels]``."""
+        """Search a misclassified point with the signs of each node, from the first points x, ``[B, pixels]``."""
         (low, high), y, rival, safe = boxes[0], self.y[nodes.owner], nodes.rival, self.safe[nodes.owner]
         signs = nodes.signs.double().split(self.widths, 1)
         best, smallest = x, torch.full_like(safe, torch.inf)
@@ -338,7 +343,7 @@ class _Search:
                 for (weight, bias), box, sign in zip(self.layers, boxes[1:], signs, strict=False):
                     z = at @ weight.T + bias
                     lacks = lacks + (-sign * z).relu().square().sum(1)
-                    # A ReLU that was split is replaced by its line, even while its input still has the other sign.
+                    # A split ReLU is replaced by its line, even while its input has the wrong sign.
                     at = torch.where((box[0] < 0) & (box[1] > 0), z.relu(), z * (box[0] >= 0))
                 weight, bias = self.layers[-1]
                 lead = ((weight[y] - weight[rival]) * at).sum(1) + bias[y] - bias[rival]
@@ -359,17 +364,17 @@ class _Search:
 
 
 def _of_all(boxes: _Boxes) -> tuple[Tensor, Tensor]:
-    """The least and the largest inputs of all ReLUs, ``[B, units]``."""
+    """The smallest and the largest inputs of all ReLUs, ``[B, units]``."""
     low, high = (torch.cat([ends[0][:, :0], *ends[1:]], 1) for ends in zip(*boxes, strict=True))
     return low, high
 
 
 def _above(low: Tensor, high: Tensor) -> Tensor:
-    """The slopes of the lines above ReLUs; if an input has one sign only, the slope of the ReLU itself."""
+    """The slopes of the lines above ReLUs; for an input with only one sign, the slope of the ReLU itself."""
     return high.relu() / (high.relu() - low.clamp(max=0)).clamp(min=TINY)
 
 
 def _smallest_areas(boxes: _Boxes) -> Tensor:
-    """The slopes of the lines below open ReLUs that leave the smallest areas, ``[B, units]``."""
+    """The slopes of the lines below ReLUs with which the areas between both lines are smallest, ``[B, units]``."""
     low, high = _of_all(boxes)
     return (high > -low).double()

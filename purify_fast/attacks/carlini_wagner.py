@@ -1,10 +1,11 @@
-"""Carlini & Wagner (S&P 2017), l2: the smallest change that is misclassified, by Adam on the change and the margin.
+"""Carlini & Wagner (S&P 2017), l2: a search for the smallest misclassified change, by Adam on change and margin.
 
     |x' - x|^2 + c max(l_y - max_{j != y} l_j, 0),   x' = (tanh(w) + 1) / 2
 
-in images from 0 to 1. Adam moves w, and begins at the image itself for every c. A bisection searches c for each image.
-The nearest misclassified point over all c and all steps counts. Two things are not in the paper: an image leaves once
-such a point lies in the ball, and at the end the nearest point is cut off at the ball and tried as well.
+for images from 0 to 1. Adam optimizes w, and begins at the image itself for every c. A bisection searches c for each
+image. The result is the nearest misclassified point over all c and all steps. Two things are not in the paper. The
+search of an image ends once a misclassified point lies in the ball. And at the end the nearest point is projected onto
+the ball and tried.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch
 from .engine.row_batches import ActiveSet, has_fallen, waves
 from .objective import Objective
 
-#: The steps for each c. The authors' code takes up to 10,000, and ends early where the loss no longer falls.
+#: The steps for each c. The authors' code takes up to 10,000 steps, and stops early when the loss no longer falls.
 STEPS = 1000
 #: The values of the authors' code. CONSTANTS: the number of values of c. FIRST: the first c. FACTOR: c grows by this
-#: factor until an attack succeeds. RATE: Adam's learning rate. INSIDE: the beginning is moved towards the middle of the
-#: pixels' range by this factor, so that w is finite.
+#: factor until a point is misclassified. RATE: Adam's learning rate. INSIDE: the first point's distance from the middle
+#: of the pixels' range is multiplied by this factor, so that w is finite.
 CONSTANTS, FIRST, FACTOR, RATE, INSIDE = 9, 1e-3, 10.0, 0.01, 0.999999
-#: The usual decay rates of Adam, and its usual small constant.
+#: Adam's usual decay rates, and its usual epsilon.
 BETAS, TINY = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner(EngineAttack):
-    """Carlini & Wagner's attack in the l2 norm, without confidence; its first run begins at the image itself.
+    """Carlini & Wagner's attack in the l2 norm, with confidence 0; the first run begins at the image itself.
 
-    "l2" is the only norm that it supports.
+    The attack supports only the norm "l2".
 
     Args:
         steps: steps of Adam for each c; None: 1000, in an evaluation too.
-        constants: the number of c that are tried, one after the other.
+        constants: the number of values of c that are tried, one after the other.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -74,14 +75,14 @@ carlini_wagner = as_function("carlini_wagner", CarliniWagner, NEAREST_OR_IMAGE, 
 
 
 class _CarliniWagnerSearch(NearestSearch):
-    """One run; the objective is the margin."""
+    """One run of the attack; the loss of the objective is the margin."""
 
     def run(self, constants: int) -> None:
-        """Search c as long as there are rows; every c has an equal share of the steps."""
+        """Try ``constants`` values of c for each row, each with an equal share of the steps."""
         ball, wide = self.rows.ball, torch.promote_types(self.point.dtype, torch.float32)
         self.middle, self.half = (ball.clip_max + ball.clip_min) / 2, (ball.clip_max - ball.clip_min) / 2
         self.begin = torch.atanh((self.point.to(wide) - self.middle) / self.half * INSIDE)
-        # For each row: the present c, the largest c that failed, and the smallest c that succeeded.
+        # For each row: the present c, the largest c without a misclassified point, and the smallest c with a point.
         self.c = torch.full_like(self.distance, FIRST)
         self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
         each = self.steps // constants
@@ -98,18 +99,18 @@ class _CarliniWagnerSearch(NearestSearch):
         self.finish()
 
     def _step(self, step: int) -> None:
-        """Look at where w is, and move it; the steps for one c are counted from 1."""
+        """Take one step of Adam; ``step`` counts the steps for the present c from 1."""
         gradient = self.gradients.at(self.point)
         across = has_fallen(gradient.wrong)
         self.see_gradient(gradient.image, across)
         self.note(self.point, across)
         self.crossed = self.crossed | across
-        # The margin has a gradient only while the point is classified correctly.
+        # The term with c has a gradient only while the point is classified correctly.
         weight = torch.where(gradient.loss <= 0, self.c, 0.0) / self.objective.eot_iter
         moved = (self.point - self.rows.x).to(self.w.dtype) / (2 * self.half)
         slope = 2 * moved - per_image(weight, moved) * gradient.image.to(self.w.dtype) * 2 * self.half
         slope = slope * (1 - torch.tanh(self.w).square()) / 2
-        # Adam's means would keep a value that is not finite forever, such as the square of a very large number.
+        # A non-finite value, such as the square of a very large number, would remain in Adam's means forever.
         slope = torch.where(slope.square().isfinite(), slope, 0.0)
         self.mean = torch.lerp(slope, self.mean, BETAS[0])
         self.square = torch.lerp(slope.square(), self.square, BETAS[1])

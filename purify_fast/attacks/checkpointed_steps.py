@@ -2,10 +2,10 @@
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
-Plain autograd keeps the activations of all n steps. Here the x_i are kept, and each step is computed again for its
-gradient. That takes the time of another forward pass, and the memory of one step plus one x per step. The activations
-of some steps may be kept, as many as memory allows: these steps are not computed again. Nothing is approximated, in
-contrast to an adjoint equation or to leaving steps out.
+Plain autograd keeps the activations of all n steps. Here only the x_i are kept, and each step is computed again for its
+gradient. This takes the time of another forward pass, and the memory of one step plus one x per step. If memory allows,
+the activations of some steps are kept, and these steps are not computed again. The gradient is exact, in contrast to an
+adjoint equation or to a gradient of some of the steps.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..speed.memory import free_memory
 Step = Callable[..., Tensor]
 #: The number of steps whose activations are kept; "auto": as many as fit into a share of the free memory.
 Keep = int | Literal["auto"]
-#: "auto" fills this share of the free memory with activations. The rest is for other computations, such as a
+#: "auto" fills this share of the free memory with activations. The rest remains for other computations, such as a
 #: classifier, and for other processes.
 SHARE = 0.25
-#: "auto" measures the memory of one step on this many first steps, and uses the last of them: the first step may keep
-#: less than the others.
+#: "auto" runs this number of first steps, and measures the memory of the last of them, because the first step may keep
+#: less than the other steps.
 MEASURED = 3
 
 
@@ -44,32 +44,33 @@ def checkpointed_steps(
     preserve_rng_state: bool = True,
     keep: Keep = 0,
 ) -> Tensor:
-    """``step`` applied n times, differentiable with the memory of one step, or of as many as are kept.
+    """Apply ``step`` n times; the result is differentiable, with the memory of one step or of a few steps.
 
     Args:
-        step: ``step(x, i, *inputs) -> Tensor``, x the result of the step before and i from 0 to n - 1. It must give the
-            same when it is called again with the same x and the same state of PyTorch's random generators, and leave x
-            as it is.
-        x: where the loop starts, such as images ``[B, C, H, W]``; any floating-point dtype.
-        n: how many steps, at least 0.
-        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as the image that guides.
-        parameters: tensors that ``step`` reads by itself and whose gradients are wanted, such as
+        step: a function ``step(x, i, *inputs) -> Tensor`` of the previous step's result x and of i from 0 to n - 1. It
+            must return the same result when it is called again with the same x and the same state of PyTorch's random
+            generators. It must not write into x.
+        x: the first x, such as images ``[B, C, H, W]``; any floating-point dtype.
+        n: the number of steps, at least 0.
+        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as an image that guides
+            the steps.
+        parameters: tensors that ``step`` uses without taking them as arguments, and whose gradients are wanted, such as
             ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
-        preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators; to
-            be switched off for steps that draw none. Draws from other sources, such as NumPy's, are not repeated.
+        preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
+            may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
         keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
-            "auto": as many as fit into a quarter of the memory that is free now. The activations of the third step are
-            measured for that; those of the first three steps are always kept.
+            "auto": as many as fit into a quarter of the memory that is free now. For this the activations of the third
+            step are measured, and the activations of the first three steps are always kept.
 
     Returns:
-        The result of the last step. Its gradient reaches x, ``inputs`` and ``parameters``; first order.
+        The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
 
     Raises:
-        ValueError: n or keep is negative, or keep is no number and not "auto".
-        RuntimeError: ``step`` writes into the x that it is given; in the backward pass, it records no gradient.
+        ValueError: n or keep is negative, or keep is neither a number nor "auto".
+        RuntimeError: ``step`` writes into its x, or records no gradient; the second is raised in the backward pass.
 
-    Autocast is the same when a step is computed again, and so are PyTorch's function modes, which may give a step
-    another gradient. Inside ``torch.compile`` the loop is a plain one.
+    When a step is computed again, autocast and PyTorch's function modes are the same as the first time. A function mode
+    may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
@@ -89,7 +90,7 @@ def checkpointed_steps(
         keep = _room(x.device) // max(1, counted.last)
     again = max(0, n - first - keep)
     if again:
-        # The arguments are positional, because autograd functions take no keywords.
+        # Autograd functions take no keyword arguments.
         x = _Steps.apply(step, first, again, preserve_rng_state, len(inputs), x, *inputs, *parameters)
     for i in range(first + again, n):
         x = _applied(step, x, i, inputs)
@@ -97,7 +98,7 @@ def checkpointed_steps(
 
 
 def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
-    """One step; RuntimeError if it wrote into its x."""
+    """Apply one step; RuntimeError if it wrote into its x."""
     version = x._version
     following = step(x, i, *inputs)
     if x._version != version:
@@ -106,16 +107,16 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes of activations that may be kept."""
+    """The bytes of activations that may be kept."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Nothing is kept in a captured step: a CUDA graph keeps its memory for as long as it exists, and the driver
-        # must not be asked for the free memory during a capture.
+        # No activations are kept in a CUDA graph, because the graph would hold their memory as long as it exists. Also,
+        # the free memory cannot be queried during a capture.
         return 0
     return int(SHARE * free_memory(device, None))
 
 
 def check_keep(keep: object) -> None:
-    """ValueError unless ``keep`` is "auto" or a number of steps.
+    """Raise ValueError if ``keep`` is neither "auto" nor a number of steps.
 
     Args:
         keep: the value to check.
@@ -125,10 +126,12 @@ def check_keep(keep: object) -> None:
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for the computations within the block; each storage once.
+    """A context that counts the bytes that autograd keeps for the computations in it.
+
+    A storage that several tensors or several blocks share, such as a weight, is counted once.
 
     Attributes:
-        last: the bytes of the last block that earlier ones did not keep, as they keep weights.
+        last: the bytes of the last block in storages that no earlier block has kept.
     """
 
     def __init__(self) -> None:
@@ -145,12 +148,12 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             self.last += storage.nbytes()
-        # The tensor is detached, because a node of autograd's graph that refers to its own result would never be freed.
+        # The tensor is detached, because a node of autograd's graph that references its own result is never freed.
         return tensor.detach()
 
 
 def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
-    """Tell whether a call takes numbers from PyTorch's generators; they are restored afterwards.
+    """Tell whether a call draws numbers from PyTorch's generators; the generators are restored afterwards.
 
     Args:
         function: the function, which is called once.
@@ -193,13 +196,13 @@ class _Steps(torch.autograd.Function):
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of x and of each other tensor, from that of the i-th result; None for unwanted gradients."""
+    """The gradients of x and of the other tensors, from the gradient of the i-th result; None for unwanted ones."""
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
-    # The step reads its parameters by itself, so they cannot be replaced by leaves.
+    # The step does not take its parameters as arguments, so they cannot be replaced by leaves.
     given = [x, *others[: ctx.count]]
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
-    # Autocast's cache is off, because it may contain weights that were cast while no gradients were recorded.
+    # Autocast's cache is not used, because it may contain weights that were cast while no gradients were recorded.
     autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
     draws = [_drawing_from(states, x.device) for states in ctx.generators[i : i + 1]]
     with contextlib.ExitStack() as stack:
@@ -222,13 +225,13 @@ def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
 
 
 def _function_modes() -> list[Any]:
-    """The modes that change a step's results, from the outside in; the device of new tensors changes no result."""
+    """The active function modes, the outermost first; `DeviceContext` is omitted, because it changes no result."""
     return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
-    """A step as its gradient is computed: a mode may compute something else where gradients are recorded."""
-    # Modes are switched off here, because they may replace the functions that detach tensors and switch gradients on.
+    """Apply a step while gradients are recorded, because a function mode may then compute another result."""
+    # Modes are disabled here, because they may replace the functions that detach tensors and enable gradients.
     with torch._C.DisableTorchFunction():
         before = torch.is_grad_enabled()
         given = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in (x, *others)]
@@ -243,13 +246,13 @@ def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
 
 
 def _generators(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a step on a device may draw from: the host's, then a GPU's."""
+    """The states of the generators from which a step may draw: the CPU's, and on a GPU also the GPU's."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextlib.contextmanager
 def _drawing_from(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Within the block, the generators draw from the kept states; they are restored afterwards."""
+    """A context in which the generators have the given states; at its end they are restored."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(states[0])
         for state in states[1:]:

@@ -1,6 +1,7 @@
-"""The settings that an attack gets from its caller: its task, and the means that it may use.
+"""The settings that an attack gets from its caller.
 
-An evaluation makes an `AttackContext` from its own settings, and a call without an evaluation from its arguments.
+An evaluation makes an `AttackContext` from its own settings. Without an evaluation, it is made from the arguments of
+the call.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ Radius = float | Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """The means of an attack.
+    """Settings that concern the time and memory of an attack, and what it counts.
 
     Args:
         max_forward_batch: the most images in one forward pass; it changes no result. None: no limit.
-        batch_size: the most images that an attack searches together, if it tries several targets or restarts of an
-            image at once; None: 64, or the number of images if that is larger.
-        counts_health: whether the attack counts gradients and movement.
-        graphs: captures the steps of attacks on a CUDA device, if given; see `purify_fast.speed.StepGraphs`.
-        copies: keeps the copies that give the gradients, so that the next attack uses them too, if given.
+        batch_size: the most images in a batch of an attack that combines several targets or restarts of an image; None:
+            64, or the number of images if that is larger.
+        counts_health: whether the attack counts faulty gradients and unmoved images.
+        graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: nothing is
+            captured.
+        copies: keeps the model's fast copies for the next attack; None: they are not kept.
 
     Raises:
         ValueError: a count that is not allowed.
@@ -52,28 +54,28 @@ class AttackContext:
     """The settings of an attack besides its own options.
 
     Args:
-        eps: radius of the ball in image units, a number or ``[B]``; customary on CIFAR-10 are 8/255 for "linf", 0.5 for
-            "l2" and 12 for "l1".
+        eps: radius of the ball in image units, a number or ``[B]``; usual values on CIFAR-10 are 8/255 for "linf", 0.5
+            for "l2" and 12 for "l1".
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
-        num_classes: classes of the model. 0: not known; no loss is then replaced by one for fewer classes.
-        steps: steps of an attack whose own options leave them open.
-        eot_iter: draws averaged per step of an attack whose own options leave them open.
-        votes: draws that one prediction of the attacked model takes, if it is a vote of several draws. A step then
-            takes fewer predictions, so that the number of draws stays the same.
-        draws_differ: whether two predictions of the attacked model differ; if not, every attack takes one draw.
-        judge_draws: fresh draws that decide whether an image of a random model has fallen; None: as many as a step
-            averages. An attack that stopped at its first lucky draw would leave weak images behind.
+        num_classes: number of the model's classes. 0: not known, and no loss is replaced.
+        steps: number of steps of an attack whose own ``steps`` is None.
+        eot_iter: number of draws averaged per step, for an attack whose own ``eot_iter`` is None.
+        votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step
+            then averages fewer predictions, so that its number of draws does not change.
+        draws_differ: whether two predictions of the attacked model differ. If not, every attack takes one draw.
+        judge_draws: number of fresh draws that confirm a success on a random model, which avoids a success by a lucky
+            draw; None: the number of draws that a step averages.
         judge_share: the share of these draws that must be misclassified.
         seed: seed of all random numbers.
-        begin: points ``[B, ...]`` at which the first run of Auto-PGD begins, such as those found in a smaller ball;
-            None: a random point.
+        begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball; None:
+            random points.
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
-        gradients_from: another model whose gradients the attack follows, while the attacked model judges every success.
-            Only attacks with `Attack.follows_gradients` use it. None: the gradients of the attacked model.
-        resources: what the attack may use.
+        gradients_from: another model from which the attack takes its gradients. The attacked model still checks every
+            success. Only attacks with `Attack.follows_gradients` use it. None: the gradients of the attacked model.
+        resources: settings that concern time and memory.
 
     Raises:
         ValueError: a name or a count that is not allowed.
@@ -107,7 +109,7 @@ class AttackContext:
             **options: fields of the context, and fields of its `Resources`.
 
         Raises:
-            TypeError: an option that is a field of neither.
+            TypeError: an option that is a field of neither class.
             ValueError: a name or a count that is not allowed.
         """
         own, shared = ({each.name for each in fields(kind)} for kind in (cls, Resources))
@@ -116,9 +118,9 @@ class AttackContext:
         return cls(**{"resources": resources} | options)
 
     def predictions(self, draws: int) -> int:
-        """The number of predictions that take so many draws together."""
+        """The number of predictions that together take ``draws`` draws."""
         return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:
-        """The number of fresh predictions that judge an image, if a step averages so many draws."""
+        """The number of fresh predictions that judge an image, for an attack whose steps average ``draws`` draws."""
         return (self.judge_draws or draws) if self.draws_differ else 1

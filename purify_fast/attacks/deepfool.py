@@ -1,9 +1,9 @@
-"""DeepFool (Moosavi-Dezfooli, Fawzi & Frossard, CVPR 2016): step by step across the nearest border.
+"""DeepFool (Moosavi-Dezfooli, Fawzi & Frossard, CVPR 2016): it steps across the nearest decision boundary ("border").
 
-A step goes to where the model's linear approximation says that the nearest of some other classes takes over. The moves
-add up, and the image moved by a little more than their sum is tried. The search ends at the first point across the
-border. Two things are not in the paper: a step is the shortest within the range of the pixels, and a point outside the
-ball is cut off at the ball and tried as well.
+Each step linearizes the model, and moves the point to the nearest border of some other classes. The next point is the
+image plus a little more than the sum of all moves so far. The search ends at the first misclassified point. Two things
+are not in the paper. Each step is the shortest step that keeps the pixels in their range. And a misclassified point
+outside the ball is projected onto the ball and tried there.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from .engine.nearest import NearestSearch, border, length_of
 from .engine.row_batches import ActiveSet, has_fallen, likeliest_wrong, waves
 from .objective import Objective
 
-#: The values of the authors' code. STEPS: the most steps. OVERSHOOT: a point goes beyond the sum of the moves by this
-#: share.
+#: The values of the authors' code. STEPS: the most steps. OVERSHOOT: the sum of the moves is lengthened by this share.
 STEPS, OVERSHOOT = 50, 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFool(EngineAttack):
-    """DeepFool: from the image itself in the first run, from a random point in the ball in the others.
+    """DeepFool: the first run begins at the image itself, every other run at a random point in the ball.
 
     Args:
         steps: the most steps of a run; None: 50, as in its authors' code, in an evaluation too.
-        n_target_classes: the number of other classes whose border is searched, those of highest logit on the image; a
-            step takes a gradient for each. None, or more than there are: all, as in the paper. Its authors' code has 9.
+        n_target_classes: the number of wrong classes whose borders are searched: the classes of highest logit on the
+            image. A step takes a gradient for each class. None: all classes, as in the paper; the authors' code has 9.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -56,12 +55,12 @@ class DeepFool(EngineAttack):
     def cost(self, context: AttackContext) -> int:
         steps, draws, _, targets = self.decided(context)
         judges = context.judges(draws)
-        # The last prediction is that of the clean image, which gives the likeliest classes.
+        # The last term is one prediction of the clean image, which gives the wrong classes of highest logit.
         return self.restarts * ((steps * (targets or 1) + 2) * draws + 2 * judges) + judges + 1
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         classes = likeliest_wrong(active.logits, active.y, self.n_target_classes)
-        # CUDA graphs are off, because a graph captures a step towards a single class, and a step here has several.
+        # No CUDA graphs are used: a graph would capture a step towards one class, but a step here has several classes.
         objective = replace(objective, graphs=None)
         for rows in waves(active, (None,), self.restarts, context, at_image=True):
             steps = self.decided(context).steps
@@ -72,19 +71,19 @@ class DeepFool(EngineAttack):
 deepfool = as_function(
     "deepfool",
     DeepFool,
-    "Per image the point that made it fall; otherwise the point where the search ended, cut off at the ball. A radius "
-    "that holds every image, such as 1 in linf, returns DeepFool's own points.",
+    "Per image the misclassified point in the ball that was found; otherwise the last point of the search, projected "
+    "onto the ball. With a radius that holds every image, such as 1 in linf, these are DeepFool's own points.",
     precision="float32",
 )
 
 
 class _DeepFoolSearch(NearestSearch):
-    """One run; the objective is the margin."""
+    """One run of DeepFool; the loss of the objective is the margin."""
 
     def run(self, classes: Tensor) -> None:
-        """Take all steps, or stop when no row is left; the borders are those to some classes, int64 ``[R, K]``."""
+        """Take all steps, or stop when no row is left; ``classes``, int64 ``[R, K]``, are the wrong classes to try."""
         self.classes = classes
-        # If a run does not begin at the image, the way from the image to its beginning counts as the first move.
+        # If a run does not begin at the image, the difference between its first point and the image is the first move.
         self.moved = self.point - self.rows.x
         for i in range(self.steps):
             across, move = self._step()
@@ -94,12 +93,12 @@ class _DeepFoolSearch(NearestSearch):
             self.point = point.clamp(self.rows.ball.clip_min, self.rows.ball.clip_max)
             if self.ended(i + 1, ends_across=True):
                 return
-        # For rows that crossed no border, the last point is tried.
+        # If no point of a row was misclassified, its last point is tried.
         self.nearest = torch.where(per_image(self.distance.isfinite(), self.point), self.nearest, self.point)
         self.finish()
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """Tell which points are across the border, bool ``[R]``, and return the shortest move to any class's border."""
+        """Tell which points are misclassified, bool ``[R]``, and return the shortest move to the border of a class."""
         towards = replace(self.objective, loss="margin_targeted")
         best, shortest = torch.zeros_like(self.point), torch.full_like(self.distance, torch.inf)
         for target in self.classes.unbind(1):
@@ -108,7 +107,7 @@ class _DeepFoolSearch(NearestSearch):
             normal, offset = border(self.point, self.averaged(gradient))
             move = hyperplane_projection(self.point, normal, offset, **self.rows.ball.bounds)
             # `part` is the share of the distance to the border that a move covers. It is below 1 if the range of the
-            # pixels cuts the move off. Without a gradient it is not above 0, and the class is never the nearest.
+            # pixels shortens the move. It is 0 or NaN without a gradient, and this class is then not chosen.
             part = (normal * move).flatten(1).sum(1).abs() / gradient.loss.abs()
             length = length_of(self.rows, move).to(shortest.dtype) / part
             length = torch.where(part > 0, length, torch.inf)

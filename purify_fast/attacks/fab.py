@@ -1,10 +1,10 @@
-"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020): the nearest point of another class, class by class.
+"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020): it searches the nearest point of each target class.
 
-A step goes to where the model's linear approximation says that the target class takes over, drawn back a little towards
-the clean image; a point across the border is drawn back further. The attack has no radius: a point counts once it lies
-in the ball, and its image then leaves. Two things are not in the paper: a point across the border is drawn back after
-its gradient is taken and not before, which saves a forward pass per step; and at the end the nearest point across the
-border is cut off at the ball and tried as well.
+Each step linearizes the model, and moves the point to the decision boundary of the target class (its "border") and a
+little towards the clean image. A point across the border is first moved back towards the clean image. The search itself
+has no radius. It succeeds for an image when a misclassified point lies in the ball, and the image then is removed from
+the batch. Two things are not in the paper. A point across the border is moved back after its gradient is taken, which
+saves a forward pass per step. And at the end the nearest point across the border is projected onto the ball and tried.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .engine.row_batches import ActiveSet, Rows, cost_of_borders, has_fallen, ne
 from .objective import Gradient, Objective
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
-#: image. OVERSHOOT: steps are longer than the way to the border by this factor. BACK: a point across the border is
-#: drawn back to this share of its distance from the image.
+#: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
+#: back to this share of its distance from the image.
 STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class FABT(EngineAttack):
-    """FAB-T: the first run for each target begins at the image itself, the others at a point in the ball.
+    """FAB-T: the first run for each target begins at the image itself, every other run at a random point in the ball.
 
     A point outside the ball is not a success.
 
     Args:
-        steps: steps of a run; None: 100, as its authors take, in an evaluation too.
-        n_target_classes: the number of wrong classes with a run each. They are those with the nearest borders by the
-            model's linear approximation at the image. None, or more than there are: all.
+        steps: steps of a run; None: 100, as in its authors' code, in an evaluation too.
+        n_target_classes: the number of target classes, each with a run. They are the wrong classes whose borders are
+            nearest, by the model's linear approximation at the image. None: all wrong classes.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -57,7 +57,7 @@ class FABT(EngineAttack):
         return f"FAB-T {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
-        # At its end a run scores the last point, and scores and judges the nearest point across the border.
+        # At its end a run scores two points, the last and the nearest across the border. The model judges the second.
         steps, draws, _, targets = self.decided(context)
         runs, judges = self.restarts * (targets or 1), context.judges(draws)
         order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
@@ -74,7 +74,7 @@ fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")
 
 
 class _FabSearch(NearestSearch):
-    """A run of FAB, which keeps the nearest points across the border."""
+    """One run of FAB, which remembers the nearest points across the border."""
 
     def run(self) -> None:
         """Take all steps, or stop when no row is left."""
@@ -92,9 +92,9 @@ class _FabSearch(NearestSearch):
 
 
 def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
-    """Towards the border of the linear approximation, from the origin and, with a small weight, from the clean image.
+    """Mix a step from the origin to the linearized border with a step from the clean image, which has a small weight.
 
-    The gradient, of the target's logit minus the label's, was taken at ``point``; the step begins at ``origin``.
+    ``at_point`` is the gradient, at ``point``, of the target's logit minus the label's logit.
     """
     bounds = rows.ball.bounds
     gradient, offset = border(point, at_point)

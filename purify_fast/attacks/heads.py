@@ -1,7 +1,7 @@
-"""Ways in which an attacker may aggregate a defence's samples to one prediction.
+"""Other aggregations of a defence's samples, from which an attacker may take gradients.
 
-A defence decides by its aggregation of the samples. Its gradient may be saturated, or depend on a single sample. An
-attacker may follow another aggregation: the points that it finds are tried on the unchanged defence.
+The gradient of the defence's own aggregation may be saturated, or may depend on a single sample. So an attacker may
+take the gradients from another aggregation. The points that are found are then tried on the unchanged defence.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .._validation import check_literal
 from ..ops.aggregate import aggregate
 from ..protocols import DrawsSampleLogits, SampleLogits, supports
 
-#: ``lse``, ``mean``, ``mean_sigmoid`` and ``peel`` are defined by `purify_fast.ops.aggregate`. ``margins``: for each
-#: class, the mean over the samples of its logit minus the largest other logit. ``one_sample``: the first sample alone.
+#: ``lse``, ``mean``, ``mean_sigmoid`` and ``peel`` are methods of `purify_fast.ops.aggregate`. ``margins``: for each
+#: class, its logit minus the largest other logit, averaged over the samples. ``one_sample``: only the first sample.
 Head = Literal["lse", "mean", "mean_sigmoid", "peel", "margins", "one_sample"]
 HEADS: tuple[Head, ...] = get_args(Head)
 
 
 def head_logits(samples: Tensor, head: Head) -> Tensor:
-    """The attacker's aggregation of the samples' logits, ``[B, K, classes]`` -> ``[B, classes]``, named in `HEADS`."""
+    """Aggregate the logits of samples, ``[B, K, classes]`` -> ``[B, classes]``, by a method of `HEADS`."""
     if head == "one_sample":
         return samples[:, 0]
     if head == "margins":
@@ -33,21 +33,22 @@ def head_logits(samples: Tensor, head: Head) -> Tensor:
 
 
 def class_margins(logits: Tensor) -> Tensor:
-    """The logit of every class minus the largest other logit, ``[..., classes]``; there are at least two classes."""
+    """The logit of every class minus the largest other logit, ``[..., classes]``, for at least two classes."""
     two = logits.topk(2, -1)
     best = F.one_hot(two.indices[..., 0], logits.shape[-1]).bool()
     return logits - torch.where(best, two.values[..., 1:], two.values[..., :1])
 
 
 class AttackersHead(nn.Module):
-    """A defence with the attacker's aggregation; give it to an attack as ``gradients_from``.
+    """A defence with another aggregation of its samples, for the argument ``gradients_from`` of an attack.
 
     Args:
-        defence: it has ``sample_logits(x) -> [B, K, classes]``; its ``draw_sample_logits`` is used if it has that too.
+        defence: a defence with ``sample_logits(x) -> [B, K, classes]``. If it also has ``draw_sample_logits``, several
+            draws are taken by it.
         head: how the samples are aggregated, a name of `HEADS`.
 
     Raises:
-        TypeError: a defence without samples.
+        TypeError: a defence without ``sample_logits``.
         ValueError: an unknown head.
     """
 
@@ -67,11 +68,11 @@ class AttackersHead(nn.Module):
         return head_logits(self.defence.sample_logits(x), self.head)
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with several draws use it.
+        """Logits of ``draws`` independent draws, ``[draws, B, classes]``; attacks with several draws call this method.
 
         Args:
             x: images ``[B, C, H, W]``.
-            draws: number of calls.
+            draws: number of draws.
         """
         if not supports(self.defence, DrawsSampleLogits):
             return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))

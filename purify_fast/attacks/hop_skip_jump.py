@@ -1,10 +1,11 @@
-"""HopSkipJump (Chen, Jordan & Wainwright, S&P 2020): along the border, by the model's decisions alone.
+"""HopSkipJump (Chen, Jordan & Wainwright, S&P 2020): a search along the decision boundary that needs only decisions.
 
-From a misclassified image the search goes straight towards the clean one until the decision changes. There it finds the
-direction into the misclassified side from the decisions on many small random steps, takes the longest possible step in
-it, and goes back towards the clean image. Three things are not in the paper. The search begins at the nearest image of
-the batch that is predicted as another class, or at random noise if there is none. Every length of a step is tried, so
-that every image takes the same number of queries. And at the end the nearest point is cut off at the ball and tried.
+The search begins at a misclassified image, and moves straight towards the clean image until the decision changes. At
+this border it tries many small random steps. Their decisions give the direction into the misclassified side. The search
+takes the longest misclassified step in this direction, and moves towards the clean image again. Three things are not in
+the paper. The search begins at the nearest image of the batch that is predicted as another class, or at random noise if
+there is no such image. Every length of a step is tried, so that every image takes the same number of queries. And at
+the end the nearest point is projected onto the ball and tried.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from .engine.row_batches import FEWEST_ROWS, ActiveSet, Rows, has_fallen
 from .objective import Objective
 
 QUERIES = 5000
-#: The authors' values. FIRST_DIRECTIONS: the random steps of the first iteration; their number grows with the square
-#: root of the iteration. MOST_DIRECTIONS: the most random steps. FIRST_LENGTH: the length of the random steps in the
-#: first iteration, as a share of the range of the pixels.
+#: The authors' values. FIRST_DIRECTIONS: the number of random steps in the first iteration; in iteration n it is
+#: multiplied by sqrt(n). MOST_DIRECTIONS: the most random steps of an iteration. FIRST_LENGTH: the length of the random
+#: steps in the first iteration, as a share of the range of the pixels.
 FIRST_DIRECTIONS, MOST_DIRECTIONS, FIRST_LENGTH = 100, 10_000, 0.1
-#: The number of lengths of a step that are tried; each is half of the length before.
+#: The number of step lengths that are tried; each is half of the previous length.
 LENGTHS = 8
-#: The number of images of noise that are tried until one is misclassified, so that the search can begin there.
+#: The most images of noise that are tried in search of a misclassified image, at which the search can begin.
 TRIES = 100
-#: The least number of queries of a run, of which the first iteration takes nearly all.
+#: The smallest allowed number of queries of a run; the first iteration takes nearly all of them.
 FEWEST_QUERIES = 200
 TINY = 1e-30
 #: The most halvings of a bisection: float32 cannot resolve more.
@@ -45,13 +46,13 @@ HALVINGS = 22
 
 @dataclass(frozen=True, kw_only=True)
 class HopSkipJump(EngineAttack):
-    """HopSkipJump, by decisions alone; the first run begins at images of the batch, the others at noise.
+    """HopSkipJump; the first run begins at other images of the batch, every other run at noise.
 
-    It only looks at the largest logit, so a model may return one-hot decisions.
+    The attack uses only the class of the largest logit, so a model may return one-hot decisions.
 
     Args:
-        n_queries: the most queries about each image in a run, at least 200. A random model answers each query by
-            ``eot_iter`` draws. The predictions that judge a success are not counted.
+        n_queries: the most queries per image in a run, at least 200. For a random model, a query is ``eot_iter`` draws.
+            The predictions that check a success are not counted.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -74,13 +75,13 @@ class HopSkipJump(EngineAttack):
         return self.restarts * (self.n_queries * self.draws(context) + 2 * judges) + judges
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        # Batches change the result, because the search begins at another image of the batch.
+        # The batch size changes the result, because the search begins at another image of the batch.
         return super().settings(context) | {"batch_size": context.resources.batch_size}
 
     @torch.no_grad()
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
         decided = active.logits.argmax(1)
-        # CUDA graphs are off, because they capture gradients, and this search takes none.
+        # No CUDA graphs are used, because they capture gradients, and this search has none.
         objective = replace(objective, graphs=None)
         most = context.resources.batch_size or max(FEWEST_ROWS, len(active.x))
         for restart in range(self.restarts):
@@ -98,11 +99,11 @@ hop_skip_jump = as_function("hop_skip_jump", HopSkipJump, NEAREST_OR_IMAGE, prec
 
 
 def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
-    """The nearest image of another predicted class, for some images; the image itself if there is none.
+    """For some images, the nearest image with a prediction other than their label; the image itself if there is none.
 
     Args:
         active: the images.
-        left: the indices of these images, int64 ``[R]``.
+        left: the indices of the images for which it is searched, int64 ``[R]``.
         decided: the predicted class of each image, int64 ``[N]``.
     """
     flat = active.x.flatten(1).float()
@@ -112,10 +113,10 @@ def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
 
 
 class _HopSkipJumpSearch(NearestSearch):
-    """A run of HopSkipJump, which moves a misclassified point along the border for ``steps`` queries."""
+    """One run of HopSkipJump with at most ``steps`` queries."""
 
     def run(self, seed: int, most: int) -> None:
-        """Ask all queries, or stop when no row is left.
+        """Make all queries, or stop when no row is left.
 
         Args:
             seed: seed of all random numbers.
@@ -127,8 +128,7 @@ class _HopSkipJumpSearch(NearestSearch):
         self.size = self.point[0].numel()
         exact = 2.0 if self.rows.ball.norm == "linf" else 1.5
         self.halvings = min(HALVINGS, math.ceil(exact * math.log2(self.size))) if self.size > 1 else HALVINGS
-        # Two queries are reserved: the prediction of the clean image, and at the end the point that is cut off at the
-        # ball.
+        # Two queries are reserved: for the prediction of the clean image, and for the projected point at the end.
         queries = 2 + self._begin()
         iteration = 1
         self._go_back()
@@ -145,11 +145,11 @@ class _HopSkipJumpSearch(NearestSearch):
             iteration += 1
 
     def _across(self, points: Tensor) -> Tensor:
-        """Tell which decisions on points are wrong, bool ``[n R]``; the first point of every row comes first."""
+        """Tell which points are misclassified, bool ``[n R]``; the first points of all rows come first."""
         return has_fallen(self._shares(points))
 
     def _shares(self, points: Tensor) -> Tensor:
-        """The share of wrong draws, ``[n R]``."""
+        """The share of draws that misclassify each point, ``[n R]``."""
         return self.objective.score(points, self.rows.labels.repeat(len(points) // len(self.rows.labels)))[0]
 
     def _numbers(self, count: int, distribution: str) -> Tensor:
@@ -159,7 +159,7 @@ class _HopSkipJumpSearch(NearestSearch):
         return numbers.transpose(0, 1).to(self.point.dtype)
 
     def _begin(self) -> int:
-        """Find a misclassified image for every row, let the others leave, and return the number of queries of each."""
+        """Find a misclassified first point of each row, or remove the row; return the number of queries per row."""
         ball, tries = self.rows.ball, 0
         found = self._across(self.point)
         while tries < TRIES and len(lacking := (~found).nonzero()[:, 0]):
@@ -172,7 +172,7 @@ class _HopSkipJumpSearch(NearestSearch):
         return tries + 1
 
     def _go_back(self) -> None:
-        """Move every point towards the clean image, to the border."""
+        """Move every point towards the clean image, until the border."""
         if len(self.point) == 0:
             return
         # The distance before the bisection sets the length of the next random steps.
@@ -186,7 +186,7 @@ class _HopSkipJumpSearch(NearestSearch):
         self.note(self.point, torch.ones_like(high, dtype=torch.bool))
 
     def _towards_image(self, share: Tensor) -> Tensor:
-        """The points with a share ``[R]`` of their distance: on the straight line in l2, cut off in linf."""
+        """Points at a share ``[R]`` of the distance from the image: on the straight line in l2, clamped in linf."""
         x, share = self.rows.x, per_image(share, self.point)
         if self.rows.ball.norm == "l2":
             return torch.where(share == 1, self.point, x + share.to(x.dtype) * (self.point - x))
@@ -194,7 +194,7 @@ class _HopSkipJumpSearch(NearestSearch):
         return self.point.clamp(x - reach, x + reach)
 
     def _hop(self, iteration: int, directions: int) -> None:
-        """Take the longest step along the border that stays on the misclassified side."""
+        """Take the longest step whose end is misclassified."""
         update = self._direction(iteration, directions)
         longest = length_of(self.rows, self.point - self.rows.x) / math.sqrt(iteration)
         hopped, begin = torch.zeros_like(longest, dtype=torch.bool), self.point
@@ -206,7 +206,10 @@ class _HopSkipJumpSearch(NearestSearch):
             hopped = hopped | across
 
     def _direction(self, iteration: int, directions: int) -> Tensor:
-        """The direction into the misclassified side, by decisions on random steps; with length 1, in linf its signs."""
+        """The direction into the misclassified side, from the decisions after random steps.
+
+        In l2 the direction has the length 1. In linf its elements are replaced by their signs.
+        """
         ball, is_linf = self.rows.ball, self.rows.ball.norm == "linf"
         length = self.before / self.size
         if iteration == 1:
@@ -223,8 +226,8 @@ class _HopSkipJumpSearch(NearestSearch):
             signs = 2 * self._shares(points.reshape(-1, *self.point.shape[1:])).view(len(steps), -1, 1) - 1
             decided, plain = decided + signs.sum(0), plain + steps.sum(0)
             weighted = weighted + (signs * steps).sum(0)
-        # Subtract the mean decision, because it says nothing about the direction. If all decisions are equal, nothing
-        # would be left, so nothing is subtracted.
+        # Subtract the mean decision, because it says nothing about the direction. If all decisions are equal, the
+        # difference would be 0, so nothing is subtracted.
         mean = decided / directions
         direction = (weighted - torch.where(mean.abs() == 1, 0.0, mean) * plain).view_as(self.point).to(point.dtype)
         if is_linf:

@@ -1,4 +1,4 @@
-"""The losses that an attack maximizes, one number per image; first-order gradients flow to the logits."""
+"""The losses that an attack maximizes, with a number per image; they have first-order gradients to the logits."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} l_j - l_y, [B]; positive exactly where the image is misclassified. Carlini & Wagner, S&P 2017.
+    """max_{j != y} l_j - l_y, [B]; it is positive if the image is misclassified. Carlini & Wagner, S&P 2017.
 
     Args:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
     """
     true = logits.gather(1, y[:, None])[:, 0]
-    # `one_hot` is avoided, because it reads the labels and so waits for a GPU.
+    # `one_hot` is avoided, because it checks the values of the labels and so waits for the GPU.
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - true
 
 
 def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / std(logits), [B]; its gradient is the margin's, so it never saturates, at one scale for all draws.
+    """margin / std(logits), [B]; so that all draws have the same weight if their gradients are averaged.
 
-    The standard deviation is over the classes, and counts as a constant. If draws are averaged, a draw with large
-    logits counts no more than the others.
+    The standard deviation over the classes is treated as a constant. So the gradient has the direction of the margin's
+    gradient, and never saturates.
 
     Args:
         logits: floating point ``[B, classes]``.
@@ -46,18 +46,18 @@ def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """l_t - l_y, [B], t the target [B]; defined for any number of classes.
+    """l_t - l_y with the target t, [B]; it is defined for any number of classes.
 
     Args:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
-        target: the class that is raised, int64 ``[B]``.
+        target: target classes t, int64 ``[B]``.
     """
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. Needs 3 classes.
+    """margin / (l_(1) - l_(3)), [B]: the difference of logits ratio, Croce & Hein, ICML 2020. It needs 3 classes.
 
     Args:
         logits: floating point ``[B, classes]``.
@@ -69,12 +69,12 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2), [B], t the target [B]: Croce & Hein, ICML 2020. Needs 4 classes.
+    """(l_t - l_y) / (l_(1) - (l_(3) + l_(4)) / 2) with the target t, [B]: Croce & Hein, ICML 2020. It needs 4 classes.
 
     Args:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
-        target: the class to be raised, int64 ``[B]``.
+        target: target classes t, int64 ``[B]``.
     """
     check_classes("dlr_targeted", logits.shape[1])
     top = logits.topk(4, 1).values
@@ -82,8 +82,8 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-#: Loss: the losses that need only the true labels. ApgdLoss: these and the targeted losses, which also take a target
-#: class for each image.
+#: Loss: the losses that need only the true labels. ApgdLoss: all losses, including the targeted losses, which also take
+#: a target class for each image.
 Loss = Literal["ce", "margin", "scaled_margin", "dlr"]
 ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "margin_targeted"]
 AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
@@ -96,17 +96,17 @@ FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
 
 
 def check_classes(loss: str, classes: int) -> None:
-    """ValueError if a loss needs more classes than there are."""
+    """Refuse a loss that needs more than ``classes`` classes, with ValueError."""
     least = FEWEST_CLASSES.get(loss, 2)
     if classes < least:
         raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
 
 
 def usable_loss(loss: AnyLoss, num_classes: int) -> AnyLoss:
-    """The loss itself, or the margin if the loss needs more classes than there are.
+    """The loss itself, or "margin" if the loss needs more than ``num_classes`` classes.
 
     Args:
         loss: a name of `LOSSES` or `TARGETED`.
-        num_classes: classes of the model; 0: not known.
+        num_classes: number of the model's classes; 0: not known, and the loss itself is returned.
     """
     return "margin" if 0 < num_classes < FEWEST_CLASSES.get(loss, 2) else loss

@@ -1,8 +1,8 @@
-"""The loss that an attack raises, over several draws of a random model, and its gradient, in bounded forward passes.
+"""The loss that an attack maximizes, averaged over the draws of a random model, and its gradient.
 
-All draws of an image are computed in one batch (expectation over transformation, Athalye et al., ICML 2018). The parts
-into which a batch is split change only the rounding of sums. If a model draws once for a whole batch, each draw takes a
-separate pass: in one batch all draws would be the same.
+All draws of an image are computed in one batch (expectation over transformation, Athalye et al., ICML 2018). A batch is
+split if it is larger than the allowed forward pass, which changes only the rounding of sums. If a model draws only once
+for a whole batch, each draw takes a separate pass, because all draws of one batch would be the same.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .losses import LOSSES, TARGETED
 
 
 class Gradient(NamedTuple):
-    """A gradient to images, and the score of these images."""
+    """The gradient of the loss with respect to images, and the score of these images."""
 
-    #: The gradient of the loss summed over the draws, shape of the images; zero if there is no gradient.
+    #: The gradient, summed over the draws, shape of the images; zero if there is no gradient.
     image: Tensor
     #: The mean loss over the draws, ``[B]``.
     loss: Tensor
@@ -33,21 +33,21 @@ class Gradient(NamedTuple):
 
     @property
     def score(self) -> Tensor:
-        """The score by which points are compared: the share of misclassified draws, then the loss; ``[2, B]``."""
+        """The score of points, ``[2, B]``: the share of misclassified draws, and the loss, which decides a tie."""
         return torch.stack([self.wrong, self.loss])
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss that an attack raises.
+    """The loss that an attack maximizes.
 
     Args:
-        model: images ``[B, ...]`` to logits ``[B, classes]``; within `purify_fast.attacks.frozen`.
+        model: images ``[B, ...]`` to logits ``[B, classes]``; in evaluation mode, see `purify_fast.attacks.frozen`.
         loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`.
-        eot_iter: draws of a random model that are averaged.
+        eot_iter: number of draws of a random model that are averaged.
         max_forward_batch: the most images in one forward pass; None: all draws of all images at once.
-        apart: whether each draw takes a separate forward pass, because the model draws once per call.
-        graphs: captures the steps of attacks on a CUDA device, if given.
+        apart: whether each draw takes a separate forward pass, because the model draws only once per call.
+        graphs: captures the steps of attacks as CUDA graphs; None: nothing is captured.
     """
 
     model: Classifier
@@ -59,18 +59,18 @@ class Objective:
     apart: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
-        """The gradient to images ``[B, ...]``, and their score.
+        """The gradient with respect to images ``[B, ...]``, and their score.
 
         The labels are int64 ``[B]``. A targeted loss takes labels and targets, ``[B, 2]``.
 
         Raises:
-            RuntimeError: within ``torch.inference_mode()``.
+            RuntimeError: the call is within ``torch.inference_mode()``.
         """
         image, loss, wrong = self._over_passes(self._differentiate, x, y)
         return Gradient(image, self._mean(loss), self._mean(wrong))
 
     def direction(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gradient to images alone, `Gradient.image`, for a step that compares no points and needs no score."""
+        """Only the gradient, `Gradient.image`, for a step that compares no points and needs no score."""
         return self._over_passes(partial(self._differentiate, scored=False), x, y)[0]
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class Objective:
 
     @torch.no_grad()
     def loss_of(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss alone, ``[B]``, for a search that does not need the number of wrong draws."""
+        """Only the loss, ``[B]``, for a search that does not need the number of misclassified draws."""
         return self._mean(self._over_passes(partial(self._judge, counted=False), x, y)[0])
 
     def _mean(self, total: Tensor) -> Tensor:
@@ -89,11 +89,11 @@ class Objective:
         return total / self.eot_iter if self.eot_iter > 1 else total
 
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all draws; ``one_pass(x, y, draws)`` gives the sums for some of the images and draws."""
+        """Sums over all draws; ``one_pass(x, y, draws)`` returns the sums for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
-            # This is the most frequent case. The pass of a small model takes hardly longer than the sums and copies
-            # below, so they are left out.
+            # This is the most frequent case. The sums and copies below would take about as long as the pass of a small
+            # model, so they are skipped.
             return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
@@ -102,12 +102,12 @@ class Objective:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _at_once(self, images: int) -> tuple[int, int]:
-        """The number of images in one forward pass, and of draws of each."""
+        """The number of images in one forward pass, and the number of draws per image."""
         most = self.max_forward_batch or max(1, images * self.eot_iter)
         if self.apart:
             return _even(images, most), 1
         if supports(self.model, SharesDraws):
-            # Draws share work only within a pass, so a pass has as many draws of an image as fit.
+            # Draws of an image share work only within a pass, so a pass has as many draws of an image as possible.
             draws = min(self.eot_iter, most)
             return _even(images, max(1, most // draws)), draws
         images = _even(images, most)
@@ -115,11 +115,11 @@ class Objective:
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
         """Sums over ``draws`` draws: the gradient, and if scored the losses and the number of misclassified draws."""
-        # The check is left out under a compiler, which decides by itself whether gradients are recorded.
+        # torch.compile decides whether gradients are recorded, so there is no check while it compiles.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "attacks need gradients, which cannot be recorded inside torch.inference_mode(): call the attack "
-                "outside of that block. A block of torch.no_grad() is allowed"
+                "the attack needs gradients, which torch.inference_mode() does not record: call the attack outside of "
+                "it, or use torch.no_grad() instead"
             )
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
@@ -135,18 +135,18 @@ class Objective:
         return self._scored(logits, labels, losses, draws) if counted else (_summed(losses, draws),)
 
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of every draw, ``[draws * B]``, its logits and its label."""
+        """The loss, the logits and the label of every draw, ``[draws * B, ...]``."""
         logits = logits_of_draws(self.model, x, draws)
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         return self._loss_of(logits, labels), logits, labels[0]
 
     def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """Sums over the draws: the losses, and the number of misclassified draws; ``[B]`` both.
+        """Sums over the draws, ``[B]``: the losses, and the number of misclassified draws.
 
-        A row of logits with a NaN names no class, whatever the index of its largest logit is, so it is misclassified. A
-        row whose largest logit is infinite and shared is misclassified too. Only the margin shows that: it is NaN in
-        these two cases and in no other.
+        A draw with NaN among its logits counts as misclassified, because it predicts no class. With the loss "margin",
+        a draw also counts as misclassified if several of its logits are infinite and largest: the margin is NaN in
+        exactly these two cases.
         """
         top, decided = logits.max(1)
         nameless = losses if self.loss == "margin" else top
@@ -154,7 +154,7 @@ class Objective:
         return _summed(losses, draws), _summed(wrong, draws)
 
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        """The loss of every row of logits; the error for a label without a class names the label."""
+        """The loss of every row of logits; ValueError for a label outside the model's classes."""
         formula = (LOSSES | TARGETED)[self.loss]
         # A compiler cannot trace the `try` block below.
         if torch.compiler.is_compiling():
@@ -165,7 +165,7 @@ class Objective:
             y, classes = labels[0], logits.shape[1]
             if y.device.type != "cpu":
                 raise
-            # The usual reason is a label without a class. The labels are only read after a failure, to save time.
+            # The usual reason is a label outside the classes. To save time, the labels are read only after a failure.
             bad = ((y < 0) | (y >= classes)).nonzero()[:, 0]
             if len(bad) == 0:
                 raise
@@ -180,20 +180,20 @@ def _summed(values: Tensor, draws: int) -> Tensor:
 
 
 def _even(images: int, most: int) -> int:
-    """The number of images in a pass, at most ``most``. Passes have equal sizes: a short last one saves no time."""
+    """The number of images in a pass, at most ``most``, so that all passes have about the same size."""
     passes = -(-images // most)
     return -(-images // passes) if passes else most
 
 
 @dataclass(frozen=True)
 class GradientStep:
-    """`Objective.gradient` as a step that can be captured.
+    """`Objective.gradient` as a step that a CUDA graph can capture.
 
-    It is a class of its own because Dynamo hashes callable objects before their fields are set, which fails for a
-    dataclass whose hash needs them.
+    `Objective` itself is not callable, because Dynamo hashes callable objects before their fields are set, and the hash
+    of a dataclass needs its fields.
 
     Args:
-        objective: the loss that an attack raises.
+        objective: the loss that an attack maximizes.
     """
 
     objective: Objective
@@ -204,19 +204,19 @@ class GradientStep:
         return self.objective.model
 
     def __call__(self, state: State) -> State:
-        """The gradient, loss and share of wrong draws at ``point``, of labels ``y``."""
+        """The gradient, the loss and the share of misclassified draws at ``point`` for the labels ``y``."""
         return self.objective.gradient(state["point"], state["y"])._asdict()
 
 
 class Gradients:
-    """The gradients of one batch at one point after the other; captured and replayed, if the objective has graphs.
+    """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs.
 
-    It is for an attack whose step is not captured as a whole.
+    It is for attacks that cannot capture their whole step.
 
     Args:
-        objective: the loss that is raised.
+        objective: the loss that is maximized.
         like: images with the shape and dtype of the batch, ``[B, ...]``.
-        y: labels, as `Objective.gradient` takes them.
+        y: labels, see `Objective.gradient`.
     """
 
     def __init__(self, objective: Objective, like: Tensor, y: Tensor):

@@ -1,7 +1,7 @@
 """AutoAttack (Croce & Hein, ICML 2020) from the package ``pyautoattack`` or ``autoattack``.
 
-It draws from torch's global generator, which the caller must fork. It also sets Python's trace function once, which
-this module restores.
+The package draws from torch's global generator, which the caller must fork. It also replaces Python's trace function,
+which this module restores.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from .pgd import PGD
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
-#: The authors' numbers. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
+#: The authors' values. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
 STEPS, DRAWS, QUERIES = 100, 20, 5000
 
 
 def implementation() -> Any:
-    """The class ``AutoAttack`` of the package that is installed; ModuleNotFoundError says how to get one."""
+    """The class ``AutoAttack`` of the installed package; ModuleNotFoundError if no such package is installed."""
     for package in ("pyautoattack", "autoattack"):
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(package).AutoAttack
     raise ModuleNotFoundError(
-        "AutoAttack is not installed: pip install 'purify-fast[eval]' brings pyautoattack. The protocol standard runs "
-        "its four attacks without it"
+        "AutoAttack is not installed: run pip install 'purify-fast[eval]', which installs pyautoattack, or use "
+        "protocol standard, which runs this package's own versions of the four attacks"
     )
 
 
 def parts(version: str, classes: int) -> tuple[list[str], str | None]:
-    """AutoAttack's attacks that can run with so many classes, and the attack that a margin attack must replace.
+    """The attacks of AutoAttack that can run with ``classes`` classes, and the attack that is replaced, or None.
 
-    The DLR loss needs 3 classes, its targeted form 4.
+    The DLR loss needs at least 3 classes, and its targeted form at least 4. An attack without enough classes is
+    replaced by PGD on the margin.
     """
     if version == "rand":
         return (["apgd-ce", "apgd-dlr"], None) if classes >= 3 else (["apgd-ce"], "apgd-dlr")
@@ -59,16 +60,16 @@ def parts(version: str, classes: int) -> tuple[list[str], str | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):
-    """AutoAttack, as a row of an evaluation. It draws from torch's global generator: the caller forks that.
+    """AutoAttack, as its authors' package runs it. It draws from torch's global generator, which the caller must fork.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
-        version: "standard", for a model that predicts the same every time, or "rand", whose gradients are averaged over
-            the draws.
-        steps: steps of its APGD and FAB; None: 100, as its authors take.
-        n_queries: queries of its Square; its authors take 5000.
-        eot_iter: draws of a random model averaged per step of the version "rand"; None: 20, as its authors take.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        version: "standard", for a model that predicts the same every time, or "rand", which averages the gradients over
+            several draws.
+        steps: number of steps of its APGD and FAB; None: 100, as in the authors' code.
+        n_queries: number of queries of its Square; the authors' code has 5000.
+        eot_iter: number of draws averaged per step of the version "rand"; None: 20, as in the authors' code.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -100,9 +101,9 @@ class AutoAttack(Attack):
         return context.predictions(self.eot_iter or DRAWS) if differ else 1
 
     def revision(self) -> str:
-        """The version of this class's code, and the installed package with its version."""
+        """The version of this class, and the installed package with its version."""
         package = implementation().__module__.partition(".")[0]
-        # An installation without metadata, such as a folder on the path, has no version.
+        # A package without metadata, such as a folder on the path, has no version.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             package += f" {importlib.metadata.version(package)}"
         return f"2, {package}"
@@ -121,7 +122,7 @@ class AutoAttack(Attack):
             context: the settings besides the attack's own options.
 
         Returns:
-            Adversarial images, the clean image where AutoAttack found none, and its warnings.
+            The adversarial images, or the clean image if AutoAttack found no adversarial image, and its warnings.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
@@ -135,7 +136,7 @@ class AutoAttack(Attack):
                 points = self._packaged(target, x, y, context)
             if parts(self.version, context.num_classes)[1] is not None:
                 points = self._with_margin(target, x, y, points, context)
-            # By rounding, AutoAttack's points may lie slightly outside of the ball.
+            # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
                 cross_entropy = Objective(target, max_forward_batch=context.resources.batch_size)
@@ -155,21 +156,21 @@ class AutoAttack(Attack):
         adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
         for part in (adversary.apgd, adversary.apgd_targeted):
             part.n_iter = part.n_iter_orig = steps
-            # APGD derives its checkpoints from the number of steps in its constructor, so they are derived again.
+            # APGD's constructor computes the checkpoints from the number of steps, so they must be computed again.
             part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
         adversary.fab.n_iter = steps
         adversary.square.n_queries = self.n_queries
         if self.version == "rand":
             adversary.apgd.eot_iter = draws
-        # The package autoattack differs from pyautoattack: it prints, it calls the batch size `bs`, and it returns only
-        # the images.
+        # The package autoattack prints, names the batch size `bs`, and returns only the images. pyautoattack does not
+        # print, names it `batch_size`, and returns a tuple.
         adversary.verbose = False
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
         result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """The points that succeed; PGD on the margin searches the images of all others."""
+        """Search the images whose points fail by PGD on the margin, and return the points with the new successes."""
         steps, draws, *_ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
         resources = replace(context.resources, counts_health=False, graphs=None)
@@ -189,8 +190,8 @@ def _listening(warnings: list[str]) -> Iterator[None]:
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
-        # Two kinds of warnings are dropped. AutoAttack mistakes the first call of a compiled model for a dynamic
-        # defence. And a loss that cannot run is replaced by PGD on the margin.
+        # Two warnings are dropped because they do not apply. AutoAttack mistakes a compiled model for a dynamic defence
+        # at its first call. And a loss that cannot be used with so few classes is replaced by PGD on the margin.
         known = "dynamic defense" in text or "it is not possible to use the" in text
         if record.levelno >= logging.WARNING and not known and text not in warnings:
             warnings.append(text)

@@ -1,12 +1,13 @@
-"""Projected gradient descent (Madry et al., ICLR 2018), on the attack's loss upwards; and its one step, FGSM.
+"""PGD (Madry et al., ICLR 2018): projected gradient ascent on the attack's loss; and FGSM, a single such step.
 
-In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019) and projects onto ball and box at once
-(Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, each by the
-same amount, so that the change cannot gather in the coordinates where it raises the loss most. This implementation
-moves ever fewer coordinates. FGSM is the fast gradient (sign) method (Goodfellow et al., ICLR 2015).
+In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019), and projects onto the intersection of ball
+and box (Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, all
+by the same amount. So the change cannot concentrate in the few coordinates where it raises the loss most. This
+implementation reduces the share from step to step. FGSM is the fast gradient sign method (Goodfellow et al., ICLR
+2015).
 
-Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. They are attacked in evaluation mode,
-with gradients to the input only, and come back as they were (`purify_fast.attacks.frozen`).
+Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. During an attack the model is in
+evaluation mode, and its parameters get no gradients. Both are restored afterwards (`purify_fast.attacks.frozen`).
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ FIRST_DENSITY = 0.1
 
 @dataclass(frozen=True)
 class Ascent:
-    """One step of PGD as a function of tensors, which has no branch on what they hold: it can be captured.
+    """One step of PGD as a function of tensors; no branch depends on their values, so a CUDA graph can capture it.
 
     Args:
-        objective: the loss that is raised.
-        ball: its norm and its box are used; the radii are those of the state.
-        density: the share of the coordinates that a step in "l1" moves. None, if it changes from step to step: the
-            gradient then replaces the new point in the result, and `move` takes the step.
+        objective: the loss that is maximized.
+        ball: the norm and the box of the step; the radii are those of the state.
+        density: the share of the coordinates that a step in "l1" moves. None: the share changes from step to step. The
+            result then has the gradient instead of the next point, and the caller takes the step by `move`.
 
-    The state has ``x``, the clean images, and ``point``, ``[B, ...]``; ``y``, labels; ``eps`` and ``alpha``, ``[B]``;
-    the memory of a `Search`; and without a density also ``gradient``, ``[B, ...]``.
+    The state has the clean images ``x`` and the points ``point``, both ``[B, ...]``; the labels ``y``; ``eps`` and
+    ``alpha``, ``[B]``; and the memory of a `Search`. If ``density`` is None, it also has ``gradient``, ``[B, ...]``.
     """
 
     objective: Objective
@@ -61,7 +62,7 @@ class Ascent:
             now = self.objective.gradient(state["point"], state["y"])
             new, image = noted(self.objective, state, state["point"], now), now.image
         else:
-            # Nothing is remembered about the points, as in training, so their scores are not computed.
+            # The caller remembers nothing about the points, as in training, so their scores are not computed.
             new, image = {}, self.objective.direction(state["point"], state["y"])
         gradient = image.to(state["x"].dtype)
         if self.density is None:
@@ -69,7 +70,7 @@ class Ascent:
         return {**new, "point": self.move(state, gradient, self.density)}
 
     def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
-        """The next point, by the gradient at this point, with its shape and dtype."""
+        """The next points, from the gradient at the present points; both have the same shape and dtype."""
         x, alpha, eps = state["x"], state["alpha"], state["eps"]
         return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **self.ball.bounds)
 
@@ -87,14 +88,14 @@ def ascend(
     """Take the steps of PGD.
 
     Args:
-        objective: the loss that is raised; its graphs capture the step.
+        objective: the loss that is maximized; its graphs capture the step.
         ball: the ball around each image.
-        state: the state with which `Ascent` begins, without eps. Without ``alpha`` the length of a step falls
-            geometrically from eps to a hundredth of it.
-        steps: the steps of the whole attack.
-        first: the step to begin with, from 0.
-        end: the step before which to stop; None: after the last.
-        density: the share of the coordinates that a step in "l1" moves; None: it falls.
+        state: the first state of `Ascent`, without eps. Without ``alpha`` the length of a step falls geometrically from
+            eps to eps / 100.
+        steps: the number of steps of the whole attack.
+        first: the number of the first step to take, from 0.
+        end: the number of the first step that is not taken; None: ``steps``.
+        density: the share of the coordinates that a step in "l1" moves; None: the share falls from step to step.
 
     Returns:
         The state after the last step that was taken.
@@ -125,27 +126,28 @@ def fall(i: int, steps: int) -> float:
 
 def density_at(norm: str, i: int, steps: int) -> float:
     """The share of the coordinates that step i, from 0, moves in l1; for other norms an unused constant."""
-    # For the other norms the number stays the same, because a compiler would compile the step again for a new one.
+    # For the other norms the number is constant, because torch.compile would compile the step again for a new number.
     return FIRST_DENSITY * fall(i, steps) if norm == "l1" else FIRST_DENSITY
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(Attack):
-    """Projected gradient ascent on the attack loss, in several runs; each image keeps the result of its worst run.
+    """Projected gradient ascent on the attack's loss, in several runs; an image keeps the result of its worst run.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
-        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
-        steps: gradient steps; None: as many as the evaluation takes, and 100 without an evaluation.
-        random_start: whether the first run begins at a random point; every further run does.
-        keep_best: whether a run returns its best point instead of its last: the point that most draws misclassify, then
-            the point of highest mean loss. It takes one more forward pass, or two with several draws.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
+        steps: number of gradient steps; None: the number of the evaluation, or 100 without an evaluation.
+        random_start: whether the first run begins at a random point; every further run begins at a random point.
+        keep_best: whether a run returns its best point instead of its last point. The best point is misclassified by
+            most draws; among equal points it has the highest mean loss. This takes one more forward pass, or two with
+            several draws.
         restarts: number of runs.
-        alpha: length of a step in image units, a number or ``[B]``; None: it falls geometrically from eps to eps / 100,
-            which is stronger than a constant length (`make demo` has both on its base).
-        start_std: standard deviation of a normal random start in image units, projected onto the ball; None: the start
-            is uniform in the ball.
+        alpha: length of a step in image units, a number or ``[B]``. None: the length falls geometrically from eps to
+            eps / 100. That is a stronger attack than a constant length: `make demo` shows both on its base classifier.
+        start_std: standard deviation, in image units, of a normal random start that is projected onto the ball; None:
+            the start is uniform in the ball.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -202,19 +204,19 @@ class PGD(Attack):
         return worst_of_runs(self, attack, (target, x, y), context)
 
     def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
-        """The state after the steps of one run, from the one in which it begins."""
+        """Take the steps of one run from the state ``begin``, and return the last state."""
         return ascend(objective, ball, begin, steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeavingPGD(PGD):
-    """PGD that an image leaves once all draws of a step were misclassified; the point of such a step is its best.
+    """PGD that stops for an image once all draws of a step misclassify it; the image keeps the point of this step.
 
-    The draws of a step are fresh: no draw has decided where the point lies. So twenty draws that are all wrong are
-    twenty independent predictions.
+    The draws of a step are fresh, and no draw has influenced the point. So twenty wrong draws are twenty independent
+    wrong predictions.
 
     Args:
-        look_every: the number of steps between two looks at which images leave.
+        look_every: the number of steps between two checks for misclassified images.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -226,24 +228,24 @@ class LeavingPGD(PGD):
 
     def __post_init__(self) -> None:
         if not self.keep_best:
-            raise ValueError("keep_best must be True, because an image leaves with its best point, got False")
+            raise ValueError("keep_best must be True for LeavingPGD, because it returns best points, got False")
         super().__post_init__()
 
     def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
         whole, state = begin, begin
-        # The dimension of the images in each tensor. Tensors without dimensions are the same for all images.
+        # For each tensor, the dimension that counts images. A tensor without dimensions belongs to all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         for first in range(0, steps, self.look_every):
             end = min(steps, first + self.look_every)
             state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
-            # Drop the values that `ascend` adds by itself, such as the length of a step. The next call adds them again.
+            # Drop the values that `ascend` has added, such as the length of a step. The next call adds them again.
             state = {name: state[name] for name in begin}
             whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
             stay = (state["best_score"][0] < 1).nonzero()[:, 0]
             if health is not None:
-                # `Search.result` counts gradients for all images and steps. Subtract those that the images which leave
-                # now do not take.
+                # `Search.result` counts a gradient for every image and step. Subtract the remaining gradients of the
+                # images that are removed here.
                 health.add(gradients=(len(stay) - len(index)) * (steps - end))
             if not len(stay):
                 break
@@ -252,7 +254,9 @@ class LeavingPGD(PGD):
         return whole
 
 
-pgd = as_function("pgd", PGD, "Per image the last point, or with ``keep_best`` the best.", steps=40, keep_best=False)
+pgd = as_function(
+    "pgd", PGD, "Per image the last point, or the best point with ``keep_best``.", steps=40, keep_best=False
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +264,9 @@ class FGSM(Attack):
     """One step of length eps from the image itself.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball: "linf", "l2" or "l1". It needs an eps. None: the norm of the evaluation.
-        loss: "ce", "margin", "scaled_margin" or "dlr", which below 3 classes becomes "margin".
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -280,7 +284,7 @@ class FGSM(Attack):
         return f"FGSM {self.decided(context).loss}"
 
     def cost(self, context: AttackContext) -> int:
-        # The gradient takes the draws. Health takes one prediction of the clean image.
+        # The gradient takes all draws. The count of unmoved images takes one prediction of the clean image.
         return self.draws(context) + 1
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:

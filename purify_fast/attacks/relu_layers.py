@@ -1,9 +1,8 @@
-"""Networks of affine layers with ReLUs between them, read from a model as matrices.
+"""Reads the matrices of a network whose affine layers have ReLUs between them.
 
-The model is called on the vectors of a basis of its images; the outputs of each ReLU are replaced by vectors of a basis
-too. The model may consist only of affine or polynomial operations and of ReLUs. A polynomial that agrees with the
-matrices on random images is affine. So the matrices equal the model on every image, and not only on those that were
-tried.
+The model is called on the vectors of a basis of its images, and the outputs of each ReLU are replaced by the vectors of
+a basis. The model may contain only ReLUs and operations that are affine or polynomial. A polynomial that agrees with
+the matrices on random images is affine. So the matrices equal the model on every image, not only on the tried images.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ..protocols import Classifier
 
 #: A model with more weights than this has too many ReLUs for the search, so it is not read.
 MOST_WEIGHTS = 4_000_000
-#: AT_ONCE: the vectors of a basis in one call of the model. COMPARED: the images on which matrices and model are
-#: compared.
+#: AT_ONCE: the number of basis vectors in one call of the model. COMPARED: the number of images on which matrices and
+#: model are compared.
 AT_ONCE, COMPARED = 256, 16
 #: The operations of PyTorch that a model may use besides ReLUs. They neither compare nor round numbers.
 _POLYNOMIAL = (
@@ -36,25 +35,25 @@ RELU = ("relu", "relu_")
 
 
 class Affine(NamedTuple):
-    """z = weight @ a + bias, float64; a ReLU follows each but the last of a network."""
+    """z = weight @ a + bias, float64; a ReLU follows each such layer of a network except the last."""
 
     weight: Tensor
     bias: Tensor
 
 
 def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = None) -> list[Affine]:
-    """A network as matrices, with a ReLU between two of them.
+    """Read the affine layers of a network with ReLUs between them.
 
     Args:
-        model: affine steps and ReLUs, in turn; it stays as it is.
+        model: affine layers and ReLUs in turn; it is not changed.
         shape: the shape of an image, ``[C, H, W]``.
-        most: the most ReLUs; it also limits the weights to `MOST_WEIGHTS`. None: any number of both.
+        most: the most ReLUs. With a number, the model may also have at most `MOST_WEIGHTS` weights. None: no limits.
 
     Returns:
         The layers, with the model's weights in float64, on the CPU.
 
     Raises:
-        ValueError: the model is not such a network, or is larger.
+        ValueError: the model is not such a network, or is too large.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module of affine layers and ReLUs, got {type(model).__name__}")
@@ -65,8 +64,8 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     try:
         exact = copy.deepcopy(model).cpu().double().eval()
         with torch.no_grad():
-            # On the device meta tensors have no numbers. A model that computes with numbers outside of PyTorch, as in
-            # NumPy, fails here.
+            # Tensors on the device "meta" have no values. So a model that computes outside of PyTorch, for example in
+            # NumPy, raises an error here.
             empty, x = copy.deepcopy(exact).to("meta"), torch.empty(1, *shape, dtype=torch.float64, device="meta")
             with _Reading(None) as reading:
                 empty(x)
@@ -98,7 +97,7 @@ def _refused(model: nn.Module, why: str) -> ValueError:
 
 
 def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list[Affine]:
-    """The layers, from the model's answers to each vector of a basis, and to 0.
+    """Read the layers from the model's outputs for each vector of a basis, and for 0.
 
     Args:
         model: the model in float64.
@@ -121,10 +120,10 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
 
 
 class _Reading(TorchDispatchMode):
-    """Notes the input of every ReLU, and replaces its output by vectors of a basis.
+    """A mode that records the input of every ReLU, and replaces its output by vectors of a basis.
 
     Args:
-        basis: the numbers of the vectors; None: the output of the ReLU stays.
+        basis: the numbers of the vectors; None: the output is not replaced.
 
     Attributes:
         seen: the flat input of each ReLU.
@@ -135,7 +134,7 @@ class _Reading(TorchDispatchMode):
         self.basis, self.seen = basis, list[Tensor]()
 
     def vectors(self, width: int) -> Tensor:
-        """The vectors of a basis, of which number ``width`` and those after it are 0; ``[B, width]``."""
+        """The vectors of a basis, ``[B, width]``; a vector whose number is at least ``width`` is 0."""
         assert self.basis is not None
         return (self.basis[:, None] == torch.arange(width)).double()
 
@@ -153,8 +152,8 @@ class _Reading(TorchDispatchMode):
         if name not in POLYNOMIAL or kwargs.get("rounding_mode"):
             raise TypeError(f"the operation {name} is not affine")
         answer = func(*args, **kwargs)
-        # A result of another dtype, such as whole numbers, may come from rounding. `empty` is allowed, because its
-        # result has no values yet.
+        # A result of another dtype, such as int64, may have been rounded. `empty` is allowed, because its result has no
+        # values yet.
         if isinstance(answer, Tensor) and answer.dtype != torch.float64 and name != "empty":
             raise TypeError(f"the operation {name} returns {answer.dtype} instead of float64")
         return answer

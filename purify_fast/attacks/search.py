@@ -1,4 +1,4 @@
-"""The work of attacks besides their steps: they watch the gradients and keep the best point."""
+"""Helpers that attacks share: they count faulty gradients, and remember the best point of each image."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .._tensors import per_image
 from ..speed.graphs.step_graphs import State
 from .objective import Gradient, Objective
 
-#: If the share of gradients that are not finite, of gradients that are zero, or of images that did not move is above
-#: these limits, an attack failed for lack of gradients and says nothing about the defence.
+#: The largest shares of non-finite gradients, of zero gradients, and of unmoved images. Above one of these limits an
+#: attack failed because it had no usable gradients, and its result says nothing about the defence.
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
 def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Tell which gradients have a non-finite element, and which are zero, bool ``[B]``, without waiting for the device.
 
-    An image that is fooled, bool ``[B]``, needs no gradient, so zero is not a fault there.
+    An image for which ``fooled``, bool ``[B]``, is True needs no gradient, so its zero gradient is not a fault.
     """
     # The largest element of a row is NaN if any element is.
     peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
@@ -29,35 +29,35 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class GradientHealth:
-    """Gradient health: whether an attack had gradients to work with, or was stopped by their absence.
+    """Gradient health: the counts that show whether an attack had usable gradients.
 
-    It counts over all gradients of an attack. A gradient is non-finite if any element is. It is zero if all elements
-    are and the image is not fooled yet. ``unmoved`` counts the images that were classified correctly at the start and
-    that the attack left there. The counts stay on the device until a property is read.
+    All gradients of an attack are counted. A gradient is non-finite if any of its elements is non-finite. It is zero if
+    all of its elements are zero and the image is not misclassified yet. An image is unmoved if its first point was
+    classified correctly and its last point is the same. The counts remain on the device until a property is read.
 
     Args:
-        counts: the counts by the names that `count` takes, numbers or tensors []; empty at first.
+        counts: numbers or tensors [] under the names of `count`; empty at first.
     """
 
     counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
-        """Add to the counts, by the names that `count` takes; ``gradients`` has an entry for each image and step."""
+        """Add to the counts, under the names of `count`; ``gradients`` counts one gradient for each image and step."""
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
 
     def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
-        """Count one gradient [B, ...]; zero is not a fault where ``fooled`` [B], bool, is True."""
+        """Count the gradients [B, ...] of one step. A zero gradient is no fault where ``fooled``, bool [B], is True."""
         nonfinite, zero = faults(grad, fooled)
         self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
-        """Count the images of ``correct`` [B] that ended where they started, both [B, ...]."""
+        """Count the images with ``correct``, bool [B], and those of them whose start and end, [B, ...], are equal."""
         still = (start == end).flatten(1).all(1)
         self.add(images=correct.sum(), unmoved=(still & correct).sum())
 
     def count(self, name: str) -> int:
-        """``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
+        """The count of a name: ``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
         return int(self.counts.get(name, 0))
 
     @property
@@ -72,40 +72,42 @@ class GradientHealth:
 
     @property
     def unmoved(self) -> float:
-        """Share of correctly classified images left where they started."""
+        """Share of the correctly classified images that the attack did not change."""
         return self.count("unmoved") / max(1, self.count("images"))
 
     @property
     def reliable(self) -> bool:
-        """True if the attack's number may be believed."""
+        """True if no share is above its limit, so that the attack's result says something about the defence."""
         return self.nonfinite <= MAX_NONFINITE and self.zero <= MAX_ZERO and self.unmoved <= MAX_UNMOVED
 
 
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """The better of two points per image: the point that more draws misclassify, then the point of higher loss.
+    """The better of two points per image, and its score.
 
-    The points are ``[B, ...]``, and their scores are `Gradient.score`, ``[2, B]``. ``best`` stays if both are equally
-    good.
+    The better point is misclassified by more draws, or by as many draws and with a higher loss. The points have the
+    shape ``[B, ...]``; the scores have the shape ``[2, B]``, see `Gradient.score`. Of two equal points ``best`` is
+    returned.
     """
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
 
 def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
-    """Tell which images may have a zero gradient, bool ``[B]``; None: no image may."""
-    # At a misclassified image dlr can be flat: it is constantly 1 if the true class is the third.
+    """Tell for which images a zero gradient is no fault, bool ``[B]``; None: for no image."""
+    # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the third
+    # logit.
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 
 def remembers(memory: State) -> bool:
-    """Tell whether a search remembers anything about its points, so that `noted` needs their scores."""
+    """Tell whether the memory of a search has entries that `noted` updates from the scores of points."""
     return "nonfinite" in memory or "best" in memory
 
 
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
-    """The values of `Search.memory` after one more point, computed without waiting for the device.
+    """The new values of `Search.memory` after one more point, computed without waiting for the device.
 
-    Other tensors in the memory are ignored.
+    Tensors of the memory under other names are ignored.
     """
     new: State = {}
     if "nonfinite" in memory:
@@ -117,19 +119,19 @@ def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient
 
 
 class Search:
-    """The best point of one run of an attack, and the health of its gradients.
+    """The best point of one run of an attack, and the counts of faulty gradients.
 
-    Nothing here waits for the device.
+    No method waits for the device.
 
     Args:
-        objective: the loss that the attack raises.
-        begin: the points at which the run begins, ``[B, ...]``.
-        y: labels, as `Objective.gradient` takes them.
-        keep_best: whether the run returns its best point instead of its last.
-        health: counts gradients and movement, if given.
+        objective: the loss that the attack maximizes.
+        begin: the first points of the run, ``[B, ...]``.
+        y: labels, see `Objective.gradient`.
+        keep_best: whether the run returns its best point instead of its last point.
+        health: counts faulty gradients and unmoved images; None: nothing is counted.
 
     Attributes:
-        memory: the tensors that a step updates by `noted`; empty if nothing is remembered.
+        memory: the tensors that a step updates by `noted`; empty without ``keep_best`` and ``health``.
     """
 
     def __init__(self, objective: Objective, begin: Tensor, y: Tensor, keep_best: bool, health: GradientHealth | None):
@@ -139,23 +141,24 @@ class Search:
         if health is not None:
             self.memory |= {name: begin.new_zeros((), dtype=torch.int64) for name in ("nonfinite", "zero")}
         if keep_best:
-            # A model in float64 gives scores in float64. A model in half precision gives scores in float32.
+            # The scores of a model in float64 are float64. The scores of a model in half precision are float32.
             wide = torch.promote_types(begin.dtype, torch.float32)
             score = torch.full((2, len(begin)), -torch.inf, dtype=wide, device=begin.device)
             self.memory |= {"best": begin, "best_score": score}
 
     def see(self, point: Tensor, gradient: Gradient) -> None:
-        """Remember a point, images ``[B, ...]``, if it is the best, and count the health of its gradient."""
+        """Remember the points ``[B, ...]`` that are the best so far, and count their faulty gradients."""
         self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
-        """Continue with the memory that a loop of steps has made of so many points."""
+        """Replace the memory by the memory of a loop of steps that has seen ``points`` more points."""
         self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
     def result(self, x: Tensor, last: Tensor) -> Tensor:
-        """The images that the attack on clean images x returns: the last point, which was not seen yet, or the best.
+        """The images that an attack on the clean images x returns: the last points, or the best with ``keep_best``.
 
-        The last point counts as the best if it is better by fresh draws of both.
+        The last points were not compared with the best points yet. They are compared here. If several draws are
+        averaged, fresh draws score both.
         """
         if self.health is not None:
             nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]

@@ -1,4 +1,7 @@
-"""Attacks one after the other, without an evaluation; each attacks the images that no earlier one fooled."""
+"""Runs several attacks one after the other, without an evaluation.
+
+Each attack gets only the images on which no earlier attack has succeeded.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,23 @@ from .base import Attack
 from .context import AttackContext
 from .engine.row_batches import Judge, has_fallen
 
-#: The number of images with which is tested whether the model draws once per call.
+#: The number of images for the test whether the model draws only once per call.
 FEW = 8
 
 
 class AttackSequence:
-    """Runs attacks one after the other, and keeps the best point of each image.
+    """Runs attacks one after the other, and remembers the best point of each image.
 
     Args:
-        model: images to logits; an ``nn.Module`` is frozen while it is attacked, then restored.
+        model: images to logits; an ``nn.Module`` is in evaluation mode during each attack.
         x: images, float32 ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``, on any device.
         context: the settings of the attacks; its ``sample_ids`` are not used.
-        device: the device of the model; None: that of the images.
+        device: the device of the model; None: the device of the images.
 
     Attributes:
-        images: the best known point of each image, ``[N, C, H, W]``; the image itself if no point is better.
-        share: the share of the model's fresh draws that misclassify this point, ``[N]``.
+        images: the best known point of each image, ``[N, C, H, W]``; the clean image if no point is better.
+        share: the share of fresh draws that misclassify this point, ``[N]``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The signature and the docstring of a function whose options are the fields of dataclasses."""
+"""Signatures and docstrings for functions whose options are the fields of dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 116
 
 
 def parameters_of(*kinds: type) -> dict[str, inspect.Parameter]:
-    """The fields of dataclasses as keyword parameters, by name; the first class that has a name decides."""
+    """The fields of dataclasses as keyword parameters, by name; of equal names, the first class's field is used."""
     found: dict[str, inspect.Parameter] = {}
     for kind in reversed(kinds):
         types = get_type_hints(kind)
@@ -25,7 +25,7 @@ def parameters_of(*kinds: type) -> dict[str, inspect.Parameter]:
 
 
 def texts_of(*kinds: type) -> dict[str, str]:
-    """The entries in the "Args:" sections of classes, by name; the first class, before its bases, decides."""
+    """The entries in the "Args:" sections of classes and their bases, by name; a class overrides its bases."""
     found: dict[str, str] = {}
     for each in (base for kind in reversed(kinds) for base in reversed(kind.__mro__)):
         # Docstrings are missing under python -OO.
@@ -41,10 +41,10 @@ def texts_of(*kinds: type) -> dict[str, str]:
 
 
 def docstring(summary: str, **sections: Iterable[str]) -> str:
-    """A docstring of a summary and sections, such as ``Args``, each with its entries."""
+    """Make a docstring from a summary and from sections, such as ``Args``, with their entries."""
     blocks = [summary]
     for title, texts in sections.items():
-        # An entry that begins with a name has its further lines indented more.
+        # The second line of an entry is indented, except in a section whose entries have no names.
         further = " " * (4 if title == "Returns" else 8)
         entries = (textwrap.fill(text, WIDTH, initial_indent=" " * 4, subsequent_indent=further) for text in texts)
         blocks.append("\n".join([f"{title}:", *entries]))
@@ -60,7 +60,7 @@ def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None
         allowed: the names that exist.
 
     Raises:
-        TypeError: an unknown name; the message has the nearest allowed ones, or all of them if none is near.
+        TypeError: an unknown name. The message lists similar allowed names, or all names if none is similar.
     """
     allowed = sorted(allowed)
     for name in given:

@@ -1,10 +1,11 @@
-"""Square (Andriushchenko et al., ECCV 2020): a random search with squares that asks for no gradient.
+"""Square (Andriushchenko et al., ECCV 2020): a random search with squares that needs no gradient.
 
-Each proposal changes one square of an image and is kept if it raises the margin. Every image has random numbers of its
-own, made from the seed and its id, so that batches do not matter. Four things are not in the paper. Few late proposals
-succeed, so several are judged in one batch and the best is kept. A random model's margin is the mean over several
-draws. The margin of the present point is drawn again now and then, because a lucky draw could otherwise never be
-beaten. Fresh draws decide whether an image has fallen. And images whose border is out of reach can be given up.
+Each proposal changes one square of an image, and is accepted if it raises the margin. The random numbers of an image
+depend only on the seed and its id, so that the result does not depend on the batches. Three things are not in the
+paper. Few late proposals raise the margin, so several are tried in one batch, and the best is taken. For a random
+model, the margin is the mean over several draws, and fresh draws decide whether an image has fallen. The margin of the
+present point is drawn again from time to time, because otherwise a lucky draw would block all better proposals. And the
+search of an image can be given up if the decision boundary (its "border") is out of reach.
 """
 
 from __future__ import annotations
@@ -30,30 +31,31 @@ from .objective import Objective
 
 #: The authors' own number of queries.
 QUERIES = 5000
-#: By the query from which on it holds: the number of proposals for an image that are judged in one batch. At first
-#: every second proposal is kept, and the next one should start from it; late hardly any is kept.
+#: The number of proposals per image that are tried in one batch, by the query from which on this number is used. At
+#: first every second proposal is accepted, and the next proposal should start from it. Later few are accepted.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: The number of queries for which random numbers are made at once.
 BLOCK = 64
-#: After this many rounds, each a batch of proposals, the images that seem to have fallen are judged and may leave, and
-#: a random model draws the margin of the present point again.
+#: A round is one batch of proposals. After this number of rounds, the misclassified points are judged, fallen images
+#: are removed, and a random model draws the margin of the present points again.
 ROUNDS = 10
-#: GIVEN_UP_AFTER: the queries after which images out of reach are given up. TIMES: the factor by which their pace may
-#: still rise.
+#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the factor by which their pace is assumed to
+#: rise at most.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
-#: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the queries after which this share is
-#: halved.
+#: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the share is halved after each of
+#: these queries.
 FIRST_SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-#: The attacks in l2 and l1 begin with a grid of TILES times TILES patterns.
+#: In l2 and l1 the attack begins with a grid of TILES x TILES patterns.
 TILES = 5
-#: For the patterns in l2 and in l1: the power in the norm, and the power by which the pyramids decay from their middle.
+#: For l2 and for l1: the power in the norm of the patterns, and the power with which the pyramids of the patterns decay
+#: from their middle.
 SHAPES = {"l2": (2, 2), "l1": (1, 4)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Square(EngineAttack):
-    """Square, without gradients; images leave it as soon as they have fallen.
+    """Square, an attack without gradients; the search of an image ends as soon as the image has fallen.
 
     Args:
         n_queries: proposals for each image and restart.
@@ -93,14 +95,17 @@ class Square(EngineAttack):
 
 
 square = as_function(
-    "square", Square, "Per image the point that made it fall, or the point of the highest margin.", precision="float32"
+    "square",
+    Square,
+    "Per image the misclassified point that was found, otherwise the point of the highest margin.",
+    precision="float32",
 )
 
 
 class _SquareSearch:
-    """One run over the images that are left, whose indices are int64 ``[R]``.
+    """One run of Square over the images with the indices ``left``, int64 ``[R]``.
 
-    The objective is the margin of the model that judges proposals. The seed is that of the random numbers.
+    The loss of the objective is the margin, and its model scores the proposals.
     """
 
     def __init__(self, objective: Objective, active: ActiveSet, left: Tensor, seed: int):
@@ -114,8 +119,8 @@ class _SquareSearch:
         self.monitor: PaceMonitor | None = None
         self._once_for_all_queries()
         self.share, self.margin = self._scored(self.point)
-        # The margin of each row's point when it was last judged. It begins just below 0, so that a point on the border,
-        # with margin 0, is judged too.
+        # The margin of each row's point at its last judgment. The first value is just below 0, so that a point with
+        # margin 0, which lies on the border, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
 
     def _once_for_all_queries(self) -> None:
@@ -123,7 +128,7 @@ class _SquareSearch:
         self.row = torch.arange(len(self.y), device=self.y.device)
 
     def _begin(self, numbers: Tensor) -> Tensor:
-        """Where the search begins: stripes (linf) or a grid of patterns, by numbers uniform in [0, 1), ``[R, n]``."""
+        """The first points, with stripes (linf) or a grid of patterns, from uniform numbers in [0, 1), ``[R, n]``."""
         x, ball, (channels, height, width) = self.x, self.ball, self.x.shape[1:]
         if ball.norm == "linf":
             stripes = signs(numbers).view(len(x), channels, 1, width)
@@ -145,20 +150,20 @@ class _SquareSearch:
         return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
     def take(self, index: Tensor) -> None:
-        """Continue with some of the rows, by an index int64."""
+        """Continue with some of the rows, selected by an int64 index."""
         take_rows(self, index)
         self._once_for_all_queries()
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
-        """Ask ``n_queries`` for every image that is left; images whose border is out of reach may leave earlier."""
+        """Make ``n_queries`` queries for every image; with ``give_up`` images out of reach are removed earlier."""
         self.monitor = PaceMonitor(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
             if query % BLOCK == 0:
-                # Draw 0 gave the beginning, so query i takes draw i + 1.
+                # Draw 0 was used for the first points, so query i takes draw i + 1.
                 self.numbers = self.random(self.ids, PLACES + self.x.shape[1], draws=BLOCK, first_draw=query + 1)
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
-            # A round must not reach into the next block of random numbers.
+            # A round must not use numbers of the next block.
             together = min(together, BLOCK - query % BLOCK)
             self._round(query, self.numbers[:, query % BLOCK : query % BLOCK + together])
             query, rounds = query + together, rounds + 1
@@ -172,13 +177,13 @@ class _SquareSearch:
         self._judge(slice(None))
 
     def _judge(self, rows: slice | Tensor) -> None:
-        """Judge the points of some rows by the model itself, and keep the best."""
+        """Let the model itself judge the points of some rows, and remember the best."""
         owner, points, margin = self.owner[rows], self.point[rows], self.margin[rows]
         share, _ = self.active.confirm_successes(owner, points, torch.ones_like(margin))
         self.active.keep_best(owner, points, torch.stack([share, margin]))
 
     def _round(self, query: int, numbers: Tensor) -> None:
-        """Judge some proposals for each image, and keep the best if it is better than the present point."""
+        """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
         norm, (height, width) = self.ball.norm, self.x.shape[2:]
         edge = side(query, height, width, 1 if norm == "linf" else 3)
         shapes = None if norm == "linf" else pattern(edge, norm, self.x.device)
@@ -196,9 +201,10 @@ class _SquareSearch:
             self.share = torch.where(better, share, self.share)
 
     def _scored(self, points: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The share of wrong draws, or None for a single draw, and the margin; every row's first proposal comes first.
+        """The share of misclassified draws, or None for a single draw, and the margin; both for proposals.
 
-        A margin of NaN counts as the largest if every draw is wrong. With a single draw that is the only case of NaN.
+        The first proposals of all rows come first. A margin of NaN counts as infinite if every draw is misclassified,
+        and as minus infinite otherwise. With a single draw, NaN always means a misclassified draw.
         """
         y = self.labels[: len(points)]
         if self.objective.eot_iter == 1:
@@ -208,7 +214,7 @@ class _SquareSearch:
         return wrong, torch.where(margin.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margin)
 
     def _shrink(self) -> None:
-        """Judge the images that seem to have fallen, and let those leave that have."""
+        """Let the model itself judge the misclassified points, and remove the images that have fallen."""
         share = self.share
         if share is None:
             share = (self.margin > self.judged).to(self.margin.dtype)
@@ -223,7 +229,7 @@ class _SquareSearch:
             self.share, self.margin = self._scored(self.point)
 
     def _give_up(self, monitor: PaceMonitor, lost: Tensor | None) -> None:
-        """Let the rows leave that are out of reach, bool ``[R]``."""
+        """Judge and remove the rows that are out of reach; ``lost``, bool ``[R]``, is True for them."""
         if lost is None:
             return
         self.active.tried.index_fill_(0, self.owner[lost & monitor.came_nearer], True)
@@ -234,7 +240,7 @@ class _SquareSearch:
 
 
 def side(query: int, height: int, width: int, least: int = 1) -> int:
-    """The edge of the squares at a query, counted from 0, in an image of this height and width; at least ``least``."""
+    """The edge in pixels of the squares at a query, counted from 0, in an image; at least ``least``."""
     share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
     edge = max(round(math.sqrt(share * height * width)), least)
     if least > 1 and edge % 2 == 0:
@@ -245,8 +251,8 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
-    """Two opposite pyramids side by side, of length 1 in a norm, float32 ``[2, edge, edge]``: upright and lying."""
-    # The pattern is kept for each device, because copying it to a GPU in every query would wait for the GPU.
+    """Two opposite pyramids with norm 1, one above the other and side by side, float32 ``[2, edge, edge]``."""
+    # The patterns are cached for each device, because a copy to the GPU in every query would wait for the GPU.
     power, decay = SHAPES[norm]
     half = torch.zeros(edge, edge)
     for first, rows, sign in ((0, edge // 2, 1.0), (edge // 2, edge - edge // 2, -1.0)):

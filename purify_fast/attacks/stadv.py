@@ -1,12 +1,13 @@
-"""StAdv (Xiao et al., ICLR 2018): spatially transformed adversarial examples, pixels moved rather than changed.
+"""StAdv (Xiao et al., ICLR 2018): spatially transformed adversarial examples, which shift pixels.
 
     x'(p) = x(p + f(p)), bilinear;   f maximises  loss(x') - tau flow_loss(f),   |f| <= eps everywhere
     flow_loss(f) = sum over pixels p and their up to four neighbours q of |f(p) - f(q)|_2
 
-The flow is in units in which the image spans [-1, 1]: 0.05 moves a pixel by 0.8 of 32. The bound, Adam in place of the
-paper's L-BFGS, its rate and its 20 steps are those of Laidlaw et al., "Perceptual adversarial robustness", ICLR 2021.
-Both papers have tau = 0.05, the first with the flow in pixels. Two things are not in the papers: the pixels at the
-border continue beyond it, and Adam's small constant is smaller, so that a saturated loss still moves the flow.
+The flow is in units in which the image spans [-1, 1], so 0.05 shifts a pixel of a 32 x 32 image by 0.8 pixels. The
+bound, the optimizer (Adam instead of the paper's L-BFGS), its rate and its 20 steps are those of Laidlaw et al.,
+"Perceptual adversarial robustness", ICLR 2021. Both papers have tau = 0.05, but Xiao et al. measure the flow in pixels.
+Two things are not in the papers. Outside the image, the pixels of its edge are repeated. And Adam's epsilon is smaller,
+so that a saturated loss still changes the flow.
 """
 
 from __future__ import annotations
@@ -30,29 +31,32 @@ from .objective import Gradients, Objective
 from .search import GradientHealth, Search
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
-#: The decay rates of Adam's means, and the small constant that keeps its quotient finite.
+#: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
 BETAS, TINY = (0.9, 0.999), 1e-16
-#: Neighbours whose flows differ by less than this are pulled together with less force, because such a difference is
-#: only rounding. The length is far below any step.
+#: For neighbours whose flows differ by less than this, the gradient of the flow loss is reduced, because such a
+#: difference is only rounding. The value is far below any step.
 CORNER = 1e-5
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
-    """Sample every pixel from where the flow points, bilinearly; exactly x at zero flow, and never out of x's range.
+    """Sample every pixel of x bilinearly at the place to which the flow points.
+
+    At zero flow the result is exactly x. Its values never leave the range of x.
 
     Args:
         x: images, floating point ``[B, C, H, W]``.
         flow: ``[B, 2, H, W]``, to the right and down, in units of half the image.
 
     Returns:
-        Shape and dtype of x; differentiable to the flow, one-sided where it points at a pixel's middle.
+        The shifted images, shape and dtype of x. They are differentiable with respect to the flow. At places in the
+        middle of a pixel, the derivative is the one-sided derivative.
     """
     height, width = x.shape[2:]
 
     def split(offset: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """The pixel before the place, and how far beyond it the place is, in [0, 1]."""
+        """The index of the pixel before the sampled place, and the distance from this pixel to the place, in [0, 1]."""
         place = start + offset * (size / 2)
-        # `clamp()` alone may pass no gradient at the border of the image.
+        # `clamp()` alone may have no gradient at the edge of the image.
         inside = (place >= 0) & (place <= size - 1)
         place = torch.where(inside, place, place.detach().clamp(0, size - 1))
         before = place.detach().floor().clamp(max=max(size - 2, 0))
@@ -71,23 +75,24 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
 
 
 def flow_loss(flow: Tensor) -> Tensor:
-    """The distances between the flows of neighbours, ``[B, 2, H, W]`` -> ``[B]``; a pair counts twice, as in the paper.
+    """The sum of the distances between the flows of neighbours, ``[B, 2, H, W]`` -> ``[B]``.
 
-    |d| is computed as sqrt(|d|^2 + c^2) - c, c = 1e-5, so that a constant flow has the gradient 0.
+    A pair of neighbours counts twice, as in the paper. A distance |d| is computed as sqrt(|d|^2 + c^2) - c with
+    c = 1e-5, so that the gradient is 0 for a constant flow.
     """
     across, down = (((flow.diff(dim=dim).square().sum(1) + CORNER**2).sqrt() - CORNER).sum((1, 2)) for dim in (3, 2))
     return 2 * (across + down)
 
 
 class _Adam:
-    """Adam's running means, and the steps it takes with them."""
+    """Adam's running means and steps."""
 
     def __init__(self, like: Tensor, rate: float):
         self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
         self.rate, self.steps = rate, 0
 
     def step(self, gradient: Tensor) -> Tensor:
-        """The step for a gradient, to be added."""
+        """The step for a gradient; the caller adds it to the flow."""
         self.steps += 1
         first, second = BETAS
         self.mean = first * self.mean + (1 - first) * gradient
@@ -98,19 +103,19 @@ class _Adam:
 
 @dataclass(frozen=True, kw_only=True)
 class StAdv(Attack):
-    """Adam on a flow field, clamped to its bound after every step; the threat model is that bound.
+    """StAdv: Adam on a flow field, which is clamped to ``eps`` after every step.
 
     Args:
-        loss: "margin", as in the paper, "ce", "scaled_margin" or "dlr". The gradient of "ce" fades if the model is
-            sure, and tau outweighs it. "dlr" becomes "margin" below 3 classes.
-        steps: gradient steps; None: as many as the evaluation takes, and 100 without an evaluation.
-        random_start: whether the first run begins with a random flow within the bound instead of no flow; every further
-            run does.
-        keep_best: whether a run returns its best point instead of its last, as `purify_fast.attacks.PGD` does.
+        loss: "margin", as in the paper, "ce", "scaled_margin" or "dlr". If the model is confident, the gradient of "ce"
+            becomes smaller than that of the flow loss. With fewer than 3 classes "margin" replaces "dlr".
+        steps: number of gradient steps; None: the number of the evaluation, or 100 without an evaluation.
+        random_start: whether the first run begins with a random flow within ``eps`` instead of zero flow. Every further
+            run begins with a random flow.
+        keep_best: whether a run returns its best point instead of its last point, see `purify_fast.attacks.PGD`.
         restarts: number of runs; each image keeps the result of its worst run.
         eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
         rate: Adam's learning rate, in the unit of eps.
-        smoothness: the paper's tau; 0 is the strongest attack, and leaves ragged edges.
+        smoothness: the paper's tau. With 0 the attack is strongest, but edges in the images become ragged.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -177,5 +182,5 @@ class StAdv(Attack):
 
 
 stadv = as_function(
-    "stadv", StAdv, "Per image the last point, or with ``keep_best`` the best.", steps=20, keep_best=False
+    "stadv", StAdv, "Per image the last point, or the best point with ``keep_best``.", steps=20, keep_best=False
 )

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check(Command):
-    """Try every fallen image of a report again, which `evaluate --keep all` wrote. Exit status 1 if not all fall.
+    """Classify the adversarial images of a report again, which `evaluate --keep all` wrote.
+
+    The exit status is 1 if one of these images is classified correctly now.
 
     Args:
-        report: The folder of the report, or of the run that was evaluated.
-        model: What to try: a folder, zoo:NAME or a function of yours, as for `evaluate`; default: what the report's
-            run.yaml names.
-        batch_size: Images in one forward pass.
-        seed: Seed of the draws of a random defence; default: another than the report's.
-        device: Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one.
+        report: Folder of the report, or of the run that was evaluated.
+        model: Model that classifies: a folder, zoo:NAME or your function, as in `evaluate`. Default: the model in the
+            report's run.yaml.
+        batch_size: Number of images in one forward pass.
+        seed: Seed of the draws of a random defence. Default: a seed that differs from the report's.
+        device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """
 
     called: ClassVar[str] = "check"
@@ -54,20 +56,20 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The command that made the report in a folder, or one that attacks the given model."""
+        """The command that wrote the report in a folder. If the user names a model, a command that attacks it."""
         if self.model is not None:
             words = [self.model]
         elif (path := folder / RUN_FILE).is_file():
             words = ["--config", str(path)]
         else:
-            raise FileNotFoundError(f"{folder} holds no {RUN_FILE}, which names the model: name it as MODEL")
+            raise FileNotFoundError(f"{folder} contains no {RUN_FILE}, which would name the model: give MODEL")
         command = parse(Evaluate, words)
         assert isinstance(command, Evaluate)
         return command
 
 
 def images_of(witnesses: Witnesses, device: str) -> DataSet:
-    """The clean images as a data set, which a model is loaded for: the report's own need not be on this machine."""
+    """The clean images of a report as a data set. So the report's data set need not be on this machine."""
     import torch
 
     from ..data import DataSet

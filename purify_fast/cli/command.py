@@ -1,4 +1,4 @@
-"""The parts that the commands share: options as the fields of a dataclass, the images, and the device."""
+"""Base classes of the commands, whose fields are the options, and the choice of the device."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command(ABC):
-    """A command: its fields are its options.
+    """A command, whose fields are its options.
 
     Args:
-        config: The run.yaml of an earlier run. It gives this command's defaults; options on the command line win over
-            them.
+        config: The run.yaml of an earlier run, which sets the defaults of this command. Options on the command line win
+            over them.
     """
 
-    #: how it is called, as in ``train carso``
+    #: The name of the command, such as ``train carso``.
     called: ClassVar[str]
-    #: the words behind the program's name, of a command that was typed
+    #: The words that the user has typed after the program's name.
     typed: ClassVar[tuple[str, ...]] = ()
 
     config: Path | None = None
@@ -36,16 +36,16 @@ class Command(ABC):
 
     @abstractmethod
     def run(self) -> int | None:
-        """Do what the command is for; the exit status, None for 0."""
+        """Run the command, and return the exit status; None means 0."""
 
     def writes(self) -> Path | None:
-        """The folder that the command writes, in which no other run may write meanwhile; None if it writes none."""
+        """The folder that the command writes to and that is locked during the run; None if there is none."""
         return getattr(self, "out", None)
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        """Options that have no meaning beside others of this command, and the error for whoever gives one of them.
+        """Options that have no effect together with this command's other options, and the error if they are given.
 
-        ``{given}`` in an error stands for the names of those that were given.
+        In an error, ``{given}`` stands for the names of the options that were given.
         """
         return {}
 
@@ -55,24 +55,25 @@ class DataCommand(Command):
     """A command that reads images.
 
     Args:
-        data: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, an .npz file with
-            x_train y_train x_test y_test, or a folder with train/<class>/*.jpg|png and val/ or test/, or with tar
-            shards, train/*.tar and val/*.tar.
-        data_root: Where data sets are looked for and downloaded to; default: PURIFY_FAST_DATA, else the current folder.
+        data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet; or an .npz
+            file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/
+            in the same form; or a folder with tar shards train/*.tar and val/*.tar.
+        data_root: Folder in which data sets are searched and to which they are downloaded. Default: the variable
+            PURIFY_FAST_DATA, or else the current folder.
         download: Let torchvision download the official files if they are missing.
-        size: Height and width that images are resized and cropped to, before anything attacks them; one number for
+        size: Height and width to which images are resized and cropped before any attack. A single number is used for
             both.
-        num_classes: Number of classes, for a data set whose images lack some of them; default: as many as the labels
-            say.
-        stream: Read an image folder batch by batch from its decoded copy even if it fits into memory, as for a smaller
-            GPU.
-        decode: When an image folder's images are decoded: once, into a copy on the disk, or each_time that they are
-            read.
-        cache: Where an image folder's decoded images are kept; default: .purify_fast in that folder.
-        on_bad_image: What happens to an image folder's images that cannot be decoded: refuse names them, skip leaves
-            them out.
-        follow_links: Let an image folder's symbolic links lead out of it.
-        device: Where to compute: cpu, cuda, or another of PyTorch's devices; auto takes a GPU if there is one.
+        num_classes: Number of classes, for a data set in which some labels do not occur. Default: the largest label
+            plus 1.
+        stream: Read the decoded images of an image folder batch by batch even if they fit into memory, for example to
+            save memory of the GPU.
+        decode: When the images of an image folder are decoded. once: before the first use, into a copy on the disk.
+            each_time: whenever an image is read.
+        cache: Folder for the decoded images of an image folder. Default: .purify_fast in the image folder.
+        on_bad_image: Treatment of images in an image folder that cannot be decoded. refuse: end with an error that
+            names them. skip: leave them out.
+        follow_links: Allow symbolic links in an image folder to files outside the folder.
+        device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """
 
     data: str = "digits"
@@ -90,7 +91,7 @@ class DataCommand(Command):
     device: str = "auto"
 
     def load_data(self) -> DataSet:
-        """The images, on the device."""
+        """Load the images to the device."""
         from ..data import load_dataset
 
         device = usable_device(self.device)
@@ -100,9 +101,9 @@ class DataCommand(Command):
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
 
     def attacked_by(self, folder: Path) -> str:
-        """The sentence that names the command that attacks what was trained here, on the same images.
+        """The text that names the command which attacks the trained model on the same data set.
 
-        The folder says in which ball.
+        The command needs no radius, because the folder contains it.
         """
         words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
         for name in ("data_root", "size", "num_classes"):
@@ -113,10 +114,10 @@ class DataCommand(Command):
 
 
 def usable_device(name: str) -> str:
-    """The device that an option names: "auto" becomes "cuda" or "cpu", other names stay.
+    """Check the name of a device, and replace "auto" by "cuda" or "cpu".
 
     Raises:
-        ValueError: no such device, or none on this machine.
+        ValueError: there is no such device, or this machine does not have it.
     """
     import torch
 
@@ -126,7 +127,7 @@ def usable_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        # PyTorch answers a name that it does not know with all that it knows
+        # For an unknown name, PyTorch's message is a list of all names that it knows.
         why = "PyTorch has no such device" if why.startswith("Expected one of") else why
         raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N ({why})") from error
     return name

@@ -34,30 +34,31 @@ Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 @dataclass(frozen=True)
 class Evaluate(DataCommand, Purification):
-    """Attack a saved classifier or defence, or a model of your own, on held-out images; writes a report. Resumes.
+    """Attack a saved classifier or defence, or your own model, on held-out images, and write a report.
+
+    An interrupted evaluation continues if the same command is run again.
 
     Args:
-        folder: What to attack: a folder that one of the `train` commands wrote, or zoo:NAME, which comes with the
-            package. Or a function of yours without arguments that returns a module, or a function, from images in
-            [0, 1] to logits. It is named as path/to/file.py:function or package.module:function, which is imported and
-            run.
-        official: A folder with the weights that CARSO's authors published, in FOLDER's place: the three .safetensors
-            files of the purifier, and the file of its classifier. It needs --recipe.
-        recipe: Which published system --official holds. It brings the data set, K and the radius.
-        classifier: The classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Other defences
-            bring theirs.
-        classifier_weights: The classifier's file, if it is not in the folder --official; .safetensors, or a .pt of
-            which only tensors are read.
-        eps: Radius in image units, such as 8/255; default: what FOLDER was trained at. For your own model it must be
-            given.
-        norm: Norm of the ball; default: what FOLDER was trained at, or linf if eps is given.
-        images: Held-out images to attack: so many, chosen by the seed; the numbers of images per class differ by at
-            most 1. Where there are fewer, all of them are attacked, and the report says so.
-        precision: tf32 lets a GPU round what it multiplies to 10 bits. bfloat16 evaluates the accelerated defence, a
-            slightly different function: images are rounded to 8 bits. The report says which it was.
-        out: Where the report goes; default: FOLDER/evaluation, for a model of the zoo runs/zoo/NAME/evaluation. A
-            model of your own has runs/own/MODULE.FUNCTION/evaluation; a file in another folder has the folder's name in
-            front.
+        folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME for a model of the zoo. Or the name
+            of your function as path/to/file.py:function or package.module:function. It is imported and called without
+            arguments, and must return a module, or a function from images in [0, 1] to logits.
+        official: Folder with the weights that CARSO's authors published, instead of FOLDER. It contains the three
+            .safetensors files of the purifier and the file of its classifier. This option needs --recipe.
+        recipe: Name of the published system in the folder --official. It sets the data set, K and the radius.
+        classifier: Classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Folders of other
+            defences contain their classifier.
+        classifier_weights: File of the classifier, if the folder --official does not contain it: a .safetensors file,
+            or a .pt file, from which only tensors are read.
+        eps: Radius in image units, such as 8/255. Default: the radius at which the model was trained. For your own
+            model this option is required.
+        norm: Norm of the ball. Default: the norm with which the model was trained, or linf if --eps is given.
+        images: Number of held-out images to attack. They are chosen by the seed, with equal numbers per class (up to
+            1). If the data set has fewer images, all are attacked, and the report says so.
+        precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
+            bfloat16: the accelerated defence is evaluated, a slightly different function that rounds to 8 bits. The
+            report names the precision.
+        out: Folder of the report. Default: FOLDER/evaluation, or runs/zoo/NAME/evaluation for a model of the zoo, or
+            runs/own/MODULE.FUNCTION/evaluation for your own model, where MODULE includes the folder of the file.
     """
 
     called: ClassVar[str] = "evaluate"
@@ -76,29 +77,29 @@ class Evaluate(DataCommand, Purification):
 
     def __post_init__(self) -> None:
         if self.norm is not None:
-            # the dataclass is frozen
+            # The dataclass is frozen.
             object.__setattr__(self, "norm", read_norm(self.norm))
         super().__post_init__()
         if self.own is None and self.folder.suffix == ".py":
-            raise ValueError(f"{self.folder}: name the function that returns the model too, as {self.folder}:function")
+            raise ValueError(f"{self.folder}: give also the function that returns the model, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
             names = ", ".join(get_args(Published))
             raise ValueError(f"--official FOLDER and --recipe need each other: give both; recipe is one of {names}")
         if self.classifier_weights is not None and self.official is None:
-            raise ValueError("--classifier-weights names the classifier of a published system: give --official too")
+            raise ValueError("--classifier-weights needs a published system: give --official FOLDER and --recipe too")
 
     @property
     def own(self) -> str | None:
-        """The place of the user's function that makes the model; None for everything else."""
+        """The name of the user's function that makes the model; None for another kind of model."""
         return str(self.folder) if self.official is None and is_named(str(self.folder)) else None
 
     @property
     def of_zoo(self) -> str | None:
-        """The name of the model of the zoo; None for everything else."""
+        """The name of the model in the zoo; None for another kind of model."""
         return zoo_name(self.folder) if self.official is None else None
 
     def writes(self) -> None:
-        """Nothing before the model is loaded, so that a missing model leaves no folder."""
+        """None: the folder is created later, after the model was loaded, so that a wrong model creates no folder."""
 
     def report_folder(self) -> Path:
         """The folder of the report."""
@@ -106,7 +107,7 @@ class Evaluate(DataCommand, Purification):
             return self.out
         if self.own is not None:
             return Path("runs/own") / self.title() / EVALUATION
-        # the folder of a model of the zoo belongs to the installed package
+        # The folder of a model of the zoo belongs to the installed package, so reports are not written there.
         place = self.official or self.folder if self.of_zoo is None else Path("runs/zoo") / self.of_zoo
         return place / EVALUATION
 
@@ -118,29 +119,29 @@ class Evaluate(DataCommand, Purification):
             return self.of_zoo or self.folder.name
         source, _, function = self.own.rpartition(":")
         if source.endswith(".py"):
-            # relative to the working folder, so that both may be moved together
+            # The path is relative to the working folder, so that both may be moved together.
             file = os.path.relpath(Path(source).resolve(), Path.cwd().resolve())
             source = file.removesuffix(".py").replace("..", "up").replace(os.sep, ".")
         return f"{source}.{function}"
 
     def ball(self) -> tuple[float, str]:
-        """The radius and the norm to attack with."""
+        """The radius and the norm of the attacks."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
         if self.own is not None:
-            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say what it is for")
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.own} does not say its radius")
         where, ball = self.official or self.folder, self.trained_ball()
         if ball is None:
             raise ValueError(
-                f"--eps must be given, such as --eps 8/255: {where} does not say what it was trained at, or was "
+                f"--eps must be given, such as --eps 8/255: {where} does not say its radius of training, or was "
                 "trained on clean images"
             )
         if self.norm not in (None, ball[1]):
-            raise ValueError(f"--norm {self.norm} needs an --eps: {where} was trained at {ball[1]} {ball[0]:g}")
+            raise ValueError(f"--norm {self.norm} needs --eps too: {where} was trained at {ball[1]} {ball[0]:g}")
         return ball
 
     def trained_ball(self) -> tuple[float, str] | None:
-        """The radius and the norm that a saved model was trained at, or a model of the zoo was judged at."""
+        """The radius and the norm with which a saved model was trained, or a model of the zoo was evaluated."""
         if self.recipe is not None:
             from ..methods.recipes import recipe
 
@@ -153,7 +154,7 @@ class Evaluate(DataCommand, Purification):
         return ball_of_run(self.folder)
 
     def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
-        """The attacked model, and the classifier without its defence if the model is a defence."""
+        """Load the attacked model, and its base (the classifier without the defence) if the model is a defence."""
         from ..methods.loading import load_defence
         from ..methods.recipes import recipe
         from ..training import is_classifier, load_classifier
@@ -168,7 +169,8 @@ class Evaluate(DataCommand, Purification):
         if self.classifier is not None or self.process() is not None:
             options = "--classifier, --t-star, --denoising-steps and --solver"
             raise ValueError(
-                f"{options} need a saved purifier, and {self.own or self.official or self.folder} is not one"
+                f"{options} need a denoiser or a diffusion purifier in a folder; "
+                f"{self.own or self.official or self.folder} is not a saved purifier"
             )
         if self.own is not None:
             return own_model(self.own, images), None
@@ -181,7 +183,7 @@ class Evaluate(DataCommand, Purification):
         return model, None
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
-        """The models of `loaded` in the requested precision, except TF32, which is a setting of PyTorch."""
+        """Load the models in the requested precision. TF32 is a setting of PyTorch, which `judge` switches on."""
         import torch
 
         from ..defences.base import Defence
@@ -189,23 +191,25 @@ class Evaluate(DataCommand, Purification):
         model, base = self.loaded(images)
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
-                raise ValueError(f"precision bfloat16 is for defences of this package, and {self.folder} is not one")
+                raise ValueError(
+                    f"precision bfloat16 is for defences of this package, but {self.folder} is not such a defence"
+                )
             model.accelerate(torch.bfloat16)
         return model, base
 
     def behind(self, folder: Path, images: DataSet) -> nn.Module:
-        """The classifier behind the defence in a folder, on the images' device."""
+        """Load the classifier of the defence in a folder, to the device of the images."""
         from ..methods.loading import is_denoiser
         from ..training import load_classifier
 
         if self.classifier is not None:
             return trained_classifier(self.classifier, None, images)
         if is_denoiser(folder):
-            raise ValueError(f"--classifier must be given: {self.folder} holds a denoiser alone")
+            raise ValueError(f"--classifier must be given: {self.folder} contains a denoiser without a classifier")
         return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
-        """The held-out images to attack, their labels, and what the report must say of the choice."""
+        """The held-out images to attack, their labels, and notes about the choice for the report."""
         from ..data import balanced_subset
 
         count = len(images.y_test)
@@ -230,12 +234,12 @@ class Evaluate(DataCommand, Purification):
         if self.eps is not None:
             check_eps(self.eps, self.norm or "linf")
         with contextlib.ExitStack() as stack:
-            # the first of several processes writes; all of them are refused together
+            # Only the first of several processes writes and locks the folder. If it cannot, all of them end.
             from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
             self.judge(self.load_data())
 
     def judge(self, images: DataSet) -> None:
-        """Attack the model; print the report and write it."""
+        """Attack the model, print the report, and write it."""
         from .._process import processes
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
@@ -244,7 +248,7 @@ class Evaluate(DataCommand, Purification):
         out, (eps, norm) = self.report_folder(), self.ball()
         x, y, notes = self.chosen(images)
         if self.images > len(y):
-            # say it now and in the report: an evaluation may take hours
+            # Print this note before the evaluation, which may take hours. The report contains the note, too.
             print(f"purify-fast: {notes[0]}", file=sys.stderr)
         with float32_products(tf32=self.precision == "tf32"):
             report = evaluate(

@@ -1,4 +1,4 @@
-"""``purify-fast info``: the installed versions, the extension's build, and the backend that serves each op."""
+"""``purify-fast info``: the installed versions, the build of the extension, and the backend that computes each op."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
-    """The record that setup.py wrote beside an extension; empty if there is none."""
-    # without an extension there is no path
+    """Read the record that setup.py wrote beside an extension; an empty dictionary if there is no record."""
+    # The path is None if there is no extension. Then this raises an error, which is ignored.
     with contextlib.suppress(OSError, ValueError, TypeError):
         return json.loads(Path(extension or "").with_name("_build.json").read_text())
     return {}
 
 
 def _triton() -> str:
-    """Triton's version, and the parts that it lacks to build kernels."""
+    """Triton's version, and a warning if it has no compiler to build kernels."""
     try:
         version, lacking = importlib.metadata.version("triton"), records.missing_compiler()
     except importlib.metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def _triton() -> str:
 
 
 def _devices() -> dict[str, torch.device]:
-    """The devices that a process here would use, by their kinds."""
+    """The devices that a process on this machine would use, by their types."""
     devices = {"cpu": torch.device("cpu")}
     if torch.cuda.is_available():
         devices["cuda"] = torch.device("cuda", torch.cuda.current_device())
@@ -48,7 +48,10 @@ def _devices() -> dict[str, torch.device]:
 
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
-    """The backends that serve an op in a style on a device, and the reasons; nothing is verified."""
+    """The backends that compute an op on a device and the reasons, for eager calls or inside graphs.
+
+    This function verifies no kernel.
+    """
     raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
     served: dict[str, list[str]] = {}
@@ -65,7 +68,7 @@ def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
 
 
 def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
-    """The backends that serve an op in eager calls and inside graphs, and the reasons; nothing is verified."""
+    """The backends that compute an op in eager calls and inside graphs, and the reasons. No kernel is verified."""
     try:
         forced = op.forced(kind)
     except RuntimeError as error:
@@ -73,7 +76,7 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
     if forced is not None:
         return forced, forced, "forced"
     if op.kernel(kind) == "reference":
-        missing = "plain layers, fused by torch.compile" if _library.loaded() else "the extension is not loaded"
+        missing = "there is no kernel" if _library.loaded() else "the extension is not loaded"
         return "reference", "reference", missing
     if verdict is not None and not verdict.passed:
         why = f"the {verdict.backend} kernel is WRONG here: {verdict.words()}; please report it"
@@ -85,32 +88,32 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 
 
 def _verdicts(kind: str) -> dict[str, Verdict]:
-    """The known verdicts on the kernels of this machine's device of a kind, by op."""
+    """The stored results of the verification of kernels, by op, for this machine's device of a type."""
     device = _devices().get(kind)
     return {} if device is None else by_op(known_verdicts(REGISTRY, device))
 
 
 def _served(kind: str) -> str:
-    """A sentence that counts the ops which kernels serve in eager calls, and names the kernels that are wrong."""
+    """A sentence that counts the ops that kernels compute in eager calls, and names the kernels that are wrong."""
     verdicts = _verdicts(kind)
     eager = [_state(op, kind, verdicts.get(name))[0] for name, op in REGISTRY.items()]
-    served = f"kernels serve {len(eager) - eager.count('reference') - eager.count('nothing')} of {len(eager)} ops"
+    served = f"kernels compute {len(eager) - eager.count('reference') - eager.count('nothing')} of {len(eager)} ops"
     if forced := forced_backends():
-        served += f", the reference serves {eager.count('reference')}; {','.join(forced)} is forced"
+        served += f", and plain PyTorch {eager.count('reference')}; {','.join(forced)} is forced"
         if failing := eager.count("nothing"):
-            served += f": the other {failing} raise an error, since they have no such kernel on {kind}"
+            served += f": the other {failing} raise an error, because they have no such kernel on {kind}"
     else:
-        served += ", the reference serves the others"
+        served += ", and plain PyTorch the others"
     wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
     text = f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
     return f"on {kind}, {served}{text}"
 
 
 def _raced(kind: str) -> str:
-    """A sentence about the races that were run on this machine's device of a kind."""
+    """A sentence about the timings of kernels on this machine's device of a type."""
     device = _devices().get(kind)
     if device is None:
-        return "GPU kernels are verified on your card at first use; they have not yet been raced on one"
+        return "this machine has no GPU; on a GPU, kernels are verified at their first use"
     own, near = races.read(device), races.nearest(records.machine(device))
     if own.get("ops"):
         stale = [
@@ -118,19 +121,21 @@ def _raced(kind: str) -> str:
             for name, entry in own["ops"].items()
             if name not in REGISTRY or entry.get("sources") != REGISTRY[name].code_hash(kind)
         ]
-        told = f"raced on this machine on {own['date']}, {len(own['ops'])} ops, {records.file_of('raced', device)}"
+        told = f"{len(own['ops'])} ops were timed on this machine on {own['date']}, {records.file_of('raced', device)}"
         if stale:
-            told += f"; STALE for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
+            told += f"; OUTDATED for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
         return told
     if near is None:
-        return "nothing was raced on this card, nor on one like it: run `purify-fast tune`"
-    return f"not raced on this machine, but on {near['machine']['device']} on {near['date']}: run `purify-fast tune`"
+        return "no kernel was timed on this card or a similar card: run `purify-fast tune`"
+    machine = near["machine"]["device"]
+    return f"no kernel was timed on this machine, but on {machine} on {near['date']}: run `purify-fast tune`"
 
 
 def info(everything: bool) -> str:
-    """A few lines with the versions, the devices, the number of ops that kernels serve there, and wrong kernels.
+    """The text of the command: versions, devices, how many ops kernels compute, and the kernels that are wrong.
 
-    Everything is also the build, the environment, and the table op x backend.
+    Args:
+        everything: whether to add the environment and a table of all ops.
     """
     verdicts = {kind: _verdicts(kind) for kind in ("cpu", "cuda")}
     body = [
@@ -156,5 +161,5 @@ def info(everything: bool) -> str:
         mode=mode(),
         raced=_raced,
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
-        table=terminal_table(["op", "device", "exists", "serves", "in graphs", "why"], body, color=False),
+        table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body, color=False),
     )

@@ -1,11 +1,13 @@
-"""From the words of a command line to a command: recipes and ``--config`` give the defaults, options given here win.
+"""Make a command from the words of a command line.
 
-Values are read as tyro reads them, but for three things:
+A recipe and the file ``--config`` change the defaults of the options. Options on the command line win over both.
 
-- Numbers may be fractions: ``--eps 8/255``. A word that is no number is refused by the name of its option.
-- The choice among words is left to the configuration that holds it, whose message names the option and what is
-  allowed.
-- A configuration that refuses its values is reported in its own words, without the parser's names for its parts.
+tyro reads the values. Three rules differ from tyro's own rules:
+
+- Numbers may be fractions: ``--eps 8/255``. The error for a word that is not a number names the option.
+- An option with a fixed set of words accepts any word. Then the configuration class refuses a wrong word, because its
+  message is clearer than tyro's.
+- The error of a configuration class is printed unchanged, without tyro's text around it.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
 class _Unread(str):
-    """A word that is no number; the configuration that would hold it refuses it, with the option's name."""
+    """A word that should be a number but is not. `_refuse_words` refuses the word later, when the option is known."""
 
 
 class Refused(Exception):
-    """A configuration does not accept its values. It is not a ValueError, which the parser would rephrase."""
+    """Raised if a configuration does not accept its values. tyro would change the text of a ValueError."""
 
 
 def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -56,7 +58,7 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _number_or_word(word: str) -> float | _Unread:
-    """The number that a word is; another word is kept for the configuration that refuses it."""
+    """The number that a word stands for, or the word itself as `_Unread`."""
     try:
         return number(word)
     except ValueError:
@@ -64,7 +66,7 @@ def _number_or_word(word: str) -> float | _Unread:
 
 
 def _refuse_words(values: Mapping[str, Any]) -> None:
-    """Refuse words in place of numbers, among the values of a configuration by their names."""
+    """Raise an error for words in place of numbers. ``values`` are the values of a configuration by their names."""
     for name, value in values.items():
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, _Unread):
@@ -87,11 +89,11 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _InTyroLookup:
-    """Marks a type whose rule is being looked up: the rule below then steps aside for tyro's own rule."""
+    """Marks a type for which tyro's own rule is being searched, so that the rule below does not apply."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The rule for dataclasses: built as tyro does, but a ValueError becomes `Refused`."""
+    """The rule for dataclasses. It is tyro's rule, but a ValueError becomes `Refused`."""
     if _InTyroLookup in info.markers or not dataclasses.is_dataclass(info.type):
         return None
     spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _InTyroLookup)))
@@ -120,12 +122,12 @@ def option_types() -> ConstructorRegistry:
 
 
 def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
-    """``tyro.cli`` of a command's class, or of a union of several, with the rules above."""
+    """Call ``tyro.cli`` for the class of a command, or a union of classes, with the rules above."""
     return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
 
 
 def early_options() -> argparse.ArgumentParser:
-    """Reads --version and the options that decide the defaults of the others, and leaves everything else."""
+    """A parser of --version and of the options that decide the defaults of other options. It ignores other words."""
     parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--recipe")
@@ -135,37 +137,41 @@ def early_options() -> argparse.ArgumentParser:
 
 
 def _names(arguments: list[str]) -> set[str]:
-    """The options among the words, by their names as fields."""
+    """The names of the options among the words, in the form of field names."""
     flags = {word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
     return flags | {name.removeprefix("no_") for name in flags}
 
 
 def _refuse_ignored(command: Command, given: set[str]) -> None:
-    """ValueError if one of the given options has no meaning beside another one of the command's."""
+    """Raise a ValueError if an option was given that has no effect together with the other options of the command."""
     for names, message in command.ignored_beside().items():
         if odd := [name for name in names if name in given]:
             raise ValueError(message.format(given=", ".join(odd)))
 
 
 def parse(kind: type[Command], arguments: list[str]) -> Command:
-    """The command of a class that the words behind its name describe.
+    """Make a command of a class from the words after the command's name.
+
+    Args:
+        kind: the class of the command.
+        arguments: the words.
 
     Raises:
-        ValueError: a recipe or a file that cannot be used, or options that do not go together.
+        ValueError: a recipe or a file cannot be used, or the options contradict each other.
         OSError: the file cannot be read.
         Refused: a configuration does not accept a value.
-        SystemExit: a word is no option or value of this command, or ``--help`` was given.
+        SystemExit: a word is not an option or value of this command, or ``--help`` was given.
     """
     early, given = early_options().parse_known_args(arguments)[0], _names(arguments)
     in_file = {} if early.config is None else options_of(early.config, kind)
     default, options = kind(), in_file
-    # the recipe gives the defaults of the file, and the file those of the command line
+    # The values of the file win over those of the recipe, and the command line wins over both.
     chosen = {**in_file, **{name: value for name, value in vars(early).items() if value is not None}}
     if (recipe := chosen.get("recipe")) not in (None, "None"):
         if issubclass(kind, FollowsRecipe):
             default = kind.of_recipe(recipe, bool(chosen.get("official_code")))
         elif kind is Evaluate and "data" not in given:
-            # a published system brings its data set
+            # The default data set is that of the published system.
             options = {"data": recipe, **in_file}
     if options:
         default = with_options(default, options)

@@ -1,4 +1,4 @@
-"""``purify-fast plan``: the cost of a long run, before it begins."""
+"""``purify-fast plan``: predict the time and the memory of a run before it begins."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan(Command):
-    """Predict what a training or an evaluation will take: its time, its memory, and what it asks of the device.
+    """Predict the time, the memory and the operations of a training or an evaluation.
 
-    Its words go before those of the run: purify-fast plan --device h100 train carso --data mnist --epochs 20 ...
+    The options of plan come before the command of the run: purify-fast plan --device h100 train carso --data mnist ...
 
     Args:
-        device: Where the run will be: on this machine's CPU, which is measured for about ten seconds, or on a GPU, for
-            which the run is counted here and its time is modelled.
-        gpus: How many GPUs share the run.
+        device: Device of the run. cpu: the CPU of this machine, which is measured for about ten seconds. A GPU: the
+            operations of the run are counted on this machine, and its time is computed from a model of the GPU.
+        gpus: Number of GPUs that share the run.
     """
 
     called: ClassVar[str] = "plan"
@@ -51,11 +51,11 @@ class Plan(Command):
 
 
 def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
-    """The plan that the words behind ``plan`` describe.
+    """Make a plan from the words after ``plan``.
 
     Args:
-        words: the plan's own options, then the run's words.
-        read: reads the command of a run.
+        words: the options of the plan, then the command of the run.
+        read: function that makes a command from its words.
     """
     begin = next((i for i, word in enumerate(words) if word in ("train", "evaluate")), len(words))
     plan = parse(Plan, words[:begin])
@@ -64,21 +64,21 @@ def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
 
 
 def of_training(command: Training, gpu: str | None, gpus: int) -> Forecast:
-    """The forecast for a command that trains."""
+    """Predict the cost of a command that trains."""
     from ..training.probed_steps import forecast
 
     if isinstance(command, OnClassifier) and command.classifier is None:
         raise ValueError(
-            "plan train ... needs --classifier FOLDER: train the classifier first, and plan that by itself"
+            "plan train ... needs --classifier FOLDER: train the classifier first; that training has its own plan"
         )
-    # a run on a GPU is modelled by counting it on the CPU
+    # The operations of a run on a GPU are counted on the CPU.
     command = replace(command, device="cpu")
     images = command.load_data()
     return forecast(command.task(images), images.x_train, images.y_train, command.loop, gpu=gpu, gpus=gpus)
 
 
 def of_evaluation(command: Evaluate, gpu: str | None, gpus: int) -> Forecast:
-    """The forecast for a command that evaluates."""
+    """Predict the cost of a command that evaluates."""
     from ..evaluation.forecast import forecast
 
     images = replace(command, device="cpu").load_data()

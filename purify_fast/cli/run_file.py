@@ -1,7 +1,7 @@
-"""``run.yaml``: the options of a run, written beside its log and read by ``--config``.
+"""Read and write ``run.yaml``, which contains the options of a run.
 
-The file is one flat table with the names of the command line. ``command`` says what it is for, ``version`` which
-release of this package wrote it.
+The file lies beside the run's log, and the option ``--config`` reads it. It is a flat table of options. Its entry
+``command`` is the name of the command, and ``version`` is the release of this package that wrote the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVALUATION = "evaluation"
 
 
 def number(text: str) -> float:
-    """A number, or a fraction of two numbers such as ``8/255``; ValueError for any other text."""
+    """Convert a text to a number. The text may be a fraction such as ``8/255``; another text raises a ValueError."""
     numerator, slash, denominator = text.partition("/")
     try:
         return float(numerator) / float(denominator) if slash else float(text)
@@ -34,7 +34,7 @@ def number(text: str) -> float:
 
 
 def values(command: Any) -> dict[str, Any]:
-    """The options of a command and of its configurations, as YAML holds them: text, numbers, lists."""
+    """The options of a command and of its configurations, as values for YAML: texts, numbers and lists."""
     options: dict[str, Any] = {}
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
@@ -47,31 +47,31 @@ def values(command: Any) -> dict[str, Any]:
 
 
 def run_file(command: Command) -> str:
-    """The text of a run's file."""
+    """The text of ``run.yaml`` for a command."""
     left_out = {name for names in command.ignored_beside() for name in names}
     options = {name: value for name, value in values(command).items() if name not in left_out}
     facts = {"command": command.called, "version": __version__}
-    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run; options on the command line win.\n"
+    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
     return head + yaml.safe_dump(facts | options, sort_keys=False, allow_unicode=True)
 
 
 def write_run_file(command: Command, folder: Path) -> None:
-    """Write a run's file beside its log."""
+    """Write ``run.yaml`` to the folder of a run."""
     from .._files import write_text
 
     write_text(folder / RUN_FILE, run_file(command))
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
-    """The radius and the norm that a run trained at; None if no file names them, or the run trained on clean images.
+    """The radius and the norm of a training; None if no file contains them, or if the images were not attacked.
 
     Raises:
-        ValueError: the run's file or checkpoint is damaged.
+        ValueError: ``run.yaml`` or the checkpoint is damaged.
     """
     if (folder / RUN_FILE).is_file():
         options = read_run_file(folder / RUN_FILE)
     else:
-        # a training that was begun in Python has only a checkpoint
+        # A training that was started in Python has only a checkpoint.
         from ..training.checkpoint import last_checkpoint
 
         options = (last_checkpoint(folder) or {"facts": {}})["facts"]
@@ -80,14 +80,14 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """Read the table in a run's file, or in a file written by hand; ValueError if it is not YAML, or not a table."""
+    """Read a table of options from a YAML file. Raises a ValueError if the file is not YAML or not a table."""
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     table = {} if table is None else table
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
-        raise ValueError(f"{path} must hold a table of options, such as `eps: 0.3`")
+        raise ValueError(f"{path} must contain a table of options, with lines such as `eps: 0.3`")
     return table
 
 
@@ -96,7 +96,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a table, of another command, or holds a name that is no option.
+        ValueError: the file is not a table, belongs to another command, or contains a name that is not an option.
     """
     name = kind.called
     options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
@@ -106,16 +106,16 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
         raise ValueError(f"--config {path} was written by `purify-fast {command}`; this is `purify-fast {name}`")
     if unknown := options.keys() - values(kind()).keys():
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
-        raise ValueError(f"--config {path} must hold options of `purify-fast {name}` alone, got {named}")
+        raise ValueError(f"--config {path} must contain only options of `purify-fast {name}`, got {named}")
     return options
 
 
 def with_options(config: C, options: dict[str, Any]) -> C:
-    """A command or configuration with options in place of its own, also in the configurations that it holds.
+    """Make a copy of a command or configuration in which some options have other values.
 
     Args:
-        config: gives the values of all other options.
-        options: the values, as YAML holds them; a number may be a text such as "8/255".
+        config: the command or configuration. Options of configurations inside it are replaced too.
+        options: the new values, as read from YAML. A number may be a text such as "8/255".
     """
     hints, changed = typing.get_type_hints(type(config)), {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def with_options(config: C, options: dict[str, Any]) -> C:
 
 
 def _as_type(value: Any, kind: Any) -> Any:
-    """A value of YAML as a field of a type holds it; a value of another type stays for the configuration to refuse."""
+    """Convert a value of YAML to the type of a field. The configuration refuses values that cannot be converted."""
     kinds = typing.get_args(kind)
     if type(None) in kinds:
         return None if value in (None, "None") else _as_type(value, kinds[0])
@@ -141,14 +141,19 @@ def _as_type(value: Any, kind: Any) -> Any:
 
 
 def report_file(folder: Path, name: str) -> Path:
-    """A file of a report, whose folder is given, or that of the run which was evaluated.
+    """Find a file of a report.
+
+    Args:
+        folder: folder of the report, or of the run that was evaluated.
+        name: name of the file.
 
     Raises:
-        FileNotFoundError: the folder holds no such file.
+        FileNotFoundError: there is no such file.
     """
     for path in (folder / name, folder / EVALUATION / name):
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"{folder} holds no {name}: give the folder that `purify-fast evaluate` wrote to, which its last line names"
+        f"{folder} contains no {name}: give the folder of the report, which the last line of `purify-fast evaluate` "
+        "names"
     )

@@ -1,4 +1,4 @@
-"""The models that commands start from: a saved folder, a model of the zoo, a network by name, or a function's."""
+"""Load the models that commands use: from a folder, from the zoo, by the name of a network, or from a function."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="Classifier")
 
-#: This prefix marks a model of `purify_fast.zoo` where a folder may stand as well.
+#: Prefix that distinguishes a model of `purify_fast.zoo` from a folder.
 ZOO = "zoo:"
 
 
 def zoo_name(folder: str | Path) -> str | None:
-    """The name behind ``zoo:``; None for a folder."""
+    """The name after ``zoo:``; None for a folder."""
     text = str(folder)
     return text.removeprefix(ZOO) if text.startswith(ZOO) else None
 
 
 def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
-    """Return the folder of a saved model, or of the classifier of a saved defence; ``zoo:NAME`` names one of the zoo.
+    """The folder of a saved model.
+
+    Args:
+        folder: a folder, or ``zoo:NAME`` for a model of the zoo.
+        classifier: whether to return the folder of the classifier of a saved defence instead.
 
     Raises:
         ValueError: the zoo has no such model.
@@ -38,23 +42,30 @@ def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
 
 
 def is_named(classifier: str) -> bool:
-    """Tell whether this is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, not a saved model."""
+    """Tell whether a text is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, not a saved model."""
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
 def refuse_fresh_weights(spec: str, instead: str) -> None:
-    """ValueError if this names a network of torchvision or timm, which has fresh weights; ``instead`` is the advice."""
+    """Raise a ValueError for the name of a network of torchvision or timm, because its weights would be random.
+
+    Args:
+        spec: the name.
+        instead: advice for the message.
+    """
     from ..models.foreign import LIBRARIES, check_library_name
 
     if spec.partition(":")[0] in LIBRARIES:
         check_library_name(spec)
-        raise ValueError(f"{spec} has fresh weights: {instead}; `train classifier --model {spec}` trains it")
+        raise ValueError(f"{spec} has random weights: {instead}, or train it with `train classifier --model {spec}`")
 
 
 def own_model(spec: str, images: DataSet) -> Classifier:
-    """Call the user's function, ``package.module:function`` or ``path/to/file.py:function``, and return its model.
+    """Call a function of the user and return its result, which is a module or a function from images to logits.
 
-    The model is a module, or a function from images to logits.
+    Args:
+        spec: the function, as ``package.module:function`` or ``path/to/file.py:function``.
+        images: the data set, on which the model is tried.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -63,22 +74,22 @@ def own_model(spec: str, images: DataSet) -> Classifier:
     """
     from ..models.foreign import called_by
 
-    refuse_fresh_weights(spec, "name a folder, or a function of yours that loads its weights, as module:function")
+    refuse_fresh_weights(spec, "name a folder, or your function that loads weights, as module:function")
     model = called_by(spec)
     if not callable(model) or isinstance(model, type):
         raise ValueError(
-            f"{spec} must return a torch.nn.Module, or a function from images to logits, it returned a "
+            f"{spec} must return a torch.nn.Module or a function from images to logits; it returned the type "
             f"{type(model).__name__}"
         )
     return on_images(model, spec, images)
 
 
 def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Module:
-    """Build a network by its name, with fresh weights or given weights.
+    """Make a network by its name, with random or given weights.
 
     Raises:
-        FileNotFoundError: the weights are not there.
-        ValueError: no network has this name, the weights are broken, or the network does not run on the images.
+        FileNotFoundError: the weights do not exist.
+        ValueError: no network has this name, the weights are damaged, or the network does not run on the images.
     """
     from ..data import statistics
     from ..models.foreign import build_foreign
@@ -89,11 +100,16 @@ def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Modu
 
 
 def trained_classifier(classifier: str | Path, weights: str | None, images: DataSet) -> nn.Module:
-    """A trained classifier, on the images' device: of a folder or ``zoo:NAME``, or a network by name with its weights.
+    """Load a trained classifier to the device of the images.
+
+    Args:
+        classifier: a folder, ``zoo:NAME``, or the name of a network.
+        weights: the weights of a network by name; None for a folder.
+        images: the data set.
 
     Raises:
-        FileNotFoundError: the folder or the weights are not there.
-        ValueError: they are broken, or do not fit.
+        FileNotFoundError: the folder or the weights do not exist.
+        ValueError: the weights are damaged, or do not fit the network or the images.
     """
     from ..training import load_classifier
 
@@ -101,21 +117,22 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     if not is_named(text):
         if weights is not None:
             raise ValueError(
-                f"--classifier-weights is for a classifier by name, got {weights}: the folder {classifier} holds its "
-                "weights, leave the option out"
+                f"--classifier-weights is only for a classifier by name, got {weights}: leave the option out, because "
+                f"the folder {classifier} contains the weights"
             )
         saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
         refuse_other_images(saved, images, f"the classifier in {classifier}")
         return saved
     if weights is None:
-        refuse_fresh_weights(text, "give trained ones with --classifier-weights")
+        refuse_fresh_weights(text, "give trained weights with --classifier-weights")
     return named_classifier(text, weights, images).eval()
 
 
 def on_images(model: Model, spec: str, images: DataSet) -> Model:
-    """The model, if it is a module on the images' device; ValueError unless it maps them to logits of as many classes.
+    """Move a module to the device of the images, and try the model on two images. Modules in a function are not moved.
 
-    A function's own modules stay where they are.
+    Raises:
+        ValueError: the model fails, or returns too few logits for the classes of the data set.
     """
     from torch import nn
 
@@ -138,22 +155,25 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
-    """ValueError if a model was trained on images of another size or on fewer classes, as far as it says so.
+    """Raise a ValueError if a model was trained on images of another size or on fewer classes, if it says so.
 
-    ``what`` is how the message calls the model, a defence or one of this package's classifiers.
+    Args:
+        model: a defence, or a classifier of this package.
+        images: the data set.
+        what: name of the model in the message.
     """
     from ..defences.base import Defence
     from ..evaluation.inputs import image_shape_of
 
-    # every classifier that is loaded has arguments
+    # Every loaded classifier has the attribute `arguments`.
     facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
     classes = model.num_classes if isinstance(model, Defence) else facts["num_classes"]
     shape = image_shape_of(model, images.image_shape) or images.image_shape
     if tuple(shape) != images.image_shape:
         hint = f"; --size {shape[1]} {shape[2]} resizes the images" if shape[0] == images.image_shape[0] else ""
-        raise ValueError(f"images are {_size(images.image_shape)}, {what} was trained on {_size(shape)}{hint}")
+        raise ValueError(f"images are {_size(images.image_shape)}, but {what} was trained on {_size(shape)}{hint}")
     if images.num_classes > classes:
-        raise ValueError(f"images have {images.num_classes} classes, {what} knows {classes}")
+        raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
 
 
 def _size(size: Any) -> str:

@@ -1,4 +1,4 @@
-"""The commands that show something: ``purify-fast demo``, ``recipe``, ``report``, ``zoo`` and ``info``."""
+"""The commands ``purify-fast demo``, ``recipe``, ``report``, ``zoo`` and ``info``, which print something."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from .run_file import report_file
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Train and attack ten models on digits; prints a table, writes a report with pictures. Resumes where it was.
+    """Train and attack ten models on digits, print a table, and write a report with pictures.
+
+    An interrupted demo continues if the same command is run again.
 
     Args:
-        out: The folder for models, reports and pictures.
-        quick: The same path in about a minute, with numbers that mean nothing; writes to OUT-quick.
-        seed: Seed of everything random.
+        out: Folder for models, reports and pictures.
+        quick: Do the same in about a minute with very short trainings, whose numbers mean nothing, and write to
+            OUT-quick.
+        seed: Seed of all random draws.
     """
 
     called: ClassVar[str] = "demo"
@@ -40,10 +43,12 @@ class Demo(Command):
 
 @dataclass(frozen=True)
 class ShowRecipe(Command):
-    """List the published trainings and purifiers, or print one: every number with its source, and how sure it is.
+    """List the recipes, which are the settings of published trainings and purifiers, or print a recipe.
+
+    A printed recipe has the source of each number, and a grade that says how certain the number is.
 
     Args:
-        name: Which recipe to print, such as atop/cifar_rt2; the names of all by default.
+        name: Name of the recipe to print, such as atop/cifar_rt2. Default: the names of all recipes are listed.
     """
 
     called: ClassVar[str] = "recipe"
@@ -60,7 +65,8 @@ class ShowRecipe(Command):
         for name, published in RECIPES.items():
             print(f"{name.ljust(width)}  {published.title}")
         print(
-            "`purify-fast recipe NAME` prints it; `purify-fast train METHOD --recipe NAME` trains by those that train."
+            "`purify-fast recipe NAME` prints a recipe. `purify-fast train METHOD --recipe NAME` trains with a recipe, "
+            "if it is a training."
         )
 
 
@@ -69,8 +75,8 @@ class ShowReport(Command):
     """Open the HTML page of an evaluation in a browser.
 
     Args:
-        folder: The folder of a report, or of a run that was evaluated.
-        open: Whether to open the page; otherwise its path is printed alone.
+        folder: Folder of a report, or of a run that was evaluated.
+        open: Open the page. Otherwise only its path is printed.
     """
 
     called: ClassVar[str] = "report"
@@ -87,10 +93,10 @@ class ShowReport(Command):
 
 @dataclass(frozen=True)
 class Zoo(Command):
-    """List the trained models that come with the package, or print the card of one.
+    """List the trained models that come with the package, or print the description of a model.
 
     Args:
-        name: Which model's card to print; all models in a table by default.
+        name: Name of the model to describe. Default: a table of all models.
     """
 
     called: ClassVar[str] = "zoo"
@@ -114,15 +120,15 @@ class Zoo(Command):
         head = ["name", "data", "attacks", "clean, %", *(f"{protocol}, %" for protocol in protocols)]
         print(terminal_table(head, body, color_is_welcome()))
         print("A number with ? is unreliable: the checks of its evaluation found a reason to doubt it.")
-        print("`purify-fast zoo NAME` prints a model's card; `purify-fast evaluate zoo:NAME` attacks it.")
+        print("`purify-fast zoo NAME` describes a model, and `purify-fast evaluate zoo:NAME` attacks it.")
 
 
 @dataclass(frozen=True)
 class Info(Command):
-    """Print versions, the build, and how many ops kernels serve; --all adds the kernel of each op, and why it serves.
+    """Print the versions, the build, and how many ops are computed by kernels.
 
     Args:
-        all: Whether to print everything: the build, the environment, and for each op who serves it and why.
+        all: Print also the environment, and for each op its implementation and the reason.
     """
 
     called: ClassVar[str] = "info"

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FreshClassifier(DataCommand):
-    """A command that makes a classifier with fresh weights.
+    """A command that makes a classifier with random weights.
 
     Args:
-        model: The classifier's network: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
+        model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
             timm:NAME or package.module:function.
-        width: Channels of the network's first stage (small_cnn 16, preact_resnet18 64), or wide_resnet's factor (10).
-        depth: Layers of a wide_resnet (28).
-        activation: Activation of a wide_resnet (silu).
+        width: Number of channels of the network's first stage. Default: 16 for small_cnn, 64 for preact_resnet18. For
+            wide_resnet, the factor of its widths. Default: 10.
+        depth: Number of layers of a wide_resnet. Default: 28.
+        activation: Activation of a wide_resnet. Default: silu.
     """
 
     model: str = "small_cnn"
@@ -41,7 +42,7 @@ class FreshClassifier(DataCommand):
     activation: Literal["silu", "relu"] | None = None
 
     def fresh(self, images: DataSet) -> nn.Module:
-        """The classifier, on the images' device; ValueError if there is no such classifier or size."""
+        """Make the classifier on the device of the images. Raises a ValueError if its name or a size is not allowed."""
         from ..data import statistics
         from ..models.classifiers import build_classifier
 
@@ -50,7 +51,7 @@ class FreshClassifier(DataCommand):
             for name, value in sizes.items():
                 if value is not None:
                     raise ValueError(
-                        f"--{name} is for networks of this package, got {value}: {self.model} has a fixed size"
+                        f"--{name} is only for networks of this package, got {value}: {self.model} has a fixed size"
                     )
             return named_classifier(self.model, None, images)
         mean, std = statistics(images.x_train)
@@ -69,7 +70,7 @@ class ResultsInClassifier(Training):
 
         save_classifier(trained, self.out)
         x, y, name = images.x_test[:], images.y_test, self.called.split()[-1]
-        # only the first of several processes is here
+        # Only the first of several processes calls this method, so it evaluates without the others.
         alone = EvaluateConfig(together=False)
         report = evaluate(trained, x, y, eps=self.method.attack.eps, config=alone, attacks=[], name=name)
         print(report.to_text())
@@ -77,7 +78,10 @@ class ResultsInClassifier(Training):
 
 @dataclass(frozen=True)
 class TrainClassifier(ResultsInClassifier, FreshClassifier):
-    """Train a classifier: standard (eps 0) or on PGD examples. Resumes if OUT holds an unfinished run."""
+    """Train a classifier: on clean images (eps 0), or adversarially with PGD.
+
+    An interrupted training continues if the same command is run again.
+    """
 
     called: ClassVar[str] = "train classifier"
 
@@ -96,16 +100,17 @@ class TrainClassifier(ResultsInClassifier, FreshClassifier):
 
 @dataclass(frozen=True)
 class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassifier):
-    """Finetune a standardly trained classifier adversarially, near its old representation. Resumes an unfinished run.
+    """Finetune a standard classifier adversarially by ARREST, so that its representation changes little.
 
-    Without --classifier it trains a standard one first, to OUT/standard. It writes a classifier, which `evaluate`
-    attacks and on which `train carso` and `train atop` build.
+    Without --classifier, a standard classifier is trained first, and saved to OUT/standard. The result is a classifier,
+    which `evaluate` can attack, and which `train carso` and `train atop` can use. An interrupted training continues if
+    the same command is run again.
 
     Args:
-        standard_epochs: Epochs of the standard classifier's training; 100 are what a re-implementation of the paper
-            says.
-        layers: Modules whose outputs are the representation; default: the map before pooling.
-        keep_teacher: Read the old representation of all images once and hold it in memory; not with augmentation.
+        standard_epochs: Number of epochs for the standard classifier. A re-implementation of the paper has 100.
+        layers: Names of the layers whose outputs are the representation. Default: the last map before pooling.
+        keep_teacher: Compute the old representation of all images only once and keep it in memory. This is not possible
+            with augmentation.
     """
 
     called: ClassVar[str] = "train arrest"
@@ -131,7 +136,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.classifier is None:
             return super().ignored_beside()
-        message = f"--classifier {self.classifier} is trained already: leave out {{given}}"
+        message = f"--classifier {self.classifier} is already trained: leave out {{given}}"
         return super().ignored_beside() | {("model", "width", "depth", "activation", "standard_epochs"): message}
 
     def task(self, images: DataSet) -> Task:
@@ -144,7 +149,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         return task
 
     def start(self, images: DataSet) -> nn.Module:
-        """The standardly trained classifier."""
+        """Load or train the standard classifier."""
         import torch
 
         from .._process import processes
@@ -157,7 +162,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         self.refuse_another_run()
         torch.manual_seed(self.loop.seed)
         model, folder = self.fresh(images), self.out / "standard"
-        # refuse missing layers before anything is trained
+        # This raises an error for wrong layers before anything is trained.
         Teacher(model, self.layers or (representation_before_pooling(model),), images.image_shape, self.method.pooled)
         task, loop = ClassifierTask(model, ClassifierConfig()), replace(self.loop, epochs=self.standard_epochs)
         fit(task, images.x_train, images.y_train, loop, folder=folder, title="standard")
@@ -166,7 +171,7 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         return model
 
     def refuse_another_run(self) -> None:
-        """ValueError if OUT holds another run; this is checked before the standard classifier is trained."""
+        """Raise a ValueError if OUT contains another run. The check comes before any training."""
         from ..training.checkpoint import last_checkpoint
         from ..training.config import settings
         from ..training.run import loop_facts, refuse_another
@@ -181,14 +186,16 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
 
 @dataclass(frozen=True)
 class Ablate(FreshClassifier):
-    """Adversarial training, finetuning, distillation and replay, each trained and attacked; a table and a plot.
+    """Compare the parts of ARREST: train a classifier with each part, attack it, and write a table and a plot.
 
-    Resumes; over lists of lambda (--weights) and of the replay's threshold, phi (--angles) or tau (--taus). --epochs
-    are those of finetuning: the standard classifier and training from scratch have --standard-epochs, --scratch-epochs.
+    The parts are adversarial training, finetuning, distillation and noisy replay. --weights lists values of lambda, and
+    --angles (phi) or --taus (tau) lists thresholds of the replay. --epochs is for the finetuning; the standard
+    classifier has --standard-epochs, and the training from scratch has --scratch-epochs. An interrupted command
+    continues if it is run again.
 
     Args:
-        what: The method whose parts are compared.
-        out: Where the table, the plot and a folder for each row are kept.
+        what: Method whose parts are compared.
+        out: Folder for the table, the plot, and a folder for each trained classifier.
     """
 
     called: ClassVar[str] = "ablate"
@@ -206,4 +213,4 @@ class Ablate(FreshClassifier):
         written = ablate(lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out)
         write_run_file(self, self.out)
         print(written[0].read_text())
-        print(f"written: {' and '.join(map(str, written))}; each row is in a folder beside")
+        print(f"written: {' and '.join(map(str, written))}; the folders beside them contain the classifiers")

@@ -1,4 +1,4 @@
-"""``purify-fast train diffusion``, and the options of a purification by diffusion."""
+"""``purify-fast train diffusion``, and the options of purification by diffusion."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Purification(Command):
     """A command that purifies by diffusion.
 
     Args:
-        t_star: For a diffusion purifier, the time up to which it adds noise, as a share of the process; several numbers
-            for as many rounds. Default: the saved time, or 0.1.
-        denoising_steps: For a diffusion purifier, the solver's steps back from t*, one number or one for each round.
-            Default: the saved number, or every training step.
-        solver: For a diffusion purifier, the way back. Default: the saved solver, or ddpm.
+        t_star: For a diffusion purifier: time t* up to which noise is added, as a share of the diffusion process.
+            Several numbers mean several rounds of purification. Default: the saved time, or 0.1.
+        denoising_steps: For a diffusion purifier: number of steps of the solver from t* back to 0, or a number for each
+            round. Default: the saved number, or all steps of the training's process.
+        solver: For a diffusion purifier: solver that removes the noise. Default: the saved solver, or ddpm.
     """
 
     t_star: tuple[float, ...] = ()
@@ -48,17 +48,19 @@ class Purification(Command):
 
 @dataclass(frozen=True)
 class TrainDiffusion(OnClassifier, Purification):
-    """Train a denoiser on clean images, distill one, or fine-tune one through its purification. Resumes.
+    """Train a denoiser for a diffusion purifier: on clean images, by distillation, or through the purification.
 
-    Without --eps it needs no classifier: `evaluate OUT --classifier FOLDER` puts the denoiser before one. With
-    --intervals the denoiser of --init becomes one of a single evaluation. With --eps it is trained by the cross-entropy
-    of --classifier on attacked and purified images.
+    On clean images no classifier is needed: `evaluate OUT --classifier FOLDER` puts the denoiser in front of a
+    classifier. With --intervals, the denoiser of --init is distilled into a denoiser that is evaluated only once per
+    image. With --eps, the denoiser of --init is fine-tuned with the cross-entropy of --classifier on attacked and
+    purified images. An interrupted training continues if the same command is run again.
 
     Args:
-        init: A folder that this command wrote before, or zoo:NAME, whose denoiser is fine-tuned or distilled.
-        width: Channels of the U-Net at full size, at most 16 or a multiple of 16.
-        patch: Side of the squares of pixels that the U-Net takes as one: 2 does a quarter of the work of 1.
-        attention: Let the U-Net's lowest level attend to all of its positions.
+        init: Folder that this command wrote before, or zoo:NAME. Its denoiser is fine-tuned or distilled.
+        width: Number of channels of the U-Net at full size: a multiple of 16, or an even number below 16.
+        patch: Side of the squares of pixels that the U-Net turns into channels. With 2, it computes a quarter of the
+            operations of 1.
+        attention: Use attention over all positions at the lowest level of the U-Net.
     """
 
     called: ClassVar[str] = "train diffusion"
@@ -105,11 +107,11 @@ class TrainDiffusion(OnClassifier, Purification):
         return DiffusionTask(network.to(images.y_train.device), self.method)
 
     def fine_tuning(self, images: DataSet) -> Task:
-        """The training through the purification."""
+        """Make the task that trains the denoiser through the purification."""
         from .._tensors import weights_fingerprint
         from ..methods.diffusion import DiffusionPurifier, PurificationTask
 
-        # `__post_init__` has checked that it is given
+        # `__post_init__` has checked that the user gave it.
         assert self.init is not None and self.classifier is not None
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         say_other_ball(self.classifier, self.method.attack)
@@ -118,7 +120,7 @@ class TrainDiffusion(OnClassifier, Purification):
         return PurificationTask(defence, self.method, weights_fingerprint(defence.denoiser))
 
     def distillation(self, images: DataSet) -> Task:
-        """The training of a denoiser of one evaluation."""
+        """Make the task that distills a denoiser into a denoiser that is evaluated only once."""
         from .._tensors import weights_fingerprint
         from ..methods.diffusion import ConsistencyTask
 
@@ -132,10 +134,10 @@ class TrainDiffusion(OnClassifier, Purification):
         return ConsistencyTask(denoiser.to(images.y_train.device), self.method, origin, process=saved["process"])
 
     def saved_denoiser(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The denoiser of --init, and what was saved beside it."""
+        """Load the denoiser of --init and its saved settings."""
         from ..methods.diffusion.denoiser import read_denoiser
 
-        # `__post_init__` has checked that it is given
+        # `__post_init__` has checked that the user gave it.
         assert self.init is not None
         return read_denoiser(saved_folder(self.init))
 

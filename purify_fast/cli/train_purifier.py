@@ -34,13 +34,13 @@ _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "sample
 
 @dataclass(frozen=True)
 class TrainPurifier(OnClassifier):
-    """A command that trains a defence's purifier on a classifier, which stays as it is."""
+    """A command that trains a purifier for a classifier that is already trained."""
 
     classifier: str = "runs/classifier"
 
     @abstractmethod
     def task_on(self, classifier: nn.Module, images: DataSet) -> PurifierTask[Any]:
-        """The training of the defence."""
+        """Make the task that trains the defence."""
 
     def task(self, images: DataSet) -> PurifierTask[Any]:
         import torch
@@ -52,7 +52,8 @@ class TrainPurifier(OnClassifier):
         task = self.task_on(classifier, images)
         if images.image_shape != task.defence.image_shape:
             raise ValueError(
-                f"--data {self.data} has images of {images.image_shape}, the purifier needs {task.defence.image_shape}"
+                f"the purifier needs images of shape {task.defence.image_shape}, but --data {self.data} has images of "
+                f"{images.image_shape}"
             )
         return task
 
@@ -65,16 +66,17 @@ class TrainPurifier(OnClassifier):
 
 @dataclass(frozen=True)
 class KeepsAttacks(Training):
-    """A command whose attacks on the frozen classifier can be kept.
+    """A command that can save its attacked images in a file, the adversarial bank, and use them again.
 
     Args:
-        bank: Keep up to so many attacked variants of each image in a file, and train on them again in later epochs in
-            place of attacking; for the papers' objectives, which attack the classifier alone. Default: attack in every
-            step.
-        bank_refresh: With --bank: the share of the adversarial images that is attacked all the same, and takes the
-            place of the oldest variants.
-        bank_folder: With --bank: where the file is kept, for later runs too; default: banks in the folder of caches.
-        bank_gigabytes: With --bank: the most that all banks in that folder may take.
+        bank: Save up to this number of attacked variants of each image in a file, and train on them again in later
+            epochs instead of attacking. This needs the paper's objective, which attacks only the classifier. Default:
+            attack in every step.
+        bank_refresh: With --bank: share of the adversarial images that are attacked again and replace the oldest
+            variants.
+        bank_folder: With --bank: folder of the file, which later runs can use too. Default: the folder banks in the
+            folder of caches.
+        bank_gigabytes: With --bank: the largest size of all banks in that folder together, in GB.
     """
 
     bank: Count | None = None
@@ -86,7 +88,7 @@ class KeepsAttacks(Training):
         if self.bank is not None:
             return super().ignored_beside()
         names = ("bank_refresh", "bank_folder", "bank_gigabytes")
-        return super().ignored_beside() | {names: "{given} needs --bank, the number of variants that are kept"}
+        return super().ignored_beside() | {names: "{given} needs --bank N, the number of variants to save per image"}
 
     def bank_config(self) -> BankConfig | None:
         from ..training import BankConfig
@@ -98,15 +100,18 @@ class KeepsAttacks(Training):
 
 @dataclass(frozen=True)
 class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
-    """Train CARSO's purifier on a saved classifier: with the paper's objective or through the pipeline. Resumes.
+    """Train CARSO's purifier on a saved classifier, with the paper's objective or through the pipeline.
+
+    An interrupted training continues if the same command is run again.
 
     Args:
-        init: A saved CARSO to start from, as when fine-tuning through the pipeline; it sets the sizes.
-        layers: Modules of the classifier whose outputs form the representation; the default is for small_cnn.
-        cond_dim: Numbers of the condition that the representation is compressed to.
-        latent_dim: Numbers of the latent that is drawn for each sample.
-        samples: Reconstructions that are classified for each image.
-        decoder_width: Channels of the decoder's widest layer, in multiples of the network's own.
+        init: Folder of a saved CARSO from which the training starts, for example to fine-tune it through the pipeline.
+            It sets the sizes.
+        layers: Names of the classifier's layers whose outputs form the representation. The default is for small_cnn.
+        cond_dim: Size of the condition, the vector to which the representation is compressed.
+        latent_dim: Size of the random latent vector of each sample.
+        samples: Number of reconstructions that are classified for each image.
+        decoder_width: Number of channels in the decoder's last hidden layer. Earlier layers have up to 8 times as many.
     """
 
     called: ClassVar[str] = "train carso"
@@ -149,30 +154,33 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
             return CarsoTask(self.published().defence(classifier, **sizes), self.method)
         except ValueError as error:
             raise ValueError(
-                f"{error}. --recipe {self.recipe} names layers of its own classifier: name layers of yours with "
-                f"--layers; for other classes {self.without_recipe()}"
+                f"{error}. --recipe {self.recipe} names layers of the paper's classifier: name layers of your "
+                f"classifier with --layers. For another number of classes, {self.without_recipe()}"
             ) from error
 
 
 @dataclass(frozen=True)
 class TrainGenerator(TrainPurifier):
-    """Pre-train AToP's purifier on clean images: hinge GAN and L1. Resumes an unfinished run.
+    """Pre-train AToP's purifier on clean images, with a hinge GAN loss and an L1 loss.
+
+    An interrupted training continues if the same command is run again.
 
     Args:
-        purifier: The purifier's network. deepfill is made for images of 256 x 256; it needs multiples of 8, its
-            attention 128.
-        width: Width of the purifier's network; default: its own (small_generator 8, deepfill 48, masked_autoencoder
-            64).
-        residual: Let a small_generator correct the image in place of painting one.
-        weights: A checkpoint of deepfillv2-pytorch that a deepfill starts from; only tensors are read from it.
-        transform: rt1 hides blocks, rt2 adds noise before, rt3 hides every block once in several passes.
-        sigma: Standard deviation of the noise in image units.
-        block: Side of a block in pixels; default: what tiles the image and is nearest to an eighth of the height.
+        purifier: Network of the purifier. deepfill was designed for images of 256 x 256, and its sides must be
+            multiples of 8. For sides below 128, use small_generator: deepfill's attention then has few keys.
+        width: Width of the purifier's network. Default: 8 for small_generator, 48 for deepfill, 64 for
+            masked_autoencoder.
+        residual: Let a small_generator predict a correction of the image instead of a new image.
+        weights: Checkpoint of deepfillv2-pytorch from which a deepfill starts. Only tensors are read from it.
+        transform: Random transform before the purifier. rt1 hides blocks. rt2 adds noise and hides blocks. rt3 adds
+            noise and makes several passes, so that every block is hidden once.
+        sigma: Standard deviation of the noise, in image units.
+        block: Side of a block in pixels. Default: the divisor of the image's sides nearest to an eighth of its height.
         mask_ratio: Share of the blocks that rt1 and rt2 hide.
-        num_passes: Passes of rt3.
-        samples: Draws of noise and mask per prediction.
-        aggregation: How the draws become one prediction: mean of the logits, or logarithm of the mean of their softmax.
-        shared_mask: Draw one mask for the whole batch, as in the official code.
+        num_passes: Number of passes of rt3.
+        samples: Number of draws of noise and mask per prediction.
+        aggregation: Combination of the draws: mean (of the logits), or mean_softmax (logarithm of the mean softmax).
+        shared_mask: Draw a single mask for the whole batch, like the official code.
     """
 
     called: ClassVar[str] = "train generator"
@@ -202,8 +210,8 @@ class TrainGenerator(TrainPurifier):
             purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
         elif self.purifier != "deepfill" or self.width is not None or self.residual:
             raise ValueError(
-                "--weights needs --purifier deepfill without --width and --residual, which the weights set, got "
-                f"--weights {self.weights}"
+                "--weights needs --purifier deepfill, without --width and --residual, because the weights set both; "
+                f"got --weights {self.weights}"
             )
         else:
             purifier = DeepFillGenerator.from_official(self.weights)
@@ -211,17 +219,19 @@ class TrainGenerator(TrainPurifier):
         return AtopTask(Atop(classifier, purifier, images.image_shape, **self.transform_options()), self.method, origin)
 
     def transform_options(self) -> dict[str, Any]:
-        """The options that transform images, by their names in `Atop`."""
+        """The options of the transform, by their names in `Atop`."""
         return {name: getattr(self, name) for name in _TRANSFORM}
 
 
 @dataclass(frozen=True)
 class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
-    """Fine-tune a purifier on a frozen classifier, with the paper's objective or through the pipeline. Resumes.
+    """Fine-tune AToP's purifier for a frozen classifier, with the paper's objective or through the pipeline.
+
+    An interrupted training continues if the same command is run again.
 
     Args:
-        init: A folder that `train generator` or `train atop` wrote; it sets the network and the transform. None: train
-            from scratch.
+        init: Folder that `train generator` or `train atop` wrote. It sets the network and the transform. None: train
+            from random weights.
     """
 
     called: ClassVar[str] = "train atop"
@@ -233,7 +243,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
-        # the authors start from weights of Places2, which --weights gives
+        # The authors start from weights of Places2, which the user passes as --weights.
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
         return options | recipe.part("defence", official_code)
 
@@ -252,45 +262,46 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
         if self.init is None:
             return super().task_on(classifier, images)
-        # pre-training saw no classifier: any other classifier is as good as the saved one
+        # The pre-training did not depend on the classifier, so another classifier than the saved one is allowed.
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
-            # the recipe sets the transform, and the folder only the purifier
+            # The recipe sets the transform. Only the purifier is taken from the folder.
             defence = Atop(classifier, defence.purifier.module, images.image_shape, **self.transform_options())
         return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
 
 
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **options: Any) -> Any:
-    """The defence of a kind in a folder, to start from; ValueError if there is something else.
+    """Load the defence from which a training starts. ``options`` are arguments of `purify_fast.load_defence`.
 
-    ``options`` are further arguments of `purify_fast.load_defence`.
+    Raises:
+        ValueError: the folder contains a defence of another class.
     """
     from ..methods.loading import load_defence
 
     defence = load_defence(folder, classifier, **options)
     if not isinstance(defence, kind):
-        raise ValueError(f"{folder} holds a defence of the kind {type(defence).__name__}, not {kind.__name__}")
+        raise ValueError(f"{folder} must contain a {kind.__name__}; it contains a {type(defence).__name__}")
     return defence
 
 
 def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
-    """Print a note if a defence is trained at another radius or norm than its classifier was.
+    """Print a note if the radius or the norm of a defence's training differs from that of its classifier's training.
 
-    There is no note for a classifier by name, for one that was trained on clean images, or if no file names its radius.
+    There is no note if the classifier is given by name or was trained on clean images, or if no file has its radius.
     """
     if is_named(classifier):
         return
     try:
         ball = ball_of_run(saved_folder(classifier))
     except ValueError:
-        # one can train on a classifier whose options are damaged
+        # A classifier whose options are damaged can still be used.
         return
     if ball is None or (math.isclose(ball[0], attack.eps, rel_tol=1e-4) and ball[1] == attack.norm):
         return
     eps, norm = ball
     same = f"--eps {eps:.6g}" + (f" --norm {norm}" if norm != attack.norm else "")
     print(
-        f"note: {classifier} was trained at {norm} {eps:.6g}, and this trains at {attack.norm} {attack.eps:.6g}; "
-        f"{same} gives both the same",
+        f"note: {classifier} was trained at {norm} {eps:.6g}, but this training uses {attack.norm} {attack.eps:.6g}; "
+        f"for equal radii, give {same}",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""The parts that the commands which train share."""
+"""Base classes of the commands that train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Training(DataCommand):
     """A command that trains.
 
     Args:
-        out: The folder of the run, with its checkpoint, log, options and the trained model.
+        out: Folder of the run, for the checkpoint, the log, the options and the trained model.
     """
 
     out: Path = Path("runs")
@@ -34,7 +34,7 @@ class Training(DataCommand):
 
     @abstractmethod
     def task(self, images: DataSet) -> Task:
-        """The training, with the weights that it starts from."""
+        """Make the task, which contains the model with its initial weights."""
 
     @abstractmethod
     def save(self, trained: Any, images: DataSet) -> None:
@@ -53,12 +53,12 @@ class Training(DataCommand):
             write_run_file(self, self.out)
 
         class Begun(Callback):
-            """Writes the options once the training has begun, after every check that could refuse it."""
+            """Writes the options when the training has begun. Then no check can refuse them any more."""
 
             def on_step(self, state: TrainingState) -> None:
                 write_once()
 
-            # a run that was finished before has no step
+            # If an earlier run has already finished the training, there is no step.
             on_end = on_step
 
         images, title = self.load_data(), self.called.split()[-1]
@@ -73,16 +73,16 @@ class Training(DataCommand):
 
 @dataclass(frozen=True)
 class FollowsRecipe(Training):
-    """A command that trains by a published training, if one is named.
+    """A command that can train with the settings of a published training, which is called a recipe.
 
     Args:
-        recipe: A published training of this method, such as `purify-fast recipe` lists; its numbers become this
-            command's defaults.
-        official_code: With --recipe: repeat what its code does where that is surely not what it means to do;
-            `purify-fast recipe NAME` names the places.
+        recipe: Name of a published training of this method; `purify-fast recipe` lists them. Its settings become the
+            defaults of this command.
+        official_code: With --recipe: repeat also the known mistakes of the authors' code. `purify-fast recipe NAME`
+            lists them.
     """
 
-    #: the method's name
+    #: The name of the method.
     of: ClassVar[str]
 
     recipe: str | None = None
@@ -90,7 +90,7 @@ class FollowsRecipe(Training):
 
     @classmethod
     def of_recipe(cls, name: str, official_code: bool) -> Self:
-        """This command with the numbers of a recipe, by its name with or without the method."""
+        """Make this command with the settings of a recipe, whose name may be given without the method."""
         from ..methods.recipes import recipe
 
         published = recipe(name, cls.of)
@@ -101,10 +101,10 @@ class FollowsRecipe(Training):
     @staticmethod
     @abstractmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
-        """The method's own options that a recipe sets."""
+        """The options of this method that a recipe sets, in addition to the settings of `method` and `loop`."""
 
     def published(self) -> Any:
-        """The recipe that is followed; None without one."""
+        """The recipe; None if no recipe is named."""
         from ..methods.recipes import recipe
 
         return None if self.recipe is None else recipe(self.recipe, self.of)
@@ -113,9 +113,9 @@ class FollowsRecipe(Training):
         return {("official_code",): "--official-code needs --recipe NAME"} if self.recipe is None else {}
 
     def without_recipe(self) -> str:
-        """The end of an error: how to train on data other than the recipe's."""
+        """The end of an error message, which says how to train without the recipe."""
         listed = f"`purify-fast recipe {self.published().name}` lists them"
-        return f"leave out --recipe and give its numbers as options ({listed})"
+        return f"leave out --recipe and give its settings as options ({listed})"
 
     def load_data(self) -> DataSet:
         images, recipe = super().load_data(), self.published()
@@ -129,14 +129,14 @@ class FollowsRecipe(Training):
 
 @dataclass(frozen=True)
 class OnClassifier(Training):
-    """A command that trains on a classifier.
+    """A command whose training starts from a trained classifier.
 
     Args:
-        classifier: A folder that `train classifier` or `train arrest` wrote, or zoo:NAME; or a classifier by name:
-            torchvision:resnet18, timm:resnet18, or package.module:function of yours.
-        classifier_weights: Weights of a classifier by name: a .safetensors or .pth file, of which only tensors are
-            read; or what the library calls weights that it has downloaded before, such as IMAGENET1K_V1, or pretrained
-            of timm.
+        classifier: The classifier: a folder that `train classifier` or `train arrest` wrote, or zoo:NAME, or a name
+            such as torchvision:resnet18, timm:resnet18 or package.module:function (your function).
+        classifier_weights: Weights of a classifier that is given by name: a .safetensors or .pth file, from which only
+            tensors are read. Or the library's name for weights that it has downloaded before, such as IMAGENET1K_V1 of
+            torchvision or pretrained of timm.
     """
 
     classifier: str | None = None

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tune(Command):
-    """Race the kernels on this machine's device against PyTorch, in under five minutes; the faster ones serve after it.
+    """Time the kernels on this machine against PyTorch, in under five minutes. Later runs use the faster ones.
 
-    Every kernel is verified first. The times are kept for this device and these versions, in the folder that `info`
-    names. Run it on a machine that does nothing else.
+    Every kernel is verified first. The times are saved for this device and these versions, in the folder that `info`
+    names. Run this command on a machine that does nothing else.
 
     Args:
-        device: The device whose kernels are raced: cpu, or cuda; auto takes a GPU if there is one.
-        full: Race them inside graphs of torch.compile too, which takes minutes more to compile; see --minutes.
-        ops: The ops to race, by the names that `info` lists; default: all that have a kernel there.
-        again: Race again also what is known of this device and of these versions, which is skipped by default.
-        minutes: After so long no race begins, and those left out are named; default: 4.5, and 30 with --full.
+        device: Device whose kernels are timed: cpu or cuda. auto: a GPU if there is any.
+        full: Time the kernels also inside graphs of torch.compile. Their compilation takes longer; see --minutes.
+        ops: Names of the ops to time, as `info` lists them. Default: all ops that have a kernel for this device.
+        again: Repeat also timings that are saved for this device and these versions. By default they are skipped.
+        minutes: Time limit. After so many minutes no timing begins, and the missing timings are listed. Default: 4.5,
+            or 30 with --full.
     """
 
     called: ClassVar[str] = "tune"
@@ -49,18 +50,18 @@ class Tune(Command):
 
         device = torch.device(usable_device(self.device))
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu or cuda: there are kernels for no other, got {self.device!r}")
+            raise ValueError(f"--device must be auto, cpu or cuda, which have kernels, got {self.device!r}")
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         minutes = self.minutes if self.minutes is not None else 30.0 if self.full else 4.5
         with contextlib.ExitStack() as stack:
             try:
-                # another process that races this device's kernels would slow both
+                # If another process timed this device's kernels at the same time, all times would be wrong.
                 stack.enter_context(folder_lock(file_of("raced", device).with_suffix("")))
             except FolderInUse:
                 raise
             except (OSError, ValueError):
-                # a folder that cannot be written is refused by the race, which says how to name another
+                # If the folder cannot be written, `tune` raises an error that says how to name another folder.
                 pass
             bar = stack.enter_context(tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}"))
 
@@ -72,16 +73,15 @@ class Tune(Command):
             tuned = tune(
                 device, seconds=60 * minutes, full=self.full, ops=self.ops, again=self.again, capture=capture, tell=tell
             )
-            tell(1.0, "raced")
+            tell(1.0, "timed")
         print(text(tuned))
         if forced_backends():
-            print(
-                f"PURIFY_FAST_BACKEND forces {', '.join(forced_backends())}: what was measured here serves without it."
-            )
+            forced = ", ".join(forced_backends())
+            print(f"PURIFY_FAST_BACKEND forces {forced}: unset it, so that runs use the kernels that are faster here.")
 
 
 def text(tuned: Tuned) -> str:
-    """The text that the command prints about the races that were run."""
+    """The text that the command prints about the timings."""
     from .._templates import render
     from ..evaluation.show.tables import terminal_table
 
@@ -95,5 +95,5 @@ def text(tuned: Tuned) -> str:
         least, most = (f"{limit(gain for _, gain in calls):.2g}" for limit in (min, max))
         speed = f"{least} to {most} times" if len(calls) > 1 else f"{least} times"
         body.append([*group, speed, ", ".join(cell for cell, _ in calls)])
-    head = ["op", "in", "served before", "serves now", "kernel's speed", "calls"]
+    head = ["op", "in", "used before", "used now", "kernel's speed", "calls"]
     return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body, color=False))

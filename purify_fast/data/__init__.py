@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors, and what a loop needs of them: floats, shuffled batches, augmentation on the device."""
+"""Load data sets as uint8 tensors, convert images to floats, make shuffled batches, and augment them on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Data sets by name or path, as uint8 NCHW images: digits, ``.npz`` files, official files, image folders."""
+"""Load data sets by name or path as uint8 images ``[N, C, H, W]``.
+
+A data set is the digits of this package, an ``.npz`` file, the official files of a data set, or an image folder.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 from .._validation import Range, check_literal
 from .streaming import ResizedImages, StreamedImages
 
-#: The data sets that have official files, or an ``.npz`` under this name.
+#: Names of the data sets that can be read from official files or from ``<root>/<name>.npz``.
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -31,16 +34,16 @@ Decode = Literal["once", "each_time"]
 class DataSet:
     """Training images and held-out images, with their labels.
 
-    Images larger than memory are `StreamedImages`: `purify_fast.training.fit` takes them as they are, for anything
-    else a slice of them is a tensor (``x_test[:500]``, ``x_test[:]``).
+    Images that do not fit into memory are `StreamedImages`. `purify_fast.training.fit` accepts them. For other uses,
+    take a slice, which is a tensor: ``x_test[:500]`` or ``x_test[:]``.
 
     Args:
-        x_train: uint8 ``[N, C, H, W]``, 0 black and 255 white.
-        y_train: int64 ``[N]``, labels of 0 .. num_classes - 1.
-        x_test: the held-out images, of the same form.
-        y_test: their labels.
+        x_train: training images, uint8 ``[N, C, H, W]``, from 0 (black) to 255 (white).
+        y_train: labels of the training images, int64 ``[N]``, from 0 to num_classes - 1.
+        x_test: held-out images, in the same form.
+        y_test: labels of the held-out images.
         name: name of the data set, for reports.
-        num_classes: how many classes there are, at least 2.
+        num_classes: number of classes, at least 2.
     """
 
     x_train: Tensor | StreamedImages
@@ -52,7 +55,7 @@ class DataSet:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """The shape (C, H, W) of an image."""
         c, h, w = self.x_train.shape[1:]
         return c, h, w
 
@@ -62,10 +65,10 @@ class DataSet:
         return f"DataSet({self.name!r}, {images} of {size}, {self.num_classes} classes, on {self.y_train.device})"
 
     def to(self, device: torch.device | str) -> DataSet:
-        """The same data on another device; images that are streamed stay in their file, and are read to it.
+        """Move the data to another device. Streamed images remain in their file, and are read to that device.
 
         Args:
-            device: where the images and labels are wanted.
+            device: device of the images and labels.
         """
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
@@ -87,67 +90,69 @@ def load_dataset(
     """Load a data set.
 
     Args:
-        name_or_path: ``digits``; ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenette`` or
-            ``tiny_imagenet``: ``<root>/<name>.npz``, else the official files under root, as torchvision lays them
-            out; the path of an ``.npz`` file; or that of an image folder.
-            An ``.npz`` holds ``x_train y_train x_test y_test``. Images are uint8 (or float32/float64 that are exact
-            multiples of 1/255), ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3; labels are
-            integers ``[N]`` or ``[N, 1]``, every one of 0 .. max present.
-            An image folder holds ``train/<class>/*.jpg|png`` and ``val/`` or ``test/`` in the same form, or is
-            tiny-imagenet-200. Classes are the sorted folder names, images RGB. It may hold tar shards instead, in
-            WebDataset's form, uncompressed: ``train/*.tar`` and ``val/*.tar`` or ``test/*.tar``, in which
-            ``<name>.jpg|png`` stands beside ``<name>.cls``, the label as a number.
-        root: a folder to look in too; there the ending ``.npz`` may be left out (``load_dataset("set", "data")``).
-            For the names above None is the current folder.
-        num_classes: overrides the number of classes, for sets that lack some.
+        name_or_path: a name, the path of an ``.npz`` file, or the path of an image folder.
+            The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenette``
+            and ``tiny_imagenet``. All except ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or
+            else from the official files under root, in torchvision's folders.
+            An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8, or
+            float32 or float64 in exact multiples of 1/255. Their shape is ``[N, H, W]``, ``[N, H, W, C]`` or
+            ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or ``[N, 1]``, and every number from 0 to the
+            largest label occurs.
+            An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
+            tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB. Instead of images, the
+            folder may have uncompressed tar shards in WebDataset's form: ``train/*.tar``, and ``val/*.tar`` or
+            ``test/*.tar``. A shard has ``<name>.jpg|png`` and ``<name>.cls``, which contains the label as a number.
+        root: folder in which the data set is also searched. The ending ``.npz`` may be left out
+            (``load_dataset("set", "data")``). For a name, None is the current folder.
+        num_classes: number of classes, for a data set in which some labels do not occur; None: it is counted.
         download: whether torchvision may download the official files to root if they are missing.
-        image_size: (H, W) that images are resized (shorter side) and cropped (center) to; None keeps their sizes, and
-            an image folder's images must then all have one size. ``imagenette`` needs it. Images that are not from a
-            folder are resized whenever they are read (`purify_fast.data.streaming.ResizedImages`).
-        stream: reads an image folder's decoded images batch by batch in any case; by default where they take more than
-            half of the memory that is available.
-        decode: when an image folder's images are decoded: "once", into ``cache``, or "each_time" that they are read,
-            which takes no room on the disk. The pixels are the same. An image that cannot be decoded is then found when
-            it is read.
-        cache: where an image folder's decoded images are kept, and the index of its shards; default: ``.purify_fast``
-            in that folder.
-        workers: processes that decode once, threads that decode each time; 0 for only this process; default: one per
-            CPU.
-        on_bad_image: "refuse" ends with the names of an image folder's images that cannot be decoded; "skip" leaves
-            them out, and a warning names them.
-        follow_links: whether an image folder's symbolic links may lead out of it.
+        image_size: height and width. The shorter side of an image is resized to it, and the center is cropped. None
+            keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an image_size.
+            Images that are not from a folder are resized whenever they are read
+            (`purify_fast.data.streaming.ResizedImages`).
+        stream: whether to read a folder's decoded images batch by batch even if they fit into memory. Images that need
+            more than half of the available memory are always read batch by batch.
+        decode: when the images of a folder are decoded. "once": before the first use, into ``cache``. "each_time":
+            whenever an image is read; this needs no space on the disk, but an image that cannot be decoded is found
+            only when it is read. The pixels are the same.
+        cache: folder for the decoded images of an image folder and the index of its shards; None: ``.purify_fast`` in
+            the image folder.
+        workers: number of processes for decode="once", or threads for decode="each_time"; 0: only this process; None:
+            the number of CPUs.
+        on_bad_image: "refuse": if images of a folder cannot be decoded, an error names them. "skip": they are left out,
+            and a warning names them.
+        follow_links: whether symbolic links in an image folder may point to places outside the folder.
 
     Returns:
         A `DataSet` on the CPU.
 
     Raises:
-        FileNotFoundError: no such data set; says where it was looked for, what is wanted and how to get it.
+        FileNotFoundError: there is no such data set. The message says where it was searched and how to get it.
         OSError: the cache cannot be written.
-        ModuleNotFoundError: ``svhn`` without scipy.
-        ValueError: an argument that the data set does not take; or the file holds something else, and the message
-            names the array, and the first offending index and value, or the files that cannot be decoded.
+        ModuleNotFoundError: ``svhn`` needs scipy, which is not installed.
+        ValueError: an argument does not fit the data set, or the content of the files is not allowed. The message names
+            the array with the first wrong index and value, or the images that cannot be decoded.
     """
     name = str(name_or_path)
     check_literal("on_bad_image", on_bad_image, OnBadImage)
     check_literal("decode", decode, Decode)
     if decode == "each_time" and on_bad_image == "skip":
-        raise ValueError("on_bad_image='skip' needs decode='once': only then all images are decoded beforehand")
+        raise ValueError("on_bad_image='skip' needs decode='once', which decodes all images before the first use")
     if workers is not None:
         Range(0).check("workers", workers)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
     if download and name not in NAMES:
-        raise ValueError(f"download=True is for the data sets {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"download=True is only for the data sets {', '.join(NAMES)}, got {name!r}")
     place: Path | dict[str, np.ndarray] | None = None
     if name in NAMES:
-        # torchvision takes about a second to import, and digits and .npz files do not need it
+        # The import of torchvision takes about a second, and digits and .npz files do not need it.
         from .torchvision_sets import find_official
 
         place = find_official(name, Path("." if root is None else root), download, image_size)
     elif name != "digits":
         place = _find(Path(name_or_path), None if root is None else Path(root))
     if isinstance(place, Path) and place.is_dir():
-        # imported only when it is needed
         from .folders import read_folder
 
         x, y, present = read_folder(
@@ -164,8 +169,8 @@ def load_dataset(
         title = name if name in NAMES else place.resolve().name
         return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)
     if stream or decode == "each_time":
-        what = "streamed" if stream else "decoded each time"
-        raise ValueError(f"{name} is not an image folder: only these are {what}")
+        what = "stream=True" if stream else "decode='each_time'"
+        raise ValueError(f"{what} needs an image folder, but {name} is not an image folder")
     if place is None:
         tensors, classes = _digits(), chosen_classes(10, num_classes)
     else:
@@ -179,30 +184,30 @@ def load_dataset(
 
 
 def small_digits() -> tuple[Tensor, Tensor]:
-    """The digits as they were published, in their order; digits.txt beside this file names the source.
+    """Load the digits as published, in the published order. The file digits.txt names their source.
 
     Returns:
-        uint8 images ``[1797, 1, 8, 8]``, 0 black and 16 white; int64 labels ``[1797]`` of 0 .. 9.
+        Images ``[1797, 1, 8, 8]``, uint8 from 0 (black) to 16 (white), and labels ``[1797]``, int64 from 0 to 9.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         return torch.from_numpy(file["images"])[:, None], torch.from_numpy(file["labels"]).long()
 
 
 def _digits() -> dict[str, Tensor]:
-    """8x8 images of 17 grey levels -> 16x16, bilinear; the first 500 of a fixed permutation are the test set."""
+    """Enlarge the digits from 8 x 8 to 16 x 16 pixels, bilinearly, and split them by a fixed permutation."""
     small, y = small_digits()
-    # in float64 only the last step rounds: the bits are the same on every machine
+    # In float64 only the last step rounds, so the bits are the same on every machine.
     images = small.double() / 16
     images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
     x = (images * 255).round().to(torch.uint8)
-    # numpy promises never to change RandomState's stream
+    # NumPy promises that the random numbers of RandomState never change.
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(y)))
     test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
     return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
 
 
 def _find(path: Path, root: Path | None) -> Path:
-    """An .npz file, or a folder."""
+    """Find an .npz file or a folder."""
     candidates = [path]
     if root is not None and not path.is_absolute():
         candidates.append(root / path)
@@ -219,31 +224,34 @@ def _find(path: Path, root: Path | None) -> Path:
     )
 
 
-# ---- arrays: checked, and brought to uint8 NCHW images and int64 labels
+# ---- arrays are checked, and converted to uint8 images [N, C, H, W] and int64 labels
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The four `ARRAYS` of an ``.npz`` file, as they are; it may hold more.
+    """Read the four `ARRAYS` of an ``.npz`` file. Other arrays of the file are ignored.
+
+    Args:
+        path: the file.
 
     Raises:
-        ValueError: the file is another kind of file, damaged, lacks an array, or holds Python objects.
+        ValueError: the file is not an ``.npz`` file, is damaged, lacks an array, or contains Python objects.
     """
     place, arrays = str(path), {}
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError(f"it holds a single {type(file).__name__}")
+            raise ValueError(f"the file contains a single {type(file).__name__}")
         with file:
             for name in [name for name in ARRAYS if name in file]:
                 place = f"{name} of {path}"
                 arrays[name] = file[name]
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise ValueError(
-            f"{place} is damaged, or not what numpy.savez writes of plain arrays without Python objects: {error}"
+            f"{place} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
         ) from error
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it needs {', '.join(ARRAYS)}, has {file.files}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(ARRAYS)}, and has {file.files}")
     return arrays
 
 
@@ -251,14 +259,14 @@ def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tupl
     """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes.
 
     Args:
-        arrays: `ARRAYS`, in any form that `purify_fast.data.load_dataset` takes.
-        num_classes: the number of classes; None counts them, and then no label may be missing.
+        arrays: the arrays by their names in `ARRAYS`, in any form that `purify_fast.data.load_dataset` accepts.
+        num_classes: number of classes; None: they are counted, and every label up to the largest must occur.
 
     Returns:
         The tensors by their names, and the number of classes.
 
     Raises:
-        ValueError: anything else in an array; the message names the first offending index and value.
+        ValueError: the content of an array is not allowed. The message names the first wrong index and value.
     """
     checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS}
     shapes = [list(checked[name].shape[1:]) for name in ("x_train", "x_test")]
@@ -275,29 +283,37 @@ def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tupl
     if num_classes is None and len(present) < classes:
         gap = int((present != np.arange(len(present))).argmax())
         raise ValueError(
-            f"the labels go up to {classes - 1}, but no image has label {gap}: give num_classes if that is meant"
+            f"the labels go up to {classes - 1}, but no image has label {gap}: pass num_classes if this is intended"
         )
     if num_classes is None and classes < 2:
-        raise ValueError("y_train and y_test hold one class only, 0: at least 2 are needed")
+        raise ValueError("y_train and y_test must have at least two classes; every label is 0")
     return {name: torch.from_numpy(array) for name, array in checked.items()}, chosen_classes(classes, num_classes)
 
 
 def chosen_classes(present: int, asked: int | None) -> int:
-    """The number of classes: ``asked``, or if that is None the ``present`` ones; ValueError if fewer are asked for."""
+    """The number of classes: ``asked``, or ``present`` if ``asked`` is None.
+
+    Args:
+        present: the largest label plus 1.
+        asked: the user's ``num_classes``.
+
+    Raises:
+        ValueError: ``asked`` is smaller than ``present``.
+    """
     if asked is not None and asked < present:
-        raise ValueError(f"num_classes is {asked}, but the labels go up to {present - 1}")
+        raise ValueError(f"num_classes is {asked}, but the labels go up to {present - 1}: pass at least {present}")
     return present if asked is None else asked
 
 
 def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None:
-    """Raise ValueError naming the first offending element, if there is one."""
+    """Raise a ValueError that names the first element that is bad, if there is any."""
     if bad.any():
         index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
-        raise ValueError(f"{name}[{', '.join(map(str, index))}] is {array[index]}: {name} must hold {allowed}")
+        raise ValueError(f"{name}[{', '.join(map(str, index))}] is {array[index]}: {name} must contain {allowed}")
 
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
-    """Convert images to uint8 NCHW, contiguous."""
+    """Convert images to contiguous uint8 ``[N, C, H, W]``."""
     if array.dtype not in (np.uint8, np.float32, np.float64):
         raise ValueError(f"{name} must be uint8 (or float32, float64 in [0, 1]), got {array.dtype}")
     if array.ndim not in (3, 4):
@@ -308,9 +324,9 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
         _refuse(name, array, ~np.isfinite(array), "finite values")
         _refuse(name, array, (array < 0) | (array > 1), "values in [0, 1], as floats, or uint8 in 0 .. 255")
         level = np.rint(array * 255)
-        # k / 255 is off by an ulp or so, depending on how it was computed
+        # Depending on how it was computed, k / 255 may be wrong by about an ulp.
         off = np.abs(array * 255 - level) > 255 * 2 * np.finfo(array.dtype).eps
-        _refuse(name, array, off, "multiples of 1/255, which uint8 can hold; quantize it first: (x * 255).round()")
+        _refuse(name, array, off, "multiples of 1/255; quantize it first with (x * 255).round() / 255")
         array = level.astype(np.uint8)
     if array.ndim == 3:
         return np.ascontiguousarray(array[:, None])
@@ -322,7 +338,7 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _labels(name: str, array: np.ndarray) -> np.ndarray:
-    """Convert labels to int64 [N]."""
+    """Convert labels to int64 ``[N]``."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.dtype.kind not in "iu":
@@ -331,6 +347,6 @@ def _labels(name: str, array: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} must be [N] or [N, 1], got {list(array.shape)}")
     if len(array) == 0:
         raise ValueError(f"{name} is empty")
-    # a label beyond any class count would otherwise overflow int64 or the count of classes
-    _refuse(name, array, (array < 0) | (array > 2**31 - 1), "labels of 0 and above, below 2^31")
+    # A larger label would overflow int64 or the count of classes.
+    _refuse(name, array, (array < 0) | (array > 2**31 - 1), "labels of at least 0 and below 2^31")
     return array.astype(np.int64)

@@ -1,4 +1,7 @@
-"""Image folders and tar shards: decoded once into a cache of uint8 arrays, or whenever an image is read."""
+"""Read image folders and tar shards.
+
+The images are decoded once into a cache of uint8 arrays, or whenever an image is read.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ logger = logging.getLogger("purify_fast")
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CACHE = ".purify_fast"
-#: Version of the cache; a cache of another version is decoded anew.
+#: Version of the cache. If a cache has another version, the images are decoded again.
 FORMAT = 1
-#: How many files or classes a message names.
+#: The largest number of files or classes that a message names.
 NAMED = 10
-#: Pillow's modes with 8 bits a channel.
+#: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-#: How many images a process decodes at a time.
+#: Number of images that a process decodes at a time.
 CHUNK = 32
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
@@ -51,13 +54,13 @@ FORM = (
 
 
 class Split(NamedTuple):
-    """N images, files or members of shards, and their labels, int64 ``[N]``."""
+    """The paths of N images, or their places in shards, and their labels, int64 ``[N]``."""
 
     files: Sequence[Path | Member]
     labels: Tensor
 
 
-#: By split, the decoded images, and what is wrong with those left out, by their numbers among its files.
+#: For each split: the decoded images, and the errors of images that were left out, by their numbers among the files.
 Cached = dict[str, tuple[StreamedImages, dict[int, str]]]
 
 
@@ -72,18 +75,19 @@ def read_folder(
     on_bad_image: str,
     follow_links: bool,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
-    """Images of an image folder, from its cache, which is written first where it is missing or the files changed.
+    """Read the images of an image folder. If the cache is missing or the files have changed, decode the images first.
 
-    The arguments are those of `purify_fast.data.load_dataset`. The classes are the folders in ``train``, sorted; the
-    held-out images are ``val``'s, else ``test``'s.
+    The arguments are those of `purify_fast.data.load_dataset`. The classes are the sorted names of the folders in
+    ``train``. The held-out images are those of ``val`` if it exists, or else those of ``test``.
 
     Returns:
-        Images (RGB ``[N, 3, H, W]``) and labels (int64 ``[N]``) by ``train`` and ``test``, and the number of classes.
+        Three values: the images (RGB, uint8 ``[N, 3, H, W]``) and the labels (int64 ``[N]``), each by the keys
+        ``train`` and ``test``, and the number of classes.
 
     Raises:
-        FileNotFoundError: the folder lacks a part of the form.
-        ValueError: a class without images or not in ``train``, labels that do not fit, images that cannot be decoded
-            or, without ``image_size``, that differ in size.
+        FileNotFoundError: a required folder is missing.
+        ValueError: a class has no images or does not occur in ``train``, a label is not allowed, an image cannot be
+            decoded, or images differ in size and ``image_size`` is None.
         OSError: the cache cannot be written, or its disk has too little space.
     """
     root = folder / CACHE if cache is None else cache / folder.resolve().name
@@ -91,7 +95,7 @@ def read_folder(
     for split in splits.values():
         _check_links(folder, [_file(image) for image in split.files], follow_links)
     source = _fingerprint(folder, splits, classes)
-    # Linux tells the CPUs that this process may use
+    # On Linux this is the number of CPUs that this process may use.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = cpus if workers is None else workers
     if decode_once:
@@ -105,15 +109,15 @@ def read_folder(
     memory = available_memory() // 2
     x: dict[str, Tensor | StreamedImages] = {}
     y: dict[str, Tensor] = {}
-    # the held-out images first, since evaluation wants them whole
+    # Begin with the held-out images, because an evaluation needs all of them in memory.
     for part in ("test", "train"):
         images, left_out = cached[part]
         if left_out:
             text = f"{len(left_out)} of {len(splits[part].files)} images of {folder} cannot be decoded"
             names = "; ".join(list(left_out.values())[:NAMED]) + ("; ..." if len(left_out) > NAMED else "")
             if on_bad_image == "refuse" or not len(images):
-                advice = "replace or remove them, or skip them with on_bad_image='skip' (--on-bad-image skip)"
-                raise ValueError(f"{text}, {advice}: {names}")
+                advice = "Replace or remove them, or skip them with on_bad_image='skip' (--on-bad-image skip)"
+                raise ValueError(f"{text}. {advice}. The errors are: {names}")
             logger.warning("%s and are left out: %s", text, names)
         needed = images.shape.numel()
         streamed = stream or needed > memory
@@ -126,17 +130,17 @@ def read_folder(
 def _decoded_once(
     root: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, workers: int
 ) -> Cached:
-    """The decoded images, from the cache in a folder, which is written first where it is missing."""
+    """The decoded images from the cache in a folder. If the cache is missing, the images are decoded first."""
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
     cached = _opened(place, source, splits)
     if cached is None:
         with _locked(place):
-            # another process may have written it meanwhile
+            # Another process may have written the cache in the meantime.
             cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=workers)
     return cached
 
 
-# ---- what there is
+# ---- the files of an image folder
 
 
 def _file(image: Path | Member) -> Path:
@@ -149,87 +153,87 @@ def _is_image(path: str) -> bool:
 
 
 def _classes_in(folder: Path) -> list[str]:
-    # torchvision's find_classes would take a hidden folder, such as an editor's, for a class
+    # torchvision's find_classes would treat a hidden folder, such as the folder of an editor, as a class.
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _listed(folder: Path, index: Path) -> tuple[dict[str, Split], list[str]]:
-    """The two splits, and the names of the classes; ``index`` is a folder that keeps where the images of shards are."""
+    """The two splits and the names of the classes. The index of shards is kept in the folder ``index``."""
     held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if held_out is None or not (folder / "train").is_dir():
         lacks = "train/" if held_out is not None else "val/ and test/"
-        raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}; it must hold {FORM}")
+        raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
     if shards_of(folder / "train"):
         if not shards_of(held_out):
-            raise FileNotFoundError(f"{held_out} has no shards, and train has: there must be {FORM_OF_SHARDS}")
+            raise FileNotFoundError(f"{held_out} has no shards, but train has shards. It must contain {FORM_OF_SHARDS}")
         splits = {}
         for part, place in {"train": folder / "train", "test": held_out}.items():
             images, labels = members(shards_of(place), SUFFIXES, index / f"shards_{part}.npz")
             splits[part] = Split(images, torch.tensor(labels, dtype=torch.int64))
         highest = int(splits["train"].labels.max())
         if int(splits["test"].labels.max()) > highest:
-            raise ValueError(f"{held_out} has labels above {highest}, the largest of train")
+            raise ValueError(f"{held_out} has labels above {highest}, which is the largest label of train")
         return splits, [str(label) for label in range(highest + 1)]
     classes = _classes_in(folder / "train")
     if len(classes) < 2:
-        raise ValueError(f"{folder / 'train'} must hold a folder for each of at least 2 classes, got {classes}")
+        raise ValueError(f"{folder / 'train'} must contain a folder for each of at least 2 classes, got {classes}")
     annotations = held_out / "val_annotations.txt"
     test = _annotated(annotations, classes) if annotations.is_file() else _by_class(held_out, classes, every=False)
     return {"train": _by_class(folder / "train", classes, every=True), "test": test}, classes
 
 
 def _check_links(folder: Path, files: list[Path], follow: bool) -> None:
-    """ValueError for a link that leads in a circle, and for a link out of the folder unless links may lead out."""
+    """Raise a ValueError for a circular link. If ``follow`` is False, also for a link that points out of the folder."""
     root = folder.resolve()
-    # resolve each folder once, since there may be a million files
+    # There may be a million files, so resolve each folder only once.
     real = {parent: parent.resolve() for parent in {path.parent for path in files}}
     links = {place for parent in real for place in (parent, *parent.parents) if place != folder and place.is_symlink()}
     for link in sorted(links):
         if link.is_relative_to(folder) and link.parent.resolve().is_relative_to(link.resolve()):
-            raise ValueError(f"{link} links to a folder that contains it: its images would be read again and again")
+            raise ValueError(f"{link} links to a folder that contains it, so images would repeat: remove the link")
     if follow:
         return
     for path in files:
         target = path.resolve() if path.is_symlink() else real[path.parent]
         if not target.is_relative_to(root):
             raise ValueError(
-                f"{path} leads out of {folder}, to {target}, by a symbolic link: remove it, or allow it with "
-                "follow_links=True (--follow-links)"
+                f"{path} leads out of {folder}, to {target}, by a symbolic link: remove the link, or allow such links "
+                "with follow_links=True (--follow-links)"
             )
 
 
 def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     unknown = sorted(set(_classes_in(folder)) - set(classes))
     if unknown:
-        raise ValueError(f"{folder} holds the classes {', '.join(unknown[:NAMED])}, which train lacks")
+        raise ValueError(f"{folder} has the classes {', '.join(unknown[:NAMED])}, which train lacks")
     numbered = {name: label for label, name in enumerate(classes)}
     listed = make_dataset(folder, numbered, is_valid_file=_is_image, allow_empty=True)
-    # sort by path within a class; torchvision would put a folder's files before those in its subfolders
+    # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
     samples = sorted((label, Path(path)) for path, label in listed)
     labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
     empty = [name for label, name in enumerate(classes) if label not in labels]
     if every and empty:
-        raise ValueError(f"{folder / empty[0]} holds no image ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder / empty[0]} contains no image ({', '.join(SUFFIXES)})")
     if not samples:
-        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)}) in a folder of its class")
+        raise ValueError(f"{folder} contains no image ({', '.join(SUFFIXES)}) in a folder of its class")
     return Split([path for _, path in samples], labels)
 
 
 def _annotated(path: Path, classes: list[str]) -> Split:
-    """tiny-imagenet-200's held-out images: lines of file name, class and a box, separated by tabs."""
+    """Read the list of held-out images of tiny-imagenet-200. A line has a file name, a class and a box, with tabs."""
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     for number, row in enumerate(rows, 1):
         if len(row) < 2 or row[1] not in classes:
             raise ValueError(f"{path}, line {number}: expected a file name, a tab and a class of train, got {row}")
     if not rows:
-        raise ValueError(f"{path} names no image")
+        raise ValueError(f"{path} contains no image names")
     return Split(
         [path.parent / "images" / row[0] for row in rows], torch.tensor([classes.index(row[1]) for row in rows])
     )
 
 
 def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
-    """A hash of the files' names, sizes, times and labels."""
+    """A hash of the names, sizes, times and labels of the files."""
     content = text_hash(json.dumps([FORMAT, classes]))
     looked = functools.cache(Path.stat)
     for part, split in splits.items():
@@ -249,7 +253,7 @@ def _array(place: Path, part: str, source: str) -> Path:
 
 
 def _opened(place: Path, source: str, splits: dict[str, Split]) -> Cached | None:
-    """The cached images of exactly these files; None if there are none."""
+    """The cached images of exactly these files; None if the cache is missing or has other files."""
     try:
         facts = json.loads((place / "set.json").read_text())
         if facts["source"] != source:
@@ -267,7 +271,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> Cached | None
 
 
 def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
-    """A lock under which one process writes a cache while others wait; it ends with the process."""
+    """A lock with which a single process writes the cache while others wait. It ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         return FileLock(place / ".lock").acquire()
@@ -279,14 +283,16 @@ def _write(
     place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
 ) -> Cached:
     (place / "set.json").unlink(missing_ok=True)
-    # files for other images, or of a killed process
+    # Remove files of other images and of killed processes.
     for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
         old.unlink()
     size = first_size(splits["train"].files) if image_size is None else image_size
     needed = sum(len(split.files) for split in splits.values()) * 3 * size[0] * size[1]
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise OSError(f"{place} has {free} bytes free, the decoded images need {needed}: give another folder as cache")
+        raise OSError(
+            f"the decoded images need {needed} bytes, but {place} has {free} bytes free: give another folder as cache"
+        )
     cached: Cached = {}
     for part, split in splits.items():
         path, resize, title = _array(place, part, source), image_size is not None, f"decode {part} images"
@@ -306,32 +312,34 @@ def _write(
 
 
 def first_size(files: Sequence[Path | Member]) -> tuple[int, int]:
-    """(H, W) of the first image that can be decoded; ValueError if none can."""
+    """The height and width of the first image that can be decoded. Raises a ValueError if there is none."""
     for path in files:
         image = _image(path, None)
         if not isinstance(image, str):
             return image.shape[1], image.shape[2]
-    raise ValueError(f"none of the {len(files)} training images can be decoded; the first: {_image(files[0], None)}")
+    raise ValueError(
+        f"none of the {len(files)} training images can be decoded; the first error is: {_image(files[0], None)}"
+    )
 
 
 def decode(
     files: Sequence[Path | Member], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
 ) -> dict[int, str]:
-    """Decode images into one ``.npy`` file, uint8 ``[N, 3, H, W]``; all of it passes through in chunks.
+    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time.
 
     Args:
-        files: the images, in the order they are written in.
-        size: (H, W) of every image in the file.
-        resize: whether images are resized and cropped to that size; if not, an image of another size is refused.
-        out: the file to write.
-        workers: processes that decode, 0 for only this process.
+        files: the images, in the order in which they are written.
+        size: height and width of the images in the file.
+        resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
+        out: path of the file to write.
+        workers: number of processes that decode; 0: only this process.
         title: text of the progress bar.
 
     Returns:
-        The error of each image that cannot be decoded and is left out, by its number among the files.
+        For each image that cannot be decoded, and is left out, its number among the files and the error.
 
     Raises:
-        ValueError: an image of another size.
+        ValueError: an image has another size.
     """
     bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
     failed: dict[int, str] = {}
@@ -344,7 +352,7 @@ def decode(
                 failed[number] = image
             elif image.shape[1:] != size:
                 got = " x ".join(map(str, image.shape[1:]))
-                raise ValueError(f"{path} has {got} pixels, others {size[0]} x {size[1]}: {GIVE_SIZE}")
+                raise ValueError(f"{path} has {got} pixels, but others have {size[0]} x {size[1]}: {GIVE_SIZE}")
             else:
                 file.write(image.tobytes())
         file.seek(0)
@@ -353,22 +361,23 @@ def decode(
 
 
 def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
-    # its length does not depend on the count, because numpy leaves room for any count
+    # The header has the same length for every count, because NumPy pads it.
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, *size)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
-    """Every file's image, or its error, in order; a bounded number wait."""
+    """Yield the image or the error of each file, in order. Only a limited number of images is decoded ahead."""
     workers = min(workers, len(files) // CHUNK)
     loader: DataLoader[Path | Member] = DataLoader(
-        files,  # type: ignore[arg-type]  # a list is a data set
+        # A list can be used as a data set.
+        files,  # type: ignore[arg-type]
         CHUNK,
         num_workers=workers,
         collate_fn=functools.partial(_images, size=size),
-        # a spawned process would import the caller's script again; these touch only Pillow
+        # A spawned process would import the user's script again. A fork is safe here, because it only calls Pillow.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # the loader draws a seed that its processes do not need
+        # DataLoader draws a seed for its processes. With this generator, the draw does not change PyTorch's generator.
         generator=torch.Generator(),
     )
     for images in loader:
@@ -380,20 +389,20 @@ def _images(files: Sequence[Path | Member], size: tuple[int, int] | None) -> lis
 
 
 def _image(path: Path | Member, size: tuple[int, int] | None) -> np.ndarray | str:
-    """RGB uint8 [3, H, W], or a sentence that names the file and says what is wrong with it.
+    """Decode an image to RGB, uint8 ``[3, H, W]``, or return an error text that names the file.
 
-    Transparency and a camera's note on orientation are ignored.
+    Transparency and the orientation in the metadata of a photo are ignored.
     """
     try:
         with Image.open(BytesIO(path.read()) if isinstance(path, Member) else path) as file:
             if file.mode not in MODES:
                 return f"{path}: its mode is {file.mode}, not one of {', '.join(MODES)}"
             image = file.convert("RGB")
-    # a broken file can raise anything
+    # A damaged file may raise any error.
     except Exception as error:
         return f"{path}: {error}"
     if size is not None:
-        # torchvision's Resize takes the length of the shorter side: it would not cover a target that is not square
+        # torchvision's Resize with the length of the shorter side would not always cover a target that is not square.
         (height, width), sides = size, (image.height, image.width)
         wide = height * sides[1] < width * sides[0]
         covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
@@ -402,18 +411,18 @@ def _image(path: Path | Member, size: tuple[int, int] | None) -> np.ndarray | st
 
 
 class EncodedImages(StreamedImages):
-    """Images that stay as they are, JPEG or PNG, and are decoded whenever they are read, by several threads.
+    """JPEG or PNG images that several threads decode whenever they are read.
 
-    Decoding once would take too much room on some disks: ImageNet's 1.28 million training images take 193 GB at 224 x
-    224. The pixels are the same.
+    Decoded images may need too much space: ImageNet's 1.28 million training images need 193 GB at 224 x 224 pixels. The
+    pixels are the same as those of images that are decoded once.
 
     Args:
-        files: the images, files or members of shards; they must not change while this is used.
-        size: (H, W) of what is read.
-        digest: stands for the images in `purify_fast._tensors.digest`.
-        resize: whether images are resized and cropped to that size; if not, an image of another size is refused.
-        workers: threads that decode; 0 for only the caller's.
-        device: where the images go that are read.
+        files: the images, which are files or parts of shards. They must not change while this object is used.
+        size: height and width of the images that are read.
+        digest: hash of the images, which `purify_fast._tensors.digest` uses in place of the images.
+        resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
+        workers: number of threads that decode; 0: only the calling thread.
+        device: device of the images that are read.
     """
 
     def __init__(
@@ -442,8 +451,8 @@ class EncodedImages(StreamedImages):
     def _read_one(self, number: int) -> np.ndarray:
         image = _image(self.files[number], self.size if self.resize else None)
         if isinstance(image, str):
-            raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and begin anew")
+            raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and start again")
         if image.shape[1:] != self.size:
             got, wanted = (" x ".join(map(str, size)) for size in (image.shape[1:], self.size))
-            raise ValueError(f"{self.files[number]} has {got} pixels, others {wanted}: {GIVE_SIZE}")
+            raise ValueError(f"{self.files[number]} has {got} pixels, but others have {wanted}: {GIVE_SIZE}")
         return image

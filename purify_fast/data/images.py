@@ -1,6 +1,7 @@
-"""The path of images to a model: numbers in [0, 1], their statistics, and augmentation.
+"""Convert images to numbers in [0, 1], compute their statistics, and augment them.
 
-Augmentation acts on a batch on its device, and is a function of (seed, epoch, sample id), whatever the batch split.
+A batch is augmented on its device. The augmentation of an image depends only on the seed, the epoch and the image's
+index in the data set, not on the other images of the batch.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from .._validation import Range
 from ..ops.philox import Stream, philox
 from .streaming import StreamedImages
 
-#: How many images are counted at a time for their statistics.
+#: Number of images in a part, for the statistics.
 _PART = 8192
 
 
 def to_float(x: Tensor) -> Tensor:
-    """Images as floating-point numbers.
+    """Convert images from uint8 to floating-point numbers in [0, 1].
 
     Args:
-        x: uint8 of any shape.
+        x: images, uint8 of any shape.
 
     Returns:
-        float32 in [0, 1], of the same shape.
+        Images of the same shape, float32 in [0, 1].
 
     Raises:
-        ValueError: any other dtype.
+        ValueError: ``x`` is not uint8.
     """
     if x.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {x.dtype}")
@@ -34,18 +35,18 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, which a network's normalization needs; exact, from histograms.
+    """Compute the mean and standard deviation of each channel, for the normalization in a network.
 
-    A channel that never changes gets a deviation of 1 / 255, so that it can be divided by.
+    They are computed exactly, from histograms. The standard deviation is at least 1 / 255, so that it can be a divisor.
 
     Args:
-        x: uint8 ``[N, C, H, W]``.
+        x: images, uint8 ``[N, C, H, W]``.
 
     Returns:
         The means and the standard deviations, C numbers each, in image units ([0, 1]).
 
     Raises:
-        ValueError: another dtype or shape, or no image.
+        ValueError: the dtype or the shape is wrong, or there is no image.
     """
     if x.dtype != torch.uint8 or len(x.shape) != 4 or 0 in x.shape:
         raise ValueError(f"x must be uint8 [N, C, H, W] with at least one image, got {x.dtype} {list(x.shape)}")
@@ -66,18 +67,18 @@ def crop_flip(
     """Pad each image with zeros, crop it back at a random place, and mirror it with probability 1/2.
 
     Args:
-        x: ``[B, C, H, W]``, any dtype.
-        seed: the draws are a function of it.
-        sample_ids: int64 ``[B]`` on x's device, indices in the data set.
-        padding: pixels on each side, 0 for none.
+        x: images ``[B, C, H, W]``, any dtype.
+        seed: seed of the random draws.
+        sample_ids: indices of the images in the data set, int64 ``[B]`` on the device of ``x``.
+        padding: number of zero pixels on each side; 0 for none.
         flip: whether to mirror left and right.
-        epoch: gives every epoch its own draws (Philox stream AUGMENTATION, draw index).
+        epoch: number of the epoch. Each epoch has other draws (it is the draw index of the Philox stream AUGMENTATION).
 
     Returns:
-        A new tensor, shape and dtype of x.
+        A new tensor of the shape and dtype of ``x``.
 
     Raises:
-        ValueError: a wrong shape or padding.
+        ValueError: a shape is wrong, or the padding is negative.
     """
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
@@ -87,7 +88,7 @@ def crop_flip(
     b, c, h, w = x.shape
     device = x.device
     u = _draws(seed, sample_ids, epoch)
-    # u < 1, but its product can round up to the bound
+    # u is below 1, but the product may be rounded up to the bound.
     shift = (u[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding) - padding
     rows = torch.arange(h, device=device) + shift[:, :1]
     cols = torch.arange(w, device=device).expand(b, w)
@@ -105,17 +106,17 @@ def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
 
     Args:
         seed: the seed of `crop_flip`.
-        sample_ids: int64 ``[B]``.
+        sample_ids: the sample ids of `crop_flip`, int64 ``[B]``.
         epoch: the epoch of `crop_flip`.
 
     Returns:
-        bool ``[B]``.
+        True for each mirrored image, bool ``[B]``.
     """
     return _draws(seed, sample_ids, epoch)[:, 2] < 0.5
 
 
 def _draws(seed: int, sample_ids: Tensor, epoch: int) -> Tensor:
-    """The numbers of an image's augmentation, uniform ``[B, 3]``: rows, columns, and whether it is mirrored."""
-    # filled on the device: a tensor made of a list would be copied there, which waits for the device
+    """Uniform random numbers ``[B, 3]`` that decide the shift of rows, the shift of columns, and the mirroring."""
+    # A tensor from a list would be copied to the device, and the copy would wait for the device.
     key = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
     return philox(key, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]

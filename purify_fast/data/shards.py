@@ -1,7 +1,8 @@
-"""Tar shards in WebDataset's form: the members of each sample share a name up to the first dot of its last part.
+"""Read images from tar shards in WebDataset's form.
 
-A shard is not unpacked. Its headers are read once, and each image is then read from its place in the file, in any
-order: so every image keeps its number, and processes and resumed runs agree on it.
+The files of a sample have the same path up to the first dot of the file name, such as ``a/01.jpg`` and ``a/01.cls``.
+A shard is not unpacked. Its headers are read once. Then every image has a fixed number, the same in all processes and
+resumed runs, and can be read from its place in the file in any order.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 from .._files import atomic
 from .._tensors import text_hash
 
-#: WebDataset's name for a label: a number as text.
+#: The file name extension of labels in WebDataset. The file contains a number as text.
 LABEL = "cls"
-#: The form of a folder of shards, for messages.
+#: Description of a folder of shards, for messages.
 FORM = "train/*.tar and val/*.tar or test/*.tar, in WebDataset's form: <name>.jpg|png beside <name>.cls, a number"
 
 
@@ -27,10 +28,10 @@ class Member(NamedTuple):
     """An image in a shard.
 
     Args:
-        shard: the file.
-        name: name of the member, for messages.
-        offset: position of its first byte.
-        size: in bytes.
+        shard: path of the shard.
+        name: name of the image in the shard, for messages.
+        offset: position of the image's first byte in the shard.
+        size: number of bytes.
     """
 
     shard: Path
@@ -42,28 +43,28 @@ class Member(NamedTuple):
         return f"{self.shard}:{self.name}"
 
     def read(self) -> bytes:
-        """The image's bytes."""
+        """Read the bytes of the image."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards of a split, sorted; none where the folder holds something else."""
+    """The shards in a folder, sorted. The list is empty if the folder has no shards."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def members(shards: list[Path], suffixes: tuple[str, ...], index: Path) -> tuple[list[Member], list[int]]:
-    """The images of some shards and their labels, in the order in which they stand there.
+    """List the images of shards and their labels, in the order in which the shards contain them.
 
     Args:
-        shards: the files.
-        suffixes: how the names of images end.
-        index: file that keeps what was found, so that the shards' headers are read once; written if it is missing or
-            of other files.
+        shards: paths of the shards.
+        suffixes: allowed endings of the images' names.
+        index: path of a file with the result, so that the headers are read only once. The file is written if it is
+            missing, or if the shards have changed.
 
     Raises:
-        ValueError: a shard that is compressed or no tar file, an image without a label, or a label without an image.
+        ValueError: a shard is not an uncompressed tar file, an image has no label, or a label has no image.
     """
     facts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
     source = text_hash(json.dumps(facts)).hexdigest()
@@ -75,8 +76,8 @@ def members(shards: list[Path], suffixes: tuple[str, ...], index: Path) -> tuple
         pass
     found = [(number, *one) for number, path in enumerate(shards) for one in _samples(path, suffixes)]
     if not found:
-        raise ValueError(f"{shards[0].parent} holds no image ({', '.join(suffixes)}) in its shards")
-    # shard, name, offset, size and label
+        raise ValueError(f"the shards in {shards[0].parent} contain no image ({', '.join(suffixes)})")
+    # The columns are shard, name, offset, size and label.
     columns = [np.array([one[k] for one in found]) for k in range(5)]
     index.parent.mkdir(parents=True, exist_ok=True)
     with atomic(index) as temporary, temporary.open("wb") as file:
@@ -91,11 +92,11 @@ def _listed(columns: list[np.ndarray], shards: list[Path]) -> tuple[list[Member]
 
 
 def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, int, int]]:
-    """The name, offset, size and label of each image of a shard."""
+    """Yield the name, offset, size and label of each image of a shard."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     try:
-        # "r:" reads an uncompressed file, in which a member has a position
+        # The mode "r:" reads only uncompressed files. In these, a file has a position that can be read directly.
         with tarfile.open(path, "r:") as shard:
             for member in shard:
                 if not member.isfile():
@@ -115,7 +116,7 @@ def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, 
     if images.keys() != labels.keys():
         lacking = min(images.keys() ^ labels.keys())
         what = "label (.cls)" if lacking in images else "image"
-        raise ValueError(f"{path}: {lacking.lstrip('/')!r} has no {what}; {FORM}")
+        raise ValueError(f"{path}: {lacking.lstrip('/')!r} has no {what}. The form of shards is {FORM}")
     for key, member in images.items():
         yield member.name, member.offset_data, member.size, labels[key]
 
@@ -126,4 +127,4 @@ def _label(text: bytes, where: str) -> int:
             return label
     except ValueError:
         pass
-    raise ValueError(f"{where} must hold a label, a number of at least 0, got {text[:40]!r}")
+    raise ValueError(f"{where} must contain a label, which is a number of at least 0, got {text[:40]!r}")

@@ -1,4 +1,7 @@
-"""Images that are read batch by batch, ahead of the step that needs them: all at once may not fit into memory."""
+"""Read images from a file batch by batch, for data sets that do not fit into memory.
+
+A batch is read while the program still works with the previous batch.
+"""
 
 from __future__ import annotations
 
@@ -19,39 +22,39 @@ from .._tensors import digest
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: How many batches are read, or being read, while the caller works with one.
+#: Number of batches that are read ahead while the caller works with a batch.
 AHEAD = 2
-#: Advice about images that differ in size.
+#: Advice for images that differ in size.
 GIVE_SIZE = "give image_size=(H, W), on the command line --size H W"
 
 
 class StreamedImages:
-    """Images ``[N, C, H, W]`` uint8 in an ``.npy`` file that is mapped into memory; indexing reads the asked ones only.
+    """Images in an ``.npy`` file, uint8 ``[N, C, H, W]``. Indexing reads only the chosen images.
 
     Args:
-        path: the file; it must not change while this is used, which is looked at whenever images are read.
-        digest: hash of the images, which stands for them in `purify_fast._tensors.digest`.
-        device: where the images go that are read.
+        path: path of the file. If the file is changed, the next read raises an error.
+        digest: hash of the images, which `purify_fast._tensors.digest` uses in place of the images.
+        device: device of the images that are read.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is cut off, or holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is cut off, or does not contain such images.
     """
 
     dtype = torch.uint8
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
         self.path, self.digest = Path(path), digest
-        # a tensor resolves "cuda" to a device with an index
+        # The device of a tensor has an index, unlike the device "cuda".
         self.device = torch.empty(0, device=device).device
         try:
             array = np.load(self.path, mmap_mode="r")
         except (EOFError, ValueError) as error:
             raise ValueError(f"{self.path} is not a whole .npy file: {error}") from error
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
-            raise ValueError(f"{self.path} must hold one uint8 array [N, C, H, W]")
+            raise ValueError(f"{self.path} must contain a single uint8 array [N, C, H, W]")
         with warnings.catch_warnings():
-            # the warning is that the array cannot be written to, which nobody does
+            # PyTorch warns that the array must not be written to. It is only read.
             warnings.simplefilter("ignore")
             self._rows = torch.from_numpy(array)
         self.shape = self._rows.shape
@@ -61,39 +64,39 @@ class StreamedImages:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """Some of the images, read now.
+        """Read some of the images.
 
         Args:
-            index: int64 ``[B]`` of indices in 0 .. N - 1, or a slice.
+            index: indices from 0 to N - 1, int64 ``[B]``, or a slice.
 
         Returns:
-            uint8 ``[B, C, H, W]`` on ``device``.
+            Images ``[B, C, H, W]``, uint8 on ``device``.
 
         Raises:
-            IndexError: an index outside.
-            TypeError: anything else as the index.
+            IndexError: an index is out of range.
+            TypeError: the index is neither a slice nor such a tensor.
         """
         if isinstance(index, slice):
             index = torch.arange(len(self))[index]
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
-            raise TypeError(f"streamed images are indexed by a slice or an int64 tensor [B], got {index!r}")
+            raise TypeError(f"the index of streamed images must be a slice or an int64 tensor [B], got {index!r}")
         return self.read(index.cpu()).to(self.device)
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        """Some of the images, on the CPU; other Python threads run while they are read.
+        """Read some of the images to the CPU. Other Python threads can run at the same time.
 
         Args:
-            ids: int64 ``[B]`` on the CPU.
-            out: uint8 ``[B, C, H, W]`` on the CPU to read them into; None for a new tensor.
+            ids: indices of the images, int64 ``[B]`` on the CPU.
+            out: tensor for the images, uint8 ``[B, C, H, W]`` on the CPU; None: a new tensor.
         """
         now = self._look()
-        # a new file with this name leaves the mapped file unchanged
+        # A new file with the same name is allowed: the open file is then unchanged.
         if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
             raise OSError(f"{self.path} changed while its images were read: run the same command again to decode anew")
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """Facts that change when the file is written to; None once it has no name: nobody writes to it then."""
+        """Facts that change when the file is written to. None if the file was removed, since nobody can then write."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:
@@ -101,10 +104,10 @@ class StreamedImages:
         return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
     def to(self, device: torch.device | str) -> Self:
-        """The same images, read to another device.
+        """Make a copy that reads the same images to another device.
 
         Args:
-            device: where the images go that are read.
+            device: device of the images that are read.
         """
         images = copy.copy(self)
         images.device = torch.empty(0, device=device).device
@@ -112,14 +115,15 @@ class StreamedImages:
 
 
 class ResizedImages(StreamedImages):
-    """Images that are read with the shorter side resized, bilinearly, and the center cropped, as uint8.
+    """Images that are resized whenever they are read: the shorter side bilinearly, and the center is cropped.
 
-    CIFAR-10 at 256 x 256, where AToP attacks it, takes 9.8 GB; at 32 x 32 it takes 0.15 GB.
+    This saves memory. For example, AToP attacks CIFAR-10 at 256 x 256 pixels, which would need 9.8 GB, but the images
+    at 32 x 32 need 0.15 GB.
 
     Args:
-        images: uint8 ``[N, C, H, W]``; they stay on the CPU.
-        size: (H, W) of what is read.
-        device: where the images go that are read.
+        images: the stored images, uint8 ``[N, C, H, W]``. They are kept on the CPU.
+        size: height and width of the images that are read.
+        device: device of the images that are read.
     """
 
     def __init__(self, images: Tensor, size: tuple[int, int], device: torch.device | str = "cpu"):
@@ -129,7 +133,7 @@ class ResizedImages(StreamedImages):
         self.digest = f"{digest(self._stored)} at {size[0]} x {size[1]}"
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        # torchvision takes about a second to import
+        # The import of torchvision takes about a second.
         from torchvision.transforms.v2 import functional
 
         small = self._stored.index_select(0, ids)
@@ -141,25 +145,25 @@ class ResizedImages(StreamedImages):
 
 
 def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every batch of ``order``, in order: (ids, images).
+    """Yield the batches of an epoch, as pairs of indices and images.
 
-    If the images are streamed, a thread reads the next `AHEAD` batches while the caller works with one, for a CUDA
-    device into pinned memory, from which the copy does not block; no other batches are in memory.
+    For streamed images, a thread reads the next `AHEAD` batches while the caller works with a batch. For a CUDA device
+    they are read into pinned memory, from which the copy does not block. No other batches are in memory.
 
     Args:
-        x: uint8 ``[N, C, H, W]``.
-        order: int64 tensors ``[B]`` on x's device, the indices of each batch.
+        x: images, uint8 ``[N, C, H, W]``.
+        order: the indices of each batch: int64 tensors ``[B]`` on the device of ``x``.
 
     Yields:
-        An element of ``order``, and ``x`` at it, uint8 ``[B, C, H, W]`` on x's device.
+        An element of ``order``, and the images at these indices, uint8 ``[B, C, H, W]`` on the device of ``x``.
     """
     if isinstance(x, Tensor):
         for ids in order:
-            # faster than x[ids] on a CPU
+            # On a CPU this is faster than x[ids].
             yield ids, x.index_select(0, ids)
         return
     cuda = x.device.type == "cuda"
-    # copy all indices now: later each copy would wait for the device's work
+    # Copy all indices now, because a later copy would wait for the device.
     rows = [ids.cpu() for ids in order]
     reading: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:

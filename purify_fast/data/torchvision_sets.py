@@ -1,7 +1,8 @@
-"""The official files of well-known data sets, read and downloaded by torchvision.
+"""Read and download the official files of data sets with torchvision.
 
-torchvision reads CIFAR and SVHN only if the checksums of the official files hold: CIFAR's are pickles, which can run
-code. MNIST's are read as they are: torchvision keeps checksums of the compressed ones only.
+torchvision compares the files of CIFAR and SVHN with the checksums of the official files before it reads them. This is
+important for CIFAR, whose files are pickles, which can run code. The files of MNIST are not compared, because
+torchvision has only the checksums of the compressed files.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ def find_official(
 
     Args:
         name: a name in `purify_fast.data.datasets.NAMES`.
-        root: the folder to look in: ``<root>/<name>.npz``, then the official files in torchvision's layout.
-        download: whether torchvision may fetch missing files to root.
-        image_size: (H, W) wanted; the smallest archive of imagenette is taken whose shorter side suffices.
+        root: folder of ``<root>/<name>.npz``, or else of the official files in torchvision's folders.
+        download: whether torchvision may download missing files to root.
+        image_size: height and width of the images. It decides which archive of imagenette is used: the smallest with
+            large enough images.
 
     Returns:
-        A path, or ``x_train y_train x_test y_test``: uint8 ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, and
-        int64 ``[N]``.
+        A path, or the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``: images uint8 ``[N, H, W]``,
+        ``[N, H, W, C]`` or ``[N, C, H, W]``, and labels ``[N]``.
 
     Raises:
-        FileNotFoundError: files are missing, damaged, not the official ones, or cannot be downloaded.
-        ValueError: imagenette without ``image_size``.
-        ModuleNotFoundError: SVHN without scipy.
+        FileNotFoundError: files are missing, damaged or not the official files, or the download has failed.
+        ValueError: imagenette needs ``image_size``.
+        ModuleNotFoundError: SVHN needs scipy, which is not installed.
     """
     npz = root / f"{name}.npz"
     if npz.is_file():
@@ -54,7 +56,7 @@ def find_official(
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if download:
         root.mkdir(parents=True, exist_ok=True)
-        # one of several processes downloads, and the others then read
+        # With this lock only a single process downloads, and the other processes then read the files.
         lock = FileLock(root / f".{name}.lock")
     try:
         with lock:
@@ -63,7 +65,7 @@ def find_official(
             return _imagenette(root, download, image_size) if name == "imagenette" else _arrays(name, root, download)
     except ModuleNotFoundError:
         raise
-    # a broken file can raise anything
+    # A damaged file may raise any error.
     except Exception as error:
         size = "" if name != "imagenette" else f", image_size={image_size}"
         call = f"from purify_fast.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True{size})"
@@ -71,7 +73,7 @@ def find_official(
         if name == "tiny_imagenet":
             how = f"get it with: curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root}"
         elif download:
-            how = "the download has failed; remove files that are damaged, and try again"
+            how = "the download has failed; remove damaged files, and try again"
         raise FileNotFoundError(
             f"no data set {name!r}: {how}. Looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
             f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}"
@@ -86,7 +88,7 @@ def _tiny_imagenet(root: Path) -> Path:
 
 
 def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
-    """The folder of the smallest archive that suffices; the shorter sides are 160, 320, and as photographed."""
+    """The folder of the smallest archive with large enough images: 160 or 320 pixels wide, or the original size."""
     side = max(image_size or (0,))
     size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
     folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")
@@ -100,7 +102,7 @@ def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) 
 def _arrays(name: str, root: Path, download: bool) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for part in ("train", "test"):
-        # SVHN calls its parts and its labels otherwise
+        # torchvision's class for SVHN has other names for the parts and the labels.
         split = {"split": part} if name == "svhn" else {"train": part == "train"}
         loaded = READERS[name](root, download=download, **split)
         arrays |= {f"x_{part}": np.asarray(loaded.data)}

@@ -1,4 +1,4 @@
-"""The parts of every defence: control over its randomness, aggregation, a frozen classifier behind a purifier."""
+"""Base classes of defences: control of random draws, aggregation, and a frozen classifier behind a purifier."""
 
 from .base import Defence
 from .stochastic import NoisyEnsemble, StochasticDefence, WithAggregation

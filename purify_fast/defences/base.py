@@ -1,4 +1,4 @@
-"""The base of the defences: a frozen classifier behind a purifier, plain or accelerated."""
+"""The base class of this package's defences: a frozen classifier behind a purifier, which can be accelerated."""
 
 from __future__ import annotations
 
@@ -24,35 +24,37 @@ if TYPE_CHECKING:
 
 
 class Defence(StochasticDefence):
-    """A classifier, copied, frozen and in evaluation mode, behind a purifier, which subclasses add.
+    """A purifier in front of a frozen copy of a classifier. Subclasses add the purifier.
+
+    A new defence is in evaluation mode, in which predictions do not change its state. A training sets training mode
+    itself. Several threads may predict at the same time. For several GPUs, run a process for each GPU;
+    ``nn.DataParallel`` is not supported.
+
+    A subclass sets ``num_classes`` and ``arguments``, the arguments of its constructor as JSON values. If its samples
+    are not aggregated by logsumexp, it also sets ``aggregation``. It defines `purifier_dtype`, and calls `_ready` at
+    the end of its constructor.
 
     Args:
-        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``; the caller's own is left
-            untouched.
-        image_shape: (C, H, W).
+        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, and the
+            original is not changed.
+        image_shape: shape (C, H, W) of an image.
 
     Attributes:
-        acceleration: the settings that `accelerate` was given (``dtype``, ``fold``, ``compile``), or None.
-        fast: the copies that an accelerated defence computes with, or None.
+        acceleration: the arguments ``dtype``, ``fold`` and ``compile`` of `accelerate`; None without acceleration.
+        fast: the inference copies of an accelerated defence; None without acceleration.
 
     Raises:
-        ValueError: a classifier that is wrapped, or an image_shape that is not three sizes of at least 1.
-
-    It starts in evaluation mode, in which a prediction changes nothing; a training sets training mode itself. Several
-    threads may predict at once; ``nn.DataParallel`` is not for it (one process per GPU is).
-
-    A subclass sets ``arguments`` (what makes it again, JSON values) and ``num_classes``, and ``aggregation`` if its
-    samples are not aggregated by logsumexp. It says in `purifier_dtype` in which precision its purifier computes, and
-    ends its constructor with `_ready`.
+        ValueError: the classifier is compiled or an ``nn.DataParallel``, or image_shape is not three sizes of at least
+            1.
     """
 
     arguments: dict[str, Any]
     num_classes: int
     aggregation: str = "lse"
-    #: Reads the classifier's representation, the outputs of some of its layers, for a defence that is conditioned on
-    #: it.
+    #: The reader of the classifier's representation (the outputs of some of its layers), for a defence that uses a
+    #: representation.
     representation: Representation | None = None
-    #: The names of the methods, from tensors ``[B, ...]`` to a tensor, that ``accelerate(compile=True)`` compiles.
+    #: The names of the methods that ``accelerate(compile=True)`` compiles. They map tensors ``[B, ...]`` to a tensor.
     compiled_parts: ClassVar[tuple[str, ...]] = ()
     not_dependencies = frozenset({"bank"})
 
@@ -60,8 +62,8 @@ class Defence(StochasticDefence):
         super().__init__()
         self.acceleration: dict[str, Any] | None = None
         self.fast: Accelerated | None = None
-        # This is a hook and not an override of `load_state_dict`, because a hook also runs when a larger module loads
-        # the defence as one of its parts.
+        # A hook also runs when a larger module that contains the defence loads its state dict. An override of
+        # `load_state_dict` would not be called.
         self.register_load_state_dict_post_hook(_make_copies_again)  # type: ignore[no-untyped-call]
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
@@ -69,16 +71,16 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
-        #: The training step from which on each term of the loss was used, by the term's name; empty without a training.
+        #: For each term of the loss, by its name, the training step from which it was used; empty without a training.
         self.acts_from_step: dict[str, int] = {}
-        #: The settings of the bank, the store of adversarial images that a training reuses: the variants that it keeps
-        #: of an image, and the share of a step's images that is attacked anew; empty without a bank.
+        #: The settings of the adversarial bank, the file of attacked images that a training uses again: the number of
+        #: variants of an image, and the share of a step's images that is attacked again. Empty without a bank.
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
 
     def _ready(self) -> None:
-        """Move to the classifier's device, at the end of a subclass's constructor."""
+        """Finish the construction: move all parts to the classifier's device, and set evaluation mode."""
         self.classifier_uses_channels_last = convert_to_channels_last(self.classifier, self.image_shape)
         self.to(first_tensor(self.classifier).device)
         self.eval()
@@ -87,29 +89,32 @@ class Defence(StochasticDefence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The precision of the purifier's weights, in which it takes and gives tensors."""
+        """The dtype of the purifier's weights, inputs and outputs."""
         raise NotImplementedError
 
     @property
     def classifier_dtype(self) -> torch.dtype:
-        """The precision of the classifier's weights; it may differ from the purifier's."""
+        """The dtype of the classifier's weights, which may differ from `purifier_dtype`."""
         return dtype_of(self.classifier)
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """The classifier, or its accelerated copy, which classifies the purified images and is attacked alone.
+        """The classifier without the purifier: its accelerated copy, or the classifier itself.
 
-        It takes float32 images and gives float32 logits whatever the classifier's own dtype.
+        Its images and logits are float32, even if the classifier has another dtype.
         """
         if self.fast is not None:
             return self.fast.classifier
         return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
 
     def classify(self, images: Tensor) -> Tensor:
-        """The classifier's logits of purified images, all in one batch; float32 ``[B, K, classes]``.
+        """Classify purified images in a single batch.
 
         Args:
-            images: ``[B, K, C, H, W]``.
+            images: purified images ``[B, K, C, H, W]``.
+
+        Returns:
+            Logits ``[B, K, classes]``, float32.
         """
         flat = images.flatten(0, 1)
         flat = flat if self.classifier_uses_channels_last else flat.contiguous()
@@ -117,11 +122,14 @@ class Defence(StochasticDefence):
         return logits.float().unflatten(0, images.shape[:2])
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Purified images in [0, 1], ``[B, draws K, C, H, W]``; differentiable to x.
+        """Purify images. The result can be differentiated with respect to ``x``.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: sets of K draws.
+            draws: number of independent sets of K samples.
+
+        Returns:
+            Purified images in [0, 1], ``[B, draws * K, C, H, W]``.
         """
         raise NotImplementedError
 
@@ -130,15 +138,18 @@ class Defence(StochasticDefence):
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
         if not self.noise_is_fresh:
-            # Without fresh noise every call gives the same result, so one call is enough.
+            # Without new noise, all calls have the same result, so a single call is enough.
             return self.sample_logits(x).expand(draws, -1, -1, -1)
         return self.classify(self.purify(x, draws)).unflatten(1, (draws, -1)).transpose(0, 1)
 
     def aggregate(self, logits: Tensor) -> Tensor:
-        """``[B, classes]``, float32, by the defence's aggregation.
+        """Aggregate the logits of the samples by the method ``self.aggregation``.
 
         Args:
-            logits: ``[B, K, classes]``.
+            logits: logits of the samples, ``[B, K, classes]``.
+
+        Returns:
+            Logits ``[B, classes]``, float32.
         """
         if logits.shape[1] == 1 and self.aggregation != "lse":
             return logits[:, 0]
@@ -149,23 +160,27 @@ class Defence(StochasticDefence):
         return aggregate(logits, self.aggregation)
 
     def check_images(self, x: Tensor) -> None:
-        """ValueError unless ``x`` holds floating-point images of the defence's shape.
+        """Raise a ValueError unless ``x`` is a tensor of floating-point images of the defence's shape.
 
         Args:
-            x: ``[B, C, H, W]``.
+            x: the tensor to check.
         """
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
             want = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The context in which the purifier computes."""
+        """The autocast context in which the purifier computes."""
         if self.fast is None or self.purifier_dtype != torch.float32:
             return contextlib.nullcontext()
         return autocast_to(device, self.fast.dtype)
 
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """A part, compiled if it may be. Not in training: the padding would enter BatchNorm's statistics."""
+        """Call a part, in its compiled form if there is any.
+
+        In training mode, parts are not compiled: the padding of a compiled part would change the statistics of
+        BatchNorms.
+        """
         if self.fast is None or self.training:
             return part(*inputs)
         return self.fast.run(part, *inputs)
@@ -180,39 +195,42 @@ class Defence(StochasticDefence):
     def accelerate(
         self, dtype: torch.dtype | None = torch.bfloat16, *, fold: bool = True, compile: bool = False
     ) -> Self:
-        """Compute fast from now on: inference, attacks through the defence and its trainings.
+        """Make predictions, attacks and trainings of the defence faster.
 
-        The classifier is read and attacked through frozen copies: BatchNorm folded, channels_last, ``dtype`` inside.
-        The purifier keeps its weights, BatchNorm statistics and losses in float32 and multiplies in ``dtype``. Images,
-        condition, latents and logits are float32 at every border. bfloat16 rounds the images to 8 bits as well.
+        The classifier is replaced by inference copies: BatchNorms are folded, the weights are channels_last, and
+        products are computed in ``dtype``. The purifier computes its products in ``dtype``. Its weights, BatchNorm
+        statistics and losses remain float32. Images, condition, latents and logits are float32 between the parts. With
+        bfloat16, the images are also rounded to 8 bits inside the layers.
+
+        The copies are updated by the methods ``to``, ``cuda``, ``cpu`` and ``load_state_dict`` of the defence. If the
+        weights of the classifier change in another way, call `refresh`. `purify_fast.evaluation.evaluate` calls
+        `refresh` itself if it finds such a change.
 
         Args:
-            dtype: ``torch.bfloat16``; ``torch.float32`` to fold only; None computes plainly again.
-            fold: whether BatchNorms are folded into the layers before them.
-            compile: whether `torch.compile` fuses the parts, each once for all batch sizes: classifying, and in
-                evaluation mode, as within an attack, the purifier's.
+            dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.
+            fold: whether to fold BatchNorms into the layers before them.
+            compile: whether to compile the classifier and the parts of the purifier with `torch.compile`, each once for
+                all batch sizes. In training mode, the purifier's compiled parts are not used.
 
         Returns:
-            The defence. It saves, moves and copies as before. The copies follow its own ``to``, ``cuda``, ``cpu`` and
-            ``load_state_dict``; after another change of the classifier's weights call `refresh`, as
-            `purify_fast.evaluation.evaluate` does where it finds one.
+            The defence itself.
 
         Raises:
-            ValueError: another dtype, or a classifier that cannot be folded (`purify_fast.speed.fold_batchnorm`).
+            ValueError: the dtype is not allowed, or `purify_fast.speed.fold_batchnorm` refuses the classifier.
         """
         settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
-        # If making the copies fails, for example because memory runs out, the earlier copies stay in use.
+        # If this fails, for example because memory runs out, the earlier copies remain in use.
         self.fast = None if settings is None else self._make_copies(settings)
         self.acceleration = settings
         return self
 
     def refresh(self) -> None:
-        """Make the copies of an accelerated defence again, from the weights as they are now."""
+        """Make the inference copies of an accelerated defence again, from the current weights."""
         if self.acceleration is not None:
             self.fast = self._make_copies(self.acceleration)
 
     def uncompiled_copies(self) -> Accelerated:
-        """The copies that `refresh` would make, without compiling them, to be compared with the current ones.
+        """Make inference copies from the current weights without compiling them, to compare them with `fast`.
 
         Raises:
             ValueError: the defence is not accelerated.
@@ -228,7 +246,7 @@ class Defence(StochasticDefence):
         return fast
 
     def prepare_replay(self) -> None:
-        """Pack a part's weights again where they were packed before, if they have changed (`PreparesReplay`)."""
+        """If packed weights have changed, pack them again into the same memory (`PreparesReplay`)."""
         if self.fast is not None:
             self._update_packed(self.fast)
 
@@ -237,39 +255,41 @@ class Defence(StochasticDefence):
         if fast.dtype != torch.bfloat16 or weight is None:
             return
         if fast.packed is None or fast.packed_from != write_stamp(weight):
-            # Leave inference mode, because attacks differentiate through the packed part.
+            # Attacks differentiate through the packed part, so it must be made outside inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 packed = self._pack()
                 if fast.packed is None:
                     fast.packed = packed
                 else:
-                    # Captured steps read the memory of the earlier packed part, so the new weights are written there.
+                    # Captured steps read the memory of the earlier packed part, so write the new weights to this
+                    # memory.
                     for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
                         old.copy_(new)
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
-        """A weight that is written whenever those of the packed part are; None if no part may be packed now.
+        """A weight of the part to pack; None if no part can be packed now.
 
-        A packed part has frozen weights, so that none is packed in training.
+        If the weights of the part change, this weight changes too. In training no part is packed, because packed
+        weights are frozen.
         """
         return None
 
     def _pack(self) -> Any:
-        """The packed part, with the weights as they are now; its ``tensors()`` lists all of its tensors."""
+        """Pack a part with its current weights. The result has a method ``tensors()``, which lists its tensors."""
         raise NotImplementedError
 
     # -- moves, files, modes ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """Move the accelerated copies with ``to``, ``cuda`` and ``cpu``; the copies keep their dtype."""
+        """Let ``to``, ``cuda`` and ``cpu`` also move the inference copies, whose dtype does not change."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.fast is not None:
             self.fast.to(first_tensor(self.classifier).device)
         return self
 
     def release_classifier(self) -> None:
-        """Let the defence's own copy of the classifier be trained too; it is then saved with the purifier.
+        """Allow a training to change the defence's copy of the classifier, which is then saved with the purifier.
 
         Raises:
             ValueError: the defence is accelerated.
@@ -280,7 +300,7 @@ class Defence(StochasticDefence):
         self.own_classifier = True
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for the purifier; the classifier always stays in evaluation mode.
+        """Set the mode of the purifier. The classifier always remains in evaluation mode.
 
         Args:
             mode: True for training.
@@ -288,14 +308,13 @@ class Defence(StochasticDefence):
         super().train(mode)
         self.classifier.eval()
         if mode and self.fast is not None:
-            # Weights and BatchNorm statistics may change from now on, so packed weights are packed again at their next
-            # use.
+            # From now on, weights and BatchNorm statistics may change, so the next use must pack them again.
             self.fast.packed_from = None
         return self
 
 
 def refuse_wrapped(name: str, module: nn.Module) -> None:
-    """ValueError if the value is not a module, or is in ``nn.DataParallel`` or compiled.
+    """Raise a ValueError if a value is not a module, is compiled, or is an ``nn.DataParallel``.
 
     Args:
         name: name of the argument, for the message.
@@ -310,7 +329,7 @@ def refuse_wrapped(name: str, module: nn.Module) -> None:
 
 
 class _Float32Borders(nn.Module):
-    """A classifier of another dtype that takes and gives float32."""
+    """Wraps a classifier of another dtype, so that its images and logits are float32."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -321,5 +340,5 @@ class _Float32Borders(nn.Module):
 
 
 def _make_copies_again(defence: Defence, keys: object) -> None:
-    """Refresh the accelerated copies after weights were loaded."""
+    """Refresh the inference copies after weights were loaded."""
     defence.refresh()

@@ -1,6 +1,7 @@
-"""The base of randomized defences: K sets of logits per image, aggregated, and control over the noise.
+"""The base class of random defences, which aggregate the logits of K samples, and the control of their noise.
 
-`NoisyEnsemble` is the baseline of every purifier: the same classifier and the same aggregation, without a purifier.
+`NoisyEnsemble` is a baseline for purifiers. It has the same classifier and aggregation as a purifier, but adds only
+noise.
 """
 
 from __future__ import annotations
@@ -21,35 +22,36 @@ from ..protocols import Classifier, DrawsSampleLogits
 
 
 class StochasticDefence(nn.Module):
-    """A defence that draws noise for each of ``samples`` predictions; subclasses give `sample_logits`.
+    """A defence that draws noise for each of ``samples`` predictions. Subclasses define `sample_logits`.
 
-    Several threads may call a defence at once while its noise is fresh. While one thread is inside `fixed_noise`,
-    `deterministic` or `noise_ids`, calls from other threads raise RuntimeError.
+    Every call draws a new seed from PyTorch's global generator. Within `fixed_noise`, the seed is the caller's. Within
+    `deterministic`, nothing is drawn.
 
-    Every call draws a fresh seed from PyTorch's global generator. Within `fixed_noise` the seed is the caller's;
-    `deterministic` draws nothing.
+    Several threads may call a defence at the same time. But while a thread is inside `fixed_noise`, `deterministic` or
+    `noise_ids`, a call from another thread raises a RuntimeError.
     """
 
-    #: True if the class promises that every image of a batch gets its own draws; see
+    #: True if the class promises that the images of a batch have different draws; see
     #: `purify_fast.protocols.draws_for_each_image`. A subclass does not inherit the promise.
     draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor
     samples: int
-    #: Attributes that do not change predictions (`purify_fast.model_state`). ``_kept_ids`` is memory that is used
-    #: again, and ``_noise_owner`` names a thread.
+    #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` is memory for later calls,
+    #: and ``_noise_owner`` is the id of a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # The id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`; None if there is none.
+        # This is the id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`; None if no thread
+        # is.
         self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """If a subclass defines ``forward`` but not `draw_logits`, make `draw_logits` call it on a repeated batch."""
+        """If a subclass defines ``forward`` but not `draw_logits`, let `draw_logits` repeat the batch and call it."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "draw_logits" not in vars(cls):
             cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]
@@ -58,15 +60,15 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def fixed_noise(self, seed: int) -> Iterator[StochasticDefence]:
-        """Within the block, every image gets the same K draws, made from ``seed``.
+        """Within the block, every image gets the same K draws, which depend only on ``seed``.
 
-        `forward` is then a function of one image: no batch split or order changes its logits.
+        So the logits of an image do not depend on the other images of its batch.
 
         Args:
-            seed: in [0, 2^63).
+            seed: seed of the draws, in [0, 2^63).
 
         Raises:
-            ValueError: another seed.
+            ValueError: the seed is out of range.
         """
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {seed}")
@@ -80,13 +82,13 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def deterministic(self) -> Iterator[StochasticDefence]:
-        """Within the block, no noise and one prediction per image: no randomness at all."""
+        """Switch the noise off within the block. There is then a single prediction per image."""
         with self._control(_noise="off"):
             yield self
 
     @contextlib.contextmanager
     def _control(self, **state: Any) -> Iterator[None]:
-        """Within the block, the attributes have these values, and the calls of other threads are refused."""
+        """Set attributes within the block, and refuse calls from other threads."""
         self._refuse_other_threads()
         state["_noise_owner"] = threading.get_ident()
         before = {name: getattr(self, name) for name in state}
@@ -110,24 +112,24 @@ class StochasticDefence(nn.Module):
 
     @contextlib.contextmanager
     def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
-        """Within the block, image i of a batch draws the fresh noise of image ``ids[i]``.
+        """Within the block, image i of a batch gets the noise of image ``ids[i]`` of a larger batch.
 
-        It is for the parts of a batch that are computed separately, for example by several processes.
+        This is for parts of a batch that are computed separately, for example by several processes.
 
         Args:
-            ids: int64 ``[B]``.
+            ids: indices in the larger batch, int64 ``[B]``.
         """
         self._refuse_other_threads()
         memory = ids.clone()
         if self._noise_ids is None:
-            # A captured step reads the ids from the memory in which they lay at its capture, so new ids are written
-            # there.
+            # A captured step reads the ids from the memory that was used at its capture, so write new ids to that
+            # memory.
             memory = self._kept_ids.setdefault((len(ids), ids.device), memory)
         with self._control(_noise_ids=memory.copy_(ids)):
             yield self
 
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The inputs of this call's draws.
+        """The seed and the sample ids that decide the draws of a call.
 
         Args:
             batch: number of images.
@@ -137,23 +139,23 @@ class StochasticDefence(nn.Module):
             The seed, int64 ``[1]``, and the sample ids, int64 ``[batch]`` or ``[1]``.
 
         Raises:
-            ValueError: `noise_ids` was given ids for another number of images.
+            ValueError: the ids of `noise_ids` are for another number of images.
         """
         self._refuse_other_threads()
         if self._noise == "fixed":
-            # The seed is copied, because a backward pass after the block still needs it. Every image has sample id 0.
+            # Copy the seed, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
         seed = torch.randint(2**62, (1,), device=device)
         if self._noise_ids is None:
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:
             raise ValueError(f"noise_ids must have an id for each of the {batch} images, got {len(self._noise_ids)}")
-        # The ids are copied, because a backward pass after the block still needs them.
+        # Copy the ids, because a backward pass after the block still needs them.
         return seed, self._noise_ids.clone()
 
     @property
     def noise_is_off(self) -> bool:
-        """Tell whether no noise is drawn now."""
+        """Tell whether the noise is off, so that nothing is drawn."""
         self._refuse_other_threads()
         return self._noise == "off"
 
@@ -166,7 +168,7 @@ class StochasticDefence(nn.Module):
     # -- predictions --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32: those of the K draws, aggregated.
+        """Compute the logits of the K samples and aggregate them to ``[B, classes]``, float32.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -174,7 +176,7 @@ class StochasticDefence(nn.Module):
         return self.aggregate(self.sample_logits(x))
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """Logits of the K draws, ``[B, K, classes]``.
+        """Compute the logits of the K samples, ``[B, K, classes]``.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -182,15 +184,18 @@ class StochasticDefence(nn.Module):
         raise NotImplementedError
 
     def aggregate(self, logits: Tensor) -> Tensor:
-        """``[B, classes]``, float32: logsumexp over the samples, which makes the same decisions as the paper's PeeL.
+        """Aggregate by the logsumexp over the samples, which has the same decisions as PeeL, CARSO's aggregation.
 
         Args:
-            logits: ``[B, K, classes]``.
+            logits: logits of the samples, ``[B, K, classes]``.
+
+        Returns:
+            Logits ``[B, classes]``, float32.
         """
         return aggregate(logits, "lse")
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`sample_logits` of ``draws`` independent calls, ``[draws, B, K, classes]``.
+        """Compute the results of ``draws`` independent calls of `sample_logits`, ``[draws, B, K, classes]``.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -199,28 +204,32 @@ class StochasticDefence(nn.Module):
         return self.sample_logits(repeat_batch(x, draws)).unflatten(0, (draws, -1))
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """`forward` of ``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it.
+        """Compute the results of ``draws`` independent calls of `forward` together, for attacks with EOT.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: number of calls.
+
+        Returns:
+            Logits ``[draws, B, classes]``.
         """
         return self.aggregate(self.draw_sample_logits(x, draws).flatten(0, 1)).unflatten(0, (draws, -1))
 
 
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
-    """Logits of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, in one batch."""
+    """The results of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, as a single batch."""
     return defence(repeat_batch(x, draws)).unflatten(0, (draws, -1))
 
 
 class WithAggregation(nn.Module):
-    """A view of a defence by one aggregation, and without noise if asked, to attack or to compare.
+    """Calls a defence with another aggregation, and if wanted without noise, for attacks and comparisons.
 
     Args:
-        defence: a module with ``sample_logits(x) -> [B, K, classes]`` and, if ``deterministic`` is asked for,
-            ``deterministic()``. Its ``draw_sample_logits`` is used if it has one (`StochasticDefence` has all three).
+        defence: module with the method ``sample_logits(x) -> [B, K, classes]``. If ``deterministic`` is True, the
+            module also needs a method ``deterministic()``. If it has a method ``draw_sample_logits``, this method is
+            used. A `StochasticDefence` has all three.
         aggregation: a method of `purify_fast.ops.aggregate`.
-        deterministic: whether the defence is run without noise.
+        deterministic: whether to run the defence without noise.
     """
 
     def __init__(self, defence: nn.Module, aggregation: str = "lse", deterministic: bool = False):
@@ -228,7 +237,7 @@ class WithAggregation(nn.Module):
         self.defence, self.aggregation, self.without_noise = defence, aggregation, deterministic
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``.
+        """Compute logits ``[B, classes]``.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -237,7 +246,7 @@ class WithAggregation(nn.Module):
             return aggregate(self.defence.sample_logits(x), self.aggregation)  # type: ignore[operator]
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """``draws`` independent calls at once, ``[draws, B, classes]``; attacks with EOT use it.
+        """Compute the logits of ``draws`` independent calls, ``[draws, B, classes]``, together, for attacks with EOT.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -250,12 +259,12 @@ class WithAggregation(nn.Module):
             return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
-        """The same view of another defence.
+        """Make the same object for another defence.
 
         Args:
-            replace: makes that defence of the one inside.
+            replace: function that makes the other defence from the current defence.
         """
-        # Copy this object instead of making a new one, because it may be of a subclass and have hooks.
+        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
         other = copy.copy(self)
         other._modules = {**self._modules, "defence": cast(nn.Module, replace(self.defence))}
         return other
@@ -265,16 +274,17 @@ class WithAggregation(nn.Module):
 
 
 class NoisyEnsemble(StochasticDefence):
-    """A classifier on K noisy copies of the image, aggregated as CARSO aggregates its K reconstructions.
+    """Classifies K noisy copies of an image, and aggregates them like the K reconstructions of CARSO.
 
         x_k = clamp(x + sigma n_k, 0, 1),  n_k ~ N(0, I);   logits_i = logsumexp_k classifier(x_k)_i
 
-    Args:
-        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits; it is copied and frozen.
-        sigma: standard deviation in image units, at least 0.
-        samples: K, at least 1.
+    The noise is from the Philox stream TRANSFORM_NOISE, with draw index k. Within `deterministic`, the image itself is
+    classified.
 
-    The noise comes from the Philox stream TRANSFORM_NOISE, draw index k. `deterministic` classifies the image itself.
+    Args:
+        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits. It is copied and frozen.
+        sigma: standard deviation of the noise in image units, at least 0.
+        samples: number K of copies, at least 1.
     """
 
     def __init__(self, classifier: nn.Module, sigma: float, samples: int = 8):
@@ -285,7 +295,7 @@ class NoisyEnsemble(StochasticDefence):
         self.sigma, self.samples = float(sigma), samples
 
     def train(self, mode: bool = True) -> NoisyEnsemble:
-        """Set the mode; the classifier always stays in evaluation mode.
+        """Set the mode. The classifier always remains in evaluation mode.
 
         Args:
             mode: True for training.
@@ -295,7 +305,7 @@ class NoisyEnsemble(StochasticDefence):
         return self
 
     def sample_logits(self, x: Tensor) -> Tensor:
-        """Logits ``[B, K, classes]``; K = 1, of the image itself, without noise.
+        """Compute the logits of the K copies, ``[B, K, classes]``. Without noise, K is 1.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].

@@ -1,4 +1,4 @@
-"""A random model that predicts by the majority of several draws."""
+"""The prediction of a random model by the majority of several draws."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from torch.nn import functional as F
 
 from ..protocols import Classifier, SharesDraws, supports
 
-#: If the class with most votes does not have the highest mean probability, its logit is raised above the highest by
-#: this.
+#: If the class with the most votes does not have the largest logit, its logit is set to the largest plus this number.
 LEAD = 1e-3
-#: Logits are clamped to plus and minus this number, because a softmax cannot take infinities.
+#: Logits are clamped to plus and minus this number, because a softmax of infinities is NaN.
 LARGEST = 1e30
 
 
 def undecided(logits: Tensor) -> Tensor:
-    """Tell which predictions name no class, bool ``[...]``: a NaN, or a largest logit that is infinite and shared.
+    """Tell which predictions decide for no class: those with a NaN, or with several infinite largest logits.
 
-    A single infinity is a decision: CARSO's published output has them where it is sure.
+    A single infinite logit is a decision. CARSO's published output has such logits for confident predictions.
 
     Args:
-        logits: floating point ``[..., classes]``.
+        logits: logits ``[..., classes]``, floating point.
+
+    Returns:
+        True for each prediction without a decision, bool ``[...]``.
     """
     top = logits.topk(min(2, logits.shape[-1]), -1).values
     shared = (top[..., 0] == top[..., -1]) & top[..., 0].isinf() & (logits.shape[-1] > 1)
@@ -34,14 +36,18 @@ def undecided(logits: Tensor) -> Tensor:
 
 
 def majority(logits: Tensor) -> Tensor:
-    """Logits whose largest belongs to the class that most of several draws name; ``[B, classes]``, float32 or float64.
+    """Combine the logits of several draws by a majority vote over the predicted classes.
 
-    A count of votes has no gradient. So the logits are soft votes, the logarithms of the mean probabilities over the
-    draws, and the gradient is theirs. If another class has most votes, its logit is raised until it leads; if several
-    classes share most votes, the soft votes decide. A draw that names no class (`undecided`) makes the prediction NaN.
+    A count of votes has no gradient. So the result is the logarithm of the mean probabilities over the draws, which
+    has a gradient. If another class has more votes than the class with the largest result, its result is raised until
+    it is the largest. If several classes have the most votes, the mean probabilities decide. A draw without a decision
+    (`undecided`) makes the result NaN.
 
     Args:
         logits: logits of each draw, ``[draws, B, classes]``, floating point.
+
+    Returns:
+        Logits ``[B, classes]``, float32 or float64. The largest belongs to the class with the most votes.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits.masked_fill(undecided(logits)[..., None], torch.nan).clamp(-LARGEST, LARGEST)
@@ -53,14 +59,15 @@ def majority(logits: Tensor) -> Tensor:
 
 
 class MajorityVote(nn.Module):
-    """A random model whose prediction is the class that most of several draws name, by `majority`.
+    """Predicts with the `majority` of several draws of a random model.
 
     Args:
-        model: images ``[B, C, H, W]`` to logits ``[B, classes]``; its ``draw_logits`` is used if it has one.
-        draws: how many vote, at least 1.
+        model: function or module from images ``[B, C, H, W]`` to logits ``[B, classes]``. If the model has a method
+            ``draw_logits``, this method is used.
+        draws: number of draws, at least 1.
 
     Raises:
-        ValueError: no draw.
+        ValueError: draws is below 1.
     """
 
     def __init__(self, model: Classifier, draws: int):
@@ -70,7 +77,7 @@ class MajorityVote(nn.Module):
         self.model, self.draws = model, draws
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32 or, of a model in float64, float64.
+        """Compute logits ``[B, classes]``, in float32, or in float64 if the model computes in float64.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -78,17 +85,17 @@ class MajorityVote(nn.Module):
         if supports(self.model, SharesDraws):
             logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
         else:
-            # Call the model for each draw, because it may draw once for all images of a call.
+            # Call the model separately for each draw, because it may use the same draw for all images of a call.
             logits = torch.stack([self.model(x) for _ in range(self.draws)])
         return majority(logits)
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
-        """The same vote over another model's draws.
+        """Make the same vote for another model.
 
         Args:
-            replace: makes that model of the one inside.
+            replace: function that makes the other model from the current model.
         """
-        # Copy this object instead of making a new one, because it may be of a subclass and have hooks.
+        # Copy this object instead of making a new object. It may have hooks, and its class may be a subclass.
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.model = replace(self.model)

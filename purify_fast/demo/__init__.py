@@ -1,8 +1,10 @@
-"""The demonstration: from digits to defended and honestly attacked classifiers, in minutes on a CPU.
+"""The demonstration: train defences on digits and attack them with adaptive attacks, in minutes on a CPU.
 
-CARSO on an adversarially trained classifier and AToP on a standard one, each with its paper's objective and fine-tuned
-through the whole pipeline, which is not in the papers; the standard classifier finetuned by ARREST, and CARSO on that;
-all under the same attacks as what they stand on.
+- CARSO in front of an adversarially trained classifier, and AToP in front of a standard classifier. Both are trained
+  with the paper's objective, and also through the whole pipeline, which the papers do not do.
+- ARREST, which finetunes the standard classifier, and CARSO in front of ARREST's result.
+
+A defence is compared with its base (the classifier without the defence) under the same attacks.
 """
 
 from __future__ import annotations
@@ -26,32 +28,32 @@ from . import methods
 from .methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, CARSO_MODELS, METHODS, STANDARD, attack, model, train
 from .setting import EPS, QUICK, Budget, Workspace, digits
 
-#: Fewer images than this, and the standard error may be five points.
+#: With fewer images than this, the standard error may be above five points.
 FEW = 100
 __all__ = ["EPS", "QUICK", "Budget", "Workspace", "run"]
 
 
 def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> dict[str, Report]:
-    """Train, attack, report: ``report.md``, and a folder with the page and JSON for each method.
+    """Train and attack all models, and write ``report.md`` and a folder with an HTML page and JSON for each method.
 
-    Finished parts are reused.
+    Parts that an earlier run has finished are not computed again.
 
     Args:
-        out: the folder; a quick run goes to ``out`` with ``-quick`` appended, since its numbers mean nothing.
-        quick: the same path with tiny budgets.
+        out: folder of the results. A quick run writes to ``out`` with ``-quick`` appended.
+        quick: whether to use tiny budgets. The numbers then mean nothing.
         seed: seed of all random draws.
 
     Returns:
-        The method's name to its report.
+        The report of each method, by the method's name.
     """
     workspace = Workspace(out.with_name(out.name + "-quick") if quick else out, QUICK if quick else Budget(), seed)
     budget, images = workspace.budget, digits()
     if quick:
         print("QUICK RUN: the models are hardly trained and hardly attacked. These numbers mean nothing.")
-    print(f"digits: {len(images.x_train)} images to train on, {budget.images} held out to attack, L-inf eps {EPS}")
+    print(f"digits: {len(images.x_train)} training images, {budget.images} attacked held-out images, L-inf eps {EPS}")
     _train_and_attack(workspace)
     reports: dict[str, Report] = {}
-    # every model once: its clean number, the lowest of all attacks on it, and what speaks against that
+    # For each model: its clean accuracy, its lowest accuracy under attack, and the signs that this number is wrong.
     summary: dict[str, tuple[Row, Row, str]] = {}
     sections = []
     for title in METHODS:
@@ -64,14 +66,14 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     page = render(__package__, "report.md.jinja", percent=percent, **values)
     write_text(workspace.out / "report.md", page)
     folders = " and ".join(map(_folder, METHODS))
-    print(f"written: {workspace.out}/report.md; {folders} beside it contain report.html and report.json")
+    print(f"written: {workspace.out}/report.md; the folders {folders} beside it contain report.html and report.json")
     return reports
 
 
 def _train_and_attack(workspace: Workspace) -> None:
-    """Train and attack all models in two processes: one trains CARSO's models, the other all others at the same time.
+    """Train and attack all models in two processes. The first trains CARSO's models, the second all other models.
 
-    The models of a process are attacked by whichever process has nothing else to do.
+    When the models of a process are trained, they are attacked by any process that is idle.
     """
     quiet = replace(workspace, progress=False)
     others = (STANDARD, *ATOP_MODELS, *ARREST_MODELS)
@@ -87,14 +89,14 @@ def _train_and_attack(workspace: Workspace) -> None:
                 attacking.result()
                 print(f"attacked {number} of {len(attacked)} models", flush=True)
         except BaseException:
-            # the workers' current jobs can take minutes, and the next run resumes them
+            # Do not wait for the current jobs of the workers, which may take minutes. The next run continues them.
             end_workers()
             raise
 
 
 def _prepare() -> None:
     end_with_parent()
-    # batches of small images: a second thread costs more than it brings
+    # For batches of small images, a second thread would make the computation slower.
     torch.set_num_threads(1)
     retain_freed_memory()
 
@@ -105,9 +107,9 @@ def _train_all(workspace: Workspace, names: Sequence[str]) -> None:
 
 
 def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
-    """A method's report, printed and saved, and its part of the page."""
+    """Print and save the report of a method, and return the report and the method's section of ``report.md``."""
     models, beside = METHODS[title]
-    # this run or an earlier one has made every row
+    # All results exist already, so the call of `attack` only reads them.
     read = replace(workspace, progress=False)
     reports = {name: attack(read, name, constant_step=not beside) for name in (*beside, *models)}
     report, place = merge(reports.values()), workspace.out / _folder(title)
@@ -117,16 +119,16 @@ def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
     if beside:
         points = {name: (100 * r.row("clean").accuracy, 100 * r.row("worst").accuracy) for name, r in reports.items()}
         plot_tradeoff(place / "tradeoff.png", points, title="clean accuracy and PGD")
-    # the report's own headings stand below the method's
+    # Lower the level of the report's headings by two, below the heading of the method.
     tables = re.sub(r"^#+", lambda heading: f"##{heading[0]}", (place / "report.md").read_text(), flags=re.MULTILINE)
     return report, (title, place.name, conclusions, tables, sorted(path.name for path in place.glob("*.png")))
 
 
 def signs(report: Report, name: str) -> str:
-    """A sentence that names the signs of failed attacks on a model, or says how little the lowest number shows.
+    """A text that names the signs of failed attacks on a model, or says that there are none.
 
     Args:
-        report: with the model's rows and findings.
+        report: report that contains the model's results and findings.
         name: name of the model.
     """
     lowest = report.headlines[name]
@@ -145,7 +147,7 @@ def _folder(title: str) -> str:
 
 
 def sentences(title: str, reports: dict[str, Report], budget: Budget) -> str:
-    """Sentences about the numbers of a method's models, by the name of each model."""
+    """Sentences about the results of a method. ``reports`` are the reports of its models by their names."""
     functions = {"share": _share, "against": _against, "tradeoff": _tradeoff}
     return render(
         __package__, "sentences.md.jinja", title=title, reports=reports, budget=budget, m=methods, **functions
@@ -157,7 +159,7 @@ def _share(report: Report, row: str) -> str:
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
-    """The paired difference between two models under one attack; it is significant beyond two standard errors."""
+    """The paired difference of two models under an attack. It is significant if it exceeds two standard errors."""
     paired = report.paired(other, row)
     points = f"{100 * paired.difference:+.1f} ± {100 * paired.standard_error:.1f} points"
     verdict = "significantly better" if paired.difference > 0 else "significantly worse"
@@ -167,6 +169,6 @@ def _against(report: Report, other: Report, row: str, what: str) -> str:
 
 
 def _tradeoff(report: Report) -> Tradeoff:
-    """Accuracy under AutoAttack beside the clean accuracy on the same images."""
+    """The clean accuracy and the accuracy under AutoAttack, on the same images."""
     auto = report.row(AUTOATTACK)
     return Tradeoff(100 * float(report.row("clean").robust[: auto.n].mean()), 100 * auto.accuracy)

@@ -1,8 +1,9 @@
-"""The models of the demonstration: how each is trained and attacked, and the sentences that follow from its numbers.
+"""The models of the demonstration, and their trainings and attacks.
 
-CARSO stands on the adversarially trained base. AToP stands on the standard classifier: a purifier that was only
-pre-trained, one with the paper's objective, and one fine-tuned through the whole pipeline. ARREST finetunes the
-standard classifier, with its two parts and without them, and has a CARSO on the result.
+CARSO's classifier is the adversarially trained base. AToP's classifier is the standard classifier. AToP has three
+purifiers: pre-trained only, trained with the paper's objective, and fine-tuned through the whole pipeline. ARREST
+finetunes the standard classifier with and without its two parts (distillation and noisy replay), and a CARSO is trained
+on ARREST's result.
 """
 
 from __future__ import annotations
@@ -54,20 +55,20 @@ FOLDERS = {
 CARSO_MODELS = (STANDARD, BASE, CARSO_OBJECTIVE, CARSO_PIPELINE)
 ATOP_MODELS = (BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE)
 ARREST_MODELS = (FINETUNED, ARREST, CARSO_ON_ARREST)
-#: The models of each method, whose images are shown, and those of others that stand beside them in its tables.
+#: For each method: its models, whose images are shown, and models of other methods that its tables also contain.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CARSO": (CARSO_MODELS, ()),
     "AToP": (ATOP_MODELS, ()),
     "ARREST": (ARREST_MODELS, (STANDARD, BASE)),
 }
-#: The rows of attacks that the sentences name.
+#: Names of attacks in the reports, from which the sentences take their numbers.
 AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 PEEL = "through PeeL, as its authors attack it"
 ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr, through everything"
 _LOSSES: tuple[Loss, ...] = ("ce", "dlr")
 
 THROUGH_CARSO = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-# the paper's objective, with a clean target; weight, rate and schedule were chosen here
+# This is the paper's objective with clean images as target. Weight, learning rate and schedule were chosen on digits.
 ATOP_CONFIG = AtopConfig(
     attack=TrainingAttack(eps=EPS, steps=10),
     reconstruction_target="clean",
@@ -86,7 +87,8 @@ THROUGH_ATOP = replace(
     reconstruction_target="adversarial",
     cls_delay=0,
 )
-# the base's attack and optimizer; lambda for digits, since the default of 50 is a CIFAR port's
+# The attack and the optimizer are those of the base. The default weight (lambda) of 50 comes from a re-implementation
+# for CIFAR, so another weight was chosen for digits.
 ARREST_CONFIG = ArrestConfig(
     attack=replace(BASE_TRAINING.attack, relative_alpha=2.5, alpha=BASE_TRAINING.attack.step_size(EPS)),
     distillation_weight=5.0,
@@ -98,7 +100,7 @@ ARREST_CONFIG = ArrestConfig(
 
 
 def train(workspace: Workspace, name: str) -> None:
-    """Train a model of `FOLDERS`, or resume its training; the model that it starts from is already trained."""
+    """Train a model of `FOLDERS`, or continue its training. The model from which it starts is already trained."""
     task, epochs, batch_size = _task(workspace, name)
     folder, images, loop = workspace.out / FOLDERS[name], digits(), FitConfig(epochs, batch_size, workspace.seed)
     fit(task, images.x_train, images.y_train, loop, folder, title=FOLDERS[name], progress=workspace.progress)
@@ -111,7 +113,7 @@ def train(workspace: Workspace, name: str) -> None:
 
 
 def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
-    """The training of a model, its number of epochs, and the number of images in a batch."""
+    """The task that trains a model, the number of epochs, and the batch size."""
     budget, shape = workspace.budget, digits().image_shape
     torch.manual_seed(workspace.seed)
     if name == STANDARD:
@@ -125,11 +127,11 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
         defence = Carso(model(workspace, ARREST), LAYERS, shape, **SIZES)
         return CarsoTask(defence, THROUGH_CARSO), budget.arrest_carso_epochs, 128
     classifier = model(workspace, STANDARD if name in ATOP_MODELS else BASE)
-    # loading a model draws the weights that it replaces
+    # Loading a model draws random numbers for initial weights, so set the seed again.
     torch.manual_seed(workspace.seed)
     if name == BEFORE_ATOP:
         atop = Atop(classifier, SmallGenerator(1), shape)
-        # narrower than the official discriminator, which is for images of 256 pixels
+        # The discriminator is narrower than the official discriminator, which is for images of 256 x 256.
         config = AtopConfig.pretraining(learning_rate=2e-3, schedule="one_cycle", discriminator_width=16)
         return AtopTask(atop, config), budget.generator_epochs, 64
     if name in ATOP_MODELS:
@@ -147,20 +149,20 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
 
 
 def model(workspace: Workspace, name: str) -> Any:
-    """A trained model of `FOLDERS`."""
+    """Load a trained model of `FOLDERS`."""
     folder = workspace.out / FOLDERS[name]
     return load_classifier(folder) if is_classifier(folder) else load_defence(folder)
 
 
 def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Report:
-    """Attack a model of `FOLDERS`; finished rows are reused.
+    """Attack a model of `FOLDERS`. Attacks that an earlier run has finished are not run again.
 
-    AToP is attacked as in its paper's ablations, and by attacks that see the whole defence. ``constant_step`` adds to
-    the base attacks whose step does not shrink.
+    AToP is attacked as in the ablations of its paper, and also with attacks on the whole defence. For the base,
+    ``constant_step`` adds attacks with a constant step size.
     """
     budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
     ce, dlr = ce_then_dlr()
-    # a random model is attacked in the only mode that AutoAttack's standard version is for
+    # AutoAttack's standard version is only for deterministic models, so a random model is attacked in that mode.
     standard = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
     auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
     if name in ATOP_MODELS:
@@ -170,13 +172,13 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     elif isinstance(target, Carso):
         attacks = [
             *ce_then_dlr("deterministic"),
-            # cheap, and what falls to it needs no attack through K samples
+            # This attack is fast. Images for which it succeeds need no attack through K samples.
             AttackSpec(
                 PGD(),
                 target=WithAggregation(target, deterministic=True),
                 label=f"PGD-{budget.steps} ce made at z = 0",
             ),
-            # on ARREST three draws take a minute longer than one, which averages K samples already
+            # For CARSO on ARREST, three draws would take a minute longer. A single draw already averages K samples.
             AttackSpec(PGD(eot_iter=1) if name == CARSO_ON_ARREST else PGD(), survivors_only=True),
             *([dlr] if name == CARSO_PIPELINE else []),
             auto,

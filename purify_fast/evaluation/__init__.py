@@ -1,4 +1,4 @@
-"""Honest evaluation of any model from images in [0, 1] to logits: attacks, gradient health, tables and pictures."""
+"""Evaluates the robustness of any model from images in [0, 1] to logits: attacks, checks of them, and reports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Protocols by name, each a function from the model and the ball to a list of attacks.
+"""The protocols: functions of the model and the ball that return a list of attacks.
 
-To add a protocol, write its function and name it in `PROTOCOLS` and `ProtocolName`. Cheap attacks come first: fallen
-images are not attacked again, so that costly attacks see few images.
+To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first,
+because fallen images are not attacked again, so that expensive attacks get few images.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
 from .surrogates import WithoutNoise
 
-#: The row of the protocol "authors" for a model that does not say how its own authors evaluate it.
+#: The name of the attack of the protocol "authors" for a model without ``authors_attacks()``.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
 FIRST_STEPS = 10
-#: Steps of the targeted search of "fast" on many images. 100 steps broke only one image in 500 more, and cost a fifth
-#: more.
+#: Steps of the targeted search of "fast" on many images. 100 steps found only 1 more image in 500, and took a fifth
+#: longer.
 FAST_STEPS = 60
-#: An attack of "fast" or "standard" stops when at most this share of all images can still fall among the images that it
-#: has not searched.
+#: An attack of "fast" or "standard" stops when at most this share of all images may fall among the unsearched images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: How many of the images nearest to falling are searched again, since they decide the accuracy: NEAREST by FAB-T of
-#: "standard", FAST_NEAREST by the further attacks of "fast", FEWEST_NEAREST by the most costly attacks of both.
+#: The numbers of images with the smallest margins that are searched again, because they decide the accuracy. NEAREST:
+#: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for the slowest attacks of
+#: both.
 NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
-#: Queries of Square per image when it searches many images.
+#: Square's number of queries per image if it searches many images.
 SHORT_QUERIES = 1000
-#: How many draws "rand" averages per step, as AutoAttack's version "rand" does.
+#: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
 RAND_DRAWS = 20
-#: How many further random starts "strong" makes. Each one has a row of its own, so that a report shows how many images
-#: the last one still broke.
+#: The number of further random starts of "strong". Each has a separate row, so that the report shows how many images
+#: still fall to the last start.
 RESTARTS = 2
 
 
@@ -62,18 +62,18 @@ def protocol_attacks(
     Args:
         name: name of the protocol, in `ProtocolName`.
         subject: the attacked model.
-        ball: norm and radius of the report.
-        base: an undefended classifier to transfer from.
-        steps: the most steps of Auto-PGD after its first ten; None: the protocol's number.
+        ball: norm and radius of the evaluation.
+        base: an undefended classifier, from which adversarial images are transferred; None: no transfer attack.
+        steps: the most steps of Auto-PGD, except of a first attack with `FIRST_STEPS`; None: the protocol's number.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown protocol.
     """
     check_literal("protocol", name, ProtocolName)
     attacks = PROTOCOLS[name](subject, ball)
     if steps is not None and name in SEARCHES:
         attacks = [_shortened(spec, steps) for spec in attacks]
-    # The protocol "authors" repeats an evaluation of others, which has no transfer from a base.
+    # The protocol "authors" repeats an evaluation by other authors, which has no transfer attack.
     if base is not None and name != "authors":
         attacks.append(_left(PGD(), "transfer from the base", target=base))
     return attacks
@@ -126,7 +126,7 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """For a random model: attacks on its deterministic version, tried on the model itself."""
+    """For a random model: an attack with the gradients of the model without noise."""
     if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
         return []
     return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
@@ -138,7 +138,7 @@ def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    # Unlike in the other protocols, every attack here searches all images, and ends only after its last step.
+    # Unlike in the other protocols, every attack here searches all remaining images, and makes all of its steps.
     attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
@@ -155,7 +155,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """For a small ReLU network in an L-inf ball: a search without gradients that ends with a point or a proof."""
+    """For a small ReLU network in an L-inf ball: branch and bound, a complete search."""
     attack = BranchAndBound()
     if subject.is_random or ball.norm not in attack.norms:
         return []
@@ -167,25 +167,25 @@ def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
-    """The attacks that a model asks for; for other random purifiers Lee and Kim's PGD."""
+    """The attacks that the model's class defines; for other random purifiers, Lee and Kim's PGD."""
     model = subject.base_model
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
-    # A purifier with several samples is attacked through different aggregations of the samples instead.
+    # A purifier with several samples is attacked with other aggregations of the samples instead.
     bare = is_purifier(model) and not supports(model, SampleLogits)
     return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """The attacks with every search on every image to its end, and rows for the model's surrogates.
+    """Make every attack search all images and take all steps, and add attacks with the gradients of surrogates.
 
-    Surrogates come after the attacks by the model's own gradients, to show what these gradients find, and before the
-    costly attacks. A list that ends no search early and has these rows is returned unchanged.
+    The attacks with surrogates come after the attacks with the model's own gradients, so that the report shows what
+    these gradients find, and before FAB-T and Square. A list that already fulfills all of this is returned unchanged.
 
     Args:
         attacks: attacks of a protocol.
         subject: the attacked model.
-        ball: norm and radius of the report.
+        ball: norm and radius of the evaluation.
     """
     whole = [_whole(spec) for spec in attacks]
     named = {spec.label for spec in whole}
@@ -202,7 +202,7 @@ def _whole(spec: AttackSpec) -> AttackSpec:
 
 
 def _has_several_samples(subject: Subject) -> bool:
-    """Tell whether a prediction uses several samples; for a single sample all aggregations are about the same."""
+    """Tell whether a prediction uses several samples; with a single sample all aggregations are about the same."""
     if not supports(subject.base_model, SampleLogits):
         return False
     with torch.no_grad():
@@ -210,7 +210,7 @@ def _has_several_samples(subject: Subject) -> bool:
 
 
 def _head(model: Classifier, head: Head) -> AttackSpec:
-    """An attack through another aggregation of the samples; the defence judges by its own aggregation."""
+    """An attack with the gradients of another aggregation of the samples; the defence itself checks every success."""
     seen = AttackersHead(cast(SampleLogits, model), head)
     return _left(APGD(loss="dlr_targeted"), f"APGD-T through the samples' {head}", gradients_from=seen)
 
@@ -238,7 +238,7 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """Notes of a report on its protocol: for "authors", whose evaluation it is, and why there is no headline.
+    """The notes of a report on its protocol: for "authors", whose evaluation is repeated; empty for other protocols.
 
     Args:
         name: name of the protocol; None for a list of attacks.
@@ -258,9 +258,10 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
-#: The protocols that let every search run to its end if the probes find signs of masked gradients before the attacks.
+#: The protocols in which every attack searches all images and takes all steps if probes find signs of masked gradients
+#: before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
-#: Every protocol by its name.
+#: The protocols by name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
     "fast": _fast,
     "standard": _standard,

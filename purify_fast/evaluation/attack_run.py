@@ -1,4 +1,4 @@
-"""An attack on the images of a row, batch by batch. Each batch is independent of the others, and kept when finished."""
+"""Runs an attack on its images, batch by batch. Each batch is independent of the others, and is saved when finished."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class AttackedBatch:
 
     Args:
         images: the attacked images, ``[B, C, H, W]``.
-        health: counts of the gradients, by name.
+        health: counts of `GradientHealth`, by name.
         seconds: duration.
         warnings: warnings of the attack.
-        fallen: number of images that fell, by the name of what they fell to.
-        fell: mask of the images that the attacked model misclassifies now, as 0 and 1 in the order of the images.
-        stood_still: number of images that no search brought nearer to a border.
+        fallen: number of images on which each target and restart succeeded, by the name of target and restart.
+        fell: for each image in order, 1 if the attacked model misclassifies it now, otherwise 0.
+        stood_still: number of images that no search brought nearer to a decision boundary.
         proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
     """
 
@@ -53,19 +53,19 @@ class AttackedBatch:
 
 @dataclass
 class AttackRun:
-    """The batches of an attack: they are made, kept, read and summed up.
+    """The batches of an attack, which this class makes, saves, reads and sums up.
 
-    Random starts depend on an image's index, so the batches do not matter for a deterministic model. For a random model
-    each batch has a seed of its own.
+    On a deterministic model the result does not depend on the batches, because the random start of an image depends on
+    its index. On a random model each batch has a separate seed.
 
     Args:
         attack: the attack.
-        target: target of the attack.
+        target: the attacked model.
         index: indices of the images, int64.
-        subject: holds the images.
-        context: context of the attack.
-        folder: keeps the batches, and holds those that an interrupted run or another process finished; made with the
-            first of them. None: nothing is kept.
+        subject: the judged model with all images.
+        context: the settings of the attack.
+        folder: a folder for the finished batches. It may contain batches of an interrupted run or of another process.
+            It is made when the first batch is saved. None: no batch is saved.
         rule: decides after each batch whether the attack stops; None: every batch is made.
     """
 
@@ -83,16 +83,16 @@ class AttackRun:
         self.parts = self.index.split(most) if len(self.index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Numbers of the batches, among these, that are not made yet."""
+        """Those of the batches with these numbers that are not finished."""
         return [number for number in numbers if self.read(self.parts[number]) is None]
 
     def read(self, ids: Tensor) -> AttackedBatch | None:
-        """Read the batch of the images with these indices, if it was finished and its file is not damaged."""
+        """Read the batch of the images ``ids``; None if it is not finished or its file is damaged."""
         content = read_file(self._path(ids))
         return None if content is None else AttackedBatch(content[1]["images"], **content[0])
 
     def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
-        """Keep the finished batch of the images with these indices."""
+        """Save the finished batch of the images ``ids``."""
         path, values = self._path(ids), dict(vars(batch))
         images = values.pop("images")
         if path is not None:
@@ -102,14 +102,14 @@ class AttackRun:
         return None if self.folder is None else self.folder / f"{digest(ids.cpu())}.safetensors"
 
     def make(self, number: int) -> AttackedBatch:
-        """Attack the images of a batch, and keep the batch.
+        """Attack the images of a batch, and save the batch.
 
         Args:
             number: number of the batch.
 
         Raises:
-            TypeError: the attack returned no tensor.
-            ValueError: the attack returned images that are not allowed (`check_adversarial`).
+            TypeError: the attack returned no AttackResult, or no tensor as images.
+            ValueError: the attack returned images that are not allowed, see `check_adversarial`.
         """
         part = self.parts[number]
         self.subject.reseed_batch(number)
@@ -120,7 +120,7 @@ class AttackRun:
         return batch
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
-        """Attack some images; with less memory, fewer at once."""
+        """Attack some images, with fewer images per pass if memory runs out."""
         begin, subject, context = time.perf_counter(), self.subject, self.context
         x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.offset))
 
@@ -129,7 +129,7 @@ class AttackRun:
             most = subject.room.limit(context.resources.max_forward_batch)
             resources = dataclasses.replace(context.resources, counts_health=True, max_forward_batch=most)
             told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
-            # Give the attack a copy. If it changed the images in place, the check of how far it moved them would see no
+            # The attack gets a copy. If it changed the images in place, the later check of its radius would see no
             # change.
             return self.attack.search(self.target, x.clone(), y, told)
 
@@ -143,7 +143,7 @@ class AttackRun:
         check_adversarial(self.attack.name(context), result.images, x, self.attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
-            # Copying to the host waits until the device has finished, so that the time measured below is complete.
+            # The copy to the CPU waits until the device has finished, so that the duration below is complete.
             images=result.images.detach().cpu(),
             health={name: health.count(name) for name in COUNTS},
             seconds=time.perf_counter() - begin,
@@ -154,18 +154,20 @@ class AttackRun:
         )
 
     def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
-        """Mask of the attacked images that the model misclassifies, as 0 and 1."""
+        """For each attacked image, 1 if the model misclassifies it, otherwise 0."""
         subject = self.subject
         judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.resources.max_forward_batch))
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """All images, with the attacked images at the positions in ``index``, and sums over the batches that were made.
+        """All images, those in ``index`` attacked, and the sums of the other results over all batches.
 
         Args:
-            share: makes batches, given by number, in several processes; None: this process makes all.
-            at_once: number of batches that are shared before the rule decides; without a rule, all are. A batch made
-                beyond the point where the rule stops is left out, so that rows equal those of one process.
+            share: a function that makes the batches with the given numbers in several processes; None: this process
+                makes all batches.
+            at_once: number of batches that are made in parallel before the rule decides; without a rule all are made in
+                parallel. Batches after the one at which the rule stops are ignored, so that the result equals that of a
+                single process.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
@@ -189,6 +191,6 @@ class AttackRun:
 
 
 def _no_evidence(batch: AttackedBatch) -> int:
-    """The number of withstanding images that say nothing about others: all if the attack lacked gradients."""
+    """The number of images that withstood but are no evidence for other images; all if the attack lacked gradients."""
     usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
     return batch.stood_still if usable else len(batch.fell)

@@ -1,8 +1,8 @@
-"""``batch_size="auto"``: choose by the available memory how many images go through the models at once.
+"""``batch_size="auto"``: chooses by the available memory the number of images in each pass of the model.
 
-Images are attacked in batches of the usual size, whatever the memory: an attack that searches the images nearest to a
-border first chooses within a batch. Memory decides how many of a batch's images, and of their draws, share a pass of
-the model. This changes no result of a model that answers the same every time.
+The batches of an attack always have the usual size, because the result of some attacks depends on the batch. The memory
+limits only the number of images, and of their draws, in a pass of the model. This changes no result of a deterministic
+model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
-#: An attack is assumed to keep this many tensors of the size of the attacked images in memory.
+#: The number of tensors of the size of the attacked images that an attack is assumed to keep in memory.
 REMEMBERED = 16
 
 
@@ -32,10 +32,10 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
 
     Args:
         batch_size: a number, or "auto".
-        memory: memory that an automatic batch may take; None: all that is free.
+        memory: the most memory for "auto"; None: all free memory.
 
     Raises:
-        ValueError: batch_size is neither a number nor "auto", or memory cannot be used.
+        ValueError: batch_size is neither a number nor "auto", or memory is given without "auto" or is not a size.
     """
     if batch_size == "auto":
         if memory is not None:
@@ -53,17 +53,17 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
 
 
 def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:
-    """Measure the number of images that fit into memory, and set the subject's room to it.
+    """Measure the number of images that fit into memory in a pass, and store it in ``subject.room``.
 
     Args:
-        subject: the model with its images; within `purify_fast.attacks.frozen`.
-        models: the models through which gradients are taken.
-        memory: memory that the process may take in total; None: all that is free.
-        cache: keeps the number. A resumed run uses it again if it still fits, since a random model's draws depend on
-            it.
+        subject: the model with its images; the model is frozen by `purify_fast.attacks.frozen`.
+        models: the models from which attacks take gradients.
+        memory: memory that the process may use in total; None: all free memory.
+        cache: stores the number. A resumed run uses it again if it still fits, because the draws of a random model
+            depend on it.
     """
     device = subject.device
-    # An attack keeps tensors for all images of a batch, however few of them go through the model at once.
+    # An attack keeps tensors for all images of a batch, even if only a few of them are in a pass of the model.
     remembered = REMEMBERED * subject.x[: subject.batch_size].nbytes
     images = subject.room.images
     for model in models:
@@ -75,8 +75,8 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
             return objective.gradient(x.to(device), y.to(device))
 
         fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
-        # A model may keep its last input, which is a part of its fingerprint. Show it the sample images again, so that
-        # this measurement leaves no trace.
+        # A model may store its last input, which is then a part of its fingerprint. A call with the sample images makes
+        # the fingerprint independent of this measurement.
         model(subject.sample_images())
         images = fitting if images is None else min(images, fitting)
     if images is not None:

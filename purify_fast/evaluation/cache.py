@@ -1,7 +1,8 @@
-"""Finished rows on disk, named by everything that they depend on, and the finished batches of an unfinished row.
+"""The cache of finished rows on disk, and of the finished batches of a row that is not complete yet.
 
-Every file holds a checksum of its content (`purify_fast._sealed`). A damaged file counts as absent: its content is
-computed again, with a warning.
+A row is one attack of an evaluation. The file name of a row is a hash of everything on which the row depends. Every
+file has a checksum of its content (`purify_fast._sealed`). The content of a damaged file is computed again, with a
+warning.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from .rows import Row
 
 logger = logging.getLogger("purify_fast")
 
-#: Increase this number by one whenever the same settings, weights and data would give other rows than before. Kept rows
-#: with an older number are then made again. Such a change is another way to choose the attacked images, to seed, to
-#: judge or to count, or another definition of an op. Leave the number as it is for edited comments, docstrings, labels,
-#: pictures and tables, and for faster kernels of the same function. For a change within one attack increase that
-#: attack's own version instead, so that the rows of the other attacks are kept.
+#: Increase this number by one for every change after which the same settings, weights and data give other rows. Cached
+#: rows with an older number are then made again. Examples are changes of the choice of attacked images, of the seeds,
+#: of the judgment, of the counts, or of the definition of an op. Do not increase it for edited comments, docstrings,
+#: labels, pictures and tables, or for faster kernels of the same function. For a change within a single attack,
+#: increase the version of this attack instead, so that cached rows of the other attacks remain valid.
 PROTOCOL_VERSION = 2
 
 
@@ -45,22 +46,22 @@ def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | N
 
 
 def remove_batches(folder: Path | None) -> None:
-    """Remove the folder of a row's batches, if there is one: the row is finished."""
+    """Remove the folder with the batches of a finished row, if there is a folder."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class RowCache:
-    """Finished rows, and the answers to the probes, in ``folder/rows``.
+    """The cache of finished rows, and of results of the probes, in ``folder/rows``.
 
     Args:
-        folder: folder of the whole evaluation; None: nothing is kept.
-        served: the kernels that run the ops, by `purify_fast.ops.kernels_now`. Kernels and references differ in the
-            last bits, so rows of other kernels do not belong to the same evaluation.
-        revision: the user's name for what the model computes, part of what every row depends on.
+        folder: folder of the whole evaluation; None: nothing is cached.
+        served: the kernels that run the ops, from `purify_fast.ops.kernels_now`. Rows that were made with other kernels
+            are not used, because kernels differ in the last bits of their results.
+        revision: the user's name for the model's code, on which every row depends.
 
     Attributes:
-        was_kept: whether the last row was read from its file.
+        was_kept: whether the last row was read from the cache.
     """
 
     was_kept = False
@@ -68,45 +69,47 @@ class RowCache:
     def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served or {}, revision
-        # The fingerprint of each model, by the id of the model. The model itself is kept beside its fingerprint, so
-        # that no other object can get the same id.
+        # The fingerprint of each model, by the id of the model. The model itself is stored too, so that no other object
+        # can get the same id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
-        """The name of a row of these settings, in plain values, on these models.
+        """The name of the row with these settings and these models.
 
         The name also depends on PyTorch's release, on the presence of the kernel extension and on forced backends,
-        which change the last bits of a model's arithmetic, and on the precision of float32 on a GPU, which changes
-        more. It does not depend on the extension's bytes: a new build of the same definitions computes the same.
+        because they change the last bits of a model's results; and on the precision of float32 on a GPU, which changes
+        more than the last bits. The name does not depend on the bytes of the extension, because a new build of the same
+        sources computes the same.
 
         Args:
-            settings: everything that the row depends on except the models.
-            models: the models that took part; None stands for a model that did not.
+            settings: everything except the models on which the row depends, as plain values.
+            models: the models that the attack used; None for a model that was not used.
 
         Returns:
-            A file name, or None if nothing is kept or a model has no fingerprint.
+            A file name without its ending, or None if nothing is cached or a model has no fingerprint.
         """
         marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
         if self.folder is None or None in marks:
             return None
-        # The name needs both settings, because a block of `use_backend` overrides the environment variable.
+        # The name contains both settings of the backend, because `use_backend` overrides the environment variable.
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
         machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
         whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 
     def know(self, model: object, mark: str | None) -> None:
-        """Use this mark, a `fingerprint`, for the model in the names of its rows; with None no rows are kept."""
+        """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
         self._marks[id(model)] = model, mark
 
     def row(self, key: str | None, make: Callable[[Path | None], Row]) -> Row:
-        """Read the row of that name, or make and keep it.
+        """Read a row from the cache, or make the row and cache it.
 
         Args:
-            key: name of the row; None: the row is made and not kept.
-            make: makes the row; it gets the folder with the batches that an interrupted run finished, if rows are kept.
+            key: name of the row; None: the row is made and not cached.
+            make: a function that makes the row. Its argument is the folder for the batches of the row, in which there
+                may be batches of an interrupted run; None if the row is not cached.
         """
         path, batches = self._path(key), self._path(key, ".batches")
         content = read_file(path)
@@ -119,16 +122,16 @@ class RowCache:
         else:
             values, tensors = content
             row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
-        # Remove the batches in any case: a run that was interrupted after it wrote the row has not removed them.
+        # The batches are always removed, because a run may have been interrupted after it wrote the row.
         remove_batches(batches)
         return row
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Read the plain values of that name, or make and keep them.
+        """Read plain values from the cache, or make the values and cache them.
 
         Args:
-            key: name of the values; None: they are made and not kept.
-            make: makes the values.
+            key: name of the values; None: the values are made and not cached.
+            make: a function that makes the values.
         """
         path = self._path(key, ".values.safetensors")
         content = read_file(path)

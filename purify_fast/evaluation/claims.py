@@ -1,23 +1,23 @@
-"""Test whether a claim of robust accuracy survives an evaluation."""
+"""Tests whether the result of an evaluation refutes a claimed robust accuracy."""
 
 from __future__ import annotations
 
 import math
 
-#: A claim is refuted if an accuracy as low as the measured one would have a smaller probability than this, given that
-#: the claim is true.
+#: A claim is refuted if, under the claim, the probability of an accuracy at or below the measured accuracy is smaller
+#: than this.
 REFUTED = 0.01
-#: A report never asks for more images than this to decide about a claim.
+#: The largest number of images that a report names as necessary to refute a claim.
 MOST = 10**6
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:
-    """The exact binomial tail: the chance that at most this number of images is left.
+    """The exact binomial tail: the probability that at most ``left`` images are robust.
 
     Args:
-        left: largest number that is left, from 0 to ``images``.
-        images: number of images drawn.
-        share: chance of each image to be left, in [0, 1].
+        left: a number of robust images, from 0 to ``images``.
+        images: number of all images.
+        share: probability that an image is robust, in [0, 1].
     """
     if left >= images or share == 0:
         return 1.0
@@ -33,14 +33,14 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
 
 
 def images_to_decide(left: float, claim: float) -> int | None:
-    """The number of images that would refute a claim, if the same share of them were left.
+    """The number of images that would refute a claim if their robust accuracy were the same.
 
     Args:
-        left: the share that is left, in [0, 1].
-        claim: the share that is claimed, in [0, 1].
+        left: the measured share of robust images, in [0, 1].
+        claim: the claimed share of robust images, in [0, 1].
 
     Returns:
-        The number; None if no number would, or more than a million.
+        The number of images; None if no number refutes the claim, or more than a million images are needed.
     """
     if left >= claim:
         return None

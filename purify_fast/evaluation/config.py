@@ -1,6 +1,6 @@
-"""The settings of an evaluation, which `purify_fast.evaluation.evaluate` and the command line share.
+"""The settings of an evaluation, for `purify_fast.evaluation.evaluate` and for the command line.
 
-This module does not import PyTorch: the command line's ``--help`` reads it.
+This module does not import PyTorch, so that the command line's ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Literal
 from .._validation import Count, CudaGraphs, CudnnBenchmark, check_number, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
-#: How the predictions of a random model on an image decide: the image is right if all of them are right (worst_of), or
-#: if their majority is right (votes).
+#: The rule by which several predictions of a random model on an image count as correct: all of them are correct
+#: (worst_of), or their majority is correct (votes).
 Predict = Literal["worst_of", "votes"]
 BatchSize = int | Literal["auto"]
 
@@ -26,55 +26,57 @@ class EvaluateConfig:
     """The settings of an evaluation. Model, images, ball and attacks are arguments of `evaluate` itself.
 
     Args:
-        protocol: name of the list of attacks: "fast", Auto-PGD in minutes; "standard", AutoAttack's four with this
-            package's engine; "rand", AutoAttack's version for random models; "strong", what a careful attacker would
-            do, with surrogates, restarts and every target; "official", AutoAttack itself; "authors", the evaluation of
-            the defence's authors, to compare with their numbers, not for the headline. The last two need the package
-            pyautoattack. See `purify_fast.evaluation.attack_lists`. None: "standard", unless Python
-            gives a list of attacks.
-        steps: steps of PGD and APGD if the attack sets none; also the limit for a protocol's attacks, except a first
-            attack of ten steps. FAB-T always takes its authors' 100.
-        eot_iter: draws per step if the attack sets none; a deterministic model is attacked with one draw.
+        protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
+            this package's faster versions. "rand": AutoAttack's version for random models. "strong": adaptive attacks,
+            with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
+            evaluation of the defence's authors, for a comparison with their numbers; it does not count for the robust
+            accuracy. "official" and "authors" need the package pyautoattack. None: "standard", or the list ``attacks``
+            of `evaluate`. See `purify_fast.evaluation.attack_lists`.
+        steps: number of steps of PGD and APGD, for attacks that do not set it. It also limits the steps of a protocol's
+            attacks, except of a first attack with ten steps. FAB-T always takes 100 steps, as in its authors' code.
+        eot_iter: number of draws averaged per step, for attacks that do not set it. On a deterministic model attacks
+            take one draw.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
-        predict: how the predictions of a random model decide. "worst_of": an image has fallen if any of them is wrong.
-            "votes": their majority is the model's prediction, which the attacks attack along the gradient of the mean
-            probabilities. With either, the attacks know the rule, and each attack on the model as it is has a row
-            beside it under fixed noise, if the model has ``fixed_noise``. None: an image has fallen if any of them is
-            wrong, attacks look for images that five fresh draws misclassify, and fixed noise is attacked only if an
-            attack says so.
-        batch_size: images attacked together. "auto": 250, the default, with as many in one pass of the model as memory
-            allows. That number is measured on a pass of a few images, and halved when memory runs out. The results are
-            those of 250; but the draws of a random model depend on it, as with max_forward_batch. Functions, and
-            attacks of other packages, are always given 250 images.
-        max_forward_batch: most images in a forward pass of an attack (exact); None: no limit.
-        memory: with batch_size "auto", the most memory of the model's device that this process may take in total, in
-            bytes or as "20GB". None: all that is free; on a CPU within the limits of the process and of its control
-            group.
-        cuda_graphs: on a CUDA device, "auto" captures a step of an attack once its launches have cost as much as a
-            capture, and keeps the graph if a replay saves at least a tenth; "always" does so wherever possible, "off"
-            never. Choose "off" for a model that changes its settings while it is attacked, if it keeps them in an
-            object of its own class that is not a module, dataclass or namespace: a captured step does not see such
-            changes.
-        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN race its algorithms once for each shape of a batch;
-            "auto" does not if the process asks for deterministic algorithms. The winner, and with it the last bits of a
-            gradient, may differ from run to run.
-        seed: seed of everything random.
-        curve: further radii, in image units. At each radius the images that still stand are attacked by the report's
-            attacks without a radius of their own, from the best point of the smaller radius on. Each radius has a row,
-            such as "worst, L-inf 2/255"; `Report.curve` has all of them.
-        probes: whether to test if the number can be believed: by short attacks on a few images over the
-            steps and the draws, small steps in random directions, and the same images again. None: with every protocol
-            but "authors", and not with a list of attacks.
-        keep: attacked images that the report keeps. "some": a few of each row, for its pictures. "all": also every
-            fallen image, exactly as the model saw it, in a file beside the report, about 4 KB for each image of
-            CIFAR-10. `check_witnesses` and the command `purify-fast check` try them again.
-        claim: the claimed robust accuracy, in percent, such as 70: the report says whether the result refutes it, and
-            how many images would decide.
-        dataset_name: name of the data set, for the report's title; None: the command line names that of its images.
-        together: whether the processes of torch's default process group share the work. Each process then makes the
-            same evaluation, and attacks batches of batch_size images. The rows equal those of one process. Only the
-            first process writes and shows anything; the others get the report without pictures. Machines that do not
-            share temporary files need a shared folder for the rows. False: each process works by itself.
+        predict: rule by which the predictions of a random model decide. "worst_of": an image has fallen if any
+            prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
+            gradient of the mean probabilities. With both rules the attacks know the rule, and every attack is repeated
+            under fixed noise if the model has ``fixed_noise``. None: an image has fallen if any prediction is wrong,
+            attacks search images that five fresh draws misclassify, and no attack is repeated under fixed noise.
+        batch_size: number of images that are attacked together. "auto": 250, the default, but each pass of the model
+            has only as many images as fit into memory. This number is measured on a pass of a few images, and is halved
+            when memory runs out. It does not change the result of a deterministic model, but changes the draws of a
+            random model, as max_forward_batch does. Functions, and attacks of other packages, always get 250 images.
+        max_forward_batch: the most images in a forward pass of an attack; it changes no result of a deterministic
+            model. None: no limit.
+        memory: with batch_size "auto", the most memory of the model's device that this process may use in total, in
+            bytes or as "20GB". None: all free memory, on a CPU within the limits of the process and its control group.
+        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured once its launches have taken as
+            much time as a capture, and the graph is used if a replay saves at least a tenth of the time. "always":
+            every step that can be captured. "off": never. Choose "off" if the model changes its settings during an
+            attack, and stores them in an object that is not a module, dataclass or namespace, because a captured step
+            does not follow such changes.
+        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN measure its algorithms for each shape of a batch,
+            and use the fastest; "auto" does not if the process requires deterministic algorithms. The choice, and with
+            it the last bits of a gradient, may differ from run to run.
+        seed: seed of all random numbers.
+        curve: further radii, in image units, for a curve of robust accuracy over the radius. At each radius, those of
+            the attacks that set no radius attack the images that have not fallen at a smaller radius. They begin at the
+            best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255"; `Report.curve`
+            has all of them.
+        probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different
+            numbers of steps and draws, by small steps in random directions, and by repeated predictions. None: with
+            every protocol except "authors", but not with a list of attacks.
+        keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
+            every fallen image, exactly as the model got it, in a file next to the report, about 4 KB for each image of
+            CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.
+        claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
+            many images would be needed for a decision.
+        dataset_name: name of the data set, for the report's title; None: the command line uses the name of its images.
+        together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
+            with the same arguments, and attacks some of the batches of batch_size images. The result is the same as
+            that of a single process. Only the first process writes and prints; the other processes get the report
+            without pictures. Processes without common temporary files need a common folder ``out``. False: each process
+            makes a separate evaluation.
 
     Raises:
         TypeError: claim, or a radius of curve, is not a number.
@@ -103,7 +105,7 @@ class EvaluateConfig:
         check_claim(self.claim)
         for radius in self.curve:
             check_number("each of curve", radius)
-        # A frozen dataclass refuses a plain assignment to an attribute.
+        # A frozen dataclass does not allow a plain assignment.
         object.__setattr__(self, "curve", tuple(self.curve))
         check_types(self)
 
@@ -113,10 +115,10 @@ class EvaluateConfig:
         return f"EvaluateConfig({', '.join(words)})"
 
     def has_signs(self, attacks: Sequence[Any] | None) -> bool:
-        """Tell whether an evaluation looks for signs of a failed attack.
+        """Tell whether an evaluation searches for signs that an attack has failed.
 
         Args:
-            attacks: the list of attacks in place of a protocol, if there is one.
+            attacks: the list of attacks that replaces a protocol; None: there is a protocol.
         """
         if self.probes is not None:
             return self.probes
@@ -131,7 +133,8 @@ def check_claim(claim: Any) -> None:
 
     Raises:
         TypeError: claim is not a number.
-        ValueError: claim is outside 0 to 100, or above 0 and at most 1, as a share of 1 would be.
+        ValueError: claim is outside 0 to 100, or is above 0 and at most 1, and so seems to be a share instead of a
+            percentage.
     """
     if claim is None:
         return

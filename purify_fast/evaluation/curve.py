@@ -1,8 +1,8 @@
-"""Accuracy over the radius of the ball, attacked from radius to radius.
+"""The curve of robust accuracy over the radius of the ball.
 
-An image that fell within a smaller ball has fallen within a larger ball. An image that withstood in the report's ball
-counts as right within smaller balls. So an image is attacked below the report's radius only if it fell there, and
-above it only if it did not, until it falls. The accuracy can only fall with the radius.
+An image that fell at a smaller radius counts as fallen at all larger radii. An image that withstood at the report's
+radius counts as robust at all smaller radii. So only images that fell at the report's radius are attacked at smaller
+radii, and only images that have not fallen yet are attacked at larger radii. The accuracy never rises with the radius.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import CURVE, Row
 from .specs import AttackSpec, FunctionAttack
 
-#: Increase this number whenever a change here gives another row for the same radius; kept rows with an older number are
-#: then made again.
+#: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
+#: number are then made again.
 REVISION = 1
 
 
@@ -35,50 +35,50 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
     Args:
         curve: radii in image units.
         eps: the report's radius.
-        largest: the largest radius allowed.
+        largest: the largest allowed radius.
 
     Raises:
-        ValueError: a radius is not above 0, or too large, or a report would call several radii by the same name.
+        ValueError: a radius is not above 0 or is too large, or several radii would have the same name in a report.
     """
     for radius in curve:
-        # Written this way, the comparison refuses NaN too.
+        # The comparison is negated so that NaN is refused too.
         if not 0 < radius <= largest:
             raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
     radii = sorted({float(eps), *map(float, curve)})
     for one, other in itertools.pairwise(radii):
         if short(one) == short(other):
             raise ValueError(
-                f"curve must have radii of different names, got {one} and {other}, which a report both calls "
-                f"{short(one)}: leave one of them out"
+                f"curve must have radii with different names, got {one} and {other}, which both have the name "
+                f"{short(one)} in a report: leave one of them out"
             )
     radii.remove(float(eps))
     return radii
 
 
 def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
-    """The attacks of a plan that can be run at any radius, on all images, on the model as it is deployed.
+    """Select the attacks that can be run at any radius, on all images and on the deployed model.
 
     Args:
         plan: the attacks of the report.
-        context: the evaluation's attack context.
+        context: the settings of the attacks.
         radii: radii of the curve.
 
     Raises:
-        ValueError: there are radii and no such attack, or an attack has a radius of its own among them.
+        ValueError: there are radii but no such attack, or an attack of the report has a ball of the curve.
     """
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:
         raise ValueError(
-            "curve needs an attack of purify_fast.attacks that has no eps of its own and attacks all images on the "
-            "deployed model, and the given attacks have none: add one, such as APGD(), or give the protocol fast, "
-            "standard, rand or strong"
+            "curve needs an attack of purify_fast.attacks without its own eps, on all images and on the deployed "
+            "model, and there is none among the given attacks: add such an attack, for example APGD(), or give the "
+            "protocol fast, standard, rand or strong"
         )
     names = {ball_name(context.norm, radius) for radius in radii}
     for spec in plan:
         if (threat := threat_name(spec, context)) in names:
             raise ValueError(
                 f"curve must not contain {threat}, because the attack {row_name(spec, context)} already has this ball: "
-                "leave that radius out"
+                "leave this radius out"
             )
     return chosen
 
@@ -95,7 +95,7 @@ class Curve:
 
     Args:
         specs: the attacks, in order.
-        radii: rising, without the report's radius; empty: there is no curve.
+        radii: the radii in rising order, without the report's radius; empty: there is no curve.
     """
 
     specs: Sequence[AttackSpec]
@@ -106,22 +106,22 @@ class Curve:
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
 
     def costs(self, context: AttackContext) -> list[int | None]:
-        """The most forward passes per image, for each radius; None if unknown."""
+        """The most forward passes per image for each radius; None if the number is unknown."""
         costs = [spec.resolved.cost(context) for spec in self.specs]
         return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
 
     def rows(self, measure: Measure, left: np.ndarray) -> list[Row]:
-        """A row for each radius, with the images that are right after every attack.
+        """Make a row for each radius, with the images that withstand all attacks.
 
         Args:
-            measure: makes rows of these images.
-            left: bool ``[n]``, True for images that the attacks of the report left right.
+            measure: makes the rows.
+            left: bool ``[n]``, True for images that withstood the attacks of the report.
         """
         eps, rows = float(measure.context.eps), []
         for side in ([r for r in self.radii if r < eps], [r for r in self.radii if r > eps]):
             below = bool(side) and side[0] < eps
-            # An image that withstood the report's radius counts as right at every smaller radius. An image that fell
-            # there counts as fallen at every larger radius.
+            # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
+            # fell at the report's radius counts as fallen at every larger radius.
             safe = left if below else np.zeros_like(left)
             standing = measure.clean("random").robust & ~left if below else left
             x, begin = measure.subject.x, None
@@ -130,8 +130,8 @@ class Curve:
                 rows.append(row)
                 standing = row.robust & ~safe
                 if following is not None:
-                    # Start the next radius at the best points of this radius, with their distances from the clean
-                    # images scaled to the next radius.
+                    # The search at the next radius begins at the best points of this radius. Their distances from the
+                    # clean images are scaled to the next radius.
                     points = x.clone()
                     points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
                     begin = x + (points - x) * (following / radius)
@@ -141,14 +141,14 @@ class Curve:
     def _row(
         self, radius: float, measure: Measure, *, standing: np.ndarray, safe: np.ndarray, begin: Tensor | None
     ) -> Row:
-        """The row of a radius, with the best points of the images that still stand.
+        """Make the row of a radius, with the best points of the images that withstand.
 
         Args:
             radius: radius of the ball.
-            measure: makes rows.
-            standing: bool ``[n]``, images that are attacked.
-            safe: bool ``[n]``, images that count as right without an attack.
-            begin: start of the search, ``[n, C, H, W]``; None: the attacks' own starts.
+            measure: makes the rows.
+            standing: bool ``[n]``, True for images that are attacked.
+            safe: bool ``[n]``, True for images that count as robust without an attack.
+            begin: first points of the search, ``[n, C, H, W]``; None: the attacks' usual first points.
         """
         subject, norm = measure.subject, measure.context.norm
         at_radius = self.specs_at(radius, norm)
@@ -165,9 +165,8 @@ class Curve:
                 order = measure.in_order(spec, index, lead.numpy())
                 sums = measure.attack(spec, order, None, begin).sums
                 judged = subject.judge(sums.images[index], "random", "judge", index=index)
-                # For each image keep the point at which the true class leads least, since it is nearest to falling.
-                # Replace a lead of NaN by the largest number: such a point is kept only while the image has no other
-                # point.
+                # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
+                # number, so that such a point is kept only if the image has no other point.
                 margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
                 closer = index[margins < lead[index]]
                 best[closer] = sums.images[closer]
@@ -207,7 +206,7 @@ class Curve:
         return row
 
     def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
-        """The curve of a report: radii and accuracies, from the clean images on.
+        """The curve of a report: radii and accuracies, beginning with the clean images at radius 0.
 
         Args:
             rows: rows of the report.

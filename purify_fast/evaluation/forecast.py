@@ -1,4 +1,4 @@
-"""Forecast the time of an evaluation: evaluate a few of its images, and extrapolate their cost to all of them."""
+"""Forecasts the time of an evaluation from an evaluation of a few images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .report import Report
 from .runner import evaluate
 from .subject import device_of
 
-#: The work of the device is counted on this many images.
+#: The number of images on which the operations are counted.
 COUNTED = 8
 
 
@@ -40,17 +40,17 @@ def forecast(
 ) -> Forecast:
     """Forecast the time of `evaluate` with the same arguments.
 
-    The duration of a search depends on the images: on a CPU more and more images are evaluated until that takes
-    ``seconds``, and the rest is assumed to be like them.
+    For this CPU more and more images are evaluated, until an evaluation takes at least half of ``seconds``. The other
+    images are assumed to take the same time per image.
 
     Args:
         model: see `evaluate`.
         x: images ``[N, C, H, W]``.
         y: labels, int64 ``[N]``.
-        gpu: a name in `purify_fast.speed.counting.GPUS`, for which operators are counted and their time is modelled;
-            None: this CPU, on which they are timed.
+        gpu: a name in `purify_fast.speed.counting.GPUS`. The operations are counted, and their time on this GPU is
+            computed by a model. None: this CPU, on which the time is measured.
         gpus: number of GPUs that share the batches.
-        seconds: least duration of the last probe on a CPU, unless there are too few images.
+        seconds: for this CPU, twice the smallest duration of the last trial, if there are enough images.
         config: see `evaluate`.
         attacks: see `evaluate`.
         **options: further arguments of `evaluate`.
@@ -64,8 +64,8 @@ def forecast(
         return evaluate(model, x[:count], y[:count], config=config, **options)
 
     peaks: list[int] = []
-    # Leave the signs of a failed attack out: they use a limited number of images, so their work does not grow with the
-    # number of all images.
+    # The alarms are left out of the count, because they use a limited number of images. So their work does not grow
+    # with the number of all images.
     counts = counted(lambda: peaks.append(peak_memory(lambda: some(few), device_of(model, x))))
     cost = Cost(counts.launches * math.ceil(len(x) / batch), *(value * len(x) / few for value in counts[1:]))
     memory = peaks[0] * min(batch, len(x)) / few
@@ -87,7 +87,7 @@ def forecast(
         began = time.perf_counter()
         asked = some(few, alone)
         signs = time.perf_counter() - began - _of_attacks(asked)
-    # The signs, and the work before the attacks, use at most PROBED images, so their time grows only up to that number.
+    # The alarms, and the work before the attacks, use at most PROBED images, so their time grows up to this number.
     whole = _of_attacks(report) * len(x) / count + max(0.0, signs) * min(PROBED, len(x)) / few
     return Forecast(what, cost, resident_memory() + memory, whole)
 

@@ -1,8 +1,8 @@
-"""BPDA without naming modules: modules inside a model that have no gradient get the identity's gradient.
+"""Automatic BPDA: finds modules without a gradient inside a model, and gives them the identity's gradient.
 
-A detour through NumPy, a compression, a floor division or a user's own function passes no gradient on. If the module
-around it returns approximately its input, with the same shape and range, the module is differentiated as the identity
-(BPDA, Athalye, Carlini & Wagner, ICML 2018, section 4) wherever its own gradient is missing, zero or not finite.
+A module may have no gradient because it uses NumPy, a compression, a floor division or a user's own function. If its
+output has the shape and about the range of its input, it is differentiated as the identity (BPDA, Athalye, Carlini &
+Wagner, ICML 2018, section 4).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..attacks import frozen
 from ..protocols import Classifier
 from .softening import Args, HoldingMode, Rule
 
-#: Increase this number whenever such a copy of a model would compute something else; kept rows with an older number are
+#: Increase this number whenever such a model computes something else than before. Cached rows with an older number are
 #: then made again.
 REVISION = 1
-#: A module is replaced by the identity only if its output leaves the range of its input by at most this share of the
-#: range.
+#: The largest distance of a module's output from the range of its input with which the module is differentiated as the
+#: identity, as a share of the width of the range.
 OUTSIDE = 0.1
 
 
 class PassedThrough(HoldingMode):
-    """Within the block, modules keep their output and get the gradient of the identity.
+    """A context in which modules have their usual output and the gradient of the identity.
 
-    It is a function mode, which is entered again when a step is computed again for its gradient
-    (`purify_fast.attacks.checkpointed_steps`). It leaves functions as they are.
+    It is a function mode only because `purify_fast.attacks.checkpointed_steps` enters function modes again when it
+    computes a step again for its gradient. It changes no function.
 
     Args:
         modules: modules whose first argument and output are images of the same shape.
@@ -45,7 +45,7 @@ class PassedThrough(HoldingMode):
         return func(*args, **(kwargs or {}))
 
     def held(self, stack: contextlib.ExitStack) -> None:
-        # If this block is inside another block of the same object, the hooks are there already.
+        # Inside another block of the same object, the hooks are already registered.
         for module in [] if self._open else self.modules:
             stack.callback(module.register_forward_pre_hook(self._before, prepend=True).remove)
             stack.callback(module.register_forward_hook(self._after).remove)
@@ -65,7 +65,7 @@ class PassedThrough(HoldingMode):
 
 
 def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tensor) -> list[dict[str, nn.Module]]:
-    """Find modules that return images of the shape and range of their input, without a gradient.
+    """Find modules without a gradient whose output has the shape and about the range of their input.
 
     Args:
         model: images to logits.
@@ -73,8 +73,8 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
         x: a few images ``[B, C, H, W]``.
 
     Returns:
-        Groups of modules by name: the innermost modules, and the outermost modules if those differ; empty if there are
-        no such modules.
+        A list of groups, each with modules by name: the innermost such modules, and the outermost such modules if they
+        are different. The list is empty if there are no such modules.
     """
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}
@@ -84,7 +84,7 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
         if module not in calls and _takes_images(args) and _like(output, args[0]) and _within(output, args[0]):
             calls[module] = args, kwargs
 
-    # A user's model may raise anything on inputs that it was not written for.
+    # A user's model may raise any error on inputs for which it was not written.
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack, torch.no_grad():
         for module in dict.fromkeys(named.values()):
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
@@ -105,14 +105,14 @@ def _like(output: Any, x: Tensor) -> bool:
 
 
 def _within(output: Tensor, x: Tensor) -> bool:
-    """Tell whether an output is in about the range of its input."""
+    """Tell whether an output is within the range of its input, widened by `OUTSIDE`."""
     least, most = x.aminmax()
     room = OUTSIDE * (most - least)
     return bool((output.amin() >= least - room) & (output.amax() <= most + room))
 
 
 def _blocks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether no image gets a finite nonzero gradient through a module."""
+    """Tell whether the gradient through a module is missing, zero or not finite for every image."""
     gradient = None
     with contextlib.suppress(Exception), torch.enable_grad(), frozen(module):
         leaf = args[0].detach().clone().requires_grad_()

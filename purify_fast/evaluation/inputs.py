@@ -1,4 +1,4 @@
-"""Convert the inputs of an evaluation: images in [0, 1] with their labels, and a model that returns logits."""
+"""Checks and converts the inputs of an evaluation: images, labels, and the model's output."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ..protocols import Classifier
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: Phrases by which PyTorch's errors about a wrong shape of the images are recognized.
+#: Phrases in PyTorch's error messages about wrong shapes of images.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
-#: An error describes at most this many members of a tuple.
+#: The most members of a tuple that an error message describes.
 MEMBERS = 4
-#: Advice for a model that returns probabilities in place of logits.
+#: Advice for a model that returns probabilities instead of logits.
 INSTEAD_OF_PROBABILITIES = (
-    "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which decides the same"
+    "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which predicts the same "
+    "classes"
 )
 
-#: The words about a model that returns one-hot rows: the problem, and what to do. Errors and reports use them.
+#: The problem and the advice for a model that returns one-hot vectors, in the words of errors and reports.
 ONE_HOT = (
     "returns one-hot rows, a single 1 among zeros. They name a class and have no gradient: return the logits [B, "
     "classes] from which the class is chosen"
@@ -31,20 +32,21 @@ ONE_HOT = (
 
 
 def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Images and labels as `evaluate` needs them, part by part.
+    """Check images and labels, and convert them part by part.
 
     Args:
-        x: images as `collect` takes them, which form a single part; or, without ``y``, a DataLoader or any other
-            iterable of batches (images, labels) or (images, labels, indices), read once. The indices are not used.
+        x: images in a form that `collect` accepts, which are one part; or, without ``y``, a DataLoader or another
+            iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, and the
+            indices are not used.
         y: labels, integers ``[N]``.
-        least: number of images in each part of an iterable. Whole batches may exceed it; the last part may have fewer.
+        least: the smallest number of images in each part of an iterable; only the last part may have fewer.
 
     Yields:
-        Images, float32 in [0, 1], labels, int64, and whether there are more.
+        Images, float32 in [0, 1]; labels, int64; and whether another part follows.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
-        TypeError: x or y is not a tensor or array, and x does not yield batches of them.
+        TypeError: x or y is not a tensor or array, or x without y does not yield batches of tensors or arrays.
     """
     if y is not None:
         yield *collect(x, y), False
@@ -54,7 +56,7 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
     for batch, batch_labels in _read(x):
         if sum(map(len, images)) >= least:
             part = collect(torch.cat(images), torch.cat(labels))
-            # Drop the batches, so that they do not stay in memory while the part is attacked.
+            # Free the memory of the batches before the part is attacked.
             images, labels = [], []
             yield *part, True
         images.append(batch)
@@ -67,7 +69,7 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
 
 
 def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels as `evaluate` needs them.
+    """Check and convert images and labels.
 
     Args:
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array.
@@ -107,20 +109,20 @@ def _of_array(value: Any) -> Any:
     """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return value
-    # Copy the array where PyTorch needs it: PyTorch refuses other byte orders and negative strides, and warns of
+    # The array is copied if necessary: PyTorch does not accept other byte orders and negative strides, and warns about
     # read-only arrays.
     return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _as_tensor(name: str, value: Any) -> str:
-    """The line of code that makes a tensor of the input; empty if there is none."""
+    """The end of an error message: code that converts the input to a tensor; empty if it cannot be converted."""
     if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
         return f": torch.stack({name}) makes a tensor of the list"
     return f": torch.as_tensor({name}) makes a tensor of the list" if isinstance(value, (list, tuple)) else ""
 
 
 def _as_labels(x: Tensor, y: Tensor) -> str:
-    """The line of code that makes labels of the input; empty if there is none."""
+    """The end of an error message: code that converts the input to labels; empty if it cannot be converted."""
     if y.shape == (len(x),):
         whole = not y.is_floating_point() or bool((y == y.round()).all())
         return "; y.long() makes them int64" if whole else ""
@@ -131,7 +133,7 @@ def _as_labels(x: Tensor, y: Tensor) -> str:
 
 
 def _range(x: Tensor) -> str:
-    """Describe the values of images outside [0, 1], with the line of code that mends them if it is known."""
+    """Describe the values of images that are outside [0, 1], and what to do if that is known."""
     if bool(x.isnan().any()):
         return f"{int(x.isnan().sum())} values that are NaN"
     least, most = float(x.min()), float(x.max())
@@ -140,23 +142,23 @@ def _range(x: Tensor) -> str:
         advice = "; x is in 0..255: divide by 255, or give uint8"
     elif -1 <= least < 0 and most <= 1:
         advice = (
-            "; x is in [-1, 1]: give (x + 1) / 2 as the images, and lambda x: model(2 * x - 1) as the model, so that "
-            "eps is a share of the range from black to white"
+            "; x is in [-1, 1]: give (x + 1) / 2 as the images, and lambda x: model(2 * x - 1) as the model. eps is "
+            "then a radius on images in [0, 1]"
         )
     elif least < 0:
         advice = (
-            "; if the images are normalized, give them as they were before, x * std + mean, and let the model "
-            "normalize them: lambda x: model((x - mean) / std)"
+            "; if the images are normalized, give the images before the normalization, x * std + mean, and as the "
+            "model lambda x: model((x - mean) / std), which normalizes them"
         )
     return f"values from {least:.3g} to {most:.3g}{advice}"
 
 
 def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read the batches of an iterable, which may not differ in dtype or in the size of their images."""
+    """Read and check the batches of an iterable; all batches must have the same dtype and size of images."""
     if isinstance(batches, (Tensor, np.ndarray)) or not isinstance(batches, Iterable):
         raise TypeError(
             f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}: give y too, "
-            "or a DataLoader as x"
+            "or give a DataLoader as x"
         )
     first: tuple[torch.dtype, list[int]] | None = None
     for i, batch in enumerate(batches):
@@ -193,7 +195,7 @@ class LogitsOf(nn.Module):
 
     @property
     def fingerprinted(self) -> Classifier:
-        """The model that `purify_fast.model_state.fingerprint` asks for weights."""
+        """The model whose weights `purify_fast.model_state.fingerprint` reads."""
         return self.model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,13 +203,13 @@ class LogitsOf(nn.Module):
 
 
 def as_classifier(model: Any) -> Classifier:
-    """Wrap a model as a callable that returns logits.
+    """Return the model itself, after a check that it is callable.
 
     Args:
-        model: any callable; its output is examined at the first call.
+        model: any callable.
 
     Raises:
-        TypeError: model is not callable, or a class in place of its instance.
+        TypeError: model is not callable, or is a class instead of an object.
     """
     if isinstance(model, type):
         raise TypeError(f"the model must be an object, got the class {model.__name__}: give {model.__name__}(...)")
@@ -218,16 +220,18 @@ def as_classifier(model: Any) -> Classifier:
 
 @torch.no_grad()
 def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """The model, wrapped if it returns an object or a mapping with logits, and its number of classes.
+    """Check a model's output, and return a model that returns only logits, and its number of classes.
+
+    A model whose output is an object or a mapping with ``logits`` is wrapped; any other model is returned unchanged.
 
     Args:
         model: any callable.
         some: a few images ``[B, C, H, W]``.
 
     Raises:
-        TypeError: the model returns neither a tensor nor something that has a tensor as ``logits``.
-        ValueError: the model returns classes in place of logits, or another shape than ``[B, classes]`` with two
-            classes at least, or it does not take images of this shape.
+        TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
+        ValueError: the model returns classes instead of logits, its logits do not have the shape ``[B, classes]`` with
+            at least two classes, or it does not accept images of this shape.
     """
     output = _first_output(model, some)
     if isinstance(output, Tensor):
@@ -238,7 +242,7 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
         raise ValueError(
             f"the model returns one whole number for each image, {logits.dtype} {list(logits.shape)}, such as "
             f"{logits.flatten()[0]:g}: this looks like the class. An evaluation needs the logits [B, classes]: return "
-            "them without argmax, max or topk"
+            "the logits without argmax, max or topk"
         )
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
         raise ValueError(
@@ -260,7 +264,7 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
 
 def _seem_classes(output: Tensor) -> bool:
-    """Tell whether these are predicted classes in place of logits: a whole number from 0 for each image."""
+    """Tell whether the output seems to be predicted classes, a whole number of at least 0 for each image."""
     if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
         return False
     return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())
@@ -276,11 +280,11 @@ def are_one_hot(logits: Tensor) -> bool:
 
 
 def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
-    """The shape of the images that a model of this package was made for; None for other models.
+    """The shape of the images for which a model of this package was made; None for other models.
 
     Args:
         model: any callable.
-        given: the shape of the images at hand, (C, H, W), which counts if the model takes any size.
+        given: the shape of the present images, (C, H, W). It gives the height and width if the model accepts any size.
     """
     if isinstance(model, Defence):
         return model.image_shape
@@ -291,7 +295,7 @@ def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def _wanted(model: Any, given: Sequence[int]) -> str:
-    """The known facts about the images that a model takes, as the end of a sentence; empty if there are none."""
+    """The end of an error message: the images that the model accepts; empty if they are unknown."""
     shape = image_shape_of(model, given)
     if shape is not None and shape != tuple(given):
         return f": it was trained on {list(shape)}"
@@ -303,7 +307,7 @@ def _wanted(model: Any, given: Sequence[int]) -> str:
 
 
 def _first_output(model: Classifier, some: Tensor) -> Any:
-    """The model's output for a few images."""
+    """The model's output for a few images; an error about their shape is explained."""
     try:
         return model(some)
     except Exception as error:
@@ -319,18 +323,18 @@ def _first_output(model: Classifier, some: Tensor) -> Any:
             ) from error
         raise ValueError(
             f"x must be [N, C, H, W], got [N, {', '.join(map(str, some.shape[1:]))}], and the model fails on it "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): the channels seem to come last; "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): the channels seem to be last; "
             "x.permute(0, 3, 1, 2) puts them first"
         ) from error
 
 
 def are_probabilities(logits: Tensor) -> bool:
-    """Tell whether every row holds probabilities: numbers in [0, 1] whose sum is 1.
+    """Tell whether every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1.
 
     Args:
         logits: output of a model, ``[B, classes]``.
     """
-    # Allow for rounding: the sum has many rounded terms, and half precision keeps only three or four digits.
+    # The tolerance is for rounding: the sum has many rounded terms, and half precision has only three or four digits.
     room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()
     inside = (values >= 0) & (values <= 1 + room)
@@ -348,7 +352,7 @@ def _logits_in(output: Any) -> Tensor:
 
 
 def _described(output: Any) -> str:
-    """The type of a model's output, with dtype and shape as far as it has them; of a tuple or list, of each member."""
+    """Describe a model's output by its type, and by dtype and shape if it has them; a tuple or list by its members."""
     if isinstance(output, (tuple, list)):
         members = [_described(member) for member in output[:MEMBERS]]
         more = [f"{len(output) - MEMBERS} more"] if len(output) > MEMBERS else []
@@ -359,13 +363,13 @@ def _described(output: Any) -> str:
 
 
 def _instead_of(output: Any) -> str:
-    """The end of an error: the function to give in place of the model, or nothing if it is unknown."""
+    """The end of an error message: a function that should replace the model; empty if it is unknown."""
     if isinstance(output, (tuple, list)):
         places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
         return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""
     if isinstance(output, np.ndarray):
         return (
-            ". torch.from_numpy(output) makes a tensor, but attacks then have no gradient: compute in PyTorch from "
-            "the images to the logits if you can"
+            ". torch.from_numpy(output) makes a tensor, but attacks then have no gradient: compute the logits in "
+            "PyTorch if possible"
         )
     return ""

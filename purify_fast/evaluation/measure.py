@@ -1,4 +1,4 @@
-"""Make the rows of an evaluation, or read them from the folder that keeps them: attack, judge, count."""
+"""Makes the rows of an evaluation, each for one attack: it runs the attack, and judges the images by predictions."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from .stopping import StoppingRule, nearest_first
 from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
-#: The file with the points at which an attack begins, for the processes that share the attack.
+#: The file with the first points of an attack, for the processes that share the attack.
 BEGIN = "begin.safetensors"
-#: Number of attacked images kept with each row, for the pictures.
+#: The number of attacked images in each row, for the pictures.
 EXAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of an attack, before it is judged.
+    """The outcome of an attack, before its images are judged.
 
     Args:
         spec: the attack.
         index: indices of the attacked images, int64.
-        sums: all images, attacked or not, with health and time summed over the batches.
-        settings: settings of the attack that are known only after it.
-        found: the fields of a row that the attack decides.
+        sums: all images, attacked or not, with the sums of counts and time over the batches.
+        settings: settings of the attack that are known only after its run.
+        found: further fields of the row, from the attack.
     """
 
     spec: AttackSpec
@@ -60,16 +60,16 @@ class Outcome:
 
 @dataclass
 class Measure:
-    """The rows of a call of `evaluate`.
+    """Makes the rows of one call of `evaluate`.
 
     Args:
-        subject: the attacked model.
-        context: context of the attacks.
+        subject: the attacked model with its images.
+        context: the settings of the attacks.
         name: name of the model.
-        cache: the finished rows.
-        progress: counts and shows.
-        team: the processes that make the rows.
-        keep_all: whether rows keep every fallen image, not only some for the pictures.
+        cache: the cache of finished rows.
+        progress: counts images and shows the progress.
+        team: the processes of the evaluation.
+        keep_all: whether rows contain every fallen image, and not only some for the pictures.
 
     Attributes:
         attacks: all attacks of the evaluation, in the same order in every process.
@@ -85,7 +85,7 @@ class Measure:
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The outcome of the last attack on a variant, so that its images can be tried on the deployed model too.
+    # The outcome of the last attack on a variant, whose images are then tried on the deployed model.
     _search: Outcome | None = field(default=None, init=False)
 
     def turn_to(self, subject: Subject) -> None:
@@ -104,30 +104,32 @@ class Measure:
 
         Args:
             spec: the attack.
-            left: bool ``[n]``, which images earlier attacks on the variant left right.
-            margins: the least margins that they reached, ``[n]``; infinite where there is none.
+            left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
+            margins: the smallest margin that an earlier attack reached on each image, ``[n]``; infinite without such an
+                attack.
         """
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
-            # Attack all images: the judge, which is the authors' model, may be right where the defence is wrong.
+            # All images are attacked, because the judge (the authors' model) may classify images correctly that the
+            # defence misclassifies.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         make = functools.partial(self._measure_attack, spec, alive, index, settings)
         row = self.load_or_make(settings | images, [spec], make)
-        # The key of a kept row does not contain its name, so the row may have been kept under another name.
+        # The key of a cached row does not contain the row's name, so the row may have been made under another name.
         row.attack = row_name(spec, self.context)
         self.progress.next_row()
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """The row of a variant's attacked images, judged by the deployed model in fresh draws.
+        """The row of images that were found by an attack on a variant, judged by fresh draws of the deployed model.
 
         Args:
             spec: the attack.
-            left: bool ``[n]``, which images earlier attacks on the variant left right.
-            left_deployed: bool ``[n]``, True for images that earlier rows left right for the deployed model.
+            left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
+            left_deployed: bool ``[n]``, True for images that no earlier row has fooled on the deployed model.
         """
         alive, standing = self._alive(spec, spec.variant, left), self._alive(spec, "random", left_deployed)
         attacked = self.settings_of(spec)
@@ -139,14 +141,13 @@ class Measure:
         images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
 
         def make(folder: Path | None) -> Row:
-            # If the attack's row was read from an earlier run, its images are not in memory, and the attack must run
-            # again.
+            # If the attack's row was read from the cache, its images are not in memory, and the attack must run again.
             search, self._search = self._search, None
             if search is None or search.spec is not spec:
                 search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
             begin = time.perf_counter()
             judged = self.subject.judge(search.sums.images, "random", "judge")
-            # Count only attacked images as fallen, even if fresh draws of a random model misclassify others.
+            # Only attacked images count as fallen, although fresh draws of a random model may misclassify others.
             row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
             row.attacked = int((alive & standing).sum())
             row.transferred = True
@@ -162,8 +163,8 @@ class Measure:
 
         Args:
             spec: the attack.
-            index: images given to the attack, int64.
-            margins: the least margins that other attacks reached, of all images, ``[n]``.
+            index: indices of the images that the attack may search, int64.
+            margins: the smallest margin that other attacks reached on each of all images, ``[n]``.
         """
         if spec.nearest is not None:
             reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
@@ -173,11 +174,11 @@ class Measure:
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
-        """Choose the images for an attack from those that a variant classifies correctly."""
+        """Choose the images for an attack: images that the variant classifies correctly, or survivors; bool."""
         return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
 
     def _most(self, spec: AttackSpec) -> int | None:
-        """The largest number of the present images that an attack covers."""
+        """The number of the present images that an attack may search; None: all."""
         return None if spec.max_images is None else max(0, spec.max_images - self.subject.offset)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class Measure:
         target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         optional = {
-            # This is not BPDA's own option of the same name, which is among the settings of the attack.
+            # This is not BPDA's own option of the same name, which is a setting of the attack.
             "aggregation": spec.aggregation,
             "seed": spec.seed or None,
             "gradients_from": None if spec.gradients_from is None else on,
@@ -206,12 +207,12 @@ class Measure:
     def load_or_make(
         self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]
     ) -> Row:
-        """Read the row of these settings from the cache, or make and keep it.
+        """Read the row with these settings from the cache, or make the row and cache it.
 
         Args:
-            settings: settings in plain values.
-            specs: the attacks; none for the clean images.
-            make: makes the row; it gets the folder with the batches that an interrupted run finished, if rows are kept.
+            settings: the settings as plain values.
+            specs: the attacks; empty for the clean images.
+            make: a function that makes the row, see `RowCache.row`.
         """
         subject, context = self.subject, self.context
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
@@ -227,16 +228,16 @@ class Measure:
             "settings": settings,
             "keep": self.keep_all and bool(specs),
         }
-        # Do not keep the rows of an attack without a revision, since nothing would show that the attack has changed.
+        # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
         key = self.cache.key(whole, *models) if named else None
         row = self.cache.row(key, make)
-        # These fields are not a part of the key, so they are set for a row that was kept too.
+        # These fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
         row.threat = threat_name(specs[0], context) if specs else None
         row.deterministic = not self.subject.is_random
-        # If no image withstood the attack, missing gradients do not matter.
+        # Missing gradients are no reason for doubt if every image fell.
         row.reliable = row.reliable or not row.robust.any()
         return row
 
@@ -254,7 +255,7 @@ class Measure:
         )
 
     def _new_row(self, judged: Judgement, right: np.ndarray, **fields: Any) -> Row:
-        """A row of the model's predictions, given which are right."""
+        """Make a row from predictions; ``right``, bool ``[draws, n]``, is True for the correct ones."""
         return Row(
             model=self.name,
             mean=float(right.mean()),
@@ -267,19 +268,20 @@ class Measure:
         )
 
     def attack(self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None) -> Outcome:
-        """Run an attack on the images that it is given.
+        """Run an attack on some of the images.
 
         Args:
             spec: the attack.
-            index: images given to the attack, int64, in the order of the search.
-            folder: keeps the batches, and holds those that an interrupted run finished; None: nothing is kept.
-            begin: start of the search, ``[N, C, H, W]``; None: the attack's own start.
+            index: indices of these images, int64, in the order of the search.
+            folder: the folder for the batches in the cache, in which there may be batches of an interrupted run; None:
+                the batches are not cached.
+            begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
         """
         attack, team = spec.resolved, self.team
         shared = team.folder(folder, self.cache.folder)
         with self._run(spec, index, shared, begin) as batches:
             context = batches.context
-            # Record the number of draws that the attack took, which is 1 for a deterministic target.
+            # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
             settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
             may_end_early = attack.may_end_early(context)
             cost = attack.cost(context)
@@ -317,10 +319,10 @@ class Measure:
         """Make some batches of an attack for the first process.
 
         Args:
-            task: the batches, all of images that the measure has.
+            task: the attack and the batches, of the present part of the images.
 
         Raises:
-            ValueError: the first process has other images, or keeps batches where this process cannot see them.
+            ValueError: the first process has other images, or this process cannot see the folder of the batches.
         """
         mine = self.team.claimed(task, self.progress)
         first = next(mine, None)
@@ -337,8 +339,8 @@ class Measure:
         content = read_file(folder / BEGIN) if task.begins else None
         if task.begins and content is None:
             raise ValueError(
-                f"{folder / BEGIN} is missing or damaged: process 0 writes the points at which the attack begins to "
-                "this file. Start all processes again"
+                f"{folder / BEGIN} is missing or damaged, although process 0 has written the first points of the "
+                "attack to it: start all processes again"
             )
         begin = None if content is None else content[1]["points"]
         with self._run(spec, index, folder, begin, task.draws_differ) as batches:
@@ -354,21 +356,21 @@ class Measure:
         begin: Tensor | None,
         draws_differ: bool | None = None,
     ) -> Iterator[AttackRun]:
-        """Within the block, the run of an attack, with the model in the attack's variant.
+        """A context with the run of an attack, in which the model is in the attack's variant.
 
         Args:
             spec: the attack.
-            index: images given to the attack, int64, in the order of the search.
-            folder: keeps the batches.
-            begin: start of the search.
-            draws_differ: whether the target differs from call to call; None: try it.
+            index: indices of the attacked images, int64, in the order of the search.
+            folder: the folder for the batches; None: they are not saved.
+            begin: first points of the search; None: the attack's usual first points.
+            draws_differ: whether two predictions of the target differ; None: the result of a test.
         """
         subject = self.subject
         subject.reseed("attack")
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
-            # Make this trial in every process, even if its result is given: it takes random draws, and afterwards all
-            # processes must draw alike.
+            # Every process makes this test, even if its result is given. The test takes random draws, and afterwards
+            # the random generators of all processes must be in the same state.
             tried = self._draws_differ(spec, target)
             context = replace(
                 self.context,
@@ -390,7 +392,7 @@ class Measure:
         self._search = None if spec.variant == "random" else search
         begin = time.perf_counter()
         judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
-        # Images that earlier attacks broke were not attacked again. They count as fallen.
+        # Images that fell to earlier attacks were not attacked again, and count as fallen.
         row = self._judged(search, settings, judged, judged.right & alive, alive)
         health = search.sums.health
         row.health = health if health["gradients"] else None
@@ -403,7 +405,7 @@ class Measure:
     def _judged(
         self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray, given: np.ndarray
     ) -> Row:
-        """The row of an attack's images, from the predictions that count; ``given`` marks the images that can fall."""
+        """Make the row of an attack from predictions; ``given``, bool ``[n]``: the images that count as attacked."""
         return self._new_row(
             judged,
             right,
@@ -421,12 +423,11 @@ class Measure:
         )
 
     def _examples(self, search: Outcome, judged: Judgement, given: np.ndarray) -> Examples | None:
-        """The images that a row keeps: some or all that fell; if none did, some that withstood the attack."""
+        """The images for a row: some or all of the fallen images; if none fell, some that withstood the attack."""
         index, subject = search.index, self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
-            # Keep only images that the attack was given, since fresh draws of a random model may misclassify others
-            # too.
+            # Only images that the attack got count, although fresh draws of a random model may misclassify others.
             wrong &= torch.from_numpy(given)
             others = torch.ones_like(wrong).index_fill(0, index, False)
             fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
@@ -445,7 +446,7 @@ class Measure:
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:
-        """The target of the attack."""
+        """The model that the attack attacks."""
         model = self.subject.base_model
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
@@ -460,9 +461,9 @@ class Measure:
         return self.subject.judged_model(spec.variant) if spec.judge is None and view is model else view
 
     def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
-        """Tell whether the target's predictions vary. Call it within the variant's block."""
+        """Tell whether two predictions of the target differ; the model must be in the attack's variant."""
         subject = self.subject
-        # Infinite logits, as some aggregations give them, hide differences between draws. A random model then counts as
-        # varying.
+        # Some aggregations give infinite logits, which hide differences between draws. The draws of a random model then
+        # count as different.
         hidden = subject.is_random and spec.variant == "random" and not target(subject.sample_images()).isfinite().all()
         return hidden or subject.answers_vary(target)

@@ -1,4 +1,4 @@
-"""The plan of an evaluation: the attacks that a model allows, each once, and the names of their rows."""
+"""Selects the attacks that a model allows, and names the rows of the report; a row is one attack of an evaluation."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 def feasible(
     specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
-    """The attacks that this model allows, with notes on the others. A deterministic model has only one variant.
+    """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out.
 
-    A variant that is not what its name promises is not attacked, since its number would mean nothing.
+    For a deterministic model all variants are the same, so only one of them is attacked. A variant that fails its test
+    (`Subject.fault`) is not attacked, because its accuracy would have no meaning.
 
     Args:
         specs: the attacks, in order.
         subject: the model with its images.
-        context: context of the attacks.
+        context: the settings of the attacks.
         name: name of the model, for the notes.
 
     Raises:
-        ValueError: two attacks that differ would share a name.
+        ValueError: two different attacks have the same name.
     """
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
         if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.has_more:
-            # The limit covers all images, so remove it from the attack and from its name.
+            # The attack gets all images, so the limit is removed, also from its name.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
         if obstacle is None and (fault := subject.fault(spec.variant)) is not None:
@@ -61,21 +62,21 @@ def feasible(
             continue
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
-        # Leave out an attack that is in the plan already, since it would find nothing new.
+        # An attack that is already in the plan would find nothing new.
         if spec not in plan:
             plan.append(spec)
     names = [row_name(spec, context) for spec in plan]
     double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if double:
         raise ValueError(
-            f"attacks must have different labels, got several named {', '.join(double)}: give each of them its own "
-            "AttackSpec(..., label=...)"
+            f"attacks must have different labels, got several with the label {', '.join(double)}: give each of them "
+            "another label by AttackSpec(..., label=...)"
         )
     return plan, notes
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """The attacks; each attack on the deployed model is repeated under fixed noise if the model has ``fixed_noise``."""
+    """Add a copy of each attack on the deployed model, under fixed noise, if the model has ``fixed_noise``."""
     if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []
@@ -90,7 +91,7 @@ def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSp
 
 
 def _obstacle(spec: AttackSpec, subject: Subject) -> str | None:
-    """The reason why a model cannot be attacked in this way; None if it can."""
+    """The reason why the attack cannot be run on this model; None if it can be run."""
     model, attack = subject.base_model, spec.resolved
     rand = isinstance(attack, AutoAttack) and attack.version == "rand"
     mode = spec.variant if subject.is_random else "random"
@@ -120,7 +121,7 @@ def ball_name(norm: str, eps: float) -> str:
 
 
 def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
-    """A note if a radius is unusual for this data set; no note for an unknown data set."""
+    """A note if the radius is unusual on this data set; no note on an unknown data set."""
     known = USUAL_RADII.get(dataset or "", {}).get(norm, ())
     if not known or any(math.isclose(eps, usual, rel_tol=1e-3) for usual in known):
         return []
@@ -129,7 +130,11 @@ def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
 
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
-    """The attack's threat model in words, None if it is the report's; ValueError if the attack lacks its norm."""
+    """The attack's threat model in words; None if it is the threat model of the report.
+
+    Raises:
+        ValueError: the attack does not support the norm.
+    """
     norm, eps = spec.resolved.threat_model(context)
     if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
         return None
@@ -137,7 +142,7 @@ def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
 
 
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
-    """The row's name, for random and deterministic models."""
+    """The name of the attack's row in the report."""
     name = _own_name(spec, context) if spec.label is None else spec.label
     # The user's label may contain these words already.
     alone = f" {ALONE}" if spec.target == CLASSIFIER and ALONE not in name else ""
@@ -146,14 +151,14 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
 
 
 def _own_name(spec: AttackSpec, context: AttackContext) -> str:
-    # Without noise, or with fixed noise, a model answers the same every time, so the name must not mention draws.
+    # Without noise, or with fixed noise, a model always predicts the same, so the name must not contain draws.
     own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
     name = spec.resolved.name(own)
     if spec.aggregation is not None:
         name += f" through {spec.aggregation}"
     if spec.target is not None:
         name += f" {ALONE}" if spec.target == CLASSIFIER else " on another model"
-    # Standard AutoAttack always needs a model without randomness, so its name need not say fixed noise.
+    # AutoAttack's standard version is only for models without randomness, so its name does not mention fixed noise.
     standard = isinstance(spec.resolved, AutoAttack) and spec.resolved.version == "standard"
     if not (standard and spec.variant == "fixed"):
         name += _VARIANTS[spec.variant]
@@ -162,7 +167,7 @@ def _own_name(spec: AttackSpec, context: AttackContext) -> str:
 
 
 def short(eps: float) -> str:
-    """Write a radius as 0.5, 8/255, or in a few digits."""
+    """Write a radius as a short decimal or as a multiple of 1/255, such as 0.5 or 8/255."""
     if float(f"{eps:.2g}") == eps:
         return f"{eps:.2g}"
     levels = 255 * eps

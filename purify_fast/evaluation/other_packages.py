@@ -1,6 +1,6 @@
 """Attacks of torchattacks, Foolbox and ART, which `purify_fast.evaluation.evaluate` runs unchanged on its model.
 
-No package is imported before an attack of it runs. An attack is recognized by the class from which it descends.
+An attack is recognized by its base class. A package is imported only when one of its attacks runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..defences import MajorityVote
 from .inputs import LogitsOf
 from .progress import CountedModel
 
-#: An attack's own radius may exceed the report's radius by this share, to allow for rounding.
+#: The share by which an attack's own radius may exceed the radius of the evaluation, because of rounding.
 ROUNDED = 1e-5
 
 
@@ -33,14 +33,14 @@ class OtherAttack(abc.ABC):
         attack: the attack object.
 
     Raises:
-        ValueError: it cannot attack a model that takes images in [0, 1].
+        ValueError: the attack cannot attack a model of images in [0, 1].
     """
 
     #: The package's name in reports.
     package: ClassVar[str]
-    #: The base class of the package's attacks: the first part of its module's name, and the name of the class.
+    #: The base class of the package's attacks: the first part of its module's name, and its own name.
     base: ClassVar[tuple[str, str]]
-    #: The line of code that makes such an attack, from the name of its class and the radius.
+    #: A template of the code that makes such an attack, with the name of its class and the radius.
     code: ClassVar[str]
 
     def __init__(self, attack: Any):
@@ -55,19 +55,19 @@ class OtherAttack(abc.ABC):
         return any((one.__module__.partition(".")[0], one.__name__) == cls.base for one in kind.__mro__)
 
     def line(self, eps: float = 8 / 255) -> str:
-        """The line of code that makes such an attack."""
+        """The code that makes such an attack."""
         return self.code.format(name=self.kind, eps=eps)
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raise ValueError for options with which the attack would attack something else."""
+        """Raise ValueError for options with which the attack cannot run on the judged model or its true labels."""
 
     @abc.abstractmethod
     def ball(self) -> tuple[str | None, float | None]:
-        """The attack's own norm and radius; None if it has none."""
+        """The attack's own norm and radius, each None if the attack has none."""
 
     def check_ball(self, threat: ThreatModel) -> None:
-        """Raise ValueError if the attack would search another ball than the report's."""
+        """Raise ValueError if the attack would search another ball than that of the evaluation."""
         norm, eps = self.ball()
         right = self.in_ball(threat)
         if norm is not None and norm != threat.norm:
@@ -76,7 +76,7 @@ class OtherAttack(abc.ABC):
             raise ValueError(f"{self.name} has eps = {eps:.6g}, but the report's eps is {threat.eps:.6g}: {right}")
 
     def in_ball(self, threat: ThreatModel) -> str:
-        """The advice for an attack that would search another ball."""
+        """The advice for an attack that would search another ball, as the end of an error message."""
         return f"write {self.line(threat.eps)}"
 
     def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
@@ -87,7 +87,7 @@ class OtherAttack(abc.ABC):
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             threat: the ball.
-            warnings: list to which warnings for the reader of the result are added.
+            warnings: a list to which warnings for the reader of the report are added.
         """
         given, judged = self.wrapped(), model
         while isinstance(judged, (CountedModel, LogitsOf, MajorityVote)):
@@ -98,8 +98,8 @@ class OtherAttack(abc.ABC):
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images
-        # This attack looks for the nearest adversarial image at any distance. If that image lies outside the ball, the
-        # attack has failed, and the clean image takes its place.
+        # An attack without a radius searches the nearest adversarial image. If this image lies outside the ball, the
+        # attack has failed, and the clean image is returned.
         order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
         lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
         inside = lengths <= threat.eps * (1 + ROUNDED)
@@ -107,7 +107,7 @@ class OtherAttack(abc.ABC):
 
     @abc.abstractmethod
     def wrapped(self) -> list[Any]:
-        """The models for which the attack was made."""
+        """The models that the attack has got from its user."""
 
     @abc.abstractmethod
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
@@ -147,33 +147,33 @@ class OfTorchattacks(OtherAttack):
         return [each.model for each in self._all()]
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
-        # Copy the attack, with the judged model in place of every model that the attack was made for.
+        # In the copy of the attack, the judged model replaces every model that the attack has got from its user.
         mine = copy.deepcopy(self.attack, {id(each): model for each in self.wrapped()})
         mine.set_device(x.device)
         return mine(x, y)
 
 
 class OfFoolbox(OtherAttack):
-    """An attack of Foolbox, which gets the model and the radius when it runs."""
+    """An attack of Foolbox, which gets its model and radius when it runs."""
 
     package, base = "Foolbox", ("foolbox", "Attack")
     code = "foolbox.attacks.{name}()"
 
     def check(self) -> None:
-        """Check nothing: the attack gets model and radius when it runs."""
+        """Do nothing, because the attack gets its model and radius when it runs."""
 
     def ball(self) -> tuple[str | None, float | None]:
         order: Any = None
         with contextlib.suppress(ValueError):
-            # An attack whose distance is chosen only when it runs raises ValueError here.
+            # An attack whose distance is chosen when it runs raises ValueError here.
             order = getattr(self.attack.distance, "p", None)
         return {np.inf: "linf", 2: "l2", 1: "l1"}.get(order), None
 
     def in_ball(self, threat: ThreatModel) -> str:
-        return f'take the attack of that norm, or evaluate(..., norm="{self.ball()[0]}")'
+        return f'take the attack for that norm, or call evaluate(..., norm="{self.ball()[0]}")'
 
     def wrapped(self) -> list[Any]:
-        """No models: the attack gets the model when it runs."""
+        """An empty list, because the attack gets its model when it runs."""
         return []
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
@@ -186,7 +186,7 @@ class OfFoolbox(OtherAttack):
 
 
 class OfArt(OtherAttack):
-    """An attack of the Adversarial Robustness Toolbox, whose estimator has the judged model while it runs."""
+    """An attack of the Adversarial Robustness Toolbox; the judged model is put into its estimator while it runs."""
 
     package, base = "ART", ("art", "EvasionAttack")
     code = "{name}(PyTorchClassifier(model, loss, input_shape, nb_classes, clip_values=(0, 1)), eps={eps:.6g})"
@@ -240,7 +240,7 @@ class OfArt(OtherAttack):
 
     @contextlib.contextmanager
     def _on(self, model: Any) -> Iterator[None]:
-        """Within the block, the estimators have this model."""
+        """A context in which the estimators of the attack have the model ``model``."""
         wrappers = [estimator._model for estimator in self._estimators()]
         before = [wrapper._model for wrapper in wrappers]
         try:
@@ -258,14 +258,14 @@ def _changes_nothing(operation: Any) -> bool:
 
 
 def of_other_package(given: Any) -> OtherAttack | None:
-    """An attack of torchattacks, Foolbox or ART; None for anything else.
+    """Wrap an attack of torchattacks, Foolbox or ART; None for anything else.
 
     Args:
-        given: an entry of a list of attacks.
+        given: an element of a list of attacks.
 
     Raises:
-        TypeError: given is a class in place of its instance.
-        ValueError: the attack is made for something other than images in [0, 1] with their true classes.
+        TypeError: given is a class instead of an object.
+        ValueError: the attack needs other images than in [0, 1], or other labels than the true labels.
     """
     for kind in (OfTorchattacks, OfFoolbox, OfArt):
         if isinstance(given, type):

@@ -1,4 +1,4 @@
-"""Progress of an evaluation: a bar on a terminal, lines in a log; images per second and the time left."""
+"""Shows the progress of an evaluation, by a bar on a terminal or by lines in a log."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LINE_EVERY = 30.0
 
 
 class Progress:
-    """The progress of an evaluation: counts the images that go through the model.
+    """Counts the images in the forward passes of an evaluation, and shows the progress.
 
     Args:
         name: name of the model.
-        shown: whether to show anything.
-        costs: for the probes and then for each row in order, the most forward passes of single images; None if
-            unknown.
+        shown: whether the progress is shown.
+        costs: the most forward passes of single images, for the probes and then for each row; None for an unknown
+            number.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
@@ -37,16 +37,16 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Images per second through the model so far."""
+        """The number of images per second in the forward passes so far."""
         return self.images / max(time.monotonic() - self.began, 1e-9)
 
     @contextlib.contextmanager
     def row(self, label: str, total: int | None) -> Iterator[None]:
-        """Within the block, the images are counted for a row.
+        """A context in which images are counted for a row.
 
         Args:
             label: label of the row.
-            total: the most forward passes of single images; None if unknown.
+            total: the most forward passes of single images; None if the number is unknown.
         """
         self.in_row = 0
         place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
@@ -58,14 +58,14 @@ class Progress:
         self.bar = None
 
     def next_row(self) -> None:
-        """Go to the next row: the row before is finished, or was read from an earlier run."""
+        """Begin with the next row, because the last row is finished or was read from the cache."""
         self.rows, self.in_row = self.rows + 1, 0
 
     def count(self, images: int) -> None:
-        """Count images that went through the model; a log gets a line now and then.
+        """Count images of a forward pass, and write a line to the log if the last line is old.
 
         Args:
-            images: number of images; below 0 for passes that were only tried.
+            images: number of images; a negative number removes images of a test from the count.
         """
         self.images += images
         self.in_row += images
@@ -85,7 +85,7 @@ class Progress:
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
     def left(self) -> str:
-        """The time that the rows still to be made take at most, in words."""
+        """The largest time that the remaining rows need, in words."""
         costs = self.costs[self.rows :]
         if not costs:
             return "the last row"
@@ -96,16 +96,16 @@ class Progress:
 
 
 class CountedModel(nn.Module):
-    """A module around any callable that counts the images of its forward passes. AutoAttack needs a module.
+    """A module around any callable that counts the images of its forward passes; AutoAttack requires a module.
 
-    The same object is used for a model during a whole evaluation, because a captured step belongs to one module.
+    During an evaluation there is a single such object for each model, because a captured step belongs to a module.
 
     Args:
         model: the callable.
         progress: counts the images.
     """
 
-    #: Attributes that do not change the computation, so that a captured step ignores them (`purify_fast.model_state`).
+    #: Attributes that a captured step ignores, because they do not change the computation (`purify_fast.model_state`).
     not_dependencies = frozenset({"progress"})
 
     def __init__(self, model: Classifier, progress: Progress):
@@ -114,7 +114,7 @@ class CountedModel(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> CountedModel:
-        """Do nothing: the model under attack stays in evaluation mode, whatever an attack asks for.
+        """Do nothing, so that an attack cannot change the model's evaluation mode.
 
         Args:
             mode: ignored.
@@ -122,15 +122,15 @@ class CountedModel(nn.Module):
         return self
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
-        """The same counter around another model, which ``replace`` makes from the inner model."""
+        """The same counter around another model, the result of ``replace`` for the inner model."""
         return counted_model(replace(self.model), self.progress)
 
     def counted(self) -> int:
-        """The number of images counted; each draw of an image counts."""
+        """The number of counted images; each draw of an image counts as an image."""
         return self.progress.images
 
     def count(self, images: int) -> None:
-        """Count images, also those of replayed captured steps; below 0 for passes that were only tried."""
+        """Add to the number of images, also for replayed steps; a negative number removes images of a test."""
         self.progress.count(images)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class CountedModel(nn.Module):
 
 
 class _CountedDraws(CountedModel):
-    """The same counter around a model that makes several draws at once."""
+    """A counter around a model with ``draw_logits``, which makes several draws together."""
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         self.count(draws * len(x))
@@ -147,5 +147,5 @@ class _CountedDraws(CountedModel):
 
 
 def counted_model(model: Classifier, progress: Progress) -> CountedModel:
-    """The model, with the images of every forward pass counted."""
+    """Wrap a model in a module that counts the images of its forward passes."""
     return (_CountedDraws if supports(model, SharesDraws) else CountedModel)(model, progress)

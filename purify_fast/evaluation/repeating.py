@@ -1,4 +1,4 @@
-"""Facts for repeating an evaluation: the call, and the processor."""
+"""The facts of a report that are needed to repeat the evaluation: the call, and the processor."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from ..ops.dispatch.records import processor
 
-#: Arguments of `evaluate` that do not change its report, so that the written call leaves them out.
+#: Arguments of `evaluate` that the written call leaves out, because they do not change the report.
 WITHOUT = ("progress", "out")
-#: If the text of an argument has more characters, the call names only the argument.
+#: If the text of an argument has more characters than this, the call has the argument's name instead of its value.
 LONGEST = 300
 
 
 def written_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call as Python code; an argument without a short text that makes it, such as a model, is written by its name.
+    """Write a call as Python code; an argument whose value has no short code, such as a model, is written by its name.
 
     Args:
         function: the called function.
@@ -34,10 +34,10 @@ def _as_text(name: str, value: Any) -> str:
     if callable(value) or isinstance(value, (torch.Tensor, Mapping)):
         return name
     text = repr(value)
-    # The default text of an object contains its address in angle brackets, which nobody can run again.
+    # The default repr of an object contains its address in angle brackets, which is no code.
     return name if len(text) > LONGEST or "<" in text or "tensor(" in text or "\n" in text else text
 
 
 def processor_name(device: torch.device) -> str:
-    """The system's name of the processor."""
+    """The name of the GPU or the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

@@ -1,4 +1,4 @@
-"""An evaluation's report: its rows, the numbers that follow from them, and its files."""
+"""The report of an evaluation: its rows, each for one attack, the numbers computed from them, and its files."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from .witnesses import FILE, Witnesses
 logger = logging.getLogger("purify_fast")
 
 FORMAT = 2
-#: Name of the file in which the command line keeps the options of an evaluation.
+#: The name of the file in which the command line stores the options of an evaluation.
 OPTIONS = "run.yaml"
 
 
 @dataclass(repr=False)
 class Report:
-    """Rows of one model, or of several (`merge`), and remarks on attacks that could not be run.
+    """The rows of one model, or of several models (`merge`), with notes and alarms.
 
     Args:
         rows: the rows, in the order in which they were made.
-        notes: remarks, one sentence each.
-        about: facts common to all rows, as far as known: ``threat`` (such as ``L-inf 8/255``), ``dataset``,
-            ``protocol``, ``seed`` and ``version`` (of this package); ``predict`` if a way to predict was named;
-            ``precision`` if it is not float32; ``claim``, the claimed robust accuracy in percent; and for repeating the
-            evaluation the ``date`` of the first `save`, the ``command`` or the ``call``, ``model`` (a hash of what it
-            computes with) and ``processor``.
-        findings: findings of the alarms on whether the numbers can be believed.
-        outlooks: expected gain of a stronger attack, by model.
-        curves: accuracy over the radius, the steps and the draws, by model, for the page; see `curve`.
-        threats: each model's threat model, if they are not the same (`merge`).
-        witnesses: the images that fell, as the model saw them, if `evaluate` was given ``keep="all"``. `save` writes
-            them to a separate file; a report that is read from JSON, or merged, has none.
+        notes: remarks of a sentence each, such as on attacks that could not be run.
+        about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
+            and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
+            float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
+            evaluation: ``date`` of the first `save`, ``command`` or ``call``, ``model`` (a hash of weights and code)
+            and ``processor``.
+        findings: the results of the alarms, which test whether the numbers are reliable.
+        outlooks: the expected gain of a stronger attack on each model.
+        curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
+        threats: the threat model of each model, if they differ (`merge`).
+        witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
+            writes them to a separate file. None in a report that was read from JSON or merged.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -64,12 +64,12 @@ class Report:
 
     @property
     def models(self) -> list[str]:
-        """Names of the models, in order."""
+        """The names of the models, in order."""
         return model_names(self.rows)
 
     @property
     def attacks(self) -> list[str]:
-        """Labels of the rows, in order: clean, attacks, the worst over them, other threat models."""
+        """The labels of the rows in the order clean, attacks, worst, other threat models."""
         return attack_names(self.rows)
 
     def row(self, attack: str, model: str | None = None) -> Row:
@@ -77,36 +77,37 @@ class Report:
 
         Args:
             attack: label of the attack.
-            model: the model's name; needed if there are several models.
+            model: the model's name; it is needed if the report has several models.
 
         Raises:
-            KeyError: there is no such row, or several; the message lists the rows.
+            KeyError: there is no such row, or there are several; the message lists the rows.
         """
         rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
         if len(rows) != 1:
             have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
             raise KeyError(
-                f"attack={attack!r} and model={model!r} must name one row, got {len(rows)} rows; there are {have}"
+                f"attack={attack!r} and model={model!r} must name exactly one row, but {len(rows)} rows have these "
+                f"names; the report has {have}"
             )
         return rows[0]
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """For each model, the attack row of lowest accuracy, in the report's threat model, on the deployed model.
+        """For each model, the attack row of lowest accuracy on the deployed model, in the report's threat model.
 
-        Unreliable and non-adaptive rows count too: an attack's success is a success.
+        Unreliable and non-adaptive attacks count too, because a fooled image is fooled, whatever the attack was.
         """
         return {model: row for (model, threat), row in self.lowest.items() if threat is None}
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """For each model and threat model (None: the report's own), the attack row of lowest accuracy.
+        """For each model and threat model (None: the report's), the attack row of lowest accuracy.
 
-        Rows judged by a variant, such as fixed noise, concern a model that nobody deploys, and are left out.
+        A row that was judged on a variant, such as fixed noise, does not count, because nobody deploys this variant.
         """
 
         def order(row: Row) -> tuple[float, bool, bool]:
-            # Among equal numbers, prefer the row over all attacks, then a row that had gradients.
+            # Among equal accuracies, prefer the row over all attacks, then a reliable row.
             return row.accuracy, row.kind != "worst", not row.reliable
 
         best: dict[tuple[str, str | None], Row] = {}
@@ -118,13 +119,13 @@ class Report:
         return best
 
     def over_all(self, model: str, threat: str | None) -> Row | None:
-        """The worst row over all images, if there is one."""
+        """The ``worst`` row with the most images; None if there is no ``worst`` row."""
         mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
         return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
 
     @property
     def headline(self) -> Row:
-        """The lowest robust accuracy of the one model; ValueError if there are several, or no attack."""
+        """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
         rows = list(self.headlines.values())
         if not rows:
             raise ValueError(
@@ -136,10 +137,10 @@ class Report:
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:
-        """The attacks behind a worst row, on at least as many images; for any other row the row itself.
+        """The attacks on which a ``worst`` row is based; for any other row the row itself.
 
         Args:
-            row: row of this report.
+            row: a row of this report.
         """
         if row.kind != "worst":
             return [row]
@@ -148,26 +149,27 @@ class Report:
         return [each for each in mine if each.n >= row.n]
 
     def one_draw(self, row: Row) -> float | None:
-        """The mean accuracy of one draw of a random model, beside a number that needs every draw right.
+        """The mean accuracy of a single draw of a random model after the attacks of a row.
 
-        An image counts by the draws on the attacked image to which it fell. If several attacks were run on all images,
-        the attack that left the least counts.
+        The row's own accuracy requires that all draws on an image are correct. Here a fallen image counts by the share
+        of correct draws after the attack to which it fell. If several attacks got all images, the lowest mean is
+        returned. An attack on survivors is combined with the attacks before it.
 
         Args:
-            row: an attack, or the worst over all of them, such as `headline`.
+            row: an attack, or the worst over all attacks, such as `headline`.
 
         Returns:
-            The mean, at least the row's accuracy; None for a deterministic model, and if rows on survivors are mixed
-            with rows that they did not follow. An attack on survivors counts with those before it.
+            The mean, which is at least the row's accuracy. None for a deterministic model, and if attacks on survivors
+            are mixed with attacks that they did not follow.
         """
         return one_draw(self.rows, row)
 
     @property
     def curve(self) -> list[list[float]]:
-        """Radii from 0 on, and the accuracy after all attacks at each radius, of the only model.
+        """The radii from 0 on, and the accuracy of the only model after all attacks at each radius.
 
         Raises:
-            ValueError: there are several models, or `evaluate` was given no ``curve``.
+            ValueError: there are several models, or the evaluation had no ``curve``.
         """
         known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
         if len(known) != 1:
@@ -178,20 +180,20 @@ class Report:
         return known[0]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
-        """Accuracy of this report's model minus the other model's, on their common images.
+        """The accuracy of this report's model minus the accuracy of another model, on their common images.
 
         Args:
             other: a report on the same data, in the same threat model.
             row: the attack's label.
-            other_row: its label in the other report, if that differs.
+            other_row: the attack's label in the other report; None: the same label.
 
         Returns:
             The difference with its standard error.
 
         Raises:
-            KeyError: no such row, or several.
-            ValueError: the rows have different data, or are attacks within different threat models. Rows on clean
-                images have no threat model.
+            KeyError: there is no such row, or there are several.
+            ValueError: the rows have different data, or are attacks in different threat models. Rows of clean images
+                have no threat model.
         """
         mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
         if mine.data != theirs.data:
@@ -200,7 +202,7 @@ class Report:
                 "different images"
             )
         within = self._threat_of(mine), other._threat_of(theirs)
-        # A report that does not name its threat model is assumed to have that of the other report.
+        # A report without a threat model is assumed to have the threat model of the other report.
         if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
             raise ValueError(
                 f"paired needs rows of the same threat model, but {mine.model} was attacked within {within[0]}, and "
@@ -215,7 +217,7 @@ class Report:
         return row.threat or self.threats.get(row.model, self.about.get("threat"))
 
     def to_json(self) -> str:
-        """All rows with their masks, and each model's headline."""
+        """The report as JSON, with all rows and the headline of each model."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "about": self.about,
@@ -233,7 +235,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The inverse of `to_json`; ValueError for another format."""
+        """Read a report from the result of `to_json`; ValueError for another format."""
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(
@@ -250,19 +252,19 @@ class Report:
         )
 
     def to_markdown(self) -> str:
-        """The headline of each model, a comparison if there are several, and the table of all rows."""
+        """The report as Markdown: the headline of each model, a comparison of several models, and all rows."""
         lowest = sorted(self.lowest.items(), key=lambda item: item[0][1] is not None)
         return render("report.md.jinja", report=self, lowest=lowest)
 
     def to_html(self, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
-        """The report as one page that loads nothing.
+        """The report as a HTML page that loads no other files.
 
         Args:
-            defence: for the pictures: gives predictions, and purified images if it has ``purify``. For several models,
-                a mapping from their names; missing models are shown without pictures of a defence.
+            defence: the model, which makes predictions for the pictures, and purified images if it has ``purify``. For
+                several models, a mapping from their names to the models. A model without an entry has no such pictures.
 
         Raises:
-            ValueError: one defence for several models.
+            ValueError: a single defence for several models.
         """
         if callable(defence) and len(self.models) > 1:
             raise ValueError(
@@ -273,25 +275,26 @@ class Report:
 
     @property
     def title(self) -> list[str]:
-        """The known facts about the numbers: threat model, data set, protocol, precision, version."""
+        """The words of the title: threat model, data set, protocol, rule to predict, precision, version, if known."""
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
         named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
         return [*named, *([self.about["version"]] if "version" in self.about else [])]
 
     def comparison(self) -> list[str]:
-        """Lines of a Markdown table: attacks down, models across."""
+        """The lines of a Markdown table with a line for each attack and a column for each model."""
         return markdown_table(*comparison(self.rows))
 
     def to_text(self, color: bool | None = None) -> str:
-        """The table for a terminal, below its title; for several models the comparison only.
+        """The report for a terminal: title and table, or for several models only the comparison.
 
         Args:
-            color: whether unreliable numbers are red. None: if standard output is a terminal and NO_COLOR is unset.
+            color: whether unreliable numbers are red. None: only if standard output is a terminal and NO_COLOR is not
+                set.
         """
         return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
     def _set_aside(self, folder: Path) -> None:
-        """Move a report with other contents or settings into a folder of its own."""
+        """Move an earlier report with other contents or settings into a subfolder."""
         try:
             there = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -311,31 +314,31 @@ class Report:
             f"the report that was in this folder before, on {', '.join(words) or 'something else'}, is now in {place}"
         )
         self.notes.append(note)
-        # Log the note too: the report, with its notes, may have been printed already.
+        # The note is also logged, because the report with its notes may have been printed before.
         logger.warning(note)
 
     def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
-        """Write ``report.html``, ``report.json`` and ``report.md``, each of which appears whole or not at all.
+        """Write ``report.html``, ``report.json`` and ``report.md``, each atomically.
 
-        If every fallen image was kept, these are written too, to ``report.witnesses.safetensors``; see
+        If the evaluation had ``keep="all"``, the fallen images are written to ``report.witnesses.safetensors``; see
         `purify_fast.evaluation.check_witnesses`.
 
-        If the folder already holds a report with other contents or settings, that and the options of its command are
-        moved into a subfolder "earlier, ...", and a warning says so.
+        If the folder already has a report with other contents or settings, this report and the options of its command
+        are moved into a subfolder "earlier, ...", with a warning.
 
         Args:
-            folder: folder of the report; made if it is missing.
-            defence: for the pictures, see `to_html`.
+            folder: folder of the report; it is made if it is missing.
+            defence: the model for the pictures, see `to_html`.
 
         Raises:
-            ValueError: one defence for several models.
+            ValueError: a single defence for several models.
         """
         folder = Path(folder)
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
-        # Write the witnesses before the report that names their file, so that an interrupted call leaves no report
-        # without them.
+        # The witnesses are written before the report that names their file, so that after an interruption there is no
+        # report without them.
         if self.witnesses is None:
             (folder / FILE).unlink(missing_ok=True)
         else:
@@ -343,26 +346,26 @@ class Report:
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "report.json", self.to_json())
         write_text(folder / "report.md", self.to_markdown())
-        # Write the page last: if the defence raises an error on the pictures, the other files are there already.
+        # The page is written last, because the defence may raise an error on the pictures. The other files then exist.
         write_text(folder / "report.html", self.to_html(defence))
 
 
 def merge(reports: Iterable[Report]) -> Report:
-    """One report on several models.
+    """Merge reports into a report on several models.
 
-    If threat models or precisions differ, they are added to each model's name in brackets, such as
+    If threat models, rules to predict or precisions differ, they are added to each model's name in brackets, such as
     ``base (L-inf 8/255)``.
 
     Args:
-        reports: reports of the models, on the same images or not.
+        reports: reports of the models, on the same images or on different images.
 
     Raises:
-        ValueError: two rows share model and attack.
+        ValueError: two rows have the same model and attack.
     """
     merged = Report()
     together = list(reports)
-    # A report that does not name its threat model is assumed to have that of the others. A report that does not name
-    # its precision has float32.
+    # A report without a threat model is assumed to have the threat model of the others. A report without a precision
+    # has float32.
     facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]
@@ -394,7 +397,7 @@ def merge(reports: Iterable[Report]) -> Report:
 
 
 def _options_of_report(folder: Path) -> list[Path]:
-    """The file with the options of the command that made a report, if it is there; those of a training do not count."""
+    """The file with the options of the command that made a report, if it exists; options of a training do not count."""
     path = folder / OPTIONS
     try:
         written = path.read_text(encoding="utf-8")
@@ -408,7 +411,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """The part of a report's JSON that is equal if another report may replace it: attacks and images."""
+    """The part of a report's JSON that decides whether it may be replaced: two reports must be equal in this part."""
     apart = ("date", "command", "call", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
@@ -416,7 +419,7 @@ def _identity(content: Mapping[str, Any]) -> Any:
 
 
 def _named(report: Report, words: list[str]) -> Report:
-    """The report with these words in brackets after each model's name; unchanged without words."""
+    """The report with these words in brackets after each model's name; the same report if there are no words."""
     if not words:
         return report
 

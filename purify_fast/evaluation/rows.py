@@ -1,4 +1,4 @@
-"""Rows: the outcome of an attack, image by image, and the worst outcome over several attacks."""
+"""A row of a report: the outcome of one attack for each image, or the worst outcome over several attacks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
-#: The report's words for the modes in which a random model is not deployed.
+#: The report's words for the variants of a random model that have no randomness. Nobody deploys these variants.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: The name of the curve, among a report's curves, that shows the accuracy over the radius after all attacks.
+#: The name of the curve of accuracy over the radius, after all attacks, among a report's curves.
 CURVE = "eps, every attack"
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
-#: The kind of a row that repeats an evaluation of others.
+#: The kind of a row that repeats an evaluation by other authors.
 AUTHORS = "authors"
 
 
@@ -29,13 +29,13 @@ class Examples:
     """A few attacked images.
 
     Args:
-        clean: the images before the attack, ``[M, C, H, W]`` float32 in [0, 1].
-        adversarial: the same images after it, of the same shape.
+        clean: the images before the attack, float32 ``[M, C, H, W]`` in [0, 1].
+        adversarial: the images after the attack, float32 ``[M, C, H, W]``.
         labels: the true classes, int64 ``[M]``.
-        fell: images that fell to the attack, bool ``[M]``.
-        predicted: the classes predicted after the attack, int64 ``[M]``: for a fallen image a wrong class; -1 if the
-            prediction names no class.
-        index: their places in the data, int64 ``[M]``, if every fallen image is kept; None if only some are.
+        fell: True for images that fell to the attack, bool ``[M]``.
+        predicted: the predicted classes after the attack, int64 ``[M]``; a wrong class for a fallen image, -1 for a
+            prediction without a class.
+        index: the indices of the images in the data, int64 ``[M]``, if every fallen image is kept; otherwise None.
     """
 
     clean: np.ndarray
@@ -46,62 +46,63 @@ class Examples:
     index: np.ndarray | None = None
 
     def first(self, count: int) -> Examples:
-        """The first few images, as kept for the pictures."""
+        """The first images, for the pictures."""
         arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
         return Examples(**arrays | {"index": None})
 
     def with_following(self, following: Examples) -> Examples:
-        """All fallen images, of this part of the data and of the part that follows."""
+        """The fallen images of this part of the data and of the following part."""
         both = [part for part in (self, following) if part.fell.any()] or [self]
         return Examples(**{name: np.concatenate([vars(part)[name] for part in both]) for name in vars(self)})
 
 
 @dataclass(repr=False)
 class Row:
-    """One model under one attack.
+    """The outcome of one attack on one model.
 
     Args:
         model: the model's name.
-        attack: the attack's name; with the model's name it identifies the row.
-        kind: ``clean``, an attack's kind, ``worst``, or ``authors``: an evaluation by others, on their model.
-        variant: the mode of the model that was judged: ``random``, the model as deployed, whether it draws random
-            numbers or not; for a random model also ``fixed`` (noise) or ``deterministic``. `describe_variant` gives the
-            words.
-        robust: bool ``[n]``, image by image. In a clean row: the first prediction was right. In an attack's row: the
-            image was classified correctly, and all ``n_eval`` predictions on the adversarial image were right.
-        mean: mean accuracy of a single prediction, over ``n_eval`` predictions. For an image that was not attacked,
-            because it was misclassified or had fallen before, they count as wrong. A row of kind ``worst`` has no own
-            predictions: there ``mean`` and ``worst`` equal its accuracy, and tables leave them out.
-        worst: share of the images for which all ``n_eval`` predictions are right.
+        attack: the attack's name, which identifies the row together with the model's name.
+        kind: ``clean``; the kind of the attack; ``worst``, for the worst outcome over several attacks; or ``authors``,
+            for a repeated evaluation by other authors, on their model.
+        variant: the variant of the model that was judged. ``random``: the model as it is deployed, also if it draws no
+            random numbers. ``fixed`` (noise) or ``deterministic``: a random model without randomness.
+            `describe_variant` returns the words.
+        robust: bool ``[n]``. In a clean row: the first prediction was correct. In an attack's row: the clean image was
+            classified correctly, and all ``n_eval`` predictions on the adversarial image were correct.
+        mean: accuracy of single predictions, averaged over the ``n_eval`` predictions. The predictions count as wrong
+            for an image that was not attacked, because it was misclassified or had fallen before. A row of kind
+            ``worst`` has no predictions: its ``mean`` and ``worst`` equal its accuracy, and tables do not show them.
+        worst: share of the images for which all ``n_eval`` predictions are correct.
         n_eval: number of predictions that judged each image.
-        seed: seed of everything random.
+        seed: seed of all random numbers.
         seconds: wall clock time.
         data: a hash of the images and labels.
-        health: counts of the gradients (``gradients nonfinite zero images unmoved``), or None if none were counted.
-        reliable: whether the attack had gradients to work with, or left nothing anyway; if not, the true number may be
-            lower. For a ``worst`` row also: no sign makes it doubtful.
-        settings: the options of the attack and of its use, in plain values; for a row over several attacks the names of
-            these attacks.
-        deterministic: whether two predictions of the model agree; None if unknown.
-        attacked: number of images that the attack was given; None in a clean row.
-        fell_to: number of images that fell to each target and restart, by its name, if there are several.
+        health: counts of `GradientHealth` (``gradients nonfinite zero images unmoved``); None if nothing was counted.
+        reliable: whether the attack had usable gradients, or no image withstood it. If not, the true accuracy may be
+            lower. A ``worst`` row is also unreliable if an alarm has raised a doubt.
+        settings: the options of the attack and of its `AttackSpec` as plain values; in a row over several attacks their
+            names.
+        deterministic: whether two predictions of the model are equal; None if unknown.
+        attacked: number of images that the attack got; None in a clean row.
+        fell_to: number of images on which each target and restart succeeded, by their name, if there are several.
         may_end_early: whether a search may have ended before its last step.
-        unsearched: number of images that the attack was given and did not search, since it stopped.
-        may_hold: the most of these that would fall, at 95 % confidence.
-        proved: number of images proved robust by a complete search.
+        unsearched: number of images that the attack got but did not search, because it stopped before.
+        may_hold: the most of these images that would fall, at 95 % confidence.
+        proved: number of images that a complete search proved robust.
         warnings: texts that a reader must know.
-        doubts: the signs that make a ``worst`` row doubtful, by name.
+        doubts: names of the alarms that make a ``worst`` row doubtful.
         fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
-        threat: the threat model, such as ``L2 0.5``, if it is not the report's. Such a row counts for no headline, and
-            only for the ``worst`` of this threat model.
-        transferred: whether the images were found on another model than the judge, or by another model's gradients.
-            Another aggregation of the same samples does not make another model.
-        nonfinite_predictions: number of predictions that name no class, because of a NaN or of an infinity that several
-            classes share; they count as wrong.
+        threat: the threat model, such as ``L2 0.5``; None for the report's threat model. A row with another threat
+            model counts only for the ``worst`` row of this threat model, and never for the headline.
+        transferred: whether the images were found on another model than the judged model, or with another model's
+            gradients. Another aggregation of the same samples does not count as another model.
+        nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
+            logits; they count as wrong.
         examples: some attacked images, for the pictures.
-        margins: lead of the true logit over the next on the attacked images, float32 ``[n]``, the mean over the draws;
-            negative for misclassified images. None in a clean or ``worst`` row.
-        points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
+        margins: the true logit minus the largest other logit on the attacked images, averaged over the draws, float32
+            ``[n]``; negative for misclassified images. None in a clean or ``worst`` row.
+        points: best points of the images that withstood, as long as a curve over the radius is made; None afterwards.
     """
 
     model: str
@@ -146,59 +147,59 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """Share of robust images."""
+        """The share of robust images."""
         return float(self.robust.mean())
 
     @property
     def always_right(self) -> float:
-        """Share of the images that are right in all predictions, the criterion of every attack.
+        """The share of the images with only correct predictions, which is the criterion of every attack.
 
-        In a clean row ``robust`` and ``accuracy`` use the first prediction, which decides what is attacked.
+        In a clean row ``robust`` and ``accuracy`` use the first prediction, which decides if an image is attacked.
         """
         return self.worst if self.kind == "clean" else self.accuracy
 
     @property
     def standard_error(self) -> float:
-        """Binomial: sqrt(p (1 - p) / n)."""
+        """The binomial standard error of the accuracy p: sqrt(p (1 - p) / n)."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
 
     @property
     def deployed(self) -> bool:
-        """Tell whether the model was judged as it is deployed, not in another mode."""
+        """Tell whether the model was judged as it is deployed, and not in a variant without randomness."""
         return self.variant not in VARIANTS_APART
 
     @property
     def own_gradients(self) -> bool:
-        """Tell whether the attack followed the gradients of the model that judged it, by any aggregation."""
+        """Tell whether the attack used gradients of the judged model, with any aggregation of its samples."""
         return not self.transferred and self.kind not in GRADIENT_FREE
 
     @property
     def lacked_gradients(self) -> bool:
-        """Tell whether the gradients of the attack were counted and were not usable."""
+        """Tell whether the counts of the attack's gradients show that they were not usable."""
         return self.health is not None and not GradientHealth(dict(self.health)).reliable
 
     @property
     def is_attack(self) -> bool:
-        """Tell whether this is an attack on the model itself: not ``clean``, ``worst`` or an evaluation by others."""
+        """Tell whether this is the row of a single attack on the model itself, and not one of the other kinds."""
         return self.kind not in ("clean", "worst", AUTHORS)
 
     @property
     def of_survivors(self) -> bool:
-        """Tell whether the attack was given only images that earlier attacks had left right."""
+        """Tell whether the attack got only images that no earlier attack had fooled."""
         return bool(self.settings.get("survivors_only"))
 
     @property
     def nothing_to_attack(self) -> bool:
-        """Tell whether this is a ``worst`` over attacks without any correctly classified image to attack."""
+        """Tell whether this is a ``worst`` row without attacked images, because all clean images are misclassified."""
         return self.kind == "worst" and self.attacked == 0
 
     def arrays(self) -> dict[str, np.ndarray | None]:
-        """The arrays that `to_dict` leaves out, by name: the margins, the points and the examples."""
+        """The arrays that `to_dict` does not contain, by name: margins, points and examples."""
         kept = {} if self.examples is None else vars(self.examples)
         return {"margins": self.margins, "points": self.points} | kept
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ``robust`` as a string of 0 and 1; without the other arrays."""
+        """The fields as plain values, with ``robust`` as a string of 0 and 1, and without the other arrays."""
         arrays = ("robust", "examples", "margins", "points")
         values = {name: value for name, value in vars(self).items() if name not in arrays}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
@@ -206,7 +207,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
-        """The inverse of `to_dict`, and of `arrays` without empty arrays."""
+        """Make a row from the results of `to_dict` and of `arrays` (without None)."""
         derived, held = ("n", "accuracy", "standard_error"), dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
@@ -214,19 +215,19 @@ class Row:
         return cls(**known, examples=Examples(**held) if held else None)
 
     def describe_variant(self) -> str:
-        """A word for the judged model: deterministic, random, or a mode of a random model."""
+        """The word for the variant of the model that was judged, such as "deterministic", "random" or "fixed noise"."""
         if not self.deployed:
             return VARIANTS_APART[self.variant]
         words = {True: "deterministic", False: "random", None: "as it is"}
         return words[self.deterministic]
 
     def results(self) -> dict[str, Any]:
-        """The results of the attack for the reader, without empty results."""
+        """The results of the attack that the report's page shows, without empty results."""
         values = {name: getattr(self, name) for name in RESULTS}
         return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
 
     def describe_health(self) -> str:
-        """The shares of non-finite and zero gradients and of unmoved images, as one short text."""
+        """The shares of non-finite gradients, of zero gradients and of unmoved images, as a short text."""
         if self.health is None:
             return "-"
         h = self.health
@@ -236,11 +237,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference of accuracies on the same images.
+    """The difference of two accuracies on the same images.
 
     Args:
-        difference: difference of the two accuracies, between -1 and 1.
-        standard_error: standard error of the paired differences.
+        difference: the difference, between -1 and 1.
+        standard_error: standard error of the mean of the paired differences.
         n: number of images.
     """
 
@@ -253,7 +254,7 @@ class Paired:
 
 
 def followed(rows: Sequence[Row]) -> str:
-    """The words for the gradients that attacks on a model itself followed, as in "the attack along ..."."""
+    """Words for the gradients of attacks on a model itself, which continue "the attack along ..."."""
     by_bpda = {row.kind == "bpda" for row in rows}
     if True not in by_bpda:
         return "along the model's own gradients"
@@ -261,11 +262,11 @@ def followed(rows: Sequence[Row]) -> str:
 
 
 def one_draw(rows: Sequence[Row], row: Row) -> float | None:
-    """The mean accuracy of one draw after an attack; see `purify_fast.evaluation.Report.one_draw`.
+    """The mean accuracy of a single draw after an attack; see `purify_fast.evaluation.Report.one_draw`.
 
     Args:
-        rows: of a report, in order.
-        row: one of them.
+        rows: the rows of a report, in order.
+        row: a row of this report.
     """
     if row.n_eval == 1:
         return None
@@ -280,8 +281,9 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     whole = [each.mean for each in mine if not each.of_survivors]
     if whole or not mine:
         return min(whole) if worst and whole else None
-    # The mean of a row counts images that withstood as 1, images that fell to this attack by their share of right
-    # draws, and all others as 0. So mean minus accuracy is what the images that fell to this attack add to the mean.
+    # In the mean of a row, an image that withstood counts 1, an image that fell to this attack counts its share of
+    # correct draws, and all other images count 0. So mean minus accuracy is the part of the images that fell to this
+    # attack.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
 
 
@@ -291,18 +293,18 @@ def model_names(rows: Sequence[Row]) -> list[str]:
 
 
 def attack_names(rows: Sequence[Row]) -> list[str]:
-    """The names of the attacks, in order: clean, attacks, the worst over them, other threat models."""
+    """The names of the rows in the order clean, attacks, worst, other threat models."""
     order = {"clean": 0, "worst": 2}
     ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
     return list(dict.fromkeys(row.attack for row in ordered))
 
 
 def joined(row: Row, following: Row | None) -> Row:
-    """The row of all images, joined from the rows of two consecutive parts.
+    """Join the rows of two consecutive parts of the images.
 
     Args:
         row: row of an attack, or of the clean images.
-        following: the same row for the images that follow; None: the attack covers none of these.
+        following: the same row for the following images; None: the attack got none of these images.
     """
     if following is None:
         return row
@@ -334,21 +336,21 @@ def joined(row: Row, following: Row | None) -> Row:
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
-    """For each image, the worst over all rows of a threat model on the same images, judged by the deployed model.
+    """Make the rows over several attacks; in such a row an image is robust if it is robust in all rows of the attacks.
 
-    AutoAttack, transferred images and rows of survivors count like other rows: an image that any row broke is broken. A
-    row judged by a variant of a random model (fixed noise, noise off) counts for that variant alone. Its images were
-    tried on the deployed model too, in a row that counts here. Attacks on the first 200 images enter a row named after
-    these (``worst, first 200``), together with the other attacks' results on the same images. They do not change the
-    row over all images.
+    All attacks of the threat model count, also transferred images and attacks on survivors. A row that was judged on a
+    variant of a random model (fixed noise, noise off) counts only for the row over this variant. Its images were also
+    tried on the deployed model, in a separate row, which counts here. An attack on only the first 200 images counts for
+    the row ``worst, first 200``, together with the results of all other attacks on these images. It does not count for
+    the row over all images.
 
     Args:
-        rows: rows of one model, clean rows included.
+        rows: rows of one model, with the clean rows.
 
     Returns:
-        For the report's threat model a row over all images (``worst``), a row for every smaller number of images, and a
-        row for each variant with several attacks (``worst, deterministic``). For another threat model with several
-        attacks the first two.
+        For the report's threat model: a row over all images (``worst``), a row for every smaller number of images, and
+        a row for each variant with several attacks (``worst, deterministic``). For another threat model with several
+        attacks: a row over all images, and a row for every smaller number of images.
     """
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
@@ -368,12 +370,12 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float) -> None:
-    """Count images that fell to something other than the attacks as fallen, in the rows over all attacks.
+    """Mark the images that fell to probes as not robust in the ``worst`` rows.
 
     Args:
         rows: rows of one model.
         fallen: numbers of the images that fell within the report's ball.
-        eps: radius of that ball; the images have fallen within every larger ball too.
+        eps: radius of this ball. The images count as fallen within every larger ball too.
     """
     for row in rows:
         larger = row.settings.get("eps", 0) > eps
@@ -390,8 +392,8 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
     accuracy = float(robust.mean())
     first = group[0]
     attacked = [row for row in group if row.attacked]
-    # The row is reliable if one attack along the model's own gradients found them usable: further attacks can only
-    # lower the number. Transferred images do not count, since they say nothing about these gradients.
+    # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
+    # only lower the accuracy. Transferred images say nothing about these gradients.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
     return Row(
         model=first.model,
@@ -405,7 +407,7 @@ def _row(label: str, group: Sequence[Row], n: int) -> Row:
         seed=first.seed,
         seconds=sum(row.seconds for row in group),
         data=first.data,
-        # Missing gradients do not matter if no image was attacked, or if no image is left.
+        # Missing gradients are no reason for doubt if no image was attacked, or if every image fell.
         reliable=not attacked or had_gradients or not robust.any(),
         settings={"over": [row.attack for row in group]},
         deterministic=first.deterministic,

@@ -1,9 +1,10 @@
-"""The evaluation: every attack on every image the model classifies, judged by fresh predictions, with gradient health.
+"""Runs an evaluation: all attacks on all correctly classified images, fresh predictions that judge them, and alarms.
 
-A row is one attack. The model is attacked and judged in one of three variants: ``random``, as it is; ``fixed``, under
-``model.fixed_noise(seed)``; ``deterministic``, under ``model.deterministic()``. Any callable can be evaluated; those
-context managers, and ``sample_logits``, are used if the model has them, and checked before. The images of an attack on
-a variant are tried on the model as it is, which alone has the headline.
+A row of the report is one attack. The model is attacked and judged in one of three variants: ``random`` is the model as
+it is deployed, ``fixed`` is the model in the context ``model.fixed_noise(seed)``, and ``deterministic`` is the model in
+the context ``model.deterministic()``. Any callable can be evaluated. The two contexts, and ``sample_logits``, are used
+if the model has them, after a test of the contexts. The images of an attack on a variant are also tried on the deployed
+model, because only the deployed model counts for the headline, the robust accuracy of the report.
 """
 
 from __future__ import annotations
@@ -60,30 +61,30 @@ from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
 
-#: With predict="worst_of" an attack takes an image for fallen as soon as ``n_eval`` fresh draws would all be right with
-#: at most this probability.
+#: With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws would all be correct
+#: with at most this probability.
 MAX_SURVIVAL = 0.01
 
 F = TypeVar("F", bound=Callable[..., Any])
-#: A data loader is read in parts of this many batches, and each part goes through all attacks. Smaller parts would
-#: leave too few images to fill the batches of later attacks.
+#: The number of batches in each part of a data loader. A part is attacked by all attacks before the next part is read.
+#: In smaller parts, too few images would be left for full batches of the later attacks.
 CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
-    """A decorator of `evaluate`, which refuses ``device`` and settings that are not in the config.
+    """A decorator of `evaluate`, which refuses the argument ``device``, and settings that belong into the config.
 
-    A KeyboardInterrupt is raised again from here, with a message. After Ctrl-C the frames of the attack are of no use;
-    a debugger has them in ``__context__``. Subclasses of KeyboardInterrupt, and an interrupt with a message, pass
-    unchanged.
+    A KeyboardInterrupt is raised again with a message, and without the traceback of the attack, which does not help
+    after Ctrl-C. A debugger finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a
+    KeyboardInterrupt with a message, are not changed.
     """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             raise TypeError(
-                f"evaluate takes no device, got device={kwargs['device']!r}: the model stays on its own device. "
-                "Move the model first, as in model.to('cuda'); the images follow the model"
+                f"evaluate takes no device, got device={kwargs['device']!r}: the model is evaluated on its own device. "
+                "Move the model before, such as by model.to('cuda'); the images are moved to the model's device"
             )
         if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
             words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
@@ -98,9 +99,9 @@ def called_by_people(function: F) -> F:
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or error.args:
                 raise
-            advice = ", and nothing is kept: with out=FOLDER, finished rows are kept for the next call"
+            advice = ", and its results are lost: with out=FOLDER, finished rows are kept for the next call"
             if (out := kwargs.get("out")) is not None:
-                advice = f"; the finished rows that can be kept are in {out}: call evaluate again to continue"
+                advice = f"; its finished rows are in {out}, if they can be kept: call evaluate again to continue"
             raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
 
     return wrapper  # type: ignore[return-value]
@@ -124,54 +125,54 @@ def evaluate(
     revision: str | None = None,
     progress: bool = True,
 ) -> Report:
-    """Run all requested attacks on a model, and report what it withstands.
+    """Run attacks on a model, and report its accuracy under them.
 
     Args:
-        model: images ``[B, C, H, W]`` float32 in [0, 1] to logits ``[B, classes]``; any callable that does not write to
-            the images. Afterwards a module's mode, ``requires_grad`` flags and weights, and the random generators, are
-            as before; so are those of modules that it holds in plain lists, objects or hooks. A function is called as
-            it is: put the modules that it uses into evaluation mode yourself. A warning and the report's notes name
-            modules in training mode that it is seen to use.
+        model: images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``; any callable that does not write
+            to the images. The modes, ``requires_grad`` flags and weights of a module are restored afterwards, also for
+            modules in its plain lists, objects or hooks; and so are the random generators. If the model is a plain
+            function, its modules are not put into evaluation mode. A warning and a note name those modules in training
+            mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
-            float32. Or, without ``y``, a DataLoader or any other iterable of batches (images, labels) or (images,
-            labels, indices), which is read once, in parts of four batches of ``batch_size`` images, or of 64 images: a
-            part goes through all attacks before the next part is read. The first part is kept to the end, for the
-            signs, and each other part until the next is read. Batches are checked when they are read.
+            float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
+            indices). It is read once, in parts of four batches of ``batch_size`` images, at least 64 images. A part is
+            attacked by all attacks before the next part is read. The first part remains in memory to the end, for the
+            alarms, and every other part until the next is read. Each batch is checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
-        eps: radius of the ball, in image units; above 0 if anything is attacked.
+        eps: radius of the ball, in image units; above 0 if there are attacks.
         config: the settings, such as the protocol, the steps and the seed.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
-        base: an undefended classifier, whose adversarial images are tried on the defence.
-        attacks: attacks in place of a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``; attacks of
-            torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, which `as_attack` describes; or
-            `AttackSpec` around any of them. An empty list: the accuracy on clean images alone. Variants that the
-            defence lacks, or that are not what they promise (noise that `fixed_noise` does not fix), are left out, with
-            a note.
-        out: a folder; each finished row is kept in ``out/rows`` and used again if settings, weights, data and the
-            source text of the model's classes agree. Rows of models without weights to compare (plain callables), or
-            holding values that cannot be compared, are made anew, with a warning.
+        base: an undefended classifier, whose adversarial images are tried on the model.
+        attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
+            attacks of torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, see `as_attack`; or an
+            `AttackSpec` with any of these. An empty list: only the accuracy on clean images. An attack on a variant is
+            left out, with a note, if the model has no such variant, or if the variant fails its test (for example if
+            `fixed_noise` does not fix the noise).
+        out: a folder. Each finished row is cached in ``out/rows``, and is used again if settings, weights, data and the
+            source code of the model's classes are the same. The rows of a model that cannot be compared, such as a
+            plain function, are not cached, with a warning.
         name: name of the model in the report.
-        revision: the user's name for what the model computes: with it, the rows of every model are kept. Change it when
-            code changes that the model's classes reach through an imported module, or the code of a function.
-        progress: whether to show a bar for each attack: forward passes of single images.
+        revision: a name for the model's code. With it, the rows of every model are cached. Choose another name after a
+            change of a function, or of code that the model's classes use from an imported module.
+        progress: whether to show a progress bar for each attack, which counts forward passes of single images.
 
     Returns:
-        A `Report`: a clean row per variant, a row per attack, and rows named ``worst``. An image is robust there only
-        if it is robust in every row of the deployed model, AutoAttack and transferred images included; a row that
-        attacked only survivors includes earlier falls.
-        The images of an attack on a variant are tried on the deployed model, in a second row, which enters ``worst``;
-        the first row enters only "worst, fixed" or "worst, deterministic". Attacks on the first 200 images enter
-        "worst, first 200" instead, with all other attacks on these. Another threat model with several attacks has its
-        own ``worst``.
+        A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In the ``worst`` row an
+        image is robust only if it is robust in all rows of the deployed model, also in rows of AutoAttack and of
+        transferred images. In a row of an attack on survivors, images that fell before are not robust.
+        The images of an attack on a variant are also tried on the deployed model. This second row counts for ``worst``;
+        the first row counts only for "worst, fixed" or "worst, deterministic". Attacks on the first 200 images count
+        for "worst, first 200", together with all other attacks on these images. Another threat model with several
+        attacks has a separate ``worst`` row.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting, a model that writes to its input, a way to predict for a
-            deterministic model, ``out`` is a file, or the processes evaluate different things.
-        ConnectionError: the first process of several does not answer.
-        KeyboardInterrupt: Ctrl-C, with a message that says how to go on and without the frames of the attack.
-        TypeError: images or labels are neither tensors nor arrays, eps is not a number, an attack is not an attack, or
-            a ``device`` is given.
-        ModuleNotFoundError: AutoAttack is asked for and missing.
+        ValueError: a wrong shape, dtype, range or setting; a model that writes to its input; ``predict`` with a
+            deterministic model; ``out`` is a file; or several processes have different arguments.
+        ConnectionError: the first of several processes does not respond.
+        KeyboardInterrupt: Ctrl-C, with a message that says how to continue, and without the traceback of the attack.
+        TypeError: images or labels are neither tensors nor arrays, eps is not a number, an element of ``attacks`` is
+            not an attack, or a ``device`` is given.
+        ModuleNotFoundError: an attack needs AutoAttack's package, and it is not installed.
     """
     check_folder("out", out)
     norm = read_norm(norm)
@@ -197,8 +198,8 @@ def evaluate(
         subject.has_more = more
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
-        # Take the fingerprint after the trial predictions: a model that stores its last input has then always stored
-        # the same input.
+        # The fingerprint is taken after the trial predictions. A model that stores its last input then always has the
+        # same input.
         mark = fingerprint_or_reason(subject.model, revision)
         report.about |= {} if mark[0] is None else {"model": mark[0]}
         report.notes += _how_judged(config) + _first_notes(model, subject, name, protocol)
@@ -228,7 +229,7 @@ def evaluate(
         context = _context_for_predict(context, config)
         served = None
         if out is not None or team.world > 1:
-            # Choose the kernels once for the whole evaluation, since kernels differ in the last bits.
+            # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
             served = team.from_first("kernels", lambda: kernels_now(device))
             stack.enter_context(keep_kernels(served))
         cache = RowCache(None)
@@ -261,15 +262,15 @@ def _check_moves(eps: float, attacked: bool) -> None:
     """Raise ValueError for a radius of 0 if anything is attacked."""
     if eps == 0 and attacked:
         raise ValueError(
-            "eps must be above 0, got 0: no image could be moved, and every attack would find nothing. Give the "
-            "radius to attack at, such as 8/255; for the accuracy on clean images alone, give attacks=[]"
+            "eps must be above 0, got 0: no image could be changed. Give the radius of the attacks, such as 8/255; for "
+            "the accuracy on clean images only, give attacks=[]"
         )
 
 
 def _about(
     config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
 ) -> dict[str, str]:
-    """The facts common to all rows, and the claim."""
+    """The facts about all rows, for `Report.about`."""
     words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
     known = {
         "threat": ball_name(norm, eps),
@@ -286,7 +287,7 @@ def _about(
 
 
 def _how_judged(config: EvaluateConfig) -> list[str]:
-    """The sentence on how the images of a random model were judged, if ``predict`` was given."""
+    """The note on the rule by which images of a random model were judged, if ``predict`` was given."""
     draws = f"{config.n_eval} fresh draws of the model"
     sentences = {
         "worst_of": f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong",
@@ -296,10 +297,10 @@ def _how_judged(config: EvaluateConfig) -> list[str]:
 
 
 def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> AttackContext:
-    """The attacks' context for a way to predict.
+    """The context of the attacks for ``config.predict``.
 
-    Against the worst of several draws an image has fallen as soon as fresh draws would hardly all be right. A vote
-    averages over its draws itself, so a step takes only as many votes as make up the requested draws.
+    With "worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
+    correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
     """
     if config.predict == "worst_of":
         return replace(context, judge_draws=max(5, config.n_eval), judge_share=1 - MAX_SURVIVAL ** (1 / config.n_eval))
@@ -312,7 +313,7 @@ def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> Atta
 
 
 def _first_notes(model: Classifier, subject: Subject, name: str, protocol: ProtocolName | None) -> list[str]:
-    """Notes for the report. Modes and probabilities are warned of at once, since an evaluation may take hours."""
+    """Notes for the report. Training mode and probabilities are also logged now, since an evaluation may take hours."""
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
@@ -331,7 +332,7 @@ def _first_notes(model: Classifier, subject: Subject, name: str, protocol: Proto
 def _freeze_others(
     models: Sequence[Classifier | None], subject: Subject, stack: contextlib.ExitStack
 ) -> list[Classifier]:
-    """Freeze the other models that are attacked, each once, and refuse those that write to their input."""
+    """Freeze the other models that attacks use, and refuse models that write to their input."""
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
@@ -342,30 +343,32 @@ def _freeze_others(
 def _protocol_or_attacks(
     protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
-    """The protocol, which chooses attacks by the model, or None and the listed attacks."""
+    """The protocol and an empty list, or None and the specifications of the given attacks."""
     if protocol is not None and attacks is not None:
-        raise ValueError(f"give protocol or attacks, not both, got protocol={protocol!r} and a list of attacks")
+        raise ValueError(
+            f"protocol and attacks exclude each other, got protocol={protocol!r} and a list of attacks: leave one out"
+        )
     given = [] if attacks is None else as_specs(attacks)
     if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # Raise the error of a missing package now, before any work.
+        # If the package is missing, its error is raised here, before any work.
         implementation()
     return ("standard" if protocol is None and attacks is None else protocol), given
 
 
 @dataclass
 class _Evaluation:
-    """The run of an evaluation whose model is frozen and whose settings are checked.
+    """The run of an evaluation, after its model was frozen and its settings were checked.
 
     Args:
-        report: gets the rows and notes.
-        measure: makes rows.
-        asked_for: the attacks, without regard to what the model allows.
-        acts: whether they search further if signs of masked gradients are found before them: true for a protocol, false
-            for a list of attacks.
+        report: the report to which rows and notes are added.
+        measure: makes the rows.
+        asked_for: the requested attacks, some of which the model may not allow.
+        acts: whether signs of masked gradients change the attacks; True for a protocol that searches (`SEARCHES`), and
+            False for a list of attacks.
         radii: further radii of the curve.
-        before: the answers of the model before the attacks; None: no probes.
+        before: predictions of the model before the attacks; None: there are no probes.
         mark: the model's fingerprint.
-        stack: keeps models frozen while the evaluation runs.
+        stack: the stack of contexts in which models are frozen.
     """
 
     report: Report
@@ -378,11 +381,11 @@ class _Evaluation:
     stack: contextlib.ExitStack
 
     def fill(self, chunks: Iterator[tuple[Tensor, Tensor, bool]], witnessed: dict[str, Any] | None) -> Report:
-        """The report with its rows; all other processes get the report of the first process.
+        """Run the evaluation and return the report; all other processes return the report of the first process.
 
         Args:
-            chunks: the images that follow.
-            witnessed: facts about the model for the witnesses; None: not every fallen image is kept.
+            chunks: the following parts of the images.
+            witnessed: facts about the model for the file of fallen images; None: there is no such file.
         """
         report, measure = self.report, self.measure
         context, team, name = measure.context, measure.team, measure.name
@@ -402,7 +405,7 @@ class _Evaluation:
         if len(data) > 1:
             for row in report.rows:
                 row.data = text_hash(" ".join(data)).hexdigest()
-        # The probes after the attacks use the first images, so return to these.
+        # The probes after the attacks use the first part of the images.
         measure.turn_to(first)
         if witnessed is not None:
             self.gather_witnesses(witnessed)
@@ -416,7 +419,7 @@ class _Evaluation:
         return report
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
-        """Choose those of the attacks that the model allows, and the attacks of the curve."""
+        """Select the attacks that the model allows, and the attacks of the curve."""
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
         self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
@@ -426,7 +429,7 @@ class _Evaluation:
         measure.attacks = [*self.plan, *at_radii]
 
     def act_on(self, signs: Sequence[str]) -> None:
-        """Let every search run to its end if there are signs of masked gradients, with a note that says so."""
+        """If there are signs of masked gradients, change the attacks by `to_the_end`, and add a note."""
         if not (signs and self.acts):
             return
         subject, context = self.measure.subject, self.measure.context
@@ -447,7 +450,7 @@ class _Evaluation:
     # -- several processes --------------------------------------------------------------------------------------------
 
     def signature(self) -> dict[str, Any]:
-        """The facts that must be equal in all processes that share an evaluation."""
+        """The facts that must be equal in all processes of an evaluation."""
         measure, subject, context = self.measure, self.measure.subject, self.measure.context
         return {
             "images": subject.data,
@@ -458,7 +461,7 @@ class _Evaluation:
         }
 
     def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-        """Make batches, and parts of the probes, for the first process until its report is there."""
+        """Make batches, and parts of the probes, for the first process until its report is finished."""
         measure = self.measure
         for task in measure.team.tasks():
             if task.attack == PROBES:
@@ -475,28 +478,28 @@ class _Evaluation:
     # -- the rows -----------------------------------------------------------------------------------------------------
 
     def costs(self) -> list[int | None]:
-        """The most forward passes of single images for each row; None if unknown."""
+        """The most forward passes of single images for each row; None if the number is unknown."""
         context, n = self.measure.context, len(self.measure.subject.y)
         asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]
         return [None if cost is None else cost * images for cost, images in asked]
 
     def rows(self) -> list[Row]:
-        """The rows of the clean images, one for each variant, those of the attacks in order, and those of the curve.
+        """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve.
 
-        The images of an attack on a variant are tried on the deployed model, in a separate row.
+        The images of an attack on a variant are also tried on the deployed model, in a separate row.
         """
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        # If more parts follow, the remaining cost is unknown, since nobody knows the number of their images.
+        # If more parts follow, the remaining cost is unknown, because the number of their images is unknown.
         progress.costs[progress.rows :] = [*self.costs(), *([None] if subject.has_more else [])]
         all_rows = [measure.clean(variant) for variant in variants]
-        # Survivors are tracked for each threat model separately.
+        # The images that withstood, by variant and threat model.
         left: dict[tuple[str, str | None], np.ndarray] = {}
-        # For each variant and threat model, the least margin that any attack has reached on each image.
+        # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The images that withstood all attacks so far, counting only attacks on all images and on the deployed model.
+        # The images that withstood all attacks so far that got all images and were judged on the deployed model.
         standing = measure.clean("random").robust.copy()
         for spec in self.plan:
             if spec.max_images is not None and spec.max_images <= subject.offset:
@@ -521,7 +524,7 @@ class _Evaluation:
         return all_rows + self.curve.rows(measure, standing)
 
     def gather_witnesses(self, about: dict[str, Any]) -> None:
-        """Move all fallen images from the rows into the report's witnesses; the rows keep some for pictures."""
+        """Move all fallen images from the rows into the report's witnesses, except a few for the pictures."""
         report, subject = self.report, self.measure.subject
         found = gathered(report.rows, about)
         if found is not None:
@@ -534,13 +537,13 @@ class _Evaluation:
         for row in report.rows:
             row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
 
-    # -- whether the numbers can be believed --------------------------------------------------------------------------
+    # -- alarms: tests whether the numbers are reliable ---------------------------------------------------------------
 
     def conclude(self, asked: Probes | None) -> None:
         """Add the alarms' findings, the probes' curves and the outlook to the report, and mark doubtful rows.
 
         Args:
-            asked: measurements made before the attacks; None: no further questions.
+            asked: results of the probes before the attacks; None: there are no probes.
         """
         report, subject, name = self.report, self.measure.subject, self.measure.name
         evidence = Evidence(
@@ -561,11 +564,10 @@ class _Evaluation:
             report.outlooks = [replace(expected, model=name)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
-        # If no attack counted gradients, the row still counts as reliable where the probes followed the model's
-        # gradients.
+        # If no attack counted gradients, the row is still reliable if the probes could use the model's gradients.
         followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
         for row in report.rows:
-            # An accuracy of 0 % cannot be too high, so at 0 % only inconsistent answers are a reason for doubt.
+            # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
             headline = row.kind == "worst" and row.threat is None and row.deployed
             row.reliable = row.reliable or (headline and followed)
             if headline and doubts and (row.accuracy > 0 or inconsistent):
@@ -573,11 +575,11 @@ class _Evaluation:
                 row.doubts = [finding.alarm for finding in doubts]
 
     def probes(self, before: Before) -> list[Probe]:
-        """The probes before the attacks, whose passes are counted."""
+        """The probes before the attacks; their forward passes are counted for the progress bar."""
         return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
 
     def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
-        """The probes as functions, each of which is repeated with fewer images at once when memory runs out."""
+        """The probes as functions; a function runs again with fewer images at once if memory runs out."""
         subject, context = self.measure.subject, self.measure.context
 
         def run(probe: Probe) -> Any:
@@ -588,7 +590,7 @@ class _Evaluation:
         return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
-        """The name of kept answers to probes, from the settings on which they depend, and more of these."""
+        """The name of the probes' results in the cache, from the settings on which they depend, and ``more``."""
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
@@ -596,7 +598,7 @@ class _Evaluation:
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before) -> Probes:
-        """Ask the probes that come before the attacks, and act on signs of masked gradients."""
+        """Run the probes before the attacks, and change the attacks if there are signs of masked gradients."""
         measure, progress, team = self.measure, self.measure.progress, self.measure.team
         context, subject = measure.context, measure.subject
         passes = cost_of_probes(subject, context)
@@ -620,10 +622,10 @@ class _Evaluation:
         return asked
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
-        """All probes. Kept answers are used again only after the same attacks, since some are compared with these."""
+        """The results of all probes; cached results are used only after the same attacks, on which they depend."""
         context, subject = self.measure.context, self.measure.subject
-        # Mask of the first images that withstood every attack on the deployed model. It is all False if there was no
-        # such attack.
+        # True for those of the first images that withstood every attack on the deployed model; all False without an
+        # attack.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
         robust = evidence.robust(n)
         left = np.zeros(n, dtype=bool) if robust is None else robust
@@ -634,7 +636,7 @@ class _Evaluation:
 
 
 def _add_marks(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> None:
-    """Add the marks of further models to the kept rows."""
+    """Add the fingerprints of further models to the cache."""
     if cache.folder is not None:
         for model in others:
             torch.manual_seed(subject.seed)

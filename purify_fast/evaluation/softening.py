@@ -1,9 +1,10 @@
-"""Gradients through a model's thresholds, masks, rounding, gates and detached parts, without its cooperation.
+"""Gradients through a model's thresholds, masks, rounding, gates and detached parts, for any model.
 
-The functions of PyTorch are replaced while the model's own code runs. A comparison returns the bool tensor that it
-always returns, and a floating-point counterpart is kept beside it: a smooth step of the difference. Where the mask
-takes part in arithmetic, the same is computed with the counterpart, and that has a gradient (Bengio et al., arXiv
-1308.3432, call the estimator that keeps the hard values straight-through). Functions unknown here run unchanged.
+Functions of PyTorch are replaced while the model's code runs. A comparison still returns its bool tensor, the mask. In
+addition its counterpart is stored, a floating-point tensor that is a smooth step of the difference. If the model uses
+the mask in arithmetic, the counterpart is used too, and gives the result a gradient. (An estimator that keeps the hard
+values is called straight-through, Bengio et al., arXiv 1308.3432.) Functions that this module does not know run
+unchanged.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._tensors import per_image
 
-#: Increase this number whenever a softened model would compute something else; kept rows with an older number are then
-#: made again.
+#: Increase this number whenever a softened model computes something else than before. Cached rows with an older number
+#: are then made again.
 REVISION = 2
-#: The slope of a softened comparison, for a difference divided by the size of the compared values: EXACT_SLOPE if all
-#: values stay exact, SOFT_SLOPE at temperature 1. A larger slope is closer to a hard threshold. The slope falls with
-#: the root of the temperature. Attacks with slopes ten times lower find little.
+#: The slope of a softened comparison, for the difference divided by the size of the compared values. EXACT_SLOPE: if
+#: all values are exact. SOFT_SLOPE: at temperature 1; it is divided by the root of the temperature. A larger slope is
+#: closer to a hard threshold. With a tenth of these slopes, attacks find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
 
 #: A function of PyTorch, or a formula that replaces it.
 Rule = Callable[..., Any]
 Args = tuple[Any, ...]
-#: The origin of a tensor of indices: the values among which they were chosen and the dimension of the choice, or a
-#: weight for each possible index and None.
+#: The origin of a tensor of indices, such as a result of argmax: the values among which the indices were chosen, and
+#: the dimension of the choice; or the weights of all possible indices, and None.
 Choice = tuple[Tensor, int | None]
 
 
@@ -46,14 +47,14 @@ def _names(text: str) -> frozenset[str]:
 
 #: Functions that saturate. Their first argument is divided by the temperature.
 _SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
-#: Functions whose gradient is zero, everywhere or outside of a range. The gradient of the identity replaces it.
+#: Functions whose gradient is zero, everywhere or outside of a range. It is replaced by the gradient of the identity.
 _FLAT = _names(
     "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
     "fake_quantize_per_channel_affine"
 )
-#: Functions whose result has steps, for floating-point numbers or for integers. Each has a smooth formula, whose
-#: gradient is used. The formulas for remainders have half of the identity's gradient. Rounding by subtracting a
-#: remainder then keeps half of the gradient, and so does code that uses the remainder itself.
+#: Functions whose result has steps, for floating-point numbers or for integers, each with a smooth formula that gives
+#: the gradient. The formula for a remainder has half of the identity's gradient, because a model may use the remainder,
+#: or may round by subtracting the remainder. In both cases half of the gradient is then used.
 _STEPS: dict[str, Rule] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
@@ -67,28 +68,28 @@ _STEPS: dict[str, Rule] = {
     "and": lambda *each: sum(value for value in each if _follows(value)),
     "or": lambda *each: sum(value for value in each if _follows(value)),
 }
-#: All saturating and flat functions, and functions that are flat only with some arguments (see `_is_flat`).
+#: All functions that saturate or are flat, including those that are flat only for some arguments (see `_is_flat`).
 _SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
-#: Comparisons: 1 if a larger first argument makes the comparison true, -1 if a smaller first argument does.
+#: Comparisons, with 1 for "greater" and -1 for "less".
 _COMPARISONS = {
     **dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1),
     **dict.fromkeys(("lt", "le", "less", "less_equal"), -1),
 }
-#: Functions that only change the type. From a floating-point type to another type they round.
+#: Functions that only change the type. A change from a floating-point type to another type rounds.
 _CASTS = _names(
     "to type type_as float double half bfloat16 bool byte char short int long quantize_per_tensor "
     "quantize_per_channel dequantize"
 )
-#: Functions that only select or rearrange values, so the counterpart of the first argument is treated in the same way.
+#: Functions that only select or rearrange values. The counterpart of their first argument is changed in the same way.
 _SHAPES = _names(
     "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute "
     "transpose t movedim repeat tile select narrow flip roll contiguous clone getitem"
 )
-#: Functions that are computed once more, with counterparts in place of all arguments that have a counterpart.
+#: Functions that are called a second time, with the counterparts of those arguments that have a counterpart.
 _ARITHMETIC = _names(
     "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
 )
-#: Formulas for functions of masks, in which counterparts replace the masks.
+#: For functions of masks: formulas with the counterparts of the masks.
 _OF_MASKS: dict[str, Rule] = {
     "where": lambda mask, a, b: mask * a + (1 - mask) * b,
     "masked_fill": lambda x, mask, value: mask * value + (1 - mask) * x,
@@ -98,11 +99,11 @@ _OF_MASKS: dict[str, Rule] = {
     "any": torch.amax,
     "all": torch.amin,
 }
-#: Functions that look values up in a table, with the positions of the table and of the indices among their arguments.
+#: Functions that read values from a table, with the positions of the table and of the indices among their arguments.
 _LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
-#: Functions that accept counterparts as arguments and also exist in place, such as ``add_``.
+#: Functions that can be called with counterparts, and that have an in-place form, such as ``add_``.
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
-#: PyTorch's other names of the same functions, each with the name that `Softening` uses.
+#: Other names of PyTorch for the same functions, each with the name that is used here.
 _SPELLINGS = {
     "invert": "not",
     "clip": "clamp",
@@ -115,22 +116,22 @@ _SPELLINGS = {
     "irshift": "rshift_",
     "ilshift": "lshift_",
 }
-#: Errors that a formula may raise on arguments for which it was not written. The result of the function then stays
-#: unchanged.
+#: Errors that a formula may raise for arguments for which it was not written. The result of the function is then not
+#: changed.
 _UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 #: For each function that chooses among values: the position of its argument ``dim``, and the position of the indices in
-#: its result (None: the result is the indices).
+#: its result (None: the result itself).
 _CHOICES: dict[str, tuple[int, int | None]] = {
     **dict.fromkeys(("argmax", "argmin", "argsort"), (1, None)),
     **dict.fromkeys(("max", "min", "median", "sort"), (1, 1)),
     **dict.fromkeys(("kthvalue", "topk"), (2, 1)),
 }
-#: Functions that may select some of the chosen indices, along the dimension of the choice.
+#: Functions that may select some of the indices of a choice. Their result is still a choice in the same dimension.
 _SLICES = {"getitem", "narrow", "contiguous", "clone"}
 
 
 class HoldingMode(TorchFunctionMode):
-    """A function mode that holds another context open within its block, and can be entered again inside of it."""
+    """A function mode that also enters another context, and that can be entered again inside its own block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class HoldingMode(TorchFunctionMode):
         """Enter the other context.
 
         Args:
-            stack: it is closed at the end of the block.
+            stack: the stack in which the context is entered; it is closed at the end of the block.
         """
         raise NotImplementedError
 
@@ -157,23 +158,23 @@ class HoldingMode(TorchFunctionMode):
 
 
 class Softening(HoldingMode):
-    """Within the block, thresholds, rounding and the like let gradients pass.
+    """A function mode in which thresholds, rounding and similar functions have a useful gradient.
 
     Args:
-        temperature: divisor of the arguments of saturating functions, and of the slope of comparisons; None: every
-            value stays exact.
+        temperature: divisor of the arguments of functions that saturate; its root divides the slope of comparisons.
+            None: all values are exact, and only the gradients change.
     """
 
     def __init__(self, temperature: float | None):
         super().__init__()
         self.temperature = temperature
         self.slope = EXACT_SLOPE if temperature is None else SOFT_SLOPE / sqrt(temperature)
-        # For each tensor that is not floating-point: its version when the entry was made, and its counterpart or the
-        # `Choice` behind its indices.
+        # For tensors that are not floating-point: the tensor's version at the time of the entry, and its counterpart or
+        # the `Choice` from which its indices come.
         self.beside: Any = WeakTensorKeyDictionary()
 
     def held(self, stack: contextlib.ExitStack) -> None:
-        # Keep copies for the backward pass, since a softened form may need a tensor that the model later overwrites.
+        # Copies are kept for the backward pass, because the model may later overwrite a tensor that the gradient needs.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.is_leaf else t.detach().clone(), lambda t: t)
         stack.enter_context(kept)
 
@@ -181,7 +182,7 @@ class Softening(HoldingMode):
         name, kwargs = _plain_name(func), kwargs or {}
         self.let_through(args)
         if name == "set_grad_enabled":
-            # Ignore no_grad blocks inside the model. Only code outside the model decides whether there are gradients.
+            # A no_grad block inside the model is ignored, because it would hide gradients.
             return None
         first: Any = args[0] if args else None
         if name == "detach" or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -198,8 +199,8 @@ class Softening(HoldingMode):
                 name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set())
                 or _goes_in_steps(name[:-1], first, **kwargs)
             ):
-                # Compute the operation out of place and copy the result into the argument, which the model continues to
-                # use.
+                # The operation is computed out of place, and its result is copied into the argument, which the model
+                # continues to use.
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
                 after = self.__torch_function__(_not_in_place(func), types, (before, *args[1:]), kwargs)
@@ -217,7 +218,15 @@ class Softening(HoldingMode):
         return hard
 
     def _followed(self, name: str, func: Rule, hard: Tensor, args: Args, kwargs: dict[str, Any]) -> Tensor:
-        """The result of a function, with a gradient, or with a counterpart beside it."""
+        """The result of a function with a gradient; for a result that is not floating-point, its counterpart is stored.
+
+        Args:
+            name: plain name of the function.
+            func: the function.
+            hard: its result.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
         first: Any = args[0] if args else None
         call = functools.partial(func, **kwargs)
         if _is_flat(name, *args[1:], **kwargs) and _floating(first):
@@ -256,17 +265,17 @@ class Softening(HoldingMode):
                 self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
             return hard if soft is None else self._soft(hard, call(soft, *args[1:]))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
-            # The condition above leaves out arithmetic with an infinity, such as the mask of a softmax, since it has no
-            # softened form.
+            # Arithmetic with an infinity, such as the mask of a softmax, has no softened form, so the condition above
+            # excludes it.
             rule = func if name in _ARITHMETIC else _OF_MASKS.get(name)
             if name == "where" and _floating(first):
-                # This is x.where(mask, other): put the mask first, as in torch.where.
+                # For x.where(mask, other) the mask is put first, as in torch.where.
                 args = (args[1], first, *args[2:])
             return hard if rule is None else self._soft(hard, rule(*map(self._or_itself, args), **kwargs))
         return hard
 
     def let_through(self, values: Any) -> None:
-        """Look for results of a user's own ``autograd.Function``, whose gradients nobody has checked."""
+        """Replace the gradient of each value that is the result of a user's own ``autograd.Function``."""
         for value in values:
             if isinstance(value, (list, tuple)):
                 self.let_through(value)
@@ -276,12 +285,12 @@ class Softening(HoldingMode):
     # -- counterparts -------------------------------------------------------------------------------------------------
 
     def _keep(self, hard: Tensor, soft: Tensor | None) -> None:
-        """Keep the counterpart of a tensor without gradients, if it depends on the images."""
+        """Store the counterpart of a tensor without gradients, if the counterpart depends on the images."""
         if soft is not None and soft.requires_grad:
             self.beside[hard] = hard._version, soft
 
     def _kept(self, value: Any, kind: Any = (Tensor, tuple)) -> Any:
-        """The entry kept for a tensor, if it is of a kind; None if there is none, or the tensor has changed since."""
+        """The stored entry of a tensor, if it has type ``kind``; None without entry, or if the tensor has changed."""
         if not isinstance(value, Tensor) or value.is_floating_point():
             return None
         version, kept = self.beside.get(value, (None, None))
@@ -293,12 +302,12 @@ class Softening(HoldingMode):
         return self._kept(value) is not None
 
     def _or_itself(self, value: Any) -> Any:
-        """The replacement of an argument in a formula: its counterpart, or its value as a number."""
+        """The counterpart of an argument for a formula; without a counterpart the argument itself, a mask as float."""
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._or_itself, value))
         soft, choice = self._kept(value, Tensor), self._kept(value, tuple)
         if choice is not None:
-            # Keep the index as the value, with the gradient of the weighted mean of all possible indices.
+            # The value is the index; its gradient is that of the weighted mean of all possible indices.
             weights = self._weights(value, choice)
             return _straight(value.to(weights.dtype), weights @ torch.arange(weights.shape[-1]).to(weights))
         if soft is None and isinstance(value, Tensor) and value.dtype == torch.bool:
@@ -306,7 +315,7 @@ class Softening(HoldingMode):
         return value if soft is None else soft
 
     def _soft(self, hard: Tensor, soft: Tensor | None) -> Tensor:
-        """The softened result of a function with a known softened form."""
+        """The result of a function whose softened form is known."""
         if soft is None or soft.shape != hard.shape:
             return hard
         if not _floating(hard):
@@ -315,7 +324,7 @@ class Softening(HoldingMode):
         return _straight(hard, soft) if self.temperature is None else soft.to(hard.dtype)
 
     def _stepped(self, hard: Tensor, smooth: Any) -> Tensor:
-        """The result of a function with steps, with the gradient of the function without steps."""
+        """The result of a function with steps, with the gradient of its smooth formula."""
         if not _follows(smooth) or smooth.shape != hard.shape:
             return hard
         straight = _straight(hard.to(smooth.dtype), smooth)
@@ -324,14 +333,14 @@ class Softening(HoldingMode):
         self._keep(hard, straight)
         return hard
 
-    # -- what hardens -------------------------------------------------------------------------------------------------
+    # -- comparisons --------------------------------------------------------------------------------------------------
 
     def _compared(self, a: Any, b: Any, sign: int = 1) -> Tensor | None:
-        """The softened form of ``a > b``, or of ``a < b``."""
+        """The softened form of ``a > b``; of ``a < b`` if ``sign`` is -1."""
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
         if difference is None or not difference.requires_grad:
             return None
-        # Use softsign, whose gradient vanishes nowhere. The gradient of a sigmoid vanishes far from the threshold.
+        # The gradient of softsign is nowhere 0. The gradient of a sigmoid would be 0 far from the threshold.
         return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b))
 
     def _equal(self, hard: Tensor, a: Any, b: Any) -> Tensor | None:
@@ -352,7 +361,7 @@ class Softening(HoldingMode):
         return 1 / (1 + self.slope * difference / _size(one, other))
 
     def _between(self, values: Any, bounds: Tensor) -> Tensor | None:
-        """The softened index of the bound next to each number, which rises evenly from the first bound to the last."""
+        """The softened index of the bound next to each number; it rises linearly from the first bound to the last."""
         bounds = bounds[bounds.isfinite()] if bounds.dim() == 1 else bounds
         if bounds.shape[-1] == 1:
             return self._compared(values, bounds)
@@ -373,7 +382,7 @@ class Softening(HoldingMode):
             self.beside[index] = index._version, (source, dim % source.dim())
 
     def _weights(self, index: Tensor, choice: Choice) -> Tensor:
-        """The weight of each index in a choice, ``[*index.shape, choices]``: larger for values near the chosen."""
+        """The weight of each possible index, ``[*index.shape, choices]``; larger for values near the chosen value."""
         source, dim = choice
         if dim is None:
             return source
@@ -385,7 +394,7 @@ class Softening(HoldingMode):
         return near.squeeze(-2) if alone else near.movedim(-2, dim)
 
     def _reshaped(self, name: str, call: Rule, hard: Tensor, args: Args) -> Choice:
-        """The choice behind indices whose tensor was reshaped."""
+        """The choice of indices whose tensor was selected from or reshaped."""
         choice = self._kept(args[0], tuple)
         source, dim = choice
         if dim is not None and name in _SLICES and _without(hard, dim) == _without(source, dim):
@@ -394,7 +403,7 @@ class Softening(HoldingMode):
         return torch.vmap(lambda each: call(each, *args[1:]), out_dims=-1)(weights), None
 
     def _scattered(self, args: Args, choice: Choice, named: list[Any]) -> Tensor | None:
-        """The softened form of ``x.scatter(dim, index, value)``, for the indices of chosen values."""
+        """The softened form of ``x.scatter(dim, index, value)``, if the indices come from a choice."""
         x, at, index, *value = *args, *named
         source, dim = choice
         if dim is None:
@@ -408,7 +417,7 @@ class Softening(HoldingMode):
         return soft * value[0] + (1 - soft) * self._or_itself(x) if alone else None  # type: ignore[operator]
 
     def _index(self, name: str, args: Args) -> Tensor | None:
-        """The indices by which a function looks up, if they depend on the images."""
+        """The indices with which a function reads from a table, if they depend on the images; otherwise None."""
         place = _LOOKUPS[name][1]
         index = args[place] if len(args) > place else None
         if isinstance(index, tuple) and all(each == slice(None) for each in index[1:] if not isinstance(each, Tensor)):
@@ -418,7 +427,7 @@ class Softening(HoldingMode):
         return cast(Tensor, index) if known else None
 
     def _looked_up(self, name: str, call: Rule, hard: Tensor, args: Args) -> Tensor | None:
-        """The softened form of a table's values at indices, or of ``one_hot`` of the indices."""
+        """The softened form of a table's values at some indices, or of ``one_hot`` of the indices."""
         (of_table, of_index), index = _LOOKUPS[name], self._index(name, args)
         assert index is not None
         table, choice = None if of_table is None else args[of_table], self._kept(index, tuple)
@@ -430,9 +439,9 @@ class Softening(HoldingMode):
                 return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
             rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
             found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
-            # A table that depends on the images has a gradient already, so add only the gradient of the choice.
+            # If the table depends on the images, `hard` has its gradient, so only the gradient of the choice is added.
             return hard + (found - found.detach()) if table.requires_grad else found
-        # For an index that was rounded, use the slope between the values at the next lower and the next higher index.
+        # For a rounded index, the gradient is the slope between the values at the next lower and the next higher index.
         least, most, whole = *index.aminmax(), index.long()
         above, below = (whole + 1).clamp(max=most), (whole - 1).clamp(min=least)
         given = (*args[:1], hard.shape[-1]) if name == "one_hot" else args
@@ -444,7 +453,7 @@ class Softening(HoldingMode):
         return hard + moved * (rise - fall).detach()
 
     def _set(self, func: Rule, x: Tensor, index: Any, value: Any) -> None:
-        """The softened form of ``x[mask] = value``."""
+        """Set ``x[mask] = value`` in its softened form."""
         mask, before = self._kept(index, Tensor), x.clone()
         func(x, index, value)
         if mask is not None and _is_number(value) and mask.shape == x.shape[: mask.dim()] and _floating(x):
@@ -461,7 +470,7 @@ def _not_in_place(func: Rule) -> Rule:
 
 
 def _plain_name(func: Rule) -> str:
-    """The name of a function without marks of operators, private and logical functions; ends in ``_`` if in place."""
+    """The name of a function without underscores, "logical" and "bitwise"; an in-place function ends with ``_``."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     name = name.strip("_").removeprefix("logical_").removeprefix("bitwise_")
@@ -469,13 +478,13 @@ def _plain_name(func: Rule) -> str:
 
 
 def _is_flat(name: str, /, *bounds: Any, **named: Any) -> bool:
-    """Tell whether a function has no gradient somewhere, and is neither a ReLU nor the guard of a division."""
+    """Tell whether a function has a range with gradient 0; a ReLU, or a clamp with one bound, does not count."""
     given = [each for each in (*bounds, *named.values()) if each is not None]
     return name in _FLAT or (name == "clamp" and len(given) == 2) or (name == "threshold" and 0 not in given[:1])
 
 
 def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
-    """Tell whether a function in `_STEPS` has steps: some only have steps for integers or with an option."""
+    """Tell whether a function is in `_STEPS` and has steps; some have steps only for integers or with an option."""
     whole = isinstance(result, Tensor) and not (result.is_floating_point() or result.dtype == torch.bool)
     return name in _STEPS and (
         named.get("rounding_mode") is not None if name == "div" else whole or name not in ("clamp", "and", "or")
@@ -483,21 +492,22 @@ def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
 
 
 def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
-    """``hardtanh`` with a range wider by a factor, around the same middle."""
+    """``hardtanh`` with the same middle of its range, and with the width of the range times the temperature."""
     middle, half = (max_val + min_val) / 2, (max_val - min_val) / 2
     return x.clamp(middle - temperature * half, middle + temperature * half)
 
 
 def _let_through(node: Any, always: bool) -> None:
-    """Give the input of a user's ``autograd.Function`` the gradient of its output, if it has the same shape.
+    """Replace the backward of a user's ``autograd.Function`` by the identity, for an input with the output's shape.
 
     Args:
         node: node of the graph, such as the ``grad_fn`` of the function's result.
-        always: replace also a gradient that is neither missing nor zero, since it may be wrong.
+        always: whether every gradient is replaced. If not, only a gradient is replaced that is missing, zero or not
+            finite.
     """
     function = node._forward_cls
     if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
-        # The backward pass looks up the function's backward in this class, so another class gives another gradient.
+        # The backward pass takes the method `backward` from this class, so another class gives another gradient.
         node._forward_cls = _with_gradient(function, always)
 
 
@@ -508,7 +518,7 @@ def _with_gradient(function: Any, always: bool) -> type:
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         found: Any = None
-        # A function that was never differentiated may have no backward, or a wrong one.
+        # A function that was never differentiated may have no backward, or a backward with errors.
         with contextlib.suppress(Exception):
             found = own(ctx, grad, *others)
         needed = ctx.needs_input_grad
@@ -521,20 +531,20 @@ def _with_gradient(function: Any, always: bool) -> type:
                 break
         return tuple(every)
 
-    # Replace the method that the function has: `vjp` or `backward`.
+    # The function has either `vjp` or `backward`, and this method is replaced.
     named = {"vjp" if by_vjp else "backward": staticmethod(backward), "__module__": "purify_fast"}
     return type(function.__name__, (function,), named)
 
 
 def _where_useful(own: Tensor, other: Tensor) -> Tensor:
-    """A gradient, replaced by another for images where it is zero or not finite."""
+    """The gradient ``own``, or ``other`` for images where ``own`` is zero or not finite."""
     each = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
     useless = (each == 0).all(1) | ~each.isfinite().all(1)
     return torch.where(per_image(useless, own) if own.dim() else useless[0], other, own)
 
 
 def _size(a: Any, b: Any) -> Tensor:
-    """The size of the compared values, for each image or other entry of the first dimension."""
+    """The mean size of the compared values, for each entry of the first dimension."""
     size = (abs(a) + abs(b)).detach()
     if size.dim() > 1:
         size = per_image(size.flatten(1).mean(1), size)
@@ -542,7 +552,7 @@ def _size(a: Any, b: Any) -> Tensor:
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:
-    """The shape of a tensor without a dimension."""
+    """The shape of a tensor without the dimension ``dim``."""
     return [size for place, size in enumerate(tensor.shape) if place != dim]
 
 
@@ -559,5 +569,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _straight(hard: Tensor, soft: Tensor) -> Tensor:
-    """The values of one tensor, the gradient of another."""
+    """A tensor with the values of ``hard`` and the gradient of ``soft``."""
     return soft + (hard - soft).detach()

@@ -1,4 +1,4 @@
-"""Specifications of attacks: the attack for each row of a report, a user's function, and a published attack."""
+"""Specifications of attacks for an evaluation: `AttackSpec`, and `as_attack` for a user's function."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
-#: The rounding error that is allowed in a value of a float32 image in [0, 1]. It is more than two additions of numbers
-#: up to 2 can cause.
+#: The allowed rounding error in a value of a float32 image in [0, 1]. Two additions of numbers up to 2 cause a smaller
+#: error.
 ROUNDING = 2.0**-21
 #: The value of `AttackSpec.target` that means the defence's own classifier.
 CLASSIFIER = "classifier"
 LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
 
 
-# -- functions of the user's ------------------------------------------------------------------------------------------
+# -- a user's functions as attacks ------------------------------------------------------------------------------------
 
 
 def as_attack(
@@ -41,24 +41,24 @@ def as_attack(
     norm: NormName | None = None,
     revision: str | None = None,
 ) -> FunctionAttack:
-    """Make an attack of a function, for `evaluate` or an `AttackSpec`.
+    """Make an attack from a function, for `evaluate` or an `AttackSpec`.
 
     Args:
-        function: ``(model, x, y) -> x_adv``. It gets a module from images to logits in evaluation mode, float32 images
-            ``[B, C, H, W]`` in [0, 1] and int64 labels ``[B]`` on the model's device, with gradients enabled, and must
-            return images of the same shape and dtype, in [0, 1] and in the ball. Or an attack of torchattacks, Foolbox
-            or ART, which runs unchanged on the judged model: see `purify_fast.evaluation.other_packages`.
-        name: name of the row; the function's own name if None.
-        eps: radius of the ball in image units, if it is not the report's.
-        norm: norm of that ball; it needs an eps.
-        revision: names what the function computes. Without a revision every `evaluate` makes the function's rows anew;
-            with a revision rows are kept, so change it whenever the function would find other images. Functions are
-            told apart by module and name: two lambdas, or two functions returned by the same function, need different
-            revisions.
+        function: a function ``(model, x, y) -> x_adv``. ``model`` is a module from images to logits, in evaluation
+            mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, both on the
+            model's device. Gradients are enabled. The result must be images of the same shape and dtype, in [0, 1] and
+            in the ball. Or an attack of torchattacks, Foolbox or ART, which runs unchanged on the judged model, see
+            `purify_fast.evaluation.other_packages`.
+        name: name of the attack in the report; None: the function's name.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, which needs an eps; None: the norm of the evaluation.
+        revision: a name for the function's code. With a revision the results of the attack are cached, so choose
+            another name after a change of the function. None: the results are not cached. Two functions with the same
+            module and name, such as two lambdas or two results of the same function, need different revisions.
 
     Raises:
         TypeError: function is not callable.
-        ValueError: name is empty, the ball is not allowed, or an attack of another package is made for other images or
+        ValueError: name is empty, the ball is not allowed, or an attack of another package needs other images or
             labels.
     """
     given: Any = function
@@ -82,11 +82,11 @@ class FunctionAttack(Attack):
     """A function as an attack; made by `as_attack`.
 
     Args:
-        eps: radius of the attack's own ball, in image units; None: the ball of the evaluation.
-        norm: norm of the attack's own ball, which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units; None: the radius of the evaluation.
+        norm: norm of the ball, which needs an eps; None: the norm of the evaluation.
         function: ``(model, x, y) -> x_adv``.
-        row_name: name of the row.
-        own_revision: names what the function computes; None: rows are never kept.
+        row_name: name of the attack in the report.
+        own_revision: a name for the function's code; None: the results are not cached.
     """
 
     kind: ClassVar[str] = "function"
@@ -107,7 +107,7 @@ class FunctionAttack(Attack):
         return self.row_name
 
     def draws(self, context: AttackContext) -> int:
-        """Always 1, since the function averages draws itself."""
+        """Always 1, because only the function itself can average over draws."""
         return 1
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
@@ -124,7 +124,7 @@ class FunctionAttack(Attack):
         return self.own_revision
 
     def identity(self) -> list[str]:
-        """Module and name of the function, or of the class of an object that is called."""
+        """Module and name of the function, or of the class of a callable object."""
         function: Any = self.function
         while isinstance(function, functools.partial):
             function = function.func
@@ -133,13 +133,13 @@ class FunctionAttack(Attack):
         return [str(named.__module__), named.__qualname__]
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        """Call the function on one batch and check what it returns.
+        """Call the function on a batch, and check its result.
 
         Args:
             target: images to logits.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
-            context: context of the attack.
+            context: the settings of the attack.
 
         Returns:
             The function's images, and the warnings.
@@ -148,7 +148,7 @@ class FunctionAttack(Attack):
             TypeError: the result is not a tensor.
             ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
         """
-        # The block restores the modes and gradients, which attacks of other packages may switch.
+        # `frozen` restores modes and gradient flags, which an attack of another package may change.
         threat, warnings = self.threat_model(context), list[str]()
         with torch.enable_grad(), frozen(target):
             if isinstance(self.function, OtherAttack):
@@ -156,20 +156,20 @@ class FunctionAttack(Attack):
             else:
                 images = self.function(target, x.clone(), y.clone())
         check_adversarial(self.row_name, images, x, threat)
-        # Rounding may have left values slightly outside the ball or [0, 1]. Move them back to the border.
+        # Because of rounding, values may be slightly outside of the ball or of [0, 1], so the images are projected.
         inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
         return AttackResult(inside, warnings=warnings)
 
 
 def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
-    """Refuse attacked images that are not allowed, given the clean images x in [0, 1].
+    """Refuse attacked images that are not allowed; x are the clean images in [0, 1].
 
-    No radius is checked for a norm that does not measure changes of pixels, such as "flow".
+    The radius is checked only for norms of pixel changes, and not for "flow".
 
     Raises:
         TypeError: images is not a tensor.
-        ValueError: images have a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball by more than
-            rounding; the message says by how much, and what is allowed.
+        ValueError: images have a wrong shape or dtype, contain NaN, or are outside [0, 1] or the ball by more than
+            rounding.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(images).__name__}")
@@ -194,68 +194,69 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
     if how_far is not None and len(images) and float(how_far[0].amax()) > how_far[1]:
         worst, length = int(how_far[0].argmax()), float(how_far[0].amax())
         raise ValueError(
-            f"the attack {name!r} left the ball: image {worst} of the batch is moved by {length:.6g} in the norm "
-            f"{threat.norm}, {length - threat.eps:.3g} more than the allowed eps = {threat.eps:.6g}"
+            f"the attack {name!r} left the ball: it changed image {worst} of the batch by {length:.6g} in the norm "
+            f"{threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = {threat.eps:.6g}"
         )
 
 
 def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
-    """The distance by which each image was moved, float64 ``[B]``, and the allowed distance with rounding.
+    """The distance between each attacked image and its clean image, and the allowed distance.
 
     Args:
         images: attacked images ``[B, C, H, W]``.
-        x: the clean ones.
+        x: clean images ``[B, C, H, W]``.
         threat: the ball.
 
     Returns:
-        None for a norm that does not measure changes of pixels, such as "flow".
+        The distances, float64 ``[B]``, and the radius plus the allowed rounding; None for "flow", which is not a norm
+        of pixel changes.
     """
     order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
     if order is None:
         return None
     lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
-    # Allow as much as the norm of an image whose values all have the allowed rounding error.
+    # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
     count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm] if len(x) else 1.0
     return lengths, threat.eps * (1 + 1e-5) + ROUNDING * count
 
 
-# -- the attack of a row ----------------------------------------------------------------------------------------------
+# -- an attack of an evaluation ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """An attack and its use for a row: its target, its images, and its name.
+    """One attack of an evaluation, which makes a row of the report: the attack, its target, its images and its name.
 
     Args:
-        attack: one of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
-        variant: the mode of the model that is attacked and judged: ``random``, as it is; ``fixed``, every image under
-            the same noise; ``deterministic``, without noise.
-        target: a model to attack in place of the defence, which judges the result: for a transfer attack, or another
-            view of the defence. ``"classifier"``: the defence's own classifier alone; the row's name says how little
-            that shows.
-        aggregation: a method of `purify_fast.ops.aggregate` for the samples of the attacked defence; the defence is
-            judged as it is. BPDA has its own option for this.
-        label: the row's name; made from the other fields if None. A threat model other than the report's, or the
-            target ``"classifier"``, is added to it.
-        max_images: attack only this number of first images; None: all.
-        survivors_only: attack only images that earlier attacks, on this variant and in this threat model, left right.
-            The row counts every image, as left after all of these attacks. Cheap attacks first then save most of a
-            costly attack's work.
-        gradients_from: a surrogate model whose gradients are followed; the defence itself judges every success. Only
-            for attacks that support it (`purify_fast.attacks.APGD`).
-        seed: added to the evaluation's seed for this attack: another random start of the same attack is another row.
-        judge: the model of an evaluation by others, who judge it by one prediction. It judges every image, and is
-            attacked unless there is a target. Such a row says nothing about the defence: it enters neither the headline
-            nor ``worst``, and its label, "as ...", names the source.
-        until: search the images first to which earlier attacks came nearest, and stop when at most this share of all
-            images can still fall among the rest, at 95 % (`purify_fast.evaluation.stopping`). With None, or a random
-            model, whose images fall bit by bit, every image is searched.
-        nearest: attack only this number of images, those to which earlier attacks came nearest; None: all.
-        published: the publication of this attack, if it counts an image as robust by other predictions than a row
-            does; the report says so.
+        attack: an attack of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
+        variant: the variant of the model that is attacked and judged. ``random``: the model as it is deployed.
+            ``fixed``: with the same noise for every image. ``deterministic``: without noise.
+        target: a model that is attacked instead of the defence, for a transfer attack; the defence judges the images.
+            ``"classifier"``: the defence's own classifier. The name of the row then says that such an attack is not
+            adaptive.
+        aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked defence aggregates its samples. The
+            judged defence does not change. For BPDA use its own option.
+        label: the name of the row; None: a name from the other fields. Another threat model than the report's, and the
+            target ``"classifier"``, are added to the name.
+        max_images: number of first images that are attacked; None: all images.
+        survivors_only: whether only images are attacked that withstood all earlier attacks on this variant and in this
+            threat model. All other images count as fallen in this row. With cheap attacks first, this saves most of the
+            work of later attacks.
+        gradients_from: a surrogate model from which the gradients are taken; the defence itself checks every success.
+            Only some attacks support it, such as `purify_fast.attacks.APGD`.
+        seed: a number that is added to the evaluation's seed for this attack. Another seed gives another random start.
+        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction,
+            and is attacked if there is no target. Such a row does not count for the headline or for ``worst``, because
+            it says nothing about the defence. Its label must begin with "as", and name the source.
+        until: a share of all images. The attack searches the images first to which earlier attacks came nearest. It
+            stops when at most this share of all images can still fall, at 95 % confidence
+            (`purify_fast.evaluation.stopping`). None, or a random model: every image is searched.
+        nearest: number of images to attack, those to which earlier attacks came nearest; None: all images.
+        published: the publication of this attack, if its rule for a robust image differs from that of this package. The
+            report then says so.
 
     Raises:
-        ValueError: options that are not allowed or contradict each other.
+        ValueError: options that are not allowed, or that exclude each other.
         TypeError: attack is not an attack.
     """
 
@@ -286,12 +287,14 @@ class AttackSpec:
         options = ("target", "aggregation", "gradients_from")
         given = [option for option in options if getattr(self, option) is not None]
         if len(given) > 1:
-            raise ValueError(f"an attack takes at most one of {', '.join(options)}, got {' and '.join(given)}")
+            raise ValueError(
+                f"at most one of {', '.join(options)} may be given for an attack, got {' and '.join(given)}"
+            )
         if self.aggregation is not None:
             check_literal("aggregation", self.aggregation, Aggregation)
         if self.gradients_from is not None and not self.resolved.follows_gradients:
             raise ValueError(
-                "gradients_from needs an attack that can follow the gradients of another model, such as APGD, got "
+                "gradients_from needs an attack that can use the gradients of another model, such as APGD, got "
                 f"{self.resolved.kind}"
             )
         if self.judge is not None:
@@ -299,12 +302,12 @@ class AttackSpec:
                 raise TypeError(f"judge must be a model, a callable from images to logits, got {self.judge!r}")
             if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
                 raise ValueError(
-                    f"with a judge, the attack is on the judge itself or on the target {CLASSIFIER!r}: leave out any "
-                    "other target, aggregation, gradients_from and survivors_only"
+                    f"judge allows no target except {CLASSIFIER!r}, no aggregation, no gradients_from and no "
+                    "survivors_only: leave them out"
                 )
             if not (self.label or "").startswith("as "):
                 raise ValueError(
-                    "with a judge, label must begin with 'as ' and say whose evaluation the row repeats, got "
+                    "with a judge, label must begin with 'as ' and name the authors of the repeated evaluation, got "
                     f"{self.label!r}"
                 )
         if isinstance(self.attack, BPDA):
@@ -322,14 +325,14 @@ class AttackSpec:
 
     @property
     def other_model(self) -> Classifier | None:
-        """The model besides the defence that is attacked, gives gradients, or judges; None if there is none."""
+        """The model other than the defence that is attacked, gives gradients or judges; None if there is none."""
         if callable(self.target):
             return self.target
         return self.judge if self.gradients_from is None else self.gradients_from
 
 
 def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
-    """Make `AttackSpec` of a list of attacks and functions; TypeError if it is not a list of these."""
+    """Make an `AttackSpec` from each attack or function of a list; TypeError for anything else."""
     if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
         raise TypeError(f"attacks must be a list, got {attacks!r}: give a single attack as [attack]")
     specs = []
@@ -342,16 +345,17 @@ def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
 
 
 def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
-    """PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
+    """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
-    Full gradient, 200 steps of 0.007 at eps = 8/255, or of the same share of any other eps, 20 draws averaged before
-    the sign is taken, L-inf, no random start. Two things differ from the paper: the best iterate is kept, not the last;
-    and as in every row, an image counts as robust only if all ``n_eval`` predictions after the attack are right (5 of 5
-    by default). The row's mean counts single predictions.
+    The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
+    8/255; at another eps the length has the same proportion to eps. The sign is taken of the mean over 20 draws. Two
+    things differ from the paper. The attack returns the best iterate instead of the last. And an image counts as robust
+    only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for every attack of an
+    evaluation. The field ``mean`` of the row counts single predictions.
 
     Args:
         eps: radius in image units.
-        leave: whether an image's attack ends once all 20 draws of a step are wrong (`LeavingPGD`).
+        leave: whether the attack of an image ends once all 20 draws of a step are wrong (`LeavingPGD`).
 
     Raises:
         ValueError: eps is below 0 or above 1.

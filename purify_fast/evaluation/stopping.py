@@ -1,16 +1,16 @@
-"""The rule by which an attack stops before it has searched every image: by evidence, never by a constant.
+"""The rule by which an attack stops before it has searched every image, because few of the other images could fall.
 
-Images are searched in rounds, first those to which earlier attacks came nearest, by the least margin that any attack
-reached on the model itself. An image further down this order is less likely to fall. So the images that have withstood
-the attack since the last image fell bound how many of the rest may fall: if none of ``w`` images
-fell, an image of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for
-``a = 0.05`` this is the rule of three, ``3 / w``). The rule is applied after each round, so that ``a`` is 0.05
-divided by the number of rounds. The attack stops when this bound, times the images that are left, is below a stated
-share of all images. The report states the bound.
+Images are searched in rounds. The first are the images to which earlier attacks came nearest, which have the smallest
+margins on the model itself. An image further down this order is less likely to fall. So a series of images that
+withstand the attack gives a bound for the images that are not searched yet. If the last ``w`` images all withstood,
+each of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for ``a = 0.05``
+this is the rule of three, ``3 / w``). Because the rule is applied after each round, ``a`` is 0.05 divided by the number
+of rounds. The attack stops when this bound, times the number of images that are not searched, is at most a given share
+of all images. The report states the bound.
 
-The order may be wrong for a part of the images, for example where gradients are masked. Therefore some images of each
-round are drawn by lot, and an image that no search came nearer to a border, or whose gradients are missing, is no
-evidence.
+The order may be wrong for some images, for example if gradients are masked. For this reason some images of each round
+are drawn at random. And an image is no evidence if its search came no nearer to the decision boundary, or had no
+gradients.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..attacks.ball import philox_key
 from ..ops.philox import Stream, philox
 from .rows import Row
 
-#: Increase this number whenever a change here lets the same attack search other images; kept rows with an older number
-#: are then made again.
+#: Increase this number whenever a change here makes the same attack search other images. Cached rows with an older
+#: number are then made again.
 REVISION = 1
 #: The confidence of the bound on the images that may still fall, over all rounds together.
 CONFIDENCE = 0.95
-#: An attack has at most ROUNDS rounds, of at least SMALLEST images each, since a smaller batch takes a processor hardly
-#: less time.
+#: An attack has at most ROUNDS rounds, each with at least SMALLEST images, because a smaller batch takes about the same
+#: time.
 ROUNDS, SMALLEST = 8, 32
-#: Images are ordered by their margin, but a random lot may put an image further forward. The lots are spread over
-#: BY_LOT times as many positions as there are images, so that about one image in five of the first round is there by
-#: lot.
+#: Images are ordered by their margin, but a random position may put an image further forward. The random positions are
+#: uniform between 0 and BY_LOT times the number of images, so that about a fifth of the images in the first round is
+#: there because of its random position.
 BY_LOT = 4
 
 
@@ -45,9 +45,11 @@ def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> 
 
     Args:
         index: indices of the images, int64 ``[n]``.
-        margins: least margin that any attack has reached on each of all images, ``[N]``; infinite without an attack.
-        first: the number of the first image in the data set; an image's lot depends on its number there.
-        seed: seed of the lots.
+        margins: for each of all images, the smallest margin that any attack has reached, ``[N]``; infinite if no attack
+            has searched the image.
+        first: the number of the first image in the data set. The random position of an image depends on its number in
+            the data set.
+        seed: seed of the random positions.
 
     Returns:
         The same images, int64 ``[n]``.
@@ -63,13 +65,13 @@ class StoppingRule:
     """Decides after each round whether an attack stops.
 
     Args:
-        share: the most images, as a share of all, that may still fall among those left out.
-        images: number of images given to the attack.
-        total: number of all images, attacked or not.
+        share: the allowed share of all images that may fall among the images that are not searched.
+        images: number of images that the attack got.
+        total: number of all images, including those that the attack did not get.
 
     Attributes:
         unsearched: number of images that the attack has not searched.
-        misses: number of images, counted back from the last searched image, that withstood without a fall between.
+        misses: number of searched images since the last image that fell, without images that are no evidence.
     """
 
     def __init__(self, share: float, images: int, total: int):
@@ -80,7 +82,7 @@ class StoppingRule:
 
     @property
     def may_hold(self) -> float:
-        """The most images, of those not searched, that would fall, at `CONFIDENCE`."""
+        """The most unsearched images that would fall, at the confidence `CONFIDENCE`."""
         if self.misses == 0:
             return float(self.unsearched)
         return self.unsearched * (1 - self._error ** (1 / self.misses))
@@ -89,11 +91,11 @@ class StoppingRule:
         """Record a round.
 
         Args:
-            fell: mask of its images that fell, in order.
-            no_evidence: number of withstanding images that are no evidence.
+            fell: for each image of the round in order, whether it fell.
+            no_evidence: number of images that withstood but are no evidence.
 
         Returns:
-            Whether the attack stops.
+            True if the attack stops.
         """
         self.unsearched -= len(fell)
         since = next((number for number, has in enumerate(reversed(fell)) if has), len(fell))
@@ -103,7 +105,7 @@ class StoppingRule:
 
 
 def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
-    """The sentence of a report on the images that a complete search proved robust; none without such a search."""
+    """The note of a report on the images that a complete search proved robust; empty without such a search."""
     own = [row for row in rows if row.is_attack and row.threat is None and row.deployed and not row.transferred]
     proved = [row for row in own if row.proved and row.settings["target"] == "defence"]
     if not proved:
@@ -117,7 +119,7 @@ def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
-    """The sentence of a report on the images that no attack searched; none if all were searched."""
+    """The note of a report on images that attacks did not search; empty if every attack searched all of its images."""
     stopped = [row for row in rows if row.threat is None and row.unsearched]
     if not stopped:
         return []

@@ -1,4 +1,4 @@
-"""The model under evaluation: its variants, the judgement of its predictions, and the checks before an attack."""
+"""The subject, which is the model under evaluation with its images; its variants, its predictions, and checks of it."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from .surrogates import surrogates
 logger = logging.getLogger("purify_fast")
 
 Variant = Literal["random", "fixed", "deterministic"]
-#: Each phase of an evaluation draws from a seed of its own, so that no attack has seen the draws that judge it.
+#: Each phase of an evaluation has a separate seed, so that no attack knows the draws by which its images are judged.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
-#: Rounding may change an image's logits by at most these shares of their spread (largest minus smallest): SAME_SHAPE
-#: between batches of one shape, OTHER_SHAPE between batches of different shapes, for which libraries choose other
-#: algorithms.
+#: The largest differences of an image's logits that count as rounding, as shares of the spread of the logits (largest
+#: minus smallest). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of different shapes, for
+#: which libraries may choose different algorithms.
 SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
-#: A variant is refused only if the logits of more than this share of the images differ by more than rounding. Single
-#: images may differ, since rounding inside the model may move a value across a step.
+#: A variant is refused only if the logits of more than this share of the images differ by more than rounding. A few
+#: images may differ, because rounding inside the model may move a value across a discontinuity.
 FEW = 0.25
-#: A note names at most this many modules.
+#: The most modules that a note names.
 _NAMED = 3
 
 
@@ -58,16 +58,16 @@ class Fault:
     """The reason why a variant cannot be attacked.
 
     Args:
-        reason: a sentence on what is wrong and what to do about it.
-        repeats: whether the same call gives the same logits again, so that only the batch matters.
+        reason: a sentence with the problem and the advice.
+        repeats: whether the same call repeated gives the same logits, so that the fault is in other batches or blocks.
     """
 
     reason: str
     repeats: bool
 
 
-#: For each variant: the context manager that enters it, and the advice if two calls in a block differ, if two blocks
-#: with the same seed differ, or if the logits of an image depend on the batch.
+#: For each variant: its context manager; and the advice if two calls in a block differ, if two blocks with the same
+#: seed differ, or if the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
@@ -85,7 +85,7 @@ ADVICE = {
 
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
-    """The device of a model: that of its first tensor, or of the images for a model without tensors."""
+    """The device of a model's first tensor, or the device of the images for a model without tensors."""
     if isinstance(model, nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device
@@ -93,9 +93,9 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
 
 
 def precision_name(model: Classifier, device: torch.device) -> str | None:
-    """The precision of a model's products, None for float32: another precision makes another function.
+    """The precision of a model's multiplications; None for float32. The report names another precision.
 
-    The dtype is known for accelerated defences in the model, and not for other models.
+    bfloat16 is recognized only in accelerated defences of this package.
     """
     parts = model.modules() if isinstance(model, nn.Module) else ()
     settings = [part.acceleration for part in parts if isinstance(part, Defence)]
@@ -103,7 +103,7 @@ def precision_name(model: Classifier, device: torch.device) -> str | None:
         return "bfloat16"
     older, values = float32_settings()
     rounds = "tf32" in values if older is None else older != (False, "highest")
-    # A CPU never rounds to TF32, whatever is set.
+    # A CPU never uses TF32, whatever the setting is.
     return "tf32" if rounds and device.type == "cuda" else None
 
 
@@ -112,11 +112,11 @@ class Judgement:
     """Repeated predictions on the same images.
 
     Args:
-        right: bool ``[draws, n]``, True for right predictions.
-        nonfinite: number of predictions that name no class, because of a NaN or an infinity; they are not right.
-        margins: lead of the true logit over the next, float32 ``[n]``, the mean over the predictions.
-        classes: predicted classes, int64 ``[n]``: of the first wrong prediction, or of the first prediction if none is
-            wrong; -1 if it names no class.
+        right: bool ``[draws, n]``, True for correct predictions.
+        nonfinite: number of predictions without a class because of NaN or infinite logits; they count as wrong.
+        margins: the true logit minus the largest other logit, averaged over the predictions, float32 ``[n]``.
+        classes: predicted classes, int64 ``[n]``, from the first wrong prediction, or from the first prediction if none
+            is wrong; -1 for a prediction without a class.
     """
 
     right: np.ndarray
@@ -132,24 +132,24 @@ class Subject:
         model: images to logits.
         x: images, float32 in [0, 1].
         y: labels, int64.
-        batch_size: most images in a prediction.
+        batch_size: the most images in a prediction.
         n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
-        seed: seed of everything random.
-        predict: rule by which these predictions decide; None: as "worst_of".
+        seed: seed of all random numbers.
+        predict: rule by which these predictions decide; None: the same as "worst_of".
 
     Attributes:
-        offset: number of its first image among all evaluated images, if these come in parts.
-        has_more: whether further parts are to come.
+        offset: number of the first image among all evaluated images, if the images come in parts.
+        has_more: whether further parts follow.
         room: number of images that fit into memory in a pass; no limit at first.
-        model: the judged model: the model itself, or the vote of its draws.
-        base_model: the model itself, with its modes and parts.
+        model: the judged model, which is the model itself or the vote over its draws.
+        base_model: the model itself.
         is_random: whether two predictions of the model on the same images differ.
-        draws_once_per_call: whether it draws once for all images of a call, not for each image.
-        has_probabilities: whether the model returns probabilities in place of logits.
+        draws_once_per_call: whether the model draws once for all images of a call, and not for each image.
+        has_probabilities: whether the model returns probabilities instead of logits.
         has_one_hot: whether these probabilities are all 0 or 1.
 
     Raises:
-        ValueError: a label has no class in the model, the model writes to its input, or ``predict`` is given for a
+        ValueError: a label is not a class of the model, the model writes to its input, or ``predict`` is given for a
             deterministic model.
     """
 
@@ -181,8 +181,7 @@ class Subject:
         self._check_labels()
         if predict is not None and not self.is_random:
             raise ValueError(
-                f"predict={predict!r} needs a random model, but this model gives the same answer every time: leave "
-                "predict out"
+                f"predict={predict!r} needs a random model, but this model always predicts the same: leave predict out"
             )
         self.base_model = self.model
         if predict == "votes":
@@ -190,7 +189,7 @@ class Subject:
 
     @property
     def batch_size(self) -> int:
-        """The number of images in a prediction."""
+        """The most images in a prediction that also fit into memory."""
         return self.room.at_most(self._batch_size)
 
     def _check_labels(self) -> None:
@@ -204,15 +203,15 @@ class Subject:
             )
 
     def with_images(self, x: Tensor, y: Tensor, more: bool) -> Subject:
-        """The same model with the images that follow.
+        """The same model with the next part of the images.
 
         Args:
             x: images, float32 in [0, 1].
             y: labels, int64.
-            more: whether further images are to come.
+            more: whether further parts follow.
 
         Raises:
-            ValueError: a label that the model has no class for.
+            ValueError: a label is not a class of the model.
         """
         other = copy.copy(self)
         other.x, other.y, other.data = x, y, digest(x, y)
@@ -221,28 +220,28 @@ class Subject:
         return other
 
     def judged_model(self, variant: Variant) -> Classifier:
-        """The model that a variant judges: in a mode without randomness there is nothing to vote on."""
+        """The model whose predictions count in a variant; a variant without randomness needs no vote over draws."""
         return self.model if variant == "random" else self.base_model
 
     def sample_images(self) -> Tensor:
-        """A copy of a few images, to try models on."""
+        """A copy of a few images, for tests of models."""
         return self.x[:8].to(self.device, copy=True)
 
     def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
-        """Models that a careful attacker would attack in the model's place, by name.
+        """Surrogate models, which an adaptive attacker would attack instead of the model, by name.
 
         Args:
             ball: norm and radius of the attacker.
-            absent: dictionary to which reasons for missing models are written, by name.
+            absent: a dictionary to which the reasons for missing surrogates are added, by name.
         """
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
     def answers_vary(self, model: Classifier) -> bool:
-        """Tell whether predictions of a model vary. Two may agree by chance if it has few to choose from."""
+        """Tell whether predictions of a model differ. Several are compared, since two may be equal by chance."""
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
             return True
-        # Restore the generators afterwards, so that later draws do not depend on how many trials were made.
+        # The generators are restored, so that later draws do not depend on the number of trials.
         with self._forked_generators():
             return any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2))
 
@@ -250,33 +249,32 @@ class Subject:
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, the model is in the variant's mode."""
+        """A context in which the model is in the variant's mode."""
         if name == "random" or not self.is_random:
             return contextlib.nullcontext()
         model: Any = self.base_model
         return model.fixed_noise(self.seed) if name == "fixed" else model.deterministic()
 
     def fault(self, name: Variant) -> Fault | None:
-        """The fault of a variant that the model has; None if there is none, and for the model as it is."""
+        """The fault of a variant of the model; None if the variant has no fault, and always None for "random"."""
         if name == "random" or not self.is_random:
             return None
         if name not in self._faults:
-            # Restore the generators afterwards, so that the trials do not change later draws.
+            # The generators are restored, so that the trials do not change later draws.
             with self._forked_generators():
                 self._faults[name] = self._find_fault(name)
         return self._faults[name]
 
     def _find_fault(self, variant: Variant) -> Fault | None:
-        """The first way in which a variant of a random model breaks the promise of its name, or None.
+        """Test whether a variant of a random model really is without randomness; return the first fault, or None.
 
-        An attack looks for images under one draw of the noise, and the evaluation judges them under the same draw. Both
-        mean something only if the draw is the same in every call, for every place in a batch and for every split of the
-        batch. So the predictions are compared with those of a second call, of a second block, of another order, and of
-        parts of the batch.
+        The images are attacked and judged under the same noise. This has a meaning only if the noise is the same in
+        every call, at every position in a batch, and for every split of a batch. So the predictions are compared with
+        those of a second call, of a second block, of another order, and of parts of the batch.
         """
         call, for_calls, for_blocks, for_batches = ADVICE[variant]
         model, x = self.base_model, self.sample_images()
-        # The test needs two positions in a batch, so double a single image.
+        # The test needs two positions in a batch, so a single image is doubled.
         x = x if len(x) > 1 else torch.cat([x, x])
         with self.variant(variant):
             first, again = model(x), model(x)
@@ -305,13 +303,13 @@ class Subject:
 
     def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
         """Seed the random generators for a phase."""
-        # Add the offset, so that each part of the images has noise of its own.
+        # With the offset, each part of the images has different noise.
         torch.manual_seed(3 * (self.seed + self.offset) + PHASES[phase])
 
     def reseed_batch(self, number: int) -> None:
-        """Seed the random generators for a batch of an attack, whichever process made the batches before.
+        """Seed the random generators for a batch of an attack, so that any process would make the same batch.
 
-        The first batch continues the seed of its attack.
+        The first batch needs no new seed, because the generators were seeded for the attack.
         """
         if number:
             torch.manual_seed(int(text_hash(f"{self.seed} {self.offset} {number}").hexdigest()[:15], 16))
@@ -324,17 +322,16 @@ class Subject:
         by: Classifier | None = None,
         index: Tensor | None = None,
     ) -> Judgement:
-        """Predict and judge some of the images, or their attacked versions.
+        """Predict some of the images, clean or attacked, and compare the predictions with the labels.
 
-        A prediction that names no class, because of a NaN or of an infinity that several classes share, is wrong,
-        whatever ``argmax`` returns.
+        A prediction without a class counts as wrong. It has NaN among its logits, or several infinite largest logits.
 
         Args:
             x: the images.
             variant: variant of the model.
-            phase: phase whose draws are taken.
-            by: another model, which judges each image once.
-            index: indices of these images, int64; None: the first ``len(x)``.
+            phase: phase whose seed is used.
+            by: another model, which predicts each image once; None: the judged model.
+            index: indices of the images, int64; None: the first ``len(x)``.
         """
         y = self.y[: len(x)] if index is None else self.y[index]
         model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
@@ -359,7 +356,7 @@ class Subject:
 
 
 def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
-    """Mask of the images whose logits differ by more than rounding explains, bool ``[B]``."""
+    """Tell which images have logits that differ by more than rounding, bool ``[B]``."""
     one, other = one.double(), other.double()
     same = (one == other) | (one.isnan() & other.isnan())
     finite = one.isfinite()
@@ -373,13 +370,14 @@ def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
 
 
 def notes_of_modules(model: Classifier, name: str) -> list[str]:
-    """Notes on modules in training mode that a model uses and that are not switched, and on hidden modules.
+    """Notes on modules that the model uses in training mode, and on modules that PyTorch does not know of.
 
-    The mode of a module and of its parts is switched; modules of a function or a global variable are not.
+    An evaluation puts a model and its modules into evaluation mode. But it does not change the mode of modules that a
+    function or a global variable uses.
 
     Args:
-        model: the judged model, within `purify_fast.attacks.frozen`.
-        name: its name in the report.
+        model: the judged model, frozen by `purify_fast.attacks.frozen`.
+        name: name of the model in the report.
     """
     if not isinstance(model, nn.Module):
         training = _in_training_mode(used_modules(model))
@@ -395,17 +393,17 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
     if hidden:
         places = _listed([f"{place} ({type(module).__name__})" for place, module in hidden])
         notes.append(
-            f"{name} holds modules that PyTorch does not know of: {places}. Here they were in evaluation mode, as the "
-            "rest of the model. But to(), parameters() and state_dict() leave them out: keep them as attributes, or in "
-            "nn.ModuleList or nn.ModuleDict"
+            f"{name} holds modules that PyTorch does not know of: {places}. Here they were in evaluation mode, like "
+            "the rest of the model. But to(), parameters() and state_dict() leave them out: make them attributes, or "
+            "put them into nn.ModuleList or nn.ModuleDict"
         )
     return notes
 
 
 def _note_of_modes(what: str, modules: list[str], advice: str) -> str:
     return (
-        f"{what} in training mode: {_listed(modules)}. The numbers describe the model as it is in training. If that "
-        f"is not meant, call .eval() on these modules before, or {advice}"
+        f"{what} in training mode: {_listed(modules)}. The numbers describe the model as it is in training. If this is "
+        f"not intended, call .eval() on these modules before, or {advice}"
     )
 
 
@@ -415,7 +413,7 @@ def _listed(modules: list[str]) -> str:
 
 
 def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """The modules that behave as in training, each once."""
+    """The modules in training mode that then compute differently, without duplicates."""
     return list(
         dict.fromkeys(
             f"{place} ({type(part).__name__})"
@@ -438,13 +436,14 @@ def _asks_for_mode(module: nn.Module) -> bool:
 
 
 def refresh_stale_copies(*models: object) -> None:
-    """Let accelerated defences copy their classifiers again if these have changed since.
+    """Renew the copies of classifiers in accelerated defences if the classifiers have changed.
 
-    `purify_fast.defences.base.Defence.accelerate` makes copies that do not follow changes in place. With old copies,
-    the judged defence would not have its own weights. New copies are logged.
+    `purify_fast.defences.base.Defence.accelerate` makes copies that do not follow later changes of the weights. With an
+    old copy, the evaluated defence would have old weights. A warning is logged if a copy is renewed.
 
     Args:
-        models: judged models and sources of attacks; each may be, hold or use accelerated defences, or be None.
+        models: judged models, and other models that attacks use. Each may be, contain or use accelerated defences, or
+            may be None.
     """
     modules = {id(part): part for model in models for whole in _wholes(model) for part in whole.modules()}
     for defence in modules.values():
@@ -457,7 +456,7 @@ def refresh_stale_copies(*models: object) -> None:
                 type(defence).__name__,
             )
             defence.refresh()
-        # Weights that were packed for a kernel may be outdated too. Let them be packed again at their next use.
+        # Weights that were packed for a kernel may be outdated too, so they are packed again at their next use.
         elif defence.fast.packed is not None:
             defence.fast.packed_from = None
 
@@ -471,6 +470,6 @@ def _wholes(model: object) -> Iterator[nn.Module]:
 
 
 def _contents(copies: Accelerated) -> list[str]:
-    """The mark of a copied classifier: its fingerprint, or its tensors if it has no fingerprint."""
+    """Hashes that change with a copied classifier: its fingerprint, or a hash of its tensors without a fingerprint."""
     parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
     return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

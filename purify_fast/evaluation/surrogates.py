@@ -1,8 +1,9 @@
-"""Surrogates of a model for a careful attacker: its parts alone, softened copies, fewer samples, no noise.
+"""Surrogates of a model for adaptive attacks: its parts, softened copies, and copies with less noise or fewer samples.
 
-A sharp gate, a threshold, a rounding, a detached part or a head that saturates leaves a gradient finite, not zero, and
-useless. Images found on a copy without it are then tried on the model itself. A surrogate needs no cooperation: such
-functions are replaced while the model's own code runs (`purify_fast.evaluation.softening`).
+The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
+zero, but useless. A surrogate is a copy of the model without this problem, and images that are found on it are tried on
+the model itself. A softened copy can be made of any model, because the functions are replaced while the model's code
+runs (`purify_fast.evaluation.softening`).
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from .identity_backward import REVISION as PASSED_REVISION
 from .identity_backward import PassedThrough, blocking
 from .softening import REVISION, Softening
 
-#: The temperatures of the softened copies, by which the slopes of gates are divided: a larger temperature makes a copy
-#: softer. One more copy keeps all values and changes only the gradients.
+#: The temperatures of the softened copies, by which the arguments of gates are divided. A larger temperature makes a
+#: copy softer. Another copy has exact values, and changes only the gradients.
 TEMPERATURES = (10.0, 100.0)
-#: At most this many parts of a model are attacked alone. Modules are tried from the outside in.
+#: The most parts of a model that are attacked alone; outer modules are tried first.
 MOST_PARTS = 4
-#: Parts are looked for down to this depth of nested modules.
+#: The depth of nested modules down to which parts are searched.
 DEPTH = 2
 #: Two gradients are the same if, for each image, their values differ by at most this share of the largest value.
 ROUNDING = 1e-4
-#: The reason why a surrogate is missing is cut off after this many characters.
+#: The most characters of the reason why a surrogate is missing.
 REASON = 160
-#: Gradients are also compared at corners of the ball: points this many radii away from the images, projected onto the
-#: ball.
+#: The standard deviation, in radii, of random points that are then projected onto the ball. Gradients are compared at
+#: these points too, most of which lie at the border of the ball.
 FAR = 100.0
 
 
@@ -50,29 +51,27 @@ class _Around(nn.Module):
 
 
 class Softened(_Around):
-    """A model through whose thresholds, masks, rounding and detached parts gradients pass.
+    """A copy of a model with useful gradients through thresholds, masks, rounding and detached parts.
 
     Args:
         model: any callable.
-        temperature: divisor of the arguments of sigmoid, softmax and the like, and of the slope of comparisons; None:
-            the logits stay exact, and only their gradient changes.
+        temperature: see `Softening`; None: the logits are exact, and only their gradient changes.
     """
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
-        # A fingerprint covers the attributes of this object, but not this package's code. The revision tells kept rows
-        # of older code apart.
+        # The fingerprint of this object contains its attributes, but not the code of this package. With the revision,
+        # cached rows of older code are not used.
         self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = torch.is_grad_enabled()
         if self.temperature is None and not wanted:
             return self.model(x)
-        # Softening recognizes tensors that depend on the images by requires_grad, so the images need it even if no
+        # Softening recognizes tensors that depend on the images by requires_grad, so the images must have it even if no
         # gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
-        # Enable gradients for the whole call, since the model may compute gradients itself and Softening ignores its
-        # own switches.
+        # Gradients are enabled for the whole call, because Softening ignores the model's own calls that disable them.
         with torch.enable_grad(), Softening(self.temperature) as mode:
             logits = self.model(leaf)
         mode.let_through([logits])
@@ -80,11 +79,11 @@ class Softened(_Around):
 
 
 class IdentityBackward(_Around):
-    """A model some of whose modules are the identity in the backward pass.
+    """A copy of a model in which some modules are the identity in the backward pass.
 
     Args:
         model: any callable.
-        modules: these modules inside the model.
+        modules: the modules inside the model that are the identity.
     """
 
     def __init__(self, model: Classifier, modules: Sequence[nn.Module]):
@@ -98,23 +97,23 @@ class IdentityBackward(_Around):
 
 
 class _WithSameAnswer(_Around):
-    """A random model in a mode in which it gives the same answer every time."""
+    """The base of copies of a random model that always predict the same."""
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """Logits of ``draws`` calls, ``[draws, B, classes]``, from one call.
+        """Logits of ``draws`` draws, ``[draws, B, classes]``, from a single call.
 
         Args:
             x: images ``[B, C, H, W]``.
-            draws: number of calls.
+            draws: number of draws.
         """
         return self(x).expand(draws, -1, -1)
 
 
 class WithoutNoise(_WithSameAnswer):
-    """A random model in its deterministic mode.
+    """A random model in the context ``deterministic()``.
 
     Args:
-        model: with ``deterministic()``.
+        model: a model with ``deterministic()``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,10 +122,10 @@ class WithoutNoise(_WithSameAnswer):
 
 
 class WithFixedNoise(_WithSameAnswer):
-    """A random model with one draw of its noise, the same in every call.
+    """A random model with the same noise in every call.
 
     Args:
-        model: with ``fixed_noise(seed)``.
+        model: a model with ``fixed_noise(seed)``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,8 +137,8 @@ class FewerSamples(_Around):
     """A defence that predicts from fewer samples.
 
     Args:
-        model: with an attribute ``samples``.
-        samples: number of samples here.
+        model: a model with an attribute ``samples``.
+        samples: the smaller number of samples.
     """
 
     def __init__(self, model: nn.Module, samples: int):
@@ -156,16 +155,16 @@ class FewerSamples(_Around):
 
 
 class Together(nn.Module):
-    """All parts at once: an image that fools each part fools any choice between them.
+    """The mean of the log-probabilities of several parts, because an image that fools all parts also fools the model.
 
     Args:
-        parts: models of the same classes.
+        parts: models with the same classes.
     """
 
     def __init__(self, parts: Sequence[Classifier]):
         super().__init__()
         self.parts = list(parts)
-        # Register the parts as modules too, so that PyTorch finds their weights.
+        # The parts are also registered as modules, so that PyTorch finds their weights.
         self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         self.eval()
 
@@ -176,14 +175,14 @@ class Together(nn.Module):
 def surrogates(
     model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, absent: dict[str, str] | None = None
 ) -> list[tuple[str, Classifier]]:
-    """The surrogates of a model, by name; those that fail, or give logits that are not finite, are left out.
+    """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out.
 
     Args:
         model: images to logits; any callable.
-        x: a few images ``[B, C, H, W]`` on its device.
-        num_classes: number of classes of its logits.
+        x: a few images ``[B, C, H, W]``, on the model's device.
+        num_classes: number of the model's classes.
         ball: norm and radius of the attacks.
-        absent: dictionary to which reasons for missing copies are written, by name.
+        absent: a dictionary to which the reasons for missing surrogates are added, by name.
     """
     absent = {} if absent is None else absent
     with _tried(model, x):
@@ -209,14 +208,13 @@ def surrogates(
     samples = getattr(model, "samples", None)
     if isinstance(model, nn.Module) and isinstance(samples, int) and samples > 1:
         candidates.append(("a copy of fewer samples", FewerSamples(model, max(1, samples // 4))))
-    # Compare gradients far from the images too, since a model may hide its gradients only there.
+    # Gradients are also compared far from the images, because a model may have useless gradients only there.
     x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            # Leave out a copy that has the same gradients as the model or as another copy, since it would find nothing
-            # new.
+            # A copy with the same gradients as the model or as another copy would find nothing new, so it is left out.
             copies = isinstance(candidate, (Softened, IdentityBackward))
             if isinstance(gradient, str):
                 absent[name] = gradient
@@ -228,22 +226,22 @@ def surrogates(
 
 @contextlib.contextmanager
 def _tried(model: Classifier, x: Tensor) -> Iterator[None]:
-    """Within the block, a model is tried; its random draws do not change later draws."""
+    """A context in which a model is frozen, and at whose end the random generators are restored."""
     with frozen(model), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         yield
 
 
 def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
-    """The gradient of a model's logits to the images, or the reason why there is none or it is not finite."""
-    # A user's model may raise anything on inputs that it was not written for.
+    """The gradient of a model's logits with respect to the images, or the reason why there is no finite gradient."""
+    # A user's model may raise any error on inputs for which it was not written.
     try:
         with torch.enable_grad():
-            # Use a fixed seed, so that a random model and its copies draw the same noise.
+            # With a fixed seed, a random model and its copies draw the same noise.
             torch.manual_seed(0)
             leaf = x.detach().clone().requires_grad_()
             logits = model(leaf)
             with torch.no_grad():
-                # Attacks also predict without gradients, so try that too.
+                # Attacks also predict without gradients, so this is tested too.
                 model(x)
             if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
                 return f"it gives no logits of {num_classes} classes"
@@ -260,7 +258,7 @@ def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
 
 
 def _same(one: Tensor, other: Tensor | str) -> bool:
-    """Tell whether two gradients differ by no more than rounding, separately for each image."""
+    """Tell whether two gradients are equal up to rounding for every image."""
     if isinstance(other, str):
         return False
     apart, size = ((each.flatten(1).abs().amax(1)) for each in (one - other, other))
@@ -268,11 +266,11 @@ def _same(one: Tensor, other: Tensor | str) -> bool:
 
 
 def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:
-    """The parts of a model that are classifiers themselves, with their names, from the outside in."""
+    """The parts of a model that are classifiers themselves, with their names; outer modules come first."""
     whole = _logits(model, x)
     parts: list[tuple[str, Classifier]] = []
     if has_classifier(model):
-        # A defence's own classifier is a part by contract, whatever else is in the defence.
+        # The attribute `classifier` of a defence is always a part.
         parts.append(("classifier", model.classifier))
     for name, part in _inside(model):
         if len(parts) == MOST_PARTS:
@@ -288,7 +286,7 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
 
 
 def _inside(model: Classifier) -> Iterator[tuple[str, nn.Module]]:
-    """Modules inside a model: submodules, attributes of an object, variables around a function."""
+    """The modules inside a model: submodules, attributes of an object, or variables that a function has captured."""
     named: Iterable[tuple[str, Any]] = attributes(model)
     if isinstance(model, nn.Module):
         named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < DEPTH)
@@ -298,8 +296,8 @@ def _inside(model: Classifier) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _logits(model: Classifier, x: Tensor) -> Tensor | None:
-    """The logits of a part for images; None if it does not accept them."""
-    # A user's model may raise anything on inputs that it was not written for.
+    """The logits of a part for images; None if the part does not accept the images."""
+    # A user's model may raise any error on inputs for which it was not written.
     with contextlib.suppress(Exception), torch.no_grad(), frozen(model):
         logits = model(x)
         if isinstance(logits, Tensor) and logits.dim() == 2:

@@ -1,12 +1,13 @@
-"""An evaluation by several processes: they share each attack's batches and the probes; the first does the rest.
+"""An evaluation by several processes: all processes make the batches of attacks and the probes, the first the rest.
 
-The first process of torch's default process group runs the evaluation as it would alone. When it comes to an attack, it
-publishes the batches to make, and every process takes the next batch that nobody has taken, so that hard images keep no
-process waiting. A finished batch is a file in a folder that all see, where an interrupted evaluation finds it too.
-The contents of a batch depend on the images alone, and its seed on its number: its maker does not matter.
+The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
+batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
+difficult images. A finished batch is a file in a folder that all processes can read. A resumed evaluation reads these
+files too. A batch does not depend on the process that makes it: it depends only on its images, and its seed on its
+number.
 
-Everything goes through the store of the process group, without collective operations: nobody waits for a slow process,
-and the first process makes the batches of a dead process.
+The processes communicate only through the store of the process group, without collective operations. So no process
+waits for a slow process, and the first process makes the batches of a dead process.
 """
 
 from __future__ import annotations
@@ -33,32 +34,35 @@ from .progress import Progress
 
 logger = logging.getLogger("purify_fast")
 
-LONGEST = 0.5  # longest pause between two looks into the store, in seconds
-GOODBYE = 10.0  # longest time that the first process waits for the others at the end, in seconds
-VISIBLE = 60.0  # longest time until a folder made by another machine becomes visible here, in seconds
+#: The longest pause between two reads of the store, in seconds.
+LONGEST = 0.5
+#: The longest time that the first process waits for the others at the end, in seconds.
+GOODBYE = 10.0
+#: The longest time until a folder of another machine becomes visible on this machine, in seconds.
+VISIBLE = 60.0
 
 _AGAIN = "Start the same command again, with any number of processes, to continue after the finished batches"
 
 
-#: Values of `Task.attack` for tasks that are not an attack: PROBES for the parts of the probes, SIGNS for the signs
-#: that the probes found.
+#: Values of `Task.attack` for tasks without an attack. PROBES: the task is to run parts of the probes. SIGNS: the task
+#: sends the signs of masked gradients that the probes have found.
 PROBES, SIGNS = -1, -2
 
 
 class Task(NamedTuple):
-    """The batches of one attack on some images, or the parts of the probes.
+    """A task for all processes: some batches of an attack, or some parts of the probes.
 
     Args:
-        attack: the number of the attack among those of the evaluation, or `PROBES` or `SIGNS`.
-        first: the number of the first image of the attacked part.
-        data: the checksum of that part.
-        images: int64 as bytes, the attacked images of the part, in order. For probes empty; for signs their words, as
-            JSON.
-        batches: the numbers of the missing batches.
-        folder: folder of the batches; none for probes, whose parts give values.
-        draws_differ: whether the first process found that the attacked model varies from call to call.
-        begins: whether the folder has the points at which the attack begins.
-        number: number of this task in the evaluation.
+        attack: the number of the attack in the evaluation, or `PROBES` or `SIGNS`.
+        first: the number of the first image in the present part of the data.
+        data: the checksum of this part.
+        images: the indices of the attacked images in order, int64 as bytes; empty for probes; the signs as JSON for
+            `SIGNS`.
+        batches: the numbers of the missing batches, or of the parts of the probes.
+        folder: the folder of the batches; empty for probes, which return values.
+        draws_differ: whether the attacked model is random, by the test of the first process.
+        begins: whether the folder has a file with the first points of the attack.
+        number: the number of this task in the evaluation.
     """
 
     attack: int
@@ -73,10 +77,10 @@ class Task(NamedTuple):
 
 
 class Team:
-    """The processes of an evaluation, a context manager: an error raised in one process is raised in all.
+    """The processes of an evaluation; in its context, an error in any process is raised in all processes.
 
     Args:
-        together: whether the processes of the group share the work; False: this process works alone.
+        together: whether the processes of the group share the work; False: this process evaluates alone.
 
     Attributes:
         rank: the number of this process.
@@ -92,8 +96,8 @@ class Team:
         if self.world > 1:
             Team._evaluations += 1
             name = f"purify_fast evaluation {Team._evaluations}"
-            # PyTorch's public functions give the store only to the code that created the group, which may not be this
-            # package.
+            # PyTorch's public functions return the store only to the code that has created the group, which may not be
+            # this package.
             store = dist.distributed_c10d._get_default_store()
             self.store, self.signs = PrefixStore(name, store), Heartbeat(store.clone(), f"{name} alive")
 
@@ -101,7 +105,7 @@ class Team:
         if self.world > 1:
             self.signs.start()
         if self.rank > 0:
-            # Silence this process, so that every message is logged once, by the first process.
+            # Only the first process logs messages, so that each message appears once.
             logger.addFilter(_nothing)
         return self
 
@@ -110,7 +114,7 @@ class Team:
             return
         try:
             if error is not None and not isinstance(error, (dist.DistError, ProcessLost)):
-                # Raise the error of this process even if the store does not answer, so that the others cannot be told.
+                # If the store cannot be reached, the other processes cannot be informed, but the error is still raised.
                 with contextlib.suppress(dist.DistError):
                     self._fail(error)
         finally:
@@ -121,17 +125,17 @@ class Team:
         if isinstance(error, dist.DistError):
             raise ProcessLost(
                 f"process {self.rank} of {self.world} cannot reach the store of the process group "
-                f"({str(error).splitlines()[0]}): the process or machine that keeps the store has ended. {_AGAIN}"
+                f"({str(error).splitlines()[0]}): the process or machine with the store has ended. {_AGAIN}"
             ) from error
 
     # -- agreement of all processes -----------------------------------------------------------------------------------
 
     def from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Share the result of ``make`` in the first process with every process.
+        """Return the result of ``make`` in the first process, in all processes.
 
         Args:
-            name: name under which the others find it.
-            make: called by the first process alone.
+            name: the name of the result in the store.
+            make: a function that only the first process calls.
         """
         if self.rank > 0:
             return self._wait_for_value(name)
@@ -141,30 +145,31 @@ class Team:
         return value
 
     def check_same(self, call: Mapping[str, Any]) -> None:
-        """Refuse processes that evaluate something other than the first process.
+        """Compare the evaluation of this process with that of the first process.
 
         Args:
             call: the facts of the evaluation, by name.
 
         Raises:
-            ValueError: anything differs; the message names it.
+            ValueError: a fact differs; the message names it.
         """
         first = self.from_first("call", lambda: dict(call))
         different = [name for name, value in call.items() if value != first[name]]
         if different:
             raise ValueError(
-                f"process {self.rank} evaluates something else than process 0 ({', '.join(different)} differ): give "
-                "evaluate the same arguments in all processes of a group, or together=False, to let each work alone"
+                f"process {self.rank} evaluates something else than process 0 ({', '.join(different)} differ): call "
+                "evaluate with the same arguments in all processes, or with together=False for separate evaluations"
             )
 
     # -- the first process --------------------------------------------------------------------------------------------
 
     def folder(self, folder: Path | None, out: Path | None) -> Path | None:
-        """The folder of an attack's batches: the folder that keeps them, or a temporary one for this evaluation.
+        """The folder for an attack's batches: ``folder``, or a temporary folder.
 
         Args:
-            folder: keeps the batches of a row; None: they are not kept.
-            out: a folder that all processes see; None: the system's folder for temporary files.
+            folder: the folder for the batches in the cache; None: the batches are not cached.
+            out: a folder that all processes can read, for the temporary folder; None: the system's folder for temporary
+                files.
         """
         if self.world == 1 or folder is not None:
             return folder
@@ -173,11 +178,11 @@ class Team:
         return self._scratch / str(self._tasks)
 
     def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
-        """Let all processes make the batches of an attack; batches of lost processes are left out.
+        """Let all processes make the batches of an attack, except the batches that a dead process has taken.
 
         Args:
             task: the batches.
-            make: makes a batch.
+            make: a function that makes the batch with a number.
             progress: counts the images of all processes.
         """
         if task.folder:
@@ -193,10 +198,10 @@ class Team:
                 progress.count(int(images))
 
     def results_of_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
-        """The results of some functions, each of which any process may call.
+        """The results of functions, each of which is called by one of the processes.
 
         Args:
-            task: has a number for each.
+            task: a task with the numbers of the functions as its batches.
             parts: the functions.
             progress: counts the images of all processes.
         """
@@ -213,24 +218,24 @@ class Team:
         """End the evaluation.
 
         Args:
-            report: report for the other processes.
+            report: a function that returns the report as text, for the other processes.
         """
         if self.world > 1:
             self._end(report())
 
-    # -- the others ---------------------------------------------------------------------------------------------------
+    # -- the other processes ------------------------------------------------------------------------------------------
 
     def tasks(self) -> Iterator[Task]:
-        """The tasks of a process other than the first, until the evaluation ends."""
+        """The tasks for a process other than the first, until the evaluation ends."""
         while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
             self._tasks += 1
             yield Task(*_as_value(text))
 
     def make_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> None:
-        """Call some of the functions of `results_of_parts`, for the first process.
+        """Call some of the functions of `results_of_parts`, and store their results for the first process.
 
         Args:
-            task: has a number for each.
+            task: a task with the numbers of the functions as its batches.
             parts: the functions.
             progress: counts the images of this process.
         """
@@ -238,7 +243,7 @@ class Team:
             self.store.set(f"value {task.number} {part}", _as_text(parts[part]()))
 
     def report(self) -> str:
-        """The report that the first process gave to `end`, once there are no more tasks."""
+        """Wait for the report that the first process passes to `end`, and return it."""
         report = self._wait_for_value("ended")
         self._ended = True
         self.store.set(f"left {self.rank}", "yes")
@@ -247,21 +252,21 @@ class Team:
         return str(report)
 
     def check_folder(self, folder: Path) -> None:
-        """Raise ValueError for a folder that this process does not see."""
+        """Raise ValueError for a folder that this process cannot see."""
         end = time.monotonic() + VISIBLE
         while not folder.is_dir():
             if time.monotonic() > end:
                 raise ValueError(
                     f"process {self.rank} on {socket.gethostname()} does not see {folder}, in which process 0 expects "
-                    "the finished batches: give out=FOLDER (--out), a folder that all machines share"
+                    "the finished batches: give out=FOLDER (--out) with a folder that all machines share"
                 )
-            # Wait: a folder on another machine may become visible only after some time.
+            # A folder of another machine may become visible only after some time.
             time.sleep(LONGEST)
 
     # -- all processes ------------------------------------------------------------------------------------------------
 
     def claimed(self, task: Task, progress: Progress) -> Iterator[int]:
-        """The batches that this process takes; a batch is finished when the next is asked for.
+        """Take free batches one by one, and yield their numbers; a batch counts as finished when the loop continues.
 
         Args:
             task: the batches.
@@ -272,7 +277,7 @@ class Team:
                 raise _as_value(self.store.get("failed"))
             if self.store.check([f"lost {self.rank}"]):
                 raise ProcessLost(
-                    f"process {self.rank} gave no sign of life for too long, so process 0 went on without it"
+                    f"process {self.rank} gave no sign of life for too long, so process 0 continued without it"
                 )
             own, place = str(self.rank).encode(), f"{task.number} {number}"
             if self.store.compare_set(f"taken {place}", "", str(self.rank)) == own:
@@ -281,10 +286,18 @@ class Team:
                 self.store.set(f"made {place}", str(progress.images - before))
 
     def _wait_for(self, name: str, owner: int = 0, other: str | None = None) -> bytes | None:
-        """Wait for the value of a name; None if the other name appears, or if its owner, another process, is lost.
+        """Wait for the value of a name in the store.
+
+        Args:
+            name: the name.
+            owner: the process that will set the value.
+            other: another name; if it appears before, the result is None.
+
+        Returns:
+            The value. None if the other name has appeared, or if the first process waits for a process that is dead.
 
         Raises:
-            ProcessLost: the first process is lost, or does not begin.
+            ProcessLost: the first process is dead, or has not started its evaluation.
         """
         pause = 0.01
         while not self.store.check([name]):
@@ -295,13 +308,13 @@ class Team:
             if self.signs.is_silent(owner):
                 if self.rank > 0:
                     raise ProcessLost(
-                        f"process {self.rank} of {self.world} got no sign of life from process 0, which died, was "
-                        f"stopped, cannot be reached, or evaluates nothing. {_AGAIN}"
+                        f"process {self.rank} of {self.world} got no sign of life from process 0: it has died, was "
+                        f"stopped, cannot be reached, or does not evaluate. {_AGAIN}"
                     )
                 if self.store.compare_set(f"lost {owner}", "", "yes"):
                     silence = _distributed.SILENCE
                     logger.warning(
-                        "process %d gave no sign of life for %g s: the evaluation goes on without it", owner, silence
+                        "process %d gave no sign of life for %g s: the evaluation continues without it", owner, silence
                     )
                 return None
             time.sleep(pause)
@@ -309,13 +322,13 @@ class Team:
         return self.store.get(name)
 
     def _wait_for_value(self, name: str) -> Any:
-        """Wait for the first process's value of a name."""
+        """Wait for a value that the first process sets, and decode it."""
         text = self._wait_for(name)
         assert text is not None
         return _as_value(text)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others of an error; a process other than the first leaves once the first has heard of it."""
+        """Send an error to the other processes; a process other than the first waits until the first has got it."""
         if self._ended or self.store.check([f"lost {self.rank}"]):
             return
         self.store.compare_set("failed", "", _as_text(sendable(error)))
@@ -327,12 +340,15 @@ class Team:
                 self.store.set(f"left {self.rank}", "yes")
 
     def _end(self, result: object) -> None:
-        """Give the others the result, and time to read it: the store may be in this process and end with it."""
+        """Send the result to the other processes, and wait until they have read it.
+
+        Without the wait, the store might end before, because it may be a part of this process.
+        """
         self._ended = True
         self.store.set("ended", _as_text(result))
         end = time.monotonic() + GOODBYE
-        # Read the signs of life once more: a process that has only just started has given nothing else yet, and must be
-        # waited for too.
+        # The signs of life are read once more, to find processes that have just started. This process waits for them
+        # too.
         self.signs.give_and_read()
         for other in range(1, self.world):
             here = other in self.signs.signs and not self.store.check([f"lost {other}"])

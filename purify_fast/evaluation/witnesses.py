@@ -1,7 +1,7 @@
-"""The attacked images that fell, kept with a report, and their later check by anybody on any machine.
+"""Witnesses: the adversarial images of a report, stored in a file, so that anybody can check them later.
 
-A report says that an image fell; its witness is the image that the model got wrong. `evaluate` with ``keep="all"``
-keeps a witness of every image that fell, exactly as the model saw it, and `check_witnesses` tries each of them again.
+For an image that fell, the witness is the attacked image that the model misclassified. `evaluate` with ``keep="all"``
+stores the witness of every fallen image, exactly as the model got it. `check_witnesses` tests all of them again.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from .show.text import render
 from .specs import ROUNDING, moved
 from .subject import Subject
 
-#: The file with the witnesses, beside ``report.json``. Its name begins like those of the report's other files, so that
-#: it is moved together with them.
+#: The file with the witnesses, in the folder of ``report.json``. Its name begins with "report.", so that it is moved
+#: together with the other files of the report.
 FILE = "report.witnesses.safetensors"
 FORMAT = 1
-#: The names of the tensors in the file that describe each witness.
+#: The names of the tensors in the file with a value for each witness.
 TOLD = ("of", "labels", "numbers", "margins", "attacks")
 #: The length of a witness's checksum, in characters.
 SHORT = 12
-#: A text names at most this many images.
+#: The most images that a text names.
 NAMED = 10
-#: The largest size of the file, in bytes per value of a pixel on average: 1,000 images of CIFAR-10 take at most 10 MB.
-#: If the file would be larger, the changes of images are rounded to multiples of STEP, provided that the model still
-#: gets the images wrong and they stay in the ball.
+#: MOST_BYTES: the largest size of the file, in bytes per pixel value: 1,000 images of CIFAR-10 take at most 10 MB. If
+#: the file would be larger, the changes of images are rounded to multiples of STEP. An image is not rounded if the
+#: model would then classify it correctly, or if it would leave the ball.
 MOST_BYTES, STEP = 3.0, 2.0**-16
-#: The level of compression. Higher levels take more time and do not make files smaller.
+#: The compression level. Higher levels take more time and do not make the files smaller.
 LEVEL = 6
 
 
 def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
-    """The marks that identify a model: the checksums of its weights and of all that it computes with.
+    """The hashes that identify a model: a hash of its weights, and its fingerprint.
 
     Args:
         model: the attacked model.
-        mark: its `purify_fast.model_state.fingerprint`.
+        mark: the model's `purify_fast.model_state.fingerprint`.
 
     Returns:
-        ``weights`` and ``fingerprint``; None for marks that do not exist, such as the weights of a function.
+        ``weights`` and ``fingerprint``; None for a hash that does not exist, such as the weights of a function.
     """
     inner = model.model if isinstance(model, LogitsOf) else model
     weights = weights_fingerprint(inner) if isinstance(inner, nn.Module) else None
@@ -67,19 +67,19 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Witnesses:
-    """Attacked images that fell, one for each image and threat model, with the clean images.
+    """Adversarial images, a single one for each fallen image and threat model, with the clean images.
 
     Args:
-        clean: the images before the attacks, each once, float32 ``[M, C, H, W]`` in [0, 1].
-        of: the place in ``clean`` of each witness's clean image, int64 ``[W]``.
+        clean: the clean images without duplicates, float32 ``[M, C, H, W]`` in [0, 1].
+        of: the index in ``clean`` of each witness's clean image, int64 ``[W]``.
         adversarial: the witnesses, float32 ``[W, C, H, W]``.
         labels: the true classes, int64 ``[W]``.
-        numbers: the place of each image in the data that was evaluated, int64 ``[W]``.
-        margins: lead of the true logit over the next, float32 ``[W]``, the mean over the draws; below 0 if the witness
-            was misclassified.
-        attacks: the place in the list ``attacks`` of ``about`` of the attack that found each witness, int64 ``[W]``.
-        about: plain values: the model's marks and number of classes, ``random``, ``n_eval``, ``predict``, ``seed``, and
-            the attacks with their balls.
+        numbers: the index of each image in the evaluated data, int64 ``[W]``.
+        margins: the true logit minus the largest other logit, averaged over the draws, float32 ``[W]``; negative for a
+            misclassified witness.
+        attacks: the index of the attack that found each witness, in the list ``about["attacks"]``, int64 ``[W]``.
+        about: plain values: the model's hashes and number of classes, ``random``, ``n_eval``, ``predict``, ``seed``,
+            and ``attacks`` with their balls.
     """
 
     clean: Tensor
@@ -95,16 +95,16 @@ class Witnesses:
         return len(self.labels)
 
     def summary(self) -> dict[str, Any]:
-        """The report's facts about its witnesses: their number, and checksums by which changes are found."""
+        """The facts about the witnesses that the report stores: their number, and checksums that reveal changes."""
         parts = (self.clean[self.of], self.adversarial, self.labels, self.numbers, self.attacks)
         each = [digest(*witness)[:SHORT] for witness in zip(*parts, strict=True)]
         checksums = {"clean": digest(self.clean), "adversarial": digest(self.adversarial)}
         return {"file": FILE, "count": len(self)} | checksums | {"each": each}
 
     def outside(self) -> Tensor:
-        """Mask of the witnesses that lie outside the ball or [0, 1] by more than rounding, or are NaN; bool ``[W]``.
+        """Tell which witnesses are outside the ball or [0, 1] by more than rounding, or contain NaN, bool ``[W]``.
 
-        No radius is checked for a norm that does not measure changes of pixels, such as "flow".
+        The radius is checked only for norms of pixel changes, and not for "flow".
         """
         images = self.adversarial
         outside = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING)).flatten(1).all(1)
@@ -116,10 +116,13 @@ class Witnesses:
         return outside
 
     def small(self, still_wrong: Callable[[Tensor], Tensor]) -> Witnesses:
-        """The same witnesses if the file is small; if not, with images rounded that still fall.
+        """The same witnesses if their file is small enough; otherwise the witnesses with rounded changes.
+
+        Only witnesses are rounded that are still misclassified and in the ball afterwards.
 
         Args:
-            still_wrong: function of images like the witnesses: mask of those that the model gets wrong, bool ``[W]``.
+            still_wrong: a function of images like the witnesses, which tells which the model misclassifies, bool
+                ``[W]``.
         """
         packed = self._packed()
         if sum(map(len, (packed["clean"], packed["choice"], packed["away"]))) <= MOST_BYTES * self.adversarial.numel():
@@ -141,7 +144,7 @@ class Witnesses:
         return bool((torch.from_numpy(_levels(self.clean)).float() / 255 == self.clean).all())
 
     def save(self, folder: Path) -> None:
-        """Write the file, which appears whole or not at all."""
+        """Write the file atomically."""
         told = {name: getattr(self, name) for name in TOLD}
         content = {"format": FORMAT, "shape": list(self.clean.shape), "whole": self._is_whole(), "about": self.about}
         write_sealed(folder / FILE, content, self._packed() | told)
@@ -154,14 +157,14 @@ class Witnesses:
             folder: folder of the report.
 
         Raises:
-            FileNotFoundError: it is not there.
-            ValueError: it is damaged, or of another format.
+            FileNotFoundError: the file is missing.
+            ValueError: the file is damaged, or has another format.
         """
         path = folder / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}, which holds the witnesses of the report, is missing: restore the file, or evaluate and save "
-                "the report again"
+                f"{path} with the witnesses of the report is missing: restore the file, or evaluate and save the "
+                "report again"
             )
         try:
             content, tensors = read_sealed(path)
@@ -179,16 +182,16 @@ class Witnesses:
         return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=about, **told)
 
 
-# -- numbers, packed without loss -------------------------------------------------------------------------------------
+# -- lossless compression of images -----------------------------------------------------------------------------------
 
 
 def _radii(about: Mapping[str, Any], attacks: Tensor) -> np.ndarray:
-    """The radius of each witness's ball, for the place of its attack in the list of attacks."""
+    """The radius of each witness's ball; ``attacks`` are indices into the list of attacks."""
     return np.array([attack["eps"] for attack in about["attacks"]], dtype=np.float32)[attacks.numpy()]
 
 
 def _levels(images: Tensor) -> np.ndarray:
-    """The nearest of 256 levels, uint8."""
+    """Round images to the nearest of 256 levels, uint8."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
@@ -201,52 +204,52 @@ def _unpacked(packed: Tensor) -> np.ndarray:
 
 
 def _planes(numbers: np.ndarray) -> np.ndarray:
-    """The bytes of all numbers, first all first bytes, then all second bytes: most first bytes are the same."""
+    """The bytes of all numbers, grouped by their position, because most first bytes are the same."""
     return np.ascontiguousarray(numbers.astype(">u4").reshape(-1, 1).view(np.uint8).T)
 
 
 def _joined(planes: np.ndarray) -> np.ndarray:
-    """The inverse of `_planes`, flat."""
+    """Restore the numbers from the result of `_planes`, flat."""
     return np.ascontiguousarray(planes.reshape(4, -1).T).view(">u4").astype(np.uint32).reshape(-1)
 
 
 def _guesses(clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """The likely values of an attacked image's pixel: the clean value, and both borders of the ball."""
+    """The likely values of each pixel of an attacked image: the clean value, and both ends of the ball."""
     radius = eps.reshape(-1, *[1] * (clean.ndim - 1))
     borders = [np.clip(clean + sign * radius, np.float32(0), np.float32(1)) for sign in (np.float32(1), np.float32(-1))]
     return np.stack([clean, *borders]).view(np.uint32)
 
 
 def _encoded(adversarial: np.ndarray, clean: np.ndarray, eps: np.ndarray) -> dict[str, Tensor]:
-    """Encode each pixel by the nearest guess and its distance from that, counted in representable numbers."""
+    """Encode each pixel by the nearest of `_guesses`, and by the number of float32 values between both."""
     away = (np.ascontiguousarray(adversarial).view(np.uint32)[None] - _guesses(clean, eps)).view(np.int32)
     choice = np.abs(away.astype(np.int64)).argmin(0)
     nearest = np.take_along_axis(away, choice[None], 0)[0]
-    # Map small numbers of either sign to small unsigned numbers, which compress well.
+    # Small positive and negative numbers are mapped to small unsigned numbers, which compress well.
     unsigned = ((nearest << 1) ^ (nearest >> 31)).view(np.uint32)
     return {"choice": _packed(choice.astype(np.uint8)), "away": _packed(_planes(unsigned))}
 
 
 def _decoded(tensors: Mapping[str, Tensor], clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """The inverse of `_encoded`."""
+    """Restore the images from the result of `_encoded`."""
     choice = _unpacked(tensors["choice"]).reshape(clean.shape).astype(np.int64)
     unsigned = _joined(_unpacked(tensors["away"])).reshape(clean.shape)
     away = (unsigned >> 1) ^ (0 - (unsigned & 1)).astype(np.uint32)
     return (np.take_along_axis(_guesses(clean, eps), choice[None], 0)[0] + away).view(np.float32)
 
 
-# -- out of an evaluation ---------------------------------------------------------------------------------------------
+# -- witnesses of an evaluation ---------------------------------------------------------------------------------------
 
 
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
-    """The witnesses of an evaluation that kept every fallen image; None if no image fell.
+    """Gather the witnesses from the rows of an evaluation with ``keep="all"``; None if no image fell.
 
-    An image has one witness for each threat model: that of the first attack to which it fell. A model's variants and
-    evaluations by others have none: they concern other models. Images that fell on a curve at other radii have none.
+    An image has one witness for each threat model, from the first attack to which it fell. Only attacks that were
+    judged on the deployed model count. Images that fell only at other radii of a curve have no witness.
 
     Args:
-        rows: rows of one model, clean rows included.
-        about: the model's marks, and the rule that judged images.
+        rows: rows of one model, with the clean rows.
+        about: the model's hashes, and the rule by which images were judged.
     """
     right = next(row.robust for row in rows if row.kind == "clean" and row.deployed)
     seen: set[tuple[str | None, int]] = set()
@@ -277,24 +280,24 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
     return Witnesses(clean, of, about={**about, "attacks": attacks}, **whole)
 
 
-# -- tried again ------------------------------------------------------------------------------------------------------
+# -- the check --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CheckedWitnesses:
-    """The outcome of trying a report's witnesses again.
+    """The result of a check of a report's witnesses.
 
     Args:
-        numbers: the place of each image in the data that was evaluated.
-        attacks: the attack that found each witness, by the name of its row.
-        falls: bool ``[W]``, witnesses that the model still gets wrong, by the rule of the report.
+        numbers: the index of each image in the evaluated data.
+        attacks: the name of the attack that found each witness.
+        falls: bool ``[W]``, True for witnesses that the model still misclassifies, by the rule of the report.
         draws: number of predictions that judged each witness.
-        wrong: number of them that were wrong, int64 ``[W]``.
-        outside: bool ``[W]``, witnesses that lie outside the ball or [0, 1] by more than rounding.
-        changed: bool ``[W]``, witnesses whose image, clean image or label is not that of the report.
-        margins: lead of the true logit over the next in the report's evaluation, float32 ``[W]``.
-        model: a sentence on what is known about the model.
-        same_model: whether it is the report's model; None if that cannot be compared.
+        wrong: number of wrong predictions on each witness, int64 ``[W]``.
+        outside: bool ``[W]``, True for witnesses that are outside the ball or [0, 1] by more than rounding.
+        changed: bool ``[W]``, True for witnesses whose image, clean image or label differs from the report.
+        margins: the true logit minus the largest other logit in the report's evaluation, float32 ``[W]``.
+        model: a sentence on whether the model is the report's model.
+        same_model: whether the model is the report's model; None if they cannot be compared.
     """
 
     numbers: np.ndarray
@@ -310,11 +313,11 @@ class CheckedWitnesses:
 
     @property
     def confirmed(self) -> bool:
-        """Tell whether every image still falls, by a witness that is unchanged and within the ball."""
+        """Tell whether all witnesses are still misclassified, unchanged and within the ball."""
         return bool((self.falls & ~self.outside & ~self.changed).all())
 
     def to_text(self) -> str:
-        """The result, in lines for a terminal."""
+        """The result as text for a terminal."""
         told = {
             "no longer falls": ~self.falls,
             "outside of the ball or of [0, 1]": self.outside,
@@ -325,19 +328,19 @@ class CheckedWitnesses:
 
 
 def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
-    """Read the witnesses of a saved report, with a mask of those that the report does not name.
+    """Read the witnesses of a saved report, and tell for each whether it has changed since the report was saved.
 
     Args:
         report: the folder of a report.
 
     Raises:
-        FileNotFoundError: no report, or no file of witnesses.
-        ValueError: a damaged file, or a report without witnesses.
+        FileNotFoundError: there is no report, or no file with witnesses.
+        ValueError: a file is damaged, or the report has no witnesses.
     """
     folder = Path(report)
     path = folder / "report.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no report.json: give the folder of a saved report")
+        raise FileNotFoundError(f"{folder} has no report.json: give the folder of a saved report")
     try:
         named = json.loads(path.read_text(encoding="utf-8")).get("witnesses")
     except (ValueError, AttributeError) as error:
@@ -345,12 +348,12 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
             f"{path} is damaged: {error}. Restore the file, or evaluate and save the report again"
         ) from error
     if named is None:
-        raise ValueError(f'{path} names no witnesses: evaluate with keep="all" (--keep all) and save the report again')
+        raise ValueError(f'{path} has no witnesses: evaluate with keep="all" (--keep all) and save the report again')
     witnesses = Witnesses.load(folder)
     each = witnesses.summary()["each"]
     if len(each) != len(named["each"]):
         raise ValueError(
-            f"{folder / FILE} holds {len(each)} witnesses, but {path} names {len(named['each'])}: the files are of "
+            f"{folder / FILE} has {len(each)} witnesses, but {path} names {len(named['each'])}: the files belong to "
             "different reports"
         )
     return witnesses, [one != other for one, other in zip(each, named["each"], strict=True)]
@@ -361,21 +364,21 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
 def check_witnesses(
     report: str | Path, model: Classifier, *, batch_size: int = 250, seed: int | None = None
 ) -> CheckedWitnesses:
-    """Try every fallen image of a saved report again.
+    """Test all witnesses of a saved report again.
 
     Args:
         report: the folder of a report that was made with ``keep="all"``.
-        model: the model of the report, or another one; it computes on its own device.
-        batch_size: images in one forward pass at most.
-        seed: seed of a random model's draws, which are judged by the report's rule; None: not the report's seed, so
-            that the draws are fresh.
+        model: the model of the report, or another model; it computes on its own device.
+        batch_size: the most images in a forward pass.
+        seed: seed of a random model's draws. None: another seed than the report's, so that the draws are fresh. The
+            draws are judged by the report's rule.
 
     Returns:
         A `CheckedWitnesses`.
 
     Raises:
-        FileNotFoundError: no report, or no file of witnesses.
-        ValueError: the file is damaged, the report has no witnesses, or the model does not accept its images.
+        FileNotFoundError: there is no report, or no file with witnesses.
+        ValueError: the file is damaged, the report has no witnesses, or the model does not accept the images.
         TypeError: model is not callable.
     """
     check_at_least_one(batch_size=batch_size)
@@ -407,7 +410,7 @@ def check_witnesses(
 
 
 def _compared(report: Mapping[str, str | None], now: Mapping[str, str | None]) -> tuple[str, bool | None]:
-    """Tell whether a model is the report's, in a sentence and as a word."""
+    """Tell whether a model is the report's model, in a sentence and as a bool."""
     if report["weights"] is None or now["weights"] is None:
         return "the model cannot be compared with the report's: a function has no weights to compare", None
     if report["weights"] != now["weights"]:

@@ -1,1 +1,1 @@
-"""The methods: CARSO, AToP, ARREST and diffusion. They do not import each other."""
+"""The methods: CARSO, AToP, ARREST and diffusion. None of them imports another."""

@@ -1,4 +1,4 @@
-"""The base of the methods: published trainings as data, trainings of a purifier, and saved defences."""
+"""The base of all methods: published systems as recipes, the training of a purifier, and the saving of defences."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ..training.task import Batch, Task, check_labels
 D = TypeVar("D", bound=Defence)
 R = TypeVar("R", bound="Recipe")
 
-#: How well a fact is known: read in the authors' code; read in the paper; told by others who read the paper or
-#: implemented it again; worked out from facts of the other grades.
+#: Where a fact is from. "code": the authors' code. "paper": the paper. "second-hand": others, who read the paper or
+#: implemented it again. "inferred": a conclusion from facts of the other grades.
 Grade = Literal["code", "paper", "second-hand", "inferred"]
 
 
@@ -38,10 +38,10 @@ class Fact:
     """A number or choice of a published system.
 
     Args:
-        value: the value that the paper states, or that the authors' code surely means.
-        grade: how well it is known.
-        source: file and line of the authors' code, or the section of the paper.
-        official: the value in the authors' code if it differs; None if it does not.
+        value: the value that the paper states, or that the authors' code is clearly meant to have.
+        grade: the kind of source.
+        source: file and line of the authors' code, or section of the paper.
+        official: the value in the authors' code, if it differs from ``value``; otherwise None.
     """
 
     value: Any
@@ -52,20 +52,21 @@ class Fact:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a published training needs. Each method's subclass makes its objects from it.
+    """The facts of a published system. A subclass for each method builds the system and its training from them.
 
-    The keys of the facts begin with what they are for: ``data.``, ``classifier.``, ``defence.``, ``method.`` (fields of
-    the method's config), ``attack.`` (fields of `purify_fast.training.TrainingAttack`), ``loop.`` (fields of
-    `purify_fast.training.FitConfig`), ``start.`` and ``evaluation.``, which are words.
+    The key of a fact begins with the part of the system that it describes, such as ``data.``, ``classifier.`` or
+    ``defence.``. Facts with ``method.`` are fields of the method's config, facts with ``attack.`` are fields of
+    `purify_fast.training.TrainingAttack`, and facts with ``loop.`` are fields of `purify_fast.training.FitConfig`. Most
+    facts with ``start.``, ``run.`` and ``evaluation.`` are descriptions in words.
 
     Args:
         name: name in `purify_fast.methods.recipes.recipe`, such as "carso/cifar10".
-        title: the training, in one line.
-        facts: by key.
-        not_reproduced: the differences of this package, a sentence each.
+        title: description of the system in one line.
+        facts: the facts by key.
+        not_reproduced: differences between this package and the publication, one sentence each.
     """
 
-    #: the method's config
+    #: The class of the method's config.
     settings: ClassVar[Any]
 
     name: str
@@ -74,20 +75,20 @@ class Recipe:
     not_reproduced: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Any:
-        """A fact's value, by its key."""
+        """Return the value of a fact."""
         return self.facts[key].value
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, after they were resized."""
+        """Shape of the images, (C, H, W), after resizing."""
         return self["data.image_shape"]
 
     def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
-        """The facts of one part, by their names without it.
+        """Return the facts with a prefix; the keys of the result do not have the prefix.
 
         Args:
             prefix: prefix of the keys, such as "loop".
-            official_code: take the value in the authors' code if it differs.
+            official_code: use the value in the authors' code where it differs.
         """
         return {
             key.removeprefix(f"{prefix}."): fact.official if official_code and fact.official is not None else fact.value
@@ -96,29 +97,29 @@ class Recipe:
         }
 
     def config(self, official_code: bool = False) -> Any:
-        """The settings of the training, an object of the method's config.
+        """Return the settings of the training, as an object of the method's config.
 
         Args:
-            official_code: reproduce what the authors' code does otherwise than it says or surely means.
+            official_code: use the value in the authors' code where it differs.
         """
         attack = replace(self.settings.attack, **self.part("attack", official_code))
         return self.settings(attack=attack, **self.part("method", official_code))
 
     def loop(self, official_code: bool = False) -> FitConfig:
-        """Epochs, batches and augmentation.
+        """Return the settings of the training loop, such as epochs, batches and augmentation.
 
         Args:
-            official_code: reproduce what the authors' code does otherwise than it says or surely means.
+            official_code: use the value in the authors' code where it differs.
         """
         return FitConfig(**self.part("loop", official_code))
 
     def __str__(self) -> str:
-        """All facts with grades and sources, and the differences of this package, as text."""
+        """Return all facts with grades and sources, and the differences of this package, as text."""
         rows: list[tuple[str, ...]] = [("fact", "value", "official_code=True", "grade", "source")]
         for key, fact in self.facts.items():
             official = "" if fact.official is None else _text(fact.official)
             rows.append((key, _text(fact.value), official, fact.grade, fact.source))
-        # a long text would break its column
+        # long texts are ignored, because they would make their column too wide
         widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
         lines = [f"{self.name}: {self.title}", ""]
         lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]
@@ -128,19 +129,19 @@ class Recipe:
 
 
 def _text(value: Any) -> str:
-    """A value as a card shows it."""
+    """Return the text of a value in a recipe."""
     if isinstance(value, tuple) and len(value) > 6:
         return f"{value[0]} ... {value[-1]} ({len(value)})"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def read_recipes(kind: type[R], file: Path) -> dict[str, R]:
-    """The recipes of a method, by their names without it.
+    """Read the recipes of a method. The keys of the result are their names without the method.
 
     Args:
-        kind: the method's recipes.
-        file: a JSON file in the method's folder. A fact is a list: value, grade, source and, where it differs, what the
-            authors' code does. A fraction is a text such as "8/255".
+        kind: the method's class of recipes.
+        file: a JSON file in the method's folder. A fact is a list of value, grade, source and, if it differs, the value
+            in the authors' code. A fraction is a text such as "8/255".
     """
     systems = json.loads(file.read_text(encoding="utf-8"))
     recipes = {}
@@ -152,7 +153,7 @@ def read_recipes(kind: type[R], file: Path) -> dict[str, R]:
 
 
 def _number(value: Any) -> Any:
-    """A value of a file as an object of Python: a fraction as a number, a list as a tuple."""
+    """Convert a value of the file: a fraction to a number, and a list to a tuple."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and value.replace("/", "", 1).isdigit():
@@ -161,15 +162,16 @@ def _number(value: Any) -> Any:
 
 
 class MethodTask(Task):
-    """A method's training: its precision, its learning rates, and a moving average of the weights.
+    """The base class of the methods' trainings, with precision, learning rates and a moving average of the weights.
 
     Args:
-        config: how, a dataclass with ``precision`` and ``learning_rate``, and perhaps a ``schedule``.
+        config: settings, a dataclass with ``precision``, ``learning_rate`` and ``weight_decay``; ``schedule`` is
+            optional.
     """
 
-    #: the method's name in checkpoints
+    #: The method's name in checkpoints.
     name: ClassVar[str]
-    #: Learning rates by the schedule's name, functions of the epoch, the number of epochs and the highest rate.
+    #: The published schedules by name: functions of the epoch, the number of epochs and the highest learning rate.
     published: ClassVar[Mapping[str, Callable[[int, int, float], float]]] = {}
     average: AveragedModel | None = None
     averaged: nn.Module
@@ -179,13 +181,13 @@ class MethodTask(Task):
         self.tf32 = config.precision == "tf32"
 
     def keep_average(self, name: str, module: nn.Module, decay: float, warm_up: bool = False) -> None:
-        """Let a moving average follow a module from now on, and keep it in checkpoints beside the model.
+        """Make a moving average of a module's weights, update it after every step, and add it to the checkpoints.
 
         Args:
-            name: the model's name there.
+            name: name of the model in checkpoints, beside "average".
             module: the model, or a part of it.
             decay: as in `purify_fast.training.moving_average.moving_average`; 0 for no average.
-            warm_up: as there.
+            warm_up: as in `purify_fast.training.moving_average.moving_average`.
         """
         self.averaged = module
         if decay > 0:
@@ -194,7 +196,7 @@ class MethodTask(Task):
 
     @property
     def result(self) -> nn.Module:
-        """The trained model: the moving average of its weights if there is one."""
+        """The trained model; with a moving average, the model with the averaged weights."""
         return self.model if self.average is None else self.average.module
 
     def after_step(self) -> None:
@@ -203,7 +205,7 @@ class MethodTask(Task):
             self.average.update_parameters(self.averaged)
 
     def adamw(self, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """AdamW with the rate and the weight decay of the settings."""
+        """Return AdamW with the learning rate and the weight decay of the settings."""
         decay = self.config.weight_decay
         return torch.optim.AdamW(weights, lr=self.config.learning_rate, weight_decay=decay, foreach=True)
 
@@ -215,24 +217,24 @@ class MethodTask(Task):
 
 
 class PurifierTask(MethodTask, Generic[D]):
-    """Trains the purifier of a defence; its classifier stays as it is, unless a method says otherwise.
+    """Trains the purifier of a defence. The classifier is frozen, except if a method's setting says otherwise.
 
     Args:
         defence: the defence to train.
-        config: how; the precision decides whether the defence is accelerated.
-        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
+        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
+        origin: name of the purifier's initial weights. A run is resumed only with the same name.
     """
 
     def __init__(self, defence: D, config: Any, origin: str):
         super().__init__(config)
         self.defence, self.origin = defence, origin
         self.model = defence
-        # the weights at the start: a method may train the classifier too
+        # the fingerprint is of the weights at the start, because a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
-        # a defence in this precision stays as it is: it may be compiled
+        # a defence that has this precision already is not changed, because it may be compiled
         if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
-        # an earlier task may have released it
+        # an earlier task may have made the classifier trainable
         defence.classifier.requires_grad_(False)
 
     @property
@@ -244,7 +246,7 @@ class PurifierTask(MethodTask, Generic[D]):
         return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """The facts that decide, beside the radius, which images the training's attacks on the frozen classifier make.
+        """Return all facts except the radius that decide which images an attack on the frozen classifier makes.
 
         Args:
             attack: the attack.
@@ -254,10 +256,9 @@ class PurifierTask(MethodTask, Generic[D]):
         """
         if attack.eps_warmup:
             raise ValueError(
-                f"bank needs one radius for all epochs, and eps_warmup {attack.eps_warmup:g} changes it in the first "
-                "epochs: leave eps_warmup out, or train without a bank"
+                f"bank needs one radius for all epochs, but eps_warmup {attack.eps_warmup:g} changes the radius in the "
+                "first epochs: set eps_warmup to 0, or train without a bank"
             )
-        # the precision of the attacked copy
         facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
         return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 
@@ -267,21 +268,21 @@ class PurifierTask(MethodTask, Generic[D]):
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         if tuple(shape) != self.defence.image_shape:
-            raise ValueError(f"x must have images {list(self.defence.image_shape)}, as the defence, got {list(shape)}")
+            raise ValueError(f"x must have images {list(self.defence.image_shape)}, got {list(shape)}")
         check_labels(classes, self.defence.num_classes)
 
 
 def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], Any]) -> Any:
-    """The result of a call of a user's module, in evaluation mode.
+    """Call a user's module in evaluation mode, and return the result.
 
     Args:
-        argument: the argument that the module was given as, for the message.
+        argument: name of the argument that is the module, for the message.
         module: the module.
-        given: what the call gives to it, for the message.
-        call: the call.
+        given: description of the module's inputs, for the message.
+        call: function that calls the module.
 
     Raises:
-        ValueError: the module does not take that.
+        ValueError: the call raised an error.
     """
     try:
         with evaluation_mode(module), torch.no_grad():
@@ -291,11 +292,13 @@ def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], A
 
 
 def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    """JSON values from which a module can be made again; for a module of a user's own only the name of its class.
+    """Describe a module by JSON values from which `rebuilt` can make it again.
+
+    A module of the user's own is described only by the name of its class.
 
     Args:
         module: the module.
-        kinds: the package's own classes by the names that are saved.
+        kinds: this package's classes, by the names that are saved.
     """
     for name, kind in kinds.items():
         if type(module) is kind:
@@ -306,29 +309,32 @@ def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict
 def rebuilt(
     facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: str | Path
 ) -> nn.Module:
-    """The module of a saved `description`, or the given module if it has that description.
+    """Make the module of a saved `description`, or return the given module if it has that description.
 
     Args:
         facts: the description.
-        given: a module of a user's own, or None.
-        kinds: the package's own classes by the names that are saved.
-        folder: where the description was saved, for the message.
+        given: a module of the user's own; None makes the module.
+        kinds: this package's classes, by the names that are saved.
+        folder: folder of the saved description, for the message.
 
     Raises:
-        ValueError: a module is needed and not given, or the given module has another description.
+        ValueError: the saved module is the user's own, and none is given; or the given module has another description.
     """
     if given is None:
         if facts["kind"] not in kinds:
-            raise ValueError(f"purifier: {folder} holds a {facts['kind']} of yours: give a module of its kind")
+            raise ValueError(
+                f"purifier must be a {facts['kind']}, got None: {folder} holds the weights of this class, which is not "
+                "a part of purify_fast"
+            )
         return kinds[facts["kind"]](**facts["arguments"])
     found = description(given, kinds)
     if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
-        raise ValueError(f"purifier: {folder} holds {dict(facts)}, got {found}")
+        raise ValueError(f"purifier must fit the saved weights: {folder} holds {dict(facts)}, got {found}")
     return given
 
 
 def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of predictions, and their accuracy, detached.
+    """Return the cross-entropy of predictions, and their accuracy, detached.
 
     Args:
         logits: ``[N, classes]``.
@@ -339,10 +345,12 @@ def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-    """Within the block, the defence's noise is that of the images in the batch of all processes.
+    """Within the block, the defence draws the noise of each image by its position in the batch of all processes.
+
+    So several processes draw the same noise as a single process.
 
     Args:
-        defence: whose noise it is.
+        defence: the defence that draws noise.
         batch: this process's share of the batch.
     """
     rank, world = processes()
@@ -350,13 +358,14 @@ def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManage
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
-    """Write the purifier, and a classifier trained with it; `purify_fast.load_defence` reads them back.
+    """Write a defence to ``model.safetensors``, which `purify_fast.load_defence` reads.
 
-    The file appears whole or not at all. A fingerprint of the classifier is among the facts.
+    The file has the weights of the purifier, and those of the classifier if it was trained too. A frozen classifier is
+    represented by a fingerprint of its weights. The file appears whole or not at all.
 
     Args:
         defence: the defence to write.
-        folder: the folder to write to; ``model.safetensors`` is written there.
+        folder: folder for ``model.safetensors``.
     """
     facts = {"classifier": weights_fingerprint(defence.classifier), "own_classifier": defence.own_classifier}
     facts |= {"acts_from_step": defence.acts_from_step, **({"bank": defence.bank} if defence.bank else {})}
@@ -364,7 +373,7 @@ def save_defence(defence: Defence, folder: str | Path) -> None:
 
 
 def trained_tensors(defence: Defence) -> dict[str, Tensor]:
-    """The tensors of a saved defence: all but those of a frozen classifier."""
+    """Return the tensors that a saved defence has: all except those of a frozen classifier."""
     state = defence.state_dict()
     return {
         name: value for name, value in state.items() if defence.own_classifier or not name.startswith("classifier.")

@@ -1,4 +1,4 @@
-"""Any saved defence, read back."""
+"""The loading of saved defences of all methods."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def is_denoiser(folder: str | Path) -> bool:
     """Tell whether a folder holds a denoiser without a classifier.
 
     Args:
-        folder: where a model was saved.
+        folder: folder of a saved model.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file is broken.
+        ValueError: the file is damaged.
     """
     return bool(read_model(folder)[0]["kind"] == ALONE)
 
@@ -40,42 +40,44 @@ def load_defence(
     process: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Carso | Atop | DiffusionPurifier:
-    """Read a defence that its ``save`` wrote, around ``classifier``, in evaluation mode on the classifier's device.
+    """Load a saved defence with its classifier, in evaluation mode on the classifier's device.
 
-    A denoiser that `purify_fast.methods.diffusion.save_denoiser` wrote alone becomes a `DiffusionPurifier`.
+    A denoiser that `purify_fast.methods.diffusion.save_denoiser` saved is loaded as a `DiffusionPurifier`.
 
     Args:
-        folder: where ``model.safetensors`` is.
-        classifier: the one it was trained for; None takes the one the command line keeps in ``folder/classifier``. If
-            the defence's copy was trained too, only its architecture counts.
-        purifier: for an AToP with a purifier of yours, or a `DiffusionPurifier` with a denoiser of yours: a module of
-            its architecture.
-        process: fields of `purify_fast.methods.diffusion.Process` in place of those that were saved, such as ``t_star``
-            and ``steps``; of a `DiffusionPurifier` or a denoiser alone.
-        check: refuse another classifier; turn off for one that was fine-tuned or converted since.
+        folder: folder of ``model.safetensors``.
+        classifier: the classifier for which the defence was trained; None loads it from ``folder/classifier``, where
+            the command line saves it. If the defence was trained together with its copy of the classifier, only the
+            architecture must match.
+        purifier: a module with the architecture of the saved purifier. It is required only if you saved an AToP with
+            your own purifier, or a `DiffusionPurifier` with your own denoiser.
+        process: fields of `purify_fast.methods.diffusion.Process` that replace the saved fields, such as ``t_star`` and
+            ``steps``; only for a `DiffusionPurifier` or a denoiser.
+        check: whether another classifier is refused. Set it to False for a classifier that was fine-tuned or converted
+            after the defence was trained.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a broken file, no defence, another classifier, a purifier is needed and not given, or a process
-            that the denoiser was not trained for.
+        ValueError: the file is damaged or holds no defence; the classifier is another one; a purifier is required but
+            not given; or the denoiser was not trained for the process.
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
     if kind not in ("Atop", "Carso", "DiffusionPurifier", ALONE):
-        raise ValueError(f"{folder} holds a classifier, a {kind}, not a defence: load_classifier reads it")
+        raise ValueError(f"{folder} holds a classifier ({kind}), not a defence: use load_classifier to load it")
     if purifier is not None and kind == "Carso":
-        raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r} with its own purifier")
+        raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
     if process is not None and kind in ("Atop", "Carso"):
-        raise ValueError(f"process must be None: {folder} holds a {kind!r}, which has no process")
+        raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
     classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
     if kind == ALONE:
-        # it was trained without a classifier, so that any classifier fits
+        # the denoiser was trained without a classifier, so it fits any classifier
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
     if check and not own_classifier and weights != facts["classifier"]:
         raise ValueError(
             f"classifier: its weights ({weights}) differ from those that {folder} was trained for "
-            f"({facts['classifier']}); pass check=False if that is meant"
+            f"({facts['classifier']}). Pass check=False if this is intended"
         )
     defence: Carso | Atop | DiffusionPurifier
     if kind == "Atop":
@@ -93,5 +95,6 @@ def load_defence(
     odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
     if odd:
         raise ValueError(f"{folder}: tensors do not fit the arguments, or the given module: {sorted(odd)[:4]} ...")
-    defence.load_state_dict(state, strict=False)  # all but a frozen classifier's, checked above
+    # the state has no tensors of a frozen classifier; all others were checked above
+    defence.load_state_dict(state, strict=False)
     return defence.eval()

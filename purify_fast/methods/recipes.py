@@ -1,4 +1,4 @@
-"""The published systems by name: ``recipe("atop/cifar_rt2")`` gives the defence, the task and the loop."""
+"""The published systems by name: ``recipe("atop/cifar_rt2")`` returns a recipe for the defence and its training."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from .carso.recipes import RECIPES as CARSO
 from .diffusion.recipes import RECIPES as DIFFUSION
 
 _BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST, "diffusion": DIFFUSION}
-#: Every recipe by its whole name, such as "carso/cifar10".
+#: All recipes by their whole names, such as "carso/cifar10".
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipes in _BY_METHOD.values() for recipe in recipes.values()}
 
 
 def recipe(name: str, method: str | None = None) -> Any:
-    """A published system: a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe`, or a `DiffusionRecipe`, which has no training.
+    """Return the recipe of a published system.
+
+    This is a `CarsoRecipe`, `AtopRecipe`, `ArrestRecipe` or `DiffusionRecipe`. A `DiffusionRecipe` has no training.
 
     Args:
         name: name of the method and the system, such as "carso/cifar10".
-        method: method of the recipe; its name may then be left out.
+        method: name of the method, if ``name`` is the name of the system only.
 
     Raises:
-        ValueError: another name; the message lists all.
+        ValueError: there is no such recipe; the message lists all names.
     """
     family = name.partition("/")[0] if method is None else method
     recipes, key = _BY_METHOD.get(family, {}), name.removeprefix(f"{family}/")

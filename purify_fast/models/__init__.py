@@ -1,4 +1,4 @@
-"""Classifiers, a denoiser, the layers they are made of, and reading a classifier's internal representation."""
+"""Classifiers, a denoiser and their layers, and a reader for the outputs of a classifier's inner layers."""
 
 from .classifiers import CLASSIFIERS, FullyConnected, PreActResNet18, SmallCNN, WideResNet, build_classifier
 from .representation import Representation

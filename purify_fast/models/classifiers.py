@@ -1,10 +1,12 @@
-"""Classifiers that are built, saved and loaded by name; any module from images in [0, 1] to logits takes their place.
+"""Classifiers that can be built, saved and loaded by their names.
 
-Each keeps its constructor's arguments, JSON values, in ``arguments``.
+The package also accepts any other module from images in [0, 1] to logits. Each class of this file has an attribute
+``arguments`` with the arguments of its constructor, which are JSON values.
 
-The wide residual networks are DeepMind's (Zagoruyko, Komodakis: BMVC 2016; Gowal et al., arXiv 2010.03593), the
-classifiers of the published CARSO systems: SiLU, pre-activation, "SAME" padding, normalization inside. Their parameter
-names are those of RobustBench's ``DMWideResNet``, whose state dicts load with ``strict=True``.
+The published CARSO systems have wide residual networks as classifiers, in DeepMind's form (Zagoruyko, Komodakis: BMVC
+2016; Gowal et al., arXiv 2010.03593): SiLU, pre-activation, "SAME" padding, and a normalization of the images as first
+layer. `WideResNet` has the parameter names of RobustBench's ``DMWideResNet``, so its state dicts can be loaded with
+``strict=True``.
 """
 
 from __future__ import annotations
@@ -29,19 +31,19 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions and two linear layers, SiLU, normalization inside. This package's own.
+    """A small network of this package: four convolutions and two linear layers, with SiLU and a fixed normalization.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: classes of the data, at least 2.
-        image_size: (H, W), at least 8 each.
-        width: channels of the first stage; the second has twice as many.
+        in_channels: number of channels of the images.
+        num_classes: number of classes, at least 2.
+        image_size: height and width of the images, at least 8 each.
+        width: number of channels of the first two convolutions; the other two have twice as many.
 
-    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The stages ``conv1`` ..
-    ``conv4`` and ``hidden`` are modules, so that their outputs can be named as a representation.
+    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The layers ``conv1`` to
+    ``conv4`` and ``hidden`` can be named as layers of a representation.
     """
 
-    # this network has no pooling: name the penultimate layer
+    # This network has no pooling, so its penultimate layer is named here.
     before_pooling = "hidden"
 
     def __init__(
@@ -74,28 +76,28 @@ class _Dropout(nn.Module):
         rank, world = processes() if self.training else (0, 1)
         if world == 1:
             return F.dropout(x, 0.15, self.training)
-        # draw as a single process would for the images of all processes
+        # Draw the mask of a single process with the images of all processes, and use the part for this process.
         whole = x.new_ones(world * len(x), *x.shape[1:])
         return x * F.dropout(whole, 0.15)[rank::world]
 
 
 class FullyConnected(nn.Module):
-    """The MNIST classifier of CARSO's first version: Mish, BatchNorm and dropout of 0.15 after each hidden layer.
+    """The MNIST classifier of CARSO's first version. Mish, BatchNorm and dropout (0.15) follow each hidden layer.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: classes of the data, at least 2.
-        image_size: (H, W).
-        hidden: sizes of the hidden layers (published: 200 and 80).
-        mean: the mean of the images, for normalization, a number or one per channel (default: MNIST's).
-        std: the standard deviations of the images, in the same form (default: MNIST's).
+        in_channels: number of channels of the images.
+        num_classes: number of classes, at least 2.
+        image_size: height and width of the images.
+        hidden: sizes of the hidden layers; the published network has 200 and 80.
+        mean: mean of the images: a number, or a number for each channel. The default is the mean of MNIST.
+        std: standard deviation of the images, in the same form. The default is that of MNIST.
 
-    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``: a Mish and a
-    log-softmax follow the last linear layer, as in the recipe carso/mnist_v1. The outputs of
-    ``body.1``, ``body.5``, ``body.9`` (every Mish) are its representation, 290 numbers.
+    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``. A Mish and a
+    log-softmax follow the last linear layer, as in the recipe carso/mnist_v1. With the default sizes, CARSO uses the
+    outputs of ``body.1``, ``body.5`` and ``body.9`` (the three Mish) as representation, 290 numbers in all.
 
     Raises:
-        ValueError: no hidden layer, fewer than 2 classes, counts below 1.
+        ValueError: there is no hidden layer, there are fewer than 2 classes, or another size is below 1.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class FullyConnected(nn.Module):
         for before, after in pairwise(widths):
             body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
         self.body = nn.Sequential(*body, nn.Linear(widths[-1], num_classes), nn.Mish())
-        # this network has no pooling: name the last hidden Mish
+        # This network has no pooling, so its last hidden Mish is named here.
         self.before_pooling = f"body.{len(body) - 3}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,22 +143,23 @@ class _Block(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """ResNet-18 with pre-activation (He et al., ECCV 2016), in its form for small images, normalization inside.
+    """ResNet-18 with pre-activation (He et al., ECCV 2016) for small images, with the normalization as first layer.
 
-    A 3 x 3 convolution, four stages of two blocks with ``width`` .. ``8 width`` channels, a mean over the positions.
+    The network has a 3 x 3 convolution, four stages of two blocks with ``width`` to ``8 width`` channels, a mean over
+    all positions, and a linear layer.
 
     Args:
-        num_classes: classes of the data, at least 2.
-        in_channels: channels of the images.
-        mean: the mean of the images, for normalization, a number or one per channel.
-        std: the standard deviations of the images, in the same form.
-        width: channels of the first stage (He et al.: 64).
+        num_classes: number of classes, at least 2.
+        in_channels: number of channels of the images.
+        mean: mean of the images: a number, or a number for each channel.
+        std: standard deviation of the images, in the same form.
+        width: number of channels of the first stage (64 in He et al.).
 
-    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The blocks are
-    ``stages.i.j`` with i in 0 .. 3 and j in 0 .. 1; the map before pooling is ``act``'s output.
+    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1], of any size -> logits ``[B, num_classes]``. The blocks
+    are ``stages.i.j`` with i from 0 to 3 and j from 0 to 1. The map before pooling is the output of ``act``.
 
     Raises:
-        ValueError: fewer than 2 classes, counts below 1.
+        ValueError: there are fewer than 2 classes, or another size is below 1.
     """
 
     before_pooling = "act"
@@ -199,7 +202,7 @@ class _WideBlock(nn.Module):
         activated = self.activation(self.batchnorm_0(x))
         out = activated
         if self.strided:
-            # "SAME" padding: at an even size the one missing row and column come last
+            # This is "SAME" padding: at even sizes, a row and a column are added only at the end.
             h, w = x.shape[2:]
             out = F.pad(out, (1 if w % 2 else 0, 1, 1 if h % 2 else 0, 1))
         out = self.conv_1(self.activation(self.batchnorm_1(self.conv_0(out))))
@@ -207,22 +210,24 @@ class _WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width. With SiLU, WRN-28-10 is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
+    """The wide residual network WRN-depth-width.
+
+    WRN-28-10 with SiLU is CARSO's classifier on CIFAR-10, CIFAR-100 and TinyImageNet.
 
     Args:
-        depth: 6 n + 4 with n blocks in each of the three groups.
-        width: factor on 16, 32 and 64 channels.
-        num_classes: classes of the data, at least 2.
-        mean: the mean of the images, for normalization, a number or one per channel (default: CIFAR-10's).
-        std: the standard deviations of the images, in the same form (default: CIFAR-10's).
-        in_channels: channels of the images.
-        activation: "silu", as RobustBench's ``DMWideResNet``, or "relu", as in the paper of Zagoruyko and Komodakis.
+        depth: number of layers: 6 n + 4, where n is the number of blocks in each of the three groups.
+        width: factor by which the 16, 32 and 64 channels of the groups are multiplied.
+        num_classes: number of classes, at least 2.
+        mean: mean of the images: a number, or a number for each channel. The default is the mean of CIFAR-10.
+        std: standard deviation of the images, in the same form. The default is that of CIFAR-10.
+        in_channels: number of channels of the images.
+        activation: "silu" as in RobustBench's ``DMWideResNet``, or "relu" as in the paper of Zagoruyko and Komodakis.
 
-    ``forward(x)``: ``[B, in_channels, H, W]`` in [0, 1], any size -> logits ``[B, num_classes]``. The output of
-    ``relu`` is the map before pooling.
+    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1], of any size -> logits ``[B, num_classes]``. The output
+    of ``relu`` is the map before pooling.
 
     Raises:
-        ValueError: a depth that is not 6 n + 4, fewer than 2 classes, counts below 1.
+        ValueError: depth is not 6 n + 4, there are fewer than 2 classes, or another size is below 1.
     """
 
     before_pooling = "relu"
@@ -264,13 +269,13 @@ class WideResNet(nn.Module):
         return self.logits(out.mean((2, 3)))
 
     def representation_layers(self) -> list[str]:
-        """The layers CARSO reads, in execution order: every block's two convolutions, and the strided shortcuts.
+        """The layers that CARSO uses as representation, in the order of execution.
 
-        They are read before BatchNorm, activation and the residual sum; the first group's shortcut, the first
-        convolution and the logits are not among them.
+        They are both convolutions of every block, and the strided shortcuts. The shortcut of the first group, the first
+        convolution and the logits do not belong to them.
 
         Returns:
-            Module paths, 26 for depth 28.
+            The names of the layers, as in ``named_modules()``; 26 names for depth 28.
         """
         return [
             f"layer.{g}.block.{b}.{part}"
@@ -289,21 +294,22 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
 
 
 def representation_before_pooling(model: nn.Module) -> str:
-    """Name the layer that serves as a classifier's representation if none is given.
+    """The name of the layer that is used as a classifier's representation if the user names no layers.
 
     Args:
         model: a classifier of `CLASSIFIERS`.
 
     Returns:
-        The path of the module whose output is the last map before pooling, or without pooling the penultimate vector.
+        The name of the layer whose output is the last map before pooling. In a network without pooling, its output is
+        the vector before the last linear layer.
 
     Raises:
-        ValueError: another model.
+        ValueError: the model is not a classifier of `CLASSIFIERS`.
     """
     if type(model) not in CLASSIFIERS.values():
         names = ", ".join(name for name, _ in model.named_modules() if name)[:400]
-        before = f"layers must be given for a {type(model).__name__}: the module whose output is the last map before"
-        raise ValueError(f"{before} pooling, one of {names}")
+        before = f"layers must be given for a {type(model).__name__}: name the module whose output is the last map"
+        raise ValueError(f"{before} before pooling, one of {names}")
     return model.before_pooling  # type: ignore[return-value]
 
 
@@ -318,20 +324,20 @@ def build_classifier(
     mean: Statistic = 0.5,
     std: Statistic = 0.5,
 ) -> nn.Module:
-    """A classifier with fresh weights, by its name in `CLASSIFIERS`.
+    """Make a classifier with random weights, by its name in `CLASSIFIERS`.
 
     Args:
         name: ``small_cnn``, ``preact_resnet18``, ``wide_resnet`` or ``fully_connected``.
-        image_shape: (C, H, W).
-        num_classes: classes of the data, at least 2.
-        width: None for the network's own: 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for ``wide_resnet``.
-        depth: depth of ``wide_resnet``, for it alone; None for 28.
-        activation: activation of ``wide_resnet``, for it alone: "silu" or "relu"; None for "silu".
-        mean: the mean of the images, for normalization, a number or one per channel; ``small_cnn`` always uses 0.5.
-        std: the standard deviations of the images, in the same form; ``small_cnn`` always uses 0.5.
+        image_shape: shape (C, H, W) of an image.
+        num_classes: number of classes, at least 2.
+        width: width of the network; None: 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for ``wide_resnet``.
+        depth: depth of ``wide_resnet``, only for this network; None: 28.
+        activation: activation of ``wide_resnet``, only for this network: "silu" or "relu"; None: "silu".
+        mean: mean of the images: a number, or a number for each channel; ``small_cnn`` always uses 0.5.
+        std: standard deviation of the images, in the same form; ``small_cnn`` always uses 0.5.
 
     Raises:
-        ValueError: an unknown name, or a width, depth or activation that the network does not have.
+        ValueError: the name is unknown, or the network has no width, depth or activation to set.
     """
     if name not in CLASSIFIERS:
         raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
@@ -343,6 +349,6 @@ def build_classifier(
     for option, value in {"width": width, "depth": depth, "activation": activation}.items():
         if value is not None:
             if option not in taken:
-                raise ValueError(f"{option} {value}: {name} has no {option} to choose")
+                raise ValueError(f"{option} must not be given for {name}, which has no {option}; it is {value}")
             options[option] = value
     return kind(**{option: value for option, value in options.items() if option in taken})

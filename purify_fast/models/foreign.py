@@ -1,8 +1,9 @@
-"""Classifiers of other libraries and of a user's own, by name, and the modules that a user's own functions return.
+"""Make classifiers of other libraries and of the user's code by their names.
 
 - ``torchvision:resnet18``: a model of torchvision.
-- ``timm:resnet18``: a model of timm, if that is installed.
-- ``package.module:function`` and ``path/to/file.py:function``: what a function or class without arguments returns.
+- ``timm:resnet18``: a model of timm, if timm is installed.
+- ``package.module:function`` and ``path/to/file.py:function``: the result of a function or class of the user, which is
+  called without arguments.
 """
 
 from __future__ import annotations
@@ -28,28 +29,31 @@ from .._validation import check_shapes
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
-#: Folders of Python's library and of installed packages, and the import system; errors name a place in other code.
+#: Places whose code is not the user's: the import system, Python's library and installed packages. Messages name the
+#: last line of the user's code in a traceback.
 _NOT_OWN = ("<frozen ", *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 class ForeignClassifier(nn.Module):
-    """A classifier from outside this package, made by its name, so that it can be saved and loaded.
+    """A classifier from outside this package. It is made by its name, so that it can be saved and loaded.
 
-    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] to logits ``[B, num_classes]``. The network is the
-    module ``model``: the layers of a representation are ``model.layer1`` and so on.
+    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The network is the
+    submodule ``model``, so its layers are ``model.layer1`` and so on.
 
     Args:
-        spec: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``. The last imports and calls code that
-            the name says: a saved classifier of this kind is to be loaded from trusted folders only. Modules in the
-            working folder are found too, and it stays on ``sys.path`` for what the model imports when it runs.
-        in_channels: channels of the images. A torchvision network takes three: one channel is given to it three times.
-        num_classes: classes of the data; a function of a user's own decides this itself.
-        mean: the mean of the images, one number per channel; a function of a user's own normalizes them itself.
-        std: the standard deviations of the images, in the same form.
+        spec: name of the classifier: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``. The last form
+            imports a module and calls a function, so load a saved classifier of this form only from a trusted folder.
+            The module may also be in the working folder, which then remains on ``sys.path`` because the model may
+            import more modules when it runs.
+        in_channels: number of channels of the images: 1 or 3 for torchvision. A torchvision network needs three
+            channels, so a single channel is repeated three times.
+        num_classes: number of classes; a function of the user ignores it.
+        mean: mean of the images: a number, or a number for each channel; a function of the user ignores it.
+        std: standard deviation of the images, in the same form; a function of the user ignores it.
 
     Raises:
-        ValueError: no such model, or what is found there is none; a function by its file; or, in place of a function,
-            a module that exists already.
+        ValueError: there is no classifier of this name; the name contains a file; the function does not return a
+            module; or the name is that of a module that exists already, not of a function.
         ModuleNotFoundError: the library or the module is not installed.
     """
 
@@ -66,7 +70,7 @@ class ForeignClassifier(nn.Module):
             self.normalize = normalize
             self.arguments |= normalize.arguments
         if library == "torchvision":
-            # importing it takes 1.7 seconds, and most classifiers do not need it
+            # The import takes 1.7 seconds, and most classifiers do not need torchvision.
             from torchvision import models
 
             self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
@@ -77,16 +81,17 @@ class ForeignClassifier(nn.Module):
             timm = importlib.import_module("timm")
             self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
         else:
-            # a saved classifier names its function, and loading it must not run a file from an arbitrary place
+            # A saved classifier contains this name, and loading the classifier must not run a file from any place.
             if spec.rpartition(":")[0].endswith(".py"):
                 raise ValueError(
-                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}: only "
-                    "`purify-fast evaluate` takes a function by its file. Name it by its module, such as "
-                    f"{Path(spec).stem}:{name}, and start in its folder or put that on PYTHONPATH"
+                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}. Only "
+                    "`purify-fast evaluate` accepts the path of a file. Write the module's name instead, such as "
+                    f"{Path(spec).stem}:{name}, and run the command in the folder of the file, or add that folder to "
+                    "PYTHONPATH"
                 )
             model = called_by(spec, fresh=True)
             if not isinstance(model, nn.Module):
-                raise ValueError(f"{spec} must return a torch.nn.Module, it returned a {type(model).__name__}")
+                raise ValueError(f"{spec} must return a torch.nn.Module; it returned the type {type(model).__name__}")
             self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,22 +102,21 @@ class ForeignClassifier(nn.Module):
 def build_foreign(
     spec: str, in_channels: int, num_classes: int, mean: Statistic, std: Statistic, weights: str | None = None
 ) -> ForeignClassifier:
-    """A classifier by its name, with fresh weights or given ones.
+    """Make a classifier by its name, with random or given weights. This function downloads nothing.
 
     Args:
-        spec: the name, as for `ForeignClassifier`.
-        in_channels: channels of the images.
-        num_classes: classes of the data.
-        mean: the mean of the images, one number per channel; weights of a library replace it by their own.
-        std: the standard deviations of the images, in the same form.
-        weights: None for fresh ones; a file, ``.safetensors`` or one of PyTorch's of which only tensors are read; or
-            the library's name for weights that it has downloaded before: ``IMAGENET1K_V1`` of torchvision,
-            ``pretrained`` of timm.
+        spec: name of the classifier, as in `ForeignClassifier`.
+        in_channels: number of channels of the images.
+        num_classes: number of classes of the data.
+        mean: mean of the images: a number, or a number for each channel. Weights by name have their own mean instead.
+        std: standard deviation of the images, in the same form. Weights by name have their own instead.
+        weights: None: random weights. Otherwise the path of a file (``.safetensors``, or a file of PyTorch, from which
+            only tensors are read), or the library's name for weights that it has downloaded before: ``IMAGENET1K_V1``
+            of torchvision, ``pretrained`` of timm.
 
     Raises:
-        FileNotFoundError: the file does not exist, or the library has not downloaded the weights: nothing is downloaded
-            here.
-        ValueError: weights of other shapes, or a file that holds more than tensors.
+        FileNotFoundError: the file does not exist, or the library has not downloaded the weights.
+        ValueError: the weights have other shapes, or the file contains Python objects other than tensors.
     """
     if weights is None:
         return ForeignClassifier(spec, in_channels, num_classes, mean, std)
@@ -124,9 +128,12 @@ def build_foreign(
         find = _torchvision_weights if library == "torchvision" else _timm_weights
         path, classes, own_mean, own_std = find(name, weights)
         if num_classes > classes:
-            raise ValueError(f"{spec} with the weights {weights} has {classes} classes, the data {num_classes}")
+            raise ValueError(
+                f"weights must have a class for each of the {num_classes} classes of the data; {weights} of {spec} has "
+                f"{classes} classes"
+            )
         if in_channels != len(own_mean):
-            # grey images are normalized, and then repeated for three channels
+            # Images with a single channel are normalized before the channel is repeated.
             own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
         classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
     load_state(classifier.model, read_weights(path), str(path))
@@ -134,9 +141,14 @@ def build_foreign(
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop_prefix: bool = False) -> None:
-    """Load a state dict whose names and shapes must all be the model's; ``what`` begins the error.
+    """Load a state dict, whose names and shapes must be equal to the model's.
 
-    With ``drop_prefix`` a wrapper's name before all others is dropped, such as "0." of a Sequential around the network.
+    Args:
+        model: the module that gets the weights.
+        state: the state dict.
+        what: the beginning of the message if names or shapes differ.
+        drop_prefix: whether to remove a prefix of the names that a wrapper has added, such as "0." of a Sequential.
+            Entries without this prefix are left out.
     """
     own = model.state_dict()
     if drop_prefix:
@@ -148,40 +160,42 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file, of which only tensors are read.
+    """Read a state dict from a file. Only tensors are read.
 
     Args:
-        path: a ``.safetensors`` file, or one that ``torch.save`` wrote. A table ``state_dict``, ``model_state_dict``,
-            ``model`` or ``G`` (a GAN's generator) in it is taken for the whole. The prefix ``module.`` of DataParallel
-            is dropped.
+        path: path of a ``.safetensors`` file or a file of ``torch.save``. If the file contains a dictionary under the
+            key ``state_dict``, ``model_state_dict``, ``model`` or ``G`` (the generator of a GAN), this dictionary is
+            the state dict. The prefix ``module.`` of DataParallel is removed from the names.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else.
+        ValueError: the file does not contain a state dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the weights to start from")
+        raise FileNotFoundError(f"{path} is missing: give the path of a file of weights")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's own message advises to load the file unsafely
-        raise ValueError(f"{path} holds Python objects, and only tensors are read: save its state dict") from error
+        # PyTorch's message would advise to load the file unsafely.
+        raise ValueError(
+            f"{path} contains Python objects, but only tensors are read: save the model's state dict"
+        ) from error
     except OSError:
         raise
-    # bytes that are not a pickle raise any kind of error
+    # A file that is not a pickle may raise any kind of error.
     except Exception as error:
-        raise ValueError(f"{path} holds no weights: {error}".splitlines()[0]) from error
+        raise ValueError(f"{path} contains no weights: {error}".splitlines()[0]) from error
     for key in ("state_dict", "model_state_dict", "model", "G"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: a table of tensors is wanted")
+        raise ValueError(f"{path} contains no state dict, which is a dictionary of tensors: save model.state_dict()")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def check_library_name(spec: str) -> None:
-    """Refuse a name that a library does not know.
+    """Raise an error if a library has no classifier of a name.
 
     Args:
         spec: ``torchvision:NAME`` or ``timm:NAME``.
@@ -204,7 +218,7 @@ def check_library_name(spec: str) -> None:
         known, place = timm.list_models(), "timm.list_models()"
     near = difflib.get_close_matches(name, known, 3)
     hint = f"near: {', '.join(near)}; " if near else ""
-    raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} names all")
+    raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} lists all names")
 
 
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
@@ -216,7 +230,7 @@ def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[floa
     entry = known[weights]
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: nothing is downloaded here, get it from {entry.url}")
+        raise FileNotFoundError(f"{path} is missing, and nothing is downloaded here: get the file from {entry.url}")
     preset = entry.transforms()
     return path, len(entry.meta["categories"]), tuple(preset.mean), tuple(preset.std)
 
@@ -229,34 +243,37 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
     path = cache(config.hf_hub_id, "model.safetensors") if config.hf_hub_id else None
     if not isinstance(path, str):
         raise FileNotFoundError(
-            f"the weights of timm:{name} are not on this machine: nothing is downloaded here, get model.safetensors "
-            f"from huggingface.co/{config.hf_hub_id}"
+            f"the weights of timm:{name} are not on this machine, and nothing is downloaded here: get "
+            f"model.safetensors from huggingface.co/{config.hf_hub_id}"
         )
     return Path(path), config.num_classes, tuple(config.mean), tuple(config.std)
 
 
-# -- modules of the user's own -----------------------------------------------------------------------------------------
+# -- the user's modules ------------------------------------------------------------------------------------------------
 
 
 def called_by(spec: str, *, fresh: bool = False) -> Any:
-    """Call a function or class without arguments and return its result; only the module that it names is imported.
+    """Import a function or class by its name, call it without arguments, and return its result.
 
     Args:
-        spec: ``package.module:name``, where modules in the working folder are found too, or ``path/to/file.py:name``,
-            where those beside the file are. That folder stays on ``sys.path``, since a model may import more when it
-            runs. A module that exists already, as a variable of that name, is taken as it is.
-        fresh: refuse a module that exists already, since every model of that name would have the same weights.
+        spec: ``package.module:name`` or ``path/to/file.py:name``. Python also searches the working folder for the
+            first form, and the file's folder for the second. That folder remains on ``sys.path``, because a model may
+            import more modules when it runs. If the name is that of a torch.nn.Module, not of a function, the module
+            itself is returned.
+        fresh: whether to refuse the name of a torch.nn.Module, because all models of this name would share its
+            weights.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ModuleNotFoundError: the module, or one that it imports, is not installed.
-        ValueError: the name does not exist, is not callable, or fails; or `fresh` asks for a new module where one
-            exists already.
+        ModuleNotFoundError: the module, or a module that it imports, is not installed.
+        ValueError: the name does not exist or cannot be called, the call fails, or `fresh` refuses the name.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise ValueError(f"a model by name is package.module:function or path/to/file.py:function, got {spec!r}")
-    # like ``python -m`` and ``python file.py``: modules of this folder are found first, also later, inside forward
+        raise ValueError(
+            f"the name of a model must be package.module:function or path/to/file.py:function, got {spec!r}"
+        )
+    # Like ``python -m`` and ``python file.py``, search this folder first, also for later imports inside `forward`.
     folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -269,7 +286,7 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     if isinstance(factory, nn.Module):
         if fresh:
             raise ValueError(
-                f"spec {spec!r} must name a function or class that makes a new module at each call; {name} is a "
+                f"spec {spec!r} must name a function or class that makes a new module in each call; {name} is a "
                 "module that exists already, and all classifiers of this name would share its weights"
             )
         return factory
@@ -288,25 +305,25 @@ def _imported(spec: str, place: str) -> ModuleType:
     except ImportError as error:
         raise ModuleNotFoundError(f"{spec}: {error}") from error
     except (Exception, SystemExit) as error:
-        advice = '. Put what only belongs to running the file below `if __name__ == "__main__":`'
+        advice = '. Move the code that runs the program below `if __name__ == "__main__":`'
         told = f"{_told(error)}{advice if isinstance(error, SystemExit) else ''}"
         raise ValueError(f"{spec}: {place} cannot be imported: {told}") from error
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Import the file as a module with a unique name, so that it hides no other module."""
+    """Import a file as a module. Its name begins with ``own_``, so that it does not hide another module."""
     name = f"own_{path.stem}"
     place = importlib.util.spec_from_file_location(name, path.resolve())
     assert place is not None and place.loader is not None
     module = importlib.util.module_from_spec(place)
-    # dataclasses and pickle look a class's module up
+    # dataclasses and pickle look up the module of a class in sys.modules.
     sys.modules[name] = module
     place.loader.exec_module(module)
     return module
 
 
 def _told(error: BaseException) -> str:
-    """An error of the user's code in one line, with the innermost line of that code."""
+    """Describe an error of the user's code in one line, with the file and line of that code where it occurred."""
     places = [
         place
         for place in traceback.extract_tb(error.__traceback__)

@@ -1,16 +1,18 @@
-"""Layers that more than one network is made of.
+"""Layers that several networks use.
 
-`LeakyReLU` and the BatchNorms are torch's, with their numbers (slope, eps, momentum) written into the call. torch keeps
-these numbers as attributes of the module. ``torch.compile(dynamic=True)`` first takes such an attribute for a number
-that may change, and starts all over again when it finds that an operator needs a constant. Parameters, buffers and
-results are torch's.
+`LeakyReLU` and the BatchNorms have the parameters, buffers and results of torch's layers. In one way they differ:
+slope, eps and momentum are constants in the code, not attributes of the module. ``torch.compile(dynamic=True)`` first
+treats a number in an attribute as variable, and starts again when it finds that an operator needs a constant.
 
-In training mode within a process group of several, BatchNorm normalizes by the images of all processes. Every process
-must then run the same layers. On CUDA it is computed by the functions of PyTorch that torch.nn.SyncBatchNorm is made of
-(torch/nn/modules/_functions.py), in five operators forward and four backward. They exist on CUDA alone, and
-SyncBatchNorm refuses tensors on a CPU, on which several processes are trained and tested as well. So other devices have
-a form of their own, of more operators. Each form exchanges one tensor forward and one backward. SyncBatchNorm itself
-leaves out processes without images, and waits for the device to find them; here every process must have some.
+In training mode with several processes, BatchNorm uses the statistics of the images of all processes. Every process
+must then run the same layers, and must have at least one image. There are two implementations. Each exchanges one
+tensor in the forward pass and one in the backward pass.
+
+- On CUDA, it calls the functions of PyTorch that torch.nn.SyncBatchNorm uses (torch/nn/modules/_functions.py): five
+  operators forward and four backward. SyncBatchNorm itself also allows processes without images, but it waits for the
+  device to find them.
+- On other devices these functions do not exist, and SyncBatchNorm refuses tensors on a CPU. The second implementation
+  works on all devices, with more operators.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 
 
 class Conv2d(nn.Conv2d):
-    """torch's Conv2d, with its arguments and names. In bfloat16 on a CPU `purify_fast.ops.conv2d` computes it."""
+    """torch's Conv2d, which calls `purify_fast.ops.conv2d` on a CPU. That op has a faster kernel for bfloat16."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # other devices have no kernel, and the checks of `conv2d` would cost each call 9 us on an AMD EPYC
+        # Other devices have no kernel. The checks of `conv2d` would take 9 us in each call (on an AMD EPYC).
         if input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
@@ -46,7 +48,7 @@ class Conv2d(nn.Conv2d):
 
 
 class LeakyReLU(nn.Module):
-    """LeakyReLU with CARSO's slope, 0.2."""
+    """LeakyReLU with the slope of CARSO, 0.2."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, 0.2)
@@ -57,7 +59,7 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch's function has no types
+        # The function of torch has no type annotations.
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -79,29 +81,29 @@ class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
 
 
 def check_sizes(num_classes: int, **counts: int) -> None:
-    """ValueError unless there are at least two classes, and all other sizes are at least 1."""
+    """Raise a ValueError unless there are at least two classes and all other sizes are at least 1."""
     check_counts(num_classes=num_classes, **counts)
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
 
 
 def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of the images as lists, as `Normalize` takes and files keep them.
+    """Convert the mean and standard deviation of the images to lists, which can be saved in files.
 
     Args:
-        mean: a number, or one per channel as a sequence, a tensor or an array, in image units.
-        std: the standard deviations, in the same form, above 0.
-        channels: how many channels there are.
+        mean: a number, or a sequence, tensor or array with a number for each channel, in image units.
+        std: the standard deviation in the same form; above 0.
+        channels: number of channels.
 
     Returns:
-        ``mean`` and ``std``, 1 or ``channels`` numbers each.
+        A dictionary of the lists ``mean`` and ``std``, which have 1 or ``channels`` numbers.
 
     Raises:
-        ValueError: another count of numbers, or a std that is not above 0.
+        ValueError: the count of numbers is not 1 or ``channels``, or a standard deviation is not above 0.
     """
     statistics = {}
     for name, given in {"mean": mean, "std": std}.items():
-        # torch.as_tensor would lose the numbers if modules are made on the meta device
+        # torch.as_tensor would lose the numbers if the modules are made on the meta device.
         numbers = np.ravel(given.tolist() if isinstance(given, Tensor) else given)
         statistics[name] = [float(number) for number in numbers]
         if len(numbers) not in (1, channels):
@@ -112,12 +114,12 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, for ``[B, C, H, W]``; the state dict does not contain the statistics.
+    """Normalizes images ``[B, C, H, W]``: (x - mean) / std for each channel. The state dict contains neither of them.
 
     Args:
-        mean: a number, or one per channel, in image units.
-        std: the standard deviations, in the same form, above 0.
-        channels: how many channels the images have.
+        mean: a number, or a number for each channel, in image units.
+        std: the standard deviation in the same form; above 0.
+        channels: number of channels of the images.
 
     Attributes:
         arguments: ``mean`` and ``std`` as lists.
@@ -136,30 +138,33 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-#: Kinds of devices for which PyTorch has its functions for statistics of several processes.
+#: Types of devices for which PyTorch has functions for the statistics of several processes.
 BY_TORCH = ("cuda",)
 _EPS, _MOMENTUM = 1e-5, 0.1
-# use the newer of the two names: PyTorch warns about the older if it has both
+# Use the newer name of this function: if PyTorch has both names, it warns about the older.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def batch_norm_everywhere(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, world: int
 ) -> Tensor:
-    """BatchNorm in training mode by the images of all processes, with torch's default eps and momentum.
+    """Compute BatchNorm in training mode with the statistics of all processes, and torch's default eps and momentum.
 
     Args:
-        x: this process's ``[B, C, ...]``, any floating-point dtype; B may differ between processes, and is at least 1.
-        weight: ``[C]``.
-        bias: ``[C]``.
-        running: the running mean and variance, ``[C]`` each, which are brought up to date; None without them.
-        world: how many processes there are.
+        x: input of this process, ``[B, C, ...]``, any floating-point dtype. B is at least 1, and may differ between
+            processes.
+        weight: scale, ``[C]``.
+        bias: shift, ``[C]``.
+        running: running mean and running variance, ``[C]`` each, which are updated in place; None: no running
+            statistics.
+        world: number of processes.
 
     Returns:
-        The result, in ``x``'s shape. The gradients of weight and bias are those of this process's images.
+        The normalized input, in the shape of ``x``. The gradients of weight and bias include only the images of this
+        process.
     """
     if x.device.type in BY_TORCH:
-        # torch's functions read both layouts, but no other strides
+        # The functions of torch accept only contiguous and channels_last tensors.
         x = x if _is_channels_last(x) else x.contiguous()
         return _NormalizeByTorch.apply(x, weight, bias, running, world)
     with torch.no_grad():
@@ -171,14 +176,14 @@ def batch_norm_everywhere(
 
 
 def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance over the images of all processes.
+    """Compute the mean and variance of each channel over the images of all processes.
 
     Args:
-        x: this process's ``[B, C, ...]``, any floating-point dtype.
-        world: how many processes there are.
+        x: input of this process, ``[B, C, ...]``, any floating-point dtype.
+        world: number of processes.
 
     Returns:
-        The mean, the biased variance, and how many values went into each, all ``[C]``, float32 (float64 for float64).
+        The mean, the biased variance, and the number of values, all ``[C]`` in float32 (float64 if ``x`` is float64).
     """
     wide = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
@@ -188,15 +193,15 @@ def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
     means, variances, counts = torch.stack(parts, 1)
     count = counts.sum(0)
     mean = (counts * means).sum(0) / count
-    # the squares' sum less the mean's square would lose the digits that large means share
+    # The formula E[x^2] - E[x]^2 would lose digits if the means are large.
     variance = (counts * (variances + (means - mean).square())).sum(0) / count
     return mean, variance, count
 
 
 class _Normalize(torch.autograd.Function):
-    """BatchNorm with `moments_everywhere`.
+    """BatchNorm with the statistics of `moments_everywhere`, which depend on x.
 
-    These depend on x, so that the backward's own moments are those of all processes too.
+    So the gradient needs sums over the images of all processes, too.
     """
 
     @staticmethod
@@ -210,11 +215,11 @@ class _Normalize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
-        # positional because the operator has no names for its arguments in Python
+        # The arguments are positional because the operator has no names for them in Python.
         direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, None, None, False, _EPS, [True, True, True]
         )
-        # the sums of dy, and of dy (x - mean) / deviation
+        # These are the sums of dy and of dy * (x - mean) / deviation, where dy is ``grad``.
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums)
         inverse = torch.rsqrt(variance + _EPS)
@@ -225,7 +230,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class _NormalizeByTorch(torch.autograd.Function):
-    """BatchNorm over all processes by PyTorch's functions, which compute statistics in float32, or in float64."""
+    """BatchNorm over all processes with PyTorch's functions, which compute statistics in float32 or float64."""
 
     @staticmethod
     def forward(
@@ -237,14 +242,14 @@ class _NormalizeByTorch(torch.autograd.Function):
         _all_gather(gathered, own)
         means, inverses, counts = gathered.view(world, -1).split([len(mean), len(mean), 1], 1)
         running_mean, running_var = (None, None) if running is None else running
-        # in the dtype that the function reads them in
+        # The function reads the counts in this dtype.
         read = counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype)
-        # positional because the function has no names for its arguments in Python
+        # The arguments are positional because the function has no names for them in Python.
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
             x, means, inverses, running_mean, running_var, _MOMENTUM, _EPS, read
         )
         ctx.save_for_backward(x, weight, mean, inverse, counts)
-        # positional because the function has no names for its arguments in Python
+        # The arguments are positional because the function has no names for them in Python.
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, _EPS)
 
     @staticmethod
@@ -252,14 +257,14 @@ class _NormalizeByTorch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, counts = ctx.saved_tensors
         grad = grad if _is_channels_last(grad) else grad.contiguous()
-        # positional because the function has no names for its arguments in Python
+        # The arguments are positional because the function has no names for them in Python.
         sum_dy, sum_dy_xmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean, inverse, weight, True, True, True
         )
         sums = torch.cat([sum_dy, sum_dy_xmu])
         dist.all_reduce(sums)
         sum_dy, sum_dy_xmu = sums.chunk(2)
-        # positional because the function has no names for its arguments in Python
+        # The arguments are positional because the function has no names for them in Python.
         grad_x = torch.batch_norm_backward_elemt(
             grad, x, mean, inverse, weight.to(mean.dtype), sum_dy, sum_dy_xmu, counts[:, 0].to(torch.int32)
         )

@@ -1,8 +1,8 @@
-"""The internal representation of a classifier: outputs of modules named by path, read by forward hooks.
+"""Read the internal representation of a classifier: the outputs of layers that are given by name.
 
-The hooks are registered once, because registering them anew would make `torch.compile` start over. A dry run compares
-each output's version counter at the time when it was read with the one after the pass. So only a layer whose output is
-overwritten in place later (``x += shortcut``, in-place activations) is cloned.
+Forward hooks read the outputs. They are registered once, because new hooks would make `torch.compile` compile again.
+A first pass finds the layers whose output is later overwritten in place, such as by ``x += shortcut``. It compares the
+output's version counter in the hook with the counter after the pass. Only the outputs of these layers are cloned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .._tensors import first_tensor
 
 
 class _Recorder:
-    """The forward hook of one layer. It is a class and not a closure, so that the model can be copied and pickled."""
+    """The forward hook of a layer. It is a class, because a model with a closure as hook could not be pickled."""
 
     def __init__(self, owner: Representation, index: int):
         self.owner, self.index = owner, index
@@ -34,13 +34,13 @@ class _Recorder:
 
 
 def without_recorders(model: nn.Module) -> nn.Module:
-    """``model`` without the hooks that `Representation` gave it, in place; other hooks stay.
+    """Remove the hooks of `Representation` from a model in place, and return the model. Other hooks remain.
 
     Args:
-        model: usually a copy of a model that is read by a `Representation`.
+        model: any module, usually a copy of a model that a `Representation` reads.
     """
     for module in model.modules():
-        # PyTorch has no public way to list a module's hooks, and the handles belong to the model that was copied.
+        # PyTorch has no public function that lists a module's hooks. Handles exist only for hooks of the original.
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Recorder)]:
             del module._forward_hooks[key]
     return model
@@ -48,7 +48,7 @@ def without_recorders(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block, ``model`` is in evaluation mode; afterwards each module is in the mode in which it was.
+    """Set a model to evaluation mode within the block. Afterwards, every module is in its previous mode.
 
     Args:
         model: any module.
@@ -63,10 +63,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch: int) -> int:
-    """The number of logits that a classifier gives each of ``batch`` images.
+    """The number of classes, which is the number of logits that a classifier returns for an image.
+
+    Args:
+        classify: function that calls the classifier and returns its result.
+        image_shape: shape of an image, for the message.
+        batch: number of images in the call.
 
     Raises:
-        ValueError: it fails, or gives something else than logits of at least two classes.
+        ValueError: the call fails, or its result is not a tensor of logits for at least two classes.
     """
     want = f"the classifier must map images [B, {', '.join(map(str, image_shape))}] to logits [B, C]"
     try:
@@ -77,17 +82,17 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
         got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         holds_logits = isinstance(getattr(logits, "logits", None), Tensor)
         wrap = ": wrap it in a module that returns the object's .logits" if holds_logits else ""
-        raise ValueError(f"{want}, it gave {got} for B = {batch}{wrap}")
+        raise ValueError(f"{want}, but it returned {got} for B = {batch}{wrap}")
     if logits.shape[1] < 2:
         raise ValueError(
-            "the classifier must have a logit for each of two classes at least, got a single one: for one logit z "
-            "of the second class give a module that returns torch.cat([-z, z], 1) / 2"
+            "the classifier must return a logit for each of at least two classes; it returned a single logit. If this "
+            "is the logit z of the second class, wrap it in a module that returns torch.cat([-z, z], 1) / 2"
         )
     return logits.shape[1]
 
 
 def _instead(name: str, modules: Iterable[str]) -> str:
-    """Suggest layers in place of an unknown name: the paths that end in it, or those with an end that is near to it."""
+    """Suggest layers for an unknown name: layers whose full name ends with the name, or else similar names."""
     depth = name.count(".") + 1
     ends = {path: ".".join(path.split(".")[-depth:]) for path in modules if path}
     if whole := [path for path, end in ends.items() if end == name]:
@@ -98,30 +103,30 @@ def _instead(name: str, modules: Iterable[str]) -> str:
 
 
 class Representation:
-    """Reads the outputs of ``layers`` in one forward pass of ``model``; several threads may read at once.
+    """Returns the outputs of chosen layers of a model, from a single forward pass. Several threads may use it together.
 
     Args:
-        model: any module from ``[B, *image_shape]`` to logits; it stays the owner of its weights.
-        layers: module paths, as in ``model.named_modules()``; the order is kept.
-        image_shape: (C, H, W) of the images, for the dry run.
+        model: any module from images ``[B, *image_shape]`` to logits. It is not copied, and its weights may change.
+        layers: names of the layers, as in ``model.named_modules()``. The outputs are returned in this order.
+        image_shape: shape (C, H, W) of the images, for a first pass.
 
     Attributes:
-        outputs: the outputs that the hooks have read in the passes that are under way, by thread. Other threads may use
-            the classifier meanwhile, for example to classify purified images: their outputs are not read.
+        outputs: for each thread with a pass in progress, the outputs that the hooks have read so far. If another thread
+            calls the classifier itself at the same time, the outputs of that call are not read.
         traced: the outputs that the hooks have read while a graph is traced; None at other times.
-        shapes: per layer, the shape of its output without the batch.
-        overwritten: per layer, whether it is cloned because the model overwrites it later.
-        num_classes: size of the model's logits.
+        shapes: for each layer, the shape of its output without the batch dimension.
+        overwritten: for each layer, whether its output is cloned because the model overwrites the output later.
+        num_classes: the number of classes of the model.
 
     Raises:
-        ValueError: an unknown, repeated, unused or re-used layer; an output that is not a tensor [B, C, H, W],
-            [B, T, D] or [B, F].
+        ValueError: a layer is unknown, is named twice, or does not run exactly once in a forward pass. Or the output of
+            a layer is not a tensor [B, C, H, W], [B, T, D] or [B, F].
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]):
         modules = dict(model.named_modules(remove_duplicate=False))
         if isinstance(layers, str):
-            raise ValueError(f"layers must be a list of module paths, got the text {layers!r}: write [{layers!r}]")
+            raise ValueError(f"layers must be a list of names, got the string {layers!r}: write [{layers!r}]")
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
         for name in layers:
@@ -146,7 +151,7 @@ class Representation:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         handles = [modules[name].register_forward_hook(partial(see, i)) for i, name in enumerate(self.layers)]
         try:
-            # Two images, because a BatchNorm that a user's model keeps in training mode refuses a single one.
+            # Use two images, because a BatchNorm that a user's model keeps in training mode refuses a single image.
             images = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
             with evaluation_mode(self.model), torch.no_grad():
                 classes = count_classes(lambda: self.model(images), image_shape, 2)
@@ -156,19 +161,19 @@ class Representation:
         shapes = []
         for index, (name, outputs) in enumerate(zip(self.layers, seen, strict=True)):
             if len(outputs) != 1:
-                raise ValueError(f"layers: {name!r} runs {len(outputs)} times in one forward pass, it must run once")
+                raise ValueError(f"layers: {name!r} must run once in a forward pass; it runs {len(outputs)} times")
             output, version = outputs[0]
             if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4) or output.shape[0] != 2:
                 got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
-                    f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F], for B = 2 it was {got}"
+                    f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]; for B = 2 it is {got}"
                 )
             self.overwritten[index] = output._version != version
             shapes.append(tuple(output.shape[1:]))
         return shapes, classes
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The layers' outputs in the order of ``layers``; differentiable.
+        """The outputs of the layers, in the order of ``layers``. They can be differentiated.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -176,7 +181,7 @@ class Representation:
         return self.with_logits(x)[1]
 
     def with_logits(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The model's logits, and the layers' outputs, of one pass.
+        """The logits of the model and the outputs of the layers, from one forward pass.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -192,9 +197,9 @@ class Representation:
         try:
             return self.model(x), outputs
         finally:
-            # clear it also after an error: the outputs would keep their memory and their graph
+            # Remove the outputs also after an error. Otherwise their memory and their graph would not be freed.
             del self.outputs[thread]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles, in which no pass is under way."""
+        """The state for copies and pickles. It contains no outputs of passes in progress."""
         return {**vars(self), "outputs": {}}

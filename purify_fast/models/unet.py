@@ -1,11 +1,12 @@
-"""A small U-Net that predicts what a diffusion process added to an image, for images of any size.
+"""A small U-Net that predicts what a diffusion process has added to an image. It accepts images of any size.
 
     e      = MLP(sin and cos of t at frequencies from 1 to 1 / 10,000)
-    block  : h + conv(silu(norm(conv(silu(norm(h))) + W e))),   h by a 1x1 convolution where the channels differ
-    path   : width channels at full size, 2 width at half, 4 width at a quarter of it, and up again with skips
+    block  : h + conv(silu(norm(conv(silu(norm(h))) + W e))); a 1x1 convolution of the first h if the channels differ
+    path   : width channels at full size, 2 width at half size, 4 width at a quarter, and back up with skips
 
-The form is that of Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", NeurIPS 2020, appendix B, made small:
-three levels, one block a level and direction, resizing without weights, and one attention at the lowest level.
+The network is a small form of that in Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", NeurIPS 2020,
+appendix B. It has three levels, one block per level and direction, resizing without weights, and one attention at the
+lowest level.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ from ..ops.dispatch.gradient import first_order, transformed
 from ..ops.group_norm_silu import group_norm_silu
 from .layers import Conv2d
 
-#: Channels that are normalized together, or all of a smaller width. The paper's network has 4 at full size; in
-#: channels_last bfloat16 on an AMD EPYC 16 take a tenth of the time.
+#: The number of channels in a group of the group normalization; a smaller width is a single group. The paper's network
+#: has 4 channels in a group at full size. With 16, the normalization took a tenth of the time on an AMD EPYC, in
+#: channels_last bfloat16.
 GROUP = 16
 
 
 def _zero(layer: Conv2d) -> Conv2d:
-    """The layer with zero weights, so that what it ends begins as its skip; the network predicts 0 at first."""
+    """Set the weights of a layer to zero, and return the layer.
+
+    A residual block whose last layer is zero returns its skip connection. The new network as a whole predicts 0.
+    """
     for weight in layer.parameters():
         nn.init.zeros_(weight)
     return layer
@@ -40,19 +45,20 @@ def _norm(channels: int, width: int) -> nn.GroupNorm:
 
 
 def _active(norm: nn.GroupNorm, h: Tensor, shift: Tensor | None = None) -> Tensor:
-    """SiLU of the normalized map, to which a number for each channel, if given, is added before."""
+    """Add ``shift``, if given, to the channels of ``h``, then apply the normalization and SiLU."""
     return group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, shift=shift, eps=norm.eps)
 
 
 class TimeLayer(nn.Linear):
-    """A linear layer of the embedded time. It stays in float32 where a copy of the network is in bfloat16.
+    """A linear layer of the embedded time. In a bfloat16 copy of the network, this layer remains in float32.
 
-    A product of a single row takes a CPU five times as long in bfloat16.
+    The times of a batch are often equal, and the layer then computes a single row. On a CPU, such a product takes five
+    times as long in bfloat16.
     """
 
 
 class _Block(nn.Module):
-    """A residual block; the embedded time, of 4 times the network's width, is added between its two convolutions."""
+    """A residual block. A linear layer of the embedded time, ``[B, 4 width]``, is added between its convolutions."""
 
     def __init__(self, inputs: int, outputs: int, width: int):
         super().__init__()
@@ -67,7 +73,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention of one head over all positions of a map."""
+    """Attention with one head over all positions of a map."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -76,7 +82,8 @@ class _Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         query, key, value = self.project(self.norm(h)).flatten(2).mT.chunk(3, 2)
-        # F.scaled_dot_product_attention takes six times as long backwards, on a CPU and of so few positions
+        # On a CPU and for so few positions, F.scaled_dot_product_attention takes six times as long in the backward
+        # pass.
         seen = (query @ key.mT / math.sqrt(query.shape[2])).softmax(2) @ value
         return h + self.out(seen.mT.unflatten(2, h.shape[2:]))
 
@@ -85,23 +92,23 @@ class UNet(nn.Module):
     """A denoiser for small images.
 
     Args:
-        channels: C of the images.
-        width: channels at full size, even and at most 16, or a multiple of 16; 2 and 4 times as many at a half and a
-            quarter.
-        patch: side of the squares of pixels that the first layer makes channels of, and the last layer pixels again: 2
-            does a quarter of the work of 1.
+        channels: number of channels C of the images.
+        width: number of channels at full size: a multiple of 16, or an even number below 16. Half size has 2 times as
+            many, and a quarter of the size 4 times.
+        patch: side of the squares of pixels that are turned into channels before the first layer, and back into pixels
+            after the last layer. With 2, the network computes a quarter of the operations of 1.
         attention: whether the lowest level has attention over its positions.
 
-    ``forward(x, t)``: x ``[B, C, H, W]`` floating point, H and W multiples of ``patch`` and at least 3 of it; t ``[B]``
-    or ``[]``, the time on the scale 0 to 1,000, whole or not -> ``[B, C, H, W]`` in the dtype that the convolutions
-    compute in.
+    ``forward(x, t)``: images x ``[B, C, H, W]``, floating point; H and W are multiples of ``patch``, at least
+    3 ``patch``. Times t ``[B]`` or ``[]``, on the scale from 0 to 1,000, with or without fractions. The result is
+    ``[B, C, H, W]`` in the dtype of the convolutions.
 
-    FLOP of one image forward, two to a multiplication with its addition, of patch 1 and width 32: 310 million for
-    3 x 32 x 32. They grow with the square of the width and with the pixels. It has about 930 weights times the square
-    of the width.
+    With patch 1 and width 32, the forward pass of an image 3 x 32 x 32 has 310 million floating-point operations, with
+    a multiply-add counted as two. They grow with the number of pixels and with the square of the width. The network has
+    about 930 ``width ** 2`` weights.
 
     Raises:
-        ValueError: sizes that do not fit, at construction or call.
+        ValueError: a size does not fit. The constructor or `forward` raises this error.
     """
 
     frequencies: Tensor
@@ -128,10 +135,13 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def embed(self, t: Tensor) -> Tensor:
-        """The embedding of the time that the blocks read, ``[B, 4 width]``.
+        """Embed the time for the blocks.
 
         Args:
             t: the time, as in `forward`.
+
+        Returns:
+            The embedding, ``[B, 4 width]``.
         """
         angles = t.reshape(-1, 1).to(self.frequencies.dtype) * self.frequencies
         embedded: Tensor = self.time(torch.cat([angles.sin(), angles.cos()], 1))
@@ -140,11 +150,11 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         patch, sides = self.patch, x.shape[2:]
         if x.dim() != 4 or x.shape[1] != self.channels or any(side % patch or side < 3 * patch for side in sides):
-            wanted = f"[B, {self.channels}, H, W], H and W multiples of {patch} and at least {3 * patch}"
+            wanted = f"[B, {self.channels}, H, W], with H and W multiples of {patch} and at least {3 * patch}"
             raise ValueError(f"x must be {wanted}, got {list(x.shape)}")
         blocks = (self.down1, self.down2, self.down3, self.middle, self.up2, self.up1)
         with without_autocast(x.device):
-            # if all times share one number in memory, as after `Tensor.expand`, embed it once
+            # If all times are the same number in memory, as after `Tensor.expand`, embed this number only once.
             time = self.embed(t[:1] if t.dim() and t.stride(0) == 0 else t)
             down1, down2, down3, middle, up2, up1 = (block.time(time) for block in blocks)
         full = self.down1(self.enter(_channels_last(F.pixel_unshuffle(x, self.patch))), down1)
@@ -160,20 +170,21 @@ def _channels_last(h: Tensor) -> Tensor:
 
 
 def _pixels(h: Tensor, patch: int) -> Tensor:
-    """``F.pixel_shuffle`` to contiguous images: of channels_last its own gradient takes a CPU twice as long."""
+    """Do the same as ``F.pixel_shuffle``, whose backward pass takes twice as long on a CPU for channels_last."""
     squares = h.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 2, 5, 3)
     return squares.flatten(4, 5).flatten(2, 3)
 
 
 def _halved(h: Tensor) -> Tensor:
-    """The means of squares of two pixels; of odd sides, the last row or column alone."""
+    """Halve a map by means of 2 x 2 pixels. At odd sizes, the last row or column has means of fewer pixels."""
     return F.avg_pool2d(h, 2, ceil_mode=True)
 
 
 class _Doubled(torch.autograd.Function):
-    """Each pixel as a square of two by two. Its gradient is their sum, which PyTorch's own takes ten times as long for.
+    """Doubles the size of a map: each pixel becomes a square of 2 x 2 pixels.
 
-    That is so on a CPU, in bfloat16 and channels_last.
+    The gradient sums the gradients of the squares. PyTorch's gradient takes ten times as long on a CPU, in bfloat16 and
+    channels_last.
     """
 
     @staticmethod
@@ -187,7 +198,7 @@ class _Doubled(torch.autograd.Function):
 
 
 def _joined(low: Tensor, skip: Tensor) -> Tensor:
-    """Join a map of the level below, enlarged to the size of this level, to this level's own map."""
+    """Enlarge the map of the level below to the size of ``skip``, and concatenate both along the channels."""
     sides = skip.shape[2:]
     doubled = low.device.type == "cpu" and not transformed() and sides == (2 * low.shape[2], 2 * low.shape[3])
     return torch.cat([_Doubled.apply(low) if doubled else F.interpolate(low, size=sides, mode="nearest"), skip], 1)

@@ -1,4 +1,4 @@
-"""Fused operations; each module holds one op: its formula, its reference, its contract."""
+"""Fused operations. Each module defines one op: its formula, its reference and its arguments."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Aggregation: a single prediction from the logits l [B, K, C] of K samples, in the log domain.
+"""Combines the logits l [B, K, C] of K samples into one prediction, in the log domain.
 
     lse          q_i = logsumexp_k l_ki                                       the default: finite, same decision as peel
     peel         log P_i = S_i - logsumexp_j S_j,   S = exp(q)                CARSO's P, arXiv 2306.06081, section 4.5
@@ -6,12 +6,14 @@
     mean_sigmoid logit(mean_k sigmoid(l_ki))                                  CARSO's code, "prob"
     vote         the number of samples whose largest logit is i               no gradient: attack lse instead
 
-    peel_reference   logit(softmax_i(sum_k exp(l_ki))), as CARSO's code returns it: +-inf from a margin of about 1.2 at
-                     K = 8, NaN gradients. For study only; attacking it measures nothing.
-    vote_reference   sum_k floor(l_ki / max_j l_kj), CARSO's code, "count": wrong for negative logits. For study only.
+        peel_reference   logit(softmax_i(sum_k exp(l_ki))), as in CARSO's code: infinite from a margin of about 1.2 at K
+        = 8,
+                         and its gradients are NaN. Attacking it gives a meaningless result. For study only.
+        vote_reference   sum_k floor(l_ki / max_j l_kj), CARSO's code, "count": wrong for negative logits. For study
+        only.
 
-exp(q) is continued by its tangent above q = 70, so that S stays finite (for logits up to 1e8 in float32) and the order
-of the classes is kept.
+Above q = 70, exp(q) is continued along its tangent. So S is finite (for logits up to 1e8 in float32), and the order of
+the classes is preserved.
 """
 
 from __future__ import annotations
@@ -26,24 +28,24 @@ from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
 
-#: Methods with a kernel, by index.
+#: The methods that have a kernel. The kernels identify them by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
-#: The published forms that are unsafe to attack.
+#: The published forms, which are unsafe to attack.
 UNSAFE = ("peel_reference", "vote_reference")
-#: exp(70) = 2.5e30 leaves float32 eight decades for the tangent and for sums over classes.
+#: exp(70) = 2.5e30, so float32 has eight decades above it for the tangent and for sums over classes.
 TANGENT = 70.0
 
 
 def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(q) continued linearly above TANGENT, and its derivative."""
-    # torch.where and not a clamp, whose gradient would be 0 at TANGENT itself
+    """Return exp(q), continued linearly above TANGENT, and its derivative."""
+    # This is not a clamp, because the gradient of a clamp would be 0 at TANGENT itself.
     above = q > TANGENT
     slope = torch.exp(torch.where(above, TANGENT, q))
     return torch.where(above, slope * (1 + (q - TANGENT)), slope), slope
 
 
 def reference(logits: Tensor, method: int) -> Tensor:
-    """The definition: logits [B, K, C] -> [B, C], in float32 (float64 for float64)."""
+    """Compute the definition: map logits [B, K, C] to [B, C], in float32 (float64 for float64)."""
     x = wide(logits)
     name = METHODS[method]
     if name == "lse":
@@ -58,7 +60,7 @@ def reference(logits: Tensor, method: int) -> Tensor:
 
 
 def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
-    """grad [B, C] times the Jacobian, [B, K, C], in the logits' dtype."""
+    """Return grad [B, C] times the Jacobian, [B, K, C], in the logits' dtype."""
     x, g = wide(logits), wide(grad)
     name = METHODS[method]
     if name in ("lse", "peel"):
@@ -77,19 +79,23 @@ def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
 
 
 def peel_reference(logits: Tensor) -> Tensor:
-    """CARSO's published head, [B, K, C] -> [B, C]: infinite and without gradient where it saturates. Study only."""
+    """CARSO's published head, [B, K, C] to [B, C].
+
+    Where it saturates it is infinite and has no gradient. Study only.
+    """
     p = torch.softmax(torch.exp(wide(logits)).sum(1), 1)
     return torch.log(p / (1 - p))
 
 
 def vote_reference(logits: Tensor) -> Tensor:
-    """CARSO's published "count", [B, K, C] -> [B, C]: wrong for negative logits, zero gradient. Study only."""
+    """CARSO's published "count", [B, K, C] to [B, C]: wrong for negative logits, and its gradient is 0. Study only."""
     x = wide(logits)
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
 
-#: Method, shape, and the logits' standard deviation. Few classes; more than a vector holds, in numbers that fill no
-#: whole one; and logits for which peel is continued by a tangent, whose slope, exp(70), is a number in two dtypes.
+#: Method, shape, and the standard deviation of the logits. The shapes have few classes, or more classes than a vector
+#: has lanes and not a multiple of it. One example has logits for which peel uses the tangent, whose slope exp(70) is
+#: finite in two of the dtypes.
 EXAMPLES = {
     ("lse", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 10), 3.0): "fb",
@@ -107,7 +113,7 @@ RACED = (
 PROPERTIES: dict[str, Any] = {
     "dtypes": lambda method, shape, scale: (torch.float32, torch.bfloat16, torch.float16)[: 2 if scale > 3 else 3],
     "exact": lambda method, *_: method == "vote",
-    # a GPU's exponentials and divisions round differently
+    # The exponentials and divisions of a GPU round differently.
     "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,
     "variant": lambda method, *_: method,
 }
@@ -136,7 +142,7 @@ BACKWARD = define_backward(
 )
 
 
-#: For ``lse`` and ``peel`` with at least SAVED_FROM classes: forward saves [B, 3, C], and backward is one pass.
+#: For ``lse`` and ``peel`` with at least SAVED_FROM classes, the forward saves [B, 3, C], and the backward is one pass.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
@@ -145,7 +151,7 @@ SAVED_FROM = 16
 _with_saved = differentiable(
     SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
 )
-# The reference may serve here too: the reference of vote has no graph for its gradient, which is zero.
+# This may also call the reference, because the reference of vote has no graph for its gradient, which is 0.
 _aggregate = differentiable(
     lambda logits, method: OP(logits, method, variant=METHODS[method]),
     lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),
@@ -153,26 +159,29 @@ _aggregate = differentiable(
 
 
 def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
-    """Aggregate the logits of K samples into one prediction per image.
+    """Combine the logits of K samples into one prediction per image.
 
     Args:
         logits: ``[B, K, C]``, K >= 1, C >= 2; float16, bfloat16, float32 or float64.
-        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid``, ``vote``; ``peel_reference`` and
-            ``vote_reference`` are CARSO's published forms, unsafe to attack (the module's docstring says why).
+        method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``. ``peel_reference`` and
+            ``vote_reference`` are CARSO's published forms. They are unsafe to attack, as the module's docstring
+            explains.
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for
-        the two published forms. ``lse``, ``peel``, ``peel_reference`` (where finite) have the same argmax.
+        the two published forms. ``lse``, ``peel`` and ``peel_reference`` (where finite) have the same argmax.
 
     Raises:
-        ValueError: not three dimensions, K < 1, C < 2, not floating point, or an unknown method.
+        ValueError: if logits is not floating point with three dimensions, K >= 1 and C >= 2, or if the method is
+            unknown.
 
-    ``vote`` has gradient 0. First-order gradients only; deterministic; ``vmap`` is not supported by the kernels.
+    ``vote`` has gradient 0. The op has first-order gradients only and is deterministic. The kernels do not support
+    ``vmap``.
     """
     if logits.dim() != 3 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[1] < 1 or logits.shape[2] < 2:
-        raise ValueError(f"logits need K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
+        raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
     if method == "peel_reference":
         return peel_reference(logits)
     if method == "vote_reference":

@@ -1,12 +1,12 @@
-"""A step of Auto-PGD: a projected gradient step (ascent), then momentum, projected again; per-sample step and radius.
+"""A step of Auto-PGD: a projected gradient step (ascent), then momentum, then a second projection.
 
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
 
-Croce & Hein, ICML 2020, algorithm 1; a = 0.75, and 1 for the first step. P and dir are those of `pgd_step`.
-P projects onto the ball, then onto the box; it is applied twice. dir is sign(g) (linf) or g / |g| (l2). Where g is
-zero or not finite, dir is 0 and the momentum alone moves the element (linf) or the sample (l2). NaN in x, x_nat or
-previous propagates.
+Source: Croce & Hein, ICML 2020, algorithm 1. a is 0.75, and 1 in the first step. P and dir are those of `pgd_step`. P
+projects onto the ball, and then onto the box. dir is sign(g) (linf) or g / |g| (l2). If g is zero or not finite, dir is
+0, and only the momentum moves the element (linf) or the sample (l2). NaN in x, x_nat or previous propagates. Each
+sample has its own step and radius.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .dispatch.examples import IMAGES, RGB, ROWS
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
-#: l1 is left out: its steps follow another rule, which adapts the share of the coordinates that move.
+#: There is no l1, because its steps follow a different rule, which adapts the fraction of the coordinates that move.
 NORMS = ("linf", "l2")
 
 
 def reference(
     x: Tensor, grad: Tensor, x_nat: Tensor, previous: Tensor, alpha: Tensor, eps: Tensor, momentum: float, *space: Any
 ) -> Tensor:
-    """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha, eps: [B]."""
     norm, lo, hi = space
     start, center = wide(x), wide(x_nat)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
@@ -71,24 +71,25 @@ def apgd_step(
     """Move ``x`` along ``grad`` and along its last move, within the ball around ``x_nat`` and the box [lo, hi].
 
     Args:
-        x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
-        grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
-        x_nat: the images that are attacked, the centers of the balls, like grad.
-        previous: the value of x before its last step, like grad.
+        x: current images of the attack, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
+        grad: gradient of the attacker's loss at x, with x's shape, dtype and device.
+        x_nat: attacked images, the centers of the balls, with x's shape, dtype and device.
+        previous: value of x before its last step, with x's shape, dtype and device.
         alpha: length of the step in image units, a number or ``[B]``.
         eps: radius of the ball in image units, a number or ``[B]``.
-        momentum: the weight a of the new step, in [0, 1]; 1 - a is that of the last move.
+        momentum: weight a of the new step, in [0, 1]. The last move has the weight 1 - a.
         norm: ``linf`` or ``l2``.
-        lo: lower end of the box that images lie in.
+        lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
 
     Returns:
-        The new x: same shape and dtype, contiguous. No gradient.
+        The new x, with the same shape and dtype, contiguous. There is no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown norm, a momentum outside [0, 1], or lo > hi.
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if momentum is outside [0, 1], or
+            if lo > hi.
 
-    Deterministic; ``linf`` is bit-exact across backends.
+    The op is deterministic, and ``linf`` is bit-exact across backends.
     """
     norm = check({"x": x, "grad": grad, "x_nat": x_nat, "previous": previous}, norm, lo, hi, NORMS)
     if not 0 <= momentum <= 1:

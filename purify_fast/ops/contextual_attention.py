@@ -1,6 +1,7 @@
-"""Contextual attention: every position is rebuilt from the patches of a feature map that are known.
+"""Contextual attention: rebuilds every position of a feature map from the patches that are known.
 
-With F [C, H, W] the features of one sample, p a key and q a query of the grid h x w = H/2 x W/2, in row-major order:
+F [C, H, W] are the features of one sample. p is a key and q is a query of the grid h x w = H/2 x W/2, in row-major
+order:
 
     R[q, p]   product of the 3x3 patches (zero padded) of F's even pixels, P, around q and p
     S         R[q, p] / max(|K_p|, 1e-4), K_p the key's patch; then twice X[q, p] + X[q-1, p-1] + X[q+1, p+1], zeros
@@ -8,14 +9,15 @@ With F [C, H, W] the features of one sample, p a key and q a query of the grid h
     A[q, p]   v_p softmax_p(scale v_p S[q, p]), v_p = 1 for a valid key; an invalid one has logit 0, and no share
     y         1/4 the overlap-added 4x4 patches, stride 2, zero padded by 1, of F at p, in proportion A[q, p]
 
-DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), but every sample has
-its own keys. The patches are never built. With G = P'P and both positions moved together, zeros off the grid,
+Source: DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), except that every
+sample has its own keys. The patches are never built. With G = P'P, both positions shifted together, and zeros outside
+the grid,
 
     R[q, p] = sum over the 9 neighbours o of G[q+o, p+o]                               a ninth of the products
     y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]   a quarter of them
 
-where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), and a' = 2a - 1. The products are PyTorch's; the op is
-what lies between, G to U. All its sums are symmetric in o, so that the same ones serve backward.
+where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), and a' = 2a - 1. PyTorch computes the matrix products.
+The op computes the part between them, from G to U. Its sums are symmetric in o, so the backward uses the same sums.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _SMALLEST_NORM = 1e-4
 
 
 def _moved(x: Tensor, step: int, dim: int) -> Tensor:
-    """x [B, ..., ...], two equal groups of dimensions: ``dim`` of both groups moved, i from i + step (1 or -1)."""
+    """Shift x [B, ..., ...] along ``dim`` of both groups of dimensions: i gets the value of i + step (1 or -1)."""
     groups, size = x.dim() // 2, x.shape[dim]
     padding = [0] * (2 * x.dim())
     for d in (dim, dim + groups):
@@ -45,22 +47,22 @@ def _moved(x: Tensor, step: int, dim: int) -> Tensor:
 
 
 def _both(x: Tensor, dim: int) -> Tensor:
-    """x and its neighbors before and behind it along ``dim`` of both groups."""
+    """Return x plus its neighbors before and after it along ``dim`` of both groups."""
     return x + _moved(x, -1, dim) + _moved(x, 1, dim)
 
 
 def _fuse_rows(x: Tensor) -> Tensor:
-    """The fuse in row-major order, [B, L, L]."""
+    """Fuse in row-major order, [B, L, L]."""
     return _both(x, 1)
 
 
 def _turned(x: Tensor, height: int, width: int) -> Tensor:
-    """x [B, L, L] whose positions, in row-major order, are put into column-major order."""
+    """Return x [B, L, L] with its positions reordered from row-major to column-major order."""
     return _grids(x, height, width).permute(0, 2, 1, 4, 3).reshape(x.shape)
 
 
 def _fuse_columns(x: Tensor, height: int, width: int) -> Tensor:
-    """The fuse in column-major order, [B, L, L]."""
+    """Fuse in column-major order, [B, L, L]."""
     turned = _turned(x, height, width)
     return _turned(turned + _moved(turned, 1, 1) + _moved(turned, -1, 1), width, height)
 
@@ -77,18 +79,18 @@ def _grids(x: Tensor, height: int, width: int) -> Tensor:
 def reference(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition of the function between the products.
+    """Compute the definition of the part between the matrix products.
 
     Args:
-        correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the arithmetic's dtype.
-        inverse: ``[B, L]``, the correlation's dtype: one over the norms of the keys.
-        keep: v ``[B, L]``, 0 or 1, in the dtype U is wanted in.
+        correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the dtype of the arithmetic.
+        inverse: 1 / norms of the keys, ``[B, L]``, in the correlation's dtype.
+        keep: v ``[B, L]``, 0 or 1, in the dtype of the result U.
         height: h, the height of the grid of keys.
-        width: w, its width.
+        width: w, the width of the grid of keys.
         scale: factor of the scores before the softmax.
 
     Returns:
-        U ``[B, 4, L, L]``, by a and b, and A ``[B, L, L]``, for backward; queries are rows, keys columns.
+        U ``[B, 4, L, L]``, by a and b, and A ``[B, L, L]``, for the backward. Queries are rows and keys are columns.
     """
     v = keep.to(correlation.dtype)[:, None]
     scores = _patches(correlation, height, width) * inverse[:, None]
@@ -102,7 +104,7 @@ def reference(
 def reference_backward(
     grad: Tensor, correlation: Tensor, inverse: Tensor, weights: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of G and of the inverse norms, from that of U ``[B, 4, L, L]``; ``weights`` is A."""
+    """Return the gradients of G and of the inverse norms, from the gradient of U ``[B, 4, L, L]``; ``weights`` is A."""
     x = _grids(grad.to(correlation.dtype), height, width)
     by_row = [x[:, i] + x[:, i + 1] + _moved(x[:, i], 1, 2) + _moved(x[:, i + 1], -1, 2) for i in (0, 2)]
     x = 0.25 * (by_row[0] + by_row[1] + _moved(by_row[0], 1, 1) + _moved(by_row[1], -1, 1)).reshape(weights.shape)
@@ -112,21 +114,24 @@ def reference_backward(
     return _patches(x * inverse[:, None], height, width), to_inverse
 
 
-#: Height and width of the grid of keys, channels, and the dtypes that stand for it on a GPU.
+#: The keys are the height and width of the grid of keys, and the channels. The values are the dtypes in which the
+#: example verifies kernels on a GPU.
 EXAMPLES = {(8, 8, 6): "fb", (4, 7, 3): "h", (9, 3, 5): ""}
 RACED = ((8, 8, 96), (32, 32, 96))
 
 
 def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     pixels = normal(seed, ROWS, height * width, channels, scale=0.4)
-    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()  # any values will do
+    # Any values are suitable as norms.
+    norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
-    inner = wide_dtype(dtype)  # everything else between the products is float32
+    # Everything else between the products is float32.
+    inner = wide_dtype(dtype)
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of backward beside the gradient: G, the inverse norms, A and the settings."""
+    """Return the arguments of the backward after the gradient: G, the inverse norms, A and the settings."""
     return *inputs[:2], outputs[1], *inputs[3:]
 
 
@@ -142,7 +147,7 @@ OP = define_op(
     raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=("",),
-    # the key is the dtype of the mask, and the number of pairs of pixels
+    # The key is the dtype of the mask, and the number of pairs of pixels.
     size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
 BACKWARD = define_backward(
@@ -156,7 +161,7 @@ BACKWARD = define_backward(
     ),
     saved=_saved,
     constants=1,
-    # the sums are as large as the largest output
+    # The sums are as large as the largest output.
     changes={"slack": 32.0},
     size_key=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )
@@ -166,17 +171,17 @@ _between = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, co
 
 
 def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
-    """The inverse norms of the 3x3 patches of ``pixels`` [B, L, C], with norms of at least 1e-4: [B, L]."""
+    """Return the inverse norms of the 3x3 patches of ``pixels`` [B, L, C], with norms of at least 1e-4: [B, L]."""
     squares = pixels.square().sum(2).view(-1, 1, height, width)
     squares = F.avg_pool2d(squares, 3, 1, 1, divisor_override=1).flatten(1)
-    # the squares are clamped, not their root: its gradient at 0 would be NaN
+    # The squares are clamped before the root, because the gradient of the root at 0 would be NaN.
     return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
-#: Four kernels of the whole function, on a CPU in eager calls. Two read and write pixels where they lie: SPLIT makes
-#: their phases [B, 4, C, L], or [B, 4, L, C] of channels_last, and JOIN makes features of phases, and adds ``more`` to
-#: the first. Two compute what lies between the products, the norms of the keys included: SPREAD gives U, A and the
-#: inverse norms, and SLOPES gives the matrix that the pixels are multiplied by for their gradient.
+#: Four CPU kernels, which compute the whole function in eager calls. SPLIT copies the pixels of features into phases:
+#: [B, 4, C, L], or [B, 4, L, C] for channels_last. JOIN copies phases into features, and adds ``more`` to the first
+#: phase. SPREAD and SLOPES compute the parts between the products, including the norms of the keys. SPREAD returns U, A
+#: and the inverse norms. SLOPES returns the matrix by which the pixels are multiplied for their gradient.
 SPLIT = cpu_kernel("contextual_attention_split", "(Tensor features, bool channels_last) -> Tensor")
 JOIN = cpu_kernel(
     "contextual_attention_join",
@@ -192,12 +197,15 @@ SLOPES = cpu_kernel(
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
 )
-#: True if the kernels of the whole function exist and may serve.
+#: True if the kernels of the whole function exist and may be used.
 WHOLE = SAVING_KERNELS
 
 
 def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
-    """The whole function, and the arguments of its backward: F, G, the inverse norms, U and A."""
+    """Compute the whole function.
+
+    Return its result and the arguments of its backward: F, G, the inverse norms, U and A.
+    """
     height, width = features.shape[2] // 2, features.shape[3] // 2
     phases = SPLIT(features, last)
     pixels = wide(phases[:, 0])
@@ -233,38 +241,42 @@ _whole = differentiable(_attend, _attend_backward, lambda inputs, outputs: (*out
 
 
 def _whole_serves(features: Tensor, pairs: int, gradient: bool) -> bool:
-    """Tell whether the kernels of the whole function serve: they do if the op's kernels would in both directions."""
+    """Return True if the kernels of the whole function are used.
+
+    They are used if the op's kernels would be used in both directions.
+    """
     if not WHOLE or not may_save(features) or OP.uses_reference(features.device, features.dtype, pairs):
         return False
     return not gradient or not BACKWARD.uses_reference(features.device, features.dtype, pairs)
 
 
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
-    """Rebuild a feature map from its valid patches, by their likeness: see the module's docstring.
+    """Rebuild a feature map from its valid patches, weighted by similarity (see the module's docstring).
 
     Args:
-        features: ``[B, C, H, W]``, H and W even; float16, bfloat16, float32 or float64; the gradient flows here.
-        valid: bool ``[B, (H/2) * (W/2)]``, the keys each sample may use, row-major: `key_validity`.
+        features: ``[B, C, H, W]``, H and W even; float16, bfloat16, float32 or float64. They get a gradient.
+        valid: bool ``[B, (H/2) * (W/2)]``, the keys that each sample may use, in row-major order. `key_validity`
+            returns it.
         scale: factor of the scores before the softmax.
 
     Returns:
         ``[B, C, H, W]``, the features' dtype, also under autocast; contiguous, or channels_last if the features are.
-        Scores and softmax are float32 (float64 for float64), the weights' sums are rounded to the features' dtype.
-        The products follow ``torch.set_float32_matmul_precision``.
+        Scores and softmax are float32 (float64 for float64). The sums of the weights are rounded to the features'
+        dtype. The matrix products follow ``torch.set_float32_matmul_precision``.
 
     Raises:
-        ValueError: features not floating point or not four-dimensional, H or W odd or 0, valid not bool, of another
-            shape or on another device.
+        ValueError: if features is not floating point with four dimensions and even, positive H and W, or if valid is
+            not bool or has a wrong shape or device.
 
-    Memory: six [H*W/4, H*W/4] matrices per sample, 24 MiB in float32 at 64x64, which are held until the backward pass
-    where a gradient is recorded. First-order gradients only; deterministic; a sample's result does not depend on the
-    others, but for the rounding of the matrix products.
+    Memory: six [H*W/4, H*W/4] matrices per sample, which is 24 MiB in float32 at 64x64. If a gradient is recorded, they
+    are stored until the backward. The op has first-order gradients only and is deterministic. A sample's result does
+    not depend on the other samples, apart from the rounding of the matrix products.
     """
     if features.dim() != 4 or not features.is_floating_point():
         raise ValueError(f"features must be floating point [B, C, H, W], got {features.dtype} {list(features.shape)}")
     batch, channels, rows, columns = features.shape
     if rows % 2 or columns % 2 or rows == 0 or columns == 0:
-        raise ValueError(f"features need even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
+        raise ValueError(f"features must have even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
     height, width = rows // 2, columns // 2
     if valid.dtype != torch.bool or valid.shape != (batch, height * width):
         raise ValueError(
@@ -277,8 +289,9 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         with without_autocast(features.device):
             return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
     with without_autocast(features.device):
-        grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # [B, C, h, a, w, b]
-        # for each memory layout the matrix products that need no transposed copy
+        # [B, C, h, a, w, b]
+        grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+        # Each memory layout uses the matrix products that need no transposed copy.
         if last:
             phases = grid.permute(0, 3, 5, 2, 4, 1).reshape(batch, 4, height * width, channels)
         else:
@@ -297,24 +310,24 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
 
 
 def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Find the known keys of `contextual_attention`, whose whole 3x3 neighbourhood on the key grid is known.
+    """Find the keys that `contextual_attention` may use: those whose whole 3x3 neighbourhood on the key grid is known.
 
     Args:
-        mask: ``[B, 1, H0, W0]``, bool or a number, in which all but 0 is missing; any resolution.
+        mask: ``[B, 1, H0, W0]``, bool or a number, at any resolution. Nonzero pixels are missing.
         size: (h, w) of the key grid, half of the features' size.
 
     Returns:
-        bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask in it is: for the mask
-        of blocks of 32 px in 256 px images this is the published sampling of every eighth pixel, which at smaller
-        sizes would miss blocks. Outside the grid nothing counts as missing. No gradient.
+        bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask in it is. For 256 px
+        images with blocks of 32 px, this is the published sampling of every eighth pixel. At smaller sizes that
+        sampling would miss blocks. Cells outside the grid do not count as missing. There is no gradient.
 
     Raises:
-        ValueError: mask is not [B, 1, H0, W0] or empty, or h or w is below 1.
+        ValueError: if mask is not [B, 1, H0, W0] or is empty, or if h or w is below 1.
     """
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] < 1 or mask.shape[3] < 1:
         raise ValueError(f"mask must be [B, 1, H0, W0], got {list(mask.shape)}")
     if size[0] < 1 or size[1] < 1:
-        raise ValueError(f"size must be (h, w), at least 1, got {tuple(size)}")
+        raise ValueError(f"size must be (h, w) with h and w at least 1, got {tuple(size)}")
     missing = (mask.detach() != 0).to(torch.float32)
     if mask.shape[2] % size[0] or mask.shape[3] % size[1]:
         missing = F.adaptive_max_pool2d(missing, size)

@@ -1,21 +1,21 @@
-"""Convolutions of images in bfloat16 on a CPU, faster than PyTorch's, forwards and both ways back.
+"""Convolutions of bfloat16 images on a CPU, and their gradients. They are faster than PyTorch's.
 
     out[b, y, x, o] = bias[o] + sum over i, j, c of input[b, y s + i d - p, x s + j d - p, c] weight[o, i, j, c]
 
-with stride s, padding p by zeros and dilation d. It is what ``torch.nn.functional.conv2d`` computes, which is the
-reference, in any floating dtype and on any device. The kernels are for one case of it: bfloat16, channels_last, one
-group, on a processor that multiplies pairs of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). PyTorch's
-own convolutions leave much of such a processor unused, above all in gradients of weights and where channels are few;
-docs/performance.md has a table. GPUs use cuDNN: this package has no kernel for them.
+with stride s, zero padding p and dilation d. The reference is ``torch.nn.functional.conv2d``, for any floating dtype
+and device. The kernels support a single case: bfloat16, channels_last, one group, on a processor that multiplies pairs
+of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). On such a processor PyTorch's convolutions are slow,
+above all the gradients of weights and layers with few channels; docs/performance.md has a table. This package has no
+kernel for GPUs, which use cuDNN.
 
-Sums are in float32. The gradients of weight and bias are returned as summed, where PyTorch rounds them to bfloat16.
+Sums are in float32. The gradients of weight and bias are not rounded to bfloat16, unlike PyTorch's.
 
-Convolutions of 3 x 3 taps and stride 1 with enough channels and pixels take half the products, by Winograd's algorithm
-F(2 x 2, 3 x 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016). It multiplies sums of
-four pixels, and of nine weights, rounded to bfloat16 once more. With normal numbers the result then errs by 0.4 % of
-its size, where rounding it to bfloat16 errs by 0.17 %. An infinity or a NaN reaches the pixels beside those that it
-touches, and infinities come out as NaN; sums of numbers near the largest one can overflow. Without Winograd's
-algorithm too, a weight or gradient that is not finite may reach pixels at the border that PyTorch's leave out.
+Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
+and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), which needs half the products. It multiplies
+sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normal numbers, the result has a
+relative error of 0.4 %; rounding it to bfloat16 has 0.17 %. An infinity or a NaN also affects neighbouring pixels, and
+infinities become NaN. Sums of numbers near the largest bfloat16 number can overflow. Even without Winograd's algorithm,
+a non-finite weight or gradient may affect pixels at the border that it does not affect in PyTorch.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
 
 def _first(x: Tensor) -> Tensor:
-    """A view with channels first, as PyTorch's convolutions take it."""
+    """Return a view with channels first, as PyTorch's convolutions need it."""
     return x.permute(0, 3, 1, 2)
 
 
 def _last(x: Tensor) -> Tensor:
-    """A view with channels last, as the ops take it; contiguous if the argument is channels_last."""
+    """Return a view with channels last, as the ops need it. It is contiguous if the argument is channels_last."""
     return x.permute(0, 2, 3, 1)
 
 
 def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Sequence[int]) -> Tensor:
-    """The definition. input [B, H, W, C], weight [O, K, L, C] in input's dtype, bias [O] or None -> [B, H', W', O]."""
+    """Compute the definition.
+
+    Maps input [B, H, W, C], weight [O, K, L, C] in input's dtype and bias [O] or None to [B, H', W', O].
+    """
     shift = None if bias is None else bias.to(input.dtype)
     stride, padding, dilation = settings
     out = F.conv2d(_first(input), _first(weight), shift, stride, padding=padding, dilation=dilation)
@@ -58,7 +61,7 @@ def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Seq
 
 
 def reference_input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, *settings: Sequence[int]) -> Tensor:
-    """grad [B, H', W', O] times d out / d input: [B, H, W, C] of these height and width."""
+    """Return grad [B, H', W', O] times d out / d input: [B, H, W, C] with the given height and width."""
     size = grad.shape[0], weight.shape[3], height, width
     return _last(conv2d_input(size, _first(weight), _first(grad), *settings)).contiguous()
 
@@ -66,7 +69,7 @@ def reference_input_gradient(grad: Tensor, weight: Tensor, height: int, width: i
 def reference_weight_gradient(
     grad: Tensor, input: Tensor, kernel: Sequence[int], *settings: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """grad times d out / d weight and d out / d bias, [O, K, L, C] and [O], in float32 (float64 for float64)."""
+    """Return grad times d out / d weight and d out / d bias: [O, K, L, C] and [O], in float32 (float64 for float64)."""
     like, outputs = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel), [grad.shape[3]]
     lists = [list(one) for one in settings]
     operands = (_first(grad), _first(input), like, outputs, *lists, False, [0, 0], 1, [False, True, True])
@@ -75,14 +78,14 @@ def reference_weight_gradient(
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """The name of the layer's group. A backend is chosen for each group, because its layers won or lost together."""
+    """Return the name of the layer's group. A backend is chosen per group, because its layers had similar timings."""
     if min(inputs, outputs) < FEW:
         return "few channels"
     return "strided" if max(stride) > 1 else "stride 1"
 
 
 def output_size(size: Sequence[int], kernel: Sequence[int], *settings: Sequence[int]) -> list[int]:
-    """The numbers of rows and columns of the result, from those of the images and the kernel."""
+    """Return the numbers of rows and columns of the result, from those of the images and the kernel."""
     return [
         (pixels + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
         for pixels, taps, stride, padding, dilation in zip(size, kernel, *settings, strict=True)
@@ -100,13 +103,13 @@ def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *setti
     return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
 
 
-#: Settings whose kernel works by tiles, with Winograd's algorithm.
+#: Settings for which the kernel uses Winograd's algorithm.
 _TILED = (
     ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
 )
-#: The shape of the images with channels last, output channels, then kernel, stride, padding and dilation, each of rows
-#: and of columns.
+#: The shape of the images with channels last, the output channels, then kernel, stride, padding and dilation. Each of
+#: these four has a number for rows and a number for columns.
 EXAMPLES = (
     ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
@@ -115,7 +118,7 @@ EXAMPLES = (
     ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
     *_TILED,
 )
-#: Layers of DeepFillv2's generator: channels, side of the images, outputs, kernel, stride, dilation.
+#: Layers of DeepFillv2's generator: input channels, side of the images, output channels, kernel, stride, dilation.
 RACED = tuple(
     ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
     for inputs, side, outputs, kernel, stride, d in (
@@ -128,9 +131,9 @@ RACED = tuple(
         (3, 32, 48, 5, 1, 1),
     )
 )
-#: The error that tiles are allowed beside rounding, in float32's eps: 2 ** -7 of the largest number. They round their
-#: factors to bfloat16 once more. Results in bfloat16 would need no such allowance, since their own rounding is that
-#: large; the gradient of the weights needs it, which is in float32.
+#: The additional error allowed for Winograd's algorithm, in units of float32's eps: 2 ** -7 of the largest number. The
+#: algorithm rounds its factors to bfloat16. Results in bfloat16 have rounding errors of this size anyway, but the
+#: gradient of the weights is in float32, so it needs the allowance.
 _ROUNDED = 2.0**16
 
 
@@ -142,9 +145,9 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _operands(*setting: Any) -> tuple[Tensor, ...]:
-    """Images, weights, bias, and random numbers in the shape of the result, which stand for its gradient."""
+    """Make images, weights, bias, and random numbers in the shape of the result, which are used as its gradient."""
     shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
-    # scaled so that results are as large as the images, as in a network
+    # Scaled so that the results have the size of the images, as in a network.
     scale = (math.prod(kernel) * shape[-1]) ** -0.5
     x, weight = normal(seed, *shape).to(dtype), normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
     size = output_size(shape[1:3], kernel, stride, padding, dilation)
@@ -193,13 +196,13 @@ WEIGHT_GRADIENT = define_op(
 
 
 def _by_kernel(images: Tensor, rounded: Tensor, bias: Tensor | None, settings: tuple[list[int], ...]) -> Tensor:
-    """The kernel's result for images ``[B, C, H, W]`` and weights ``[O, K, L, C]``, with channels first."""
-    # A view that a function of autograd returns cannot be changed in place, as the next layer may want to. `.data` is
-    # the same memory and no view. Nobody else holds it.
+    """Compute the convolution of images ``[B, C, H, W]`` by the kernel. The weights are ``[O, K, L, C]``."""
+    # The next layer may change the result in place, but a view returned by an autograd.Function cannot be changed in
+    # place. `.data` has the same memory and is not a view. Nothing else refers to this memory.
     return _first(OP.handle(_last(images), rounded, bias, *settings)).data
 
 
-# Without `setup_context`, see `transformed`.
+# This class has no `setup_context`; `transformed` explains why.
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -212,7 +215,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.size, ctx.settings = images.shape[2:], settings
-        # if the weights are frozen, backward does not need the images
+        # If no weight needs a gradient, the backward does not need the images.
         ctx.save_for_backward(rounded, images if any(ctx.needs_input_grad[1:3]) else None)
         return _by_kernel(images, rounded, bias, settings)
 
@@ -234,20 +237,24 @@ class _Convolution(torch.autograd.Function):
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    """Expand ``value`` to rows and columns; ValueError unless it is one or two whole numbers that are large enough."""
+    """Expand ``value`` to rows and columns. Raise ValueError if it is not one or two integers that are large enough."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
         raise ValueError(f"{name} must be one or two whole numbers of at least {least}, got {value!r}")
     return pair
 
 
-#: The results of `_settings` for settings that a look-up can distinguish.
+#: The results of `_settings`, for arguments that can be distinguished as keys.
 _known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 
 
 def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Stride, padding and dilation of rows and columns; ValueError unless they are as `conv2d` documents them."""
-    # layers have tuples; a compiler would take the look-up for a value that changes
+    """Return stride, padding and dilation of rows and columns.
+
+    Raise ValueError if they are not as `conv2d` documents.
+    """
+    # Layers pass tuples. While compiling the table is not used, because torch.compile would treat its values as
+    # variable.
     kept = all(type(one) is tuple for one in given) and not torch.compiler.is_compiling()
     if kept and given in _known:
         return _known[given]
@@ -259,7 +266,7 @@ def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[i
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether the tensors have the most frequent form, which needs no further check."""
+    """Return True if the tensors have the most frequent form, which needs no further check."""
     shapes = type(input) is Tensor and type(weight) is Parameter and input.dim() == 4 and weight.dim() == 4
     if not shapes or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         return False
@@ -270,7 +277,7 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """TypeError or ValueError unless the tensors of `conv2d` are as it documents them."""
+    """Raise TypeError or ValueError if a tensor of `conv2d` does not match its documentation."""
     named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -278,23 +285,24 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != input.device:
-            raise ValueError(f"input is on {input.device}, {name} on {tensor.device}: they must agree")
+            raise ValueError(f"{name} is on {tensor.device}, but input is on {input.device}; use the same device")
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise ValueError(f"input is {input.dtype}, {name} {tensor.dtype}: without autocast they must agree")
+            raise ValueError(f"{name} is {tensor.dtype}, but input is {input.dtype}; without autocast they must agree")
     if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"got {list(input.shape)} and {list(weight.shape)}"
-        raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L], none of its sizes 0, {shapes}")
+        raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L] without a size of 0, {shapes}")
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
         raise ValueError(f"bias must be [O] = [{weight.shape[0]}], got {list(bias.shape)}")
 
 
 def _plain(input: Tensor, elements: int, variant: str) -> bool:
-    """Tell whether PyTorch's convolution serves an input whose result has ``elements`` numbers."""
-    # also if a kernel is forced: most processors have no kernel of this op, and forcing is meant for the other ops
+    """Return True if PyTorch's convolution is used for an input whose result has ``elements`` elements."""
+    # This also applies if kernels are forced. Most processors have no kernel of this op, and users force kernels for
+    # other ops.
     if OP.kernel("cpu") == "reference":
         return True
     dtype = input.dtype
-    # an autocast leaves float64 as it is
+    # Autocast does not change float64.
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     if dtype != torch.bfloat16:
@@ -304,7 +312,7 @@ def _plain(input: Tensor, elements: int, variant: str) -> bool:
 
 
 def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
-    """The number of elements of the result; ValueError if an image is smaller than the kernel."""
+    """Return the number of elements of the result. Raise ValueError if an image is smaller than the kernel."""
     size, kernel = input.shape[2:], weight.shape[2:]
     sides = output_size(size, kernel, stride, padding, dilation)
     if min(sides) < 1:
@@ -321,28 +329,29 @@ def conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` with one group, by a kernel of the package if that is faster.
+    """Compute ``torch.nn.functional.conv2d`` with one group, by a kernel of this package if that is faster.
 
     Args:
-        input: ``[B, C, H, W]``, floating point, H and W at least 1. A kernel takes it in bfloat16, or under autocast to
+        input: images ``[B, C, H, W]``, floating point, H and W at least 1. A kernel needs bfloat16, or autocast to
             bfloat16.
-        weight: ``[O, C, K, L]`` in input's dtype, or any under autocast; its gradient is in its own.
-        bias: ``[O]``, as weight, or None.
+        weight: ``[O, C, K, L]`` in input's dtype, or in any dtype under autocast. Its gradient has its dtype.
+        bias: ``[O]``, with the same dtypes as weight, or None.
         stride: stride of rows and columns, or one number for both.
-        padding: zeros on each side, in the same way.
-        dilation: pixels from tap to tap, in the same way.
+        padding: number of zeros on each side, or two numbers for rows and columns.
+        dilation: distance between taps in pixels, or two numbers for rows and columns.
 
     Returns:
-        ``[B, O, H', W']`` in the dtype that PyTorch's has. By a kernel it is channels_last, whatever the input is.
+        ``[B, O, H', W']`` in the dtype that PyTorch returns. A kernel always returns channels_last.
 
     Raises:
-        TypeError: input, weight or bias is not a tensor.
-        ValueError: shapes, dtypes, devices or settings do not fit.
+        TypeError: if input, weight or bias is not a tensor.
+        ValueError: if shapes, dtypes, devices or settings do not match.
 
-    Inside transforms of ``torch.func`` PyTorch's serves. By a kernel there are first-order gradients only: one made
-    with ``create_graph=True`` has no gradient itself. ``use_backend("reference")`` gives up the kernel for them. The
-    result does not depend on the number of threads, and that of an image not on the others. Which of both serves
-    depends on the size of the batch. Numbers below float32's normal range count as zero.
+    Inside transforms of ``torch.func``, PyTorch's convolution is used. A kernel has first-order gradients only: a
+    gradient computed with ``create_graph=True`` has no gradient itself. ``use_backend("reference")`` avoids this
+    limitation. The result does not depend on the number of threads, and the result of an image does not depend on the
+    other images. The choice between kernel and PyTorch depends on the batch size. Numbers below float32's normal range
+    count as zero.
     """
     if not _fits(input, weight, bias):
         _check(input, weight, bias)

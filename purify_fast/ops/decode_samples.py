@@ -1,16 +1,16 @@
-"""K reconstructions per image: latents drawn from the prior, decoded under each image's condition.
+"""K reconstructions per image: a decoder maps latents from the prior, and the image's condition, to images.
 
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
-CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the decoder sees the condition once
-per image. `decode_prior` takes a decoder whose weights are folded and packed, a linear layer and transposed
-convolutions, and is one op with Triton kernels:
+This is CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the condition is processed
+once per image. `decode_prior` accepts a decoder with folded and packed weights, which has a linear layer and transposed
+convolutions. It is a single op with Triton kernels:
 
-    a_bk = z_bk W_z + c_b          c: the condition's half of the first layer and its bias, once per image
-    a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
+        a_bk = z_bk W_z + c_b          c is the condition's half of the first layer with the bias, once per image
+        a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
 
-The kernels (kernels/decode_samples.py) multiply bfloat16 and add float32; activations between the layers are bfloat16,
-those between the last two in registers.
+The kernels (kernels/decode_samples.py) multiply bfloat16 numbers and add in float32. Activations between the layers are
+bfloat16. Those between the last two layers remain in registers.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from .philox import Stream, check_stream, philox
 
 
 def _pack(weight: Tensor, columns: int) -> Tensor:
-    """[taps, channels, columns], padded, in that order."""
+    """Pad a weight [taps, input channels, output channels] to whole tiles, and flatten it."""
     inputs, outputs = weight.shape[1:]
     return F.pad(weight, (0, columns - outputs, 0, tiles.padded(inputs, tiles.CHANNEL_TILE) - inputs)).flatten()
 
 
 def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A decoder's weights as the op takes them.
+    """Pack a decoder's weights for the op.
 
     Args:
-        first: ``[C, H, W, latent_dim]``, the latent's half of the linear layer that makes the first map.
+        first: ``[C, H, W, latent_dim]``, the latent's half of the linear layer that computes the first feature map.
         weights: ``[channels in, channels out, k, k]`` of every transposed convolution.
-        biases: ``[channels out]`` of each.
+        biases: ``[channels out]`` of every transposed convolution.
 
     Returns:
-        A vector of weights: the layers' weights, and then, transposed, the weights for their gradients from the last
-        layer to the first. A vector of biases, without the first layer's. Both have zeros where they are padded.
+        A vector of weights and a vector of biases. The first has the weights of the layers, and then the transposed
+        weights for the gradients, from the last layer to the first. The second has no bias of the first layer. Padding
+        is zero.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
@@ -64,12 +65,12 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
 
 
 class Weights(NamedTuple):
-    """A packed decoder's weights, unpacked.
+    """The unpacked weights of a decoder.
 
     Args:
-        first: ``[pixels, latent_dim, channels]`` of the first map.
+        first: ``[pixels, latent_dim, channels]`` of the first feature map.
         layers: ``[channels in, channels out, k, k]`` of every transposed convolution.
-        biases: ``[channels out]`` of each.
+        biases: ``[channels out]`` of every transposed convolution.
     """
 
     first: Tensor
@@ -78,11 +79,11 @@ class Weights(NamedTuple):
 
 
 def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
-    """Undo `pack`: the weights and biases of the layers, in the packed weights' dtype.
+    """Undo `pack`: return the weights and biases of the layers, in the packed weights' dtype.
 
     Args:
-        packed: the vector of weights that `pack` returned, in any dtype.
-        biases: the vector of biases that it returned.
+        packed: the vector of weights from `pack`, in any dtype.
+        biases: the vector of biases from `pack`.
         geometry: the decoder's sizes.
 
     Returns:
@@ -103,13 +104,13 @@ def unpack(packed: Tensor, biases: Tensor, geometry: tiles.Geometry) -> Weights:
 
 
 def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> Tensor:
-    """Latents from the prior; sample k of an image is draw index k.
+    """Draw latents from the prior. Sample k of an image has draw index k.
 
     Args:
         seed: int64 ``[1]``.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
-        samples: K, how many latents for each image.
-        latent_dim: numbers of a latent.
+        samples: K, the number of latents per image.
+        latent_dim: number of elements of a latent.
 
     Returns:
         ``[B, samples, latent_dim]``, float32.
@@ -120,7 +121,7 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
 def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """The input of every LeakyReLU and last the image's logits, [B * K, C, H, W], in the weights' precision."""
+    """Return the input of every LeakyReLU, and then the image's logits, [B * K, C, H, W], in the weights' precision."""
     channels, h, w = geometry.start
     dtype = weights.first.dtype
     z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
@@ -136,7 +137,7 @@ def maps(
 
 
 def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """The last map as the op returns it."""
+    """Convert the logits to images as the op returns them."""
     x = wide(logits)
     x = (torch.sigmoid(x) if squash else x).to(dtype)
     return x.contiguous(memory_format=memory_format(channels_last))
@@ -145,9 +146,10 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 def reference(
     condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
 ) -> Tensor:
-    """The definition, in the precision of ``packed``; arguments as in the schema, sizes as `Geometry.numbers`.
+    """Compute the definition in the precision of ``packed``. Arguments as in the schema, sizes as `Geometry.numbers`.
 
-    condition: [B, H * W * C] of the first map, pixel by pixel, float32 (float64). Returns [B * K, C, H, W].
+    ``condition`` is [B, H * W * C] of the first feature map, pixel by pixel, float32 (float64). Returns [B * K, C, H,
+    W].
     """
     samples, slope, squash, channels_last, dtype = settings
     geometry = tiles.Geometry.of(numbers)
@@ -157,7 +159,7 @@ def reference(
 
 
 def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
-    """grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]; the decoder is run again, nothing was stored."""
+    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. The decoder runs again to compute it."""
     seed, ids, packed, biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
@@ -181,8 +183,9 @@ def _fake(condition: Tensor, *others: Any) -> Tensor:
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
 _CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
-#: By name, latents, first map and convolutions (channels, kernel, stride, padding, height, width). In "tiled" and "one"
-#: every product is tiled; the last two layers of "joined" are one launch; "cifar" is CARSO's for images of 32 x 32.
+#: Each entry has the size of the latent, the first feature map and the convolutions (channels, kernel, stride, padding,
+#: height, width). In "tiled" and "one" every product is tiled. In "joined" the last two layers are one launch. "cifar"
+#: is CARSO's decoder for images of 32 x 32.
 DECODERS = {
     "tiled": tiles.Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
     "one": tiles.Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
@@ -190,7 +193,8 @@ DECODERS = {
     "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
     "cifar": tiles.Geometry.of([128, 256, 3, 3, *(n for layer in _CIFAR for n in layer), *(3, 2, 1, 1, 32, 32)]),
 }
-#: Decoder, samples, the weights' dtype, and whether images are squashed, with the dtypes that stand for it on a GPU.
+#: The keys are the decoder, the samples, the weights' dtype, and whether images are squashed. The values are the dtypes
+#: in which the example verifies kernels on a GPU.
 EXAMPLES = {
     ("tiled", 3, torch.bfloat16, "squashed"): "",
     ("tiled", 3, torch.bfloat16, ""): "b",
@@ -216,13 +220,13 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     first = normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
     packed, shifts = pack(first, weights, biases)
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
-    # parameters, because `tile` repeats other tensors
+    # The weights are parameters, because `tile` repeats all other tensors.
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
     return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash), squash == "", dtype
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of backward beside the gradient: the images, and all but their layout and dtype."""
+    """Return the arguments of the backward after the gradient: the images, and all inputs except layout and dtype."""
     return *outputs, *inputs[:9]
 
 
@@ -235,7 +239,7 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
     replaces_many=("",),
-    # the key is the dtype of the images, which is the last argument, and the size of the condition
+    # The key is the dtype of the images, which is the last argument, and the size of the condition.
     size_key=lambda condition, *others: (others[-1], condition.numel()),
 )
 BACKWARD = define_backward(
@@ -244,7 +248,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
     saved=_saved,
-    # the slope of a LeakyReLU depends on its input's sign
+    # The slope of a LeakyReLU depends on the sign of its input.
     changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
 )
 
@@ -267,32 +271,32 @@ def decode_prior(
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
 ) -> Tensor:
-    """Draw K latents per image and decode them with packed weights; `purify_fast.methods.carso.PackedDecoder` wraps it.
+    """Draw K latents per image, and decode them with packed weights (see `purify_fast.methods.carso.PackedDecoder`).
 
     Args:
-        condition: ``[B, H * W * C]`` for a first map [C, H, W]: the condition's half of the linear layer with its
-            bias, pixel by pixel, float32 (float64 beside float64 weights). The gradient flows here, and only here.
+        condition: ``[B, H * W * C]`` for a first feature map [C, H, W]: the condition's half of the linear layer with
+            its bias, pixel by pixel, float32 (float64 with float64 weights). Only this argument gets a gradient.
         seed: int64 ``[1]``, on the condition's device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
-        packed: the weights, from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products.
-            On a GPU the matrix units multiply bfloat16 only, so that float32 is many times slower.
-        biases: from `pack`, in the condition's dtype.
-        geometry: the decoder's sizes.
-        samples: K >= 1.
+        packed: weights from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products. On a
+            GPU, the kernel uses the matrix units for bfloat16 only, so float32 is many times slower.
+        biases: biases from `pack`, in the condition's dtype.
+        geometry: sizes of the decoder.
+        samples: K, at least 1.
         slope: slope of the LeakyReLU between the layers, at least 0.
-        squash: end with a sigmoid: images in (0, 1); else their logits.
-        channels_last: the memory layout of the images.
-        dtype: dtype of the images, float32 (default) or bfloat16; float64 beside float64 weights.
-        weights: ``unpack(packed, biases, geometry)``, if it is at hand: where the layers serve, they need it.
+        squash: whether a sigmoid maps the images to (0, 1). If False, the op returns their logits.
+        channels_last: whether the images are channels_last.
+        dtype: dtype of the images, float32 (default) or bfloat16; float64 with float64 weights.
+        weights: ``unpack(packed, biases, geometry)``, if the caller has it. It is used if no kernel is.
 
     Returns:
-        Images ``[B, K, C, H, W]``; sample k of an image is draw index k, whatever K and the batch.
+        Images ``[B, K, C, H, W]``. Sample k of an image has draw index k, for every K and every batch.
 
     Raises:
-        TypeError: seed or sample_ids is not a tensor.
-        ValueError: shapes, dtypes or devices other than these.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if a shape, dtype, device or setting is wrong.
 
-    Deterministic. First-order gradients only; ``vmap`` is not supported.
+    The op is deterministic and has first-order gradients only. It does not support ``vmap``.
     """
     expected = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
     channels, h, w = geometry.start
@@ -308,14 +312,14 @@ def decode_prior(
     weights_size, shifts = geometry.sizes()
     for name, value, size in (("packed", packed, weights_size), ("biases", biases, shifts)):
         if value.shape != (size,) or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, [{size}] for {geometry}, got {list(value.shape)}")
+            raise ValueError(f"{name} must be contiguous and [{size}] for {geometry}, got {list(value.shape)}")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
     check_stream(seed, sample_ids, len(condition), condition=condition, packed=packed, biases=biases)
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
-        limits = "at least 1 and below 2^63, slope at least 0 and finite"
-        raise ValueError(f"samples must be {limits}, got {samples} and {slope}")
-    # the backward multiplies by image * (1 - image), and bfloat16 rounds images above 0.998 to 1
+        limits = "samples must be an integer of at least 1 and below 2^63, and slope a finite number of at least 0"
+        raise ValueError(f"{limits}, got samples = {samples} and slope = {slope}")
+    # The backward multiplies by image * (1 - image), but bfloat16 rounds images above 0.998 to 1.
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.uses_reference(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):

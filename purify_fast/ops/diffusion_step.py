@@ -1,31 +1,32 @@
-"""A step of a diffusion sampler: the next state from the state, the network's prediction and noise, in one pass.
+"""A step of a diffusion sampler: the next state, from the state, the network's prediction and noise, in one pass.
 
     x0  = clip(P x + Q m, -c, c)
     out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
 
-The solvers differ in the eight numbers (P, Q, c, A, B, s, lo, hi). With x = alpha x_0 + sigma z as the forward process,
-P and Q follow from what the network predicts:
+A solver is defined by its eight numbers (P, Q, c, A, B, s, lo, hi). If the forward process is x = alpha x_0 + sigma z,
+the network's type of prediction determines P and Q:
 
     the noise:   P = 1 / alpha,  Q = -sigma / alpha   (DDPM, Ho et al., NeurIPS 2020, arXiv 2006.11239)
     the image:   P = 0,          Q = 1
     v:           P = alpha,      Q = -sigma           (Salimans & Ho, ICLR 2022, arXiv 2202.00512)
 
-c = inf does not clip. A, B and s are those of DDPM's ancestral sampling, of DDIM with any eta (Song et al., ICLR 2021,
-arXiv 2010.02502), of Euler and Maruyama's step of the reverse SDE and Euler's step of its probability-flow ODE (Song et
-al., ICLR 2021, arXiv 2011.13456), or of one step to the end: A = 1, B = 0. The forward process itself, alpha x +
-sigma z, is A = 0, B = alpha, s = sigma, with x given as the prediction too and P = 0, Q = 0.
+c = inf means no clipping. A, B and s can be those of DDPM's ancestral sampling, of DDIM with any eta (Song et al., ICLR
+2021, arXiv 2010.02502), of the Euler-Maruyama step of the reverse SDE, or of the Euler step of its probability-flow ODE
+(Song et al., ICLR 2021, arXiv 2011.13456). A single step to the end has A = 1, B = 0. The forward process alpha x +
+sigma z has P = 0, Q = 0, A = 0, B = alpha, s = sigma, and x is also passed as the prediction.
 
-Learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672): m has twice as many channels as x, and the second
-half v chooses between the logarithms lo and hi of two variances. The noise then has a factor s of 1 or 0:
+With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x.
+Its first half is m. Its second half v interpolates between the logarithms lo and hi of two variances. Then s is only 1
+or 0:
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-If s = 0 there is no noise, whatever v holds. Element i of a row is counted as in a contiguous tensor. The noise of
-a row is named by its sample id and by the draw index 2^16 draw + step, of which the low 32 bits count: it is the same
-wherever the row stands in a batch, and every step and every draw has its own.
+If s = 0 there is no noise, even if v is NaN. Element i of a row is counted as in a contiguous tensor. The noise of a
+row depends on its sample id and on the low 32 bits of the index 2^16 draw + step. So it does not depend on the row's
+place in the batch, and every step and every draw has its own noise.
 
-Backward draws z again from the seed, for learned variances; nothing but the inputs is kept for it. With g the gradient
-of out, and g0 = A g where -c <= P x + Q m <= c, else 0:
+With learned variances, the backward draws z again from the seed. Only the inputs are stored. Let g be the gradient of
+out. Let g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere. Then
 
     dx = P g0 + B g,   dm = Q g0,   dv = g s d z (hi - lo) / 4
 """
@@ -45,15 +46,15 @@ from .dispatch.registry import Launcher, define_backward, define_op
 from .philox import DISTRIBUTIONS, Stream, check_stream, drawn
 from .stitch import layout
 
-#: The names of the coefficients, in their order: P, Q, c, A, B, s, lo and hi of the formulas.
+#: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
-#: The most steps with noise of their own, and the most draws.
+#: The largest number of steps with their own noise, and the largest number of draws.
 STEPS = 2**16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Tensor) -> Tensor:
-    """Normals in x's shape and dtype."""
+    """Return normal numbers in x's shape and dtype."""
     index, numel = draws * STEPS + step, math.prod(x.shape[1:])
     normals = DISTRIBUTIONS.index("normal")
     made = drawn(seed, sample_ids, index[:, None], numel, stream=Stream.DIFFUSION, distribution=normals)
@@ -61,19 +62,19 @@ def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Ten
 
 
 def _parts(x: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction, and the numbers that choose a variance, if there are any; in x's dtype."""
+    """Return the prediction and, for learned variances, the interpolation numbers (else None), in x's dtype."""
     channels = x.shape[1]
     whole = prediction.to(x.dtype)
     return whole[:, :channels], whole[:, channels:] if prediction.shape[1] > channels else None
 
 
 def _each(coefficients: Tensor, x: Tensor) -> list[Tensor]:
-    """The eight coefficients, shaped so that each is broadcast over x."""
+    """Return the eight coefficients, in shapes that broadcast to x."""
     return [per_image(one, x) for one in coefficients.unbind(-1)]
 
 
 def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """The factor of the normals; 0 if s is 0, whatever v holds."""
+    """Return the factor of the normal numbers. It is 0 if s is 0, even if v is NaN."""
     if v is None:
         return s
     share = (v + 1) / 2
@@ -81,12 +82,13 @@ def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) -> Tensor:
-    """The definition, in x's dtype; ``named``: seed, sample_ids, draws, step, and whether there is noise."""
+    """Compute the definition in x's dtype. ``named``: seed, sample_ids, draws, step, and whether there is noise."""
     *name, noisy = named
     m, v = _parts(x, prediction)
     p, q, c, a, b, s, lo, hi = _each(coefficients, x)
     image = p * x + q * m
-    # At both ends the gradient passes. torch.clamp is not used, since versions of torch differ in its gradient there.
+    # Both ends of the clip pass the gradient. torch.clamp is not used, because its gradient there differs between
+    # versions of torch.
     clipped = torch.where((image >= -c) & (image <= c), image, image.detach().clamp(-c, c))
     out = a * clipped + b * x
     if noisy:
@@ -97,7 +99,7 @@ def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) 
 def reference_backward(
     grad: Tensor, x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the prediction, in their dtypes and shapes."""
+    """Return the gradients of x and of the prediction, in their dtypes and shapes."""
     *name, noisy = named
     m, v = _parts(x, prediction)
     p, q, c, a, b, s, lo, hi = _each(coefficients, x)
@@ -107,7 +109,7 @@ def reference_backward(
     if v is not None:
         slope = 0.25 * (hi - lo) * _deviation(v, s, lo, hi)
         to_v = grad * _noise(x, *name) * torch.where(s == 0, 0.0, slope) if noisy else torch.zeros_like(x)
-        # autocast for CPUs refuses to join tensors of some dtypes
+        # torch.cat raises an error for some dtypes under CPU autocast.
         with without_autocast(x.device):
             to_prediction = torch.cat([to_prediction, to_v], dim=1)
     return to_x, to_prediction.to(prediction.dtype).contiguous(memory_format=layout(prediction))
@@ -118,12 +120,12 @@ def _like(prediction: Tensor) -> Tensor:
 
 
 def variant(learned: bool, noisy: bool) -> str:
-    """The name of the setting that is raced separately."""
+    """Return the name of the setting, for which a backend is chosen separately."""
     return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
 
 
-#: Shape, whether variances are learned, whether there is noise, and the prediction's layout; and the dtypes that stand
-#: for it on a GPU.
+#: The keys are the shape, whether variances are learned, whether there is noise, and the prediction's layout. The
+#: values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {
     ((ROWS, 3, 32, 32), False, True, ""): "f",
     ((ROWS, 3, 33, 31), False, True, "channels_last"): "",
@@ -144,7 +146,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _arguments(*setting: Any) -> tuple[Any, ...]:
-    """A third of the images are clipped; in learned variances one row has no noise."""
+    """Make arguments for which a third of the images are clipped. With learned variances, one row has no noise."""
     shape, learned, noisy, memory, dtype, seed = setting
     inner = wide_dtype(dtype)
     x = normal(seed, *shape).to(inner)
@@ -189,7 +191,7 @@ _diffusion_step = differentiable(OP.handle, _backward)
 
 
 def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
-    """ValueError unless shapes and dtypes fit each other."""
+    """Raise ValueError if the shapes or dtypes do not match."""
     if x.dim() < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64 [B, C, ...], got {x.dtype} {list(x.shape)}")
     batch, channels, *rest = x.shape
@@ -207,7 +209,7 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In a graph, replace repeated tensors by views: torch.compile refuses repetitions in an autograd.Function."""
+    """In a graph, replace repeated tensors by views, because torch.compile rejects them in an autograd.Function."""
     if not torch.compiler.is_compiling():
         return given
     return tuple(
@@ -229,31 +231,31 @@ def diffusion_step(
     """Take a step of a diffusion sampler, or of the forward process.
 
     Args:
-        x: the state, ``[B, C, ...]``; float32, or float64; in the units of the process, images in [-1, 1] as a rule. A
-            row of a batch may be one of several draws of an image.
-        prediction: the network's output for x, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
-            bfloat16 or float32, float64 for a float64 x; contiguous or channels_last (anything else is copied).
-        coefficients: the numbers of `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, of x's dtype and on its
-            device. A schedule is a table of them, and a step takes one row: no value is read by the host. Without
-            learned variances the last two are not read. No gradient.
+        x: state, ``[B, C, ...]``; float32 or float64; in the units of the process, in which images are usually in [-1,
+            1]. Several rows of a batch may be draws of the same image.
+        prediction: output of the network for x, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
+            bfloat16 or float32 (float64 for a float64 x); contiguous or channels_last (other layouts are copied).
+        coefficients: numbers named in `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, with x's dtype and
+            device. A schedule is a table of them, and a step uses one row. The host never reads their values. Without
+            learned variances the last two are ignored. They get no gradient.
         seed: int64 ``[1]``, on x's device.
         sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`).
         draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535.
-        step: int64 ``[1]``, the index of the step, from 0 to 65,535. Every addition of noise to one row takes another,
-            the forward process too.
-        noisy: False leaves the noise out, whatever its coefficient is, and draws nothing: for solvers without noise.
+        step: int64 ``[1]``, the index of the step, from 0 to 65,535. Each time noise is added to a row, the index must
+            be different, also for the forward process.
+        noisy: whether noise is added. With False nothing is drawn, and the coefficient of the noise is ignored. Solvers
+            without noise use False.
 
     Returns:
         The next state, in x's shape and dtype, contiguous, also under autocast.
 
     Raises:
-        TypeError: seed or sample_ids is not a tensor.
-        ValueError: shapes, dtypes or devices disagree.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if shapes, dtypes or devices do not match.
 
-    The gradient reaches x and the prediction, first order; at both ends of the clip it passes. NaN propagates, but not
-    from what chooses a variance where the coefficient of the noise is 0. Deterministic given the seed, whatever the
-    split or the order of the batch; noise agrees to a few ulp in every backend. ``vmap`` is not supported by the
-    kernels.
+    x and the prediction have first-order gradients. Both ends of the clip pass the gradient. NaN propagates, except
+    from v where the coefficient of the noise is 0. For a given seed the op is deterministic, for every split and order
+    of the batch. The noise of two backends differs by a few ulp at most. The kernels do not support ``vmap``.
     """
     _check(x, prediction, coefficients)
     for name, value, size in (("draws", draws, x.shape[0]), ("step", step, 1)):

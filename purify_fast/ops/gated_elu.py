@@ -1,8 +1,9 @@
-"""The gated unit behind a convolution with twice the channels: the first half a is activated, the second half b gates.
+"""The gated unit after a convolution: ELU of the first half a of the channels, times a gate from the second half b.
 
     y = ELU(a) s(b),   ELU(a) = a for a > 0, exp(a) - 1 else,   s the sigmoid
 
-DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). Backward, from the saved features alone:
+Source: DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). The backward needs only the
+features:
 
     da = g s(b) (1 for a > 0, exp(a) else)        db = g ELU(a) s(b) s(-b)
 """
@@ -20,13 +21,13 @@ from .dispatch.registry import Launcher, define_backward, define_op, wide
 
 
 def reference(features: Tensor, dim: int) -> Tensor:
-    """The definition, halves of ``dim``: float32 arithmetic (float64 for float64), the features' dtype out."""
+    """Compute the definition for halves of ``dim`` in float32 (float64 for float64). The result has features' dtype."""
     a, b = wide(features).chunk(2, dim)
     return (F.elu(a) * torch.sigmoid(b)).to(features.dtype)
 
 
 def reference_backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
-    """grad times dy/dfeatures, in the features' dtype and shape."""
+    """Return grad times dy/dfeatures, in the features' dtype and shape."""
     a, b = wide(features).chunk(2, dim)
     g, gate = grad.to(a.dtype), torch.sigmoid(b)
     slope = torch.exp(torch.where(a > 0, 0.0, a))
@@ -38,7 +39,8 @@ def _half(features: Tensor, dim: int) -> list[int]:
     return [size // 2 if i == dim else size for i, size in enumerate(features.shape)]
 
 
-#: Shape, and the dimension of the halves: rows of channels_last are the last dimension. With the dtypes on a GPU.
+#: The keys are the shape and the dimension of the halves, which is the last for rows of channels_last. The values are
+#: the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {
     ((ROWS, 6, 17, 15), 1): "",
     ((ROWS, 8, 8, 48), 3): "f",
@@ -74,27 +76,29 @@ _gated_elu = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
 def gated_elu(features: Tensor) -> Tensor:
-    """ELU of the first half of the channels, times the sigmoid of the second half.
+    """Compute ELU of the first half of the channels, times the sigmoid of the second half.
 
     Args:
-        features: ``[B, 2C, ...]``, any number of dimensions after the channels; float16, bfloat16, float32 or float64.
+        features: ``[B, 2C, ...]``, with any number of dimensions after the channels; float16, bfloat16, float32 or
+            float64.
 
     Returns:
         ``[B, C, ...]``, the features' dtype, also under autocast; computed in float32 (float64 for float64).
         Contiguous, or channels_last if the features are.
 
     Raises:
-        ValueError: fewer than 2 dimensions, an odd number of channels, or not floating point.
+        ValueError: if features is not floating point, has fewer than 2 dimensions, or has an odd number of channels.
 
-    First-order gradients only; deterministic; ``vmap`` is not supported by the kernels.
+    The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     if features.dim() < 2 or not features.is_floating_point():
         raise ValueError(f"features must be floating point [B, 2C, ...], got {features.dtype} {list(features.shape)}")
     if features.shape[1] % 2:
-        raise ValueError(f"features need an even number of channels, 2C, got {features.shape[1]}")
+        raise ValueError(f"features must have an even number of channels, 2C, got {features.shape[1]}")
     if OP.uses_reference(features.device, features.dtype, features.numel()):
         return reference(features, 1)
     call = _gated_elu if needs_gradient(features) else OP.handle
-    if last_channels(features):  # the op sees the halves of dense rows, whatever the layout
+    # The op gets contiguous rows with their halves in the last dimension, for every memory layout.
+    if last_channels(features):
         return call(features.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)
     return call(features, 1)

@@ -1,16 +1,17 @@
-"""Group normalization and SiLU, as they stand before the convolutions of a denoiser, in one pass.
+"""Group normalization and SiLU in one pass. A denoiser applies both before its convolutions.
 
     y = n s(n),   n = w (h - mean) / sqrt(var + eps) + b,   h = x + shift,   s the sigmoid
 
-mean and variance of h are over the pixels and the channels of a group of one image (Wu & He, "Group Normalization",
-ECCV 2018, arXiv 1803.08494). The shift is a number for each channel, such as a diffusion's embedded time. Backward,
-from the inputs alone, with m = g s(n) (1 + n s(-n)), u = (h - mean) / sqrt(var + eps) and means over the group:
+The mean and the variance of h are over the pixels and channels of one group of one image (Wu & He, "Group
+Normalization", ECCV 2018, arXiv 1803.08494). The shift is a number per channel, such as the embedded time of a
+diffusion model. The backward needs only the inputs. With m = g s(n) (1 + n s(-n)), u = (h - mean) / sqrt(var + eps) and
+means over the group:
 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
-The kernel is for one case: bfloat16 in channels_last and groups of 16 channels or a multiple, on a processor that
-`purify_fast.ops.conv2d` has kernels for. It gives only the gradient of x: training the weights uses PyTorch's own
-operators. GPUs have no kernel: compilers fuse the definition there.
+The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels per group, on a processor
+for which `purify_fast.ops.conv2d` has kernels. It computes only the gradient of x. If the weights need gradients,
+PyTorch's operators are used. GPUs have no kernel, because compilers fuse the definition there.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 
-#: The number of channels that the kernel works on at once, all in one group.
+#: The number of channels that the kernel processes at once. They must belong to one group.
 LANES = 16
 
 
 def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], groups: int, eps: float) -> Tensor:
-    """The definition for images ``[B, C, ...]``, and weight, bias and shift."""
+    """Compute the definition for images ``[B, C, ...]``, and weight, bias and shift."""
     weight, bias, shift = numbers
     if shift is not None:
         images = images + shift.to(images.dtype).view(*shift.shape, *[1] * (images.dim() - 2))
-    # `F.group_norm` refuses groups of one value
+    # `torch.group_norm` is used because `F.group_norm` raises an error for groups of one value.
     return F.silu(torch.group_norm(images, groups, weight, bias, eps))
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
-    """The definition, x ``[B, ..., C]``: float32 arithmetic (float64 for float64), x's dtype out."""
+    """Compute the definition for x ``[B, ..., C]``, in float32 (float64 for float64). The result has x's dtype."""
     shift = None if shift is None else wide(shift)
     out = _composed(wide(x).movedim(-1, 1), (wide(weight), wide(bias), shift), groups, eps)
     return out.movedim(1, -1).to(x.dtype).contiguous()
@@ -50,7 +51,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, gro
 def reference_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
 ) -> Tensor:
-    """grad times dy/dx, in x's dtype and shape."""
+    """Return grad times dy/dx, in x's dtype and shape."""
     h = wide(x).flatten(1, -2) if shift is None else wide(x).flatten(1, -2) + wide(shift)[:, None]
     # [B, pixels, groups, channels of a group]
     h, size = h.unflatten(2, (groups, -1)), (1, 3)
@@ -65,13 +66,13 @@ def reference_backward(
     return of_x.view(x.shape).to(x.dtype).contiguous()
 
 
-#: The shape with channels last, groups, and the rows of the shift, 0 for none.
+#: The shape with channels last, the number of groups, and the number of rows of the shift (0 means no shift).
 EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),
     ((ROWS, 9, 1, 16), 1, 0),
 )
-#: Maps of `purify_fast.models.UNet` of width 32.
+#: Feature maps of `purify_fast.models.UNet` with width 32.
 RACED = (((ROWS, 16, 16, 32), 2, 1), ((ROWS, 8, 8, 192), 12, 0), ((ROWS, 4, 4, 128), 8, 1))
 
 
@@ -79,7 +80,7 @@ def _arguments(
     shape: tuple[int, ...], groups: int, shifts: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, float]:
     channels, kind = shape[-1], wide_dtype(dtype)
-    # parameters keep their size: a race only repeats the rows of other tensors
+    # Weights are parameters because a race repeats the rows of all other tensors, and must not repeat these.
     weight, bias = (Parameter(normal(seed + 100 * i, channels).to(kind), False) for i in (1, 2))
     rows = normal(seed + 300, shifts, channels).to(kind) if shifts else None
     shift = Parameter(rows, False) if rows is not None and shifts < ROWS else rows
@@ -102,7 +103,7 @@ BACKWARD = define_backward(
 
 
 class _Normalized(torch.autograd.Function):
-    """The kernel's result for images ``[B, C, H, W]``, whose weights need no gradient."""
+    """Compute images ``[B, C, H, W]`` by the kernel. The weights must not need a gradient."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, *numbers: Any) -> Tensor:
@@ -119,7 +120,7 @@ class _Normalized(torch.autograd.Function):
 
 
 def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:
-    """TypeError or ValueError unless the arguments of `group_norm_silu` are as it documents them."""
+    """Raise TypeError or ValueError if an argument of `group_norm_silu` does not match its documentation."""
     named = {"x": x, "weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -147,26 +148,26 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor |
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """SiLU of the group normalization of ``x + shift``.
+    """Compute SiLU of the group normalization of ``x + shift``.
 
     Args:
-        x: ``[B, C, ...]``, floating point. A kernel takes ``[B, C, H, W]`` in bfloat16 and channels_last.
-        groups: how many groups the channels are normalized in.
+        x: images ``[B, C, ...]``, floating point. A kernel accepts ``[B, C, H, W]`` in bfloat16 and channels_last.
+        groups: number of groups of channels.
         weight: ``[C]``, in float32 or x's dtype.
         bias: ``[C]``, in weight's dtype.
-        shift: ``[B, C]``, or ``[1, C]`` for all images, added to every pixel before; None: nothing.
-        eps: added to the variances.
+        shift: ``[B, C]``, or ``[1, C]`` for all images, added to every pixel before the normalization; None adds
+            nothing.
+        eps: number added to the variances.
 
     Returns:
-        ``x``'s shape, in the dtype that PyTorch's operators give; by a kernel bfloat16 in channels_last.
+        ``x``'s shape, in the dtype that PyTorch's operators return. A kernel returns bfloat16 in channels_last.
 
     Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: shapes, dtypes or devices do not fit.
+        TypeError: if an argument is not a tensor.
+        ValueError: if shapes, dtypes or devices do not match.
 
-    By a kernel there are first-order gradients only, of x. Where another tensor needs a gradient, and inside transforms
-    of ``torch.func``, PyTorch's operators serve. Statistics are in float32, as is all between x and the result of a
-    kernel.
+    The kernel has first-order gradients of x only. PyTorch's operators are used if another tensor needs a gradient, and
+    inside transforms of ``torch.func``. The kernel computes the statistics and all intermediate results in float32.
     """
     _check(x, groups, weight, bias, shift)
     numbers = (weight, bias) if shift is None else (weight, bias, shift)

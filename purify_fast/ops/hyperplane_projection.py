@@ -1,24 +1,24 @@
-"""The shortest move to a hyperplane within a box, row by row, in the l-infinity, l2 or l1 norm.
+"""The shortest move to a hyperplane within a box, for each row, in the l-infinity, l2 or l1 norm.
 
     d = argmin |d|_p,   <w, x + d> = b,   lo <= x + d <= hi
 
-FAB's projection (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020). No coordinate moves away from the plane,
-and what is left is one number t for each row. With g = b - <w, x>, and room the distance from x to the box on that
-side,
+This is FAB's projection (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020). No coordinate moves away from the
+plane, so each row has a single unknown number t. With g = b - <w, x>, and room the distance from x to the border of the
+box in the direction of the move,
 
     d = sign(g w) m,   0 <= m <= room,   sum of |w| m = |g|
     linf:  m = min(t, room)
     l2:    m = min(t |w|, room)
-    l1:    m = room where |w| > t, one share of room for all with |w| = t, and 0 elsewhere
+        l1:    m = room where |w| > t, the same fraction of room for all |w| = t, and 0 elsewhere
 
-How far a row comes is a monotone function of t, made of straight pieces (linf, l2) or of steps (l1). The reference
-sorts the places where the pieces meet, and so finds the piece that holds the solution. Kernels do not sort. For linf
-and l2 the function is concave: Newton's steps approach t from below, pass at least one such place each, and end on t
-itself. For l1 the bits of t are found one by one.
+The progress of a row towards the plane is a monotone function of t. It is piecewise linear (linf, l2) or a step
+function (l1). The reference sorts the breakpoints, and finds the piece that contains the solution. The kernels do not
+sort. For linf and l2 the function is concave, so Newton's method approaches t from below. Each iteration passes at
+least one breakpoint, and the last iteration gives t exactly. For l1 the kernels bisect the bits of t.
 
-Where the plane does not meet the box, d leads to the corner nearest to the plane. Elements of w that are not finite
-count as 0, and a row with NaN in x or b does not move. All is done after scaling w and b by a power of two, so that the
-squares of tiny gradients do not vanish.
+If the plane does not intersect the box, d leads to the corner of the box nearest to the plane. Non-finite elements of w
+count as 0, and a row with NaN in x or b does not move. w and b are scaled by a power of two first, so that the squares
+of tiny gradients do not underflow.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from .dispatch.examples import IMAGES, RGB, ROWS, examples, normal, uniform, wid
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample
 
-#: By dtype: the integers of its width, the bits of its mantissa, and twice the bias of its exponent.
+#: For each dtype: the integer dtype of the same width, the bits of the mantissa, and twice the bias of the exponent.
 LAYOUT = {torch.float32: (torch.int32, 23, 254), torch.float64: (torch.int64, 52, 2046)}
 
 
 def scale_of(peak: Tensor) -> Tensor:
-    """The power of two that brings ``peak``, [B], into [1, 2); for numbers too small or too large the nearest one."""
+    """Return the power of two that scales ``peak`` [B] into [1, 2), or the nearest one that is a normal number."""
     integers, mantissa, twice = LAYOUT[peak.dtype]
     exponent = (peak.view(integers) >> mantissa).clamp(1, twice - 1)
     return ((twice - exponent) << mantissa).view(peak.dtype)
 
 
 def reference(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """The definition: float32 arithmetic (float64 for float64), x's dtype out. b: [B]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype. b: [B]."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     start, normal = wide(x).flatten(1), wide(w).flatten(1)
@@ -68,11 +68,11 @@ def reference(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) 
 
 
 def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
-    """The t at which moves of min(t unit, room) lead over the gap, [B, 1]; infinite where none does."""
+    """Return the t for which the moves min(t unit, room) cross the gap, [B, 1]. It is infinite if no t does."""
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
-    # the contribution of the coordinates that are at the border of the box, and of the others per t
+    # The contribution of the coordinates at the border of the box, and the contribution per t of the others.
     filled = gain.cumsum(1)
     rate = torch.where(full > 0, rate, 0.0).flip(1).cumsum(1).flip(1)
     reached = filled - gain + full * rate
@@ -83,7 +83,7 @@ def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
 
 
 def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
-    """The share of its room that each coordinate moves where those of the largest slope go first, [B, D]."""
+    """Return the fraction of its room that each coordinate moves, [B, D]. The largest slopes move first."""
     ordered, order = slope.sort(1, descending=True)
     count = (gain.gather(1, order).cumsum(1) < gap).sum(1, keepdim=True)
     least = ordered.gather(1, count.clamp(max=slope.shape[1] - 1))
@@ -93,7 +93,7 @@ def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
     return torch.where(whole, 1.0, torch.where(edge, part, 0.0))
 
 
-#: Norm and shape, with the dtypes that stand for it on a GPU.
+#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
     ("linf", (ROWS, 16400)): "f",
     ("l2", (ROWS, 3, 33, 31)): "b",
@@ -103,14 +103,14 @@ EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
 RACED = tuple((norm, shape) for norm in NORMS for (shape,) in RGB)
 PROPERTIES: dict[str, Any] = {
     "variant": lambda norm, _: norm,
-    # The distance of a row to its plane is a sum, which each backend rounds in its own order. In l1 one coordinate
-    # takes all of it.
+    # The distance of a row to its plane is a sum, and each backend rounds it in its own order. In l1, a single
+    # coordinate receives all of this error.
     "slack": lambda norm, _: 2.0**14 if norm == "l1" else 256.0,
 }
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
-    """Planes nearby, further away and out of reach; a normal with zeros, infinities and NaN."""
+    """Make planes nearby, further away and out of reach, and a normal with zeros, infinities and NaN."""
     x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
     w[uniform(seed + 200, *shape) < 0.1] = 0
     w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])
@@ -135,25 +135,25 @@ OP = define_op(
 def hyperplane_projection(
     x: Tensor, w: Tensor, b: float | Tensor, norm: str = "linf", lo: float = 0.0, hi: float = 1.0
 ) -> Tensor:
-    """The shortest move of each point to its hyperplane ``<w, z> = b`` within the box [lo, hi].
+    """Compute the shortest move of each point to its hyperplane ``<w, z> = b`` within the box [lo, hi].
 
     Args:
-        x: the points, in the box, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
-        w: the normals of the planes, of x's shape, dtype and device; elements that are not finite count as 0.
-        b: the offsets of the planes, a number or ``[B]``.
-        norm: in which the move is shortest: ``linf``, ``l2`` or ``l1``.
+        x: points in the box, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
+        w: normals of the planes, with x's shape, dtype and device. Non-finite elements count as 0.
+        b: offsets of the planes, a number or ``[B]``.
+        norm: norm that the move minimizes: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box.
         hi: upper end of the box, at least lo.
 
     Returns:
-        The moves d: shape and dtype of x, contiguous, x + d within the box up to rounding. Where the plane does not
-        meet the box, the move to the corner of the box nearest to the plane; of a row with NaN in x or b, 0. No
-        gradient.
+        The moves d, with the shape and dtype of x, contiguous. Up to rounding, x + d is in the box. If the plane does
+        not intersect the box, d leads to the corner of the box nearest to the plane. If x or b has NaN in a row, d is 0
+        there. There is no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown norm, or lo > hi.
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, or if lo > hi.
 
-    Deterministic.
+    The op is deterministic.
     """
     norm = check({"x": x, "w": w}, norm, lo, hi)
     with torch.no_grad():

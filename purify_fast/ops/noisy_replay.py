@@ -1,11 +1,12 @@
-"""Noisy replay: a sample whose representation has drifted is trained on with noise instead of its adversarial example.
+"""Noisy replay: if a sample's representation has drifted, it is trained on with noise, without an attack.
 
     out_b = clamp(x_b + u, lo, hi)   if drift_b > tau,    u = eps_b (2 r - 1), uniform in [-eps_b, eps_b)
             x_adv_b                  otherwise
 
-r in [0, 1) comes from the Philox stream REPLAY_NOISE: element i of a sample, counted as in a contiguous tensor, draw 0.
-Source: ARREST (arXiv 2308.16454); its threshold of 30 degrees is tau = 1 - cos(30 deg) = 0.1339746 for the drift
-`representation_distance` returns. Rounding is monotonic: out lies in [x - eps, x + eps], ends as rounded.
+r in [0, 1) comes from the Philox stream REPLAY_NOISE, draw 0. Element i of a sample is counted as in a contiguous
+tensor. Source: ARREST (arXiv 2308.16454). Its threshold of 30 degrees is tau = 1 - cos(30 deg) = 0.1339746 for the
+drift that `representation_distance` returns. Rounding is monotonic, so `out` is between the rounded x - eps and x +
+eps.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .philox import Stream, check_stream, philox
 def reference(
     x: Tensor, x_adv: Tensor, drift: Tensor, tau: Tensor, eps: Tensor, seed: Tensor, sample_ids: Tensor, *box: float
 ) -> Tensor:
-    """The definition: float32 arithmetic (float64 for float64), x's dtype out. drift, eps: [B]; tau: []."""
+    """Compute the definition in float32 (float64 for float64), in x's dtype. drift, eps: [B]; tau: []."""
     clean = wide(x)
     r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
     noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(*box).to(x.dtype)
@@ -53,7 +54,10 @@ OP = define_op(
 
 
 def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
-    """``tau`` as a [] tensor beside ``drift``; ValueError if it has another shape."""
+    """Return ``tau`` as a [] tensor with the dtype and device of ``drift``.
+
+    Raise ValueError if it has another shape.
+    """
     if not isinstance(tau, Tensor):
         return torch.full((), float(tau), dtype=drift.dtype, device=drift.device)
     if tau.dim() != 0:
@@ -72,29 +76,30 @@ def noisy_replay(
     lo: float = 0.0,
     hi: float = 1.0,
 ) -> Tensor:
-    """Choose what each sample is trained on: its adversarial example, or itself with uniform noise if it has drifted.
+    """Choose what each sample is trained on: its adversarial example or, if it has drifted, itself with noise.
 
     Args:
         x: clean images, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
-        x_adv: their adversarial examples, of x's shape, dtype and device. Where a sample is replayed, its adversarial
-            example is not read, and may hold anything.
+        x_adv: adversarial examples, with x's shape, dtype and device. The examples of replayed samples are not read, so
+            they may contain anything.
         drift: ``[B]``, floating point, the distance of each clean sample's representation from the original one.
-        tau: threshold, a number or a tensor ``[]``, compared in drift's precision (at least float32): strictly above
-            it a sample is replayed. NaN is not above.
+        tau: threshold, a number or a tensor ``[]``. A sample is replayed if its drift is above tau, compared in drift's
+            precision (at least float32). A NaN drift is not above tau.
         eps: radius of the noise in image units, a number or ``[B]``.
         seed: int64 ``[1]``, on x's device.
         sample_ids: int64 ``[B]``, the global index of each sample (see `philox`).
-        lo: lower end of the box that noisy samples are clamped to. Adversarial examples are not clamped.
+        lo: lower end of the box to which noisy samples are clamped. Adversarial examples are not clamped.
         hi: upper end of the box, at least lo.
 
     Returns:
-        Same shape and dtype as x, contiguous. No gradient.
+        The training inputs, with the shape and dtype of x, contiguous. There is no gradient.
 
     Raises:
-        TypeError: seed or sample_ids is not a tensor.
-        ValueError: shapes, dtypes or devices disagree, or lo > hi.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if shapes, dtypes or devices do not match, or if lo > hi.
 
-    Deterministic given the seed; the same bits in every backend, whatever the batch split. NaN in x or eps propagates.
+    For a given seed, the op is deterministic and has the same bits in every backend, for every batch split. NaN in x or
+    eps propagates.
     """
     check_alike(x=x, x_adv=x_adv)
     if drift.shape != x.shape[:1] or not drift.is_floating_point():
@@ -102,7 +107,7 @@ def noisy_replay(
         raise ValueError(f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {got}")
     check_stream(seed, sample_ids, x.shape[0], x=x, drift=drift)
     if not lo <= hi:
-        raise ValueError(f"lo = {lo} is above hi = {hi}")
+        raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
     with torch.no_grad():
         drift = wide(drift)
         limit, radius = _threshold(tau, drift), per_sample("eps", eps, x)

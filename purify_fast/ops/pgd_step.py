@@ -1,24 +1,24 @@
-"""A step of projected gradient descent (ascent on the attacker's loss), with per-sample step and radius.
+"""A step of projected gradient descent (ascent on the attacker's loss). Each sample has its own step and radius.
 
     linf:  x <- clamp(x + alpha sign(g), x_nat - eps, x_nat + eps)
     l2:    x <- x_nat + d min(1, eps / |d|),   d = x + alpha g / |g| - x_nat
     both:  x <- clamp(x, lo, hi)
     l1:    x <- argmin |z - y|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi,   y = x + alpha s / |s|_1
 
-linf and l2: Madry et al., ICLR 2018. l1: s is the sparse direction of SLIDE (Tramer & Boneh, NeurIPS 2019, arXiv
-1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at the border of the
-box whose g points out of it are left out, as in SLIDE's implementations; coordinates that tie with the last one chosen
-are chosen too. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv 2103.01208), onto ball and box
-at once: to project onto the ball and to clip afterwards would give away a part of eps. With d = y - x_nat, and room the
-distance from x_nat to the box on d's side,
+Sources: linf and l2 are from Madry et al., ICLR 2018. In l1, s is the sparse direction of SLIDE (Tramer & Boneh,
+NeurIPS 2019, arXiv 1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at
+the border of the box whose g points outwards are excluded, as in SLIDE's implementations. Coordinates with the same |g|
+as the last one selected are selected too. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv
+2103.01208), onto the ball and the box at once. Projecting onto the ball and clipping afterwards would not use all of
+eps. With d = y - x_nat, and room the distance from x_nat to the border of the box in the direction of d,
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
-where x_nat is in the box.
+if x_nat is in the box.
 
-sign(0) = 0, and a non-finite gradient moves nothing: an element (linf) or a sample (l2, l1); the attacks count those,
-never hide them. NaN in x or x_nat propagates. |g| is taken after scaling by max |g| (l2), so that the tiny gradients of
-a saturated loss still point somewhere.
+sign(0) = 0. A non-finite gradient does not move its element (linf) or its sample (l2, l1). The attacks count such
+gradients and report them. NaN in x or x_nat propagates. For l2, the gradient is divided by max |g| before its norm is
+computed, so that the tiny gradients of a saturated loss still have a direction.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, la
 from .dispatch.registry import Launcher, define_op, wide
 
 NORMS = ("linf", "l2", "l1")
-#: The share of the coordinates that an l1 step moves, this package's own choice. SLIDE's implementation in cleverhans
-#: has 0.01; AutoAttack's APGD begins with 0.2 and adapts it.
+#: The fraction of the coordinates that an l1 step moves, chosen for this package. SLIDE's implementation in cleverhans
+#: uses 0.01. AutoAttack's APGD begins with 0.2 and adapts it.
 DENSITY = 0.05
-#: How often the interval of l1's shift is halved: then it is shorter than the rounding of its first end.
+#: The number of bisections for l1's shift. Afterwards, the interval is shorter than the rounding error of its initial
+#: upper end.
 HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
 def direction(grad: Tensor, norm: int) -> Tensor:
-    """The unit step along ``grad``, [B, ...]: its sign, or grad / |grad| per sample; 0 where it has no direction."""
+    """Return the unit step along ``grad``, [B, ...]: its sign, or grad / |grad| per sample; 0 without direction."""
     if NORMS[norm] == "linf":
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
     dims = list(range(1, grad.dim()))
     peak = grad.abs().amax(dims, keepdim=True)
-    # amax propagates NaN, so that a sample with one is not usable
+    # amax propagates NaN, so a sample with a NaN is not usable.
     usable = torch.isfinite(peak) & (peak > 0)
     grad = torch.where(usable, grad / torch.where(usable, peak, 1), 0.0)
     length = grad.square().sum(dims, keepdim=True).sqrt()
@@ -56,12 +57,12 @@ def direction(grad: Tensor, norm: int) -> Tensor:
 
 
 def chosen(size: int, density: float) -> int:
-    """The number of the ``size`` coordinates that an l1 step moves, ties aside: the share rounded, at least 1."""
+    """Return how many of the ``size`` coordinates an l1 step moves if there are no ties: rounded, and at least 1."""
     return max(1, int(density * size + 0.5))
 
 
 def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: float = DENSITY) -> Tensor:
-    """The step of l1 norm 1 along the largest |grad| among coordinates that can move, [B, ...]; 0 without such."""
+    """Return the step of l1 norm 1 along the largest |grad| of coordinates that can move, [B, ...]; 0 if none can."""
     position, g = x.flatten(1), grad.flatten(1)
     usable = torch.isfinite(g.abs().amax(1, keepdim=True))
     stopped = ((position >= hi) & (g > 0)) | ((position <= lo) & (g < 0))
@@ -72,7 +73,7 @@ def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: flo
 
 
 def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """``x`` in the ball around ``x_nat`` and in the box: one after the other (linf, l2), both at once (l1).
+    """Project ``x`` onto the ball around ``x_nat`` and the box: one after the other (linf, l2), or both at once (l1).
 
     eps: [B, 1, ...].
     """
@@ -88,7 +89,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
         size, room = d.abs(), torch.where(d > 0, hi - x_nat, x_nat - lo).clamp_min(0)
 
         def outside(shift: Tensor | float) -> Tensor:
-            # a sample whose sum is NaN does not count as outside
+            # A sample whose sum is NaN does not count as outside.
             return (size - shift).clamp_min(0).minimum(room).sum(dims, keepdim=True) > eps
 
         moves = outside(0.0)
@@ -97,13 +98,13 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
             middle = (inner + outer) / 2
             short = outside(middle)
             inner, outer = torch.where(short, middle, inner), torch.where(short, outer, middle)
-        # a sample inside the ball keeps its bits
+        # A sample inside the ball is not changed, not even by rounding.
         x = torch.where(moves | d.isnan(), x_nat + d.sign() * (size - outer).clamp_min(0), x)
     return x.clamp(lo, hi)
 
 
 def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, *space: float) -> Tensor:
-    """The definition: float32 arithmetic (float64 for float64), x's dtype out. alpha, eps: [B]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha, eps: [B]."""
     lo, hi, *_ = space
     start, g = wide(x), wide(grad)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)
@@ -112,7 +113,7 @@ def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor
     return moved.to(x.dtype).contiguous()
 
 
-#: Norm and shape, with the dtypes that stand for a step on a GPU.
+#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU.
 ON_GPU = {
     ("linf", (ROWS, 16400)): "f",
     ("linf", (ROWS, 3, 33, 31)): "h",
@@ -128,7 +129,7 @@ ON_GPU = {
 def step_arguments(
     norm: str, layout: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, momentum: bool = False
 ) -> tuple[Tensor | float, ...]:
-    """A gradient with zeros, and images a little outside the ball, so that a step takes every branch."""
+    """Make a gradient with zeros, and images slightly outside the ball, so that a step executes every branch."""
     clean, grad = uniform(seed, *shape), normal(seed + 100, *shape)
     grad[uniform(seed + 200, *shape) < 0.1] = 0
     x, previous = ((clean + 0.2 * (uniform(seed + i, *shape) - 0.5)).clamp(0, 1) for i in (300, 400))
@@ -144,7 +145,7 @@ def step_examples(
     shapes: Iterable[tuple[tuple[int, ...]]],
     gpu: dict[tuple[str, tuple[int, ...]], str],
 ) -> list[Example]:
-    """Examples of a step, in all of its norms, of images of these shapes, contiguous and channels_last."""
+    """Return examples of a step for all norms and these shapes of images, contiguous and channels_last."""
     settings = {
         (norm, layout, shape): "" if layout else gpu.get((norm, shape), "")
         for layout in LAYOUTS
@@ -170,7 +171,11 @@ OP = define_op(
 
 
 def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
-    """``value`` as a [B] tensor of x's device, float32 (float64 for float64); ValueError if its shape is another."""
+    """Return ``value`` as a tensor [B] on x's device, float32 (float64 for float64).
+
+    Raises:
+        ValueError: if value has another shape.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(value, Tensor):
         return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
@@ -180,14 +185,14 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> Norm:
-    """Check a step's images by their names, its norm and its box; ValueError if they do not fit.
+    """Check the images of a step (by name), its norm and its box. Raise ValueError if they do not match.
 
     Returns:
         The norm, in this package's spelling.
     """
     check_alike(**images)
     if not lo <= hi:
-        raise ValueError(f"lo = {lo} is above hi = {hi}")
+        raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
     return read_norm(norm, norms)
 
 
@@ -202,27 +207,28 @@ def pgd_step(
     hi: float = 1.0,
     density: float = DENSITY,
 ) -> Tensor:
-    """Move ``x`` along ``grad`` and project it back into the ball around ``x_nat`` and the box [lo, hi].
+    """Move ``x`` along ``grad``, and project it back into the ball around ``x_nat`` and the box [lo, hi].
 
     Args:
-        x: the images that the attack has reached, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
-        grad: the gradient of the attacker's loss at x, of x's shape, dtype and device.
-        x_nat: the images that are attacked, the centers of the balls, like grad.
+        x: current images of the attack, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
+        grad: gradient of the attacker's loss at x, with x's shape, dtype and device.
+        x_nat: attacked images, the centers of the balls, with x's shape, dtype and device.
         alpha: length of the step, measured in ``norm`` and image units, a number or ``[B]``.
         eps: radius of the ball, measured in ``norm`` and image units, a number or ``[B]``.
         norm: ``linf``, ``l2`` or ``l1``.
-        lo: lower end of the box that images lie in.
+        lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
-        density: for ``l1`` only: the share of the coordinates that move, in (0, 1], those of largest |grad|. Their
-            number is rounded, and at least one. SLIDE's percentile is 1 - density.
+        density: fraction of the coordinates that an ``l1`` step moves, in (0, 1]. These have the largest |grad|. Their
+            number is rounded, and at least 1. SLIDE's percentile is 1 - density. Other norms ignore it.
 
     Returns:
-        The new x: same shape and dtype, contiguous. No gradient.
+        The new x, with the same shape and dtype, contiguous. There is no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown norm, lo > hi, or a density outside (0, 1].
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if lo > hi, or if density is
+            outside (0, 1].
 
-    Deterministic; ``linf`` is bit-exact across backends.
+    The op is deterministic, and ``linf`` is bit-exact across backends.
     """
     norm = check({"x": x, "grad": grad, "x_nat": x_nat}, norm, lo, hi)
     if not 0 < density <= 1:

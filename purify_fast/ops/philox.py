@@ -1,4 +1,4 @@
-"""The random stream: Philox4x32-10 (Salmon et al., SC 2011), counter based, so that noise is a function of its name.
+"""The random number generator: Philox4x32-10 (Salmon et al., SC 2011). A number depends only on its seed and counter.
 
     key     = (low word of seed, high word of seed)
     counter = (element index / 4, draw index, sample index, stream)
@@ -6,9 +6,9 @@
     normal, by Box-Muller over the word pairs (0, 1) and (2, 3), u = ((w + 256) >> 8) 2^-24 in (0, 1]:
         sqrt(-2 ln u_0) cos(2 pi v_1)  and  sqrt(-2 ln u_0) sin(2 pi v_1),  v = (w >> 8) 2^-24
 
-The same seed gives the same bits in every backend, whatever the batch split, chunk or rank; normals agree to a few ulp.
-Every use has its own stream: uses that shared counters would be correlated. The layout of the counter is this
-package's own choice.
+The same seed gives the same bits in every backend, for every batch split, chunk and rank. Normal numbers differ by a
+few ulp at most. Every purpose has its own stream, because numbers with equal counters would be correlated. The layout
+of the counter is specific to this package.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _KEY = (0x9E3779B9, 0xBB67AE85)
 
 
 class Stream(enum.IntEnum):
-    """The fourth counter word: what the numbers are for. Never renumber: results depend on it."""
+    """The fourth word of the counter: the purpose of the numbers.
+
+    Never change a value, because results depend on it.
+    """
 
     LATENT = 1
     TRANSFORM_NOISE = 2
@@ -51,10 +54,10 @@ DISTRIBUTIONS = ("bits", "uniform", "normal")
 
 
 def words(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10 on int64 tensors (or ints) holding 32-bit words: 2 key words, 4 counter words -> 4 words."""
+    """Compute the 4 output words from 2 key and 4 counter words, each in an int64 tensor or an int."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
-        # a product of two 32-bit words wraps in int64, but both of its halves keep their bits
+        # A product of two 32-bit words may overflow int64, but its 64 bits are still correct.
         p0, p1 = c0 * _ROUND[0], c2 * _ROUND[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _KEY[0]) & _MASK, (k1 + _KEY[1]) & _MASK
@@ -64,16 +67,19 @@ def words(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any
 def reference(
     seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
 ) -> Tensor:
-    """The definition; arguments as in `philox`, distribution by index. Returns [B, draws, numel]."""
+    """Compute the definition. Arguments as in `philox`, distribution by index. Returns [B, draws, numel]."""
     draw = first_draw + torch.arange(draws, device=sample_ids.device)
     return drawn(seed, sample_ids, draw[None], numel, stream=stream, distribution=distribution)
 
 
 def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream: int, distribution: int) -> Tensor:
-    """The definition for draws by their indices, int64 [1, draws] or [B, draws]. Returns [B, draws, numel]."""
+    """Compute the definition for draws with these indices, int64 [1, draws] or [B, draws].
+
+    Returns [B, draws, numel].
+    """
     groups = (numel + 3) // 4
     element = torch.arange(groups, device=sample_ids.device)
-    # the call has one seed; the arithmetic broadcasts every counter word to [B, draws, groups]
+    # A call has one seed. Every word of the counter is broadcast to [B, draws, groups].
     key = (seed & _MASK, (seed >> 32) & _MASK)
     zero = torch.zeros((sample_ids.shape[0], draw.shape[1], groups), dtype=torch.int64, device=sample_ids.device)
     counter = (
@@ -103,7 +109,7 @@ def _fake(seed: Tensor, ids: Tensor, numel: int, stream: int, distribution: int,
 
 
 def _arguments(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    # the draws wrap
+    # The draw indices exceed 32 bits.
     return *example_stream(seed), shape[-1], int(Stream.LATENT), DISTRIBUTIONS.index(distribution), 3, 2**32 - 2
 
 
@@ -132,20 +138,20 @@ OP = define_op(
     ),
     raced=examples(_arguments, [(distribution, (ROWS, 3, 1024)) for distribution in DISTRIBUTIONS], **PROPERTIES),
     replaces_many=("",),
-    # the size is the number of values that a call draws
+    # The size is the number of values that a call draws.
     size_key=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
     differentiable=False,
 )
 
 
 def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **others: Tensor) -> None:
-    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], on the device of the others.
+    """Raise an error unless seed is int64 [1] and sample_ids int64 [B], both on the device of the other tensors.
 
-    B is the batch if that is given.
+    ``batch`` is B, or None if any B is allowed.
 
     Raises:
-        TypeError: no tensors.
-        ValueError: a wrong dtype, shape or device.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if a dtype, shape or device is wrong.
     """
     for name, value, shape in (("seed", seed, "[1]"), ("sample_ids", sample_ids, "[B]")):
         if isinstance(value, Tensor):
@@ -158,7 +164,7 @@ def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **o
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
         raise ValueError(f"sample_ids must be an int64 tensor [B], got {sample_ids.dtype} {list(sample_ids.shape)}")
     if batch is not None and sample_ids.shape[0] != batch:
-        raise ValueError(f"sample_ids has {sample_ids.shape[0]} entries for a batch of {batch}")
+        raise ValueError(f"sample_ids must have one entry per sample, {batch}, but it has {sample_ids.shape[0]}")
     check_one_device(**others, seed=seed, sample_ids=sample_ids)
 
 
@@ -172,23 +178,25 @@ def philox(
     draws: int = 1,
     first_draw: int = 0,
 ) -> Tensor:
-    """Random numbers named by (seed, sample, draw, stream, element).
+    """Draw random numbers, which depend only on (seed, sample, draw, stream, element).
 
     Args:
-        seed: int64 ``[1]``; a tensor, since an int would recompile for every value.
-        sample_ids: int64 ``[B]``, the low 32 bits count; global indices, so that batch splits and ranks agree.
-        numel: numbers per sample and draw, at least 0.
-        stream: the purpose of the numbers, a `Stream`.
+        seed: int64 ``[1]``. It is a tensor because torch.compile would recompile for every new int.
+        sample_ids: int64 ``[B]``, of which the low 32 bits are used. With global indices, numbers do not depend on
+            batch splits and ranks.
+        numel: number of elements per sample and draw, at least 0.
+        stream: purpose of the numbers, a `Stream`.
         distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
-        draws: how many draws for each sample, at least 1.
-        first_draw: index of the first draw, at least 0; the others follow. The low 32 bits of an index count.
+        draws: number of draws per sample, at least 1.
+        first_draw: index of the first draw, at least 0. The other draws follow it. The low 32 bits of an index are
+            used.
 
     Returns:
-        ``[B, draws, numel]`` on the seed's device. No gradient.
+        ``[B, draws, numel]`` on the seed's device. There is no gradient.
 
     Raises:
-        TypeError: seed or sample_ids is not a tensor.
-        ValueError: a wrong dtype, shape, device, distribution, or a negative count.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if a dtype, shape, device or distribution is wrong, or if a count is too small or too large.
     """
     check_stream(seed, sample_ids)
     if distribution not in DISTRIBUTIONS:

@@ -1,17 +1,17 @@
-"""The random transforms of AToP: noise, clip, scale to [-1, 1], hide blocks, and the two planes a generator takes.
+"""The random transforms of AToP: add noise, clip, scale to [-1, 1], hide blocks, and add two planes for the generator.
 
     z = clip(x + sigma n, 0, 1),   n ~ N(0, 1) from the Philox stream TRANSFORM_NOISE, element (c H + h) W + w
     t = (1 - m) (2 z - 1),         m = 1 where hidden, constant on blocks
     packed = [t, 1, m]             along the channels
 
-RT1: sigma = 0. RT2: sigma > 0. RT3: N passes over one noisy image; its blocks are divided into N equal sets, and pass i
-hides set i. Source: AToP (arXiv 2401.16352), section 3; the defaults are those of its official code.
+RT1 has sigma = 0, and RT2 has sigma > 0. RT3 makes N passes over one noisy image. Its blocks are divided into N equal
+sets, and pass i hides set i. Source: AToP (arXiv 2401.16352), section 3. The defaults are those of its official code.
 
-How a mask is drawn is this package's own choice. Every one of the G blocks gets a 32-bit key of the stream MASK, and
-its rank among the keys decides; blocks with equal keys are ranked by their index. RT1 and RT2 hide the blocks of the
-least ranks. In RT3 pass rank // (G / N) hides a block, and is called its owner.
+The way a mask is drawn is specific to this package. Each of the G blocks gets a 32-bit key from the stream MASK. The
+keys are ranked, and blocks with equal keys are ranked by their index. RT1 and RT2 hide the blocks with the lowest
+ranks. In RT3, pass rank // (G / N) hides a block, and is called the owner of the block.
 
-Backward draws n again from the seed. Only the owners of the blocks are kept for it, one byte for each block:
+The backward draws n again from the seed. It stores only the owners of the blocks, one byte per block:
 
     dx = sum over draws and passes of 2 (1 - m) [0 <= x + sigma n <= 1] dt
 """
@@ -36,44 +36,45 @@ MOST_PASSES = 255
 
 
 def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, samples: int) -> Tensor:
-    """Normals, [S, B, C, H, W]."""
+    """Return normal numbers, [S, B, C, H, W]."""
     numel = x.shape[1] * x.shape[2] * x.shape[3]
     drawn = philox(seed, sample_ids, numel, stream=Stream.TRANSFORM_NOISE, distribution="normal", draws=samples)
     return drawn.transpose(0, 1).unflatten(2, x.shape[1:])
 
 
 def _noisy(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, samples: int) -> Tensor:
-    """x + sigma n, [S, B, C, H, W]; [1, B, C, H, W] without noise."""
+    """Return x + sigma n, [S, B, C, H, W], or [1, B, C, H, W] without noise."""
     clean = wide(x)[None]
     return clean if sigma == 0 else clean + sigma * _noise(x, seed, sample_ids, samples).to(clean.dtype)
 
 
 def _ranks(seed: Tensor, ids: Tensor, blocks: int, samples: int) -> Tensor:
-    """The rank of every block among the keys of its image, [S, B, blocks]."""
+    """Return the rank of every block among the keys of its image, [S, B, blocks]."""
     bits = philox(seed, ids, blocks, stream=Stream.MASK, distribution="bits", draws=samples)
     keys = bits.transpose(0, 1).long() & 0xFFFFFFFF
     return keys.argsort(stable=True).argsort()
 
 
 def on_pixels(owners: Tensor, height: int, width: int) -> Tensor:
-    """Owners of blocks [S, B, rows, columns] as owners of pixels [S, B, H, W]."""
+    """Expand owners of blocks [S, B, rows, columns] to owners of pixels [S, B, H, W]."""
     samples, batch, rows, columns = owners.shape
     tiles = owners[:, :, :, None, :, None].expand(-1, -1, -1, height // rows, -1, width // columns)
     return tiles.reshape(samples, batch, height, width)
 
 
 def _hidden(owners: Tensor, num_passes: int, height: int, width: int) -> Tensor:
-    """The pixels that each pass hides, bool [S, B, N, 1, H, W]."""
+    """Return the pixels that each pass hides, bool [S, B, N, 1, H, W]."""
     first = 1 if num_passes == 0 else 0
     own = torch.arange(first, first + (num_passes or 1), device=owners.device)
     return on_pixels(owners, height, width)[:, :, None, None] == own[:, None, None, None]
 
 
 def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settings: Any) -> tuple[Tensor, Tensor]:
-    """The definition: float32 arithmetic (float64 for float64).
+    """Compute the definition in float32 (float64 for float64).
 
-    The settings are those of the schema, and of `random_transform` but for the mask. With num_passes = 0 (RT1 and RT2)
-    there is one pass: ``masked_blocks`` blocks are hidden and their owner is 1; the owner of the others is 0.
+    The settings are those of the schema. They have the meaning of `random_transform`'s arguments, except for the mask:
+    with num_passes = 0 (RT1 and RT2), there is one pass, which hides ``masked_blocks`` blocks. Their owner is 1, and
+    the owner of the others is 0.
     """
     block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last = settings
     height, width = x.shape[2:]
@@ -84,10 +85,11 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
     owners = owner.unflatten(-1, grid).expand(samples, sample_ids.shape[0], *grid).contiguous()
     hidden = _hidden(owners, num_passes, height, width)
     noisy = _noisy(x, seed, sample_ids, sigma, samples)
-    # At 0 and at 1 the gradient passes. torch.clamp is not used, since versions of torch differ in its gradient there.
+    # Both ends of the clip pass the gradient. torch.clamp is not used, because its gradient there differs between
+    # versions of torch.
     clipped = torch.where((noisy >= 0) & (noisy <= 1), noisy, noisy.detach().clamp(0, 1))
     t = torch.where(hidden, 0, (2 * clipped - 1)[:, :, None]).to(dtype)
-    # autocast for CPUs refuses to join tensors of float16
+    # torch.cat raises an error for float16 under CPU autocast.
     with without_autocast(x.device):
         packed = torch.cat([t, torch.ones_like(t[:, :, :, :1]), hidden.to(dtype)], dim=3)
     return packed.flatten(0, 2).contiguous(memory_format=memory_format(channels_last)), owners
@@ -96,7 +98,7 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
 def reference_backward(
     grad: Tensor, x: Tensor, owners: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, num_passes: int
 ) -> Tensor:
-    """The gradient of x, [B, C, H, W] in x's dtype, from that of ``packed``."""
+    """Return the gradient of x, [B, C, H, W] in x's dtype, from the gradient of ``packed``."""
     samples, batch = owners.shape[:2]
     noisy = _noisy(x, seed, sample_ids, sigma, samples)
     of_passes = grad[:, : x.shape[1]].unflatten(0, (samples, batch, num_passes or 1)).to(noisy.dtype)
@@ -112,8 +114,8 @@ def _fake(x: Tensor, seed: Tensor, ids: Tensor, sigma: float, *settings: Any) ->
     return packed, x.new_empty((samples, batch, height // block, width // block), dtype=torch.uint8)
 
 
-#: Shape, block, num_passes (0: RT1 and RT2), sigma, draws and layout, with the dtypes that represent it on a GPU. Some
-#: shapes have planes whose size is not a multiple of 4.
+#: The keys are shape, block, num_passes (0 for RT1 and RT2), sigma, draws and layout. The values are the dtypes in
+#: which the example verifies kernels on a GPU. Some shapes have planes whose size is not a multiple of 4.
 EXAMPLES = {
     (*setting, layout): letters
     for setting, gpu in {
@@ -139,7 +141,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of backward beside the gradient."""
+    """Return the arguments of the backward after the gradient."""
     return inputs[0], outputs[1], *inputs[1:4], inputs[6]
 
 
@@ -186,37 +188,38 @@ def random_transform(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Transform images at random, and pack them as a generator takes them.
+    """Transform images at random, and pack them as the input of a generator.
 
     Args:
-        x: ``[B, C, H, W]`` in [0, 1]; float16, bfloat16, float32 or float64.
+        x: images ``[B, C, H, W]`` in [0, 1]; float16, bfloat16, float32 or float64.
         seed: int64 ``[1]``, on x's device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
-        sigma: standard deviation of the noise in the unit of x, at least 0. RT1 is sigma = 0.
-        block: side of a block in pixels. It must divide H and W, and gives G = (H / block) (W / block) blocks.
-        mask_ratio: share of the blocks that RT1 and RT2 hide, in [0, 1): int(mask_ratio G) of them. RT3 ignores it.
-            Under torch.compile another value compiles again, as another block, num_passes or samples may; another
-            sigma does not.
-        num_passes: None for RT1 and RT2. N for RT3, a divisor of G from 1 to min(G, 255). With N = 1 the one pass
+        sigma: standard deviation of the noise in the unit of x, at least 0. RT1 has sigma = 0.
+        block: side of a block in pixels. It must divide H and W. An image has G = (H / block) (W / block) blocks.
+        mask_ratio: fraction of the blocks that RT1 and RT2 hide, in [0, 1). The number of hidden blocks is
+            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value of mask_ratio causes a new compilation,
+            and a new value of block, num_passes or samples may cause one. A new value of sigma does not.
+        num_passes: None for RT1 and RT2; N for RT3, a divisor of G from 1 to min(G, 255). With N = 1, the only pass
             hides everything.
         samples: S, the number of independent draws of noise and mask for every image.
-        shared_mask: draw one mask for the whole batch in every draw, as the official code does; else one per image.
-        dtype: dtype of the output; x's by default. t is rounded to it at the end.
+        shared_mask: whether all images of a batch share the mask of a draw, as in the official code. If False, each
+            image has its own mask.
+        dtype: dtype of the output, x's by default. t is rounded to it at the end.
         channels_last: whether the output is in the channels_last memory format.
 
     Returns:
-        ``packed [S B N, C + 2, H, W]``, in which the pass varies fastest, then the image, then the draw (N = 1 for RT1
-        and RT2). Its channels are t, in [-1, 1] and 0 where hidden; ones; and m, 1 where hidden and 0 elsewhere.
-        ``owners``, uint8 ``[S, B, H / block, W / block]``: for RT1 and RT2 1 where a block is hidden and 0 elsewhere;
-        for RT3 the pass that hides the block (see `stitch`).
+        ``packed [S B N, C + 2, H, W]`` and ``owners``. In packed, the pass varies fastest, then the image, then the
+        draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; ones; and m, which is
+        1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``. For RT1 and RT2, it is 1 for a
+        hidden block and 0 for the others. For RT3, it is the pass that hides the block (see `stitch`).
 
     Raises:
-        TypeError: seed or sample_ids is not a tensor.
-        ValueError: a wrong shape, dtype, device or setting.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if a shape, dtype, device or setting is wrong.
 
-    NaN stays where it is seen; what is hidden is 0 whatever x holds. The gradient reaches x only, first order; at both
-    ends of the clip it passes. Masks have the same bits in every backend, noise agrees to a few ulp; deterministic
-    given the seed. Keeps its dtypes under autocast; ``vmap`` is not supported by the kernels.
+    A visible NaN remains NaN. Hidden pixels are 0, even if x is NaN there. Only x has a gradient, of first order. Both
+    ends of the clip pass it. Masks have the same bits in every backend, and noise differs by a few ulp at most. For a
+    given seed the op is deterministic. Autocast does not change its dtypes. The kernels do not support ``vmap``.
     """
     dtype = x.dtype if dtype is None else dtype
     if x.dim() != 4 or x.dtype not in DTYPES:
@@ -237,7 +240,7 @@ def random_transform(
         raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    # 1/49 of 49 blocks is one block, although the product is 0.999.. in floating point
+    # For 1/49 of 49 blocks this is one block, although the floating-point product is 0.999...
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle
     call = reference if OP.uses_reference(x.device, x.dtype, x.numel()) else kernel

@@ -2,8 +2,9 @@
 
     loss_b = sum_p  max(l, 0) - l t + log(1 + exp(-|l|)) = sum_p -[ t log s + (1 - t) log(1 - s) ],   s = sigmoid(l)
 
-CARSO's reconstruction term (arXiv 2306.06081, section 4.3), from the logits, which is exact where log(sigmoid) is not.
-For targets inside (0, 1) the minimum is the entropy of the pixels, not 0. Backward, to the logits only:
+This is CARSO's reconstruction term (arXiv 2306.06081, section 4.3). Computed from the logits, it is accurate where
+log(sigmoid) is not. For targets inside (0, 1) the minimum is not 0 but the entropy of the pixels. Only the logits have
+a gradient:
 
     dloss/dl = s - t
 """
@@ -21,13 +22,13 @@ from .dispatch.registry import Launcher, define_backward, define_op, second_argu
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
-    """The definition: [B, ...] twice -> [B], in float32 (float64 for float64)."""
+    """Compute the definition: map logits and target [B, ...] to [B], in float32 (float64 for float64)."""
     x, t = wide(logits).flatten(1), wide(target).flatten(1)
     return F.binary_cross_entropy_with_logits(x, t.to(x.dtype), reduction="none").sum(1)
 
 
 def reference_backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """grad [B] times dloss/dlogits, in the logits' dtype and shape."""
+    """Return grad [B] times dloss/dlogits, in the logits' dtype and shape."""
     x = wide(logits)
     g = per_image(grad.to(x.dtype), x)
     return (g * (torch.sigmoid(x) - target.to(x.dtype))).to(logits.dtype).contiguous()
@@ -56,7 +57,7 @@ BACKWARD = define_backward(
 )
 
 
-#: The loss, and s - t in the arithmetic's dtype.
+#: Returns the loss, and s - t in the dtype of the arithmetic.
 SAVING = cpu_kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
 
 
@@ -65,22 +66,26 @@ _reconstruction_loss = differentiable(OP.handle, lambda *given: BACKWARD(*given)
 
 
 def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Sum-BCE between reconstructions (as logits) and target images, one number per sample.
+    """Compute the binary cross-entropy between reconstructions (as logits) and target images, summed per sample.
 
     Args:
-        logits: ``[B, ...]``, before the sigmoid; float16, bfloat16, float32 or float64; the gradient flows here.
-        target: same shape and device, in [0, 1], any of these dtypes; no gradient.
+        logits: reconstructions before the sigmoid, ``[B, ...]``; float16, bfloat16, float32 or float64. They get a
+            gradient.
+        target: target images in [0, 1], with the shape and device of logits and any of these dtypes. They get no
+            gradient.
 
     Returns:
         ``[B]`` in nats, at least 0; float32 (float64 for float64 logits), also under autocast.
 
     Raises:
-        ValueError: shapes or devices differ, fewer than 2 dimensions, or not floating point.
+        ValueError: if shapes or devices differ, if there are fewer than 2 dimensions, or if a dtype is not floating
+            point.
 
-    First-order gradients only; deterministic; ``vmap`` is not supported by the kernels.
+    The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     if logits.shape != target.shape or logits.dim() < 2:
-        raise ValueError(f"logits and target need one shape [B, ...], got {list(logits.shape)}, {list(target.shape)}")
+        shapes = f"{list(logits.shape)} and {list(target.shape)}"
+        raise ValueError(f"logits and target must have the same shape [B, ...], got {shapes}")
     if not (logits.is_floating_point() and target.is_floating_point()):
         raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
     check_one_device(logits=logits, target=target)

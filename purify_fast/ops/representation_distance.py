@@ -1,4 +1,4 @@
-"""Distance between a student's representation u and a frozen teacher's v, per sample and layer, u and v flattened.
+"""The distance between a student's flattened representation u and a frozen teacher's v, per sample and layer.
 
     c = u . v / (|u| |v|)
     abs_cosine    d = 1 - |c|             dd/dc = -sign(c)
@@ -6,14 +6,14 @@
     angular       d = arccos(c) / pi      dd/dc = -1 / (pi sqrt(max(1 - c^2, 1e-4)))
     l2            d = |u - v|             dd/du = (u - v) / d, 0 at u = v
 
-``abs_cosine`` is ARREST's distance (arXiv 2308.16454), from Mao et al. (NeurIPS 2019). The gradient reaches the student
-only, and in this form it is exactly 0 at u = v, where fine-tuning starts:
+``abs_cosine`` is ARREST's distance (arXiv 2308.16454), from Mao et al. (NeurIPS 2019). Only the student has a gradient.
+In the following form it is exactly 0 at u = v, where fine-tuning starts:
 
     dd/du = dd/dc (v - (u . v / |u|^2) u) / (|u| |v|)
 
-The slope of arccos is infinite at parallel vectors, where the direction of its gradient is undefined. With the bound
-1e-4 the gradient is the exact one, of length 1 / (pi |u|), for angles whose sine is 0.01 (0.57 degrees) or more, and
-falls linearly to 0 below. For |u| |v| < 1e-30, zero vectors among them, c and its gradient are 0.
+At parallel vectors, the slope of arccos is infinite and the direction of the gradient is undefined. With the bound
+1e-4, the gradient is exact, with length 1 / (pi |u|), if the sine of the angle is at least 0.01 (0.57 degrees). Below
+that it decreases linearly to 0. If |u| |v| < 1e-30, as for zero vectors, c and its gradient are 0.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ LEAST_SQUARE_SINE = 1e-4
 
 
 def _measure(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, scale, along) of one layer, [B] each: dd/du = scale (v - along u). Sums as wide as the student, then float64.
+    """Return (d, scale, along) of one layer, [B] each, with dd/du = scale (v - along u).
 
-    float64 costs nothing for B numbers, and without it c would not be exactly 1 at u = v.
+    The sums over a layer have the student's wide dtype. All later steps use float64, so that c is exactly 1 at u = v.
     """
     u = wide(student)
     v, dims = teacher.to(u.dtype), list(range(1, u.dim()))
@@ -48,12 +48,15 @@ def _measure(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tenso
         return d, torch.where(d > 0, -1 / d, 0 * d), torch.ones_like(d)
     dot, uu, vv = ((a * b).sum(dims).double() for a, b in ((u, v), (u, u), (v, v)))
     norms = (uu * vv).sqrt()
-    nothing = norms < LEAST_NORMS  # not NaN
-    c = torch.where(norms < math.inf, dot / norms, math.nan)  # squares that overflowed would make it 0
+    # This is False for NaN.
+    nothing = norms < LEAST_NORMS
+    # If squares overflowed, the quotient would be 0, so it is replaced by NaN.
+    c = torch.where(norms < math.inf, dot / norms, math.nan)
     c = torch.where(nothing, 0.0, c.clamp(-1, 1))
     if kind == "abs_cosine":
         d, slope = (1 - c.abs()).clamp_min(0), -c.sign()
-        slope = torch.where(c.isnan(), c, slope)  # the sign of NaN is 0 on some devices
+        # On some devices the sign of NaN is 0.
+        slope = torch.where(c.isnan(), c, slope)
     elif kind == "cosine":
         d, slope = (1 - c).clamp_min(0), 0 * c - 1
     else:
@@ -67,9 +70,10 @@ def _result_dtype(layers: Sequence[Tensor]) -> torch.dtype:
 
 
 def reference(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
-    """The definition: layers [B, ...] -> distance [B, L] and slopes [B, L, 2], float32 (float64 if a layer is).
+    """Compute the definition: map layers [B, ...] to distances [B, L] and slopes [B, L, 2].
 
-    Float32 arithmetic for half types, slopes = (scale, along) for the backward: dd/du = scale (v - along u).
+    Both are float32, or float64 if a layer is. The arithmetic of 16-bit layers is float32. The slopes are (scale,
+    along) for the backward, where dd/du = scale (v - along u).
     """
     measured = [_measure(u, v, KINDS[kind]) for u, v in zip(student, teacher, strict=True)]
     dtype = _result_dtype(student)
@@ -78,7 +82,7 @@ def reference(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[
 
 
 def reference_backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes: Tensor) -> list[Tensor]:
-    """grad [B, L] times dd/dstudent, each layer in its dtype and shape."""
+    """Return grad [B, L] times dd/dstudent. Each layer has its own dtype and shape."""
     out = []
     for layer, (x, v) in enumerate(zip(student, teacher, strict=True)):
         u = wide(x)
@@ -95,18 +99,21 @@ def _fake(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: int) -> tu
 
 
 def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
-    """The dtype and size of the student's first layer."""
+    """Return the dtype and the size of the student's first layer."""
     return student[0].dtype, student[0].numel()
 
 
 def _variant(layers: int) -> str:
-    """Race one layer and several layers separately: the reference launches its operators for each layer."""
+    """Return the name under which a backend is chosen.
+
+    With several layers the reference launches its operators for each.
+    """
     return "several" if layers > 1 else ""
 
 
-#: Layers of one call. The last ones have more numbers than one program takes.
+#: The layers of one call. The last one has more numbers than one program processes.
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
-#: The kind and the layers, with the dtypes that stand for it on a GPU.
+#: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
     ("l2", ONE): "",
     ("abs_cosine", TWO): "h",
@@ -134,7 +141,7 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    # sums in another order err by ulps of the cosine, which is ten times as large as the distance
+    # A different order of the sums changes the cosine by a few ulp. The cosine is ten times as large as the distance.
     examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
     raced=examples(_arguments, RACED, variant=_raced_apart),
     triton=Launcher("representation_distance", "forward"),
@@ -154,8 +161,8 @@ BACKWARD = define_backward(
 )
 
 
-#: The distances of one layer [B], and dd/du in the student's shape and the arithmetic's dtype: of a 16-bit student as
-#: many bytes as the two layers that backward would read.
+#: Returns the distances of one layer [B], and dd/du in the student's shape and the dtype of the arithmetic. For a
+#: 16-bit student, dd/du has the size of the two layers that the backward would otherwise read.
 SAVING = cpu_kernel("representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)")
 
 
@@ -173,22 +180,26 @@ def _backward(grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     return None, None, *BACKWARD(grad, tensors[:layers], tensors[layers:], slopes, variant=_variant(layers))
 
 
-# Around the reference too: the gradient that autograd computes for it is rounding at u = v, and NaN at 0.
+# The reference is also called here, because the gradient that autograd computes for it is rounding error at u = v, and
+# NaN at 0.
 _distance = differentiable(
     _forward, _backward, lambda inputs, outputs: (*inputs[2:], outputs[1], inputs[1]), constants=1
 )
 
 
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> None:
-    """ValueError unless the layers are as `representation_distance` documents them."""
+    """Raise ValueError if the layers do not match the documentation of `representation_distance`."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not student or len(student) != len(teacher):
-        raise ValueError(f"student and teacher need as many layers, at least one, got {len(student)}, {len(teacher)}")
+        raise ValueError(
+            "student and teacher must have the same number of layers, at least one, "
+            f"got {len(student)} and {len(teacher)}"
+        )
     for u, v in zip(student, teacher, strict=True):
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
-            raise ValueError(f"student and teacher need one shape [B, ...], and layers one batch size, got {got}")
+            raise ValueError(f"student and teacher must have the same shape [B, ...], and layers the same B, got {got}")
         if not (u.is_floating_point() and v.is_floating_point()):
             raise ValueError(f"student and teacher must be floating point, got {u.dtype} and {v.dtype}")
         check_one_device(first=student[0], student=u, teacher=v)
@@ -197,29 +208,30 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
 def representation_distance(
     student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], kind: str = "abs_cosine"
 ) -> Tensor:
-    """Distance between representations, one number per sample and layer.
+    """Compute the distance between representations, one number per sample and layer.
 
     Args:
-        student: ``[B, ...]``, or a sequence of such layers, whose shapes and dtypes may differ; float16, bfloat16,
-            float32 or float64; the gradient flows here.
-        teacher: the same shapes, on the same device, in any of these dtypes; no gradient, even if it requires one.
+        student: layer ``[B, ...]``, or a sequence of layers, whose shapes and dtypes may differ; float16, bfloat16,
+            float32 or float64. It gets a gradient.
+        teacher: layer or layers with the same shapes and device, in any of these dtypes. It gets no gradient, even if
+            it requires one.
         kind: ``abs_cosine`` (0 parallel or antiparallel, 1 orthogonal), ``cosine`` (0 to 2), ``angular`` (0 to 1, in
             half turns) or ``l2`` (Euclidean, in the features' unit).
 
     Returns:
-        ``[B]`` for one tensor, ``[B, L]`` for L layers; never negative; float32 (float64 if a layer of the student
-        is), also under autocast. At u = v: 0 with gradient 0. A zero vector is at 1 (``angular``: 0.5) from all
-        others, with gradient 0.
+        ``[B]`` for one tensor, ``[B, L]`` for L layers, never negative; float32 (float64 if a layer of the student is),
+        also under autocast. At u = v the distance is 0 with gradient 0. The distance of a zero vector from every vector
+        is 1 (``angular``: 0.5), with gradient 0.
 
     Raises:
-        ValueError: shapes, batch sizes, devices or numbers of layers differ, fewer than 2 dimensions, not floating
-            point, or an unknown kind.
+        ValueError: if shapes, batch sizes, devices or numbers of layers differ, if there are fewer than 2 dimensions,
+            if a dtype is not floating point, or if the kind is unknown.
 
-    NaN and infinities in either make the distance NaN (``l2`` of an infinity: infinite). In float32 that begins where
-    squares overflow, at norms of 1.8e19; below norms of 1e-15 precision is lost; ``angular`` is within 2e-4 next to 0
-    and 1, where the cosine's rounding is the angle. The memory order does not matter: the
-    gradient has the student's, and two channels_last maps are read as they are. First-order gradients only;
-    deterministic; ``vmap`` is not supported.
+    NaN or infinity in a representation gives NaN (for ``l2``, infinity gives infinity). In float32 this also happens if
+    squares overflow, from norms of 1.8e19 on. Below norms of 1e-15 the result is inaccurate. Near 0 and 1, ``angular``
+    has an error of up to 2e-4, because the rounding of the cosine changes the angle. Every memory format is supported:
+    the gradient has the student's format, and two channels_last feature maps are not copied. The op has first-order
+    gradients only and is deterministic. It does not support ``vmap``.
     """
     single = isinstance(student, Tensor)
     if single != isinstance(teacher, Tensor):
@@ -228,14 +240,15 @@ def representation_distance(
     vs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     _check(us, vs, kind)
     for layer, (u, v) in enumerate(zip(us, vs, strict=True)):
-        if last_channels(u):  # the op sees dense rows, whatever the layout
+        # The op gets contiguous rows, for every memory layout.
+        if last_channels(u):
             us[layer], vs[layer] = u.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)
     gradient = needs_gradient(*us)
     serves = not OP.uses_reference(us[0].device, us[0].dtype, us[0].numel())
     if gradient and single and serves and saves(BACKWARD, us[0]):
         return _with_saved(us[0], vs[0].detach(), KINDS.index(kind))[0]
     tensors = (*us, *(v.detach() for v in vs))
-    # the compiler refuses a Function with any number of tensors if none needs a gradient
+    # torch.compile rejects an autograd.Function with a variable number of tensors if none needs a gradient.
     call = _distance if gradient else _forward
     distance, _ = call(KINDS.index(kind), len(us), *tensors)
     return distance.squeeze(1) if single else distance

@@ -3,7 +3,7 @@
     z = mu + e exp(logvar / 2),   e ~ N(0, 1) from the Philox stream LATENT
     kl_b = 1/2 sum_d (mu^2 + exp(logvar) - logvar - 1)
 
-Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3. Backward draws e again from the seed:
+Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3. The backward draws e again from the seed:
 
     dmu = dz + dkl mu,   dlogvar = dz e exp(logvar / 2) / 2 + dkl (exp(logvar) - 1) / 2
 """
@@ -25,7 +25,7 @@ def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
 
 
 def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
+    """Compute the definition: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
     mean, logs = wide(mu), wide(logvar)
     z = mean + _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
     return z.to(mu.dtype), 0.5 * (mean.square() + logs.exp() - logs - 1).sum(1)
@@ -34,7 +34,7 @@ def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> t
 def reference_backward(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
+    """Return (dmu, dlogvar) [B, D], in the dtypes of mu and logvar."""
     mean, logs, to_z, to_kl = wide(mu), wide(logvar), wide(grad_z), wide(grad_kl)[:, None]
     deviation = _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
     to_logvar = 0.5 * (to_z * deviation + to_kl * torch.expm1(logs))
@@ -67,7 +67,8 @@ BACKWARD = define_backward(
 )
 
 
-#: z, kl, and the deviation e exp(logvar / 2) in the arithmetic's dtype; then the gradients from it.
+#: SAVING returns z, kl, and the deviation e exp(logvar / 2) in the dtype of the arithmetic. FROM_SAVED computes the
+#: gradients from this deviation.
 SAVING = cpu_kernel(
     "sample_latent_keeping", "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)"
 )
@@ -82,11 +83,11 @@ _sample_latent = differentiable(OP.handle, lambda *given: BACKWARD(*given))
 
 
 def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample the posterior and measure it against the prior N(0, I).
+    """Sample the posterior, and compute its divergence from the prior N(0, I).
 
     Args:
         mu: means, ``[B, D]``; float16, bfloat16, float32 or float64.
-        logvar: logarithms of the variances, of mu's shape, dtype and device.
+        logvar: logarithms of the variances, with mu's shape, dtype and device.
         seed: int64 ``[1]``, on mu's device.
         sample_ids: int64 ``[B]``, the global index of each sample (see `philox`).
 
@@ -94,10 +95,10 @@ def sample_latent(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) 
         ``z [B, D]`` in mu's dtype and ``kl [B]`` in nats, float32 (float64 for float64 inputs), also under autocast.
 
     Raises:
-        TypeError: seed or sample_ids is not a tensor.
-        ValueError: shapes, dtypes or devices disagree.
+        TypeError: if seed or sample_ids is not a tensor.
+        ValueError: if shapes, dtypes or devices do not match.
 
-    First-order gradients only; deterministic given the seed; ``vmap`` is not supported by the kernels.
+    The op has first-order gradients only. For a given seed it is deterministic. The kernels do not support ``vmap``.
     """
     check_alike(mu=mu, logvar=logvar)
     if mu.dim() != 2:

@@ -1,4 +1,4 @@
-"""The proposals of Square: the points of a random search, each changed within one random square or two.
+"""The proposals of Square, a random search. Each proposal changes an image inside one or two random squares.
 
     linf:    z = clamp(x_nat + eps s, lo, hi)                                       in the window W, x elsewhere
     l2, l1:  d = x - x_nat,  h = s P + d / |d|_W,  u = max(eps^p - |d|^p, 0)        p = 2, 1
@@ -6,14 +6,14 @@
     l2:      z = clamp(x_nat + eps d / |d|, lo, hi)
     l1:      z = argmin |z - (x_nat + d)|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi
 
-Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3; l1 as in AutoAttack, with
-`pgd_step`'s projection. W and V are square windows at random places, s is a random sign of each channel, P a pattern of
-length 1 in W; norms with an index are those of a channel, within that window. So l2 and l1 move mass from V to W, and
-use in W the length that the ball has left.
+Source: Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3. l1 is the version of
+AutoAttack, with the projection of `pgd_step`. W and V are square windows at random places. s is a random sign per
+channel. P is a pattern of length 1 in W. A norm with an index is the norm of one channel inside that window. So l2 and
+l1 move mass from V to W, and also use the part of the radius that is still unused.
 
-A row's random numbers come from the caller, for several proposals at once: the places of W and V (row and column of
-each), which way round the pattern lies, then the channels' signs. A window's place is computed in float32 whatever the
-images are.
+The caller passes the random numbers of a row, for several proposals at once: the places of W and V (row and column of
+each), the orientation of the pattern, and the signs of the channels. The place of a window is computed in float32 for
+every dtype of the images.
 """
 
 from __future__ import annotations
@@ -29,51 +29,51 @@ from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
-#: Random numbers of a proposal besides a sign for each channel: two places, and which way round the pattern lies.
+#: The number of random numbers of a proposal before the signs of the channels: two places and the orientation.
 PLACES = 5
-#: Added to lengths, so that they can be divided by.
+#: This is added to lengths, so that they are never 0 in a division.
 TINY = 1e-12
 
 
 def signs(numbers: Tensor) -> Tensor:
-    """1 or -1, each with probability 1/2.
+    """Return 1 or -1, each with probability 1/2.
 
     Args:
-        numbers: uniform in [0, 1), of any shape.
+        numbers: uniform numbers in [0, 1), of any shape.
     """
     return torch.where(numbers < 0.5, -1.0, 1.0)
 
 
 def from_border(place: Tensor, edge: int, size: int) -> Tensor:
-    """The distance of every pixel along an axis from the first pixel of a random window, int64 ``[..., size]``.
+    """Return the distance of every pixel along an axis from the first pixel of a random window, int64 ``[..., size]``.
 
     Args:
-        place: uniform in [0, 1), ``[...]``.
+        place: uniform numbers in [0, 1), ``[...]``.
         edge: edge of the window, in pixels.
-        size: pixels along the axis.
+        size: number of pixels along the axis.
     """
     first = (place.float() * (size - edge + 1)).long()
     return torch.arange(size, device=place.device) - first[..., None]
 
 
 def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
-    """The pixels that lie in a random window, bool ``[..., 1, height, width]``.
+    """Return the mask of the pixels in a random window, bool ``[..., 1, height, width]``.
 
     Args:
-        place: uniform in [0, 1), ``[..., 2]``.
+        place: uniform numbers in [0, 1), ``[..., 2]``.
         edge: edge of the window, in pixels.
         height: height of the images.
         width: width of the images.
     """
     rows, columns = from_border(place[..., 0], edge, height), from_border(place[..., 1], edge, width)
     lines, across = ((one >= 0) & (one < edge) for one in (rows, columns))
-    # as bytes: a CPU combines them a vector at once, and truth values one by one
+    # The masks are combined as bytes, because CPU code for bytes is vectorised and code for booleans is not.
     both = lines.view(torch.uint8)[..., None, :, None] & across.view(torch.uint8)[..., None, None, :]
     return both.view(torch.bool)
 
 
 def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor:
-    """The pattern where the first window lies, [..., 1, height, width]; anything outside of it."""
+    """Return the pattern at the place of the first window, [..., 1, height, width]. Values outside it are arbitrary."""
     edge = pattern.shape[1]
     rows = from_border(numbers[..., 0], edge, height).clamp(0, edge - 1)
     columns = from_border(numbers[..., 1], edge, width).clamp(0, edge - 1)
@@ -82,7 +82,10 @@ def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor
 
 
 def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, power: int) -> Tensor:
-    """The offsets [B, C, H, W] with the mass of V in W, [T, B, C, H, W]; radius [B, 1, 1, 1], numbers [T, B, 5 + C]."""
+    """Move the mass of V to W.
+
+    The offsets are [B, C, H, W], radius is [B, 1, 1, 1], numbers is [T, B, 5 + C], and the result is [T, B, C, H, W].
+    """
     channels, height, width = offset.shape[1:]
 
     def mass(part: Tensor) -> Tensor:
@@ -103,14 +106,17 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
 def reference(
     x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, pattern: Tensor | None, edge: int, norm: int, *box: float
 ) -> Tensor:
-    """The definition: float32 arithmetic (float64 for float64), x's dtype out. eps [B], numbers [B, T, 5 + C]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype.
+
+    eps is [B], and numbers is [B, T, 5 + C].
+    """
     lo, hi = box
     point, clean, drawn = wide(x), wide(x_nat), numbers.transpose(0, 1)
     radius = per_image(eps.to(point.dtype), x)
     if pattern is None:
         moved = clean + radius * signs(drawn[..., PLACES:]).to(point.dtype)[..., None, None]
         inside = window(drawn[..., :2], edge, *x.shape[2:])
-        # twice the radius reaches a border of the ball from anywhere in it
+        # Square moves x by twice the radius and projects the result, which always gives x_nat + eps or x_nat - eps.
         points = torch.where(inside, moved.clamp_(lo, hi), point).flatten(0, 1)
     elif NORMS[norm] == "l2":
         offset = _moved_mass(point - clean, radius, drawn, pattern, 2)
@@ -119,14 +125,14 @@ def reference(
     else:
         moved = (clean + _moved_mass(point - clean, radius, drawn, pattern, 1)).flatten(0, 1)
         centers = clean.expand(len(drawn), *clean.shape).flatten(0, 1)
-        # a step of length 0 is the projection alone
+        # A step of length 0 is only the projection.
         radii = eps.repeat(len(drawn))
         points = pgd_step(moved, torch.zeros_like(moved), centers, alpha=0.0, eps=radii, norm="l1", lo=lo, hi=hi)
     return points.to(x.dtype).contiguous()
 
 
-#: Norm, shape, proposals and edge of the windows, with the dtypes that stand for it on a GPU. The last shape has more
-#: pixels than one program of l2 or l1 sees at once.
+#: The keys are norm, shape, proposals and edge of the windows. The values are the dtypes in which the example verifies
+#: kernels on a GPU. The last shape has more pixels than a program of l2 or l1 processes at once.
 EXAMPLES = {
     (norm, shape, draws, edge): gpu.get(norm, "")
     for norm in NORMS
@@ -143,7 +149,10 @@ RACED = tuple((norm, shape, draws, 7) for norm in NORMS for (shape,) in RGB for 
 def _arguments(
     norm: str, shape: tuple[int, ...], draws: int, edge: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor | float | None, ...]:
-    """Points well inside their balls, and one outside: near the border, rounding decides what the ball has left."""
+    """Make points well inside their balls, and one outside.
+
+    Near the border, the unused part of the radius would be only rounding error.
+    """
     clean, offset = 0.25 + 0.5 * uniform(seed, *shape), 0.2 * (uniform(seed + 100, *shape) - 0.5)
     index = NORMS.index(norm)
     power = (math.inf, 2, 1)[index]
@@ -152,7 +161,7 @@ def _arguments(
     pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
     images = (clean + offset).to(dtype), clean.to(dtype), radius.to(wide_dtype(dtype))
     numbers = uniform(seed + 200, shape[0], draws, PLACES + shape[1]).float()
-    # a parameter, because `tile` repeats other tensors
+    # The pattern is a parameter, because `tile` repeats all other tensors.
     return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
 
 
@@ -167,14 +176,14 @@ OP = define_op(
     triton=Launcher("square_proposal", "forward"),
     replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
-    # the size is the number of elements of the result
+    # The size is the number of elements of the result.
     size_key=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),
     differentiable=False,
 )
 
 
 def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | None) -> None:
-    """Check the numbers, the window and the pattern of a proposal; ValueError if they do not fit."""
+    """Raise ValueError if the numbers, the window or the pattern of a proposal do not match."""
     if x.dim() != 4:
         raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
     batch, channels, height, width = x.shape
@@ -186,7 +195,7 @@ def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | N
         raise ValueError(f"edge must be from 1 to {min(height, width)} in images of {height} x {width}, got {edge}")
     if norm == "linf":
         if pattern is not None:
-            raise ValueError("pattern must be None for the norm linf, which has none")
+            raise ValueError("pattern must be None for norm='linf', which has no pattern")
         return
     if pattern is None or pattern.shape != (2, edge, edge) or pattern.dtype != torch.float32:
         got = "None" if pattern is None else f"{pattern.dtype} {list(pattern.shape)}"
@@ -205,31 +214,31 @@ def square_proposal(
     hi: float = 1.0,
     pattern: Tensor | None = None,
 ) -> Tensor:
-    """The next points of a random search with squares, several for each image.
+    """Compute the next points of a random search with squares, several points for each image.
 
     Args:
-        x: the best points so far, ``[B, C, H, W]``; float16, bfloat16, float32 or float64; image units.
-        x_nat: the images that are attacked, the centers of the balls, of x's shape, dtype and device.
+        x: best points so far, ``[B, C, H, W]``; float16, bfloat16, float32 or float64; image units.
+        x_nat: attacked images, the centers of the balls, with x's shape, dtype and device.
         eps: radius of the ball, measured in ``norm`` and image units, a number or ``[B]``.
-        numbers: uniform in [0, 1), float32 ``[B, T, 5 + C]``, for T proposals of each image: the places of two windows,
-            two numbers each, which way round the pattern lies, and the signs of the channels. ``linf`` uses the first
-            place and the signs.
+        numbers: uniform numbers in [0, 1), float32 ``[B, T, 5 + C]``, for T proposals per image: the places of two
+            windows (two numbers each), the orientation of the pattern, and the signs of the channels. ``linf`` uses
+            only the first place and the signs.
         edge: edge of the windows, in pixels, from 1 to the smaller side of the images.
         norm: ``linf``, ``l2`` or ``l1``.
-        lo: lower end of the box that images lie in.
+        lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
-        pattern: for ``l2`` and ``l1``: what is put into a window, one way round and the other, float32
-            ``[2, edge, edge]``, of length 1 in that norm.
+        pattern: content of a window in its two orientations, for ``l2`` and ``l1``; float32 ``[2, edge, edge]``, of
+            length 1 in that norm.
 
     Returns:
         The points, ``[T * B, C, H, W]`` in x's dtype, contiguous: the first proposal of every image, then the second of
-        every image. No gradient.
+        every image, and so on. There is no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown norm, lo > hi, an edge that fits into no image, or a
-            pattern that is missing or not wanted.
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if lo > hi, if edge is larger
+            than an image, or if pattern is missing or not allowed.
 
-    Deterministic; ``linf`` is bit-exact across backends. Numbers outside [0, 1) give undefined results.
+    The op is deterministic, and ``linf`` is bit-exact across backends. Numbers outside [0, 1) give undefined results.
     """
     norm = check({"x": x, "x_nat": x_nat}, norm, lo, hi)
     _check(x, numbers, edge, norm, pattern)

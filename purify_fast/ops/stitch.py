@@ -1,9 +1,10 @@
-"""Images put together from the blocks of several passes: each block from the pass that owns it.
+"""Images that are composed from the blocks of several passes. Each block comes from the pass that owns it.
 
     out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
 
-The last step of AToP's RT3 (arXiv 2401.16352): sum_i m_i g(t_i, m_i) with masks m_i that tile the image, as a
-choice, not a sum of N images. The backward sends every block's gradient to its pass, and 0 to the others.
+This is the last step of AToP's RT3 (arXiv 2401.16352): sum_i m_i g(t_i, m_i) with masks m_i that tile the image. The op
+selects pixels instead of adding N images. The backward gives the gradient of every block to its pass, and 0 to the
+other passes.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from .random_transform import DTYPES, on_pixels
 
 
 def layout(images: Tensor) -> torch.memory_format:
-    """The memory format of the result: channels_last if the images are channels_last and not contiguous."""
+    """Return the memory format of the result: channels_last if the images are channels_last and not contiguous."""
     return memory_format(last_channels(images))
 
 
 def _owned(owners: Tensor, passes: int, height: int, width: int) -> Tensor:
-    """The pixels that each pass owns, bool [S * B, N, 1, H, W]."""
+    """Return the pixels that each pass owns, bool [S * B, N, 1, H, W]."""
     pixels = on_pixels(owners, height, width).flatten(0, 1)[:, None, None]
     return pixels == torch.arange(passes, device=owners.device)[:, None, None, None]
 
 
 def reference(images: Tensor, owners: Tensor, passes: int) -> Tensor:
-    """The definition: [S * B, C, H, W]; passes: N."""
+    """Compute the definition: [S * B, C, H, W]. ``passes`` is N."""
     each = images.unflatten(0, (owners.shape[0] * owners.shape[1], passes))
-    # all terms but one are 0: exact, and one fused loop under a compiler, backward too
+    # All terms except one are 0, so the sum is exact. A compiler fuses it into one loop, also in the backward.
     out = torch.where(_owned(owners, passes, *images.shape[2:]), each, 0).sum(1)
     return out.contiguous(memory_format=layout(images))
 
 
 def reference_backward(grad: Tensor, owners: Tensor, passes: int) -> Tensor:
-    """The gradient of ``images``, [S * B * N, C, H, W], in grad's dtype and memory format."""
+    """Return the gradient of ``images``, [S * B * N, C, H, W], in grad's dtype and memory format."""
     out = torch.where(_owned(owners, passes, *grad.shape[2:]), grad[:, None], 0).flatten(0, 1)
     return out.contiguous(memory_format=layout(grad))
 
@@ -49,7 +50,8 @@ def _like(x: Tensor, images: int) -> Tensor:
     return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout(x))
 
 
-#: Shape, blocks, passes, layout, and the dtypes that stand for it on a GPU.
+#: The keys are shape, blocks, passes and layout. The values are the dtypes in which the example verifies kernels on a
+#: GPU.
 EXAMPLES = {
     ((ROWS, 3, 32, 32), (4, 4), 4, ""): "f",
     ((ROWS, 3, 32, 32), (4, 4), 4, "channels_last"): "b",
@@ -86,11 +88,11 @@ BACKWARD = define_backward(
 
 
 def _passes(count: int, results: int) -> int:
-    """The number of passes of an image, from the numbers of all images and of the results; 1 without results."""
+    """Return the number of passes per image, from the numbers of all images and of the results; 1 without results."""
     return count // results if results else 1
 
 
-# The number of passes is computed inside: Dynamo loses a quotient of dynamic sizes that it is given.
+# The number of passes is computed inside, because Dynamo cannot track a quotient of dynamic sizes that is an argument.
 _stitch = differentiable(
     lambda images, owners: OP.handle(images, owners, _passes(images.shape[0], owners.shape[0] * owners.shape[1])),
     lambda grad, owners, count: BACKWARD(grad, owners, _passes(count, grad.shape[0])),
@@ -99,22 +101,22 @@ _stitch = differentiable(
 
 
 def stitch(images: Tensor, owners: Tensor) -> Tensor:
-    """Put one image together from N passes.
+    """Compose each image from N passes.
 
     Args:
-        images: ``[S * B * N, C, H, W]``, the N passes of an image next to each other; float16, bfloat16, float32 or
-            float64, contiguous or channels_last (anything else is copied).
-        owners: uint8 ``[S, B, rows, columns]``, the pass each block is taken from, as `random_transform` returns them;
-            rows divides H, columns divides W. A block whose owner is N or more is 0.
+        images: ``[S * B * N, C, H, W]``, where the N passes of an image are adjacent; float16, bfloat16, float32 or
+            float64; contiguous or channels_last (other layouts are copied).
+        owners: uint8 ``[S, B, rows, columns]``, the pass from which each block is copied, as `random_transform` returns
+            them. rows divides H, and columns divides W. A block whose owner is N or more becomes 0.
 
     Returns:
-        ``[S * B, C, H, W]`` in images' dtype and memory format; every element a copy.
+        ``[S * B, C, H, W]`` in images' dtype and memory format. Every element is a copy.
 
     Raises:
-        ValueError: a wrong shape, dtype or device.
+        ValueError: if a shape, dtype or device is wrong.
 
-    Other passes are not read there, and may hold NaN. First-order gradients only; deterministic; the kernels do not
-    support ``vmap``.
+    A block is read only in the pass that owns it, so it may have NaN in other passes. The op has first-order gradients
+    only and is deterministic. The kernels do not support ``vmap``.
     """
     if images.dim() != 4 or images.dtype not in DTYPES:
         raise ValueError(f"images must be floating point [S * B * N, C, H, W], got {images.dtype} {list(images.shape)}")
@@ -124,9 +126,9 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     samples, batch, rows, columns = owners.shape
     height, width = images.shape[2:]
     if rows < 1 or columns < 1 or height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(f"owners' grid of {rows} x {columns} blocks must divide the images, {height} x {width}")
+        raise ValueError(f"owners has {rows} x {columns} blocks, which must divide the images, {height} x {width}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
-        raise ValueError(f"{images.shape[0]} images are no whole number of passes for owners of {samples} x {batch}")
+        raise ValueError(f"images has {images.shape[0]} images; owners needs a multiple of {samples} x {batch}")
     if needs_gradient(images) and not OP.uses_reference(images.device, images.dtype, images.numel()):
         return _stitch(images, owners)
     return OP(images, owners, _passes(images.shape[0], samples * batch))

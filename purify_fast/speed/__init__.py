@@ -1,4 +1,4 @@
-"""Making a frozen model fast: inference copies, BatchNorm folding, captured steps, the memory allocator."""
+"""Speed up frozen models: inference copies, folded BatchNorms, CUDA graphs of steps, and the memory allocator."""
 
 import ctypes
 import sys
@@ -14,14 +14,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def retain_freed_memory() -> bool:
-    """Tell glibc to keep freed memory instead of giving every large tensor's pages back to the system.
+    """Let glibc keep freed memory for later tensors instead of returning it to the system.
 
-    Without this setting, half of a plain float32 forward pass on a CPU was spent in page faults. The setting holds for
-    the whole process, which then keeps its peak of CPU memory. The command line calls this function; a user of the
-    library decides.
+    Without this setting, half of the time of a plain float32 forward pass on a CPU was spent in page faults. The
+    setting affects the whole process, which then never returns the memory of its peak. The command line calls this
+    function. In your own program, call it if you want this effect.
 
     Returns:
-        True if it took effect (Linux with glibc), False elsewhere.
+        True if the setting was changed (on Linux with glibc), or else False.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     # Only glibc has this function.

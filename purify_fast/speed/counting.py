@@ -1,7 +1,7 @@
-"""Count what a call asks of a device: operators, bytes, and FLOP of products; and model the time of a GPU for it.
+"""Count the operators, the bytes and the FLOP of a call, and estimate its time on a GPU.
 
-The time on a GPU is a model and not a measurement: the longest of the host's time to launch the operators, the memory's
-time to move their bytes, and the tensor cores' time for their products.
+The time on a GPU is not measured. It is the longest of three times: that of the host to launch the operators, that of
+the memory to move their bytes, and that of the tensor cores to compute their products.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Gpu(NamedTuple):
     """The assumed speed of a GPU: four fifths to nine tenths of the numbers in its data sheet.
 
     Args:
-        bytes_per_second: bytes that its memory moves in a second.
-        bfloat16: FLOP in a second at most, in that precision.
-        tf32: the same where float32 products are rounded to ten bits.
+        bytes_per_second: bytes that its memory moves per second.
+        bfloat16: largest number of FLOP per second in bfloat16.
+        tf32: largest number of FLOP per second in TF32.
     """
 
     bytes_per_second: float
@@ -41,15 +41,15 @@ GPUS = {
     "h200": Gpu(4.3e12, 790e12, 395e12),
     "a100": Gpu(1.8e12, 250e12, 125e12),
 }
-#: Convolutions are assumed to reach this share of a GPU's rate.
+#: The share of a GPU's rate of FLOP that convolutions are assumed to reach.
 SHARE = 0.6
-#: Seconds per launch. EAGER: the host dispatches an operator and its backward pass. REPLAYED: the device itself starts
-#: a kernel of a captured graph.
+#: Seconds per launch. EAGER: the host launches an operator and its backward pass. REPLAYED: the device starts a kernel
+#: of a captured graph.
 EAGER, REPLAYED = 9e-6, 1.3e-6
 
 
 class _NoModules(SimpleNamespace):
-    """Replaces the part of PyTorch's counter that watches modules, so that everything counts as one module."""
+    """Replaces the part of PyTorch's counter that tracks modules, so that all operators count for a single module."""
 
     def __enter__(self) -> None:
         pass
@@ -59,8 +59,8 @@ class _NoModules(SimpleNamespace):
 
 
 def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # With a weight [O, K, L, C] and a result [B, H, W, O], the definition has a product and a sum for each weight and
-    # each pixel of the result.
+    # For a weight [O, K, L, C] and a result [B, H, W, O], there are a multiplication and an addition for each weight
+    # and each pixel of the result.
     return 2 * math.prod(weight) * math.prod(out_shape[:3])
 
 
@@ -73,7 +73,7 @@ def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> 
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """The counts of this package's convolutions, whose shapes have channels last."""
+    """The formulas for the FLOP of this package's convolutions, whose tensors have the channels last."""
     ops = torch.ops.purify_fast
     return {
         ops.convolution: _forward,
@@ -83,10 +83,9 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 class Flops(FlopCounterMode):
-    """PyTorch's counter without its hooks at the modules' inputs.
+    """PyTorch's counter of FLOP without its hooks on modules, which count for each module separately.
 
-    Those hooks count by module. They refuse an attack: it differentiates to a leaf that a module reads, by
-    `torch.autograd.grad`.
+    These hooks raise an error in an attack, where `torch.autograd.grad` computes the gradient of a module's input.
     """
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class Moved(Launches):
     """Counts launches, and the bytes that they read and write.
 
     Attributes:
-        bytes: how many, as if no cache held anything.
+        bytes: number of bytes, without the effect of caches.
     """
 
     def __init__(self) -> None:
@@ -120,12 +119,12 @@ class Moved(Launches):
 
 
 class Cost(NamedTuple):
-    """The amounts that a call asks for.
+    """The cost of a call.
 
     Args:
-        launches: operators that the host launches.
-        bytes: bytes read and written.
-        flop: FLOP of products.
+        launches: number of operators that the host launches.
+        bytes: number of bytes that are read and written.
+        flop: number of FLOP in products.
     """
 
     launches: float
@@ -133,7 +132,7 @@ class Cost(NamedTuple):
     flop: float
 
     def line(self, other: Cost, share: float) -> Cost:
-        """The cost on the straight line through this cost and another; 0 is this cost, 1 the other."""
+        """Interpolate bytes and FLOP linearly between this cost (share 0) and another (share 1)."""
         moved, flop = (a + (b - a) * share for a, b in ((self.bytes, other.bytes), (self.flop, other.flop)))
         return Cost(other.launches, moved, flop)
 
@@ -146,11 +145,11 @@ class Cost(NamedTuple):
         return Cost(*(factor * value for value in self))
 
     def limit(self, gpu: Gpu, rate: float) -> tuple[str, float]:
-        """The slowest part of a GPU's work, in a word, and its seconds.
+        """The name and the seconds of the slowest part of the work on a GPU.
 
         Args:
             gpu: the GPU.
-            rate: its FLOP in a second, in the precision of the products.
+            rate: FLOP per second in the precision of the products.
         """
         times = {
             "launching": self.launches * EAGER,
@@ -161,10 +160,10 @@ class Cost(NamedTuple):
 
 
 def counted(run: Callable[[], object]) -> Cost:
-    """The cost of a call.
+    """Run a function, and return its cost.
 
     Args:
-        run: the call.
+        run: the function.
     """
     with Flops() as flops, Moved() as moved:
         run()

@@ -1,4 +1,4 @@
-"""The number of images that go through a model at once, from a measured pass of a few and the memory that there is."""
+"""Choose the number of images in a forward pass from the available memory and the measured memory of a few images."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ logger = logging.getLogger("purify_fast")
 
 #: The number of images in the first measured pass, and the largest number in the second.
 FIRST, SECOND = 1, 8
-#: The share of the free memory to plan with. The rest is for memory that is not counted, and for gaps between tensors.
+#: The share of the free memory that is used. The rest is for memory that is not counted, and for gaps between tensors.
 PLANNED = 0.8
-#: The most images at once. More images save hardly any time, and with a limit the number is the same from run to run.
+#: The largest number of images in a pass. More images save hardly any time, and the limit makes the number equal from
+#: run to run.
 MOST = 1024
 
 Result = TypeVar("Result")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators made and that are still held, and the most of them.
+    """Counts the bytes of existing tensors that operators have made, and their peak.
 
-    The memory that operators use while they run, such as a library's scratch memory, is not seen.
+    Memory that operators use only while they run, such as scratch memory of a library, is not counted.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.most = 0, 0
         self.seen: set[int] = set()
 
@@ -43,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, once for as long as it lives."""
+        """Count a storage, unless it is already counted, until it is freed."""
         key = storage._cdata
         if key in self.seen:
             return
@@ -59,11 +60,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that some work takes at once: by a GPU's allocator, or counted on a CPU.
+    """Call a function, and return its peak of memory in bytes: from a GPU's allocator, or counted on a CPU.
 
     Args:
-        work: the work to measure; it is done once.
-        device: where it computes.
+        work: the function.
+        device: device on which it computes.
     """
     if device.type != "cuda":
         with LiveBytes() as counted:
@@ -76,11 +77,11 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 def free_memory(device: torch.device, budget: int | str | None) -> int:
-    """Bytes that this process may still take on a device.
+    """The bytes that this process may still allocate on a device.
 
     Args:
-        device: a GPU, or the CPU.
-        budget: the most that it may take in all, in bytes or as "20GB"; None: as much as there is.
+        device: a GPU or the CPU.
+        budget: limit of the process's memory, in bytes or as a text such as "20GB"; None: no limit.
 
     Raises:
         ValueError: the budget is not an amount of memory.
@@ -93,15 +94,17 @@ def free_memory(device: torch.device, budget: int | str | None) -> int:
 
 
 def images_that_fit(work: Callable[[int], object], free: int, device: torch.device) -> int:
-    """The number of images that some work can take at once, from its memory with one image and with a few.
+    """Estimate how many images fit into memory, from the memory of a pass with one image and with a few images.
+
+    The state of torch's random generators is the same afterwards.
 
     Args:
-        work: a function of the number of images. It draws nothing from what comes after it.
-        free: bytes that it may take.
-        device: where it computes.
+        work: function of the number of images, which makes a pass.
+        free: bytes that it may use.
+        device: device on which it computes.
 
     Returns:
-        A power of two from 1 to 1,024; 1 also where one image does not fit.
+        A power of two from 1 to 1,024. It is 1 even if a single image does not fit.
     """
     again = same_draws_again(device)
     try:
@@ -119,7 +122,7 @@ def images_that_fit(work: Callable[[int], object], free: int, device: torch.devi
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:
-    """A function that puts torch's generators, including the device's, back to their present states."""
+    """Return a function that restores the current states of torch's generators for the CPU and the device."""
     host = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -134,12 +137,13 @@ def same_draws_again(device: torch.device) -> Callable[[], None]:
 def retry_when_memory_ends(
     work: Callable[[], Result], device: torch.device, frees: Callable[[], Callable[[], None] | None]
 ) -> Result:
-    """Do some work. Each time that memory runs out, free some and do the work again.
+    """Call a function. Whenever memory runs out, free memory and call the function again.
 
     Args:
-        work: can be done several times; each run draws the same random numbers.
-        device: where it computes.
-        frees: returns a function that frees memory; None if no more can be freed, and the error is raised.
+        work: the function. It may be called several times; each call draws the same random numbers.
+        device: device on which it computes.
+        frees: function that returns a function that frees memory, or None if nothing can be freed. Then the error is
+            raised.
     """
     again = same_draws_again(device)
     while True:
@@ -149,8 +153,7 @@ def retry_when_memory_ends(
             free = frees() if ran_out_of_memory(error) else None
             if free is None:
                 raise
-        # Free memory outside of the except block, because the error's traceback keeps the tensors of the failed work
-        # alive.
+        # Free memory outside the except block, because inside it the traceback keeps the tensors of the call alive.
         free()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -158,30 +161,31 @@ def retry_when_memory_ends(
 
 
 class Room:
-    """The number of images that go through a model at once: halved each time that memory runs out, if it may be.
+    """The largest number of images in a forward pass. It can be halved whenever memory runs out.
 
     Args:
-        images: the most images at once; None: no limit.
-        device: where the model computes.
-        yields: whether work is done again with half as many when memory runs out; if not, the error is raised.
+        images: the largest number of images; None: no limit.
+        device: device on which the model computes.
+        yields: whether to halve the number and repeat the work if memory runs out. Otherwise the error is raised.
     """
 
     def __init__(self, images: int | None, device: torch.device, yields: bool = False):
         self.images, self.device, self.yields = images, device, yields
 
     def at_most(self, wanted: int) -> int:
-        """``wanted`` images, or as many as there is room for."""
+        """The smaller of ``wanted`` and the limit."""
         return wanted if self.images is None else min(wanted, self.images)
 
     def limit(self, wanted: int | None) -> int | None:
-        """The lower of another limit and this one; None is no limit."""
+        """The smaller of another limit and this limit; None means no limit."""
         return self.images if wanted is None else self.at_most(wanted)
 
     def within(self, work: Callable[[], Result]) -> Result:
-        """Do some work. If memory runs out, do it again with half as many images at once, down to one.
+        """Call a function. If memory runs out, halve the number of images, down to 1, and call it again.
 
         Args:
-            work: asks this object how many, and can be done several times; each run draws the same random numbers.
+            work: the function, which gets the number of images from this object. It may be called several times; each
+                call draws the same random numbers.
         """
         return retry_when_memory_ends(
             work, self.device, lambda: self._halve if self.yields and self.images not in (None, 1) else None
@@ -190,4 +194,4 @@ class Room:
     def _halve(self) -> None:
         assert self.images is not None
         self.images //= 2
-        logger.warning("memory ran out: from now on at most %d images go through the model at once", self.images)
+        logger.warning("memory ran out: from now on a forward pass has at most %d images", self.images)

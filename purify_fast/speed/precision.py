@@ -1,6 +1,6 @@
-"""The meaning of ``float32`` on a GPU, and the algorithms by which cuDNN computes it.
+"""Set the precision of float32 products on a GPU, and the choice of cuDNN's algorithms.
 
-By default PyTorch rounds the operands of convolutions there to ten bits (TF32).
+By default, PyTorch rounds the operands of convolutions on a GPU to ten bits of mantissa (TF32).
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import torch
 
 from .._validation import CudnnBenchmark, check_literal
 
-#: The number of blocks of `float32_products` in which the process is.
+#: The number of blocks of `float32_products` that the process has entered and not left.
 _blocks = 0
-#: The parts of PyTorch that have a precision of their own among the newer names of these settings.
+#: The parts of PyTorch that have separate precisions in its newer settings.
 _NAMES = ("conv", "rnn", "matmul")
 
 
 def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
-    """The current meaning of float32.
+    """The current settings of float32 products.
 
     Returns:
-        cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None if PyTorch's older names cannot say
-        it; and by the newer names the precision of convolutions, recurrent layers and matrix products.
+        Two values. The first is cuDNN's ``allow_tf32`` and the precision of float32 matrix products, or None if
+        PyTorch's older names cannot express the settings. The second is the precision of convolutions, recurrent layers
+        and matrix products in the newer settings.
     """
-    # PyTorch has older and newer names for these settings. The older names cannot be read if only the newer names can
-    # express the present values, and writing them overwrites the newer ones. So both are restored, the newer ones last.
-    # The newer setting of recurrent layers has no public name.
+    # PyTorch has older and newer names for these settings. Reading an older name raises an error if only the newer
+    # names can express the current values. Writing an older name overwrites the newer settings. So both are restored,
+    # the newer settings last. The newer setting of recurrent layers has no public name.
     values = [torch._C._get_fp32_precision_getter("cuda", name) for name in _NAMES]
     older: tuple[bool, str] | None = None
     with contextlib.suppress(RuntimeError):
@@ -37,13 +38,13 @@ def float32_settings() -> tuple[tuple[bool, str] | None, list[str]]:
 
 @contextlib.contextmanager
 def float32_products(*, tf32: bool = False) -> Iterator[None]:
-    """Within the block, compute float32 convolutions and matrix products on a GPU as the caller asks.
+    """Set the precision of float32 convolutions and matrix products on a GPU within the block.
 
-    The settings are the process's, so that a second thread sees them too. The CPU has none of this.
+    The settings affect all threads of the process. They have no effect on a CPU.
 
     Args:
-        tf32: round the operands to ten bits of mantissa, which is several times faster; the input gradients of a small
-            network then err by about 1e-2. By default products are those of IEEE float32, as on a CPU.
+        tf32: whether to round the operands to ten bits of mantissa. This is several times faster, but the input
+            gradients of a small network then have errors of about 1e-2. Otherwise, products are in IEEE float32.
     """
     global _blocks
     older, values = float32_settings()
@@ -63,22 +64,22 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_float32_by_default() -> Iterator[None]:
-    """`float32_products`, unless the caller has chosen already by a block of it; also a decorator."""
+    """Do the same as `float32_products()`, but nothing inside a block of `float32_products`. Also a decorator."""
     with contextlib.nullcontext() if _blocks else float32_products():
         yield
 
 
 @contextlib.contextmanager
 def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[None]:
-    """Within the block, cuDNN races its algorithms once for each shape of a convolution; the old setting then returns.
+    """Let cuDNN time its algorithms within the block, once for each shape of a convolution, and use the fastest.
 
-    A race takes about a second for a network and shape, so that shapes should repeat. The algorithms differ in the last
-    bits of their results, and which one wins may differ from run to run.
+    The timing takes about a second for each network and shape, so the same shapes should occur often. The results of
+    the algorithms differ in the last bits, and the choice may differ between runs.
 
     Args:
-        mode: "auto" races on a CUDA device, unless the process asks for deterministic algorithms; "on" races there
-            whatever the process asks for; "off" leaves cuDNN as it is.
-        device: where the work is done.
+        mode: "auto": on a CUDA device, unless deterministic algorithms are switched on in PyTorch. "on": on a CUDA
+            device in any case. "off": cuDNN's setting is not changed.
+        device: device of the work.
     """
     check_literal("mode", mode, CudnnBenchmark)
     cudnn = torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""The training of the methods and of classifiers: the loop, checkpoints and schedules."""
+"""Training of the methods and of classifiers: the loop, its checkpoints and its schedules."""
 
 from __future__ import annotations
 

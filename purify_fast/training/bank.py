@@ -1,20 +1,22 @@
-"""The adversarial bank: images that were attacked once are kept in a file, and trained on again in later epochs.
+"""The adversarial bank: a file of adversarial images, which later epochs of a training use again.
 
-Where a training attacks a model that stays as it is, each epoch draws its adversarial images from the same
-distribution. A *variant* is one of them: an image, attacked by one of the training's attacks from one random start.
-The bank keeps up to M variants of each image, and a step reads one in place of attacking, if there are enough. A share
-rho of a step's adversarial images is attacked all the same, and takes the place of the oldest variants.
+If a training attacks a model that it never changes, its adversarial images have the same distribution in every epoch.
+A *variant* is such an image: an image after one of the training's attacks, from one random start. The bank stores up to
+M variants of each image. A step reads a variant from the bank if there are enough of them, and otherwise attacks the
+image. A share rho of the adversarial images is attacked in any case, and replaces the oldest variants.
 
-With x the image and x' the attacked one, a variant is
+Let x be an image and x' the attacked image. The bank stores the variant as
 
     q = round((x' - x) / s),   s = max |x' - x| / 127,   q in int8, s in float32
 
-and is read as x + s q, projected onto the ball and the box of the attack. Before the projection no number is further
-from x' than s / 2 <= eps / 254, in any of the norms; in "linf" the projection takes none away from x'. In "l2" and "l1"
-it may, but takes the image as a whole no further: |x'' - x'|_2 <= sqrt(D) eps / 254 for D numbers.
+and restores x + s q, projected onto the attack's ball and onto [0, 1]. Before the projection, the error of each pixel
+value is at most s / 2 <= eps / 254, for every norm of the ball. In "linf" the projection cannot increase the error of
+any value. In "l2" and "l1" it can increase the error of single values, but not the L2 norm of the whole error: that is
+at most sqrt(D) eps / 254 for an image of D values.
 
-A step trains on what the bank holds of it, also of the variants that it has just made. So it is a function of the
-seed, the step and the bank, and a run that was killed reads what it wrote before.
+A step trains on the restored variants, even if it has just made them. So its result depends only on the seed, the step
+and the bank, and a run that was killed and resumed can use the variants that it wrote before. If rho is 1, each step
+trains on the attacked images themselves.
 """
 
 from __future__ import annotations
@@ -44,28 +46,30 @@ from ..ops.philox import Stream, philox
 
 logger = logging.getLogger("purify_fast")
 
-#: Fewer images than these are gathered from several steps, since an attack on a few takes nearly as long as on many.
+#: An attack on few images takes nearly as long as an attack on many. If a step would attack fewer images again than
+#: this number, then only every k-th step attacks images again, and it attacks k times as many.
 TOGETHER = 64
-#: A part of the key: the version of the file's layout and of the rule that gives an image its draws.
+#: Version of the file's layout, and of the rule that gives an image its random draws. It is part of the file's name.
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class BankConfig:
-    """The adversarial bank of a training.
+    """The settings of a training's adversarial bank.
 
     Args:
-        variants: M, how many variants of an image are kept, over all attacks of the training; at least one for each. An
-            attack without a random start makes the same image each time and keeps one.
-        refresh: rho, the share of the adversarial images that is attacked although the bank has enough, by the attacks
-            with a random start; the others would make the same image again. 1 is the training without a bank, to the
-            bit.
-        folder: where the file is kept, for later runs too; None: ``banks`` in the folder of caches (PURIFY_FAST_CACHE).
-        gigabytes: the most that the folder's banks may take together, in units of 10^9 bytes. For a new bank those that
-            were not used for the longest time are removed, but none that a run has open.
+        variants: M, the number of variants of an image that are stored, over all attacks of the training; at least 1
+            for each attack. An attack without a random start makes the same image each time, so it has 1 variant.
+        refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants.
+            Only attacks with a random start are repeated; the others would make the same image again. With 1, the
+            training has exactly the results of a training without a bank.
+        folder: folder of the bank's file, which later runs can use too; None: ``banks`` in the folder of caches
+            (PURIFY_FAST_CACHE).
+        gigabytes: limit for the size of all banks in the folder, in units of 10^9 bytes. To make room for a new bank,
+            the banks that were not used for the longest time are removed, except those that a run has open.
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     variants: Count = 4
@@ -78,18 +82,18 @@ class BankConfig:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """M and rho, as a run's log, its checkpoint and the saved model state them."""
+        """M and rho, for the run's log, the checkpoint and the saved model."""
         return {"variants": self.variants, "refresh": self.refresh}
 
 
 @dataclass(frozen=True)
 class FrozenAttack:
-    """An attack of a training on a model that stays as it is.
+    """An attack of a training on a model that the training never changes.
 
     Args:
         eps: radius of the ball in image units.
-        random: whether the attack begins at a random point, so that it makes another image each time.
-        share: the share of the batch that it attacks.
+        random: whether the attack begins at a random point, and so makes a different image each time.
+        share: share of the batch's images that are attacked by this attack.
     """
 
     eps: float
@@ -99,10 +103,10 @@ class FrozenAttack:
 
 @dataclass(frozen=True)
 class FrozenAttacks:
-    """A training's attacks on a model that stays as it is.
+    """All attacks of a training, on a model that the training never changes.
 
     Args:
-        attacks: all of them; a batch names each by its index.
+        attacks: the attacks; other functions refer to an attack by its index in this tuple.
         norm: norm of the ball.
         facts: everything else that decides which images the attacks make, such as the weights of the model, as JSON
             values.
@@ -115,13 +119,14 @@ class FrozenAttacks:
 
 @dataclass(frozen=True)
 class BankedImages:
-    """The images of a bank.
+    """A description of the images whose variants a bank stores.
 
     Args:
-        count: number of images in the whole data set, by whose indices the bank is ordered.
+        count: number of images in the whole data set; the bank is ordered by their indices.
         shape: shape of an image, (C, H, W).
-        data: text that identifies the data set; it contains the digest.
-        views: 2 if images are mirrored at random, which makes two images of one; else 1.
+        data: text that identifies the data set; it contains a digest of images and labels.
+        views: 2 if images are mirrored at random, because an image and its mirror image have variants of their own;
+            otherwise 1.
     """
 
     count: int
@@ -131,14 +136,14 @@ class BankedImages:
 
 
 def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the steps from images to attacked images to int8, for the bank.
+    """Round the changes that an attack made to images to int8, for the bank.
 
     Args:
         x: the images ``[B, ...]``.
-        attacked: the same after the attack.
+        attacked: the images after the attack.
 
     Returns:
-        q, int8 ``[B, D]``, and s, float32 ``[B]``.
+        q, int8 ``[B, D]``, and s, float32 ``[B]``, as in the formula of this module.
     """
     difference = (attacked.detach() - x).flatten(1).float()
     scale = difference.abs().amax(1) / 127
@@ -147,7 +152,7 @@ def quantized(x: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
-    """Restore attacked images from their int8 steps, within the ball and the box.
+    """Restore attacked images from q and s, and project them onto the ball and onto [0, 1].
 
     Args:
         x: the images ``[B, ...]``.
@@ -159,36 +164,37 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
 
 
 class AdversarialBank:
-    """Variants of images in a file, which many processes may use at the same time.
+    """Stores variants of images in a file, which several processes may use at the same time.
 
-    The file has a record for each place. A record holds its own checksum, over its place too: one that is cut off, torn
-    by a kill or by another process that wrote it at the same time, or damaged, counts as missing, and is made again. So
-    no process waits for another one. On one machine they see at once what the others wrote. No other run removes the
-    file while this object lives.
+    The file has M places for each image, with one record in each place. A record contains a checksum of its content and
+    its place. A record is damaged if it is incomplete, or if two processes wrote it at the same time. Its checksum is
+    then wrong, so the record counts as missing, and its variant is made again. Therefore no process has to wait for
+    another one. Processes on one machine see at once what the others wrote. No other run removes the file while this
+    object exists.
 
     Attributes:
-        path: the file, whose name is a key over model, data, attacks and layout.
-        made: images that this process attacked.
-        read: images that it read in place of attacking.
-        damaged: damaged records that were made again.
+        path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
+        made: number of images that this process attacked.
+        read: number of images that this process read from the bank, in place of an attack.
+        damaged: number of damaged records that were made again.
 
     Args:
-        config: M, rho, and where the file is.
-        attacks: the attacks on the images; None, of a training without such attacks, is refused.
-        images: which images.
+        config: M, rho, and the folder of the file.
+        attacks: the attacks on the images. None, for a training without such attacks, is refused.
+        images: the images whose variants are stored.
         batch_size: images of a step, of all processes together.
 
     Raises:
-        ValueError: no attacks, fewer variants than attacks, or more bytes than the limit leaves beside the banks in
-            use.
-        OSError: the file cannot be made or locked; on a full disk before any work.
+        ValueError: there are no attacks, there are fewer variants than attacks, or the file and the other banks in use
+            would exceed the limit.
+        OSError: the file cannot be created or locked. A full disk raises this before any work.
     """
 
     def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
         if attacks is None:
             raise ValueError(
-                "bank needs a training that attacks a frozen classifier (CARSO or AToP with "
-                "attack_target='classifier'); this training attacks a model that it changes, or attacks nothing"
+                "bank must be None for this training, which attacks a model that it changes, or attacks nothing. A "
+                "bank needs attacks on a frozen classifier: CARSO, or AToP with attack_target='classifier'"
             )
         self.config, self.attacks, self.images = config, attacks, images
         self.slots = _slots(config.variants, attacks)
@@ -205,9 +211,9 @@ class AdversarialBank:
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
         with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
-            # the map keeps its own descriptor, and with it the lock
+            # the map duplicates the file's descriptor, so the lock lasts as long as the map
             self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
-        # an index of a map takes several times as long as one of an array
+        # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)
         self._random = np.array([one.random for one in attacks.attacks])
         adversarial = batch_size * sum(one.share for one in attacks.attacks if one.random)
@@ -218,33 +224,33 @@ class AdversarialBank:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """A row of the run's log: M and rho, and the images that this process made, read and found damaged so far."""
+        """M and rho, and the numbers ``made``, ``read`` and ``damaged`` of this process so far, for the run's log."""
         return {**self.config.facts, "made": self.made, "read": self.read, "damaged": self.damaged}
 
     def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
-        """The bank as one step uses it.
+        """Return the object through which one training step uses the bank.
 
         Args:
-            step: its number in the run.
+            step: number of the step in the run.
             seed: seed of the step's draws.
             sample_ids: indices of the batch's images, int64 ``[B]``.
-            mirrored: which images are mirrored, bool ``[B]``; None for none.
+            mirrored: True for images that are mirrored, bool ``[B]``; None if no image is mirrored.
         """
         entries = sample_ids.cpu() * self.images.views
         return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
 
     def find(self, entries: np.ndarray, kinds: np.ndarray, seed: int, draws: np.ndarray) -> Found:
-        """Read one variant of each image; if this very step made a variant before, read that.
+        """Read one variant of each image. Prefer a variant that the same step made before the run was resumed.
 
         Args:
-            entries: places of the images in the bank, int ``[A]``.
+            entries: index of each image's entry in the bank, int ``[A]``.
             kinds: index of each image's attack, ``[A]``.
             seed: seed of the step.
-            draws: uniform numbers, which choose among the variants, ``[A]``.
+            draws: uniform random numbers that choose among the variants, ``[A]``.
 
         Returns:
-            The variants. An image is not found while places of the image and its attack are empty: they are to be
-            filled.
+            The variants. An image counts as not found while its entry has empty places for its attack, because an
+            attack must fill them first.
         """
         steps = np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8)
         found = Found(steps, np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))
@@ -259,14 +265,14 @@ class AdversarialBank:
         return found
 
     def keep(self, entries: np.ndarray, kinds: np.ndarray, seed: int, steps: np.ndarray, scale: np.ndarray) -> None:
-        """Write variants, each in an empty place or in that of the oldest.
+        """Write each variant into an empty place of its image, or over the image's oldest variant.
 
         Args:
-            entries: places of the images in the bank, int ``[A]``.
+            entries: index of each image's entry in the bank, int ``[A]``.
             kinds: index of each image's attack, ``[A]``.
             seed: seed of the step that made the variants.
             steps: q, int8 ``[A, D]``.
-            scale: s, float32 ``[A]``. A variant whose scale is not finite is not kept.
+            scale: s, float32 ``[A]``. A variant whose scale is not finite is not written.
         """
         for i in np.flatnonzero(np.isfinite(scale)):
             entry, places = int(entries[i]), self.slots[kinds[i]]
@@ -284,8 +290,8 @@ class AdversarialBank:
             self.records[at] = record
 
     def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, list[bool]]:
-        """The records of an image in some places, and which of them hold a variant."""
-        # a copy: another process may write there at any moment
+        """Return the records of an image in some places, and for each record whether it holds a whole variant."""
+        # the records are copied, because another process may overwrite them at any moment
         records = self.records[entry, places].copy()
         heads = zip(records["number"].tolist(), records["check"].tolist(), strict=True)
         whole = [
@@ -295,25 +301,25 @@ class AdversarialBank:
         return records, whole
 
     def flush(self) -> None:
-        """Force the variants onto the disk, which only a power failure makes necessary; a kill loses nothing.
+        """Write the variants to the disk, and set the time at which the file was last used to now.
 
-        The file counts as used at this moment.
+        Without this, a power failure may lose variants. A process that is killed loses none.
         """
         self._map.flush()
-        # a person may have removed it
+        # the file may have been removed by hand
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
 
 @dataclass
 class Found:
-    """Variants that were read.
+    """The variants that `AdversarialBank.find` read.
 
     Args:
         steps: q, int8 ``[A, D]``.
         scale: s, float32 ``[A]``.
-        found: True for images with a variant, bool ``[A]``.
-        made_by_this_step: True for variants that this very step made before, bool ``[A]``.
+        found: True for images of which a variant was read, bool ``[A]``.
+        made_by_this_step: True for variants that the same step made before the run was resumed, bool ``[A]``.
     """
 
     steps: np.ndarray
@@ -324,13 +330,13 @@ class Found:
 
 @dataclass(frozen=True)
 class BankedStep:
-    """The bank as one step uses it.
+    """Returns the adversarial images of one training step, from the bank or from an attack.
 
     Args:
         bank: the bank.
-        step: its number in the run.
+        step: number of the step in the run.
         seed: seed of the step's draws.
-        entries: where the bank has the images of the batch, int64 ``[B]`` on the CPU.
+        entries: index of each image's entry in the bank, int64 ``[B]`` on the CPU.
     """
 
     bank: AdversarialBank
@@ -339,16 +345,16 @@ class BankedStep:
     entries: Tensor
 
     def images(self, x: Tensor, rows: slice, kinds: Tensor, make: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Adversarial images of some of the batch.
+        """Return adversarial images for a part of the batch.
 
         Args:
-            x: the images to attack, ``[A, C, H, W]``.
-            rows: which of the batch they are.
-            kinds: the index of each image's attack, int64 ``[A]`` on the CPU, rising.
-            make: attacks those of the images whose indices it is given, int64 on x's device; all for None.
+            x: the images of this part, ``[A, C, H, W]``.
+            rows: the part of the batch.
+            kinds: index of each image's attack, int64 ``[A]`` on the CPU, in ascending order.
+            make: function that attacks the images of ``x`` at the given indices, int64 on x's device; None: all images.
 
         Returns:
-            Images, shape and dtype of x's.
+            The adversarial images, with the shape and dtype of ``x``.
         """
         bank, entries = self.bank, self.entries[rows]
         at, kind = entries.numpy(), kinds.numpy()
@@ -357,7 +363,7 @@ class BankedStep:
             bank.keep(at, kind, self.seed, *(each.cpu().numpy() for each in quantized(x, made)))
             bank.made += len(x)
             return made
-        # the first number decides whether an image is attacked again, the second which variant is read
+        # an image's first number decides whether it is attacked again, and the second which variant is read
         draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
         found = bank.find(at, kind, self.seed, draws[:, 1])
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
@@ -365,7 +371,8 @@ class BankedStep:
         anew &= bank._random[kind]
         due = ~found.found | (anew & ~found.made_by_this_step)
         if due.any():
-            # Include what the step made before it was killed: a model's last bits may depend on the size of the batch.
+            # The images that this step attacked before the run was resumed are attacked again: the last bits of a
+            # model's output may depend on the size of the batch.
             due |= found.made_by_this_step
             index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
             some = x if index is None else x[index]
@@ -380,14 +387,14 @@ class BankedStep:
 
 
 def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
-    """The places of each attack in an image's entry; ValueError if they are too few."""
+    """Return the places of each attack in an image's entry; raise ValueError if there are fewer places than attacks."""
     every = attacks.attacks
     if variants < len(every):
         raise ValueError(f"variants must be at least {len(every)}, one for each attack of the training, got {variants}")
     random = sum(one.random for one in every)
     counts, place, seen = [], 0, 0
     for one in every:
-        # share the places out; the first attacks get one more if the places do not come out even
+        # The attacks with a random start share the places. If these do not divide evenly, the first attacks get 1 more.
         share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
         seen += one.random
         counts.append(slice(place, place + share))
@@ -396,19 +403,19 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
 
 
 def _record_checksum(record: Any, place: tuple[int, int]) -> int:
-    """The checksum of a record without its first field, and of its place."""
+    """Return the checksum of a record's place and of the record without its first field, which is the checksum."""
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
 def _opened(path: Path, size: int, limit: int) -> BinaryIO:
-    """The file of a bank, with its whole size, locked against its removal for as long as it is open."""
+    """Open the file of a bank at its full size. While the file is open, a lock protects it from removal."""
     if size > limit:
         raise ValueError(
-            f"the adversarial bank needs {size / 1e9:.3g} GB, more than its limit of {limit / 1e9:.3g} GB: keep fewer "
-            "variants or raise the limit (gigabytes)"
+            f"gigabytes is {limit / 1e9:.3g}, and the adversarial bank needs {size / 1e9:.3g} GB. Raise gigabytes, or "
+            "lower variants"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # one run at a time: two new banks must not take the same room
+    # only one run at a time makes a bank here, because two new banks must not count on the same room
     with FileLock(path.parent / ".lock"):
         _remove_unused(path, size, limit)
         file = os.fdopen(_allocated(path, size), "r+b")
@@ -417,46 +424,46 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
 
 
 def _remove_unused(path: Path, size: int, limit: int) -> None:
-    """Remove the banks beside ``path`` that were not used for the longest time, as many as its size asks for."""
+    """Make room for a bank of ``size`` bytes: remove other banks in its folder, the least recently used first."""
     facts = {other: _size_and_use(other) for other in path.parent.glob("*.bank") if other != path}
     others = sorted(facts, key=lambda other: facts[other][1])
     sizes = {other: facts[other][0] for other in others}
     in_use = sum(sizes[other] for other in others if not _is_unused(other))
     if size + in_use > limit:
         raise ValueError(
-            f"the adversarial bank needs {size / 1e9:.3g} GB, and other runs use {in_use / 1e9:.3g} GB of banks in "
-            f"{path.parent}, together more than the limit of {limit / 1e9:.3g} GB: raise the limit (gigabytes), give "
-            "another folder or wait for these runs"
+            f"gigabytes is {limit / 1e9:.3g}, but the adversarial bank needs {size / 1e9:.3g} GB, and other runs use "
+            f"{in_use / 1e9:.3g} GB of banks in {path.parent}. Raise gigabytes, pass another folder, or wait until "
+            "these runs have ended"
         )
     total = size + sum(sizes.values())
     for other in others:
         if total <= limit:
             break
-        # nobody can begin to use it meanwhile, because that needs the lock of the folder
+        # no run can open the file between the check and the removal, because that needs the lock of the folder
         if _is_unused(other):
             with contextlib.suppress(OSError):
                 other.unlink()
                 total -= sizes[other]
-                logger.warning("the adversarial bank %s was not used for the longest time and is removed", other)
+                logger.warning("removed the adversarial bank %s to make room: it was the least recently used", other)
 
 
 def _is_unused(path: Path) -> bool:
-    """Tell whether no run has a bank open."""
+    """Tell whether a bank is not open in any run."""
     try:
         with path.open("r+b") as file:
             return lock_file(file.fileno(), shared=False)
     except OSError:
-        # another process removed it, or it belongs to another user
+        # another process removed the file, or the file belongs to another user
         return not path.exists()
 
 
 def _allocated(path: Path, size: int) -> int:
-    """A descriptor of a bank's file, which is made if it is missing, and has its whole size."""
+    """Return a descriptor of a bank's file. The file is created if it is missing, and gets its full size."""
     new = not path.exists()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
         if (allocate := getattr(os, "posix_fallocate", None)) is not None:
-            # A disk that fills up later would end the process: it writes to memory, and gets no error.
+            # The file is written through a memory map. If the disk filled up later, the process would be killed.
             allocate(handle, 0, size)
         else:
             os.truncate(handle, size)
@@ -470,7 +477,7 @@ def _allocated(path: Path, size: int) -> int:
 
 
 def _size_and_use(path: Path) -> tuple[int, float]:
-    """The bytes of a file, and the time of its last use; zeros if another process removed it."""
+    """Return the size of a file in bytes and the time of its last use; zeros if another process removed it."""
     try:
         facts = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The listeners of a training: logs, a progress bar, or anything with the methods of `Callback`."""
+"""Listeners to a training: a log for TensorBoard, a progress bar, and the interface `Callback` for others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The state of a training, as its callbacks see it.
+    """The state of a training, for callbacks.
 
     Args:
         task: the training's task.
@@ -28,11 +28,11 @@ class TrainingState:
         total_steps: steps of the whole run.
         epoch: the epoch that is running or has just ended, from 0.
         epochs: epochs of the whole run.
-        images: images of the step, or of the epoch, of all processes together.
-        metrics: after a step its loss and metrics as tensors, whose values are known when the device gets there; after
-            an epoch and at the end the means over the epoch as numbers, with those of a validation.
+        images: number of images of the step (in `on_step`) or of the epoch (in `on_epoch`), of all processes together.
+        metrics: in `on_step`, the step's loss and metrics as tensors, which the device may still be computing; in
+            `on_epoch` and `on_end`, the means over the epoch as numbers, and those of a validation.
         learning_rate: learning rate of the last step.
-        images_per_second: speed of the epoch, since its start or since it was resumed; 0 after a step.
+        images_per_second: speed since the start of the epoch, or since the run was resumed in it; 0 in `on_step`.
     """
 
     task: Task
@@ -47,45 +47,48 @@ class TrainingState:
 
 
 class Callback(Protocol):
-    """Listens to a training; subclasses define the methods they need. Only the first of several processes calls it."""
+    """The base class of listeners to a training. A subclass defines the methods that it needs.
+
+    Only the first of several processes calls them.
+    """
 
     def on_step(self, state: TrainingState) -> None:
-        """Called after every step; reading a metric's value waits for the device.
+        """Run after every step. Reading the value of a metric waits for the device.
 
         Args:
-            state: where the training is.
+            state: state of the training.
         """
         return None
 
     def on_epoch(self, state: TrainingState) -> None:
-        """Called after every epoch and its validation, before the checkpoint is written.
+        """Run after every epoch and its validation, before the checkpoint is written.
 
         Args:
-            state: where the training is.
+            state: state of the training.
         """
         return None
 
     def on_end(self, state: TrainingState) -> None:
-        """Called when the model holds the training's result.
+        """Run at the end, when the model holds the training's result.
 
         Args:
-            state: where the training is, with the last epoch's metrics.
+            state: state of the training, with the last epoch's metrics.
         """
         return None
 
 
 class TensorBoardLog(Callback):
-    """Event files for TensorBoard: every epoch's metrics, learning rate and speed, over the steps.
+    """Writes event files for TensorBoard: the metrics, learning rate and speed of every epoch, over the steps.
 
     Args:
-        folder: where the event files go.
+        folder: folder for the event files.
 
     Raises:
         ModuleNotFoundError: tensorboard is not installed.
     """
 
     def __init__(self, folder: str | Path):
-        # tensorboard is an optional package, of the extra "log"
+        # tensorboard is an optional dependency, in the extra "log"
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self._make = Path(folder), SummaryWriter
@@ -93,7 +96,7 @@ class TensorBoardLog(Callback):
 
     def on_epoch(self, state: TrainingState) -> None:
         if self._writer is None:
-            # hide what an earlier, killed run wrote about this epoch and later ones
+            # this hides the events that an interrupted run wrote about this epoch and later epochs
             self._writer = self._make(str(self.folder), purge_step=state.step)
         speed = {"learning_rate": state.learning_rate, "images_per_second": state.images_per_second}
         for name, value in {**state.metrics, **speed}.items():
@@ -106,7 +109,7 @@ class TensorBoardLog(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar on stderr, with the last epoch's metrics."""
+    """Shows a progress bar on stderr, with the last epoch's metrics."""
 
     def __init__(self, title: str, run: Run, shown: bool):
         images = run.source.batch_size
@@ -118,7 +121,7 @@ class ProgressBar(Callback):
             desc=title,
             smoothing=0.05,
             disable=not shown,
-            # a log file wants a line now and then
+            # a log file should get a line only every 10 seconds
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
 
@@ -130,7 +133,7 @@ class ProgressBar(Callback):
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """Summarize a training's last epoch in a line.
+    """Return one line with the metrics of a training's last epoch.
 
     Args:
         metrics: the value that `fit` returned.

@@ -1,7 +1,7 @@
-"""Checkpoints and saved models: safetensors for tensors, JSON for the rest; each file is whole or absent.
+"""Reads and writes checkpoints and saved models. A file appears whole or not at all.
 
-A file holds a checksum of its content, which is compared whenever it is read: a file in which one bit changed is
-refused. Checksum and JSON stand in the metadata of the safetensors file.
+Tensors are stored as safetensors, and everything else as JSON in the metadata of the safetensors file. The metadata
+also has a checksum of the content, which is verified at every reading: a file in which one bit changed is refused.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .._version import __version__
 
 logger = logging.getLogger("purify_fast")
 
-#: The names of a run's last checkpoint, and of the one before it.
+#: The file names of a run's last checkpoint and of the checkpoint before that.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-#: The checkpoint of the last good validation, to which a run returns after a collapse.
+#: The file name of the checkpoint at the last good validation, to which a run returns after a collapse.
 GOOD = "checkpoint.good.safetensors"
-#: The name of a saved model.
+#: The file name of a saved model.
 MODEL = "model.safetensors"
 
-#: The one key of an object that stands for a tensor in a checkpoint's JSON.
+#: In a checkpoint's JSON, an object with this single key stands for a tensor.
 _TENSOR = "tensor of purify_fast"
-#: The command in the file of options that the command line leaves beside a run.
+#: Finds the command in ``run.yaml``, the file of options that the command line writes into the folder of a run.
 _COMMAND = re.compile(r"^command: ([a-z ]+)$", re.MULTILINE)
 
 
@@ -40,7 +40,7 @@ _COMMAND = re.compile(r"^command: ([a-z ]+)$", re.MULTILINE)
 def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically.
 
-    The file that had the name before gets the name ``previous``; None drops it.
+    A file that exists at ``path`` is renamed to ``previous``, or replaced if ``previous`` is None.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -53,10 +53,10 @@ def write_tree(path: Path, tree: Any, previous: Path | None = None) -> None:
 
 
 def read_tree(path: Path) -> Any:
-    """Read what `write_tree` wrote; tuples come back as lists.
+    """Read a file of `write_tree`. Tuples are returned as lists.
 
     Raises:
-        ValueError: the file is not such a file, or it changed since; the message names it.
+        ValueError: `write_tree` did not write the file, or it was changed afterwards; the message names the file.
     """
     try:
         tree, tensors = read_sealed(path)
@@ -70,31 +70,31 @@ def read_tree(path: Path) -> Any:
             return value
         if value.keys() == {_TENSOR}:
             return tensors[value[_TENSOR]]
-        # optimizers use numbers as keys, and JSON cannot
+        # optimizers use numbers as keys, but JSON turns these into strings
         return {int(key) if key.isdecimal() else key: restored(item) for key, item in value.items()}
 
     return restored(tree)
 
 
 def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
-    """Write a run's checkpoint, and keep the one before it; ``on_full`` says whether a full disk is waited for."""
+    """Write a run's checkpoint, and keep the checkpoint before it. ``on_full="wait"`` waits for room on a full disk."""
     path = folder / CHECKPOINT
-    remark = f"; the checkpoint before it is kept in {path}" if path.is_file() else ""
+    remark = f"; the last checkpoint is kept in {path}" if path.is_file() else ""
     with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, on_full, remark)
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
-    """Read a run's last whole checkpoint. A damaged checkpoint gives a warning, and the one before it is taken.
+    """Read a run's last whole checkpoint. If the last is damaged, warn and read the checkpoint before it.
 
     Args:
         folder: folder of the run.
         set_aside: whether a damaged file is renamed, so that the next checkpoint does not overwrite it.
 
     Returns:
-        The value that `save_checkpoint` got; None if there is no checkpoint.
+        The value that was passed to `save_checkpoint`; None if there is no checkpoint.
 
     Raises:
-        ValueError: there are only damaged ones; all are named, and stay where they are.
+        ValueError: all checkpoints are damaged; the message names them, and they are not renamed.
     """
     damaged: dict[Path, str] = {}
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
@@ -108,11 +108,12 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
         for bad, why in damaged.items():
             place = ""
             if set_aside:
-                place = f"it is set aside as {bad.replace(bad.with_name(f'{bad.stem}.damaged{bad.suffix}'))}, and "
-            logger.warning("%s; %sthe checkpoint before it is taken, of step %s", why, place, tree.get("step"))
+                moved = bad.replace(bad.with_name(f"{bad.stem}.damaged{bad.suffix}"))
+                place = f"the file is set aside as {moved}, and "
+            logger.warning("%s; %sthe checkpoint before it, of step %s, is used", why, place, tree.get("step"))
         return tree
     if damaged:
-        raise ValueError(f"{'; '.join(damaged.values())}; there is no other checkpoint: remove it to begin anew")
+        raise ValueError(f"{'; '.join(damaged.values())}; there is no other checkpoint. Remove the file to start anew")
     return None
 
 
@@ -122,14 +123,14 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
 def save_model(
     folder: str | Path, kind: str, arguments: dict[str, Any], state: dict[str, Tensor], **extra: Any
 ) -> None:
-    """Write ``model.safetensors``: the weights, and in the file's metadata the facts of the model.
+    """Write ``model.safetensors``, with the weights, and with a description of the model in the file's metadata.
 
     Args:
         folder: the folder to write to.
         kind: the name of the model's class.
         arguments: arguments of the model's constructor, JSON values.
-        state: its state dict.
-        extra: further facts, JSON values.
+        state: the model's state dict.
+        extra: further entries of the description, JSON values.
     """
     path = Path(folder) / MODEL
     facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
@@ -137,31 +138,30 @@ def save_model(
 
 
 def _unfinished(folder: Path) -> str:
-    """Describe a folder without a saved model: it holds a training that has not ended, or nothing that is known."""
+    """Describe a folder without a saved model, for an error: it may hold a training that has not ended."""
     parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     for place in (folder, *parts):
-        # a damaged checkpoint says nothing here
+        # a damaged checkpoint is ignored
         with contextlib.suppress(ValueError):
             if (saved := last_checkpoint(place)) is None:
                 continue
             part = "" if place == folder else f" (its part {place.name})"
-            options, how = folder / "run.yaml", "run the command that began it again to go on"
+            options, how = folder / "run.yaml", "run the command that started it again to continue"
             if options.is_file() and (command := _COMMAND.search(options.read_text("utf-8", errors="replace"))):
-                how = f"`purify-fast {command[1]} --config {options} --out {folder}` goes on with it"
+                how = f"`purify-fast {command[1]} --config {options} --out {folder}` continues it"
             return f"holds a training that has not ended{part}, at step {saved['step']}; {how}"
     return "is not a saved model"
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model as `save_model` wrote it.
+    """Read a model that `save_model` wrote.
 
     Returns:
-        The facts, among them the ``kind`` and its ``arguments``, and the state dict.
+        The description, with ``kind`` and ``arguments`` among its keys, and the state dict.
 
     Raises:
-        FileNotFoundError: the file is missing; the message names it, and what the folder holds instead, such as a
-            training that has not ended.
-        ValueError: the file is damaged, or changed since it was written.
+        FileNotFoundError: the file is missing; the message says if the folder holds a training that has not ended.
+        ValueError: the file is damaged, or was changed after it was written.
     """
     path = Path(folder) / MODEL
     if not path.is_file():
@@ -169,7 +169,7 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         facts, state = read_sealed(path)
         if "kind" not in facts:
-            raise ValueError("the file's metadata names no kind of model")
+            raise ValueError("the file's metadata has no kind of model")
     except ValueError as error:
-        raise ValueError(f"{folder} holds a broken model: {path}: {error}") from error
+        raise ValueError(f"{folder} holds a model that cannot be loaded: {path}: {error}") from error
     return facts, state

@@ -1,4 +1,4 @@
-"""Training classifiers: standard, adversarial on PGD examples (Madry et al., ICLR 2018), and its cheaper forms."""
+"""Training of classifiers: on clean images, on PGD examples (Madry et al., ICLR 2018), and on cheaper examples."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .task import Batch, Metrics, Task, Update, check_classifier
 
 
 class ClassifierTask(Task):
-    """Cross-entropy training of a classifier, on clean or adversarial images.
+    """The training of a classifier with cross-entropy, on clean or adversarial images.
 
     Args:
         model: images in [0, 1] to logits.
-        config: how it is trained.
+        config: settings of the training.
     """
 
     def __init__(self, model: nn.Module, config: ClassifierConfig):
@@ -63,7 +63,7 @@ class ClassifierTask(Task):
             with self._precision(x):
                 loss, metrics = self._cross_entropy(point, batch.y)
             yield Update("model", loss, metrics)
-            # the backward pass for the weights left a gradient in the images
+            # the backward pass for the weights also computed the gradient of the images
             assert point.grad is not None
             point = pgd_step(point.detach(), point.grad, x, alpha, attack.eps, lo=0.0, hi=1.0)
 
@@ -101,7 +101,8 @@ class ClassifierTask(Task):
         check_classifier(self.model, shape, classes)
         if self.config.adversarial == "nuat" and processes()[1] > 1:
             raise ValueError(
-                f"adversarial 'nuat' supports one process, got {processes()[1]}: its nuclear norm needs the whole batch"
+                f"adversarial 'nuat' supports only 1 process, got {processes()[1]}: its nuclear norm needs the whole "
+                "batch in one process"
             )
 
 
@@ -109,18 +110,18 @@ _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFI
 
 
 def save_classifier(model: nn.Module, folder: str | Path) -> None:
-    """Write ``model.safetensors``.
+    """Write a classifier to ``model.safetensors``.
 
     Args:
         model: a classifier of this package, or a `purify_fast.models.foreign.ForeignClassifier`.
         folder: the folder to write to.
 
     Raises:
-        ValueError: the model is neither of them.
+        ValueError: the model is of another class.
     """
     kind = type(model).__name__
     if type(model) is not _KINDS.get(kind):
-        raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state dict yourself")
+        raise ValueError(f"model must be one of {', '.join(_KINDS)}, got {kind}: save its state_dict() with torch.save")
     facts = {"acts_from_step": acts} if (acts := getattr(model, "acts_from_step", None)) else {}
     save_model(folder, kind, model.arguments, model.state_dict(), **facts)  # type: ignore[arg-type]
 
@@ -129,11 +130,11 @@ def is_classifier(folder: str | Path) -> bool:
     """Tell whether a folder holds a classifier, and not a defence.
 
     Args:
-        folder: where a model was saved.
+        folder: folder of a saved model.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file is broken.
+        ValueError: the file is damaged.
     """
     return read_model(folder)[0]["kind"] in _KINDS
 
@@ -142,20 +143,20 @@ def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
     Args:
-        folder: where it was saved. A `purify_fast.models.foreign.ForeignClassifier` made by a function of a user's own
-            imports and calls that function again: load such a folder only if you trust it.
+        folder: folder of the saved classifier. If it holds a `purify_fast.models.foreign.ForeignClassifier` that a
+            user's function made, this imports and calls that function: load such a folder only if you trust it.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: a broken file, or another kind of model.
+        ValueError: the file is damaged, or holds another kind of model.
     """
     facts, state = read_model(folder)
     kind = facts["kind"]
     if kind not in _KINDS:
-        raise ValueError(f"{folder} holds a {kind!r}, not a classifier: {', '.join(_KINDS)}")
+        raise ValueError(f"{folder} holds a {kind!r}, not a classifier of a known kind: {', '.join(_KINDS)}")
     try:
         model = _KINDS[kind](**facts["arguments"])
         model.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a broken model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder} holds a model that cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval()

@@ -1,4 +1,4 @@
-"""The settings of a training: of the loop, of a classifier, and of the attack that makes adversarial examples."""
+"""The settings of trainings: of the loop, of a classifier, and of the attack that makes adversarial examples."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ Radius = TypeVar("Radius", float, "Tensor")
 
 @dataclass(frozen=True)
 class TrainingAttack:
-    """PGD as a training runs it.
+    """The settings of PGD in a training.
 
     Args:
-        eps: radius of the ball in image units; 0 trains on clean images, where a method allows that.
-        steps: steps of PGD.
+        eps: radius of the ball in image units; 0 trains on clean images, if the method allows it.
+        steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
-        alpha: length of a step in image units when eps has its full size; None takes relative_alpha * eps / steps.
-        relative_alpha: length of all steps together, as a multiple of eps, where alpha is None.
-        random_start: whether PGD begins at a random point of the ball, in place of the image itself.
-        start_std: standard deviation of a normal random start in image units, which is projected onto the ball; None
-            for a start that is uniform in the ball.
-        eps_warmup: share of the epochs in which eps rises linearly from 0; alpha rises with it. Adversarial training
-            from fresh weights can collapse without it.
+        alpha: length of a step in image units, at the full eps; None: relative_alpha * eps / steps.
+        relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
+        random_start: whether PGD begins at a random point of the ball; otherwise it begins at the image itself.
+        start_std: standard deviation in image units of a normal random start, which is projected onto the ball; None:
+            the start is uniform in the ball.
+        eps_warmup: share of the epochs in which eps rises linearly from 0, and alpha with eps. Without a warm-up,
+            adversarial training from fresh weights can collapse.
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     eps: AtLeast0
@@ -70,19 +70,19 @@ class TrainingAttack:
         if self.norm == "linf" and not self.eps <= 1:
             raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
         if self.alpha is not None and (math.isnan(self.alpha) or (self.eps > 0 and not self.alpha > 0)):
-            raise ValueError(f"alpha must be above 0, got {self.alpha}: the images would not move")
+            raise ValueError(f"alpha must be above 0, got {self.alpha}: the attack would not change the images")
         if self.start_std is not None and not (self.random_start and self.start_std > 0):
             raise ValueError(f"start_std must be above 0 and needs random_start=True, got start_std={self.start_std}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
-        """The attack of one epoch: during the warm-up eps is smaller, and so is alpha if it is given.
+        """Return the attack of one epoch. During the warm-up, eps is smaller; alpha too, if it is given.
 
         Args:
             epoch: the epoch, from 0.
             epochs: epochs of the whole run.
 
         Returns:
-            The attack to run, which has no warm-up any more.
+            The attack to run, with eps_warmup = 0.
         """
         eps = rising(self.eps, epoch, epochs, self.eps_warmup)
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
@@ -96,18 +96,18 @@ class TrainingAttack:
         graphs: StepGraphs | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """PGD on a model, as the training runs it in the batch's epoch.
+        """Attack a batch by PGD with the settings of the batch's epoch.
 
         Args:
             model: the attacked model, images to logits.
             batch: the images, and the seed and sample ids of their random starts.
-            graphs: captures the attack's step, if given.
+            graphs: captures the attack's step in a CUDA graph; None captures nothing.
             rows: indices of the images to attack, int64 ``[A]``; None for all.
 
         Returns:
             The adversarial images ``[A, C, H, W]``.
         """
-        # PyTorch takes 1.8 seconds to import: the command line's --help reads this class without it
+        # PyTorch takes 1.8 seconds to import, and the command line's --help reads this class and must not wait for that
         from ..attacks import pgd
 
         now = self.at_epoch(batch.epoch, batch.epochs)
@@ -128,29 +128,29 @@ class TrainingAttack:
         )
 
     def of_validations(self) -> TrainingAttack:
-        """The attack on held-out images: this attack, or PGD-10 from a random start if this attack has fewer steps.
+        """Return the attack on held-out images: this attack, or PGD-10 from a random start if this one has fewer steps.
 
-        A model that overfits to an attack of few steps withstands that attack alone.
+        A model that overfits to an attack with few steps is robust against that attack only.
         """
         return self if self.steps >= 10 or self.eps == 0 else TrainingAttack(eps=self.eps, steps=10, norm=self.norm)
 
     def step_size(self, eps: Radius) -> Radius | float:
-        """The length of a step.
+        """Return the length of a step.
 
         Args:
-            eps: the radius that the step is for, a number or one per image, ``[B]``. It differs from this attack's own
-                where a batch is attacked with several radii.
+            eps: radius of the ball, a number or ``[B]``. It differs from this attack's eps if a batch is attacked with
+                several radii.
 
         Returns:
-            alpha as it is, whatever the radius; without one relative_alpha * eps / steps, as eps a number or ``[B]``.
+            alpha if it is given, for any radius; otherwise relative_alpha * eps / steps, a number or ``[B]`` like eps.
         """
         return self.relative_alpha * eps / self.steps if self.alpha is None else self.alpha
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """A training's configuration as one flat table, the fields of its `TrainingAttack` among the others.
+    """Return a training's configuration as one flat dict, in which its `TrainingAttack` is replaced by its fields.
 
-    This is what a checkpoint keeps and what a refused resume names: no two of the fields have one name.
+    Checkpoints store this dict, and the error of a refused resume names its keys. So all fields have different names.
     """
     flat: dict[str, Any] = {}
     for field in fields(config):
@@ -161,43 +161,48 @@ def settings(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """The length and the settings of a training. Every number is this package's choice; a method has its own config.
+    """The length and the settings of a training loop. The settings of a method are in the method's own config.
+
+    This package has chosen every default; none is from a paper.
 
     Args:
         epochs: passes over the data.
         batch_size: images per step, of all processes together.
         seed: seed of all random draws.
-        padding: pixels of black around an image before it is cropped at random; 0 for none.
+        padding: width of a black border, in pixels, that is added to an image before a random crop to the old size; 0:
+            no crop.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
-        drop_last: whether an epoch's last batch is left out if it is smaller than the others.
-        steps_per_epoch: steps after which an epoch ends, although not all images have been trained on; the next epoch
-            draws from all of them again. None: every epoch is a pass over the data.
-        checkpoint_seconds: seconds between checkpoints within an epoch; one is always written at an epoch's end.
-        validation_share: share of the images, drawn by the seed, that is not trained on but validated with; 0 for none.
-        validation_every: epochs from one validation to the next; the last epoch's end has one in any case.
-        keep_best: "off" leaves the weights of the run's end; "loss" and "accuracy" leave those of the validation with
-            the lowest loss or the highest accuracy, under the training's own attack at its full eps. Classifiers whose
-            training attack has fewer than 10 steps are validated by PGD-10.
-        on_full: "stop" ends the run when its disk is full, with the last checkpoint kept; "wait" tries again every few
-            seconds until there is room.
-        on_nan: "stop" ends a run whose loss or weights are no longer finite, with the last checkpoint kept; "back_off"
-            returns to that checkpoint and continues with half of the learning rate, at most 5 times.
-        on_collapse: "back_off" returns to the last good checkpoint when the accuracy of a validation is below half of
-            the best one so far, and goes on with half of the learning rate, at most 5 times; it needs held-out images.
-            So it ends for single-step adversarial training that overfits to its own attack within an epoch, the
-            catastrophic overfitting of Wong et al. (ICLR 2020). "off" goes on.
-        cuda_graphs: on a CUDA device, "auto" captures a step of the training's attack once its launches have cost as
-            much as a capture, and keeps the graph if a replay saves at least a tenth; "always" does so wherever it is
-            possible, "off" never. A graph needs the memory of one attack step for itself. Choose "off" for a model that
-            keeps settings in an object which is not a module, dataclass or namespace, and changes them there: a
-            captured step does not see the change.
-        cudnn_benchmark: "auto" lets cuDNN race its algorithms once for each shape, unless the process asks for
-            deterministic algorithms; "on" does so always, "off" leaves cuDNN as it is. It acts on CUDA devices only.
-        fused_optimizers: "auto" lets torch's optimizers step in one kernel on a CUDA device; "off" leaves them as they
-            were made.
+        drop_last: whether an epoch leaves out its last batch if that batch is smaller than the others.
+        steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
+            images again. None: every epoch is a whole pass.
+        checkpoint_seconds: seconds between checkpoints within an epoch. The end of an epoch always writes a checkpoint.
+        validation_share: share of the images that are held out from training for validation, drawn by the seed; 0: no
+            validation.
+        validation_every: epochs from one validation to the next. The last epoch always ends with a validation.
+        keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
+            the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
+            its full eps. For classifiers whose training attack has fewer than 10 steps, it uses PGD-10.
+        on_full: reaction to a full disk. "stop" ends the run and keeps the last checkpoint; "wait" tries again every
+            few seconds until there is room.
+        on_nan: reaction to a loss or weights that are not finite. "stop" ends the run and keeps the last checkpoint;
+            "back_off" returns to that checkpoint and continues with half of the learning rate, at most 5 times.
+        on_collapse: reaction to a validation with less than half of the best accuracy so far. "off" continues;
+            "back_off" returns to the last good checkpoint and continues with half of the learning rate, at most 5
+            times. This needs held-out images. Such a collapse is typical of single-step adversarial training that
+            overfits to its own attack within an epoch (catastrophic overfitting, Wong et al., ICLR 2020).
+        cuda_graphs: on a CUDA device, "auto" captures a step of the training's attack as a CUDA graph once its kernel
+            launches have taken as much time as a capture takes, and keeps the graph if a replay saves at least a tenth
+            of the time; "always" captures the step wherever possible; "off" never does. A graph needs the memory of one
+            attack step for itself. Choose "off" for a model that changes settings in an object other than a module,
+            dataclass or namespace: a captured step ignores the change.
+        cudnn_benchmark: "auto" lets cuDNN time its algorithms once for each shape and use the fastest, except if the
+            process requires deterministic algorithms; "on" always does; "off" leaves cuDNN's setting unchanged. This
+            has an effect on CUDA devices only.
+        fused_optimizers: "auto" lets torch's optimizers update all weights in one kernel on a CUDA device; "off" leaves
+            the setting of their constructors unchanged.
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     epochs: Count
@@ -224,29 +229,29 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """The settings of a classifier's training. Every number is this package's choice, if no source is named.
+    """The settings of a classifier's training. This package has chosen every default, except where a source is named.
 
     Args:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
-        adversarial: how the training examples are made. "pgd" is the attack as it is. The others are cheaper, know
-            linf alone, and take eps for the length of a step where the attack has no alpha. "n_fgsm": one step without
-            projection from noise in twice the ball (de Jorge et al., NeurIPS 2022, Algorithm 1). "nuat": one step, and
-            cross-entropy on clean images beside the nuclear norm of what the logits change (Sriramanan et al., NeurIPS
-            2021); one process. "free": each batch is trained on as often as the attack has steps, and the gradient
-            that moves the weights moves the images too (Shafahi et al., NeurIPS 2019, Algorithm 1, but every batch
-            begins at a random point of the ball and not at the last batch's): an epoch counts as so many.
-            Validations of the cheaper ones are by PGD-10, as are those of attacks with fewer steps.
-        nuclear_weight: highest weight of the nuclear norm in "nuat". It rises from 0, epoch by epoch, over the first
-            nine tenths of the epochs; the authors use 4.5 for a ResNet-18 on CIFAR-10 and batches of 64 (their
+        adversarial: how the training examples are made. "pgd" runs the attack with all its steps. The other ways are
+            cheaper, support linf only, and use eps as the length of a step if the attack has no alpha. "n_fgsm": one
+            step without projection, from uniform noise of radius 2 eps (de Jorge et al., NeurIPS 2022, Algorithm 1).
+            "nuat": one step; the loss is cross-entropy on clean images plus the nuclear norm of the change of the
+            logits (Sriramanan et al., NeurIPS 2021); one process only. "free": an epoch trains m times on each batch,
+            where m is the number of the attack's steps, and each gradient changes both the weights and the images
+            (Shafahi et al., NeurIPS 2019, Algorithm 1; here every batch begins at a random point of the ball, in place
+            of the perturbation of the batch before). Validations use PGD-10 if the attack has fewer than 10 steps.
+        nuclear_weight: highest weight of the nuclear norm in "nuat". The weight rises from 0, epoch by epoch, over the
+            first nine tenths of the epochs. The authors use 4.5 for a ResNet-18 on CIFAR-10 and batches of 64 (their
             CIFAR10/NuAT_cifar10.py, lines 37 and 274).
-        learning_rate: the highest rate of a one-cycle schedule.
+        learning_rate: highest learning rate of a one-cycle schedule.
         weight_decay: weight decay of AdamW.
-        precision: "float32", which on a GPU is that of IEEE too; "tf32", which there rounds what is multiplied to ten
-            bits of mantissa, while `purify_fast.training.fit` trains; or "bfloat16" within matrix products. Weights
-            and their updates stay in float32.
+        precision: "float32", which has the precision of IEEE on a GPU too; "tf32", which on a GPU rounds the factors of
+            products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for matrix products.
+            Weights and their updates remain in float32.
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
@@ -261,8 +266,11 @@ class ClassifierConfig:
         if self.adversarial == "pgd":
             return
         if self.attack.norm != "linf" or self.attack.start_std is not None or not self.attack.random_start:
-            raise ValueError(f"adversarial {self.adversarial!r} supports norm='linf' with a uniform random start only")
+            raise ValueError(
+                f"adversarial {self.adversarial!r} needs norm='linf' and a uniform random start, got "
+                f"norm={self.attack.norm!r}, random_start={self.attack.random_start}, start_std={self.attack.start_std}"
+            )
         if self.attack.eps == 0:
             raise ValueError(f"adversarial {self.adversarial!r} needs attack.eps above 0, got eps=0")
         if self.adversarial != "free" and self.attack.steps != 1:
-            raise ValueError(f"adversarial {self.adversarial!r} takes one step, got steps={self.attack.steps}")
+            raise ValueError(f"adversarial {self.adversarial!r} needs attack.steps 1, got steps={self.attack.steps}")

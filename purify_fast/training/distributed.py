@@ -1,13 +1,15 @@
-"""Training over several processes: what they share, how one that is lost is noticed, and torchrun's process group.
+"""Training with several processes: the exchanges between them, the detection of lost processes, and torchrun's group.
 
-Every process has the whole model and its share of each batch. 92 % of CARSO's training is the attack on the frozen
-classifier, which needs no communication; so gradients are averaged after the whole backward pass, without the overlap
-that DistributedDataParallel buys by owning ``forward`` (tasks call other methods of their models too).
+Every process has the whole model and its share of each batch. Gradients are averaged after the whole backward pass.
+DistributedDataParallel would overlap the two, but requires that a task calls only ``forward`` of its model, and tasks
+also call other methods. The overlap would save little: 92 % of CARSO's training is the attack on the frozen classifier,
+which needs no communication.
 
-gloo's exchanges fail when another process ends. NCCL's return at once, and whatever then waits for their results waits
-in the driver until the group's timeout. Neither hears of a process that was stopped, as by SIGSTOP. So within `fit`
-every process gives signs of life in the store of the process group, and looks for those of the others. They tell of
-processes alone: one that hangs in its own work is alive, and is named by its step when an exchange has waited in vain.
+If a process ends, the exchanges of gloo fail in the other processes. With NCCL, an exchange returns at once, and the
+next operation that needs its result waits in the driver until the group's timeout. Neither notices a process that was
+stopped, such as by SIGSTOP. So within `fit`, every process writes signs of life into the store of the process group,
+and checks those of the others. A process that hangs in its own work still gives signs of life. When an exchange with it
+fails after the timeout, the error names the process and its last step.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-#: How long a process that fails waits for word that the first process failed too.
+#: How long a process that fails waits for the message that the first process failed too.
 PATIENCE = timedelta(seconds=10)
-NOTICE = 3.0  # seconds in which all processes notice that an exchange failed
-GRACE = 20.0  # seconds in which a process may end by itself when another is lost
+#: Seconds within which all processes notice that an exchange failed.
+NOTICE = 3.0
+#: Seconds that a process has to end by itself after another process was lost.
+GRACE = 20.0
 
-_AGAIN = "Start the same again to go on from the last checkpoint; torchrun --max-restarts does so by itself"
-#: The beginning of gloo's errors, which are plain RuntimeErrors: the place in its sources where they arose.
+_AGAIN = "Start the same run again to continue from the last checkpoint; torchrun --max-restarts restarts it by itself"
+#: The beginning of gloo's errors: their place in gloo's source code. gloo raises plain RuntimeErrors.
 _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
@@ -47,9 +51,10 @@ _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Tell whether an error comes from a failed exchange, and not from the model or anything else in the step.
+    """Tell whether an error comes from a failed exchange between processes, and not from the model.
 
-    NCCL's and the store's errors have classes of their own. Words such as "timeout" in any other error mean nothing.
+    The errors of NCCL and of the store have classes of their own, and those of gloo begin in their own way. Words such
+    as "timeout" are not used, because any other error may contain them.
     """
     return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
 
@@ -59,10 +64,10 @@ def report_missing_process(step: int | None = None) -> Iterator[None]:
     """Within the block, a failed exchange raises an error that names the missing process.
 
     Args:
-        step: step of the training, which tells the other processes how far this process is; None keeps the last step.
+        step: number of the training's step, which the other processes may report; None for the number of the last call.
 
     Raises:
-        ProcessLost: another process does not answer.
+        ProcessLost: another process is lost or does not answer.
     """
     if _watch is None:
         yield
@@ -75,33 +80,33 @@ def report_missing_process(step: int | None = None) -> Iterator[None]:
         if not is_lost(error):
             raise
         raise ProcessLost(
-            f"process {_watch.rank} of {_watch.world} waited in vain in step {_watch.step} for: {_watch.missing()} "
+            f"process {_watch.rank} of {_watch.world} got no answer in step {_watch.step} from: {_watch.missing()} "
             f"({str(error).splitlines()[0]}). {_AGAIN}"
         ) from error
     _watch.check()
 
 
 class _Watch(_distributed.Heartbeat):
-    """The signs of life of the processes within one training, and the end of a process that waits for a lost one."""
+    """Exchanges signs of life within one training, and ends this process if it waits for a lost process."""
 
     lost = ""
 
     def watch(self) -> None:
-        """Find a process that gives no signs any more, and end this process if it does not end by itself then."""
+        """Wait until another process gives no more signs of life, and end this process if it does not end by itself."""
         while not self.lost:
             if self.over.wait(_distributed.BEAT):
                 return
             self.count()
             quiet = [other for other in sorted(self.signs) if self.is_silent(other)]
-            # a process that has ended its part no longer waits for the others
+            # a process that is done may leave, and then no longer gives signs of life
             if quiet and all(sign.state != "done" for sign in self.signs.values()):
-                several = " (or of the store alone, through which the signs go)" if len(quiet) > 1 else ""
+                several = " (or the store that transmits the signs failed)" if len(quiet) > 1 else ""
                 self.lost = (
-                    f"process {self.rank} of {self.world} had no sign of life for {_distributed.SILENCE:g} seconds of: "
-                    f"{self.named(quiet)}{several}. It died, was stopped, or cannot be reached. {_AGAIN}"
+                    f"process {self.rank} of {self.world} got no sign of life for {_distributed.SILENCE:g} seconds "
+                    f"from: {self.named(quiet)}{several}. It died, was stopped, or cannot be reached. {_AGAIN}"
                 )
         if not self.over.wait(GRACE):
-            # the main thread waits in a driver or a library, where no exception reaches it
+            # the main thread waits in a driver or a library, where an exception cannot reach it
             print(f"purify-fast: {self.lost}", file=sys.__stderr__, flush=True)
             os._exit(1)
 
@@ -111,14 +116,14 @@ class _Watch(_distributed.Heartbeat):
             raise ProcessLost(self.lost)
 
     def missing(self) -> str:
-        """Name the processes that this one waited for in vain; processes that wait themselves are not among them."""
+        """Name the processes that did not take part in the exchange; other processes that also wait are left out."""
         self.state = "waits"
         self.give_and_read()
-        # wait until the others have noticed
+        # the other processes need time to notice that the exchange failed
         time.sleep(NOTICE)
         self.give_and_read()
         gone = [other for other in self.missed if other not in self.signs or self.signs[other].state != "waits"]
-        return self.named(gone) if gone else "all others wait too: the network between them failed"
+        return self.named(gone) if gone else "any process, but all others wait too: the network between them failed"
 
     def named(self, ranks: list[int]) -> str:
         steps = {rank: f"last in step {self.signs[rank].step}" for rank in ranks if rank in self.signs}
@@ -131,17 +136,17 @@ _watches = 0
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """Within the block, a process that dies or is stopped is noticed by all others, whatever they wait for.
+    """Within the block, every process notices if another one dies or is stopped. A single process does nothing.
 
-    They raise `ProcessLost` at their next exchange. One that waits elsewhere, as in a driver for the result of an
-    exchange by NCCL, says so on stderr and ends with status 1. With one process, nothing.
+    The other processes raise `ProcessLost` at their next exchange. A process that waits elsewhere, such as in a driver
+    for the result of NCCL, prints the error to stderr and ends with status 1.
     """
     global _watch, _watches
     if processes()[1] == 1:
         yield
         return
     before, _watches = _watch, _watches + 1
-    # PyTorch gives the store publicly only to the code that makes the group, which may not be this package
+    # PyTorch's public functions give the store only to the code that makes the group, and the user may have made it
     store = dist.distributed_c10d._get_default_store().clone()
     _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
     watch.start()
@@ -158,10 +163,10 @@ def heartbeat() -> Iterator[None]:
 
 @torch.no_grad()
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, in place; nothing changes with one process.
+    """Replace each tensor by its mean over the processes, in place. With a single process, nothing changes.
 
     Args:
-        tensors: floating point, one device, the same shapes, strides and order in every process.
+        tensors: floating-point tensors on one device, with the same shapes, strides and order in every process.
     """
     world = processes()[1]
     if world == 1:
@@ -171,7 +176,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # in the order of memory, in which each tensor is a view that a copy can read and write together with others
+        # in the order of memory, each tensor flattens to a view, and one call can write all means back
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world
@@ -182,14 +187,15 @@ def average_(tensors: Iterable[Tensor]) -> None:
 def from_first(make: Callable[[], Any]) -> Any:
     """Call ``make`` in the first process, and return its value or raise its exception in every process.
 
-    Ctrl-C and an exit in the first process are passed on too: otherwise the others would wait for it in vain. The
-    first process raises the exception itself; the others raise RuntimeError with its words where it cannot be pickled.
+    This includes KeyboardInterrupt and SystemExit, because otherwise the other processes would wait forever. If an
+    exception cannot be pickled, the other processes raise RuntimeError with its message.
 
     Args:
-        make: called by the first process only; gives nested dicts and lists of tensors, numbers, strings and None.
+        make: function that only the first process calls. It returns nested dicts and lists of tensors, numbers, strings
+            and None.
 
     Returns:
-        The same, tensors on the CPU; with one process what ``make`` gave.
+        The value of ``make``. With several processes, its tensors are on the CPU.
     """
     rank, world = processes()
     if world == 1:
@@ -202,7 +208,7 @@ def from_first(make: Callable[[], Any]) -> Any:
             message = [file.getvalue()]
         except BaseException as error:
             message = [sendable(error)]
-            # raise what ended the first process, even if the others are gone and cannot be told
+            # the first process raises its own exception, even if the broadcast fails because the others have ended
             with contextlib.suppress(BaseException):
                 dist.broadcast_object_list(message, src=0)
             raise
@@ -218,10 +224,10 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def torchrun_group() -> Iterator[None]:
-    """Within the block, the process group that torchrun's environment describes; without torchrun, nothing.
+    """Within the block, the process group of torchrun's environment exists; without torchrun, nothing happens.
 
-    All processes except the first print nothing. If the first process raises an exception too, it reports it, and the
-    others end without a word. All processes leave the block together.
+    All processes except the first print nothing. If all processes fail, only the first reports its exception. All
+    processes leave the block together.
 
     Raises:
         ValueError: WORLD_SIZE is set without the rest of torchrun's environment.
@@ -247,8 +253,8 @@ def torchrun_group() -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
                 silence.enter_context(contextlib.redirect_stderr(nowhere))
             yield
-        # The wait may last hours (the first process evaluates). dist.barrier would give up after half an hour, and
-        # would not notice a process that failed; torchrun's own record of errors is for torchrun alone.
+        # This wait may last hours, while the first process evaluates. dist.barrier would give up after half an hour,
+        # and would not notice a failed process. torchrun's record of errors cannot be read from here.
         if rank == 0:
             store.set("done", "yes")
         else:
@@ -257,23 +263,24 @@ def torchrun_group() -> Iterator[None]:
         if rank == 0:
             store.set("failed", "yes")
             raise
-        # if the wait fails, the first process is at work, or has ended and taken the store along
+        # the wait fails if the first process still works, or if it has ended, and the store with it
         with contextlib.suppress(Exception):
             store.wait(["failed"], PATIENCE)
-            # give the first process time to speak and end before torchrun sees this process end
+            # the first process needs time to print its error before torchrun notices that this process has ended
             time.sleep(2)
             raise error if isinstance(error, SystemExit) else SystemExit(1) from None
-        raise  # the group stays as it is: to take it down, all processes would have to be here
+        # the group is not destroyed here, because all processes would have to take part in that
+        raise
     dist.destroy_process_group()
 
 
 def _store_of_this_launch(store: Store, rank: int, world: int) -> Store:
-    """The part of a store that belongs to the processes that started together; DistError if one of them is missing.
+    """Return a part of torchrun's store that belongs to this start only; raise DistError if a process is missing.
 
-    torchrun keeps one store over all of its restarts. Processes that are gone wrote their addresses there, and later
-    processes would read them and wait for the dead. No variable of torchrun identifies a start. So the first process
-    names the start, each other process answers with a random word, and the name holds once the first process has
-    confirmed every word.
+    torchrun uses one store for all of its restarts. It contains the addresses of processes from earlier starts, and new
+    processes would try to reach those. No variable of torchrun identifies a start. So the first process writes a random
+    name for the start. Each other process adds a random word under this name. The first process confirms by writing the
+    list of all words, and a process that finds its own word in the list uses the name.
     """
     own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
 
@@ -292,7 +299,7 @@ def _store_of_this_launch(store: Store, rank: int, world: int) -> Store:
         store.set(f"{key} {name} {rank}", own)
         if store.check([f"{key} {name}"]):
             words = store.get(f"{key} {name}").decode().split()
-            # An entry of an earlier launch holds another token.
+            # a list of an earlier start has other words
             if len(words) == world and words[rank] == own:
                 return PrefixStore(name, store)
         time.sleep(0.01)
@@ -300,17 +307,21 @@ def _store_of_this_launch(store: Store, rank: int, world: int) -> Store:
 
 
 def own_device(device: str) -> str:
-    """The device this process trains on: of several processes on a machine, each has the GPU of its number.
+    """Return the device of this process. With ``cuda``, each process of a machine has the GPU of its local number.
 
     Raises:
-        ValueError: several processes and neither ``cuda`` nor ``cpu``, or more processes than GPUs.
+        ValueError: there are several processes and ``device`` is neither ``cuda`` nor ``cpu``, or there are more
+            processes than GPUs.
     """
     if processes()[1] == 1 or device == "cpu":
         return device
     if device != "cuda":
-        raise ValueError(f"device must be cuda or cpu for several processes, which share the GPUs, got {device!r}")
+        raise ValueError(f"device must be cuda or cpu for several processes, got {device!r}")
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
-        raise ValueError(f"device cuda: process {local} of this machine needs a GPU, and there are {gpus}: start fewer")
+        raise ValueError(
+            f"device cuda needs a GPU for each process of a machine, and this is process {local} on a machine with "
+            f"{gpus}: start fewer processes"
+        )
     torch.cuda.set_device(local)
     return f"cuda:{local}"

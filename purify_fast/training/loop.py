@@ -1,11 +1,12 @@
-"""The training loop the methods share: resumable at any kill, logged, with throughput.
+"""The training loop that all methods share. A run can be resumed after it was killed at any moment.
 
-Every step is a function of (seed, step) and of the state in the checkpoint: the order of the images, the attack's
-starts and torch's global generator are all seeded per step. So a run that was killed and resumed ends with the same
-weights, to the bit on the same CPU, as one that was not.
+The result of a step depends only on the seed, the number of the step, and the state in the checkpoint: the order of the
+images, the random starts of attacks and torch's global generator are seeded for each step. So a run that was killed and
+resumed ends with the same weights as a run without interruption, to the bit on the same CPU.
 
-Several processes (`purify_fast.training.distributed`) share each batch, and end with the weights of one up to floating
-point. A step exchanges gradients and metrics, in one mean after the backward pass, and BatchNorm's statistics.
+Several processes (`purify_fast.training.distributed`) share each batch. They end with the weights of a single process,
+up to rounding. In each step they exchange gradients and metrics, as one mean after the backward pass, and the
+statistics of BatchNorm.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
 
-#: How often a run backs off, and the factor of its learning rate each time.
+#: How often a run backs off at most, and the factor by which it multiplies its learning rate each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
 
@@ -60,70 +61,74 @@ def fit(
     validation: HeldOut | None = None,
     bank: BankConfig | None = None,
 ) -> dict[str, float]:
-    """Train ``task``, resuming from ``folder`` if it holds a checkpoint of the same run.
+    """Train ``task``. If ``folder`` holds a checkpoint of the same run, resume from it.
 
-    In a process group of several (the command line makes it under torchrun, elsewhere
-    ``torch.distributed.init_process_group`` does) every process calls this alike. They start from the weights of the
-    first, which alone reads and writes the folder; a run may be resumed by another number of them. Several
-    processes give the same weights as one, up to rounding, with two exceptions: a model that draws otherwise than by
-    `purify_fast`, such as by torch's dropout, draws the same in every process; and the published training of CARSO may
-    share out its attacks unevenly (`purify_fast.methods.carso.task.balanced_batch`).
+    To train with several processes, make a process group, and call `fit` with the same arguments in every process.
+    Under torchrun, the command line makes the group; elsewhere ``torch.distributed.init_process_group`` does. All
+    processes start from the weights of the first process, and only the first reads and writes the folder. A run may be
+    resumed with another number of processes. Several processes give the same weights as a single process, up to
+    rounding, with two exceptions. A model that draws random numbers without `purify_fast`, such as by torch's dropout,
+    draws the same numbers in every process. And the published training of CARSO may distribute its attacks unevenly
+    (`purify_fast.methods.carso.task.balanced_batch`).
 
     Args:
-        task: the training: model, optimizers, step.
-        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device to train on;
-            streamed from a file they give the same weights to the bit, and either form resumes the other's run; every
-            process gives all of them. **A loader**: a DataLoader or another iterable with a length, of (images, labels)
-            or (images, labels, indices), images float in [0, 1] or uint8; every process gives its own share. `fit`
-            does not control its order, so that a run resumes between epochs only. The order repeats if the loader draws
-            it from torch's global generator or the DataLoader's own, as ``shuffle=True`` does. **A function** of the
-            epoch that returns such an iterable, in the same order whenever it is called for the same epoch: a run is
-            resumed at any step, and the batches before it are read again.
-        y: labels, int64 ``[N]`` beside the images; None with a loader or a function.
-        config: how long and how. With a loader or a function its batch_size has no effect.
-        folder: for ``checkpoint.safetensors`` and ``log.jsonl``; None keeps nothing.
+        task: the training: model, optimizers and step.
+        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains,
+            or streamed from a file. Tensors and streamed files give the same weights to the bit, and a run with one of
+            them can be resumed with the other. Every process passes all images. **A loader**: a DataLoader or another
+            iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
+            uint8. Every process passes its own share. `fit` does not control the order, so a run can be resumed between
+            epochs only. The order is repeated if the loader draws it from torch's global generator or from the
+            DataLoader's own, as ``shuffle=True`` does. **A function** of the epoch that returns such an iterable, and
+            that repeats the order when it is called again for the same epoch. A run can be resumed at any step, and the
+            batches before this step are read again.
+        y: labels of the images, int64 ``[N]``; None with a loader or a function.
+        config: length and settings of the training. With a loader or a function, its batch_size has no effect.
+        folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
         progress: whether to show a progress bar.
-        callbacks: other listeners to the training, see `Callback`.
-        validation: held-out images, in place of the config's validation_share: (images, labels), or as ``x``, all of
-            them in every process.
-        bank: keeps the adversarial images of a training that attacks a model which it never changes, and reads them
-            again in later epochs; None attacks in every step. A run is resumed with the same variants and refresh.
+        callbacks: further listeners to the training, see `Callback`.
+        validation: held-out images, in place of the config's validation_share: (images, labels), or a loader or
+            function like ``x``. Every process passes all of them.
+        bank: settings of an adversarial bank, for a training that attacks a model which it never changes. The bank
+            stores the adversarial images, and later epochs read them. None attacks in every step. A run can be resumed
+            only with the same variants and refresh.
 
     Returns:
-        The last epoch's mean metrics, with those of its validation.
+        The last epoch's mean metrics, and those of its validation.
 
     Raises:
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
-        ValueError: images, labels or a loader that cannot be trained on, or that the model does not take; fewer images
-            than a batch; a keep_best that the task does not measure; a checkpoint of another run; a bank where the
-            attacked model is trained, images are cropped at random or come from a loader, or it would be too large;
-            with several processes, a batch they cannot share evenly, other data or settings than the first one's, or a
-            model in training mode with a BatchNorm that is not synchronized.
-        FloatingPointError: the loss or the weights are not finite; the last checkpoint stays.
+        ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
+            than a batch has; the task does not measure keep_best; the folder has a checkpoint of another run; a bank is
+            given, but the attacked model is trained, images are cropped at random or come from a loader, or the bank
+            would be too large. With several processes also: they cannot share a batch evenly, they have different data
+            or settings, or a model in training mode has a BatchNorm that is not synchronized.
+        FloatingPointError: the loss or the weights are not finite, or the accuracy collapsed. The last checkpoint is
+            kept.
         FolderInUse: another run writes into the folder.
-        ProcessLost: another process died or does not answer. If this process cannot raise the error, because it waits
-            in a driver, it ends with status 1.
-        SystemExit: SIGTERM asked for it. A checkpoint of the last step is written first; with a loader, whose order is
-            not known, the last one is that of the epoch before.
+        ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
+            a driver, ends with status 1.
+        SystemExit: the process received SIGTERM. Before the exit, a checkpoint of the last step is written. With a
+            loader, whose order is not known, the last checkpoint is that of the epoch before.
     """
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
     for name in ("on_nan", "on_collapse"):
         if folder is None and getattr(config, name) == "back_off":
-            raise ValueError(f"{name} 'back_off' returns to a checkpoint: give a folder to keep it in")
+            raise ValueError(f"{name} 'back_off' needs a folder for the checkpoint to return to, got folder=None")
     source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
     if held_out is None and config.on_collapse == "back_off":
-        raise ValueError("on_collapse 'back_off' watches the accuracy on held-out images: give a validation_share")
+        raise ValueError("on_collapse 'back_off' needs held-out images: pass validation, or a validation_share above 0")
     run = Run(task, config, source, held_out, folder, bank=bank)
     if processes()[1] > 1:
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
     with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
-        # all processes refuse together
+        # if the folder is locked, all processes raise the error
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
         run.write_log()
@@ -145,9 +150,9 @@ def fit(
 
 
 def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
-    """Train the epochs that are left of a run."""
+    """Train the remaining epochs of a run."""
     if run.step < run.total:
-        # before training starts, refuse a keep_best that the task does not measure
+        # a keep_best that the task does not measure is refused before the training starts
         run.check_best()
     if run.config.on_nan == "back_off" and run.step == 0:
         # the run needs a checkpoint to go back to
@@ -178,16 +183,16 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
 
 
 def _end_if_asked(run: Run, stop: Stop) -> None:
-    """Raise SystemExit if SIGTERM came; the run's checkpoint is already written."""
+    """Raise SystemExit if the process received SIGTERM. The checkpoint must have been written before."""
     if stop.asked:
-        then = f": the same again goes on from the last checkpoint, in {run.folder}" if run.folder else ""
+        then = f". Start the same run again to continue from the last checkpoint in {run.folder}" if run.folder else ""
         logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
-        # a shell shows 143 for SIGTERM
+        # a shell reports the same exit status, 143, for a process that SIGTERM ended
         raise SystemExit(128 + signal.SIGTERM)
 
 
 def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop: Stop) -> TrainingState:
-    """The rest of the run's epoch, step by step, with checkpoints in between; its means are in ``run.last`` then."""
+    """Train the rest of the run's epoch, with checkpoints in between, and put the epoch's means into ``run.last``."""
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
     for raw in run.source.epoch(epoch, run.step % run.steps):
@@ -208,7 +213,6 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         if run.step % run.steps:
             run.save_if_due(now=stop.asked)
             _end_if_asked(run, stop)
-    # the epoch's one wait for the device
     run.last = run.means()
     if not run.is_finite():
         raise Diverged("the loss or a weight is not finite")
@@ -220,7 +224,7 @@ def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
     """Return to the last checkpoint, or to the last good one, with a smaller learning rate.
 
     Raises:
-        Diverged: the run is to end instead, or it has backed off often enough.
+        Diverged: on_nan is "stop", or the run has already backed off `BACK_OFFS` times.
     """
     rate = run.rate * BACK_OFF
     if (run.config.on_nan == "stop" and not to_good) or rate < BACK_OFF**BACK_OFFS:
@@ -230,11 +234,11 @@ def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
     run.resume()
     run.rate = rate
     if processes()[0] == 0:
-        logger.warning("%s; back to step %d with %g of the learning rate", error, run.step, rate)
+        logger.warning("%s. The run continues from step %d with %g of the learning rate", error, run.step, rate)
 
 
 def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
-    """The error with an explanation, after the images of the step were kept."""
+    """Return the error with an explanation. Before that, write the images of the step to a file."""
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where, record = "a weight is not finite", None
@@ -243,19 +247,19 @@ def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
         record = watch.record(step, run.folder) if run.folder is not None and processes()[0] == 0 else None
     return Diverged(
         f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept"
-        f"{f', and {record} has the images, labels and seed' if record else ''}. Lower the learning rate "
-        f"(on_nan='back_off' does so by itself; the rate was {run.rate:g} times the method's own), let eps rise over "
-        "more epochs (eps_warmup), or train in float32 if this is bfloat16",
+        f"{f', and {record} has the images, labels and seed of the step' if record else ''}. Lower the learning rate, "
+        f"which was {run.rate:g} times that of the settings (on_nan='back_off' lowers it by itself), raise eps_warmup, "
+        "or use the precision float32 if it is bfloat16",
         step,
     )
 
 
 def _collapsed(run: Run, epoch: int) -> Diverged:
-    """The error of a training whose accuracy on held-out images fell."""
+    """Return the error of a training whose accuracy on held-out images collapsed."""
     return Diverged(
         f"epoch {epoch}: training collapsed, the accuracy on held-out images fell to "
-        f"{run.last['validation_accuracy']:.3f}, less than half of what it was, at {run.rate:g} of the learning rate; "
-        "attack with more steps or less eps if a smaller rate does not help"
+        f"{run.last['validation_accuracy']:.3f}, less than half of the best so far, at {run.rate:g} of the learning "
+        "rate. If a lower learning rate does not help, use more attack steps or a smaller eps"
     )
 
 
@@ -278,9 +282,9 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 
 def train_step(task: Task, batch: Batch) -> Metrics:
-    """Take a step with all of its updates, with the model in training mode.
+    """Take a training step with all of its updates, with the model in training mode.
 
-    Each update moves its optimizer's weights down the mean gradient over the processes.
+    In each update, the optimizer uses the mean of the gradients over the processes.
 
     Returns:
         The last update's loss and metrics, detached, as means over the processes.
@@ -302,17 +306,17 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         return measured
 
     if task.graphs is None or processes()[1] > 1:
-        # with several processes no step is repeated: its exchanges would not match those of the others
+        # with several processes a step must not be repeated, because the others would not repeat the exchanges
         return take()
     return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
-    """Within the block, steps on a GPU wait less: captured attacks, raced convolutions, fused optimizers.
+    """Within the block, use what makes steps on a GPU faster: CUDA graphs, cuDNN's benchmark and fused optimizers.
 
-    On a CPU it changes nothing. The task's weights are where they are trained, and its optimizers hold what they resume
-    with.
+    On a CPU this changes nothing. Before the block, the task's weights must be on the device, and its optimizers must
+    have the state with which the run is resumed.
     """
     for optimizer in task.optimizers.values():
         fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
@@ -325,7 +329,7 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
         with raced_convolutions(config.cudnn_benchmark, device):
             yield
     finally:
-        # this frees the memory that only the graphs use
+        # without a reference to the graphs, their memory is freed
         task.graphs = before
 
 
@@ -334,6 +338,7 @@ def _check_batchnorm(model: nn.Module) -> None:
         everywhere = isinstance(module, (BatchNorm1d, BatchNorm2d, nn.SyncBatchNorm))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
             raise ValueError(
-                f"{name} is a BatchNorm over one process's images: convert it with torch.nn."
-                "SyncBatchNorm.convert_sync_batchnorm (GPUs only), or use purify_fast.models.layers.BatchNorm2d"
+                f"the model's module {name} is a BatchNorm over the images of one process, and must use those of all: "
+                "convert it with torch.nn.SyncBatchNorm.convert_sync_batchnorm (GPUs only), or use "
+                "purify_fast.models.layers.BatchNorm2d"
             )

@@ -1,4 +1,4 @@
-"""The watch over the losses of a training: it finds the first that is not finite, and keeps the images of its step."""
+"""Finds the first loss of a training that is not finite, and writes the images of its step to a file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from .._files import atomic
 from .sources import RawBatch, Source, step_seed
 
-#: Steps from one look at the losses to the next: each look waits for the device.
+#: Number of steps between two checks of the losses. Each check waits for the device.
 INTERVAL = 100
-#: Bytes of batches to remember if the source cannot repeat them.
+#: Limit, in bytes, for the batches that are held in memory if the source cannot produce them again.
 REMEMBERED = 2**28
 #: The file with the images, labels and seed of the step whose loss was not finite.
 RECORD = "diverged.npz"
 
 
 class Diverged(FloatingPointError):
-    """The loss, or a weight, is not finite.
+    """Raised if the loss or a weight is not finite, or if the accuracy of a validation collapsed.
 
     Args:
         text: the message.
-        step: the first step whose loss was not finite, from 0; None if no loss was, but a weight.
+        step: the first step, counted from 0, whose loss was not finite; None if no such step is known.
     """
 
     def __init__(self, text: str, step: int | None = None):
@@ -35,9 +35,9 @@ class Diverged(FloatingPointError):
 
 
 class LossWatch:
-    """Keeps an epoch's last losses on the device, and looks at them every `INTERVAL` steps.
+    """Stores an epoch's last losses on the device, and checks them every `INTERVAL` steps.
 
-    All of several processes see the same means at the same steps, so that they come to the same answer.
+    The losses are means over all processes, so all processes find the same step.
     """
 
     def __init__(self, source: Source, seed: int):
@@ -45,7 +45,7 @@ class LossWatch:
         self.losses, self.batches = dict[int, Tensor](), dict[int, RawBatch]()
 
     def add(self, step: int, loss: Tensor, raw: RawBatch) -> None:
-        """Add a step's loss and its batch from the source; Diverged if a look finds a loss that is not finite."""
+        """Add the loss and the batch of a step. A check raises Diverged if it finds a loss that is not finite."""
         self.losses[step] = loss
         if not self.source.reproducible:
             self.batches[step] = raw
@@ -57,19 +57,19 @@ class LossWatch:
             self.losses = {}
 
     def first_bad(self) -> int | None:
-        """The first step since the last look whose loss is not finite, None if there is none; waits for the device."""
+        """Return the first step since the last check whose loss is not finite, or None. This waits for the device."""
         finite = torch.stack([*self.losses.values()]).isfinite().tolist() if self.losses else []
         return next((step for step, good in zip(self.losses, finite, strict=True) if not good), None)
 
     def record(self, step: int, folder: Path) -> Path | None:
-        """Write the images, labels, indices and seed of a step.
+        """Write the images, labels, indices and seed of a step to a file.
 
         Returns:
-            The file; None if the source cannot repeat its images, and they are no longer remembered.
+            Path of the file. None if the source cannot produce the images again and they are no longer in memory.
         """
         raw = self.batches.get(step)
         if self.source.reproducible:
-            # close it, so that its reading ahead ends
+            # closing the generator ends its reading ahead
             with closing(self.source.epoch(*divmod(step, self.source.steps))) as batches:
                 raw = next(batches)
         if raw is None:

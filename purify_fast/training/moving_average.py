@@ -1,4 +1,4 @@
-"""A moving average of a model's weights, which follows them while they are trained."""
+"""The moving average of a model's weights over a training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from ..models.representation import without_recorders
 
 
 def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:
-    """A copy of a model that follows its weights and buffers; buffers of whole numbers are copied.
+    """Return a copy of a model that holds a moving average of its weights and floating-point buffers.
+
+    Integer buffers are copied.
 
     Args:
-        model: the model to follow.
-        decay: share of the average that each step keeps.
-        warm_up: whether a step keeps at most (1 + n) / (10 + n) after n others, so that the initial weights count
-            little in a short training.
+        model: the model to average.
+        decay: weight of the old average in each update.
+        warm_up: whether the weight of the old average is at most (1 + n) / (10 + n) after n updates, so that the
+            initial weights have little influence in a short training.
     """
 
     def follow(averages: Iterable[Tensor], values: Iterable[Tensor], steps: Tensor | int) -> None:
-        # torch counts the first update, which copies the weights, as one
+        # torch's count of updates includes the first, which only copied the weights
         least = 9 / (9 + torch.as_tensor(steps)) if warm_up else torch.zeros(())
         moved = least.clamp(min=1 - decay)
         for average, value in zip(averages, values, strict=True):
@@ -33,6 +35,6 @@ def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> Ave
 
     average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
     without_recorders(average.module).requires_grad_(False)
-    # its first update copies the weights, so that the average begins with them
+    # the first update copies the weights, so the average begins with them
     average.update_parameters(model)
     return average

@@ -1,4 +1,4 @@
-"""Optimizers: their weights and rates, one kernel for all weights, and Lookahead around any of them."""
+"""Helpers for optimizers: their weights, learning rates and fused kernels; and Lookahead, which wraps an optimizer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The weights that an optimizer moves."""
+    """Return the weights that an optimizer changes."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Give every group of every optimizer this learning rate."""
+    """Set the learning rate of every parameter group of every optimizer."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
 def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
-    """Let an optimizer take its step in one kernel for all of its weights, or as its constructor set it.
+    """Let an optimizer update all of its weights in one kernel if ``fused``; otherwise use its constructor's setting.
 
-    A checkpoint may come from a run on another device, so its setting is ignored. An optimizer without such a kernel
-    stays as it is.
+    The setting in a checkpoint is ignored, because the checkpoint may come from a run on another device. An optimizer
+    without a fused kernel is not changed.
 
     Returns:
-        True if the optimizer takes its step in one kernel now.
+        True if the optimizer now updates its weights in one kernel.
     """
     defaults = optimizer.defaults
     special = isinstance(optimizer, Lookahead) or defaults.get("capturable") or defaults.get("differentiable")
@@ -38,30 +38,32 @@ def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> bool:
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
-    # this also moves the counts of steps to where the kernel reads them
+    # loading the state also moves the counts of steps to the device on which the kernel reads them
     optimizer.load_state_dict(state)
     return fused
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Steps ``inner``, and every k-th time pulls its weights back towards the slow ones; momenta are left alone.
+    """The Lookahead optimizer (Zhang et al., NeurIPS 2019), which keeps slow weights beside those of another optimizer.
 
-    slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step (Zhang et al., NeurIPS 2019)
+    slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step of ``inner``
+
+    The momenta of ``inner`` are not changed. The model holds the fast weights. Call `load_slow` once at the end of the
+    training, because the slow weights are the result.
 
     Args:
-        inner: the optimizer of the fast weights. Both share their groups: learning rates may be set on either.
+        inner: the optimizer of the fast weights. Both optimizers share their parameter groups, so a learning rate that
+            is set on one holds for the other too.
         k: fast steps per slow step.
         alpha: length of the slow step, in (0, 1].
 
-    The model holds the fast weights. Call `load_slow` once at the end: the slow weights are evaluated and saved.
-
     Raises:
-        ValueError: k below 1 or alpha outside (0, 1].
+        ValueError: k is below 1, or alpha is outside (0, 1].
     """
 
     def __init__(self, inner: torch.optim.Optimizer, k: int = 6, alpha: float = 0.8):
         if k < 1 or not 0 < alpha <= 1:
-            raise ValueError(f"need k >= 1 and 0 < alpha <= 1, got k = {k}, alpha = {alpha}")
+            raise ValueError(f"k must be at least 1 and alpha in (0, 1], got k = {k}, alpha = {alpha}")
         super().__init__([dict(group) for group in inner.param_groups], inner.defaults)
         self.inner, self.k, self.alpha, self.steps = inner, k, alpha, 0
         self.param_groups = inner.param_groups
@@ -69,10 +71,10 @@ class Lookahead(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a fast step, and after every k-th a slow step.
+        """Take a fast step, and after every k-th fast step a slow step.
 
         Args:
-            closure: the closure of the inner optimizer.
+            closure: closure of the inner optimizer.
         """
         loss = self.inner.step(closure)
         self.steps += 1
@@ -83,20 +85,20 @@ class Lookahead(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_slow(self) -> None:
-        """Put the slow weights into the model; the fast ones since the last slow step are dropped."""
+        """Put the slow weights into the model. The fast steps since the last slow step are lost."""
         torch._foreach_copy_(weights_of(self), self._slow)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, the slow weights and the count of steps: all a resumed run needs."""
+        """Return the inner optimizer's state, the slow weights and the count of steps."""
         return {"inner": self.inner.state_dict(), "slow": list(self._slow), "steps": self.steps}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles; an optimizer's own state leaves out added attributes."""
+        """Return the state for copies and pickles. torch's own method would omit the attributes of this class."""
         return vars(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state from `state_dict`.
+        """Restore a state that `state_dict` returned.
 
         Args:
             state_dict: the inner optimizer's state, the slow weights and the count of steps.

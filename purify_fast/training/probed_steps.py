@@ -1,4 +1,4 @@
-"""The forecast of a training: a few of its steps are taken, and their cost is extended to the end of the run."""
+"""The forecast of a training's cost: a few steps are measured, and their cost is extrapolated to the whole run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run import Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Task
 
-#: The batch sizes at which a step is counted for a GPU; the counts are extended to the run's batch in a line.
+#: Batch sizes at which the operations of a step are counted. The counts are extrapolated linearly to the run's batch.
 COUNTED = (8, 16)
 
 
@@ -35,23 +35,24 @@ def forecast(
     gpus: int = 1,
     seconds: float = 10.0,
 ) -> Forecast:
-    """Predict the cost of `purify_fast.training.fit` with the same arguments. It trains the task: `fit` needs another.
+    """Predict the cost of `purify_fast.training.fit` with the same arguments.
 
-    A step costs more once a delayed term of the loss acts, so that each period between two delays has its own probe.
+    This takes steps with the task and changes its weights, so make a new task for `fit`. A delayed term of the loss
+    makes steps slower from its first step on, so steps are measured anew in each period between such first steps.
 
     Args:
         task: the training.
         x: the images, as in `fit`.
         y: the labels, as in `fit`.
-        config: how long and how.
+        config: length and settings of the training.
         validation: the held-out images, as in `fit`.
-        gpu: a name of `purify_fast.speed.counting.GPUS`, for which steps are counted and their time is modelled; None:
-            this CPU, on which they are timed.
-        gpus: how many share the batches.
-        seconds: that the probe may take on a CPU, about.
+        gpu: name of a GPU in `purify_fast.speed.counting.GPUS`: the operations of a step are counted, and a model of
+            this GPU predicts their time. None: steps are timed on this CPU.
+        gpus: number of GPUs that share each batch.
+        seconds: approximate time for the measurement on a CPU.
 
     Raises:
-        ValueError: images that cannot be trained on, as of `fit`.
+        ValueError: the images cannot be trained on, as in `fit`.
     """
     held_out = held_out_source(task, x, y, config, validation)
     run = Run(task, config, training_source(task, x, y, config), held_out)
@@ -82,16 +83,16 @@ def forecast(
 
 
 def _steps(run: Run, begin: int) -> Iterator[Batch]:
-    """The batches of a run from a step on; the batches of its epoch repeat."""
+    """Yield the batches of a run from step ``begin`` to the end of its epoch, again and again."""
     while True:
         for step, raw in enumerate(run.source.epoch(begin // run.steps, begin % run.steps), begin):
             yield run.batch(raw, step, step_seed(run.config.seed, step))
 
 
 def _count(task: Task, batch: Batch) -> tuple[Cost, float]:
-    """The cost of a step, and the bytes of tensors at its peak: on a straight line through two small batches."""
+    """Return the cost of a step and the bytes of tensors at its peak, extrapolated linearly from two small batches."""
     costs, peaks, sizes = [], [], [min(size, len(batch.x)) for size in COUNTED]
-    # the first step pays for work that is done only once
+    # the first step includes work that is done only once, so it is not counted
     train_step(task, _part(batch, sizes[0]))
     for size in sizes:
         step = partial(train_step, task, _part(batch, size))
@@ -114,7 +115,7 @@ def _part(batch: Batch, size: int) -> Batch:
 
 
 def _timed(call: Callable[[], object], seconds: float) -> float:
-    """The median time of at least two calls, after a first call that does not count."""
+    """Return the median time of at least two calls. A first call is not timed."""
     call()
     times, began = list[float](), time.perf_counter()
     while len(times) < 2 or time.perf_counter() - began < seconds:

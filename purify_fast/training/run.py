@@ -1,4 +1,4 @@
-"""A run on the way: where it is, the settings that its checkpoint must match, its validations and last losses."""
+"""The state of a run: its position, its checkpoints, its validations, and the means of its losses and metrics."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 _ON_FAILURE = ("on_full", "on_nan", "on_collapse")
-#: Settings that do not change the result, so that they may differ when a run is resumed.
+#: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", *_ON_FAILURE, "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
-#: The files that a run writes, without what follows the dot; a half-written one is named ``.<name>-...``.
+#: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "kernels", "log", "model", "run")
-#: The kernels with which a run began, and their races.
+#: The file with the kernels that a run used at its start, and the timings by which they were chosen.
 KERNELS = "kernels.json"
 
-#: A run whose accuracy falls to less than this share of its best one has collapsed.
+#: A run has collapsed if its validation accuracy is below this share of its best validation accuracy.
 COLLAPSE = 0.5
-#: Images on which a task is tried before its training, to see its metrics.
+#: Number of images on which a task is tried before its training, to find the names of its metrics.
 LOOK = 8
 
 
 class Run:
-    """The position of a run, the settings that a checkpoint must match, and its checkpoints, which rank 0 writes.
+    """The state of a run. The first of several processes writes its files.
 
     Args:
         task: the training's task.
-        config: how.
-        source: source of the images. A run whose source is not reproducible is resumed at the end of an epoch only.
-        held_out: source of the images to validate with, all of them in every process; None for no validation.
-        folder: for its checkpoints; None keeps none.
+        config: settings of the loop.
+        source: source of the images. If it is not reproducible, a run can be resumed only at the end of an epoch.
+        held_out: source of the validation images, with all of them in every process; None for no validation.
+        folder: folder of the run's files; None writes no files.
         bank: settings of the bank of the training's adversarial images; None for no bank.
 
     Attributes:
         facts: the settings that must be equal for a checkpoint to be resumed.
         length: length of the whole run.
-        terms: the terms of the loss, and the step from which on each acts.
+        terms: the terms of the loss, each with the first step in which it acts.
         total: steps of the whole run.
-        step: steps taken.
+        step: number of steps that were taken so far.
         sums: sums of the epoch's losses and metrics so far, by name.
-        counts: the steps of the epoch that measured each of them.
+        counts: number of steps of the epoch that measured each loss and metric, by name.
         last: the last epoch's means.
-        best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty without one.
-        rows: rows of ``log.jsonl``, one for each epoch that has ended.
-        rate: factor of the task's learning rate: 1, and less after a divergence from which the run returned.
+        best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
+        rows: one entry of ``log.jsonl`` for each epoch that has ended.
+        rate: factor for the task's learning rate: 1 at first, and smaller each time that the run has backed off.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next step belongs to."""
+        """The epoch of the next step."""
         return self.step // self.steps
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """Make the input of a step from the source's batch: floats, cropped and mirrored as the settings say.
+        """Make the input of a step from a batch of the source: convert it to floats, and crop and mirror it at random.
 
-        With ``augment=False``, as for held-out images, it is not augmented, and its attacks are not kept.
+        ``augment=False``, for held-out images, does not crop or mirror, and does not use the bank.
         """
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
@@ -120,18 +120,18 @@ class Run:
         )
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
-        """Add a step's losses and metrics to those of its epoch; a term that does not act yet measures nothing."""
+        """Add a step's losses and metrics to the sums of its epoch. A delayed term of the loss may still be missing."""
         for key, value in measured.items():
             self.sums[key] = self.sums.get(key, torch.zeros((), device=self.source.device)) + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """The means of the epoch's losses and metrics over the steps that measured them; waits for the device."""
+        """Return the mean of each loss and metric of the epoch over the steps that measured it; wait for the device."""
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Tell whether this epoch's losses and the weights are finite so far; waits for the device once."""
+        """Tell whether this epoch's losses so far and the weights are finite. This waits for the device once."""
         weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
         running = ("running_mean", "running_var")
         statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
@@ -141,7 +141,7 @@ class Run:
     # -- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """The content of a checkpoint."""
+        """Return the content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
@@ -149,10 +149,10 @@ class Run:
         return {**weights, "facts": self.facts, **progress}
 
     def resume(self) -> None:
-        """Resume from the checkpoint, if there is one; all processes take the first process's state.
+        """Resume from the checkpoint, if there is one. All processes use the state that the first process reads.
 
         Raises:
-            ValueError: a checkpoint of another run, or other data or settings in another process.
+            ValueError: the checkpoint is from another run, or another process has other data or settings.
         """
         saved = from_first(self._read)
         if saved is None:
@@ -173,7 +173,7 @@ class Run:
     def _read(self) -> dict[str, Any] | None:
         saved = None
         if self.folder is not None:
-            # files of a run that was killed while it wrote; nobody else writes here, since the folder is locked
+            # Remove half-written files of a run that was killed. The folder is locked, so no other run writes them.
             for stem in _WRITTEN:
                 for stale in self.folder.glob(f".{stem}-*"):
                     stale.unlink()
@@ -185,16 +185,16 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        # only this process writes, so that the processes need not agree on the moment
+        # only the first process writes, so the processes need not agree on a moment
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
-                # the steps after the checkpoint do not repeat what the steps before it wrote
+                # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
                 self.bank.flush()
             save_checkpoint(self.folder, self.state(), self.config.on_full)
         self.saved_at = time.monotonic()
 
     def copy_checkpoint(self, name: str, other: str) -> None:
-        """Copy a checkpoint onto another, by their names in the folder."""
+        """Copy the checkpoint called ``name`` in the folder to the file called ``other``."""
         if self.folder is not None and processes()[0] == 0:
             source, path = self.folder / name, self.folder / other
 
@@ -205,10 +205,10 @@ class Run:
             with_room(copy, path, self.config.on_full)
 
     def save_if_due(self, now: bool = False) -> None:
-        """Write the checkpoint in the middle of an epoch if it is due: ``now``, or because the last one is old enough.
+        """Write a checkpoint in the middle of an epoch: ``now``, or if the last checkpoint is checkpoint_seconds old.
 
         Raises:
-            Diverged: a number is not finite; the last checkpoint stays.
+            Diverged: the loss or a weight is not finite; the last checkpoint is kept.
         """
         due = now or time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         if self.folder is None or not due or not self.source.reproducible:
@@ -216,11 +216,11 @@ class Run:
         if self.is_finite():
             self.save()
         elif processes()[1] == 1:
-            # Only this process knows now; the others see it when they look at their losses.
+            # Several processes do not raise here, because they check at different moments. `LossWatch` raises in all.
             raise Diverged("the loss or a weight is not finite")
 
     def add_row(self, epoch: int, learning_rate: float, images_per_second: float) -> None:
-        """Add the epoch that has ended to ``log.jsonl``."""
+        """Add a line for the epoch that has ended to ``log.jsonl``."""
         row: dict[str, Any] = {"epoch": epoch, "step": self.step, **self.last, "learning_rate": learning_rate}
         row["images_per_second"] = round(images_per_second, 1)
         if self.bank is not None:
@@ -229,13 +229,13 @@ class Run:
         self.write_log()
 
     def write_log(self) -> None:
-        """Write ``log.jsonl`` anew: a kill never leaves half a row."""
+        """Write the whole ``log.jsonl`` again, so that a kill cannot cut a line in half."""
         if self.folder is not None and processes()[0] == 0:
             path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
             with_room(lambda: write_text(path, text), path, self.config.on_full)
 
     def kernels(self) -> dict[str, Any]:
-        """The kernels that serve the run: those that served when it began, which are in a file of its folder."""
+        """Return the kernels for the run. A resumed run uses the kernels of its start, which its folder records."""
         now = ops.kernels_now(self.source.device)
         if self.folder is None:
             return now
@@ -251,7 +251,7 @@ class Run:
 
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
-        """Within the block, the model is as after the run, in evaluation mode; then the training state returns."""
+        """Within the block, the model is finished and in evaluation mode. Its training state is restored afterwards."""
         state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
         self.task.finish()
         self.task.model.eval()
@@ -261,21 +261,21 @@ class Run:
             self.task.model.load_state_dict(state)
 
     def measure(self, raw: RawBatch) -> Metrics:
-        """The loss and metrics of held-out images.
+        """Return the loss and metrics of held-out images.
 
-        They are drawn alike every time and attacked as in the last epoch, so that validations can be compared.
+        Every validation has the same random draws and the attack of the last epoch, so validations are comparable.
         """
         seed = step_seed(self.config.seed, 2**31)
         torch.manual_seed(seed)
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a choice of the best, or a watch, that needs a metric which the task does not measure.
+        """Refuse a keep_best or an on_collapse that needs a metric which the task does not measure.
 
-        Every task measures the loss: nothing is computed if the loss chooses the best, or nothing does.
+        Every task measures the loss, so nothing is computed if only the loss is needed.
 
         Raises:
-            ValueError: the message names the metrics that the task measures.
+            ValueError: the metric is missing; the message names the metrics that the task measures.
         """
         chosen = {self.config.keep_best} - {"off", "loss"}
         if self.config.on_collapse == "back_off":
@@ -287,10 +287,10 @@ class Run:
             measured = self.measure((images[:LOOK], labels[:LOOK], ids[:LOOK]))
         for name in chosen - measured.keys():
             option = f"keep_best {name!r}" if name == self.config.keep_best else "on_collapse 'back_off'"
-            raise ValueError(f"{option}: this training measures {', '.join(measured)}, not {name}")
+            raise ValueError(f"{option} needs the metric {name}; this training measures {', '.join(measured)}")
 
     def collapsed(self) -> bool:
-        """Tell whether the accuracy of the last validation is below `COLLAPSE` of the best accuracy before it."""
+        """Tell whether the accuracy of the last validation is below `COLLAPSE` times the best accuracy before."""
         accuracy = "validation_accuracy"
         best = max((row[accuracy] for row in self.rows if accuracy in row), default=0.0)
         return self.config.on_collapse == "back_off" and self.last[accuracy] < COLLAPSE * best
@@ -305,21 +305,20 @@ class Run:
                 for name, value in self.measure(raw).items():
                     sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
                 count += size
-            # use the first process's noise, so that all agree on the best
+            # all processes use the means of the first, because rounding differs and they must agree on the best
             means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
             self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
             chosen = self.config.keep_best
             if chosen == "off":
                 return
             score = -means["loss"] if chosen == "loss" else means[chosen]
-            # a score of NaN is never the best
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "model": state}
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:
-    """The loop's settings that decide the result of a run."""
+    """Return the loop's settings that decide the result of a run."""
     return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
@@ -332,10 +331,10 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here:
 
 
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ValueError if a folder's checkpoint has the facts ``saved`` of another run; the message names the differences."""
-    advice = "give another folder, or remove it"
+    """Raise ValueError if the facts ``saved`` in a folder's checkpoint differ from those of this run, ``wanted``."""
+    advice = "pass another folder, or remove this one"
     if saved["task"] != wanted["task"]:
-        kinds = f"holds a run of the training {saved['task']!r}, and this is one of {wanted['task']!r}"
+        kinds = f"holds a run of the training {saved['task']!r}, but this is the training {wanted['task']!r}"
         raise ValueError(f"{folder} {kinds}: {advice}")
     if difference := differences(saved, wanted, "there", "now"):
         raise ValueError(f"{folder} holds a run with other settings ({difference}): {advice}")

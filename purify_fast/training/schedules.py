@@ -1,9 +1,9 @@
 """The length of a run, the first steps of its delayed loss terms, and learning rates over the run.
 
-Learning rates are functions of progress through the run, or of the epoch. torch's schedulers are not used: OneCycleLR
-counts to the step before the last and joins its halves one step later, and LambdaLR multiplies by a factor, which
-rounds otherwise, so that published runs would not be repeated to the bit. And a function of the step has no state that
-a checkpoint would have to hold.
+Learning rates are functions of the progress of the run, or of the epoch. A function has no state that checkpoints would
+have to store. torch's schedulers are also unsuitable because published runs could not be repeated to the bit:
+OneCycleLR reaches its end at the step before the last and joins its halves one step later, and the factor of LambdaLR
+rounds differently.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class RunLength:
     Args:
         epochs: epochs of the whole run.
         steps_per_epoch: steps of an epoch.
-        batch_size: images of a step, of all processes together; 0 if that is known only when they arrive.
-        images_per_epoch: images of an epoch; 0 as above.
+        batch_size: images of a step, of all processes together; 0 for a loader, whose batch size is not known.
+        images_per_epoch: images of an epoch; 0 for a loader.
     """
 
     epochs: int
@@ -38,23 +38,23 @@ class RunLength:
 
     @property
     def last_batch(self) -> int:
-        """Images of an epoch's last step; 0 if that is known only when they arrive."""
+        """Images of an epoch's last step; 0 for a loader."""
         return self.images_per_epoch - (self.steps_per_epoch - 1) * self.batch_size
 
     def images_before(self, step: int) -> int:
-        """Images that the steps before one, counted from 0, have trained on; 0 if the size of a batch is not known."""
+        """Return the number of images that the steps before ``step``, counted from 0, train on; 0 for a loader."""
         epochs, steps = divmod(step, self.steps_per_epoch)
         return epochs * self.images_per_epoch + steps * self.batch_size
 
     def first_step(self, delay: float, unit: DelayUnit) -> int:
-        """The first step before which at least this much of the run has passed.
+        """Return the first step that begins after a delay.
 
         Args:
-            delay: the length of the delay.
+            delay: length of the delay.
             unit: unit of ``delay``.
 
         Raises:
-            ValueError: ``unit`` is "images", and the size of a batch is not known.
+            ValueError: ``unit`` is "images", and the batch size is not known.
         """
         if unit == "steps":
             return -int(-delay // 1)
@@ -62,45 +62,46 @@ class RunLength:
             return -int(-delay // 1) * self.steps_per_epoch
         if not self.batch_size:
             raise ValueError(
-                "a delay in images needs images in a tensor: the size of a loader's batch is known only when it "
-                "arrives; give the delay in steps"
+                f"the delay {delay:g} cannot have the unit 'images' with a loader, whose batch size is not known: give "
+                "the delay in steps"
             )
         epochs, images = divmod(-int(-delay // 1), self.images_per_epoch)
         return epochs * self.steps_per_epoch - (-images // self.batch_size)
 
     def check_acts(self, step: int, *, argument: str, value: str, weight: str) -> int:
-        """Refuse a delay that lasts as long as the run.
+        """Refuse a loss term whose delay is at least as long as the run.
 
         Args:
-            step: the first step at which the term acts.
-            argument: the setting that delays it.
-            value: value of the setting, with its unit.
-            weight: the setting that weights the term, with its value.
+            step: first step in which the term acts, counted from 0.
+            argument: name of the setting with the delay.
+            value: value of this setting, with its unit.
+            weight: name and value of the setting with the term's weight.
 
         Returns:
             ``step``.
 
         Raises:
-            ValueError: the run ends before that step.
+            ValueError: the run ends before ``step``.
         """
         if step < self.steps:
             return step
         images = f" of {self.batch_size} images" if self.batch_size else ""
         epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         raise ValueError(
-            f"{argument} is {value}, and the training has {epochs} of {self.steps_per_epoch} steps{images}: "
-            f"the term that {weight} weights would first act in step {step + 1}, and the training ends after "
-            f"{self.steps}, so that it would never act. Train longer, give a smaller {argument}, or set "
-            f"{weight.split()[0]} to 0 to train without the term"
+            f"{argument} is {value}, so the loss term with {weight} would begin in step {step + 1}; but the training "
+            f"ends after step {self.steps} ({epochs} of {self.steps_per_epoch} steps{images}). Train longer, lower "
+            f"{argument}, or set {weight.split()[0]} to 0 to train without the term"
         )
 
 
 def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e-3) -> float:
-    """Cosine up from ``peak / 25`` over the first ``warm`` of the run, cosine down to ``floor * peak``; Smith 2018.
+    """Return the learning rate of a one-cycle schedule (Smith, 2018).
+
+    The rate rises along a cosine from ``peak / 25`` to ``peak``, and then falls along a cosine to ``floor * peak``.
 
     Args:
         progress: share of the run's steps that have been taken, in [0, 1).
-        peak: the highest rate.
+        peak: highest learning rate.
         warm: share of the run in which the rate rises.
         floor: the rate at the end, as a share of ``peak``.
     """
@@ -112,15 +113,16 @@ def one_cycle(progress: float, peak: float, warm: float = 0.2, floor: float = 1e
 
 
 def carso_published(epoch: int, epochs: int, peak: float) -> float:
-    """CARSO's rate for ``epoch`` in 0 .. epochs - 1, constant within it (arXiv 2306.06081, official code).
+    """Return CARSO's learning rate, which is constant within an epoch (arXiv 2306.06081, official code).
 
-    Linear from 5e-9 to ``peak`` over int(epochs / 8) epochs, flat for as many, linear to 1.25e-4 ``peak`` over the
-    rest; at least 3 epochs to rise, 1 flat and 3 to fall. The official peak is 1e-4 times the batch of one process.
+    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 8) epochs, but at least 3. It remains at ``peak``
+    for int(epochs / 8) epochs, but at least 1. Then it falls linearly to 1.25e-4 ``peak`` over the remaining epochs,
+    but at least 3. The official peak is 1e-4 times the batch size of one process.
 
     Args:
-        epoch: the epoch, from 0.
+        epoch: the epoch, in 0 .. epochs - 1.
         epochs: epochs of the whole run.
-        peak: the highest rate.
+        peak: highest learning rate.
     """
     rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
     fall = max(3, epochs - 2 * int(epochs / 8))
@@ -130,12 +132,14 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """The rate of CARSO's first version: linear from 5e-9 to ``peak`` over int(epochs / 3) epochs, linear back down.
+    """Return the learning rate of CARSO's first version.
+
+    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 3) epochs, and then falls linearly to 5e-9 again.
 
     Args:
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
-        peak: the highest rate.
+        peak: highest learning rate.
     """
     rise = max(1, int(epochs / 3))
     position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
@@ -143,27 +147,27 @@ def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def arrest_published(epoch: int, epochs: int, peak: float) -> float:
-    """ARREST's rate for ``epoch`` in 0 .. epochs - 1, constant within it (arXiv 2308.16454, by sgmath12/FAT).
+    """Return ARREST's learning rate, which is constant within an epoch (arXiv 2308.16454, by sgmath12/FAT).
 
-    The first 11 of 20 epochs have ``peak``, the next two 0.8 ``peak``, then the rate halves every two epochs: from a
-    peak of 0.025 down to 0.00125. Other numbers of epochs stretch that.
+    With 20 epochs, the rate is ``peak`` in the first 11 epochs and 0.8 ``peak`` in the next two. Then it halves every
+    two epochs: a peak of 0.025 falls to 0.00125. With another number of epochs, the schedule is stretched.
 
     Args:
-        epoch: the epoch, from 0.
+        epoch: the epoch, in 0 .. epochs - 1.
         epochs: epochs of the whole run.
-        peak: the highest rate.
+        peak: highest learning rate.
     """
     place = epoch * 20 // epochs
     return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)
 
 
 def rising(value: float, epoch: int, epochs: int, share: float) -> float:
-    """Rise linearly to ``value`` in the first ``share`` of the epochs, and keep it.
+    """Return a number that rises linearly to ``value`` in the first ``share`` of the epochs, and then is ``value``.
 
     Args:
-        value: the value to rise to.
+        value: the final value.
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
-        share: share of the epochs; 0 for none.
+        share: share of the epochs; with 0, the number is ``value`` in every epoch.
     """
     return value if share == 0 else value * min(1.0, (epoch + 1) / (share * epochs))

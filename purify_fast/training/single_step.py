@@ -1,8 +1,9 @@
-"""Adversarial images by one gradient: N-FGSM, and the attack and the regularizer of nuclear norm training.
+"""Attacks that need one gradient: N-FGSM, and the attack and regularizer of nuclear norm training (NuAT).
 
-The model is attacked in evaluation mode, as by every attack of this package. The authors' code of N-FGSM attacks it in
-training mode (github.com/pdejorge/N-FGSM, commit 0a9e4f0, train.py lines 201 to 237), that of NuAT in evaluation mode,
-but for the clean logits (github.com/val-iisc/NuAT, commit 8962290, CIFAR10/NuAT_cifar10.py lines 207 to 222).
+The model is in evaluation mode during the attack, as in every attack of this package. The authors' code of N-FGSM
+attacks the model in training mode (github.com/pdejorge/N-FGSM, commit 0a9e4f0, train.py lines 201 to 237). The authors'
+code of NuAT attacks the model in evaluation mode, but computes the clean logits in training mode
+(github.com/val-iisc/NuAT, commit 8962290, CIFAR10/NuAT_cifar10.py lines 207 to 222).
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from ..protocols import Classifier
 from .config import TrainingAttack
 from .task import Batch
 
-#: The radius of the ball of N-FGSM's uniform noise, in multiples of eps ("k" in the paper).
+#: Radius of N-FGSM's uniform noise, in multiples of eps ("k" in the paper).
 NOISE = 2.0
-#: The radius of the ball at whose corner NuAT begins, in multiples of eps.
+#: Radius, in multiples of eps, of the L-inf ball at a random corner of which the attack of NuAT begins.
 CORNER = 0.5
 
 
 def n_fgsm(model: Classifier, batch: Batch, attack: TrainingAttack) -> Tensor:
-    """Fast gradient sign from a noisy image, without projection (de Jorge et al., NeurIPS 2022, Algorithm 1).
+    """Make adversarial images with N-FGSM (de Jorge et al., NeurIPS 2022, Algorithm 1).
 
-    Noise that is uniform in twice the ball is added, then one signed step of alpha is taken. The result may be up to
-    ``2 eps + alpha`` away from the image, and is not brought back into the ball.
+    The attack adds uniform noise of radius 2 eps, and then takes one signed gradient step of length alpha. The result
+    may be up to ``2 eps + alpha`` away from the image, because it is not projected onto the ball.
 
     Args:
         model: images to logits.
         batch: the images ``[B, C, H, W]``, and the seed and sample ids of the noise.
-        attack: eps, and the length of the step; without an alpha it is eps.
+        attack: eps, and alpha, the length of the step; if alpha is None, the step has length eps.
 
     Returns:
         The adversarial images ``[B, C, H, W]``.
@@ -46,21 +47,21 @@ def n_fgsm(model: Classifier, batch: Batch, attack: TrainingAttack) -> Tensor:
     point = sample_in_ball(x, ball_around(x, NOISE * now.eps), seed=batch.seed, sample_ids=batch.sample_ids)
     with frozen(model):
         gradient = _gradient(point, lambda moved: F.cross_entropy(model(moved), batch.y, reduction="sum"))
-    # this ball contains every result, so that the step only projects onto the pixels' range
+    # this ball contains every result, so pgd_step only clamps the pixels to [0, 1]
     return pgd_step(point, gradient, x, alpha, min(farthest, 1.0), lo=0.0, hi=1.0)
 
 
 def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight: float) -> Tensor:
-    """The attack of nuclear norm adversarial training (Sriramanan et al., NeurIPS 2021; the authors' lines 102 to 220).
+    """Make adversarial images with the attack of NuAT (Sriramanan et al., NeurIPS 2021; the authors' lines 102 to 220).
 
-    From a random corner of half the ball the attack takes a signed step of eps, and projects it onto the ball. In every
-    other step of the training the loss has the nuclear norm of the change of the logits; in the steps between it is
-    cross-entropy alone.
+    The attack begins at a random corner of the ball of radius eps / 2, takes one signed gradient step of length alpha,
+    and projects the result onto the ball of radius eps. The attacked loss is cross-entropy. In every second step of the
+    training, the weighted nuclear norm of the change of the logits is added to the attacked loss.
 
     Args:
         model: images to logits.
         batch: the images ``[B, C, H, W]``, and the seed and sample ids of the corner.
-        attack: eps, and the length of the step; without an alpha it is eps.
+        attack: eps, and alpha, the length of the step; if alpha is None, the step has length eps.
         weight: weight of the nuclear norm.
 
     Returns:
@@ -70,7 +71,7 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
     alpha = now.eps if now.alpha is None else now.alpha
     x, y, with_norm = batch.x, batch.y, batch.step % 2 == 1 and weight > 0
     inside = sample_in_ball(x, ball_around(x, now.eps), seed=batch.seed, sample_ids=batch.sample_ids)
-    # a pixel at the border of its range whose noise points outwards stays where it is
+    # the sign is 0, and the pixel is unchanged, if its noise points out of [0, 1] and it is at that border already
     corner = (x + CORNER * now.eps * (inside - x).sign()).clamp(0, 1)
     with frozen(model):
         with torch.no_grad():
@@ -86,8 +87,8 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
 
 
 def nuclear_norm(change: Tensor) -> Tensor:
-    """The sum of the singular values of what a batch's logits change, ``[B, classes]``, divided by B; a scalar."""
-    # PyTorch has no singular values in half precision, which would be too coarse for them
+    """Return the nuclear norm (sum of singular values) of a change of logits ``[B, classes]``, divided by B; scalar."""
+    # PyTorch cannot compute singular values in half precision, which would be too inexact anyway
     with torch.autocast(change.device.type, enabled=False):
         return torch.linalg.matrix_norm(change.float(), ord="nuc") / len(change)
 

@@ -24,7 +24,7 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of a step. With several processes, the images are this process's share of the batch.
+    """The input of a training step. With several processes, the images are this process's share of the batch.
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
@@ -34,8 +34,8 @@ class Batch:
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
         step: the step, from 0, of the whole run.
-        images_before: images that the steps before have trained on, of all processes together.
-        bank: bank of attacks on these images, for a task that has `Task.frozen_attacks`; None keeps nothing.
+        images_before: number of images that earlier steps trained on, over all processes.
+        bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
     """
 
     x: Tensor
@@ -49,7 +49,7 @@ class Batch:
     bank: BankedStep | None = None
 
     def progress_in(self, unit: DelayUnit) -> int:
-        """The part of the run that is behind this batch.
+        """Return the part of the run that lies before this batch.
 
         Args:
             unit: unit of the returned number.
@@ -59,11 +59,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Update:
-    """The work of one optimizer in a step.
+    """The loss for one optimizer in a step.
 
     Args:
-        optimizer: its name among the task's optimizers.
-        loss: the loss that it lowers.
+        optimizer: name of the optimizer in `Task.optimizers`.
+        loss: the loss that the optimizer lowers.
         metrics: detached scalars to log.
     """
 
@@ -73,22 +73,23 @@ class Update:
 
 
 class Task:
-    """A training, step by step; a method subclasses it. `fit` does for each batch, and each update of it,
+    """The base class of trainings; each method has a subclass. For each update of each batch, `fit` runs
 
         zero_grad, backward of the loss, mean of the gradients over the processes,
         task.before_step(), optimizer.step(), task.after_step()
 
-    and calls ``finish`` when the run is over. Most tasks give a model, an optimizer and the first three methods.
+    and it calls ``finish`` at the end of the run. Most tasks set ``model`` and ``optimizer``, and define
+    ``training_step``, ``learning_rate`` and ``describe``.
 
     Attributes:
-        model: the trained model; its whole state is saved in checkpoints and restored.
-        optimizer: its optimizer.
-        tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits while `fit`
-            trains; without it, float32 has the precision of IEEE.
-        graphs: captures the steps of the training's attacks, for a task that hands it to them; `fit` gives one on a
-            CUDA device.
-        acts_from_step: the answer of `terms` for the run; `fit` sets it.
-        bank: the facts of the adversarial bank that it is trained with; `fit` sets it. Empty without one.
+        model: the trained model. Checkpoints save and restore its whole state.
+        optimizer: the optimizer of the model.
+        tf32: whether a GPU may round the factors of float32 convolutions and matrix products to ten bits of mantissa
+            while `fit` trains; if False, float32 has the precision of IEEE.
+        graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
+            attacks; `fit` sets it on a CUDA device.
+        acts_from_step: result of `terms` for the run; `fit` sets it.
+        bank: settings of the adversarial bank, for the saved model; `fit` sets them. Empty without a bank.
     """
 
     model: nn.Module
@@ -100,13 +101,14 @@ class Task:
 
     @property
     def result(self) -> nn.Module:
-        """The model that the training makes, and that is saved."""
+        """The model that the training produces and saves."""
         return self.model
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The loss to minimize, and detached scalars to log.
+        """Return the loss to minimize, and detached scalars to log.
 
-        The loss is the mean over the batch; a loss that is a sum is multiplied by the number of processes.
+        The loss must be a mean over the batch. Multiply a loss that is a sum by the number of processes, because `fit`
+        averages the gradients over the processes.
 
         Args:
             batch: the images to train on.
@@ -114,7 +116,7 @@ class Task:
         raise NotImplementedError
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
-        """The learning rate of a step.
+        """Return the learning rate of a step.
 
         Args:
             progress: share of the run's steps that have been taken, in [0, 1).
@@ -124,42 +126,45 @@ class Task:
         raise NotImplementedError
 
     def terms(self, length: RunLength) -> dict[str, int]:
-        """The terms of the loss whose weight is above 0, and the step from which on each acts.
+        """Return the terms of the loss whose weight is above 0, each with the first step in which the term acts.
 
-        `fit` asks before the first step, and writes the answer into the run's log; a method writes it into the saved
-        model. A term is called as its metric.
+        `fit` calls this before the first step, and writes the result into the run's log. A method also writes the
+        result into the saved model. The name of a term is the name of its metric.
 
         Args:
             length: length of the run.
 
         Raises:
-            ValueError: a term is delayed for the whole run, or a batch of the run is too small for the method.
+            ValueError: a term is delayed for the whole run, or a batch is too small for the method.
         """
         return {}
 
     def frozen_attacks(self) -> FrozenAttacks | None:
-        """The training's attacks, if all of them attack a model that it never changes; None otherwise.
+        """Return the training's attacks if they all attack a model that the training never changes; otherwise None.
 
-        They can be kept in a bank then.
+        An adversarial bank can store the images of such attacks.
 
         Raises:
-            ValueError: such attacks, which differ from epoch to epoch.
+            ValueError: the attacks differ from epoch to epoch.
         """
         return None
 
     def describe(self) -> dict[str, Any]:
-        """The settings that must be equal for a checkpoint to be resumed, as JSON values; ``task`` is the kind."""
+        """Return the settings that a run must share with a checkpoint to resume from it, as JSON values.
+
+        The key ``task`` names the kind of training.
+        """
         raise NotImplementedError
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
-        """Every optimizer by name, the one of the model first. Their states are saved in checkpoints and restored."""
+        """All optimizers by name; the model's optimizer is the first. Checkpoints save and restore their states."""
         return {"model": self.optimizer}
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """The updates of one step, each made when the one before it has been applied.
+        """Yield the updates of one step. Each update is computed after the update before it has been applied.
 
-        The loss and the metrics of the last one are logged.
+        The loss and the metrics of the last update are logged.
 
         Args:
             batch: the images to train on.
@@ -168,38 +173,40 @@ class Task:
         yield Update("model", loss, metrics)
 
     def before_step(self) -> None:
-        """Called when the gradients are known and the optimizer has not moved the weights yet."""
+        """Run by `fit` after the gradients are computed, and before the optimizer changes the weights."""
 
     def after_step(self) -> None:
-        """Called when the optimizer has moved the weights."""
+        """Run by `fit` after the optimizer has changed the weights."""
 
     def finish(self) -> None:
-        """Put the training's result into the model. May be called in the middle of a run, to validate it."""
+        """Put the training's result into the model. Validations in the middle of a run call this too."""
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, Lookahead):
                 optimizer.load_slow()
         if self.acts_from_step:
-            # saved with the model
+            # these values are saved with the model
             self.result.acts_from_step = dict(self.acts_from_step)  # type: ignore[assignment]
         if self.bank:
             self.result.bank = dict(self.bank)  # type: ignore[assignment]
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
-        """Refuse images or labels that the model does not take, before any step.
+        """Refuse images or labels that the model does not accept, before any step.
 
         Args:
             shape: shape of an image, (C, H, W).
             classes: the largest label plus one.
 
         Raises:
-            ValueError: the message says what does not fit.
+            ValueError: the images or labels do not fit; the message says why.
         """
 
     def validate(self, batch: Batch) -> Metrics:
-        """``loss`` and metrics of held-out images, detached; the model is in evaluation mode, and finished.
+        """Return ``loss`` and metrics of held-out images, detached.
+
+        `fit` calls this after `finish`, with the model in evaluation mode.
 
         Args:
-            batch: held-out images, as of the run's last epoch.
+            batch: held-out images; the batch's epoch is the last of the run.
         """
         with torch.no_grad():
             loss, metrics = self.training_step(batch)
@@ -208,7 +215,7 @@ class Task:
 
 @torch.no_grad()
 def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    """Refuse images or labels that a classifier does not take, by a look at one black image.
+    """Run a classifier on one black image, and refuse images or labels that the classifier does not accept.
 
     Args:
         model: images to logits.
@@ -216,7 +223,7 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
         classes: the largest label plus one.
 
     Raises:
-        ValueError: the message says what does not fit.
+        ValueError: the images or labels do not fit; the message says why.
     """
     weight = first_tensor(model)
     image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
@@ -229,6 +236,6 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> 
 
 
 def check_labels(classes: int, known: int) -> None:
-    """ValueError if ``classes``, the largest label plus one, exceeds the number of classes of the model."""
+    """Raise ValueError if ``classes``, the largest label plus one, exceeds ``known``, the model's number of classes."""
     if classes > known:
         raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")

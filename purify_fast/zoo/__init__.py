@@ -1,13 +1,13 @@
-"""Small trained models that come with the package, to be attacked within a minute of installing it.
+"""Small trained models that come with the package. They can be attacked directly after the installation.
 
     from purify_fast import zoo
 
-    zoo.list()                                  # their names
-    model = zoo.load("digits-carso-pipeline")   # images in [0, 1] to logits, in evaluation mode
-    print(zoo.card("digits-carso-pipeline"))    # how it was trained, and what it withstands
+    zoo.list()                                  # the names of the models
+    model = zoo.load("digits-carso-pipeline")   # a module from images in [0, 1] to logits, in evaluation mode
+    print(zoo.card("digits-carso-pipeline"))    # the model's training, and its accuracy under attack
 
-A model's card names the protocols that attacked it, on how many images, and what each left. Whoever gets
-it lower is asked to report how.
+A model's card has the accuracy under each protocol (a list of attacks with a name), and the number of images. If you
+find an attack that lowers an accuracy, please report it.
 """
 
 from .cards import Accuracy, Card, card, classifier_folder, folder, list, load

@@ -1,4 +1,4 @@
-"""The models of the zoo, and their cards: how each was trained, and what it withstands."""
+"""Load the models of the zoo, and their cards, which describe their training and their accuracy under attack."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Accuracy:
     """An accuracy of a model.
 
     Args:
-        share: the share of the images that are classified correctly, in [0, 1].
-        images: how many images.
-        reliable: whether the checks of the evaluation found nothing that makes the number doubtful.
-        one_draw: for a random model under attack, whose ``share`` needs every draw right, the share of single draws
-            that are right; None if the model predicts the same every time, and for a card that lacks it.
+        share: share of the images that are classified correctly, in [0, 1]. For a random model under attack, an image
+            counts only if every draw is correct.
+        images: number of images.
+        reliable: whether the checks of the evaluation found no reason to doubt the number.
+        one_draw: for a random model under attack, the share of single draws that are correct. None for a deterministic
+            model, and for a card without this number.
     """
 
     share: float
@@ -40,7 +41,7 @@ class Accuracy:
 
     @property
     def standard_error(self) -> float:
-        """The binomial standard error of `share`."""
+        """The standard error of `share` by the binomial distribution."""
         return math.sqrt(self.share * (1 - self.share) / self.images)
 
     def __str__(self) -> str:
@@ -51,28 +52,28 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Card:
-    """The facts about a model.
+    """The description of a model.
 
     Args:
-        name: the model's name in the zoo.
+        name: name of the model in the zoo.
         title: a sentence that says what the model is.
         method: the defence: "classifier", "CARSO", "AToP", "ARREST" or "diffusion".
-        study_only: whether the model is here to be studied, not to be relied on: a purifier that was trained with only
-            its paper's objective.
-        data: the data set that it was trained on, as `purify_fast.data.load_dataset` calls it.
-        image_shape: (C, H, W) of its images.
-        norm: the norm of the ball that it was trained and judged in.
-        eps: the radius of that ball in image units.
-        training: the command that trains it.
-        judged: the command that made the numbers.
-        version: the version of this package that made the numbers.
+        study_only: whether the model is only for studies and not robust: a purifier that was trained with the paper's
+            objective.
+        data: name of the data set of its training, as in `purify_fast.data.load_dataset`.
+        image_shape: shape (C, H, W) of its images.
+        norm: norm of the ball in its training and its evaluation.
+        eps: radius of that ball in image units.
+        training: command that trains the model.
+        judged: command that measured the accuracies.
+        version: version of this package that measured the accuracies.
         licence: licence of the weights.
         clean: accuracy on images that are not attacked.
-        attacked: accuracy by the name of the protocol, see `purify_fast.evaluation.evaluate`; "votes" is the protocol
-            "rand" against the majority of ten draws.
-        classifier: the model of the zoo that stands behind the defence; None if the model is a classifier itself.
-        attacks: a short hash of each protocol's attacks, of their options and revisions, by the name of the protocol. A
-            protocol whose hash is missing was run before cards had them.
+        attacked: accuracy for each protocol of `purify_fast.evaluation.evaluate`, by its name. "votes" is the protocol
+            "rand" with the majority of ten draws as prediction.
+        classifier: name of the defence's classifier in the zoo; None if the model is itself a classifier.
+        attacks: for each protocol, by its name, a short hash of its attacks with their options and revisions. Older
+            results have no hash.
     """
 
     name: str
@@ -102,10 +103,10 @@ class Card:
 
 
 def read_card(folder: Path) -> Card:
-    """The card in a model's folder.
+    """Read the card in a model's folder.
 
     Args:
-        folder: where the model is.
+        folder: folder of the model.
 
     Raises:
         FileNotFoundError: the folder has no card.
@@ -122,74 +123,75 @@ def read_card(folder: Path) -> Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write a card beside its model, atomically.
+    """Write a card to the folder of its model, atomically.
 
     Args:
-        card: the facts about the model.
-        folder: where the model is.
+        card: the description of the model.
+        folder: folder of the model.
     """
     write_text(folder / FILE, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
 
 
 def card(name: str) -> Card:
-    """The facts about a model of the zoo.
+    """The description of a model in the zoo.
 
     Args:
         name: a name in `list`.
 
     Raises:
-        ValueError: the zoo has no such model; the message names its models.
+        ValueError: the zoo has no such model. The message names the models of the zoo.
     """
     return read_card(folder(name))
 
 
 def list() -> builtins.list[str]:
-    """The names of all models, sorted."""
+    """The sorted names of all models in the zoo."""
     return sorted(path.parent.name for path in MODELS.glob(f"*/{FILE}"))
 
 
 def folder(name: str) -> Path:
-    """The folder that a model was saved in; do not write there, it belongs to the installed package.
+    """The folder of a model. Do not write there, because the folder belongs to the installed package.
 
-    The classifier of a defence is not inside: `classifier_folder` says where it is, and `load` reads both.
+    The folder of a defence does not contain its classifier, whose folder is `classifier_folder`. `load` reads both.
 
     Args:
         name: a name in `list`.
 
     Raises:
-        ValueError: the zoo has no such model; the message names its models.
+        ValueError: the zoo has no such model. The message names the models of the zoo.
     """
     if name not in list():
-        raise ValueError(f"name must be a model of the zoo, got {name!r}: there are {', '.join(list())}")
+        raise ValueError(f"name must be a model of the zoo, got {name!r}: the models are {', '.join(list())}")
     return MODELS / name
 
 
 def classifier_folder(name: str) -> Path:
-    """The folder of the classifier behind a defence of the zoo.
+    """The folder of the classifier of a defence in the zoo.
 
     Args:
-        name: a name in `list`, of a defence.
+        name: the name of a defence in `list`.
 
     Raises:
-        ValueError: the zoo has no such model, or the model is a classifier itself.
+        ValueError: the zoo has no such model, or the model is itself a classifier.
     """
     behind = card(name).classifier
     if behind is None:
-        raise ValueError(f"name must be a defence of the zoo, got {name!r}, whose card names no classifier")
+        raise ValueError(f"name must be a defence of the zoo, got {name!r}, which is a classifier")
     return folder(behind)
 
 
 def load(name: str) -> nn.Module:
-    """A trained model, in evaluation mode, on the CPU.
+    """Load a trained model in evaluation mode, on the CPU.
 
     Args:
         name: a name in `list`.
 
     Returns:
-        Images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``. A defence has its classifier inside.
+        A module from images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``. A defence contains its
+        classifier.
 
     Raises:
-        ValueError: the zoo has no such model; the message names its models.
+        ValueError: the zoo has no such model. The message names the models of the zoo.
     """
     if card(name).classifier is None:
         return load_classifier(folder(name))

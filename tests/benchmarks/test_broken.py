@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -150,8 +151,7 @@ def test_results_are_kept_and_a_sign_that_flags_alone_is_named(judging, tmp_path
     assert ["signs of `standard`", "1 of 2", "1 of 1", "0 of 1", "0 of 0", "EMPIR"] in rows
     assert ["active test", "0 of 2", "0 of 1", "0 of 1", "0 of 0", "-"] in rows
     assert ["batch size", "1", "0", "0", "EMPIR"] in rows and ["missed images", "0", "0", "0", "-"] in rows
-    more = "AutoAttack overestimates the robust accuracy of 1 of them by more than 2 points"
-    assert [f"{more}, and of EMPIR by most, 75 points."] in rows
+    assert any(re.search(r"overestimates .* 1 .* 75 points, for EMPIR", cell) for row in rows for cell in row)
 
 
 def test_strong_judges_only_where_standard_found_or_flagged(judging, monkeypatch, tmp_path):
@@ -224,7 +224,7 @@ def test_the_code_of_a_model_is_that_of_all_that_builds_it(monkeypatch):
 def test_a_page_takes_what_there_is(tmp_path):
     """Without results the table says so; a model that a judge lacks has a dash."""
     (line,) = tables.table(tmp_path)
-    assert "No model has been judged" in line and fill.table("broken", tmp_path) == line
+    assert "python -m benchmarks broken" in line and fill.table("broken", tmp_path) == line
     (tmp_path / tables.FILE).write_text(json.dumps([result("EMPIR", tables.ADAPTIVE, "1100")]))
     rows = lines_of("\n".join(tables.table(tmp_path)))
     assert [row[3:] for row in rows if row[0].startswith("EMPIR (")] == [["4", "100", "50", "-", "-", "-", "-", "-"]]

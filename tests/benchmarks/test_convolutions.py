@@ -1,5 +1,7 @@
 """The layers that are timed are those of the generator; the command that times them."""
 
+import re
+
 import pytest
 
 from benchmarks import __main__ as program
@@ -31,10 +33,10 @@ def test_mistakes(monkeypatch, capsys):
     monkeypatch.setattr(convolutions, "table", lambda *given: pytest.fail("it ran"))
     monkeypatch.setitem(REGISTRY["convolution"].available, "cpu", ("reference",))
     for arguments, message in (
-        (["--runs", "0"], "error: argument --runs: must be at least 1, got 0"),
-        ([], "error: this package's convolutions have no kernel here: they need the compiled extension, and a"),
+        (["--runs", "0"], r"error: argument --runs: .*\b0$"),
+        ([], "error: .*convolutions.*AVX512-BF16"),
     ):
         with pytest.raises(SystemExit) as ended:
             program.main(["convolutions", *arguments])
         *_, last = capsys.readouterr().err.splitlines()
-        assert ended.value.code == 2 and message in last
+        assert ended.value.code == 2 and re.search(message, last)

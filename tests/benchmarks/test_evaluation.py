@@ -1,6 +1,7 @@
 """The contest against the official AutoAttack: finished contests are kept, and the table says what the results say."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -86,7 +87,7 @@ def test_contests_are_kept_and_the_table_says_what_was_found(made_models, tmp_pa
     assert [row["images"] for row in again] == [4, 4, 4, 3, 3, 3] and again[:3] == rows[:3]
     program.main(["evaluation", "plain", "--quick", "--redo", "--rounds", "1", "--out", str(tmp_path)])
     assert made_models == [False, True, True, False]
-    assert "standard leaves" in capsys.readouterr().out
+    assert re.search(r"plain: .* % under standard", capsys.readouterr().out)
 
 
 def test_an_interrupted_contest_goes_on_where_it_was(made_models, tmp_path, monkeypatch):
@@ -211,11 +212,11 @@ def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
 
 def test_mistakes(made_models, capsys):
     for arguments, message in (
-        (["digits"], "there is no 'digits'; there are plain; noisy"),
-        (["--images", "0"], "argument --images: must be at least 1, got 0"),
-        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
-        (["robust"], "'robust' is a contest of --robust: add --robust"),
+        (["digits"], "argument NAME: 'digits'.*plain; noisy"),
+        (["--images", "0"], r"argument --images: .*\b0$"),
+        (["--rounds", "0"], r"argument --rounds: .*\b0$"),
+        (["robust"], "'robust'.*add --robust"),
     ):
         with pytest.raises(SystemExit):
             program.main(["evaluation", *arguments])
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err, re.M)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -265,20 +266,20 @@ def test_limits_are_rates_of_random_data(tmp_path):
     ("arguments", "message"),
     [
         (["--only", "nothing"], "invalid choice: 'nothing'"),
-        (["--dry", "--seconds", "0"], "argument --seconds: must be above 0, got 0"),
-        (["--dry", "--total", "nan"], "argument --total: must be above 0, got nan"),
+        (["--dry", "--seconds", "0"], r"argument --seconds: .*\b0\.?$"),
+        (["--dry", "--total", "nan"], r"argument --total: .*\bnan\b"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert check(*arguments) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.M)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_names_the_rehearsal(capsys):
     assert check() == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "no CUDA device is available: " in told and "this PyTorch" in told and "; --dry rehearses" in told
+    assert "no CUDA device is available: " in told and "this PyTorch" in told and " --dry " in told.partition("error: ")[2]
 
 
 def test_the_three_commands_hold_every_section_within_nine_minutes():

@@ -78,7 +78,7 @@ def test_a_gpus_folder_becomes_a_chapter(tmp_path):
     measured = [{"limit": limits.COPY, "median": "1000.0"}, {"limit": limits.PRODUCT, "median": "200000.0"}]
     sheets.write_csv(tmp_path / "some-gpu" / limits.FILE, [one | rates for one in measured])
     page, _ = fill.filled("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in TABLES), tmp_path)
-    assert "Not yet run on a GPU" not in page and "## Measured: some-gpu" in page
+    assert performance.NOT_RUN not in page and "## Measured: some-gpu" in page
     assert "| Some GPU | 1,000 | 200,000 | 2026-01-01, torch 2.11.0, triton 3.6.0 |" in page
     case = performance.standard(registry("cuda")["pgd_step"]())
     most = 1e6 * case.count("bytes", "forward") / 1e12

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,10 +55,10 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
 @pytest.mark.parametrize(
     "jobs, message",
     [
-        ([], "at least one job, got none"),
+        ([], "jobs .*empty"),
         ([Job("a", 0, work), Job("a", 0, work)], "jobs must have different folders"),
         ([Job("a b", 0, work), Job("a-b", 0, work)], "jobs must have different folders"),  # they would share a folder
-        ([Job("a", 0, work, ("b",)), Job("b", 1, work)], "no job for these rows and seeds, .*'b', 0"),
+        ([Job("a", 0, work, ("b",)), Job("b", 1, work)], "jobs .*'b', 0"),
         ([Job("a", 0, work, ("b",)), Job("b", 0, work, ("a",))], "nodes are in a cycle"),
     ],
 )
@@ -178,8 +179,8 @@ def test_rows_bring_their_needs():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("carso_digits --rows bass", "no such rows: bass; there are base, base, L2"),
-        ("carso_digits --seeds 0", "--seeds: must be at least 1, got 0"),
+        ("carso_digits --rows bass", "--rows.*bass.*base, base, L2"),
+        ("carso_digits --seeds 0", r"argument --seeds: .*\b0$"),
         ("carso_digits --full", "unrecognized arguments: --full"),
         ("carso_mnist --seeds 2", "unrecognized arguments: --seeds 2"),
         ("cifar10 --device gpu", "--device gpu cannot be used here"),
@@ -191,7 +192,7 @@ def test_options_that_do_not_fit_are_refused_before_any_work(options, message, c
     monkeypatch.setattr(run_study, "main", lambda chosen: pytest.fail("it was run"))
     with pytest.raises(SystemExit, match="2"):
         program.main(["study", *options.split()])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.M)
 
 
 def test_without_autoattack_nothing_is_trained(capsys, monkeypatch):
@@ -295,4 +296,4 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
 def test_report_of_an_empty_folder_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main(["report", str(tmp_path)])
-    assert "holds neither ops.csv nor pipelines.csv" in capsys.readouterr().err
+    assert re.search(r"error: .*ops\.csv.*pipelines\.csv", capsys.readouterr().err)

@@ -1,6 +1,7 @@
 """The study on CIFAR-10: its jobs fit together, what it chooses it chooses on held-out images, its table is right."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.robustness.studies import RESULT, Job, cifar10
 from benchmarks.robustness.studies.cifar10 import candidates, job_list, models
 from benchmarks.robustness.studies.cifar10 import results as results_of_study
 from benchmarks.robustness.studies.cifar10 import study as names
-from benchmarks.robustness.studies.cifar10.table import write_tables
+from benchmarks.robustness.studies.cifar10.table import NothingJudged, write_tables
 from purify_fast.evaluation import Report
 from purify_fast.evaluation.rows import Row
 from purify_fast.evaluation.show import tradeoff
@@ -238,7 +239,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert "Trained with seed 1:" in page and page.count("- CARSO pipeline minus PGD-AT, `fast`: ") == 2
     # the second image of all, and the third of every other one, withstood the first protocol alone
     count = len(names.rows(BUDGET)) + 1
-    assert f"`strong` leaves as many right as `fast` in 0 of {count} rows; the others: standard -1; PGD-AT -2;" in page
+    assert re.search(rf"`strong` .*`fast` in 0 of {count} rows\. .*: standard -1; PGD-AT -2;", page)
     others = [name for name in names.TRIED if name != candidates.MIXED]
     assert f"Candidates that are not judged yet: {'; '.join(others)}.\n" in page
     assert "Not attacked by the official AutoAttack yet: CARSO pipeline; TRADES; ARREST, moving average.\n" in page
@@ -260,7 +261,7 @@ def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path)
 
 
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
-    with pytest.raises(ValueError, match="holds no model that is judged"):
+    with pytest.raises(NothingJudged, match=re.escape(str(tmp_path))):
         cifar10.write(tmp_path, tmp_path / "results", BUDGET)
     with pytest.raises(SystemExit, match="2"):
         program.main(["study", "cifar10", "--so-far", "--out", str(tmp_path)])
@@ -291,15 +292,15 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     # the same once more: nothing changes
     assert cifar10.write(other, results, BUDGET).read_text() == page
     # neither a folder without any result nor another budget changes what is there
-    with pytest.raises(ValueError, match="holds no model that is judged"):
+    with pytest.raises(NothingJudged, match="empty"):
         cifar10.write(tmp_path / "empty", results, BUDGET)
     longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
-    with pytest.raises(results_of_study.OtherBudget, match="results of another budget"):
+    with pytest.raises(results_of_study.OtherBudget, match=re.escape(str(results))):
         cifar10.write(other, results, longer)
     job = next(job for job in cifar10.jobs("nowhere", longer) if job.name == names.BASE)
     (studies.folder_of(other, names.BASE, 1) / studies.ASKED).write_text(json.dumps(job.asked()))
     for place in (results, tmp_path / "nothing there yet"):
-        with pytest.raises(results_of_study.OtherBudget, match="PGD-AT-1 has another budget"):
+        with pytest.raises(results_of_study.OtherBudget, match=r"PGD-AT-1\b.*--width"):
             cifar10.write(other, place, BUDGET)
     assert (results / "cifar10.md").read_text() == page and not (tmp_path / "nothing there yet").exists()
 
@@ -317,12 +318,11 @@ def test_a_model_that_was_trained_anew_takes_away_what_began_with_the_old_one(tm
     strong.unlink()
     page = cifar10.write(other, results, BUDGET).read_text()
     assert "| CARSO, paper's objective |" in page and "Not attacked by `strong` yet: PGD-AT." in page
-    assert "PGD-AT, seed 0: replaced, and has no strong, strong_more yet" in capsys.readouterr().err
+    assert re.search(r"PGD-AT, seed 0: replaced .*strong, strong_more", capsys.readouterr().err)
     # another training
     strong.write_text(judged_by_strong)
     log.write_text(log.read_text().splitlines()[0] + "\n")
     page = cifar10.write(other, results, BUDGET).read_text()
     rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["model", "---", names.BASE, names.LARGE]
-    told = "CARSO, paper's objective, seed 0: left out, because the model that it began with was trained anew"
-    assert told in capsys.readouterr().err
+    assert "CARSO, paper's objective, seed 0: left out, because" in capsys.readouterr().err

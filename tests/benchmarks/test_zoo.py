@@ -1,5 +1,6 @@
 """Models are packed into the zoo by a command, with a card that says what two protocols left of them."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +58,9 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["digits-best"], "there is no model 'digits-best' in the zoo: there are cifar10-arrest-w16"),
-        (["digits-standard=nowhere"], "nowhere holds no model: give NAME=FOLDER, with"),
-        (["digits-standard", "--images", "0"], "argument --images: must be at least 1, got 0"),
+        (["digits-best"], "'digits-best'.*cifar10-arrest-w16"),
+        (["digits-standard=nowhere"], "nowhere.*NAME=FOLDER"),
+        (["digits-standard", "--images", "0"], r"argument --images: .*\b0$"),
         (["mnist-arrest", "--data", "nowhere"], "no data set 'mnist'"),
     ],
 )
@@ -67,11 +68,11 @@ def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypa
     monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
     with pytest.raises(SystemExit, match="2"):
         program.main(["zoo", *options])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(
-    "limit, message", [("LARGEST", "a model of the zoo has at most 1,000"), ("ALL", "the zoo would have")]
+    "limit, message", [("LARGEST", r"the model in .* bytes.* 1,000\b"), ("ALL", r"the zoo .* bytes.* 1,000\b")]
 )
 def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -154,7 +155,7 @@ def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo,
 def test_the_folder_of_what_is_to_be_packed_is_no_source(small_zoo):
     target = Path("runs/zoo/digits-carso-pipeline/model")
     shutil.copytree(packed.folder("digits-carso-pipeline"), target)
-    with pytest.raises(ValueError, match="give the folder that a training wrote"):
+    with pytest.raises(ValueError, match=r"FOLDER.*runs/zoo/digits-carso-pipeline/model"):
         pack_zoo.main(asked(f"digits-carso-pipeline={target}"), small_zoo)
 
 

@@ -72,10 +72,10 @@ def test_a_network_by_import_path_is_defended_and_loaded_again(run, bars, mine):
 def test_what_an_import_path_may_not_name(run, bars, mine):
     for spec, message in (
         ("my_networks:missing", "has no function or class 'missing'"),
-        ("my_networks:nothing", "must return a torch.nn.Module, it returned a int"),
+        ("my_networks:nothing", "my_networks:nothing must return a torch.nn.Module; it returned the type int"),
         ("no_such_module:make", "No module named 'no_such_module'"),
-        (":make", "a model by name is package.module:function"),
-        ("torchvision:resnet18", "has fresh weights: give trained ones with --classifier-weights"),
+        (":make", "the name of a model must be package.module:function"),
+        ("torchvision:resnet18", "has random weights: give trained weights with --classifier-weights"),
         ("torchvision:resnett18", "torchvision has no classifier 'resnett18'; near: resnet18"),
     ):
         code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
@@ -96,7 +96,7 @@ def test_a_saved_classifier_runs_no_file_by_its_path(mine):
     made = ForeignClassifier("my_networks:trained", 1, 2)
     made.arguments["spec"] = f"{mine}/hidden.py:make"
     save_classifier(made, mine / "saved")
-    with pytest.raises(ValueError, match=r"got '.*hidden.py:make': only `purify-fast evaluate` takes .* hidden:make"):
+    with pytest.raises(ValueError, match=r"spec must be .*hidden\.py:make'.* hidden:make"):
         load_classifier(mine / "saved")
 
 
@@ -118,7 +118,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path, short
         code, printed = run("train", "classifier", "--model", f"torchvision:{model}", *few)
         assert code == 2 and message in printed
     code, printed = run("train", "carso", "--classifier", out, "--classifier-weights", "x.pth", *few)
-    assert code == 2 and f"--classifier-weights is for a classifier by name, got x.pth: the folder {out}" in printed
+    assert code == 2 and "--classifier-weights is only for a classifier by name, got x.pth" in printed
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", "table.pth"])
@@ -157,23 +157,23 @@ class Executed:
 
 def test_only_tensors_are_read(tmp_path, capsys):
     torch.save({"weight": Executed()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="holds Python objects, and only tensors are read"):
+    with pytest.raises(ValueError, match=r"bad\.pth contains Python objects"):
         read_weights(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
     torch.save([1], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match=r"list\.pth contains no state dict"):
         read_weights(tmp_path / "list.pth")
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match=r"empty\.safetensors contains no weights"):
         read_weights(tmp_path / "empty.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"nowhere.pth is missing"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is missing"):
         read_weights(tmp_path / "nowhere.pth")
 
 
 def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     mean, std = (0.5,) * 3, (0.5,) * 3
-    with pytest.raises(FileNotFoundError, match=r"resnet18-f37072fd.pth is missing: nothing is downloaded here"):
+    with pytest.raises(FileNotFoundError, match=r"resnet18-f37072fd.pth is missing, .*https"):
         build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
     with pytest.raises(ValueError, match="resnet18 has no weights 'V9', only IMAGENET1K_V1"):
         build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="V9")
@@ -184,7 +184,7 @@ def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(t
     made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
     assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
     assert torch.equal(made.model.fc.weight, network.fc.weight)
-    with pytest.raises(ValueError, match="has 1000 classes, the data 2000"):
+    with pytest.raises(ValueError, match="weights must .* 2000 classes .* IMAGENET1K_V1 .* 1000 classes"):
         build_foreign("torchvision:resnet18", 3, 2000, mean, std, weights="IMAGENET1K_V1")
 
 

@@ -109,12 +109,12 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("code/odd.py:make", "code/odd.py cannot be imported: SyntaxError: invalid syntax"),
         ("code/my_defence.py:mak", "has no function or class 'mak'; near: make"),
         ("code/my_defence.py:number", "failed: TypeError: 'int' object is not callable"),
-        ("code/my_defence.py:nothing", "or a function from images to logits, it returned a int"),
+        ("code/my_defence.py:nothing", "or a function from images to logits; it returned the type int"),
         ("code/my_defence.py:broken", "must work without arguments, but it failed: TypeError: Net.__init__() takes 1"),
         ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: "),
-        ("code/my_defence.py", "name the function that returns the model too, as code/my_defence.py:function"),
-        ("code/my_defence.py:", "a model by name is package.module:function or path/to/file.py:function"),
-        ("torchvision:resnet18", "torchvision:resnet18 has fresh weights: name a folder, or a function"),
+        ("code/my_defence.py", "give also the function that returns the model, as code/my_defence.py:function"),
+        ("code/my_defence.py:", "must be package.module:function or path/to/file.py:function, got"),
+        ("torchvision:resnet18", "torchvision:resnet18 has random weights: name a folder, or your function"),
         ("torchvision:resnett18", "torchvision has no classifier 'resnett18'; near: resnet18"),
         ("code/my_defence.py:make", "--eps must be given, such as --eps 8/255: code/my_defence.py:make does not say"),
     ],
@@ -148,7 +148,7 @@ def test_an_error_while_the_model_runs_is_a_traceback_that_names_its_file(run, b
     (mine / "helps.py").write_text("def around(x, fail):\n    return {}['own'] if fail else x.flatten(1)[:, :2]\n")
     few = ["--data", bars, "--device", "cpu", "--steps", "9", "--protocol", "fast", "--eps", "0.1"]
     code, printed = run("evaluate", "code/around_it.py:make", *few)
-    assert code == 1 and "helps.py" in printed and "unless the lines above end in code of your own" in printed, printed
+    assert code == 1 and "helps.py" in printed and "unless the lines above end in your own code" in printed, printed
 
 
 def test_files_of_one_name_have_reports_of_their_own(mine):
@@ -164,7 +164,7 @@ def test_files_of_one_name_have_reports_of_their_own(mine):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Put what only"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--width'])", "ends.py, line 2). Move the code"),
         ("def make(width):\n    return width", "missing 1 required positional argument: 'width'"),
         ("\n\ndef make():\n    return {}['key']", "ends.py, line 4)"),
         ("def make():\n    raise SystemExit(3)", "but it failed: SystemExit: 3"),

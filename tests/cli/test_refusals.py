@@ -38,7 +38,7 @@ REFUSED = {
     "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
-    "train classifier --data {bars} --model fully_connected --width 3": "has no width to choose",
+    "train classifier --data {bars} --model fully_connected --width 3": "fully_connected, which has no width; it is 3",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train classifier --eps a/b": "must be a number or a fraction such as 8/255, got 'a/b'",
     "train classifier --eps much": "must be a number or a fraction such as 8/255, got 'much'",
@@ -53,8 +53,8 @@ REFUSED = {
     **{
         TRAIN.format("arrest") + options: message
         for options, message in {
-            "--pooled": "pooled is for maps and tokens: hidden puts out a vector already",
-            "--pooled --classifier {fits}": "pooled is for maps and tokens",
+            "--pooled": "pooled must be False for layers whose outputs are vectors, got hidden",
+            "--pooled --classifier {fits}": "pooled must be False",
             "--keep-teacher --padding 1": "--keep-teacher needs images that are not augmented: leave out",
             "--classifier {fits} --depth 10 --standard-epochs 3": "leave out depth, standard_epochs",
             "--classifier nowhere": "nowhere/model.safetensors is missing",
@@ -68,14 +68,14 @@ REFUSED = {
         for options, message in {
             "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
             "--purifier gan": "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'",
-            "--batch-size 33": "batch_size 33 is more than the 32 images: an epoch would have no step",
+            "--batch-size 33": "batch_size must be at most the number of images, 32, got 33",
         }.items()
     },
     "recipe carso/cifar": "recipe must be one of",
     "evaluate nowhere": "model.safetensors is missing",
     "evaluate {saved} --data {bars} --device gpu --eps 0.1": "--device gpu cannot be used here",
-    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, the model in {saved} was trained on",
-    "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0: no image could be moved",
+    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, but the model in {saved} was",
+    "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
@@ -112,7 +112,7 @@ def test_a_radius_in_levels_of_255(run, line, eps):
 
 def test_images_of_more_channels_or_classes(run, bars, tmp_path):
     for sizes, message in (
-        ({"in_channels": 3, "num_classes": 2}, "images are 1x16x16, the model in {} was trained on 3x16x16"),
+        ({"in_channels": 3, "num_classes": 2}, "images are 1x16x16, but the model in {} was trained on 3x16x16"),
         ({"in_channels": 1, "num_classes": 3}, None),
     ):
         save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")
@@ -120,13 +120,13 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
         code, printed = run("evaluate", tmp_path / "m", "--data", bars, *few)
         assert (code, message is None or message.format(tmp_path / "m") in printed) == (2 if message else 0, True)
     code, printed = run("evaluate", tmp_path / "m", "--data", "digits", "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"images have 10 classes, the model in {tmp_path / 'm'} knows 3" in printed
+    assert code == 2 and f"images have 10 classes, but the model in {tmp_path / 'm'} has only 3" in printed
     code, printed = run("train", "carso", "--classifier", tmp_path / "m", "--data", "digits", "--device", "cpu")
-    assert code == 2 and f"images have 10 classes, the classifier in {tmp_path / 'm'} knows 3" in printed
+    assert code == 2 and f"images have 10 classes, but the classifier in {tmp_path / 'm'} has only 3" in printed
 
 
 def test_a_classifier_is_no_defence(saved):
-    with pytest.raises(ValueError, match="holds a classifier, a SmallCNN, not a defence: load_classifier reads it"):
+    with pytest.raises(ValueError, match=r"holds a classifier \(SmallCNN\), not a defence"):
         purify_fast.load_defence(saved)
 
 
@@ -149,7 +149,7 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run
     assert code == 2 and "has not ended (its part standard), at step 4; `purify-fast train classifier" in printed
     (tmp_path / "run.yaml").unlink()
     code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
-    assert code == 2 and "at step 4; run the command that began it again to go on" in printed
+    assert code == 2 and "at step 4; run the command that started it again to continue" in printed
     code, printed = run("evaluate", tmp_path / "nothing", *data, "--eps", "0.1")
     assert code == 2 and f"{tmp_path / 'nothing'} is not a saved model" in printed
 
@@ -157,9 +157,9 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--eps", "0.2"], "trained at linf 0.1, and this trains at linf 0.2; --eps 0.1 gives both the same"),
-        (["--eps", "0.1", "--norm", "l2"], "this trains at l2 0.1; --eps 0.1 --norm linf gives both the same"),
-        ([], "trained at linf 0.1, and this trains at linf 0.0313725; --eps 0.1 gives both the same"),
+        (["--eps", "0.2"], "trained at linf 0.1, but this training uses linf 0.2; for equal radii, give --eps 0.1"),
+        (["--eps", "0.1", "--norm", "l2"], "uses l2 0.1; for equal radii, give --eps 0.1 --norm linf"),
+        ([], "trained at linf 0.1, but this training uses linf 0.0313725; for equal radii, give --eps 0.1"),
         (["--eps", "0.1"], None),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_class_without_images(run, tmp_path):
     np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     words = ["--data", tmp_path / "gap.npz", "--device", "cpu", "--epochs", "1", "--batch-size", "8", "--width", "2"]
     code, printed = run("train", "classifier", *words, "--out", tmp_path / "out")
-    assert code == 2 and "no image has label 1: give num_classes if that is meant" in printed
+    assert code == 2 and "no image has label 1: pass num_classes" in printed
     code, printed = run("train", "classifier", *words, "--out", tmp_path / "out", "--num-classes", "3")
     assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
 
@@ -202,4 +202,4 @@ def test_a_damaged_model_file_and_arguments_that_no_model_takes(run, bars, saved
     else:
         (saved / "model.safetensors").write_bytes(content)
     code, printed = run("evaluate", saved, "--data", bars, "--device", "cpu", "--eps", "0.1")
-    assert code == 2 and f"{saved} holds a broken model" in printed and "Traceback" not in printed
+    assert code == 2 and f"{saved} holds a model that cannot be loaded" in printed and "Traceback" not in printed

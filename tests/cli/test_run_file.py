@@ -59,7 +59,7 @@ def test_what_a_file_may_not_hold(run, tmp_path):
     for text, message in (
         ("epochz: 3\n", "--epochz"),
         ("command: train atop\n", "was written by `purify-fast train atop`; this is `purify-fast train carso`"),
-        ("- 3\n", "must hold a table of options"),
+        ("- 3\n", "must contain a table of options"),
         ("a: [\n", "is not YAML"),
         ("!!python/object/apply:os.getcwd []\n", "is not YAML"),
         ("init: x\nlayers: [conv2]\n", "--init x sets the sizes: leave out layers"),
@@ -96,13 +96,11 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     assert run(*again)[0] == 0
     assert f"- command: {shlex.join(['purify-fast', *again])}\n" in (tmp_path / "again" / "report.md").read_text()
     code, printed = run("evaluate", out, *few, "--norm", "linf")
-    assert code == 2 and f"--norm linf needs an --eps: {out} was trained at l2 0.5" in printed
+    assert code == 2 and f"--norm linf needs --eps too: {out} was trained at l2 0.5" in printed
     assert run_file.ball_of_run(out) == (0.5, "l2")
     (out / "run.yaml").unlink()
     # a training that was begun in Python has no such file; its checkpoint says the same
     assert run_file.ball_of_run(out) == (0.5, "l2")
     (out / "checkpoint.safetensors").unlink()
     code, printed = run("evaluate", out, *few)
-    assert (
-        code == 2 and f"--eps must be given, such as --eps 8/255: {out} does not say what it was trained at" in printed
-    )
+    assert code == 2 and f"--eps must be given, such as --eps 8/255: {out} does not say its radius" in printed

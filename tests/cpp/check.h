@@ -1,4 +1,4 @@
-// A failed check prints its line and makes main() return 1; nothing else is needed.
+// Checks for tests. A failed check prints its line, and makes main() return 1.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ inline void check_near(double value, double wanted, double tolerance, const char
   ++failures;
 }
 
-// Distance in units of the last place of the float nearest to `truth`.
+// The error in units of the last place (ulp) of the float nearest to `truth`.
 inline double ulps(float value, double truth) {
   const float nearest = static_cast<float>(truth);
   if (std::isnan(truth)) return std::isnan(value) ? 0 : 1e9;

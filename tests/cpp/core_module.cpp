@@ -1,5 +1,5 @@
 // The random numbers and elementary functions of csrc/core as a Python module, for the property tests in
-// tests/test_core.py. Not part of the package.
+// tests/test_core.py. It is not part of the package.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

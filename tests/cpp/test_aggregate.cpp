@@ -7,7 +7,7 @@ namespace {
 
 using pf::Aggregation;
 
-// One image, logits [samples][classes].
+// Aggregates the logits [samples][classes] of one image.
 template <class W>
 std::vector<W> run(Aggregation method, std::vector<W> logits, int classes) {
   const int64_t samples = static_cast<int64_t>(logits.size()) / classes;
@@ -24,7 +24,8 @@ std::vector<W> gradient(Aggregation method, std::vector<W> logits, std::vector<W
   return logits;
 }
 
-void published_example() {  // three classes, two samples
+// Three classes and two samples.
+void published_example() {
   const std::vector<double> logits{1, 0, -1, .5, .2, -.3};
   const auto check_all = [&](Aggregation method, std::vector<double> wanted, double tolerance) {
     const auto out = run(method, logits, 3);
@@ -40,7 +41,8 @@ void published_example() {  // three classes, two samples
   CHECK_NEAR(std::exp(even[2]), 0.082305, 1e-6);
 }
 
-void saturation() {  // ten classes, eight samples (t, 0, ..., 0): the published form is infinite from t = 2
+// Ten classes and eight samples, with logits (t, 0, ..., 0). The published form is infinite from t = 2 on.
+void saturation() {
   for (auto [t, wanted] : {std::pair{2.0f, -51.112f}, std::pair{3.0f, -152.684f}, std::pair{100.0f, 0.0f}}) {
     std::vector<float> logits(80, 0.0f);
     for (int k = 0; k < 8; ++k) logits[10 * k] = t;
@@ -72,12 +74,14 @@ void special_values() {
   }
   CHECK(run<float>(Aggregation::lse, {-INFINITY, 0, -INFINITY, 0}, 2)[0] == -INFINITY);
   CHECK(run<float>(Aggregation::lse, {INFINITY, 0, 0, 0}, 2)[0] == INFINITY);
-  CHECK(run<float>(Aggregation::vote, {0, 1, NAN, 1}, 2)[0] == 1);  // NaN is the largest, as in torch.argmax
-  CHECK(run<float>(Aggregation::vote, {3, 3}, 2)[0] == 1);          // the first of equals
+  // NaN counts as the largest number, like in torch.argmax.
+  CHECK(run<float>(Aggregation::vote, {0, 1, NAN, 1}, 2)[0] == 1);
+  // Among equal numbers the first wins.
+  CHECK(run<float>(Aggregation::vote, {3, 3}, 2)[0] == 1);
   for (float value : run<float>(Aggregation::probability, {1000, -1000, 900, -900}, 2)) CHECK(pf::finite(value));
 }
 
-// Central differences in float64.
+// Compares with central differences in float64.
 void gradients() {
   const std::vector<double> logits{.3, -1.2, 2, .7, 1.5, -.4, -.9, .1, .6}, grad{.5, -1, .25};
   for (auto method : {Aggregation::lse, Aggregation::peel, Aggregation::mean, Aggregation::probability}) {

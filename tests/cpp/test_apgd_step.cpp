@@ -11,13 +11,18 @@ constexpr pf::ApgdStep<float> first{{0.1f, 0.3f, 0.0f, 1.0f}, 1.0f, 0.0f};
 void linf() {
   CHECK_NEAR(pf::apgd_step_linf(0.5f, 2.0f, 0.5f, 0.5f, first), 0.6, 1e-7);
   CHECK_NEAR(pf::apgd_step_linf(0.5f, 2.0f, 0.5f, 0.5f, step), 0.575, 1e-7);
-  CHECK_NEAR(pf::apgd_step_linf(0.5f, 2.0f, 0.5f, 0.42f, step), 0.595, 1e-7);   // on by a quarter of the last move
-  CHECK_NEAR(pf::apgd_step_linf(0.5f, -2.0f, 0.5f, 0.42f, step), 0.445, 1e-7);  // and back
-  CHECK(pf::apgd_step_linf(0.95f, 1.0f, 0.9f, 0.5f, step) == 1.0f);             // the box
-  CHECK(pf::apgd_step_linf(0.79f, 1.0f, 0.5f, 0.5f, step) == 0.5f + 0.3f);      // the ball
+  // The momentum adds a quarter of the last move.
+  CHECK_NEAR(pf::apgd_step_linf(0.5f, 2.0f, 0.5f, 0.42f, step), 0.595, 1e-7);
+  // The momentum also acts if the gradient points back.
+  CHECK_NEAR(pf::apgd_step_linf(0.5f, -2.0f, 0.5f, 0.42f, step), 0.445, 1e-7);
+  // The box limits the step.
+  CHECK(pf::apgd_step_linf(0.95f, 1.0f, 0.9f, 0.5f, step) == 1.0f);
+  // The ball limits the step.
+  CHECK(pf::apgd_step_linf(0.79f, 1.0f, 0.5f, 0.5f, step) == 0.5f + 0.3f);
   for (float g : {0.0f, NAN, INFINITY, -INFINITY}) {
     CHECK(pf::apgd_step_linf(0.5f, g, 0.5f, 0.5f, step) == 0.5f);
-    CHECK_NEAR(pf::apgd_step_linf(0.5f, g, 0.5f, 0.46f, step), 0.51, 1e-7);  // the momentum alone
+    // Only the momentum moves the element.
+    CHECK_NEAR(pf::apgd_step_linf(0.5f, g, 0.5f, 0.46f, step), 0.51, 1e-7);
   }
   CHECK(std::isnan(pf::apgd_step_linf(NAN, 1.0f, 0.5f, 0.5f, step)));
   CHECK(std::isnan(pf::apgd_step_linf(0.5f, 1.0f, NAN, 0.5f, step)));
@@ -30,10 +35,12 @@ void l2() {
   const auto run = [&](const pf::ApgdStep<float>& how) {
     pf::apgd_step_l2(x.data(), grad.data(), natural.data(), previous.data(), out.data(), n, how, scratch.data());
   };
-  for (float scale : {1e-40f, 1e-30f, 1.0f, 1e30f}) {  // squares of these vanish, or overflow
+  // The squares of some of these scales underflow or overflow.
+  for (float scale : {1e-40f, 1e-30f, 1.0f, 1e30f}) {
     x = previous = natural;
     for (int i = 0; i < n; ++i) grad[i] = scale * static_cast<float>(std::sin(i + 1.0));
-    double at = 0, before = 0;  // distances along the one direction
+    // All steps have the same direction, so these are distances along it.
+    double at = 0, before = 0;
     for (int steps = 1; steps <= 10; ++steps) {
       run(steps == 1 ? first : step);
       const double moved = std::fmin(at + 0.1, 0.3) - at;
@@ -48,7 +55,8 @@ void l2() {
     }
   }
   x = previous = natural;
-  for (float bad : {0.0f, NAN, INFINITY}) {  // nothing moves
+  // Such a gradient does not move the sample.
+  for (float bad : {0.0f, NAN, INFINITY}) {
     grad.assign(n, bad == 0.0f ? 0.0f : 1.0f);
     grad[n - 1] = bad;
     run(step);

@@ -14,7 +14,8 @@ std::vector<W> moves(const std::vector<W>& x, const std::vector<W>& w, W b, pf::
 }
 
 void by_hand() {
-  // the second reaches the border after 0.1, and the others go on: 1 * t + 2 * 0.1 + 3 * t = 1.4 in linf
+  // The second coordinate reaches the border after a move of 0.1, and the others move on. In linf, 1 * t + 2 * 0.1 + 3
+  // * t = 1.4.
   const std::vector<double> x{0.2, 0.9, 0.2}, w{1, 2, 3};
   const double b = 0.2 + 1.8 + 0.6 + 1.4;
   const auto linf = moves(x, w, b, pf::Norm::linf), l2 = moves(x, w, b, pf::Norm::l2),
@@ -22,12 +23,13 @@ void by_hand() {
   CHECK_NEAR(linf[0], 0.3, 1e-15);
   CHECK_NEAR(linf[1], 0.1, 1e-15);
   CHECK_NEAR(linf[2], 0.3, 1e-15);
-  CHECK_NEAR(l2[0], 0.12, 1e-15);  // t + 0.2 + 9 t = 1.4
+  // In l2, t + 0.2 + 9 t = 1.4.
+  CHECK_NEAR(l2[0], 0.12, 1e-15);
   CHECK_NEAR(l2[1], 0.1, 1e-15);
   CHECK_NEAR(l2[2], 0.36, 1e-15);
   CHECK(l1[0] == 0 && l1[1] == 0);
   CHECK_NEAR(l1[2], 1.4 / 3, 1e-15);
-  // towards the other side, and in l1 with a tie
+  // The plane is on the other side, and in l1 two slopes are equal.
   const auto back = moves<double>({0.5, 0.5, 0.5}, {-2, 2, 1}, 0.5 - 1.2, pf::Norm::l1);
   CHECK_NEAR(back[0], 0.3, 1e-15);
   CHECK_NEAR(back[1], -0.3, 1e-15);
@@ -38,7 +40,8 @@ void degenerate() {
   for (const auto norm : {pf::Norm::linf, pf::Norm::l2, pf::Norm::l1}) {
     const std::vector<float> x{0.25f, 0.5f, 1.0f};
     for (const float out : moves<float>(x, {0, 0, 0}, 3, norm)) CHECK(out == 0);
-    for (const float out : moves<float>(x, {1, 2, 4}, 5.25f, norm)) CHECK(out == 0);  // the plane goes through x
+    // The plane contains x.
+    for (const float out : moves<float>(x, {1, 2, 4}, 5.25f, norm)) CHECK(out == 0);
     for (const float out : moves<float>(x, {1, 1, 1}, NAN, norm)) CHECK(out == 0);
     for (const float out : moves<float>({0.5f, NAN, 0.5f}, {1, 1, 1}, 3, norm)) CHECK(out == 0);
     const auto corner = moves<float>(x, {1, -1, 1}, 99, norm);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr float inf = INFINITY, nan_value = NAN;
 
-// Largest error in ulp over a dense grid.
+// The largest error in ulp over a dense grid.
 template <class F, class G>
 double worst(double from, double to, F f, G truth) {
   double most = 0;
@@ -59,11 +59,13 @@ void special_values() {
   CHECK(pf::exp(inf) == inf);
   CHECK(pf::exp(-inf) == 0);
   CHECK(pf::exp(89.0f) == inf);
-  CHECK(pf::exp(-100.0f) > 0);  // subnormal
+  // The result is subnormal.
+  CHECK(pf::exp(-100.0f) > 0);
   CHECK(std::isnan(pf::exp(nan_value)));
   CHECK(pf::exp_unit(0.0f) == 1);
   CHECK(pf::exp_unit(-inf) == 0);
-  CHECK(pf::exp_unit(-88.0f) == 0);  // it would be subnormal
+  // The exact result is subnormal.
+  CHECK(pf::exp_unit(-88.0f) == 0);
   CHECK(std::isnan(pf::exp_unit(nan_value)));
   CHECK(pf::exp_units(-inf).minus_one == -1);
   CHECK(pf::exp_units(-1e-45f).minus_one == -1e-45f);
@@ -87,7 +89,8 @@ void special_values() {
   CHECK(!pf::finite(inf) && !pf::finite(-inf) && !pf::finite(nan_value) && pf::finite(3.4e38f));
 }
 
-// Every 16-bit number survives the way to float and back, and its middle to the next one rounds to even.
+// Every 16-bit number is unchanged after a conversion to float and back. The middle between two adjacent numbers rounds
+// to even.
 template <class T>
 void sixteen_bits(uint32_t infinity) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {

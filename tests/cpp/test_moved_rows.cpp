@@ -8,7 +8,7 @@
 using namespace pf::cpu;
 using pf::Grid;
 
-// Entry (n, i) is told from all others, and from sums of few of them.
+// Makes numbers that are all different. Sums of a few of them are different too.
 template <class T>
 static std::vector<T> numbers(int64_t count) {
   std::vector<T> x(count);
@@ -21,7 +21,7 @@ static bool on_grid(Grid grid, int64_t cell, int down, int right) {
   return y >= 0 && y < grid.height && column >= 0 && column < grid.width;
 }
 
-// The sum of x at (n, i), both moved by each step of the rows top .. bottom and of the columns left .. right.
+// The sum of x at (n, i), with both shifted by each step of the rows top .. bottom and the columns left .. right.
 template <class T>
 static double window(const T* x, Grid grid, int64_t n, int64_t i, int top, int bottom, int left, int right) {
   double sum = 0;
@@ -35,7 +35,7 @@ static double window(const T* x, Grid grid, int64_t n, int64_t i, int top, int b
   return sum;
 }
 
-// Sums over some of several dense matrices, so that other numbers are on both sides.
+// Checks the sums for some of several contiguous matrices, so that there are other numbers on both sides.
 template <class T, class W = pf::wide_t<T>>
 static void check_dense(Grid grid, double tolerance) {
   const int64_t cells = grid.cells(), square = cells * cells;
@@ -72,7 +72,7 @@ static void check_dense(Grid grid, double tolerance) {
   }
 }
 
-// x in scratch memory with NaN wherever nothing is to be seen.
+// Checks the sums for a matrix in scratch memory. Everything that must not be used is NaN.
 static void check_padded(Grid grid) {
   const int64_t cells = grid.cells(), room = reach(grid);
   const auto x = numbers<double>(cells * cells);
@@ -135,7 +135,7 @@ static void check_pixels(int64_t height, int64_t width) {
   }
 }
 
-// The slopes of a weighted sum of the inverse norms, by differences.
+// Compares the slopes of a weighted sum of the inverse norms with differences.
 static void check_norms(Grid grid) {
   const int64_t cells = grid.cells();
   const auto pixels = numbers<double>(cells), weights = numbers<double>(2 * cells);

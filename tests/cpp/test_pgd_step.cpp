@@ -11,8 +11,10 @@ void linf() {
   CHECK(pf::pgd_step_linf(0.5f, 2.0f, 0.5f, step) == 0.5f + 0.1f);
   CHECK(pf::pgd_step_linf(0.5f, -1e-45f, 0.5f, step) == 0.5f - 0.1f);
   CHECK(pf::pgd_step_linf(0.5f, 0.0f, 0.5f, step) == 0.5f);
-  CHECK(pf::pgd_step_linf(0.95f, 1.0f, 0.9f, step) == 1.0f);        // the box
-  CHECK(pf::pgd_step_linf(0.9f, 1.0f, 0.5f, step) == 0.5f + 0.3f);  // the ball
+  // The box limits the step.
+  CHECK(pf::pgd_step_linf(0.95f, 1.0f, 0.9f, step) == 1.0f);
+  // The ball limits the step.
+  CHECK(pf::pgd_step_linf(0.9f, 1.0f, 0.5f, step) == 0.5f + 0.3f);
   for (float g : {NAN, INFINITY, -INFINITY}) CHECK(pf::pgd_step_linf(0.5f, g, 0.5f, step) == 0.5f);
   CHECK(std::isnan(pf::pgd_step_linf(NAN, 1.0f, 0.5f, step)));
   CHECK(std::isnan(pf::pgd_step_linf(0.5f, 1.0f, NAN, step)));
@@ -21,7 +23,8 @@ void linf() {
 void l2() {
   const int n = 37;
   std::vector<float> x(n), grad(n), natural(n), out(n);
-  for (float scale : {1e-40f, 1e-30f, 1.0f, 1e30f}) {  // squares of these vanish, or overflow
+  // The squares of some of these scales underflow or overflow.
+  for (float scale : {1e-40f, 1e-30f, 1.0f, 1e30f}) {
     for (int i = 0; i < n; ++i) {
       natural[i] = x[i] = 0.5f;
       grad[i] = scale * static_cast<float>(std::sin(i + 1.0));
@@ -35,7 +38,8 @@ void l2() {
     }
   }
   x.assign(n, 0.5f);
-  for (float bad : {0.0f, NAN, INFINITY}) {  // nothing moves
+  // Such a gradient does not move the sample.
+  for (float bad : {0.0f, NAN, INFINITY}) {
     grad.assign(n, bad == 0.0f ? 0.0f : 1.0f);
     grad[n - 1] = bad;
     pf::pgd_step_l2(x.data(), grad.data(), natural.data(), out.data(), n, step);
@@ -57,10 +61,12 @@ void largest() {
   };
   CHECK(reach(1) == 1);
   CHECK(reach(2) == 2);
-  CHECK(reach(3) == 4);  // two tie
+  // Two numbers are equal.
+  CHECK(reach(3) == 4);
   CHECK(reach(4) == 4);
   CHECK(reach(5) == 5);
-  CHECK(reach(6) == 5);  // 0 never
+  // A 0 is never selected.
+  CHECK(reach(6) == 5);
   const std::vector<float> zeros(4);
   CHECK(pf::reached_by(2, zeros.data(), 4, 0.0f) > 0.0f);
 }
@@ -82,14 +88,16 @@ void l1() {
       x = out;
     }
   }
-  // ball and box at once: the first has a room of 0.1, so that the others keep what it cannot use
+  // The projection onto ball and box uses all of eps: the first coordinate can move only 0.1, so the others move
+  // further.
   const std::vector<float> from{0.9f, 0.5f, 0.5f}, to{2.0f, 1.1f, 0.2f}, still(3);
   pf::pgd_step_l1(to.data(), still.data(), from.data(), out.data(), 3, {0.1f, 0.5f, 0.0f, 1.0f}, 1, scratch.data());
   CHECK(out[0] == 1.0f);
   CHECK_NEAR(out[1], 0.85, 2e-7);
   CHECK_NEAR(out[2], 0.45, 2e-7);
   x.assign(n, 0.5f);
-  for (float bad : {0.0f, NAN, INFINITY}) {  // nothing moves
+  // Such a gradient does not move the sample.
+  for (float bad : {0.0f, NAN, INFINITY}) {
     grad.assign(n, bad == 0.0f ? 0.0f : 1.0f);
     grad[n - 1] = bad;
     pf::pgd_step_l1(x.data(), grad.data(), natural.data(), out.data(), n, step, k, scratch.data());

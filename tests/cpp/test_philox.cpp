@@ -12,7 +12,7 @@ void check_words(const uint32_t* words, std::initializer_list<uint32_t> wanted) 
   for (uint32_t word : wanted) CHECK(*words++ == word);
 }
 
-// The known answers published with the generator, Philox4x32-10.
+// The known answers that were published with Philox4x32-10.
 void published_vectors() {
   uint32_t w[4] = {0, 0, 0, 0};
   pf::philox({0, 0}, w[0], w[1], w[2], w[3]);
@@ -25,7 +25,7 @@ void published_vectors() {
   check_words(pi, {0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u});
 }
 
-// One vector per stream: seed 0x0123456789abcdef, sample 5, draw 2, elements 0 to 3. These never change.
+// One vector per stream, for seed 0x0123456789abcdef, sample 5, draw 2, elements 0 to 3. They must never change.
 void streams() {
   const pf::Key key = pf::key_of(0x0123456789abcdef);
   CHECK(key.low == 0x89abcdefu && key.high == 0x01234567u);
@@ -57,10 +57,12 @@ void streams() {
 void ranges() {
   CHECK(pf::uniform(0) == 0 && pf::uniform(0xffffffffu) < 1 && pf::uniform(0x100u) == 0x1p-24f);
   float a, b;
-  pf::normal_pair(0, 0, a, b);  // the longest radius: sqrt(-2 ln 2^-24) = 5.77
+  // The largest possible radius is sqrt(-2 ln 2^-24) = 5.77.
+  pf::normal_pair(0, 0, a, b);
   CHECK_NEAR(a, std::sqrt(48 * std::log(2.0)), 1e-6);
   CHECK(b == 0);
-  pf::normal_pair(0xffffffffu, 0, a, b);  // u = 1
+  // Here u = 1.
+  pf::normal_pair(0xffffffffu, 0, a, b);
   CHECK(a == 0 && b == 0);
 }
 
@@ -77,7 +79,8 @@ void moments() {
       fourth += z * z * z * z;
     }
   }
-  const double n = 4.0 * groups;  // standard errors 0.001, 0.0014, 0.01
+  // The standard errors of the three means are 0.001, 0.0014 and 0.01.
+  const double n = 4.0 * groups;
   CHECK_NEAR(sum / n, 0, 0.005);
   CHECK_NEAR(square / n, 1, 0.007);
   CHECK_NEAR(fourth / n, 3, 0.05);

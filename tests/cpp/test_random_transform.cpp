@@ -3,7 +3,7 @@
 
 namespace {
 
-// Noise, clip, scale, in this order, at sigma 0.25.
+// Checks noise, clip and scale, in this order, with sigma = 0.25.
 template <class W>
 void values() {
   const W x[] = {0, 0.25, 0.5, 1}, noise[] = {-1, 1, 2, 1}, wanted[] = {-1, 0, 1, 1};
@@ -17,7 +17,8 @@ template <class W>
 void slopes() {
   const W x[] = {0, 1, 0.5, W(-0.1), W(1.1)}, wanted[] = {6, 6, 6, 0, 0};
   for (int i = 0; i < 5; ++i) CHECK(pf::transformed_slope(x[i], W(7), W(0), W(3)) == wanted[i]);
-  CHECK(pf::transformed_slope(W(0.5), W(3), W(0.25), W(1)) == 0);  // the noise carries it beyond the end
+  // The noise moves the pixel beyond the end of the clip.
+  CHECK(pf::transformed_slope(W(0.5), W(3), W(0.25), W(1)) == 0);
   CHECK(pf::transformed_slope(W(1.25), W(-1), W(0.25), W(1)) == 2);
   CHECK(pf::transformed_slope(W(NAN), W(0), W(1), W(1)) == 0);
   CHECK(pf::transformed_slope(W(2), W(0), W(1), W(NAN)) == 0);

@@ -38,7 +38,7 @@ void published_values() {
   CHECK_NEAR(l2.scale * (4 - l2.along * 3), -std::sqrt(0.5), 1e-7);
 }
 
-// Every length takes other lanes, blocks and rests.
+// The lengths differ in the number of lanes, blocks and remaining elements.
 template <class T>
 void sums() {
   for (int n : {1, 5, 31, 32, 33, 64, 2047, 2048, 2049, 5000}) {
@@ -58,7 +58,8 @@ void sums() {
     CHECK_NEAR(p.uu, uu, 2e-7 * uu);
     CHECK_NEAR(p.vv, vv, 2e-7 * vv);
     CHECK_NEAR(pf::square_distance(u.data(), v.data(), n), square, 1e-6 * square);
-    for (int kind = 0; kind < 4; ++kind) {  // exactly 0, with its gradient
+    // At u = v the distance and its gradient are exactly 0.
+    for (int kind = 0; kind < 4; ++kind) {
       const pf::Measured same = pf::representation_distance(static_cast<Distance>(kind), u.data(), u.data(), n);
       CHECK(same.distance == 0 && same.along == 1);
     }
@@ -67,7 +68,8 @@ void sums() {
 
 void special_values() {
   const int n = 40;
-  const std::vector<float> zero(n, 0.0f), tiny(n, 1e-35f), one(n, 1.0f), huge(n, 1e25f);  // whose squares overflow
+  // The squares of `huge` overflow.
+  const std::vector<float> zero(n, 0.0f), tiny(n, 1e-35f), one(n, 1.0f), huge(n, 1e25f);
   std::vector<float> bad(n, 1.0f);
   bad[n - 1] = NAN;
   for (int i = 0; i < 3; ++i) {
@@ -88,7 +90,7 @@ void special_values() {
     CHECK(std::isnan(measure(zero, bad).distance));
   }
   CHECK(pf::euclidean(0).scale == 0 && std::isnan(pf::euclidean(NAN).scale) && std::isnan(pf::euclidean(NAN).distance));
-  // the slope of arccos, exact at a sine of 0.01 and bounded below
+  // The slope of arccos is exact for a sine of at least 0.01, and bounded below that.
   for (double sine : {0.5, 0.02, 0.005, 1e-5, 0.0}) {
     const double u[] = {2 * std::sqrt(1 - sine * sine), 2 * sine}, v[] = {3, 0};
     const pf::Measured d = pf::representation_distance(Distance::angular, u, v, 2);

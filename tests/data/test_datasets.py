@@ -95,7 +95,7 @@ def with_(array, index, value):
 X, Y = arrays()["x_test"], arrays()["y_test"]
 F = (X / 255).astype(np.float32)
 BAD = {
-    "nan": ({"x_test": with_(F, (2, 3, 4), np.nan)}, r"x_test\[2, 3, 4\] is nan: x_test must hold finite"),
+    "nan": ({"x_test": with_(F, (2, 3, 4), np.nan)}, r"x_test\[2, 3, 4\] is nan: .*finite"),
     "above": ({"x_test": with_(F, (1, 0, 2), 1.5)}, r"x_test\[1, 0, 2\] is 1.5: .*\[0, 1\]"),
     "below": ({"x_test": with_(F, (1, 0, 2), -0.25)}, r"x_test\[1, 0, 2\] is -0.25"),
     "between levels": ({"x_test": with_(F * 0, (0, 1, 1), 0.3)}, r"x_test\[0, 1, 1\] is 0.3.*multiples of 1/255"),
@@ -134,13 +134,13 @@ def test_refused_with_num_classes(tmp_path):
     with pytest.raises(ValueError, match=r"y_train\[2\] is 2: .*0 \.\. 1"):
         data.load_dataset(path, num_classes=2)
     path = saved(tmp_path, **arrays(classes=1))
-    with pytest.raises(ValueError, match="one class only"):
+    with pytest.raises(ValueError, match="y_train and y_test must .* two classes.* 0$"):
         data.load_dataset(path)
 
 
 def test_an_npz_that_is_to_be_streamed_is_refused_unread(tmp_path):
     (tmp_path / "set.npz").write_bytes(b"never opened")
-    with pytest.raises(ValueError, match="is not an image folder: only these are streamed"):
+    with pytest.raises(ValueError, match=r"stream=True needs an image folder, but .*set\.npz"):
         data.load_dataset(tmp_path / "set.npz", stream=True)
 
 
@@ -152,7 +152,7 @@ def test_missing_arrays_and_other_files(tmp_path):
     with pytest.raises(ValueError, match=r"text\.npz"):
         data.load_dataset(tmp_path / "text.npz")
     np.save(tmp_path / "one.npy", X)
-    with pytest.raises(ValueError, match=r"one\.npy is damaged, or not what numpy.savez writes"):
+    with pytest.raises(ValueError, match=r"one\.npy is damaged, or not .*numpy\.savez"):
         data.load_dataset(tmp_path / "one.npy")
 
 

@@ -137,11 +137,11 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     assert images[:8].shape == (8, 3, 8, 8)
     with pytest.raises(ValueError, match=r"cannot be decoded: .*dog/003\.jpg: "):
         images[8:]
-    with pytest.raises(ValueError, match=r"001\.jpg has 13 x 19 pixels, others 12 x 20: give image_size=\(H, W\)"):
+    with pytest.raises(ValueError, match=r"001\.jpg has 13 x 19 .* 12 x 20.* image_size=\(H, W\)"):
         data.load_dataset(folder(tmp_path / "others", ending="jpg"), decode="each_time")
     with pytest.raises(ValueError, match="on_bad_image='skip' needs decode='once'"):
         data.load_dataset(root, image_size=(8, 8), decode="each_time", on_bad_image="skip")
-    with pytest.raises(ValueError, match="digits is not an image folder: only these are decoded each time"):
+    with pytest.raises(ValueError, match="decode='each_time' needs an image folder, but digits"):
         data.load_dataset("digits", decode="each_time")
 
 
@@ -150,9 +150,9 @@ def test_a_file_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     [
         ([("a.jpg", b"")], r"'a' has no label \(\.cls\)"),
         ([("a.cls", b"1")], "'a' has no image"),
-        ([("a.jpg", b""), ("a.cls", b"cat")], r"a\.cls must hold a label, a number of at least 0, got b'cat'"),
+        ([("a.jpg", b""), ("a.cls", b"cat")], r"a\.cls must .* label.* got b'cat'"),
         ([("a.jpg", b""), ("a.png", b""), ("a.cls", b"0")], "two images with the name 'a'"),
-        ([("notes.txt", b"")], "holds no image"),
+        ([("notes.txt", b"")], r"train contain no image \(\.jpg"),
     ],
 )
 def test_shards_of_another_form_are_refused(tmp_path, samples, message):
@@ -168,7 +168,7 @@ def test_a_compressed_shard_and_a_split_without_shards_are_refused(tmp_path):
     (tmp_path / "set" / "val").mkdir()
     with tarfile.open(tmp_path / "set" / "train" / "0.tar", "w:gz"):
         pass
-    with pytest.raises(FileNotFoundError, match="val has no shards, and train has"):
+    with pytest.raises(FileNotFoundError, match="val has no shards, but train"):
         data.load_dataset(tmp_path / "set")
     shard(tmp_path / "set" / "val" / "0.tar", [])
     with pytest.raises(ValueError, match=r"0\.tar is not an uncompressed tar file"):
@@ -179,7 +179,7 @@ def test_labels_of_held_out_shards_must_be_known(tmp_path):
     root = sharded(tmp_path / "shards", folder(tmp_path / "pets"))
     image = (tmp_path / "pets" / "val" / "cat" / "000.jpg").read_bytes()
     shard(root / "val" / "val-0000.tar", [("a.jpg", image), ("a.cls", b"5")])
-    with pytest.raises(ValueError, match="val has labels above 1, the largest of train"):
+    with pytest.raises(ValueError, match="val has labels above 1, .*train"):
         data.load_dataset(root, image_size=(8, 8))
 
 

@@ -190,7 +190,7 @@ class Odd(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "text"),
-    [("object", r"it gave a Answer for B = 1: wrap it .*\.logits"), ("dict", "a dict"), ("flat", r"gave \[2\]")],
+    [("object", r"Answer for B = 1: wrap it .*\.logits"), ("dict", "a dict for B = 1"), ("flat", r"\[2\] for B = 1")],
 )
 def test_a_model_whose_output_is_no_tensor_of_logits(how, text):
     x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2

@@ -117,7 +117,7 @@ def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
 
 def test_images_of_several_sizes_need_image_size(tmp_path):
     folder(tmp_path, sizes=((10, 8), (9, 8)))
-    with pytest.raises(ValueError, match=r"001\.png has 9 x 8 pixels, others 10 x 8: give image_size=\(H, W\)"):
+    with pytest.raises(ValueError, match=r"001\.png has 9 x 8 .* 10 x 8.* image_size=\(H, W\)"):
         data.load_dataset(tmp_path)
     assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 
@@ -256,15 +256,15 @@ def test_memory_decides_what_is_streamed(tmp_path, monkeypatch):
 
 def test_refused(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/; it must hold train/"
+        FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/.* train/"
     ):
         data.load_dataset(tmp_path)
     folder(tmp_path / "a")
     (tmp_path / "a" / "val" / "cow").mkdir()
-    with pytest.raises(ValueError, match="holds the classes cow, which train lacks"):
+    with pytest.raises(ValueError, match="the classes cow, which train lacks"):
         data.load_dataset(tmp_path / "a")
     (tmp_path / "a" / "train" / "cow").mkdir()
-    with pytest.raises(ValueError, match=r"cow holds no image \(\.jpg"):
+    with pytest.raises(ValueError, match=r"cow contains no image \(\.jpg"):
         data.load_dataset(tmp_path / "a")
     picture(tmp_path / "b" / "train" / "only" / "0.png", 0)
     picture(tmp_path / "b" / "val" / "only" / "0.png", 0)
@@ -272,7 +272,7 @@ def test_refused(tmp_path):
         data.load_dataset(tmp_path / "b")
     folder(tmp_path / "c", test=0)
     (tmp_path / "c" / "val").mkdir()
-    with pytest.raises(ValueError, match="val holds no image"):
+    with pytest.raises(ValueError, match="val contains no image"):
         data.load_dataset(tmp_path / "c")
     for path in (tmp_path / "c" / "train").rglob("*.png"):
         path.write_text("no image")
@@ -288,7 +288,7 @@ def test_refused(tmp_path):
 def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
     folder(tmp_path)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
-    with pytest.raises(OSError, match="has 9 bytes free, the decoded images need 3360"):
+    with pytest.raises(OSError, match="need 3360 bytes.* has 9 bytes free"):
         data.load_dataset(tmp_path)
 
 

@@ -43,10 +43,10 @@ def test_a_function_of_the_seed():
 
 def test_a_missing_class_is_told():
     x, y = sorted_by_class([4, 0, 4])
-    with pytest.warns(UserWarning, match=r"1 of 3 classes have no image among the 6 chosen ones \(1\)"):
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have no image among the 6 chosen images \(1\)"):
         balanced_subset(x, y, 6, 0)
     x, y = sorted_by_class([3] * 30)
-    with pytest.warns(UserWarning, match=r"28 of 30 classes have no image among the 2 chosen ones \(.*, \.\.\.\)"):
+    with pytest.warns(UserWarning, match=r"28 of 30 classes have no image among the 2 chosen images \(.*, \.\.\.\)"):
         balanced_subset(x, y, 2, 0)
     with pytest.warns(UserWarning, match=r"1 of 31 classes .*\(30\)"):
         balanced_subset(x, y, 30, 0, num_classes=31)
@@ -67,7 +67,7 @@ def test_streamed_images(tmp_path):
     [
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"num_classes": 1}, r"y must hold labels 0 to 0, got 0 to 1"),
+        ({"num_classes": 1}, r"y must .* 0 to 0, got 0 to 1"),
         ({"y": torch.zeros(3, dtype=torch.int64)}, "got 4 and 3"),
     ],
 )
@@ -113,7 +113,7 @@ def test_ranks_take_every_third_image_of_each_batch(n):
     [
         ({"n": 0}, "n must be"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"batch_size": 21}, "no step"),
+        ({"batch_size": 21}, "batch_size must .* 20, got 21"),
         ({"seed": -1}, "seed must be"),
         ({"epoch": -1}, "epoch must be"),
         ({"world": 4}, "multiple of the 4"),

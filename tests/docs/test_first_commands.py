@@ -44,10 +44,10 @@ def test_the_script_ends_at_the_first_line_that_fails(first_commands, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("```\nls\n```\n", "<!-- ci: install -->, it has 0"),
-        (page("git clone x\n", "ls\n").replace("judge -->\n", "judge -->\n\n"), "<!-- ci: judge -->, it has 0"),
-        (page("git clone x\n", "ls\n") * 2, "<!-- ci: install -->, it has 2"),
-        (page("ls\n", "ls\n"), "it does so 0 times"),
+        ("```\nls\n```\n", "ci: install.* 0$"),
+        (page("git clone x\n", "ls\n").replace("judge -->\n", "judge -->\n\n"), "ci: judge.* 0$"),
+        (page("git clone x\n", "ls\n") * 2, "ci: install.* 2$"),
+        (page("ls\n", "ls\n"), "git clone.* 0 times$"),
     ],
 )
 def test_a_page_without_the_blocks_is_refused(first_commands, text, message):

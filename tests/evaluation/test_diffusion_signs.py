@@ -154,7 +154,7 @@ def test_what_was_not_asked_for_want_of_a_gradient_says_so():
     """Gradient health has raised the alarm; what attacks along no gradient did not find speaks for nothing."""
     found, _ = verdicts(WithoutGradients)
     assert "of the model itself" not in found["missed images"].measured
-    assert "no grad_fn: is there a torch.no_grad()" in found["gradient health"].advice
+    assert "no grad_fn: does forward use torch.no_grad()" in found["gradient health"].advice
 
 
 def test_what_has_no_gradients_falls_to_bpda():

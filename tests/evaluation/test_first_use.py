@@ -71,7 +71,7 @@ def trio():
             lambda x, y: (x.permute(0, 2, 3, 1), y),
             ValueError,
             r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels"
-            r" seem to come last; x.permute\(0, 3, 1, 2\) puts them first",
+            r" seem to be last; x.permute\(0, 3, 1, 2\) puts them first",
         ),
         (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
         (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
@@ -211,7 +211,7 @@ def test_images_whose_channels_come_last_are_taken_where_the_model_takes_them():
 
 
 def test_a_radius_of_0_is_refused(trio):
-    with pytest.raises(ValueError, match=r"eps must be above 0, got 0: no image could be moved.* such as 8/255"):
+    with pytest.raises(ValueError, match=r"eps must be above 0, got 0: .* such as 8/255"):
         evaluate(*trio, **QUIET | {"eps": 0})
     with pytest.raises(ValueError, match="eps must be above 0"):
         evaluate(*trio, eps=0, protocol="fast")
@@ -403,7 +403,7 @@ def test_modules_in_a_plain_list_are_judged_in_evaluation_mode_and_told():
     report = evaluate(Hides(*networks), x, y, **QUIET, name="mine")
     (note,) = report.notes
     assert "mine holds modules that PyTorch does not know of: nets[0] (Sequential), nets[1] (Sequential)," in note
-    assert "nets[2] (Sequential) and 2 more. " in note and "keep them as attributes, or in nn.ModuleList" in note
+    assert "nets[2] (Sequential) and 2 more. " in note and "nn.ModuleList or nn.ModuleDict" in note
     assert all(map(torch.equal, before, (buffer for network in networks for buffer in network.buffers())))
     assert all(network.training for network in networks)
     listed = nn.Module()
@@ -460,12 +460,10 @@ def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path):
         timeout=600,
         env=os.environ | {"PYTHONPATH": str(Path(purify_fast.__file__).parents[1])},
     )
-    assert "nothing is kept: with out=FOLDER, finished rows are kept for the next call" in run.stdout
+    assert "results are lost: with out=FOLDER, finished rows are kept for the next call" in run.stdout
     lines = run.stderr.strip().splitlines()
-    assert lines[-1] == (
-        f"KeyboardInterrupt: evaluate was interrupted; the finished rows that can be kept are in "
-        f"{tmp_path / 'out'}: call evaluate again to continue"
-    )
+    assert lines[-1].startswith("KeyboardInterrupt: evaluate was interrupted")
+    assert f"finished rows are in {tmp_path / 'out'}" in lines[-1] and "call evaluate again" in lines[-1]
     # the script's own line, and the one that raises again
     assert run.returncode != 0 and run.stderr.count("  File ") == 2, run.stderr
 

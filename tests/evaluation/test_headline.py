@@ -167,7 +167,7 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find(digits):
     ("cosine", "why", "advice"),
     [
         ("not finite", "logits or gradients are not finite", "an overflow of exp()"),
-        ("no gradient", "there is no gradient", "is there a torch.no_grad()"),
+        ("no gradient", "there is no gradient", "torch.no_grad()"),
         ("zero gradient", "the gradient is zero everywhere", "rounding, sign, argmax"),
     ],
 )
@@ -213,7 +213,7 @@ def test_advice_names_only_what_was_not_tried(more, protocol, told, silent):
     assert found.verdict == "unreliable" and told in found.advice and silent not in found.advice
 
 
-@pytest.mark.parametrize(("found", "told"), [("fell", "a short attack finds"), ("copies", "the model's own gradients")])
+@pytest.mark.parametrize(("found", "told"), [("fell", "a short attack found"), ("copies", "the model's own gradients")])
 def test_the_advice_follows_what_found_the_images(found, told):
     rows = [row("clean", [1] * 8, kind="clean"), row("A", [1] * 8)]
     masks = {"fell": [0] * 8, "copies": {}} | {found: [1] * 8 if found == "fell" else {"a copy": [1] * 8}}

@@ -186,7 +186,7 @@ def test_the_command_line_keeps_and_checks(tmp_path, capsys, short_signs):
     assert cli.main(["check", str(tmp_path / "run"), "--device", "cpu"]) == 0
     capsys.readouterr()
     assert cli.main(["check", str(tmp_path), "--device", "cpu"]) == 2
-    assert f"{tmp_path} holds no report.json" in capsys.readouterr().err
+    assert f"{tmp_path} contains no report.json" in capsys.readouterr().err
     assert cli.main(["check", out, "--device", "cpu"]) == 0
     assert "still fall" in capsys.readouterr().out
     assert cli.main(["check", out, "zoo:digits-pgd-at", "--device", "cpu"]) == 1

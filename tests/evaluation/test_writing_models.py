@@ -14,7 +14,7 @@ from purify_fast.evaluation import AttackSpec
 pytestmark = pytest.mark.usefixtures("one_thread", "trained")
 
 QUIET = {"eps": 0.1, "progress": False}
-WRITES = "the model writes to the images that it is given"
+WRITES = "model must not write to its input"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def trio():
 @pytest.mark.parametrize("attack", [apgd, pgd, fab_t, fgsm, stadv, input_gradient])
 def test_attacks_by_gradients_refuse_it(trio, attack):
     options = {} if attack in (stadv, input_gradient) else {"eps": 0.1}
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"recorded inside torch.inference_mode\(\)"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\)"):
         attack(*trio, **options)
     with torch.no_grad():
         attack(*trio, **options)

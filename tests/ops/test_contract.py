@@ -415,8 +415,8 @@ BALL = [
     ({"x": ROW.half()}, "must have one floating-point dtype, got .*torch.float16"),
     ({"x_nat": ROW.to(META)}, DEVICES),
     ({"norm": "l3"}, "norm must be one of linf, l2.*, got 'l3'"),
-    ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
-    ({"lo": math.nan}, "lo = nan is above hi = 1.0"),
+    ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
+    ({"lo": math.nan}, "lo = nan and hi = 1.0"),
     ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
     ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
 ]
@@ -429,7 +429,7 @@ NAMED = [
     ({"sample_ids": IDS[None]}, "sample_ids must be an int64"),
     ({"sample_ids": IDS.to(META)}, "must be on one device, got .*sample_ids on meta"),
 ]
-ONE_PER_SAMPLE = [({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for a batch of 3")]
+ONE_PER_SAMPLE = [({"sample_ids": torch.arange(2)}, "sample_ids must .* 3, but it has 2")]
 #: By function: arguments that it takes, and changes of them that it refuses, each with what the error says.
 REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
     "aggregate": (
@@ -479,7 +479,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"mask": torch.zeros(2, 3, 8, 8)}, r"mask must be \[B, 1, H0, W0\], got \[2, 3, 8, 8\]"),
             ({"mask": torch.zeros(8, 8)}, r"got \[8, 8\]"),
             ({"mask": torch.zeros(1, 1, 0, 8)}, r"got \[1, 1, 0, 8\]"),
-            ({"size": (0, 4)}, r"size must be \(h, w\), at least 1, got \(0, 4\)"),
+            ({"size": (0, 4)}, r"size must be .* got \(0, 4\)"),
         ],
     ),
     "conv2d": (
@@ -493,7 +493,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
             ({"weight": None}, "weight must be a tensor, got NoneType"),
             ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
-            ({"bias": torch.zeros(10).double()}, "bias torch.float64: without autocast they must agree"),
+            ({"bias": torch.zeros(10).double()}, "bias is torch.float64.*autocast"),
             ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
             ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
             ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
@@ -533,7 +533,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         [
             ({"features": torch.zeros(4)}, r"features must be floating point \[B, 2C, ...\], got torch.float32 \[4\]"),
             ({"features": ROW.byte()}, r"got torch.uint8 \[3, 4\]"),
-            ({"features": torch.zeros(3, 5, 4, 4)}, "features need an even number of channels, 2C, got 5"),
+            ({"features": torch.zeros(3, 5, 4, 4)}, "features must.*got 5"),
         ],
     ),
     "group_norm_silu": (
@@ -557,7 +557,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"w": ROW.to(META)}, DEVICES),
             ({"b": torch.zeros(2)}, r"b must be a number or a tensor \[B\] = \[3\], got \[2\]"),
             ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-            ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+            ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
         ],
     ),
     "noisy_replay": (
@@ -572,7 +572,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"tau": torch.zeros(3)}, r"tau must be a number or a tensor \[\], got \[3\]"),
             ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
             ({"drift": ROW[:, 0].to(META)}, DEVICES),
-            ({"hi": math.nan}, "lo = 0.0 is above hi = nan"),
+            ({"hi": math.nan}, "lo = 0.0 and hi = nan"),
         ],
     ),
     "philox": (
@@ -609,8 +609,8 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
     "reconstruction_loss": (
         {"logits": ROW, "target": ROW},
         [
-            ({"target": torch.zeros(3, 5)}, r"logits and target need one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
-            ({"logits": IDS.float(), "target": IDS.float()}, "need one shape"),
+            ({"target": torch.zeros(3, 5)}, r"logits and target must have .*, got \[3, 4\] and \[3, 5\]"),
+            ({"logits": IDS.float(), "target": IDS.float()}, r"got \[3\] and \[3\]"),
             ({"target": ROW.byte()}, "must be floating point, got torch.float32 and"),
             ({"target": ROW.to(META)}, DEVICES),
         ],
@@ -618,19 +618,16 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
     "representation_distance": (
         {"student": ROW, "teacher": ROW},
         [
-            (
-                {"teacher": torch.zeros(3, 5)},
-                r"student and teacher need one shape \[B, ...\].*, got \[3, 4\], \[3, 5\]",
-            ),
-            ({"student": IDS.float(), "teacher": IDS.float()}, "need one shape"),
+            ({"teacher": torch.zeros(3, 5)}, r"student and teacher must have .*, got \[3, 4\], \[3, 5\]"),
+            ({"student": IDS.float(), "teacher": IDS.float()}, r"got \[3\], \[3\]"),
             ({"teacher": ROW.byte()}, "must be floating point, got torch.float32 and torch.uint8"),
             ({"teacher": ROW.to(META)}, DEVICES),
             ({"student": [ROW, ROW.to(META)], "teacher": [ROW, ROW.to(META)]}, DEVICES),
             ({"kind": "arccos"}, "kind must be one of abs_cosine, cosine, angular, l2, got 'arccos'"),
-            ({"student": [], "teacher": []}, "need as many layers, at least one, got 0, 0"),
-            ({"student": [ROW], "teacher": [ROW, ROW]}, "need as many layers, at least one, got 1, 2"),
+            ({"student": [], "teacher": []}, "student and teacher must .* got 0 and 0"),
+            ({"student": [ROW], "teacher": [ROW, ROW]}, "student and teacher must .* got 1 and 2"),
             ({"teacher": [ROW]}, "must both be tensors, or both sequences of tensors"),
-            ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers one batch size, got \[2, 4\]"),
+            ({"student": [ROW, ROW[:2]], "teacher": [ROW, ROW[:2]]}, r"layers .* got \[2, 4\]"),
         ],
     ),
     "sample_latent": (
@@ -654,12 +651,12 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"numbers": torch.zeros(2, 1, 8, device="meta")}, DEVICES),
             ({"edge": 9}, "edge must be from 1 to 8 in images of 8 x 8, got 9"),
             ({"edge": 0}, "edge must be from 1 to 8"),
-            ({"pattern": torch.zeros(2, 3, 3)}, "pattern must be None for the norm linf"),
+            ({"pattern": torch.zeros(2, 3, 3)}, "pattern must be None.*linf"),
             ({"norm": "l2"}, r"pattern must be float32 \[2, edge, edge\] = \[2, 3, 3\] for l2, got None"),
             ({"norm": "l1", "pattern": torch.zeros(2, 9)}, r"for l1, got torch.float32 \[2, 9\]"),
             ({"norm": "l1", "pattern": torch.zeros(2, 3, 3, device="meta")}, DEVICES),
             ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-            ({"lo": 1.0, "hi": 0.5}, "lo = 1.0 is above hi = 0.5"),
+            ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
             ({"eps": torch.zeros(3)}, r"eps must be a number or a tensor \[B\] = \[2\], got \[3\]"),
         ],
     ),
@@ -671,11 +668,11 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"owners": torch.zeros(1, 2, 4, 4)}, r"owners must be uint8 .* got torch.float32 \[1, 2, 4, 4\]"),
             ({"owners": torch.zeros(2, 4, 4).byte()}, r"owners must be uint8 .* got torch.uint8 \[2, 4, 4\]"),
             ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
-            ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "grid of 3 x 4 blocks must divide the images, 8 x 8"),
-            ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "grid of 0 x 4 blocks must divide the images, 8 x 8"),
-            ({"owners": torch.zeros(1, 4, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 4"),
-            ({"owners": torch.zeros(1, 0, 4, 4).byte()}, "6 images are no whole number of passes for owners of 1 x 0"),
-            ({"images": torch.zeros(0, 3, 8, 8)}, "0 images are no whole number of passes for owners of 1 x 2"),
+            ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "owners has 3 x 4 blocks.* 8 x 8"),
+            ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "owners has 0 x 4 blocks.* 8 x 8"),
+            ({"owners": torch.zeros(1, 4, 4, 4).byte()}, "images has 6 images; owners.* 1 x 4"),
+            ({"owners": torch.zeros(1, 0, 4, 4).byte()}, "images has 6 images; owners.* 1 x 0"),
+            ({"images": torch.zeros(0, 3, 8, 8)}, "images has 0 images; owners.* 1 x 2"),
         ],
     ),
 }

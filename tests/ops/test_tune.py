@@ -68,7 +68,7 @@ def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     timed(monkeypatch, {"reference": 1e-5, "kernel": 1e-6})
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
     said = capsys.readouterr().out
-    assert "races were known already (--again races them once more)" in said and "Nothing changes" in said
+    assert "timings were known already (--again repeats them)" in said and "Nothing changes" in said
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step", "--again"]) == 0
     assert "10 to 10 times" in capsys.readouterr().out
     assert op.serving(Call(CPU, "linf", wide, 10)) == "cpp"
@@ -161,7 +161,7 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
 def test_races_that_the_time_does_not_suffice_for_are_named_and_keep_what_they_had(monkeypatch):
     found = racing.tune(CPU, seconds=0.0, ops=["noisy_replay"])
     assert len(found.left_out) == len(racing.races_of(REGISTRY["noisy_replay"], CPU)) and not found.rows
-    assert "not raced for want of time, as before: noisy_replay" in command.text(found)
+    assert "not timed, because the time was used up: noisy_replay" in command.text(found)
     assert REGISTRY["noisy_replay"].wanted(Call(CPU)).why.startswith("raced on AMD")
 
 
@@ -265,7 +265,7 @@ def test_a_stale_file_is_said_to_be_stale_and_not_used(folder, caplog):
     assert op.wanted(Call(CPU)).backend == "cpp" and "is not used" in caplog.text
     # after an upgrade it is so of every op: one line for all of them
     assert other.wanted(Call(CPU)).backend == "cpp" and len(caplog.records) == 1
-    assert "STALE for philox, stitch" in installation.info(True)
+    assert "OUTDATED for philox, stitch" in installation.info(True)
     assert racing.known_rows(op, CPU) == []
 
 

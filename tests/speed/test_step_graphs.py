@@ -292,7 +292,7 @@ def test_one_slow_timing_decides_nothing(rerun):
 
 def test_a_function_and_another_device_run_eagerly(graphs, rerun):
     assert same(run(graphs, lambda x: 2 * x, STEPS), run(None, lambda x: 2 * x, STEPS))
-    assert "no torch.nn.Module" in graphs.refusal
+    assert "not a torch.nn.Module" in graphs.refusal
     off, elsewhere = StepGraphs("off", capture=rerun), StepGraphs()
     for other in (off, elsewhere):
         run(other, Scale(), STEPS)

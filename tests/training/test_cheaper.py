@@ -197,7 +197,7 @@ def test_a_training_attack_of_many_steps_validates_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adversarial": "n_fgsm", "attack": TrainingAttack(eps=EPS, steps=2)}, "takes one step, got steps=2"),
+        ({"adversarial": "n_fgsm", "attack": TrainingAttack(eps=EPS, steps=2)}, r"attack\.steps.* got steps=2"),
         ({"adversarial": "nuat", "attack": TrainingAttack(eps=1.0, steps=1, norm="l2")}, "norm='linf'"),
         (
             {"adversarial": "free", "attack": TrainingAttack(eps=EPS, steps=2, random_start=False)},
@@ -241,7 +241,7 @@ def test_a_run_that_collapses_goes_on_from_the_last_good_checkpoint(tmp_path, ca
     with caplog.at_level(logging.WARNING, "purify_fast"):
         last = fit(task, *images(), FitConfig(**CONFIG, on_collapse="back_off"), tmp_path, progress=False)
     assert caplog.text.count("the accuracy on held-out images fell to 0.300") == 2
-    assert "back to step 6 with 0.25 of the learning rate" in caplog.text
+    assert "from step 6 with 0.25 of the learning rate" in caplog.text
     saved = read_tree(tmp_path / CHECKPOINT)
     assert last["validation_accuracy"] == pytest.approx(0.7) and saved["rate"] == 0.25
     assert [row["epoch"] for row in saved["rows"]] == [0, 1, 2, 3]
@@ -269,9 +269,9 @@ def test_a_run_gives_up_after_five_times_and_says_what_it_needs(tmp_path):
     config = FitConfig(**CONFIG, on_collapse="back_off")
     with pytest.raises(Diverged, match=r"training collapsed.* at 0\.03125 of the learning rate"):
         fit(Collapsing(1, limit=0.0), *images(), config, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="on_collapse 'back_off' returns to a checkpoint: give a folder"):
+    with pytest.raises(ValueError, match="on_collapse 'back_off'.* folder=None"):
         fit(Collapsing(1, limit=0.0), *images(), config, progress=False)
-    with pytest.raises(ValueError, match="on held-out images: give a validation_share"):
+    with pytest.raises(ValueError, match="on_collapse 'back_off'.*validation_share"):
         fit(Collapsing(1, limit=0.0), *images(), FitConfig(3, 16, on_collapse="back_off"), tmp_path, progress=False)
 
 
@@ -280,5 +280,5 @@ def test_a_task_that_measures_no_accuracy_is_refused(tmp_path):
         def validate(self, batch):
             return {"loss": torch.tensor(1.0)}
 
-    with pytest.raises(ValueError, match="on_collapse 'back_off': this training measures loss, not accuracy"):
+    with pytest.raises(ValueError, match="on_collapse 'back_off' needs .*accuracy; this training measures loss"):
         fit(Silent(1, 0.0), *images(), FitConfig(**CONFIG, on_collapse="back_off"), tmp_path, progress=False)

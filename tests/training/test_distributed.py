@@ -100,8 +100,8 @@ def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, tmp_path)
 def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     first, second = results(two, "refusals")
     assert first == second
-    assert first["batch"] == "ValueError: batch_size 33 must be a multiple of the 2 processes"
-    assert first["batchnorm"].startswith("ValueError: 1 is a BatchNorm over one process's images")
+    assert first["batch"] == "ValueError: batch_size must be a multiple of the 2 processes, got 33"
+    assert first["batchnorm"].startswith("ValueError: the model's module 1 is a BatchNorm")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
 
@@ -124,7 +124,7 @@ def test_the_command_by_several_processes(few_images, tmp_path):
     done = together(tmp_path, 2, lambda: cli.main(["train", *words, *few_images]), "torchrun")
     assert done.results[0] == 2 and done.codes[1] == 1
     said = [line for text in done.errors for line in text.splitlines() if line.startswith("purify-fast")]
-    assert said == ["purify-fast: batch_size 21 must be a multiple of the 2 processes"], done.errors
+    assert said == ["purify-fast: batch_size must be a multiple of the 2 processes, got 21"], done.errors
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):
@@ -147,7 +147,7 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     with pytest.raises(ValueError, match=r"device must be cuda or cpu for several processes.*'cuda:0'"):
         distributed.own_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="process 1 of this machine needs a GPU, and there are 1"):
+    with pytest.raises(ValueError, match="device cuda .*process 1 on a machine with 1: start fewer"):
         distributed.own_device("cuda")
     monkeypatch.setattr(distributed, "processes", lambda: (0, 1))
     assert distributed.own_device("cuda:0") == "cuda:0"

@@ -57,7 +57,7 @@ def test_of_200_changed_bits_of_a_checkpoint_all_are_seen_and_the_one_before_it_
             flipped(tmp_path / CHECKPOINT, draw.randrange(8 * len(whole)))
             taken += last_checkpoint(tmp_path)["step"] == 4
             (tmp_path / CHECKPOINT).write_bytes(whole)
-    assert taken == caplog.text.count("the checkpoint before it is taken, of step 4") == 200
+    assert taken == caplog.text.count("the checkpoint before it, of step 4, is used") == 200
     assert last_checkpoint(tmp_path)["step"] == 8
 
 
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(tmp_path, caplo
     flipped(tmp_path / "run" / CHECKPOINT, 8 * 3000)
     with caplog.at_level(logging.WARNING, "purify_fast"):
         again = train(tmp_path / "run")
-    assert "checkpoint.damaged.safetensors, and the checkpoint before it is taken, of step 8" in caplog.text
+    assert "checkpoint.damaged.safetensors, and the checkpoint before it, of step 8, is used" in caplog.text
     assert same(whole, again)
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "run" / "checkpoint.damaged.safetensors").is_file()
@@ -94,7 +94,7 @@ def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
     train(tmp_path, epochs=2)
     for name in (CHECKPOINT, PREVIOUS):
         flipped(tmp_path / name, 8 * 3000)
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT} .*{PREVIOUS} .*remove it to begin anew"):
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT} .*{PREVIOUS} .*no other checkpoint"):
         train(tmp_path, epochs=2)
     assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
@@ -153,7 +153,7 @@ def test_the_checkpoint_before_a_full_disk_is_kept(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", no_room)
-    with pytest.raises(OSError, match=r"checkpoint before it is kept in .*checkpoint\.safetensors"):
+    with pytest.raises(OSError, match=r"last checkpoint is kept in .*checkpoint\.safetensors"):
         save_checkpoint(tmp_path, {"step": 1})
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert not list(tmp_path.glob(".checkpoint*"))
@@ -220,8 +220,8 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(tmp_path):
     errors = process.communicate(timeout=600)[1].decode()
     assert process.returncode == 143, errors
     step = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
-    told = f"ended by SIGTERM after step {step} of 320: the same again goes on from the last checkpoint, in {tmp_path}"
-    assert told in errors
+    assert f"ended by SIGTERM after step {step} of 320. " in errors
+    assert f"continue from the last checkpoint in {tmp_path}" in errors
     whole = train(None, epochs=80)
     again = train(tmp_path / "run", epochs=80, checkpoint_seconds=1000)
     assert same(whole, again)

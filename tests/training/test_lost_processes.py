@@ -55,7 +55,7 @@ def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, tmp_pat
         made.wait(0)
     done = made.ended()
     assert done.codes[0] == 1
-    wanted = "ProcessLost: process 0 of 2 waited in vain in step 3 for: process 1, last in step 3"
+    wanted = "ProcessLost: process 0 of 2 got no answer in step 3 from: process 1, last in step 3"
     assert wanted in done.errors[0], done.errors[0]
     assert read_tree(run / "checkpoint.safetensors")["step"] == 3
     # elastic: one more than before, and then one alone
@@ -96,7 +96,7 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch, tmp_path, rank, 
     done = made.ended()
     assert done.codes[1 - rank] == 1 and done.codes[rank] == -signal.SIGKILL
     wanted = (
-        f"purify-fast: process {1 - rank} of 2 had no sign of life for 0.5 seconds of: process {rank}, last in step 3"
+        f"purify-fast: process {1 - rank} of 2 got no sign of life for 0.5 seconds from: process {rank}, last in step 3"
     )
     assert wanted in done.errors[1 - rank], done.errors
     assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
@@ -122,7 +122,7 @@ def test_a_silence_is_an_exception_where_one_can_be_raised(monkeypatch):
     ended = []
     monkeypatch.setattr(distributed.os, "_exit", ended.append)
     raised = pytest.raises(
-        distributed.ProcessLost, match="process 0 of 2 had no sign of life for 1 seconds of: process 1"
+        distributed.ProcessLost, match="process 0 of 2 got no sign of life for 1 seconds from: process 1"
     )
     with raised, distributed.heartbeat():
         watch = distributed._watch

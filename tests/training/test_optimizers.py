@@ -76,7 +76,7 @@ def test_resumed_from_a_file_it_goes_on_to_the_bit(tmp_path, at):
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}])
 def test_bad_numbers_are_refused(wrong):
-    with pytest.raises(ValueError, match="need k >= 1 and 0 < alpha <= 1"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = {next(iter(wrong.values()))}"):
         Lookahead(radam(nn.Linear(1, 1)), **wrong)
 
 

@@ -48,7 +48,7 @@ def test_defences_name_images_and_labels_that_they_do_not_take(method):
     else:
         made = AtopTask(Atop(classifier, SmallGenerator(1, width=2), (1, 8, 8), block=2), AtopConfig())
     x, y = images()
-    with pytest.raises(ValueError, match=r"x must have images \[1, 8, 8\], as the defence, got \[1, 8, 4\]"):
+    with pytest.raises(ValueError, match=r"x must have images \[1, 8, 8\], got \[1, 8, 4\]"):
         fit(made, x[..., :4], y, FitConfig(1, 16))
     with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
         fit(made, x, y + 1, FitConfig(1, 16))
@@ -136,14 +136,14 @@ def test_loaders_that_cannot_be_used_are_refused():
             return 2
 
     for wrong, message in (
-        ([], "x gives no batch"),
-        (Short([(x, y)]), "x gave 1 batches in epoch 0, its length says 2"),
+        ([], "x must have at least 1 batch, got 0"),
+        (Short([(x, y)]), "x must give 2 batches, .* it gave 1 in epoch 0"),
         ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
         ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(task(), wrong, None, FitConfig(1), progress=False)
-    with pytest.raises(ValueError, match="y must be None if x gives batches"):
+    with pytest.raises(ValueError, match="y must be None if x is a loader"):
         fit(task(), [(x, y)], y, FitConfig(1))
 
 

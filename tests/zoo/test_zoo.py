@@ -95,7 +95,7 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys):
     assert cli.main(["evaluate", "zoo:digits-pgd-at", *small]) == 0
     assert (tmp_path / "runs" / "zoo" / "digits-pgd-at" / "evaluation" / "report.md").is_file()
     assert cli.main(["evaluate", "zoo:nothing", *small]) == 2
-    assert "there are" in capsys.readouterr().err
+    assert "name must be a model of the zoo, got 'nothing'" in capsys.readouterr().err
     # a defence stands beside its classifier
     assert cli.main(["evaluate", "zoo:digits-atop-pipeline", *small]) == 0
 

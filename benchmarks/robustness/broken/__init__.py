@@ -1,1 +1,1 @@
-"""Published defences that were broken, rebuilt small, and honest models beside them: what do reports say of them?"""
+"""Test the reports of this package on small copies of broken published defences, and on models that are robust."""

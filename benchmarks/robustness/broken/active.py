@@ -1,9 +1,9 @@
-"""An active test of attacks, after Zimmermann et al., arXiv 2206.13991: do they find a point that is there?
+"""Test whether an attack finds an adversarial point that was planted (Zimmermann et al., arXiv 2206.13991).
 
-A random corner of an image's ball is made adversarial: the model's last linear layer gets another row of weights, which
-separates the corner from the image and from many points inside the ball. A short attack along the model's own gradients
-then looks for any point on the corner's side. The power of the attack is the share of corners that it finds. A corner
-whose side random corners reach too proves nothing.
+A random corner of an image's ball becomes adversarial in the following way. The model's last linear layer gets one more
+row of weights. This row separates the corner from the image, and from many points inside the ball. A short attack along
+the model's gradients then searches for any point on the corner's side. The power of the attack is the share of images
+for which it finds such a point. An image proves nothing if random corners of its ball reach the same side.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import apgd, frozen
 
-#: Increase this number whenever a change here gives another result; kept results with an older number are then made
+#: Increase this number if a change in this file changes results. Saved results with an older number are then computed
 #: again.
 REVISION = 1
-#: PLANTED images get a planted corner, and INSIDE points are taken in the ball of each. LOOKING random corners test if
-#: chance alone finds the planted corner. DRAWS predictions judge a random model.
+#: PLANTED is the number of images with a planted corner. INSIDE is the number of points inside each ball. LOOKING is
+#: the number of random corners that test if chance alone reaches the side of the planted corner. DRAWS is the number of
+#: predictions of a random model.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
-#: The points inside the ball lie within NEAR times the radius. The border is put at BORDER of the way from the score of
-#: these points to the score of the corner.
+#: The points inside the ball have at most NEAR times its radius. On the way from the highest score of these points to
+#: the score of the corner, the border lies at the share BORDER.
 NEAR, BORDER = 0.95, 0.9
-#: The short attack takes STEPS steps from STARTS random starts. If it finds less than the share LEAST of the planted
-#: corners, attacks on the model count as unreliable.
+#: The short attack takes STEPS steps from each of STARTS random starts. If it finds less than the share LEAST of the
+#: planted corners, attacks on the model count as unreliable.
 STEPS, STARTS, LEAST = 20, 2, 0.8
 
 
 @dataclass
 class Power:
-    """The planted points that an attack found.
+    """The result of the test.
 
     Args:
         planted: number of planted points.
-        found: number of points that the short attack found.
-        by_chance: number of points that random corners found.
-        reason: the reason why no point was planted; "" if there are points.
+        found: number of planted points that the short attack found.
+        by_chance: number of planted points that random corners found.
+        reason: reason why no point could be planted, or "" if points were planted.
     """
 
     planted: int = 0
@@ -47,18 +48,19 @@ class Power:
 
     @property
     def unreliable(self) -> bool:
-        """Tell whether attacks miss so many points that their results say little."""
+        """Tell whether the attack missed so many planted points that attacks on the model are unreliable."""
         return self.planted > 0 and self.found < LEAST * self.planted
 
 
 class Features(nn.Module):
-    """Images to the input of the model's last linear layer, ``[B, d]``.
+    """A module that maps images to the input of the model's last linear layer, ``[B, d]``.
 
     Args:
-        model: images to logits.
+        model: classifier, images to logits.
+        x: images, which are used to find the last linear layer.
 
     Raises:
-        ValueError: no linear layer is called once with a row for each image; the message says so.
+        ValueError: the model calls no linear layer, or its last linear layer is not called once for all images.
     """
 
     def __init__(self, model: nn.Module, x: Tensor):
@@ -93,12 +95,12 @@ def _last_linear(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 class Planted(nn.Module):
-    """Two logits of a point: 0, and its score by the row of weights of its image, which is the nearest center.
+    """A classifier with two logits: 0, and the score of a point by the added row of weights of the nearest image.
 
     Args:
-        features: images to features.
-        centers: the images, ``[N, C, H, W]``.
-        rows: rows of the images, ``[N, d]``, and their offsets ``[N]``.
+        features: module that maps images to features.
+        centers: images in the centers of the balls, ``[N, C, H, W]``.
+        rows: added rows of weights for each image, ``[N, d]``, and their offsets ``[N]``.
     """
 
     def __init__(self, features: Features, centers: Tensor, rows: tuple[Tensor, Tensor]):
@@ -113,14 +115,15 @@ class Planted(nn.Module):
 
 
 def row_of(inside: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
-    """The row that separates a corner from points inside the ball, and its offset, by ridge regression.
+    """Compute the row of weights that separates a corner from points inside the ball, by ridge regression.
 
     Args:
-        inside: features ``[M, d]``.
-        corner: features ``[d]``.
+        inside: features of the points inside the ball, ``[M, d]``.
+        corner: features of the corner, ``[d]``.
 
     Returns:
-        A row ``[d]`` and an offset []; the score is positive at the corner, and near 0 there.
+        The row ``[d]`` and its offset []. If the row separates the corner, the score of the corner is slightly above 0,
+        and the scores of the other points are below 0.
     """
     points = torch.cat([inside, corner[None]]).double()
     points = points - points.mean(0)
@@ -135,13 +138,13 @@ def row_of(inside: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
-    """Plant points in the balls of some images, and let a short attack look for them.
+    """Plant points in the balls of some images, and let a short attack search for them.
 
     Args:
-        model: images to logits.
+        model: classifier, images to logits.
         x: images ``[N, C, H, W]`` in [0, 1].
-        y: labels, int64 ``[N]``; misclassified images are left out.
-        eps: the L-inf radius.
+        y: labels, int64 ``[N]``. Misclassified images are left out.
+        eps: L-inf radius on images in [0, 1].
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -174,7 +177,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
 
-        # Count only corners that the added row really separates from the image, since no attack could find the others.
+        # Count only corners that lie on the right side of the added row's border. Other corners are not adversarial.
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(

@@ -1,8 +1,9 @@
-"""The parts of adaptive attacks, which take about ten times as many gradients as the protocol ``standard``.
+"""Build adaptive attacks, which compute about ten times as many gradients as the protocol ``standard``.
 
-On an image that withstands, ``standard`` takes some hundreds of gradients. The chains here take some thousands. They
-attack every wrong class from several starts by two losses, with more steps, or for a random model with more draws in
-each step. They never stop early.
+An adaptive attack is a chain of searches. Each search attacks the images that the searches before it did not break. On
+an image that is never broken, ``standard`` computes some hundreds of gradients, and a chain computes some thousands.
+The searches attack every wrong class from several starts, with two losses and more steps. On a random model each step
+averages over more random predictions. No search stops early.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from purify_fast.evaluation import AttackSpec
 
 from .entry import Entry, Search
 
-#: How many draws attacks on random models average in each step: DRAWS usually, MANY_DRAWS for models whose draws are
-#: cheap.
+#: The number of random predictions that a step on a random model averages. DRAWS is the usual number. MANY_DRAWS is for
+#: models whose predictions are fast.
 DRAWS, MANY_DRAWS = 20, 40
 
 
 def every_class(follows: int = 1, *, steps: int = 200, restarts: int = 2, classes: int = 9, **more: Any) -> Search:
-    """Attack towards one wrong class after the other, by the margin, which does not saturate.
+    """Return a search towards each wrong class in turn. Its loss is the margin, which does not saturate.
 
     Args:
-        follows: model whose gradients are taken, as in `Search`.
+        follows: index of the model whose gradients are used, as in `Search`.
         steps: number of steps of each run.
         restarts: number of random starts for each class.
-        classes: number of wrong classes; the nearest comes first.
+        classes: number of wrong classes. The classes with the highest logits come first.
         more: further options of `APGD`.
     """
     return Search(
@@ -38,38 +39,38 @@ def every_class(follows: int = 1, *, steps: int = 200, restarts: int = 2, classe
 
 
 def away(follows: int = 1, *, steps: int = 200, restarts: int = 5, loss: Any = "ce", **more: Any) -> Search:
-    """Attack away from the true class, from several random starts.
+    """Return a search away from the true class, from several random starts.
 
     Args:
-        follows: model whose gradients are taken, as in `Search`.
+        follows: index of the model whose gradients are used, as in `Search`.
         steps: number of steps of each run.
         restarts: number of random starts.
-        loss: the loss.
+        loss: name of the loss.
         more: further options of `APGD`.
     """
     return Search(APGD(loss=loss, steps=steps, restarts=restarts, **more), follows)
 
 
 def long(*follow: int, steps: int = 200) -> tuple[Search, ...]:
-    """Attack every wrong class from two starts and the cross-entropy from five, along the gradients of some models.
+    """Return searches for a deterministic model: cross-entropy from five starts, and each wrong class from two starts.
 
     Args:
-        follow: models whose gradients are taken, as in `Search`.
+        follow: indices of the models whose gradients are used, as in `Search`.
         steps: number of steps of each run.
     """
     return tuple(part for one in follow for part in (away(one, steps=steps), every_class(one, steps=steps)))
 
 
 def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) -> tuple[Search, ...]:
-    """Attack a random model by fewer runs, each step of which averages over many draws.
+    """Return searches for a random model, with fewer runs, whose steps average over many random predictions.
 
-    The margin of each draw is divided by the spread of its logits, so that no draw counts more than the others.
+    The loss divides the margin of each prediction by the spread of its logits, so that all predictions count equally.
 
     Args:
-        follow: models whose gradients are taken, as in `Search`.
-        draws: number of draws that each step averages.
+        follow: indices of the models whose gradients are used, as in `Search`.
+        draws: number of random predictions that each step averages.
         steps: number of steps of each run.
-        classes: number of wrong classes; the nearest comes first.
+        classes: number of wrong classes. The classes with the highest logits come first.
     """
     return tuple(
         part
@@ -81,21 +82,21 @@ def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) 
     )
 
 
-#: The chains of attacks for models that hide no gradients, deterministic and random.
+#: The chains for models with usable gradients. OWN is for deterministic models, and OWN_DRAWN for random models.
 OWN, OWN_DRAWN = long(0), drawn(0)
 
 
 def chain(entry: Entry) -> tuple[Search, ...]:
-    """The parts of an entry's adaptive attack."""
+    """Return the searches of the adaptive attack on an entry's model."""
     return entry.chain or (OWN_DRAWN if entry.random else OWN)
 
 
 def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec]:
-    """The adaptive attack of an entry, with a row for each part.
+    """Return the adaptive attack on an entry's model as a list of attacks, one for each search.
 
     Args:
-        entry: the entry.
-        followed: the models that `Build` returned. The first is the deployed model, whose gradients need no name: None.
+        entry: entry of the table.
+        followed: models that `Build` returned, with None in place of the first. The first is the deployed model.
     """
     return [
         AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)

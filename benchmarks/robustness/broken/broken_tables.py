@@ -1,4 +1,8 @@
-"""The results file of the broken defences, the score of a result, and the tables that pages show."""
+"""Score the results on the broken defences, and make the tables for docs/judge_reference.md.
+
+A judge is a method that evaluates a model: an adaptive attack, AutoAttack, a protocol of this package, the indicators
+of Pintor et al., or the active test. A result is the outcome of one judge on one model.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +14,47 @@ from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
 from ...kept import Row, rows_of
-from . import honest as _honest  # noqa: F401 (each of the two fills the table of entries, the first with the defences)
+
+# These imports add the entries to `ENTRIES`. The module `honest` also imports the defences.
+from . import honest as _honest  # noqa: F401
 from . import mistakes as _mistakes  # noqa: F401
 from .entry import ENTRIES as ENTRIES
 
 FILE = "broken.json"
 ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"
 PINTOR, ACTIVE = "indicators", "active"
-#: The judges in the order in which they judge a model.
+#: The judges, in the order in which they evaluate a model.
 JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
-#: The judges that attack images, without the adaptive attack.
+#: The judges that are compared with the adaptive attack.
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
-#: How many steps an attack takes that sets no number itself.
+#: The number of steps of an attack that does not set a number itself.
 STEPS = 100
-#: A judge finds enough if it leaves at most this share of the images more than the adaptive attack. The tiny second
-#: term allows for rounding.
+#: A judge has found the weakness of a defence if its robust accuracy exceeds that of the adaptive attack by at most
+#: this share. The tiny second term allows for rounding.
 CLOSE = 0.02 + 1e-9
 
-#: The result of a judge on a model.
+#: The type of the result of a judge on a model, a row of the results file.
 Result = Row
 
 
 def left(result: Result, images: int | None = None) -> float:
-    """The share of images that withstood a judge.
+    """Return the robust accuracy in a result.
 
     Args:
-        result: result of a judge that attacks.
-        images: number of first images that count; None counts all.
+        result: result of a judge that attacks images.
+        images: number of the first images that count. None counts all images.
     """
     return statistics.fmean(image == "1" for image in result["robust"][:images])
 
 
 def overestimated(each: dict[str, Result], judge: str) -> float | None:
-    """How much more a judge leaves than the adaptive attack, on the images that both attacked; None without both.
+    """Return a judge's robust accuracy minus that of the adaptive attack, on the images that both attacked.
+
+    Return None if one of the two has no result.
 
     Args:
-        each: the results of a model by judge.
-        judge: name in `ATTACKERS`.
+        each: results on a model, by the names of the judges.
+        judge: name of the judge in `ATTACKERS`.
     """
     if not {judge, ADAPTIVE} <= each.keys():
         return None
@@ -55,13 +63,15 @@ def overestimated(each: dict[str, Result], judge: str) -> float | None:
 
 
 def verdicts(each: dict[str, Result]) -> dict[str, str]:
-    """For each judge that attacks, a verdict: did it find what the adaptive attack found, or flag that it did not?
+    """Compare the judges in `ATTACKERS` with the adaptive attack on a model.
 
     Args:
-        each: the results of a model by judge. Only the adaptive attack decides what is true.
+        each: results on the model, by the names of the judges.
 
     Returns:
-        "found", "flagged", "missed", or "-" if the judge or the adaptive attack has not judged.
+        A verdict for each judge. It is "found" if the judge's robust accuracy is close to that of the adaptive attack,
+        "flagged" if it is too high but the judge calls it unreliable, and otherwise "missed". It is "-" if the judge or
+        the adaptive attack has no result.
     """
     said = {}
     for judge in ATTACKERS:
@@ -76,7 +86,7 @@ def _percent(share: float) -> str:
 
 
 def _numbers(each: dict[str, Result]) -> list[str]:
-    """The number of images, and in percent clean accuracy and what the adaptive attack and the other judges leave."""
+    """Return table cells: number of images, clean accuracy, and robust accuracy under each judge, in percent."""
     first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
     row = [str(len(first["robust"])), _percent(first["clean"])]
     for judge in (ADAPTIVE, *ATTACKERS):
@@ -90,7 +100,7 @@ def _numbers(each: dict[str, Result]) -> list[str]:
 
 
 def _noticed(each: dict[str, Result]) -> list[str]:
-    """The signs of ``standard``, the indicators and the active test that say that attacks fail."""
+    """Return table cells with the findings of ``standard``, of the indicators, and of the active test on a model."""
     cells = [", ".join(each[judge]["unreliable"]) or "none" if judge in each else "-" for judge in (STANDARD, PINTOR)]
     test = "-"
     if ACTIVE in each:
@@ -102,7 +112,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
 
 
 def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
-    """How many defences each judge found, flagged and missed, and the defences that AutoAttack overestimates."""
+    """Return sentences that count the verdicts of each judge, and the defences that AutoAttack overestimates."""
     lines = []
     for judge in ATTACKERS:
         words = [verdicts(each)[judge] for each in broken.values()]
@@ -110,7 +120,8 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
             found, flagged, missed = map(words.count, ("found", "flagged", "missed"))
             lines += [
                 "",
-                f"`{judge}` judged {asked} defences: it found {found}, flagged {flagged} and missed {missed}.",
+                f"`{judge}` judged {asked} defences. It found the weakness of {found}, flagged {flagged} and missed "
+                f"{missed}.",
             ]
     gaps = {name: overestimated(each, OFFICIAL) for name, each in broken.items()}
     more = {name: gap for name, gap in gaps.items() if gap is not None and gap > CLOSE}
@@ -118,25 +129,25 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
         worst = max(more, key=lambda name: more[name])
         lines += [
             "",
-            f"AutoAttack overestimates the robust accuracy of {len(more)} of them by more than 2 points, "
-            f"and of {worst} by most, {_percent(more[worst])} points.",
+            f"AutoAttack overestimates the robust accuracy of {len(more)} defences by more than 2 points. "
+            f"The largest overestimate is {_percent(more[worst])} points, for {worst}.",
         ]
     return lines
 
 
 def markdown(results: Sequence[Result]) -> list[str]:
-    """The tables of broken defences, of the ways to notice failures, of honest and rightly flagged models, of signs.
+    """Return all tables for docs/judge_reference.md.
 
     Args:
-        results: the results so far. A model that nobody has attacked is left out. A judge that has not judged a model
-            has a dash.
+        results: the results so far. A model is left out if no attack has a result on it. A missing result of a judge is
+            shown as a dash.
     """
     every = {name: {one["judge"]: one for one in results if one["model"] == name} for name in ENTRIES}
     every = {name: each for name, each in every.items() if {ADAPTIVE, STANDARD, OFFICIAL} & each.keys()}
     broken = {name: each for name, each in every.items() if ENTRIES[name].paper}
     head = ["images", "clean, %", "truth, %", *ATTACKERS]
     if not every:
-        return ["No model has been judged: `python -m benchmarks broken` does it."]
+        return ["There are no results yet. Run `python -m benchmarks broken`."]
     body = []
     for name, each in broken.items():
         entry, said = ENTRIES[name], verdicts(each)
@@ -146,9 +157,9 @@ def markdown(results: Sequence[Result]) -> list[str]:
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
     body = [[name, *_noticed(each)] for name, each in every.items()]
-    lines += ["", "What each method says of each model:"]
+    lines += ["", "The findings of each method on each model:"]
     lines += ["", *markdown_table(["model", "signs of `standard`", "indicators (Pintor et al.)", "active test"], body)]
-    lines += ["", "How many models each method flags, and which models only this method flags:"]
+    lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
     lines += ["", *_who_notices(every)]
     for title, honest, why in (("honest model", True, []), ("model flagged rightly", False, ["why"])):
         rows = [
@@ -158,12 +169,12 @@ def markdown(results: Sequence[Result]) -> list[str]:
         ]
         if rows:
             lines += ["", *markdown_table([title, *head, *why], rows)]
-    lines += ["", "How many models each sign flags, in reports of `standard` and `strong`:"]
+    lines += ["", "The number of models that each sign flags, in reports of `standard` and `strong`:"]
     return [*lines, "", *_signs(every)]
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """The numbers of models that each way to notice a failed attack flags."""
+    """Return the table of the models that each method to notice a failed attack flags."""
     body = []
     ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
     flagged = {
@@ -186,7 +197,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """The numbers of models that each sign flags, and the models that no other sign of the same report flags."""
+    """Return the table of the models that each sign flags, and of those that only this sign of a report flags."""
     results = [(name, one) for name, each in every.items() for one in each.values()]
     flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
     body = []
@@ -202,7 +213,7 @@ def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def table(results: Path) -> list[str]:
-    """The tables.
+    """Return all tables of the committed results.
 
     Args:
         results: the folder ``benchmarks/results``.

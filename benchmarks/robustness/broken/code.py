@@ -1,4 +1,8 @@
-"""The code on which a result depends: that of the model, and the attacks and signs of the judge."""
+"""Compute short hashes of the code on which a result depends.
+
+A result belongs to a model and a judge. A judge is a method that evaluates the model, such as a protocol. The result
+depends on the code of the model, on the attacks of the judge, and on the signs by which a report is called unreliable.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,17 @@ from . import active, adaptive, pintor
 from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
 from .entry import Entry
 
-#: Increase this number whenever a change here gives other figures for the same attacks; kept results with an older
-#: number are then made again.
+#: Increase this number if a change in this folder changes results for the same attacks. Saved results with an older
+#: number are then computed again.
 REVISION = 1
 
 
 def code(name: str, judge: str) -> dict[str, str]:
-    """Short hashes of the code that makes a result.
+    """Return short hashes of the code that makes a result.
 
     Args:
-        name: name of the model.
-        judge: name of the judge.
+        name: name of the model in `ENTRIES`.
+        judge: name of the judge in `broken_tables.JUDGES`.
     """
     entry = ENTRIES[name]
     return {"model": _of_model(name), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge)]))}
@@ -55,13 +59,13 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         specs = adaptive.specs(entry, [None] * 10)
         follows = [str(part.follows) for part in adaptive.chain(entry)]
         return [*revisions.of_attacks([(spec, spec.resolved) for spec in specs]), *follows]
-    # The protocols also attack surrogates if they find signs of masked gradients, so the revision of surrogates and the
-    # limits of the signs count.
+    # Include the revision of surrogates and the limits of the signs: a protocol also attacks surrogates of the model if
+    # it finds signs of masked gradients.
     return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
 
 
 def _of_signs() -> list[str]:
-    """The signs and their limits."""
+    """Return the names of the signs, and their limits."""
     values = {name: value for name, value in vars(signs).items() if name.isupper()}
     limits = [f"{name} {value}" for name, value in values.items() if isinstance(value, int | float)]
     return [*(alarm.name for alarm in signs.ALARMS), *sorted(limits)]
@@ -69,7 +73,11 @@ def _of_signs() -> list[str]:
 
 @functools.cache
 def _of_model(name: str) -> str:
-    """A hash of a model: the sources that build it, all that they call in this package, and the zoo's weights in it."""
+    """Return a hash of a model.
+
+    It covers the source of the function that builds the model, all code of this folder that the function uses, and the
+    weights of models of the zoo that are named in this code.
+    """
     entry = ENTRIES[name]
     found: dict[int, str] = {}
     _collect(entry.build, found)
@@ -86,7 +94,12 @@ def _weights(name: str) -> str:
 
 
 def _collect(thing: Any, found: dict[int, str]) -> None:
-    """Add the sources of a function or a class of this package and of everything that it refers to, by identity."""
+    """Collect the source of a function or class, and of everything in this folder to which it refers.
+
+    Args:
+        thing: function, class, constant, or a tuple, list or partial of these.
+        found: the sources so far, by the identity of the object. New sources are added.
+    """
     if id(thing) in found:
         return
     if isinstance(thing, functools.partial):
@@ -97,7 +110,7 @@ def _collect(thing: Any, found: dict[int, str]) -> None:
         found[id(thing)] = ""
     elif isinstance(thing, type | types.FunctionType) and thing.__module__.startswith(str(__package__)):
         source = inspect.getsource(thing)
-        # Leave the decorator of an entry out: it holds the words of the table and the attack, which do not change the
+        # Leave out the decorator of an entry. It has the texts of the table and the attack, which are not part of the
         # model.
         found[id(thing)] = source[max(source.find("def "), 0) :] if source.startswith("@entry") else source
         functions = [thing] if isinstance(thing, types.FunctionType) else vars(thing).values()
@@ -111,7 +124,7 @@ def _collect(thing: Any, found: dict[int, str]) -> None:
 
 
 def _referred(function: types.FunctionType) -> list[Any]:
-    """The objects that a function refers to: variables around it, defaults, and names of its module."""
+    """Return the objects that a function refers to: closure variables, defaults, and names of its module."""
     names, codes = set[str](), [function.__code__]
     while codes:
         now = codes.pop()
@@ -125,7 +138,7 @@ def _referred(function: types.FunctionType) -> list[Any]:
 
 
 def outdated(results: Path) -> list[str]:
-    """A line for each result that other code made than there is now.
+    """Return a message for each result whose code has changed since it was computed.
 
     Args:
         results: the folder ``benchmarks/results``.

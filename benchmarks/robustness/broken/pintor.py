@@ -1,9 +1,9 @@
-"""The indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
+"""Compute the indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
 
-The indicators look at a run of an attack on each image, as their authors' code computes them. The run is PGD on the
-cross-entropy, whose last point is its result. "Transfer failure" is left out, because no attack here was made on
-another model. An indicator fires if it is true for more than a tenth of the images. "Unstable predictions" is a number:
-it fires if its mean is above a tenth, the paper's threshold.
+An indicator examines a run of an attack on each image. It is computed as in the code of the paper's authors. The run is
+PGD on the cross-entropy, and its result is the last point. The indicator "transfer failure" is left out, because no
+attack here was made on another model. An indicator fires if it is true for more than a tenth of the images. The
+indicator "unstable predictions" is a number. It fires if its mean over the images is above 0.1, the paper's threshold.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from purify_fast.attacks import frozen
 from purify_fast.ops.pgd_step import pgd_step
 
-#: Increase this number whenever a change here gives another result; kept results with an older number are then made
+#: Increase this number if a change in this file changes results. Saved results with an older number are then computed
 #: again.
 REVISION = 1
-#: IMAGES images are attacked by STEPS steps of PGD. The length of a step is LENGTH in radii, and UNCONSTRAINED in image
-#: units for the attack without a ball.
+#: PGD attacks IMAGES images with STEPS steps. The length of a step is LENGTH times eps. For the attack without a ball
+#: the length is UNCONSTRAINED, in image units.
 IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
-#: The loss is compared at POINTS random points around each image, with uniform noise of width WIDTH in image units. An
-#: indicator fires if its value is above PASSES.
+#: The loss of an image is compared with the loss at POINTS random points. They are the image plus uniform noise, whose
+#: range has the width WIDTH in image units. An indicator fires if its value is above PASSES.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
-#: A loss still rises if it rose in the last LAST steps by more than FALLS times its range.
+#: A loss is still rising if it has risen by more than FALLS times its range in the last LAST steps.
 LAST, FALLS = 10, 0.05
 #: The indicators in the order of the paper, without "transfer failure".
 INDICATORS = (
@@ -37,13 +37,16 @@ INDICATORS = (
 
 
 def losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each image ``[B]``, and a mask of misclassified images."""
+    """Return the cross-entropy of each image ``[B]``, and the mask of misclassified images ``[B]``."""
     logits = model(x)
     return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) != y
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient to the images, zero if PyTorch has none; the loss; and a mask of misclassified images."""
+    """Return the gradient of the loss with respect to the images, the losses, and the mask of misclassified images.
+
+    The gradient is 0 if the model is not differentiable.
+    """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         loss, wrong = losses(model, leaf, y)
@@ -52,17 +55,17 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
-    """One run of PGD.
+    """Run PGD once.
 
     Args:
-        model: images to logits.
-        x: images ``[B, C, H, W]``.
+        model: classifier, images to logits.
+        x: images ``[B, C, H, W]`` in [0, 1].
         y: labels, int64 ``[B]``.
-        eps: the L-inf radius.
+        eps: L-inf radius on images in [0, 1].
         length: length of a step, in image units.
 
     Returns:
-        The losses before and after each step, ``[STEPS + 1, B]``, and the masks of misclassified images.
+        The losses before the first step and after each step, ``[STEPS + 1, B]``, and the masks of misclassified images.
     """
     point, every, fallen = x, [], []
     for _ in range(STEPS):
@@ -75,10 +78,10 @@ def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tu
 
 
 def still_rising(loss: Tensor) -> Tensor:
-    """Tell for each image whether the best loss so far still rises in the last steps.
+    """Tell for each image whether the highest loss so far is still rising in the last steps.
 
     Args:
-        loss: loss after each step, ``[steps, B]``.
+        loss: losses of the images after each step, ``[steps, B]``.
     """
     best = loss.nan_to_num().cummax(0).values
     least, most = loss.nan_to_num().amin(0), best[-1]
@@ -86,7 +89,7 @@ def still_rising(loss: Tensor) -> Tensor:
 
 
 def unstable(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The mean relative change of the loss under small noise, at most 1."""
+    """Return the mean relative change of the loss under small noise, limited to 1."""
     generator = torch.Generator().manual_seed(0)
     before = losses(model, x, y)[0]
     scale = torch.where(before == 0, torch.ones_like(before), before.abs())
@@ -96,13 +99,13 @@ def unstable(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def indicators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
-    """The value of each indicator: the share of images for which it is true, or its mean.
+    """Return the value of each indicator: the share of images for which it is true, or its mean.
 
     Args:
-        model: images to logits.
+        model: classifier, images to logits.
         x: images ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``.
-        eps: the L-inf radius.
+        eps: L-inf radius on images in [0, 1].
     """
     torch.manual_seed(0)
     with torch.no_grad(), frozen(model):
@@ -117,7 +120,7 @@ def indicators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, 
 
 
 def fired(values: dict[str, float]) -> list[str]:
-    """The indicators that say that an attack failed.
+    """Return the names of the indicators that fired.
 
     Args:
         values: result of `indicators`.

@@ -1,7 +1,8 @@
-"""``python -m benchmarks broken``: AutoAttack, this package's reports and adaptive attacks judge each model.
+"""Run ``python -m benchmarks broken``: several judges evaluate broken defences and robust models.
 
-A judge's result on a model is written to the results file at once and not made again, so the command can be interrupted
-at any time. A result names the code that made it. It is made again if the model, the attacks or the signs have changed.
+A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, the indicators
+of Pintor et al., or the active test. Each result is saved at once, so the command can be interrupted at any time. A
+result has hashes of the code that made it. It is computed again if the model, the attacks or the signs have changed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from . import active, adaptive, broken_tables, pintor
 from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
-#: A defence is trained on at most this many images.
+#: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
-#: An adaptive attack averages DRAWS draws if it sets no number. `STRONG` judges at most STRONG_IMAGES images.
+#: DRAWS is the number of random predictions that a step averages if an adaptive attack does not set it. STRONG_IMAGES
+#: is the largest number of images that the protocol `STRONG` attacks.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 
 @functools.cache
 def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
-    """The deployed model with the others that its adaptive attack follows, and the images and labels to attack."""
+    """Build a model. Return it with the other models whose gradients the adaptive attack uses, images and labels."""
     entry = ENTRIES[name]
     images = load_dataset(entry.data, data)
     torch.manual_seed(0)
@@ -45,13 +47,13 @@ def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
 
 
 def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """The result of a judge on a model: the images that withstand, or its findings on the attacks.
+    """Let a judge evaluate a model, and return the result.
 
     Args:
-        name: name in `ENTRIES`.
-        judge: name in `JUDGES`.
-        settings: the largest numbers of "images" and of "steps".
-        data: the folder of the images.
+        name: name of the model in `ENTRIES`.
+        judge: name of the judge in `JUDGES`.
+        settings: largest number of "images" and of "steps".
+        data: folder of the images.
     """
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     n, begin = settings["images"], time.process_time()
@@ -69,7 +71,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
 
 
 def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Result:
-    """The facts of a report on a model: clean accuracy, the images that withstand, and the signs of a failed attack."""
+    """Evaluate a model. Return its clean accuracy, the robust images, and the signs of a failed attack."""
     entry, (models, x, y) = ENTRIES[name], built(name, data)
     steps, n = settings["steps"], settings["images"]
     shared = EvaluateConfig(steps=steps, max_forward_batch=1000)
@@ -91,7 +93,7 @@ def _attacked(name: str, judge: str, settings: dict[str, int], data: str) -> Res
 
 
 def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
-    """A part of an adaptive attack with at most this number of steps, if it is a trial's."""
+    """Shorten an attack for a trial. If ``steps`` is the usual number, return the attack unchanged."""
     attack: Any = spec.resolved
     if steps >= broken_tables.STEPS:
         return spec
@@ -99,12 +101,12 @@ def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
 
 
 def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, int]:
-    """The settings of a judge's result.
+    """Return the largest numbers of images and steps with which a judge evaluates a model.
 
     Args:
         name: name of the model.
         judge: name of the judge.
-        chosen: the options of the command.
+        chosen: options of the command.
     """
     most = min(ENTRIES[name].images, chosen.images or ENTRIES[name].images)
     most = min(most, STRONG_IMAGES) if judge == STRONG else most
@@ -112,10 +114,10 @@ def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, 
 
 
 def order(work: tuple[str, str]) -> tuple[bool, int, int]:
-    """The place of a result among others: deterministic models of digits come first, and `STRONG` comes last.
+    """Return the sort key of a result. Deterministic models of digits come first, and the judge `STRONG` comes last.
 
     Args:
-        work: the model and the judge.
+        work: names of the model and of the judge.
     """
     name, judge = work
     entry = ENTRIES[name]
@@ -123,7 +125,9 @@ def order(work: tuple[str, str]) -> tuple[bool, int, int]:
 
 
 def is_asked(name: str, judge: str, results: list[Result]) -> bool:
-    """Tell whether a judge judges a model: `STRONG` does so only if ``standard`` found enough, or flagged the model.
+    """Tell whether a judge evaluates a model.
+
+    The judge `STRONG` evaluates only models that ``standard`` has found or flagged.
 
     Args:
         name: name of the model.
@@ -137,18 +141,20 @@ def is_asked(name: str, judge: str, results: list[Result]) -> bool:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks broken``."""
-    options.add_names(parser, ENTRIES, "--only", "which models")
-    options.add_names(parser, JUDGES, "--judges", "who judges")
-    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help="judges whose results are made once more")
-    parser.add_argument("--images", type=options.at_least_one, help="the most images of a model; all by default")
+    """Add the options of ``python -m benchmarks broken``."""
+    options.add_names(parser, ENTRIES, "--only", "models that are evaluated")
+    options.add_names(parser, JUDGES, "--judges", "methods that evaluate them")
+    redo = "repeat the finished results of these methods"
+    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help=redo)
+    images = "largest number of images for a model; default: all images"
+    parser.add_argument("--images", type=options.at_least_one, help=images)
     options.add_minutes(parser)
-    parser.add_argument("--data", default="data", help="the folder that holds MNIST and CIFAR-10; data by default")
+    parser.add_argument("--data", default="data", help="folder with MNIST and CIFAR-10; default: data")
     options.add_out(parser, "")
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Let the judges judge the models that they have not judged yet by this code; return the tables."""
+    """Compute the results that are missing or outdated, and return the tables."""
     out = options.out_of(chosen, chosen.quick, "")
     kept = {(one["model"], one["judge"]): one for one in rows_of(out / FILE)}
 
@@ -167,5 +173,5 @@ def main(chosen: argparse.Namespace) -> str:
 
     budget = Budget(seconds=60 * chosen.minutes)
     budget.go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
-    left_out = [f"{len(budget.left_out)} results did not fit into the time."] if budget.left_out else []
+    left_out = [f"{len(budget.left_out)} results did not fit into the time limit."] if budget.left_out else []
     return "\n".join([*broken_tables.markdown(rows_of(out / FILE)), *left_out])

@@ -1,8 +1,10 @@
-"""Studies of what makes a defence robust, over seeds, with controls. ``python -m benchmarks study NAME``.
+"""Run studies of what makes a defence robust: ``python -m benchmarks study NAME``.
 
-A study is a list of jobs that train and attack a model each. Jobs run side by side; a finished job leaves
-``result.json`` and is not run again, so a stopped study can be resumed. A job's settings are in ``job.json`` beside
-it: a folder that was begun with other settings is refused.
+A study is a list of jobs. Each job trains or attacks a model, and writes ``result.json`` into its folder. Jobs can run
+in parallel. A finished job is not run again, so a stopped study can be resumed. The settings of a job are saved in
+``job.json`` in the same folder. A folder with other settings is refused.
+
+Results of a study are shown in a table, and a job belongs to a row of the table.
 """
 
 from __future__ import annotations
@@ -33,29 +35,37 @@ RESULT, ASKED = "result.json", "job.json"
 
 
 def folder_of(root: Path, name: str, seed: int) -> Path:
-    """The folder of a study's row, with its models and results."""
+    """Return the folder with the models and the results of a row's job."""
     return root / f"{name.replace(' ', '-').replace('/', '-')}-{seed}"
 
 
 def result_of(root: Path, name: str, seed: int) -> dict[str, Any]:
-    """The result of a row's job; FileNotFoundError if it is not done."""
+    """Return the result of a row's job.
+
+    Raises:
+        FileNotFoundError: the job is not finished.
+    """
     return json.loads((folder_of(root, name, seed) / RESULT).read_text())
 
 
-#: The function that does a job: ``work(job, folder, root)`` returns numbers for the table.
+#: The type of the function of a job: ``work(job, folder, root)`` returns numbers for the table.
 Work = Callable[["Job", Path, Path], dict]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model of a study.
+    """A training or an attack in a study.
 
     Attributes:
-        name: the row of the table. seed: seed of its training and of the attacks.
-        work: ``work(job, folder, root)`` -> numbers for the table; importable, since it runs in another process.
-        needs: rows whose folders it reads: with the same seed by name, with another seed as ``(name, seed)``.
+        name: name of the row of the table.
+        seed: seed of the training and of the attacks.
+        work: function ``work(job, folder, root)`` that returns numbers for the table. It must be importable, because it
+            runs in another process.
+        needs: rows whose jobs must be finished before. A row with the same seed is given by its name, and a row with
+            another seed as ``(name, seed)``.
         settings: settings of ``work``.
-        threads: 1, since for small models a second thread only spins; 0 for an equal share of torch's own number.
+        threads: number of threads. The default is 1, because small models are not faster with more threads. 0 means an
+            equal share of the threads that PyTorch would use.
     """
 
     name: str
@@ -66,27 +76,34 @@ class Job:
     threads: int = 1
 
     def folder(self, root: Path, name: str | None = None) -> Path:
-        """This job's folder, or that of another row of the same seed."""
+        """Return the folder of this job, or that of another row with the same seed."""
         return folder_of(root, name or self.name, self.seed)
 
     def needed(self) -> list[tuple[str, int]]:
-        """Names and seeds of the rows that it needs."""
+        """Return the names and seeds of the rows that this job needs."""
         return [(need, self.seed) if isinstance(need, str) else need for need in self.needs]
 
     def ready(self, root: Path) -> bool:
-        """Tell whether all rows that it needs are done."""
+        """Tell whether all jobs that this job needs are finished."""
         return all((folder_of(root, *need) / RESULT).is_file() for need in self.needed())
 
     def done(self, root: Path) -> bool:
-        """Tell whether this job has ended."""
+        """Tell whether this job is finished."""
         return (self.folder(root) / RESULT).is_file()
 
     def result(self, root: Path, name: str | None = None) -> dict:
-        """The result of this job, or of another row with the same seed; FileNotFoundError if it is not done."""
+        """Return the result of this job, or that of another row with the same seed.
+
+        Raises:
+            FileNotFoundError: the job is not finished.
+        """
         return result_of(root, name or self.name, self.seed)
 
     def asked(self) -> dict:
-        """The settings, as in JSON, that must be equal for its folder to be used again; the device does not count."""
+        """Return the settings as JSON values. An existing folder is used again only if its settings are equal to these.
+
+        The folder of the data and the device do not count.
+        """
         settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
         plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=vars)
         return json.loads(plain)
@@ -103,15 +120,15 @@ def _run(job: Job, root: Path, share: int) -> None:
 
 
 def _check(jobs: Sequence[Job], root: Path) -> None:
-    """Raise ValueError if a job cannot be run, or if ``root`` holds folders with other settings."""
+    """Raise ValueError if a job cannot be run, or if its folder in ``root`` has other settings."""
     if not jobs:
-        raise ValueError("a study must have at least one job, got none")
+        raise ValueError("jobs must have at least one job; it is empty")
     if len({job.folder(root) for job in jobs}) < len(jobs):
-        raise ValueError("jobs must have different folders, got several jobs with the same name and seed")
+        raise ValueError("jobs must have different folders, but several jobs have the same name and seed")
     needs = {(job.name, job.seed): job.needed() for job in jobs}
     if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
-        raise ValueError(f"the study has no job for these rows and seeds, which other jobs need: {sorted(missing)}")
-    # This raises CycleError, which is a ValueError, if jobs need each other.
+        raise ValueError(f"jobs must have all rows and seeds that other jobs need; it lacks {sorted(missing)}")
+    # `prepare` raises CycleError, which is a ValueError, if jobs need each other.
     TopologicalSorter(needs).prepare()
     for job in jobs:
         path, now = job.folder(root) / ASKED, job.asked()
@@ -123,25 +140,27 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
         )
         if changes:
             raise ValueError(
-                f"{path.parent} holds {job.name!r} with other settings ({changes}): give another folder, or "
-                "remove this one"
+                f"the folder {path.parent} has results of {job.name!r} with other settings ({changes}): give another "
+                "folder, or remove this folder"
             )
 
 
 def run(
     jobs: Sequence[Job], root: Path, workers: int = 2, after_each: Callable[[], object] = lambda: None
 ) -> list[dict]:
-    """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends it at once.
+    """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends all jobs at once.
+
+    If a job fails, its error is raised after the running jobs have ended.
 
     Args:
-        jobs: the jobs.
-        root: the folder of their folders.
-        workers: number of jobs side by side.
-        after_each: called when a job has ended.
+        jobs: jobs of the study.
+        root: folder that contains the folders of the jobs.
+        workers: number of jobs that run in parallel.
+        after_each: function that is called after each finished job.
 
     Raises:
-        ValueError: before any work, there is no job, jobs share a name, a needed job is missing, jobs need each other,
-            or a folder has a job of other settings. The error of a job is raised after the running jobs have ended.
+        ValueError: there is no job, jobs share a folder, a needed job is missing, jobs need each other, or a folder has
+            other settings. This is checked before any work.
     """
     _check(jobs, root)
     began = time.monotonic()
@@ -162,7 +181,7 @@ def run(
             for future in finished:
                 job = running.pop(future)
                 if future.exception() is not None:
-                    print(f"{job.name}, seed {job.seed}, failed; it is in {job.folder(root)}", file=sys.stderr)
+                    print(f"{job.name}, seed {job.seed}, failed; its folder is {job.folder(root)}", file=sys.stderr)
                 future.result()
                 after_each()
                 left = len(waiting) + len(running)
@@ -173,70 +192,77 @@ def run(
 
 @functools.cache
 def settings_of(study: str) -> dict[str, Any]:
-    """A study's part of settings.yaml: amounts of training and attacks, or rows."""
+    """Return a study's part of settings.yaml: the amounts of training and attacks, or the rows of the table."""
     return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
 
 
 class Study:
-    """A study for the command line.
+    """The base class of the studies, with the parts that the command line needs.
 
     Attributes:
-        name: name of the study, of its part of settings.yaml and of its page.
-        dataset: data set of trainings and attacks.
-        workers: default number of jobs side by side.
-        amounts: names of the budgets.
-        uses_autoattack: whether the package with the official AutoAttack is needed.
+        name: name of the study, of its part of settings.yaml, and of its page.
+        dataset: name of the data set.
+        workers: default number of jobs that run in parallel.
+        amounts: names of the budgets other than the default, with their help texts.
+        uses_autoattack: True if the study needs the package with the official AutoAttack.
     """
 
     name: str
     dataset: str
     workers = 2
     amounts: ClassVar[dict[str, str]] = {
-        "full": "the full budgets, days rather than an hour",
-        "quick": "the same path in a minute or two, no numbers",
+        "full": "use the full budget, which takes days instead of an hour",
+        "quick": "run everything in a minute or two; the numbers mean nothing",
     }
     uses_autoattack = True
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options of only this study."""
-        parser.add_argument("--data", default="data", help="the folder that holds the images; data by default")
+        """Add the options that only this study has."""
+        parser.add_argument("--data", default="data", help="folder of the images; default: data")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        """Raise ValueError or FileNotFoundError for options that would stop the study, or its table, later."""
+        """Raise ValueError or FileNotFoundError for options that would later stop the study or its table."""
         self.jobs(chosen)
 
     def variant(self, chosen: argparse.Namespace) -> str:
-        """The suffix of the runs' folder after the study's name, which separates different budgets."""
+        """Return the suffix of the name of the runs' folder. It differs for different budgets."""
         return "" if chosen.amount == "default" else f"-{chosen.amount}"
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
-        """Tell whether the table is the committed table."""
+        """Tell whether the options are those of the committed table."""
         return not self.variant(chosen)
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """All trainings and attacks."""
+        """Return all trainings and attacks of the study."""
         raise NotImplementedError
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Prepare the jobs, for example take over results in ``folder``."""
+        """Prepare the jobs, for example by using existing results in ``folder``. By default this does nothing."""
 
     def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Called when a job has ended."""
+        """Do something after each finished job. By default this does nothing."""
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write the page of tables and its results in ``folder``, from the jobs' folders in ``root``."""
+        """Write the page with the tables, and its results, into ``folder``. Read the jobs' folders in ``root``."""
         raise NotImplementedError
 
 
 def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **values: Any) -> Path:
-    """Write ``name.md`` in ``folder``, from its template, which sees these functions by their names, and the values."""
+    """Fill the template of a page, write the page, and return its path.
+
+    Args:
+        folder: folder of the page.
+        name: name of the page and of its template.
+        functions: functions that the template calls by their names.
+        values: variables of the template.
+    """
     text = rendered(Path(__file__).with_name("pages") / f"{name}.md.jinja", functions, **values)
     write_text(folder / f"{name}.md", text)
     return folder / f"{name}.md"
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """Mean ± standard error over seeds, in percentage points; a single seed has no error."""
+    """Return the mean of shares in percent, with its standard error over seeds if there are at least two seeds."""
     mean = 100 * statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.1f}"

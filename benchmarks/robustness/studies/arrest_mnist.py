@@ -1,4 +1,7 @@
-"""ARREST on MNIST, L-inf eps 0.3: adversarial training from scratch, finetuning, and finetuning by ARREST."""
+"""A study of ARREST on MNIST at L-inf eps 0.3.
+
+It compares adversarial training from scratch, adversarial finetuning, and finetuning by ARREST.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ STANDARD, SCRATCH, FINETUNED, ARREST = "standard", "AT from scratch", "AFT", "AR
 
 
 def alpha(budget: SimpleNamespace) -> float:
-    """The length of a step of PGD in every training."""
+    """Return the length of a step of PGD in all trainings, in image units."""
     return budget.step_length * EPS / budget.training_steps
 
 
 def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
-    """The settings of a row's finetuning."""
+    """Return the settings of the finetuning of a model."""
     b = budget
     attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
     return ArrestConfig(
@@ -55,7 +58,7 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 
 
 class ArrestMnist(ReportStudy):
-    """ARREST on MNIST, beside adversarial training from scratch and finetuning."""
+    """The study of ARREST on MNIST, compared with adversarial training from scratch and with finetuning."""
 
     name = "arrest_mnist"
     models: ClassVar[dict[str, str | None]] = {name: name for name in (STANDARD, SCRATCH, FINETUNED, ARREST)}

@@ -1,7 +1,8 @@
-"""A study of AToP's robustness on digits: one change at a time, over seeds, against the defended classifier.
+"""A study of AToP's robustness on digits, with one change at a time, over several seeds.
 
-The row "pipeline" is a purifier fine-tuned through the whole defence, on an adversarially trained classifier. It has
-the residual form and begins without a correction. The name of every other row says its change.
+In the row "pipeline" a purifier was fine-tuned through the whole defence, on an adversarially trained classifier. This
+purifier corrects the image, and its first correction is zero. The names of the other rows say what they change. All
+rows are compared with the classifier without a defence.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from .digits import EPS, DigitsStudy, attacked, count, effort, train_base, with_
 
 
 def _attacked(model: nn.Module, job: Job) -> dict:
-    """Attack with and without the model's randomness separately: a deterministic model, with one variant, would lose
-    in the second attack the images that the first took.
+    """Attack a model with its randomness, and then without it, in two evaluations.
+
+    In a single evaluation, the second group of attacks on a deterministic model would skip the images that the first
+    group broke.
     """
     quick, auto = job.settings["quick"], job.settings["autoattack"]
     amount = effort(quick)
@@ -48,24 +51,24 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """Train a row's purifier, new or from another row's."""
+    """Train the purifier of a row. It is new, or starts from the purifier of another row."""
     s, digits = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if "start" in s:
-        # Leave out the check for the same classifier: the other row's training did not use its classifier.
+        # Do not require the same classifier, because the training of the other row did not use its classifier.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])
     defence = Atop(base, purifier, digits.image_shape, **s["defence"])
-    # A quick run keeps three epochs: fewer epochs would end before the paper's cross-entropy takes part.
+    # A quick run has three epochs, because the paper's cross-entropy takes part only after two epochs.
     stage = s["stage"] | ({"epochs": 3, "images": 128} if s["quick"] else {})
     train_stage(job, folder, defence, digits, stage, EPS)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
-    """Attack a trained model with another number of draws in a prediction."""
+    """Attack a trained model that uses another number of draws in a prediction."""
     return _attacked(with_samples(job, root), job)
 
 

@@ -1,8 +1,9 @@
-"""AToP on MNIST, L-inf eps 0.3: its accuracy under attacks through the whole defence, for several trainings.
+"""A study of AToP on MNIST at L-inf eps 0.3, under attacks through the whole defence, for several trainings.
 
-On a classifier trained on clean images, the purifier is only pre-trained, fine-tuned with the paper's objective (FGSM
-on the classifier), or fine-tuned through the whole pipeline; on an adversarially trained classifier only the last. Each
-is attacked with full gradients and, for comparison, as in the paper's ablation: on the classifier alone.
+With a classifier that was trained on clean images there are three purifiers. The first is only pre-trained, the second
+is fine-tuned with the paper's objective (FGSM on the classifier), and the third is fine-tuned through the whole
+pipeline. With an adversarially trained classifier there is only the third. Each defence is attacked with full
+gradients. For comparison, each is also attacked as in the paper's ablation, where the attack sees only the classifier.
 """
 
 from __future__ import annotations
@@ -27,16 +28,23 @@ from .report_study import EPS, MakeJob, ReportStudy, images_of, train_classifier
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
 PRETRAINED, OBJECTIVE, PIPELINE = "AToP pre-trained only", "AToP, paper's objective", "AToP pipeline"
 ROBUST_PIPELINE = "AToP pipeline on PGD-AT"
-#: The classifier behind each model, by row.
+#: The classifier of each model. A classifier without a defence is its own classifier.
 BASES = dict.fromkeys((STANDARD, PRETRAINED, OBJECTIVE, PIPELINE), STANDARD)
 BASES |= dict.fromkeys((ROBUST, ROBUST_PIPELINE), ROBUST)
 
 
 def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, stage: dict, eps: float) -> dict:
-    """Train and save the defence's purifier; return the last epoch's metrics.
+    """Train and save the purifier of a defence, and return the metrics of the last epoch.
 
-    ``stage`` has ``epochs``, ``batch_size`` and, unless all images are used, ``images``, the number of first images. A
-    stage of ``pretraining`` has no attack, any other stage has its ``steps``. The other names are `AtopConfig`'s.
+    Args:
+        job: job with the seed.
+        folder: folder of the saved defence.
+        defence: trained defence.
+        images: data set with the training images.
+        stage: settings of the training: ``epochs``, ``batch_size``, and options of `AtopConfig`. ``images`` is the
+            number of the first images that are used; the default is all images. ``pretraining`` is True for a training
+            without an attack. Otherwise ``steps`` is the number of steps of the attack.
+        eps: L-inf radius of the attack, in image units.
     """
     options = dict(stage)
     fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
@@ -52,9 +60,9 @@ def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, sta
 
 
 def train_purifier(job: Job, folder: Path, root: Path) -> dict:
-    """Train on clean images, with L1 and a discriminator, or go on with the paper's objective or the pipeline.
+    """Pre-train the purifier, or continue its training with the paper's objective or through the pipeline.
 
-    In pre-training the classifier takes no part.
+    The pre-training uses clean images, L1 and a discriminator, and does not use the classifier.
     """
     budget, images = job.settings["budget"], images_of(job)
     place = job.folder(root, BASES[job.name])
@@ -63,13 +71,13 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
         generator = SmallGenerator(1, **budget.generator)
         defence = Atop(load_classifier(place), generator, images.image_shape, **budget.defence)
     else:
-        # Leave out the check for the same classifier, since pre-training used none.
+        # Do not require the same classifier, because the pre-training did not use its classifier.
         defence = load_defence(job.folder(root, PRETRAINED), load_classifier(place), check=False)
     return train_stage(job, folder, defence, images, getattr(budget, job.settings["stage"]), EPS)
 
 
 class AtopMnist(ReportStudy):
-    """AToP on MNIST: which training helps against attacks through the whole defence."""
+    """The study of AToP on MNIST, with several trainings, under attacks through the whole defence."""
 
     name = "atop_mnist"
     models: ClassVar[dict[str, str | None]] = {name: name for name in BASES}

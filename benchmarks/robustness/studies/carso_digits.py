@@ -1,7 +1,8 @@
-"""A study of CARSO's robustness on digits: one change at a time, three seeds, against the decisive controls.
+"""A study of CARSO's robustness on digits, with one change at a time, over three seeds.
 
-Every model is attacked in the same way: PGD-100 with cross-entropy and with DLR, then AutoAttack on the rest, on
-the deterministic model (z = 0, no noise); the main ones also with their randomness, by PGD with expectation over draws.
+Every model is attacked in the same way. The deterministic model (z = 0, no noise) is attacked by PGD-100 with
+cross-entropy, then with DLR, and by AutoAttack on the images that remain. The main models are also attacked with their
+randomness, by PGD with expectation over draws.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """Train a purifier with the paper's objective, or another row's through the pipeline: {layers, config, attack}."""
+    """Train a purifier with the paper's objective, or train the purifier of another row through the pipeline.
+
+    The job's settings are ``base`` and ``epochs`` and, optionally, ``start``, ``layers``, ``config``, ``attack``,
+    ``eps`` and ``norm``.
+    """
     s, digits = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     ball = {"eps": s.get("eps", EPS), "norm": s.get("norm", "linf")}
@@ -56,7 +61,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
     else:
         torch.manual_seed(job.seed)
         defence, batch_size = Carso(base, s.get("layers", setting.LAYERS), digits.image_shape, **setting.SIZES), 64
-        # A quick run keeps three epochs: with fewer epochs the KL term would never take part.
+        # A quick run has three epochs, because with fewer epochs the KL term would never take part.
         origin, quick_epochs = "scratch", 3
         attack, options = TrainingAttack(steps=20, **ball), s.get("config", {})
     task = CarsoTask(defence, CarsoConfig(attack=attack, **options), origin)
@@ -68,14 +73,14 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 
 def attack_copies(job: Job, folder: Path, root: Path) -> dict:
-    """Attack noisy copies of the image on a classifier, under their randomness: {sigma}."""
+    """Attack a classifier that averages over noisy copies of the image. The setting ``sigma`` is their noise."""
     s = job.settings
     defence = NoisyEnsemble(load_classifier(job.folder(root, s["base"])), s["sigma"], 8)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
-    """Attack a trained model with another K in its predictions: {samples}."""
+    """Attack a trained model with another number K of samples in a prediction, which is the setting ``samples``."""
     return _attacked(with_samples(job, root), job)
 
 

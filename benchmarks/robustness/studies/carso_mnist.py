@@ -1,7 +1,8 @@
-"""CARSO on MNIST, L-inf eps 0.3: its robustness under attacks with exact gradients.
+"""A study of CARSO on MNIST at L-inf eps 0.3, under attacks with exact gradients.
 
-Four models: an adversarially trained classifier, CARSO on it with the paper's objective, attacked through the output
-its authors attack (PeeL) and through exact gradients, and CARSO fine-tuned through the whole pipeline.
+The table has four columns. The first is an adversarially trained classifier. The second and the third are CARSO with
+the paper's objective, attacked through PeeL, which is the output that its authors attack, and through exact gradients.
+The fourth is CARSO that was fine-tuned through the whole pipeline.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from .report_study import EPS, MakeJob, ReportStudy, images_of, train, train_cla
 #: The sizes of CARSO. The number of samples, K = 4, is that of the paper's first version on MNIST.
 SIZES = {"cond_dim": 64, "latent_dim": 16, "samples": 4, "decoder_width": 8}
 CLASSIFIER, EXACT, PIPELINE = "classifier", "CARSO, paper's objective", "CARSO pipeline"
-#: The row of the model of `EXACT`, attacked through PeeL, the output that CARSO's authors attack.
+#: The column of the model `EXACT` under attacks through PeeL, the output that CARSO's authors attack.
 PEEL = f"{EXACT}, through PeeL"
 
 
 def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", **options: object) -> list[AttackSpec]:
-    """APGD with cross-entropy and then targeted, on the model at z = 0; a classifier has no z."""
+    """Return APGD with cross-entropy, and then targeted APGD, on the model at z = 0. The classifier itself has no z."""
     variant = "random" if name == classifier else "deterministic"
     return [
         AttackSpec(
@@ -48,7 +49,7 @@ def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", 
 
 
 def pgd_with_draws(budget: SimpleNamespace, **options: object) -> list[AttackSpec]:
-    """PGD with cross-entropy, and with DLR on the survivors; each step averages over draws."""
+    """Return PGD with cross-entropy, and PGD with DLR on the survivors. Each step averages over random predictions."""
     return [
         AttackSpec(
             PGD(loss=loss), survivors_only=loss != "ce", label=f"PGD-{budget.steps} {what}, EOT {budget.eot}", **options
@@ -58,7 +59,7 @@ def pgd_with_draws(budget: SimpleNamespace, **options: object) -> list[AttackSpe
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """Train CARSO with the paper's objective, or go on through the pipeline."""
+    """Train CARSO with the paper's objective, or continue this training through the pipeline."""
     budget, images = job.settings["budget"], images_of(job)
     if job.name == EXACT:
         torch.manual_seed(job.seed)
@@ -75,7 +76,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 class CarsoMnist(ReportStudy):
-    """CARSO on MNIST, attacked as its authors do and with exact gradients."""
+    """The study of CARSO on MNIST, attacked as its authors do and with exact gradients."""
 
     name = "carso_mnist"
     samples = SIZES["samples"]
@@ -94,7 +95,7 @@ class CarsoMnist(ReportStudy):
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
         b, head = budget, {"aggregation": "peel_reference" if name == PEEL else None}
-        # AutoAttack's version rand is only for random models, and the classifier is not random.
+        # AutoAttack's version "rand" is only for random models. The classifier is deterministic.
         version = "standard" if name == CLASSIFIER else "rand"
         auto = AutoAttack(version=version, steps=b.apgd_steps, eot_iter=b.autoattack_eot, n_queries=b.queries)
         label = f"AutoAttack rand (classifier: standard), first {b.autoattack}"

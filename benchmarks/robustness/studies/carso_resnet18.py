@@ -1,10 +1,10 @@
-"""A user's own classifier behind CARSO: the ResNet-18 of pyautoattack's examples, on CIFAR-10.
+"""A study of CARSO in front of a classifier of another package: the ResNet-18 of pyautoattack's examples, on CIFAR-10.
 
-The classifier is wrapped unchanged, its layers named by module path. A purifier is trained shortly in bfloat16, first
-to rebuild clean images and then through the pipeline; all models meet the same attacks. The paper's objective leaves
-out its KL term for the first eighth of the epochs, which covers the only epoch: only its reconstruction is trained. At
-the usual eps of 8/255 neither this classifier nor the shortly trained purifier withstands; eps is 2/255, where a
-difference is visible.
+The classifier is used unchanged, and CARSO names its layers by their module paths. A purifier is trained for a short
+time in bfloat16: first to rebuild clean images, and then through the pipeline. All models face the same attacks. The
+paper's objective leaves out its KL term for the first eighth of the epochs. Here there is only one epoch, so only the
+reconstruction is trained. The radius is eps = 2/255, where differences are visible. At the usual radius of 8/255 both
+the classifier and the purifier, which is trained for such a short time, would be broken.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ CLASSIFIER, RECONSTRUCTION, PIPELINE = "ResNet-18", "CARSO, reconstruction alone
 
 
 def classifier() -> nn.Module:
-    """The example checkpoint: 10 classes, images in [0, 1], no normalization; in evaluation mode.
+    """Load the ResNet-18 of pyautoattack's examples in evaluation mode. It takes images in [0, 1], and has 10 classes.
 
     Raises:
-        ModuleNotFoundError: pyautoattack is missing.
+        ModuleNotFoundError: pyautoattack is not installed.
     """
     spec = importlib.util.find_spec("pyautoattack")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "the ResNet-18 needs the package pyautoattack, which contains it: pip install 'purify-fast[eval]'"
+            "the ResNet-18 is part of the package pyautoattack, which is missing: pip install 'purify-fast[eval]'"
         )
     folder = Path(spec.submodule_search_locations[0]) / "examples"
     source = importlib.util.spec_from_file_location("pyautoattack_example_resnet", folder / "resnet.py")
@@ -56,12 +56,12 @@ def classifier() -> nn.Module:
 
 
 def train(job: Job, folder: Path, root: Path) -> dict:
-    """Train the purifier without its KL term, or fine-tune it from there through the pipeline."""
+    """Train the purifier without the KL term, or fine-tune the trained purifier through the pipeline."""
     budget, images = job.settings["budget"], images_of(job)
     attack = TrainingAttack(eps=EPS, steps=5)
     torch.manual_seed(job.seed)
     if job.name == RECONSTRUCTION:
-        # The mean and the standard deviation are those of CIFAR-10.
+        # `mean` and `std` are those of CIFAR-10.
         defence = Carso(
             classifier(),
             LAYERS,
@@ -90,12 +90,12 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 
 class CarsoResnet18(ReportStudy):
-    """CARSO around another package's ResNet-18, on CIFAR-10."""
+    """The study of CARSO with the ResNet-18 of another package, on CIFAR-10."""
 
     name, dataset = "carso_resnet18", "cifar10"
     models: ClassVar[dict[str, str | None]] = {CLASSIFIER: None, RECONSTRUCTION: RECONSTRUCTION, PIPELINE: PIPELINE}
     eps, layers = EPS, LAYERS
-    #: The network is large enough to use every core, so its jobs run one after the other.
+    #: The network is large enough to use all cores, so its jobs run one after the other.
     workers, threads = 1, 0
     sizes: ClassVar[dict[str, int]] = {"batch_size": 100, "max_forward_batch": 32}
 
@@ -104,7 +104,7 @@ class CarsoResnet18(ReportStudy):
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
         if name == CLASSIFIER:
-            # Give all models the same precision, so that the function that is attacked is the function that predicts.
+            # Compute in bfloat16, as the accelerated defences do. So all models have the same precision.
             return InferenceCopy(classifier(), (3, 32, 32))
         return load_defence(job.folder(root, name), classifier()).accelerate()
 

@@ -1,4 +1,4 @@
-"""A picture for docs/diffusion.md: an image and its attacked form, noised, denoised step by step, and purified."""
+"""Draw a picture for docs/diffusion.md: how a purifier noises and denoises a clean image and an attacked image."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .diffusion_study import found_by_pgd, predictions
 
 PATH = Path(__file__).parents[3] / "docs" / "pictures" / "diffusion.png"
 MODEL, SEED = "digits-diffpure", 0
-#: The picture shows one of CANDIDATES images, which must be right before the attack and wrong after it. The attack
-#: takes STEPS steps of DRAWS draws.
+#: The picture shows one of CANDIDATES images. It must be classified correctly before the attack and wrongly after it.
+#: The attack takes STEPS steps, and averages DRAWS random predictions in each step.
 CANDIDATES, STEPS, DRAWS = 10, 40, 10
 
 
 def states(purifier: DiffusionPurifier, image: Tensor) -> list[Tensor]:
-    """The denoiser's input at each step, and the purified image at the end, in [0, 1].
+    """Return the input of the denoiser at each step, and the purified image, all in [0, 1].
 
     Args:
         purifier: purifier with one round and one draw.
-        image: ``[1, C, H, W]``.
+        image: image ``[1, C, H, W]`` in [0, 1].
     """
     seen: list[Tensor] = []
     watch = purifier.denoiser.register_forward_pre_hook(lambda _, given: seen.append((given[0] + 1) / 2))
@@ -39,10 +39,13 @@ def states(purifier: DiffusionPurifier, image: Tensor) -> list[Tensor]:
 
 
 def chosen(purifier: DiffusionPurifier) -> tuple[Tensor, Tensor, int]:
-    """An image, its attacked form and its label; ValueError if the attack fooled none.
+    """Return an image, the attacked image, and its label.
 
     Args:
         purifier: purifier for digits.
+
+    Raises:
+        ValueError: the attack did not change the prediction of any image.
     """
     data = load_dataset("digits")
     some = balanced_subset(data.x_test, data.y_test, CANDIDATES, SEED, num_classes=data.num_classes)
@@ -53,16 +56,19 @@ def chosen(purifier: DiffusionPurifier) -> tuple[Tensor, Tensor, int]:
         before, after = (predictions(purifier, each, 1, CANDIDATES)[0] == y for each in (x, found))
     fooled = (before & ~after).nonzero()[:, 0]
     if not len(fooled):
-        raise ValueError(f"none of CANDIDATES = {CANDIDATES} images fell to the attack: raise CANDIDATES or STEPS")
+        raise ValueError(f"the attack broke none of CANDIDATES = {CANDIDATES} images: increase CANDIDATES or STEPS")
     i = int(fooled[0])
     return x[i : i + 1], found[i : i + 1], int(y[i])
 
 
 def draw(path: Path = PATH) -> bool:
-    """Write the picture; False without matplotlib.
+    """Draw the picture.
 
     Args:
-        path: the file.
+        path: path of the PNG file.
+
+    Returns:
+        True if the picture was drawn, and False if matplotlib is not installed.
     """
     purifier = zoo.load(MODEL)
     assert isinstance(purifier, DiffusionPurifier)
@@ -93,5 +99,5 @@ def draw(path: Path = PATH) -> bool:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """``python -m benchmarks diffusion_picture``."""
-    return str(PATH) if draw() else "matplotlib is not installed"
+    """Run ``python -m benchmarks diffusion_picture``."""
+    return str(PATH) if draw() else "matplotlib is not installed, so nothing was drawn: pip install matplotlib"

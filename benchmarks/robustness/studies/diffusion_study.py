@@ -1,10 +1,13 @@
-"""The robustness of diffusion purifiers: under their authors' attacks, and under exact gradients of every step.
+"""A study of diffusion purifiers, under the attacks of their authors and under exact gradients of every step.
 
-The models are those of the zoo: for each data set a purifier before a classifier of clean images, another before an
-adversarially trained classifier, these classifiers alone, and CARSO and AToP. All models of a data set face the same
-images in one ball. A purifier meets a chain of attacks: PGD-200 with 20 draws and exact gradients, and then the
-protocol `strong` on the survivors among the first images. Every prediction is kept, so that one attack gives the
-accuracy of one draw, of the mean of ten, of all ten and of their majority.
+The models are those of the zoo. For each data set they are purifiers in front of a standard or an adversarially trained
+classifier, these classifiers alone, and CARSO and AToP. All models of a data set are attacked on the same images, with
+the same radius.
+
+PGD-200 attacks with exact gradients, averaged over 20 random predictions. Then the protocol `strong` attacks those of
+the first images that PGD did not break. Ten predictions of each attacked image are saved. So one attack gives four
+numbers: the accuracy of one prediction, the mean over ten, the share of images that are right in all ten, and the
+accuracy of the majority vote.
 """
 
 from __future__ import annotations
@@ -35,24 +38,25 @@ from ...options import at_least_one
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
 from .diffusion_table import rows_of, tables_of
 
-#: The groups of attacks on a purifier (GROUPS), on a classifier alone (CLASSIFIER), and on another random defence
-#: (BESIDE). Cheap groups come first.
+#: The groups of attacks on a purifier (GROUPS), on a classifier alone (CLASSIFIER), and on CARSO and AToP (BESIDE). The
+#: fastest groups come first.
 GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
-#: A pass takes at most this many images times draws, since CARSO classifies several reconstructions of each.
+#: The largest number of images times draws in a forward pass. It is small, because CARSO classifies several
+#: reconstructions of each.
 ROWS = 200
-#: The fields of a report's row that the results file keeps.
+#: The fields of a report's row that are saved in the results file.
 FACTS = ("attack", "kind", "robust", "mean", "n")
 
 
 def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
-    """A model of the zoo; a purifier gets another process, if one is given."""
+    """Load a model of the zoo. If ``process`` is not None, it replaces settings of the purifier's diffusion process."""
     if process is None:
         return zoo.load(name)
     return load_defence(zoo.folder(name), load_classifier(zoo.classifier_folder(name)), process=process)
 
 
 def images_of(job: Job) -> tuple[Tensor, Tensor]:
-    """The images and labels of a job; every first part of them is balanced too."""
+    """Return the images and labels of a job. The first images of them are balanced over the classes, too."""
     s = job.settings
     whole = data.load_dataset(s["dataset"], s["data"])
     count = min(s["budget"].images, s.get("first", s["budget"].images))
@@ -61,19 +65,21 @@ def images_of(job: Job) -> tuple[Tensor, Tensor]:
 
 
 def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[Any]:
-    """A block in which a random model answers the same every time, if that is wanted."""
+    """Return a context in which a random model has fixed noise if ``fixed`` is True. Otherwise it changes nothing."""
     return model.fixed_noise(0) if fixed else contextlib.nullcontext()  # type: ignore[operator]
 
 
 def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
-    """Images of Lee and Kim's PGD, with exact gradients; a defence is attacked through a copy in bfloat16.
+    """Attack images by the PGD of Lee and Kim, with exact gradients. Return the attacked images.
+
+    A defence is attacked through a copy in bfloat16.
 
     Args:
-        model: the attacked model.
-        x: images ``[n, C, H, W]``.
-        y: labels ``[n]``.
+        model: attacked model.
+        x: images ``[n, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[n]``.
         s: settings of the job.
-        fixed: whether the noise is fixed, and known to the attack.
+        fixed: True if the noise of the model is fixed and known to the attack.
     """
     budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).resolved)
     draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
@@ -101,19 +107,19 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
-    """The classes predicted by a model in several draws, in its own precision, ``[draws, n]``."""
+    """Return the classes that a model predicts in several draws, ``[draws, n]``, in the precision of the model."""
     model.eval()
     return torch.stack([torch.cat([model(part).argmax(1) for part in x.split(batch)]) for _ in range(draws)])
 
 
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """For each draw, and for the draws' majority: a text with 1 for right images."""
+    """Return texts with 1 for each right image and 0 for each wrong one: for each draw, and for the majority vote."""
     in_bits = lambda right: "".join(str(int(one)) for one in right)  # noqa: E731
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
 
 def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """PGD-200 through the whole model, with fresh predictions before and after it."""
+    """Attack by PGD-200 through the whole model. Return new predictions before and after the attack."""
     budget = job.settings["budget"]
     torch.manual_seed(1)
     clean = predictions(model, x, budget.draws, budget.batch)
@@ -123,7 +129,7 @@ def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 
 
 def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """The same attack with fixed noise: a single draw, which the attack knows."""
+    """Attack by PGD-200 with fixed noise, so that there is a single draw, which the attack knows."""
     found = found_by_pgd(model, x, y, job.settings, fixed=True)
     with quiet(model, True):
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
@@ -132,7 +138,7 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 def reported(
     model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[AttackSpec] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of an evaluation without its signs; without a list of attacks, of the protocol strong."""
+    """Evaluate a model by a list of attacks, or by the protocol `strong` if the list is None. Return the rows."""
     s = job.settings
     config = EvaluateConfig(None if attacks else "strong", n_eval=s["budget"].draws, probes=False)
     report = evaluate(model, x, y, eps=s["eps"], config=config, attacks=attacks, name=job.name, progress=False)
@@ -140,7 +146,7 @@ def reported(
 
 
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """The attacks of the authors of such purifiers; AutoAttack through the adjoint covers only the first images."""
+    """Attack a purifier as the authors of such purifiers do. Their AutoAttack uses only the first images."""
     budget = job.settings["budget"]
     assert isinstance(model, AuthorsEvaluation)
     specs = [
@@ -154,7 +160,7 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
 
 
 def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """The end of the chain: `strong` on the first images, without the images that any draw after PGD got wrong."""
+    """Run the protocol `strong` on those of the first images that are right in all draws after PGD."""
     budget = job.settings["budget"]
     draws = job.result(root, job.needs[0])["attacked"]["draws"]  # type: ignore[arg-type]
     few = min(len(x), budget.strong_images)
@@ -170,13 +176,13 @@ def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict
 
 
 def short(spec: AttackSpec) -> AttackSpec:
-    """An attack of two steps and two draws, which only tests the code path."""
+    """Return an attack with two steps and two draws, which only tests that the code runs."""
     attack: Any = spec.resolved
     return replace(spec, attack=replace(attack, steps=2, eot_iter=2))
 
 
 def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
-    """A model under a group of attacks: the images that withstood, and the processor time of an image."""
+    """Run a group of attacks on a model. Return the outcome of each image, and the processor time."""
     s = job.settings
     x, y = images_of(job)
     model, began = model_of(s["model"], s["process"]), time.process_time()
@@ -188,22 +194,22 @@ def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
 
 
 class Diffusion(Study):
-    """The study of the robustness of diffusion purifiers."""
+    """The study of diffusion purifiers, under the attacks of their authors and under exact gradients."""
 
     name, dataset, workers = "diffusion", "digits", 1
-    amounts: ClassVar[dict[str, str]] = {"quick": "the same path in a minute or two, no numbers"}
+    amounts: ClassVar[dict[str, str]] = {"quick": "run everything in a minute or two; the numbers mean nothing"}
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         super().arguments(parser)
         settings = settings_of(self.name)
         every, usual = list(settings["data_sets"]), settings["default"]
-        parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="all of them by default")
-        images = f"of each data set, for PGD-200 and what the authors run; {usual['images']} by default"
-        parser.add_argument("--images", type=at_least_one, help=images)
-        few = f"the first of them, for strong; {usual['strong_images']} by default"
+        parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
+        images = "number of images of each data set, for PGD-200 and the authors' attacks; default: "
+        parser.add_argument("--images", type=at_least_one, help=f"{images}{usual['images']}")
+        few = f"number of the first images that the protocol strong attacks; default: {usual['strong_images']}"
         parser.add_argument("--strong-images", type=at_least_one, help=few)
         parser.add_argument(
-            "--until", choices=GROUPS, default=GROUPS[-1], help="the last group of attacks; all by default"
+            "--until", choices=GROUPS, default=GROUPS[-1], help="last group of attacks to run; default: all groups"
         )
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
@@ -212,14 +218,14 @@ class Diffusion(Study):
             data.load_dataset(name, chosen.data)
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        """The amounts of the attacks."""
+        """Return the amounts of the attacks."""
         own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
         usual = settings_of(self.name)[chosen.amount]
         given = {name: value for name, value in own.items() if value is not None}
         return SimpleNamespace(**usual | given, quick=chosen.amount == "quick")
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """Each model under each group of attacks, the cheap groups of a data set first."""
+        """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
         settings, budget, jobs = settings_of(self.name), self.budget(chosen), []
         wanted = GROUPS[: GROUPS.index(chosen.until) + 1]
         for dataset in chosen.data_sets:
@@ -239,7 +245,7 @@ class Diffusion(Study):
         return jobs
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Take over the results file, so that its jobs are not repeated even if the runs' folder is gone."""
+        """Copy the rows of the results file into the jobs' folders, so that deleted folders do not repeat jobs."""
         for job in self.jobs(chosen):
             for row in rows_of(folder):
                 if row["name"] == job.name and row["asked"] == job.asked() and not job.done(root):
@@ -247,14 +253,14 @@ class Diffusion(Study):
                     write_text(job.folder(root) / RESULT, json.dumps(row, indent=1) + "\n")
 
     def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Write each row to the results file at once."""
+        """Write the results file and the page after each job."""
         self.write(root, folder, chosen)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write ``diffusion.json`` with every image's outcome, and ``diffusion.md``, for the finished jobs."""
+        """Write ``diffusion.json`` with the outcomes of all images, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
         fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
-        # Keep earlier rows of data sets and groups that were not requested now.
+        # Keep existing rows of the data sets and groups that were not requested.
         later = GROUPS[GROUPS.index(chosen.until) + 1 :]
         kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets or row["group"] in later]
         rows = [*kept, *fresh.values()]
@@ -272,5 +278,5 @@ class Diffusion(Study):
 
 
 def in_words(process: dict[str, Any]) -> str:
-    """Describe the differences from the purifier's own process."""
+    """Describe the settings in which a process differs from the purifier's own process."""
     return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)

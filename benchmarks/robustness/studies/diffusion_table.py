@@ -1,4 +1,8 @@
-"""The table of the study of diffusion purifiers, and the sentences made from its numbers."""
+"""Make the tables of the study of diffusion purifiers, and sentences from their numbers, for docs/diffusion.md.
+
+An outcome is an array with a number for each image: 1 if the image is right after the attack, 0 if it is wrong, or the
+share of right predictions.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +17,41 @@ from purify_fast.evaluation.show.tables import markdown_table
 
 from . import settings_of
 
-#: The command that makes the numbers, as the page writes it.
+#: The command that computes the numbers, in Markdown.
 COMMAND = "`python -m benchmarks study diffusion`"
 PGD = "PGD-200, EOT 20, exact"
 
 
 def bits(text: str) -> np.ndarray:
-    """The mask of a text of 0 and 1."""
+    """Convert a text of 0 and 1 to an array of numbers."""
     return np.array([int(one) for one in text], dtype=float)
 
 
 def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
-    """The rows of the study in a results folder."""
+    """Return the rows of the study in a folder of results, or an empty list if there is no results file."""
     path = folder / "diffusion.json"
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 class Found:
-    """The outcome of a model from the results of its jobs, image by image; None if not done.
+    """The outcomes of a model under several attacks. An outcome is None if its job is not finished.
 
     Args:
-        results: results of a model with a process.
+        results: results of the jobs of the model.
     """
 
     def __init__(self, results: Sequence[dict[str, Any]]):
         self.groups = {result["group"]: result for result in results}
 
     def rule(self, rule: str, when: str = "attacked", group: str = "exact") -> np.ndarray | None:
-        """The outcome by a rule: ``first`` of the draws, ``mean`` of them, ``all`` of them, or their ``vote``."""
+        """Return an outcome of several random predictions of each image.
+
+        Args:
+            rule: "first" counts the first prediction, "mean" the share of right predictions, "all" whether all
+                predictions are right, and "vote" whether the majority is right.
+            when: "clean" or "attacked".
+            group: group of attacks.
+        """
         if group not in self.groups:
             return None
         of = self.groups[group][when]
@@ -50,29 +61,29 @@ class Found:
         return {"first": draws[0], "mean": draws.mean(0), "all": draws.min(0)}[rule]
 
     def chain(self) -> np.ndarray | None:
-        """The outcome of the first images after PGD and `strong`."""
+        """Return the outcome of the first images after PGD and then the protocol `strong`."""
         return bits(self.groups["strong"]["after"]) if "strong" in self.groups else None
 
     def authors(self) -> dict[str, np.ndarray]:
-        """The outcomes of the authors' attacks, by their labels."""
+        """Return the outcomes of the authors' attacks, by the labels of the attacks."""
         rows = self.groups.get("authors", {"rows": []})["rows"]
         return {row["attack"]: bits("".join(str(int(one)) for one in row["robust"])) for row in rows}
 
     def seconds(self) -> float | None:
-        """The processor time of an image under PGD."""
+        """Return the processor seconds of PGD for one image."""
         exact = self.groups.get("exact")
         return None if exact is None else exact["cpu_seconds"] / exact["images"]
 
 
 def share(robust: np.ndarray | None) -> str:
-    """An accuracy with its standard error, in percent."""
+    """Return the mean of an outcome with its standard error, in percent."""
     if robust is None:
         return "-"
     return f"{100 * robust.mean():.1f} ± {100 * robust.std() / len(robust) ** 0.5:.1f}"
 
 
 def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
-    """The difference of two accuracies on the same first images, in points."""
+    """Return the paired difference of two outcomes on the images that both have, in percentage points."""
     if robust is None or other is None:
         return "-"
     few = min(len(robust), len(other))
@@ -80,17 +91,17 @@ def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
 
 
 def share_of_points(apart: np.ndarray) -> str:
-    """A mean difference with its standard error."""
+    """Return the mean of paired differences with its standard error, in percentage points."""
     return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / len(apart) ** 0.5:.1f}"
 
 
 def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
-    """The table's cells for a model, by the name of the line.
+    """Return the table's cells for a model, by the names of the lines.
 
     Args:
-        found: outcome of the model.
-        alone: outcome of the adversarially trained classifier.
-        name: name of that classifier.
+        found: outcomes of the model.
+        alone: outcomes of the adversarially trained classifier without a purifier.
+        name: name of this classifier.
     """
     lines = {"clean: mean of the draws": share(found.rule("mean", "clean"))}
     lines |= {label: f"{share(left)} ({len(left)})" for label, left in found.authors().items()}
@@ -99,26 +110,27 @@ def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
     lines[f"{PGD}: mean, minus `{name}` alone"] = difference(found.rule("mean"), alone.rule("mean"))
     lines[f"{PGD}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
     chain = found.chain()
-    lines["that, then `strong`: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
-    lines[f"the same, minus `{name}` alone"] = difference(chain, alone.chain())
+    after = "PGD-200, then `strong`"
+    lines[f"{after}: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
+    lines[f"{after}: every draw right, minus `{name}` alone"] = difference(chain, alone.chain())
     seconds = found.seconds()
     lines["CPU seconds of PGD-200 an image"] = "-" if seconds is None else f"{seconds:.1f}"
     return lines
 
 
 def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The lines of a data set's tables, for its models, and for other processes if there are any.
+    """Return the tables of a data set: one of its models, and one of other diffusion processes if there are any.
 
     Args:
         part: part of settings.yaml for the data set.
-        rows: results of the data set.
+        rows: results on the data set.
     """
     names = [*part["purifiers"], *part["classifiers"], *part["beside"]]
     found = {name: Found([row for row in rows if row["model"] == name and row["process"] is None]) for name in names}
     alone = part["alone"]
     columns = {name: cells(one, found[alone], alone) for name, one in found.items() if one.groups}
     lines = list(dict.fromkeys(line for told in columns.values() for line in told))
-    # Sort the lines: clean accuracy, then the authors' attacks, then the attacks along the exact gradient.
+    # Put clean accuracy first, then the authors' attacks, and then the attacks with exact gradients.
     lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
     body = [[line, *(told.get(line, "-") for told in columns.values())] for line in lines]
     most = max(row["images"] for row in rows)
@@ -134,11 +146,11 @@ def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list
 
 
 def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
-    """A line for each process of a purifier, beside its own.
+    """Return the table of a purifier with different diffusion processes.
 
     Args:
-        results: results with other processes.
-        own: results with its own process.
+        results: results with other processes than the purifier's own process.
+        own: outcomes with the purifier's own process.
     """
     told = {"its own": own}
     for result in results:
@@ -154,7 +166,7 @@ def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
 
 
 def table(results: Path) -> list[str]:
-    """The lines of docs/diffusion.md.
+    """Return the lines of the tables for docs/diffusion.md.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -166,7 +178,7 @@ def table(results: Path) -> list[str]:
 
 
 def said(results: Path) -> list[str]:
-    """A sentence on the numbers of each purifier.
+    """Return a list item with sentences on the numbers of each purifier.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -178,9 +190,10 @@ def said(results: Path) -> list[str]:
             exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
             if exact is None:
                 continue
-            text = f"- `{name}`: PGD-200 through every step leaves {share(exact)} % of single predictions right"
+            text = f"- `{name}`: after PGD-200 through every step {share(exact)} % of single predictions are right"
             if weakest is not None:
-                text += f". The weakest of its authors' attacks leaves {share(weakest)} % of {len(weakest)} images"
+                shown = f"{share(weakest)} % of {len(weakest)} images"
+                text += f". After the weakest attack of its authors {shown} are right"
             chain = one.chain()
             if chain is not None:
                 text += f". After `strong` {share(chain)} % of {len(chain)} images are right in every draw"
@@ -188,7 +201,7 @@ def said(results: Path) -> list[str]:
         kept = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
         if kept is not None:
             lines.append(
-                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: {share(kept)} % of "
-                f"{len(kept)} images of {dataset}."
+                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200 "
+                f"{share(kept)} % of {len(kept)} images of {dataset} are right."
             )
     return lines or [f"Not run yet: {COMMAND} writes the numbers."]

@@ -1,4 +1,4 @@
-"""Studies on digits: many rows, over seeds, each beside the defended classifier."""
+"""The base of the studies on digits, whose tables compare many trainings with the classifier without a defence."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Effort(NamedTuple):
 
     Args:
         images: number of attacked images.
-        steps: steps of PGD.
-        auto_steps: steps of AutoAttack.
-        queries: queries of AutoAttack's Square.
-        draw_steps: steps of PGD on K draws.
-        first_steps: steps of PGD with one draw, on a random model.
-        eot: draws per step of the later PGDs there.
+        steps: number of steps of PGD.
+        auto_steps: number of steps of AutoAttack.
+        queries: number of queries of AutoAttack's Square.
+        draw_steps: number of steps of PGD on CARSO with its randomness.
+        first_steps: number of steps of the first PGD on AToP with its randomness. It uses one draw per step.
+        eot: number of draws per step of the later PGDs on AToP.
     """
 
     images: int = 500
@@ -58,18 +58,27 @@ QUICK = Effort(40, 4, 4, 20, 2, 2, 2)
 
 
 def effort(quick: bool) -> Effort:
-    """The amounts of a study, or of its quick run."""
+    """Return the amounts of the attacks, or those of a quick run."""
     return QUICK if quick else Effort()
 
 
 def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
-    """PGD, and if requested AutoAttack, on a model without its randomness; returns the rows by result key."""
+    """Return attacks on a model without its randomness: PGD, and AutoAttack if requested.
+
+    Args:
+        randomised: True if the model is random.
+        quick: True for a quick run.
+        auto: True to add AutoAttack.
+
+    Returns:
+        The attacks, and the label of the report's row for each key of the result.
+    """
     amount = effort(quick)
     variant: Variant = "deterministic" if randomised else "random"
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        # The attack with DLR runs last, on the survivors of the attack with cross-entropy, so its row counts both.
+        # The row of the attack with DLR counts both attacks, because it runs on the survivors of the cross-entropy.
         "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
@@ -88,7 +97,17 @@ def attacked(
     eps: float = EPS,
     norm: str = "linf",
 ) -> dict:
-    """The accuracies of ``rows`` (key -> label), and whether the attacks had gradients."""
+    """Attack a model. Return the accuracies, and whether the attacks had usable gradients.
+
+    Args:
+        model: attacked classifier or defence.
+        seed: seed of the attacks.
+        attacks: list of attacks.
+        rows: label of the report's row for each key of the result.
+        quick: True for a quick run.
+        eps: radius.
+        norm: norm of the radius.
+    """
     n, steps, *_ = effort(quick)
     config = EvaluateConfig(steps=steps, n_eval=3, seed=seed)
     report = setting.attacked(model, n, list(attacks), eps=eps, config=config, norm=norm, progress=False)
@@ -97,7 +116,11 @@ def attacked(
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Train a classifier, adversarially unless it is ``standard``: {epochs, width, norm, eps, standard, rank}."""
+    """Train a classifier adversarially, or on clean images if the setting ``standard`` is True.
+
+    The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps``, ``standard`` and ``rank``. If
+    ``rank`` is True, the layers are ranked too.
+    """
     s = job.settings
     norm, eps = s.get("norm", "linf"), s.get("eps", EPS)
     digits = setting.digits()
@@ -118,7 +141,10 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
-    """Another row's defence with another number of draws in a prediction: {base, start, samples}."""
+    """Return the defence of another row, with another number of draws in a prediction.
+
+    The job's settings are ``base``, ``start`` (the name of the other row) and ``samples``.
+    """
     s = job.settings
     defence = load_defence(job.folder(root, s["start"]), load_classifier(job.folder(root, s["base"])))
     defence.samples = s["samples"]
@@ -126,17 +152,21 @@ def with_samples(job: Job, root: Path) -> nn.Module:
 
 
 def count(model: nn.Module) -> int:
-    """The number of parameters."""
+    """Return the number of parameters of a model."""
     return sum(p.numel() for p in model.parameters())
 
 
 def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
-    """All jobs, or the jobs of some rows and of the rows that these need; ValueError for an unknown row."""
+    """Return all jobs, or the jobs of the given rows and of the rows that they need.
+
+    Raises:
+        ValueError: a row does not exist.
+    """
     if rows is None:
         return jobs
     names = {job.name for job in jobs}
     if unknown := set(rows) - names:
-        raise ValueError(f"--rows has no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+        raise ValueError(f"--rows: unknown rows {', '.join(sorted(unknown))}. Choose from: {', '.join(sorted(names))}")
     wanted, more = set[str](), set(rows)
     while more:
         wanted |= more
@@ -145,27 +175,28 @@ def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
 
 
 class DigitsStudy(Study):
-    """A study on digits, whose rows are in settings.yaml.
+    """A study on digits, whose rows are defined in settings.yaml.
 
     Attributes:
-        works: functions that do a row's work, by their names in settings.yaml.
+        works: the functions of the jobs, by their names in settings.yaml.
     """
 
     dataset = "digits"
-    amounts: ClassVar[dict[str, str]] = {"quick": "the same path in a minute or two, no numbers"}
+    amounts: ClassVar[dict[str, str]] = {"quick": "run everything in a minute or two; the numbers mean nothing"}
     works: ClassVar[dict[str, Work]]
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--seeds", type=at_least_one, default=SEEDS, help=f"number of trainings of each row; {SEEDS} by default"
+            "--seeds", type=at_least_one, default=SEEDS, help=f"number of trainings of each row; default: {SEEDS}"
         )
-        parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, and the rows that they need")
+        rows = "run only these rows, and the rows that they need; default: all rows"
+        parser.add_argument("--rows", nargs="+", metavar="ROW", help=rows)
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """The jobs of all rows, or of some rows and the rows that these need; rows with all seeds come first."""
+        """Return the jobs of the chosen rows, and of the rows that they need. Rows with all seeds come first."""
         table, jobs = settings_of(self.name), []
         more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
         for part, seeds in (("rows", chosen.seeds), ("ablations", more)):
@@ -177,13 +208,13 @@ class DigitsStudy(Study):
         return select(jobs, chosen.rows)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write ``NAME.json`` with every number, and ``NAME.md``."""
+        """Write ``NAME.json`` with all numbers, and the page ``NAME.md``."""
         results = [result_of(root, job.name, job.seed) for job in self.jobs(chosen)]
         write_text(folder / f"{self.name}.json", json.dumps(results, indent=1) + "\n")
         return self.write_table(results, folder, chosen.amount == "quick")
 
     def write_table(self, results: Sequence[dict], folder: Path, quick: bool) -> Path:
-        """Write ``NAME.md``, with a line for each row; differences are to the base with the same seed."""
+        """Write the page ``NAME.md``. Differences are those from the base with the same seed."""
         rows: dict[str, dict[int, dict]] = {}
         for result in results:
             rows.setdefault(result["name"], {})[result["seed"]] = result

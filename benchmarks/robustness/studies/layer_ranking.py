@@ -1,13 +1,17 @@
-"""Rank layers for the representation by the information that each keeps about an attacked image. This is our method.
+"""Rank the layers that CARSO could read, by the information that their features have about an attacked image.
 
-The paper leaves the choice open (arXiv 2306.06081, section 6). Per layer, with features f of clean and attacked images:
+This is our own method. The paper does not say how to choose layers (arXiv 2306.06081, section 6). Each layer gets three
+scores. Here x is a clean image, x~ the same image after an attack, x' another image, and f(x) the features of x.
 
-    probe = accuracy of a ridge classifier of features, fitted on f(x) of half the images, on f(x~) of the rest
-    image = share of the clean images' variance explained in the same way
-    drift = E |f(x~) - f(x)| / E |f(x) - f(x')|,  x' another image: 0 untouched, 1 as far as a stranger
+    probe = accuracy of a linear classifier of the features, fitted by ridge regression on f(x) of one half of the
+            images, and tested on f(x~) of the other half
+    image = share of the variance of the clean images that a linear regression on the features explains, fitted and
+            tested in the same way
+    drift = E |f(x~) - f(x)| / E |f(x) - f(x')|: 0 if the attack does not move the features, and 1 if it moves them as
+            far as those of another image
 
-The probe is fitted on clean features. An attack on the true label writes that label into the image, so a probe fitted
-on attacked features would read the label there, and would almost always be right.
+The probe is fitted on clean features, because an attack on the true label puts information about this label into the
+image. A probe that was fitted on attacked features would use this information, and would almost always be right.
 """
 
 from __future__ import annotations
@@ -28,13 +32,13 @@ from purify_fast.models.representation import Representation
 
 @dataclass(frozen=True)
 class LayerScore:
-    """A layer's scores under attack, as the module's docstring defines them.
+    """The scores of a layer, which the docstring of this module defines.
 
     Args:
-        layer: the module's path.
-        probe: accuracy of a linear probe, a share.
-        image: share of the images' variance that is explained.
-        drift: distance by which the attack moves the features, as a multiple of the distance to another image's.
+        layer: path of the layer's module.
+        probe: accuracy of the linear probe, in [0, 1].
+        image: share of the variance of the images that the features explain.
+        drift: distance by which the attack moves the features, relative to the distance between two images.
         features: number of features.
     """
 
@@ -56,12 +60,12 @@ def rank_layers(
     steps: int = 20,
     seed: int = 0,
 ) -> list[LayerScore]:
-    """Score each layer on images attacked on the classifier alone; the best probe first.
+    """Compute the scores of layers on images that were attacked on the classifier alone. The best probe comes first.
 
     Args:
         classifier: images ``[B, C, H, W]`` in [0, 1] to logits.
-        layers: module paths.
-        x: float32 ``[N, C, H, W]``, at least 4 images, not those the classifier was trained on.
+        layers: module paths of the layers.
+        x: at least 4 images on which the classifier was not trained, float32 ``[N, C, H, W]``.
         y: true labels, int64 ``[N]``.
         eps: radius of the PGD attack in image units.
         norm: norm of the attack.
@@ -72,8 +76,8 @@ def rank_layers(
         ValueError: unknown layers, or fewer than 4 images.
     """
     if len(x) < 4:
-        raise ValueError(f"x must have at least 4 images, got {len(x)}")
-    # Copy the classifier, so that no hooks stay on the caller's.
+        raise ValueError(f"x must have at least 4 images; it has {len(x)}. Pass more images.")
+    # Copy the classifier, so that no hooks remain on the caller's model.
     classifier = copy.deepcopy(classifier).eval()
     read = Representation(classifier, tuple(layers), tuple(x.shape[1:]))  # type: ignore[arg-type]
     dtype = first_tensor(classifier).dtype
@@ -95,12 +99,16 @@ def rank_layers(
 
 
 def _held_out(clean: Tensor, attacked: Tensor, targets: Tensor, ridge: float = 0.1) -> Tensor:
-    """Predictions from each half of ``attacked`` by ridge regression on the other half of ``clean``, in dual form."""
+    """Predict targets by ridge regression in dual form.
+
+    For each half of the images, the regression is fitted on the clean features of the other half, and evaluated on the
+    attacked features of this half.
+    """
     half = len(clean) // 2
     out = torch.empty_like(targets)
     for fit, score in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         mean, std = clean[fit].mean(0), clean[fit].std(0)
-        # Limit the scale from below: a pixel that is always black has a standard deviation of 0.
+        # Limit the standard deviation from below, because a pixel that is always black has a standard deviation of 0.
         std = std.clamp(min=1e-2 * float(std.max()) + 1e-12)
         a, b = (clean[fit] - mean) / std, (attacked[score] - mean) / std
         centre = targets[fit].mean(0)

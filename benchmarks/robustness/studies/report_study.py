@@ -1,4 +1,4 @@
-"""Studies that attack a few models into one report: the methods on MNIST, and CARSO around a ResNet-18."""
+"""The base of the studies that attack a few models and make one report: the methods on MNIST, and CARSO on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from . import Job, Study, result_of, settings_of, write_page
 
 #: The L-inf radius of the studies on MNIST, in image units.
 EPS = 0.3
-#: The type of functions ``job(name, work, *needs, **settings)``, which make the jobs of one study with common settings.
+#: The type of functions ``job(name, work, *needs, **settings)``, which make jobs with the common settings of a study.
 MakeJob = Callable[..., Job]
 
 
 def images_of(job: Job) -> data.DataSet:
-    """The first images for training, and those for attacks."""
+    """Return a data set with the first training images, and the first test images, that the budget allows."""
     whole, budget = data.load_dataset(job.settings["dataset"], job.settings["data"]), job.settings["budget"]
     n, m = budget.train_images, budget.images
     return replace(
@@ -39,7 +39,10 @@ def images_of(job: Job) -> data.DataSet:
 
 
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
-    """Train a classifier of MNIST on PGD examples, or with eps 0 on clean images: {epochs, eps, steps, alpha}."""
+    """Train a classifier on MNIST with PGD, or on clean images if eps is 0.
+
+    The job's settings are ``epochs`` and, optionally, ``eps``, ``steps`` and ``alpha``.
+    """
     s, images = job.settings, images_of(job)
     torch.manual_seed(job.seed)
     model = SmallCNN(1, 10, (28, 28), s["budget"].width)
@@ -53,7 +56,7 @@ def train_classifier(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train(job: Job, folder: Path, task: Task, images: data.DataSet, epochs: int) -> dict:
-    """Train on all of the images; return the last epoch's metrics."""
+    """Train on all training images, and return the metrics of the last epoch."""
     return fit(task, images.x_train, images.y_train, FitConfig(epochs, 128, job.seed), folder)
 
 
@@ -61,10 +64,10 @@ class ReportStudy(Study):
     """A study whose jobs train a few models and attack each of them.
 
     Attributes:
-        models: the columns of the table, each with the row whose training it needs, or None.
-        eps: radius of the attacks.
+        models: for each column of the table, the name of the training that the column needs. None if it needs none.
+        eps: L-inf radius of the attacks, in image units.
         threads: number of threads of each job.
-        sizes: numbers of images that `evaluate` takes at once.
+        sizes: batch sizes of `evaluate`.
     """
 
     dataset = "mnist"
@@ -74,19 +77,19 @@ class ReportStudy(Study):
     sizes: ClassVar[dict[str, int]] = {"batch_size": 250, "max_forward_batch": 1000}
 
     def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
-        """The jobs that train."""
+        """Return the jobs that train."""
         raise NotImplementedError
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
-        """The attacked model of a column of the table."""
+        """Return the attacked model of a column of the table."""
         raise NotImplementedError
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
-        """The rows of a model, in groups that are attacked separately; labels are the same for all models."""
+        """Return the attacks on a model, in groups that run separately. The labels are the same for all models."""
         raise NotImplementedError
 
     def page(self, reports: dict[str, Report], budget: SimpleNamespace, pictures: Path) -> dict[str, Any]:
-        """The page's contents besides reports and facts of the trainings; more pictures go to a folder."""
+        """Return further variables for the page's template. More pictures may be written into ``pictures``."""
         return {}
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
@@ -107,7 +110,7 @@ class ReportStudy(Study):
         return [*self.trainings(job, budget), *attacks]
 
     def attack(self, job: Job, folder: Path, root: Path) -> dict:
-        """A model under a group of attacks: write its report to the folder, and return the accuracies."""
+        """Run a group of attacks on a model. Write the report into the job's folder, and return the accuracies."""
         name, budget, images = job.settings["model"], job.settings["budget"], images_of(job)
         model = self.model(job, root, name)
         amount: dict[str, Any] = {"steps": budget.steps, "eot_iter": budget.eot, **self.sizes}
@@ -119,16 +122,17 @@ class ReportStudy(Study):
         return {row.attack: row.accuracy for row in report.rows}
 
     def reports(self, root: Path, budget: SimpleNamespace) -> dict[str, Report]:
-        """For each model, the rows of its groups and the worst over all of them.
+        """Return a report for each model, with the rows of all groups of attacks, and the worst case over all of them.
 
-        Each group was attacked separately: together, a classifier, which has one variant, would not be attacked by APGD
-        where PGD had succeeded, and the defences would.
+        The groups ran separately, so that all models face the same attacks. In one list of attacks, APGD would skip the
+        images of a classifier that PGD had broken, but it would not skip those of a defence, which it attacks without
+        its randomness.
         """
         reports = {}
         for name in self.models:
             folders = [Job(f"{name} {group}", 0, self.attack).folder(root) for group in self.attacks(name, budget)]
             parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-            # Every group has the same clean row, so keep it once.
+            # Every group repeats the row of the clean accuracy. The dictionary keeps it once.
             rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
             notes = dict.fromkeys(note for part in parts for note in part.notes)
             reports[name] = Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes))

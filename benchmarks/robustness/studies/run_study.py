@@ -1,4 +1,4 @@
-"""``python -m benchmarks study NAME``: run or resume a study, and write its tables."""
+"""Run or resume a study, and write its tables: ``python -m benchmarks study NAME``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESULTS = ALL / "studies"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a parser for each study, with its own and the common options."""
+    """Add a subparser for each study, with the options of this study and the common options."""
     studies = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, study in STUDIES.items():
         options = studies.add_parser(name, help=study.__doc__)
@@ -40,17 +40,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             "--workers",
             type=at_least_one,
             default=study.workers,
-            help=f"jobs side by side; {study.workers} by default",
+            help=f"number of jobs that run in parallel; default: {study.workers}",
         )
-        options.add_argument("--out", type=Path, help="folder of the runs; runs/studies/NAME by default")
+        options.add_argument("--out", type=Path, help="folder of the runs; default: runs/studies/NAME")
 
 
 def check(chosen: argparse.Namespace) -> None:
-    """Raise errors that would stop the study later.
+    """Check the options, the data and the packages before any work.
 
     Raises:
-        ValueError: an option does not fit. FileNotFoundError: there is no data. ModuleNotFoundError: AutoAttack or a
-            package for the data is missing.
+        ValueError: an option cannot be used.
+        FileNotFoundError: the data set does not exist.
+        ModuleNotFoundError: AutoAttack, or a package for the data set, is not installed.
     """
     study = STUDIES[chosen.name]
     study.check(chosen, places(chosen)[1])
@@ -62,12 +63,15 @@ def check(chosen: argparse.Namespace) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Run unfinished jobs; return the page of tables. The tables go to benchmarks/results/studies; tables of other
-    budgets or widths, of some rows or of fewer seeds go to the runs' folder."""
+    """Run the unfinished jobs, and return the page with the tables.
+
+    The tables are written to benchmarks/results/studies. Tables of other budgets or widths, of only some rows, or of
+    fewer seeds are written to the folder of the runs.
+    """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
     if chosen.so_far:
-        # Take no lock, since the study may be running: this only reads the folders of its jobs.
+        # Take no lock, because the study may be running. This only reads the folders of the jobs.
         return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)
@@ -76,7 +80,7 @@ def main(chosen: argparse.Namespace) -> str:
 
 
 def places(chosen: argparse.Namespace) -> tuple[Path, Path]:
-    """The folder of the runs, and that of the tables."""
+    """Return the folder of the runs, and the folder of the tables."""
     study = STUDIES[chosen.name]
     root = chosen.out or Path("runs/studies") / f"{chosen.name}{study.variant(chosen)}"
     return root, RESULTS if study.is_whole(chosen) else root

@@ -1,11 +1,13 @@
-"""Decides exactly, in float64, whether any image of an L-inf ball fools a small ReLU network.
+"""Decide exactly, in float64, whether an L-inf ball contains an adversarial example for a small ReLU network.
 
-Three steps decide an image; each begins where the step before left it open. A bound that holds for the whole ball
-proves that nothing fools the network. A misclassified point of the ball proves the contrary. A mixed-integer program
-for each class that is left open proves either. No attack of the package takes part.
+There are three steps. A later step is needed only if the earlier steps did not decide the image.
 
-The bounds are those of CROWN (Zhang et al., NeurIPS 2018, arXiv 1811.00866), the program that of Tjeng et al. (ICLR
-2019, arXiv 1711.07356), solved by HiGHS.
+1. Bounds that hold for the whole ball may prove that all its points are classified correctly.
+2. A search may find a misclassified point of the ball.
+3. A mixed-integer program for each remaining class proves one or the other.
+
+No attack of the package is used. The bounds are those of CROWN (Zhang et al., NeurIPS 2018, arXiv 1811.00866). The
+program is that of Tjeng et al. (ICLR 2019, arXiv 1711.07356), and HiGHS solves it.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from torch import Tensor
 
 from purify_fast.attacks.relu_layers import Affine, forward
 
-#: A positive margin below this is no proof, because HiGHS satisfies constraints only up to 1e-6. For a negative margin
-#: of less than this size a clearer point is searched, which fools the network in float32 too.
+#: A positive margin is a proof only if it is above this number, because HiGHS satisfies constraints only up to 1e-6. If
+#: a misclassified point has a margin between -TOLERANCE and 0, a point with a clearer margin is searched, which is
+#: misclassified in float32 too.
 TOLERANCE = 1e-5
-#: A bound that HiGHS computes is loosened by this amount, to be safe from rounding.
+#: A bound that HiGHS computes is made looser by this amount, because of rounding.
 SLACK = 1e-6
-#: The status that `scipy.optimize.milp` returns for a solution, and for the proof that there is none.
+#: The statuses of `scipy.optimize.milp` for an optimal solution, and for the proof that there is no solution.
 OPTIMAL, INFEASIBLE = 0, 2
 #: The search for a misclassified point takes STEPS steps from each of STARTS random starts.
 STARTS, STEPS = 5, 40
@@ -36,7 +39,7 @@ ROBUST, FALLS, UNDECIDED = "robust", "falls", "undecided"
 BOUND, POINT, MILP = "bound", "point", "milp"
 
 
-#: The lowest and the highest value of each pixel or unit, flat, float64.
+#: The lowest and the highest value of each pixel or unit, two flat tensors in float64.
 Box = tuple[Tensor, Tensor]
 
 
@@ -45,10 +48,10 @@ class Decision:
     """The decision on an image.
 
     Args:
-        verdict: `ROBUST`, `FALLS` or `UNDECIDED`.
-        how: the step that decided it, or was tried last: `BOUND`, `POINT` or `MILP`.
-        seconds: processor time of the decision.
-        point: a misclassified image of the ball, float64, if there is one.
+        verdict: `ROBUST`, `FALLS` (if there is an adversarial example), or `UNDECIDED`.
+        how: the last step that was tried: `BOUND`, `POINT` or `MILP`.
+        seconds: processor time of the decision in seconds.
+        point: adversarial example, flat, float64. It is None if there is none.
     """
 
     verdict: str
@@ -58,26 +61,26 @@ class Decision:
 
 
 def margins(layers: Sequence[Affine], x: Tensor, y: int) -> Tensor:
-    """The lead of the logit of class ``y`` over each other logit, ``[B, classes - 1]``."""
+    """Return the logit of class ``y`` minus each other logit, ``[B, classes - 1]``."""
     logits = forward(layers, x)
     others = [k for k in range(logits.shape[1]) if k != y]
     return logits[:, [y]] - logits[:, others]
 
 
 def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], box: Box) -> Tensor:
-    """Lower bounds of linear functions of the last hidden layer over a box, by CROWN's backward pass.
+    """Compute lower bounds of linear functions of the last hidden layer over a box, by CROWN's backward pass.
 
     Args:
-        layers: the hidden layers.
-        functions: weights and constants, with a row for each function.
-        bounds: bounds of the hidden units.
-        box: a box of flat images.
+        layers: hidden layers of the network.
+        functions: weights and constants of the functions, with a row for each function.
+        bounds: bounds of the hidden units before their ReLU.
+        box: box of flat images.
     """
     weight, constant = functions
     for (low, high), (matrix, bias) in zip(reversed(bounds), reversed(layers), strict=True):
         slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low).clamp(min=1e-300)))
-        # A ReLU whose sign is not known lies above 0 and above its input. Take the lower bound of these two that leaves
-        # the smaller area.
+        # If the sign of a unit is not known, both 0 and the unit's input are lower bounds of the ReLU. Use the bound
+        # for which the area between the bounds is smaller.
         below = torch.where((low < 0) & (high > 0), (high > -low).to(slope.dtype), slope)
         shift = torch.where((low < 0) & (high > 0), -low * slope, torch.zeros_like(low))
         constant = constant + weight.clamp(max=0) @ shift
@@ -88,14 +91,14 @@ def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], b
 
 
 def hidden_bounds(layers: Sequence[Affine], box: Box) -> list[Box]:
-    """Bounds of each hidden unit before its ReLU, over a box of flat images."""
+    """Return bounds of all hidden units before their ReLU, over a box of flat images."""
     bounds: list[Box] = []
     for i, (weight, bias) in enumerate(layers[:-1]):
         before = layers[:i]
         low = lowest(before, Affine(weight, bias), bounds, box)
         high = -lowest(before, Affine(-weight, -bias), bounds, box)
         if bounds:
-            # Combine CROWN's bounds with interval bounds, since neither are tighter everywhere.
+            # Combine CROWN's bounds with interval bounds, because for some units the interval bounds are tighter.
             least, most = (end.relu() for end in bounds[-1])
             middle, radius = weight @ (least + most) / 2 + bias, weight.abs() @ (most - least) / 2
             low, high = torch.maximum(low, middle - radius), torch.minimum(high, middle + radius)
@@ -104,19 +107,22 @@ def hidden_bounds(layers: Sequence[Affine], box: Box) -> list[Box]:
 
 
 def lead(layers: Sequence[Affine], y: int) -> Affine:
-    """The margins of class ``y`` as linear functions of the last hidden layer."""
+    """Return the margins of class ``y`` as linear functions of the last hidden layer."""
     weight, bias = layers[-1]
     others = [k for k in range(len(bias)) if k != y]
     return Affine(weight[y] - weight[others], bias[y] - bias[others])
 
 
 def search(layers: Sequence[Affine], box: Box, y: int) -> Tensor | None:
-    """Search a misclassified point of the box by signed steps from random points; return None without success.
+    """Search for a misclassified point of a box, by signed gradient steps from random points.
 
     Args:
-        layers: the network's layers.
-        box: a box of flat images.
-        y: the right class.
+        layers: layers of the network.
+        box: box of flat images.
+        y: correct class.
+
+    Returns:
+        A misclassified point, flat, or None if none was found.
     """
     low, high = box
     generator = torch.Generator().manual_seed(0)
@@ -132,30 +138,30 @@ def search(layers: Sequence[Affine], box: Box, y: int) -> Tensor | None:
 
 
 class Program:
-    """The network's hidden layers over a box as linear constraints, in which some variables are 0 or 1.
+    """A mixed-integer program with the hidden layers of a network over a box as linear constraints.
 
-    Every hidden unit is a - s: a is its part above 0, s its part below 0. If its sign is not known, a variable that is
-    0 or 1 allows only one of the two. Units that are never above 0 are left out.
+    The value of a hidden unit before its ReLU is a - s, where a is its positive part and s its negative part. If the
+    sign of the unit is not known, a binary variable allows only one of the two parts. Units that are never above 0 are
+    left out.
 
     Args:
-        box: a box of flat images.
+        box: box of flat images.
     """
 
     def __init__(self, box: Box):
         self.lower, self.upper = (end.numpy() for end in box)
         self.whole = np.zeros(len(self.lower))
         self.rows = LinearConstraint(sparse.csr_matrix((0, len(self.lower))), [], [])
-        #: The columns of the last layer's units, and the numbers of these units. Units that are never above 0 are left
-        #: out.
+        #: For the units of the last layer that are not left out: their columns in the program, and their indices.
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:
         """Add the next hidden layer.
 
         Args:
-            layer: weights of the layer.
-            low: lower bounds of its units before their ReLU.
-            high: their upper bounds.
+            layer: weights and biases of the layer.
+            low: lower bounds of the units before their ReLU.
+            high: upper bounds of the units before their ReLU.
         """
         alive = np.flatnonzero(high > 0)
         least, most = low.numpy()[alive], high.numpy()[alive]
@@ -172,14 +178,14 @@ class Program:
         self.columns, self.kept = a, alive
 
     def _new(self, lower: np.ndarray, upper: np.ndarray, whole: int = 0) -> np.ndarray:
-        """The columns of new variables."""
+        """Add variables between two bounds, and return their columns. ``whole`` is 1 for integer variables."""
         first = len(self.lower)
         self.lower, self.upper = np.append(self.lower, lower), np.append(self.upper, upper)
         self.whole = np.append(self.whole, np.full(len(lower), whole))
         return np.arange(first, first + len(lower))
 
     def _hold(self, terms: list[tuple[np.ndarray, np.ndarray]], low: np.ndarray, high: np.ndarray) -> None:
-        """Constraints: a sum of matrices times variables lies between two vectors."""
+        """Add constraints: the sum of the products of matrices and variables lies between two vectors."""
         rows = np.zeros((len(low), len(self.lower)))
         for columns, matrix in terms:
             rows[:, columns] += matrix
@@ -192,13 +198,13 @@ class Program:
         )
 
     def minimize(self, weight: Tensor, seconds: float, most: float | None = None, relaxed: bool = False) -> Any:
-        """Minimize a linear function of the last layer, or find where it is small enough.
+        """Minimize a linear function of the last layer, or find a point at which it is small enough.
 
         Args:
             weight: weights of the function.
-            seconds: time limit.
-            most: accept any point at which the function is at most this value. None minimizes the function.
-            relaxed: whether the variables that are 0 or 1 may lie between, which gives a bound quickly.
+            seconds: time limit in seconds.
+            most: value that is small enough. None minimizes the function.
+            relaxed: True to allow values between 0 and 1 for binary variables, which gives a bound quickly.
 
         Returns:
             The result of `scipy.optimize.milp`.
@@ -216,13 +222,13 @@ class Program:
 
 
 def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: float) -> Program:
-    """The program of all hidden layers; the relaxed program bounds the units whose sign CROWN leaves open.
+    """Make the program of all hidden layers. Its relaxed form gives better bounds for units of unknown sign.
 
     Args:
-        layers: the network's layers.
-        bounds: bounds of the hidden units, which are tightened in place.
-        box: a box of flat images.
-        until: time limit on the clock of ``time.monotonic``; the program then keeps the bounds that it has.
+        layers: layers of the network.
+        bounds: bounds of the hidden units, which are improved in place.
+        box: box of flat images.
+        until: time on the clock of ``time.monotonic`` at which the improvement of bounds ends.
     """
     program = Program(box)
     for i, (layer, (low, high)) in enumerate(zip(layers, bounds, strict=False)):
@@ -238,14 +244,14 @@ def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: floa
 
 
 def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: float = 30.0) -> Decision:
-    """Decide whether any image within ``eps`` of ``x`` and within [0, 1] is classified otherwise than ``y``.
+    """Decide whether the ball around an image, limited to [0, 1], contains an adversarial example.
 
     Args:
-        layers: the network's layers.
-        x: an image, which the network classifies as ``y``.
-        y: its class.
-        eps: the L-inf radius.
-        seconds: about the longest time of the program; an image that takes more is undecided.
+        layers: layers of the network.
+        x: image that the network classifies correctly.
+        y: class of the image.
+        eps: L-inf radius on images in [0, 1].
+        seconds: approximate time limit of the program. An image that needs more time is undecided.
     """
     begin, flat = time.process_time(), x.double().flatten()
     box = (flat - eps).clamp(0, 1), (flat + eps).clamp(0, 1)
@@ -264,7 +270,7 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
         weight, bias = ahead.weight[other], float(ahead.bias[other])
-        # First accept any point that fools the network. If the solver's point hardly fools the network, minimize the
+        # First search for any point with a small enough margin. If its margin is not clearly below 0, minimize the
         # margin.
         for most in (TOLERANCE - bias, None):
             found = program.minimize(weight, until - time.monotonic(), most)

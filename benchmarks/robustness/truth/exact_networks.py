@@ -1,7 +1,7 @@
-"""The small networks whose images are decided exactly: how they are trained, and on what.
+"""Define and train the small networks for which it is decided exactly which images have an adversarial example.
 
-All are affine layers with ReLUs between them. Their weights lie in a file beside the results, so that the attacked
-networks stay the networks that were decided.
+All networks consist of affine layers and ReLUs. Their weights are saved with the results, so that the attacked networks
+are always the networks for which the images were decided.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from purify_fast.data import load_dataset, to_float
 
 from ..broken.entry import Step, cross_entropy, train
 
-#: A network is trained on at most TRAINING_IMAGES images, and IMAGES images are decided.
+#: TRAINING_IMAGES is the largest number of images on which a network is trained. IMAGES images of each are decided.
 TRAINING_IMAGES, IMAGES = 10_000, 250
-#: The weight of the distance of the outputs in TRADES.
+#: The weight of the divergence between the outputs in the loss of TRADES.
 BETA = 6.0
 
 
 def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, target: Tensor | None = None) -> Tensor:
-    """Images of the ball after signed steps from a random point of it.
+    """Attack images by signed gradient steps from a random point of the ball. Return the attacked images.
 
     Args:
-        model: images to logits.
-        x: the middle of the ball.
-        y: labels; the attack raises their cross-entropy.
-        eps: the L-inf radius.
-        steps: number of steps; together they are 2.5 eps long.
-        target: probabilities; the attack raises the distance to these instead.
+        model: classifier, images to logits.
+        x: images ``[B, C, H, W]`` in [0, 1], the centers of the balls.
+        y: labels, int64 ``[B]``. The attack maximizes the cross-entropy with these labels.
+        eps: L-inf radius on images in [0, 1].
+        steps: number of steps. The length of all steps together is 2.5 eps.
+        target: probabilities ``[B, classes]`` that replace the labels in the cross-entropy.
     """
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     for _ in range(steps):
@@ -47,12 +47,12 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, tar
 
 
 def adversarial(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
-    """The cross-entropy on attacked images (Madry et al., ICLR 2018); one step is FGSM."""
+    """Return the cross-entropy on attacked images (Madry et al., ICLR 2018). With one step the attack is FGSM."""
     return cross_entropy(model, attacked(model, x, y, eps, steps), y)
 
 
 def trades(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
-    """The loss of TRADES (Zhang et al., ICML 2019)."""
+    """Return the loss of TRADES (Zhang et al., ICML 2019)."""
     logits = model(x)
     point = attacked(model, x, y, eps, 5, target=logits.detach().softmax(1))
     distance = F.kl_div(model(point).log_softmax(1), logits.softmax(1), reduction="batchmean")
@@ -60,7 +60,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
 
 
 def perceptron(*widths: int) -> nn.Sequential:
-    """A perceptron on flat images, from the number of pixels to that of classes."""
+    """Make a perceptron. The first width is the number of pixels, and the last width is the number of classes."""
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -68,15 +68,15 @@ def perceptron(*widths: int) -> nn.Sequential:
 
 
 def convolution(channels: int, kernel: int, stride: int, side: int, hidden: int) -> nn.Sequential:
-    """A convolution and a hidden layer, on square grey images."""
+    """Make a network with a convolution and a hidden layer, for square gray images with ``side`` pixels a side."""
     units = channels * ((side - kernel) // stride + 1) ** 2
     return nn.Sequential(nn.Conv2d(1, channels, kernel, stride), nn.ReLU(), *perceptron(units, hidden, 10))
 
 
 def purified(pixels: int, code: int, hidden: int) -> nn.Sequential:
-    """A purifier before a classifier, like CARSO's pipeline with a latent of 0.
+    """Make a purifier followed by a classifier. This is similar to CARSO's pipeline with a latent of 0.
 
-    The reconstruction is clipped to [0, 1], by two ReLUs, where CARSO has a sigmoid.
+    Two ReLUs clip the reconstruction to [0, 1], in place of CARSO's sigmoid.
     """
     clip = [nn.ReLU(), Step(_complement), nn.ReLU(), Step(_complement)]
     return nn.Sequential(*perceptron(pixels, code, pixels), *clip, *perceptron(pixels, hidden, 10))
@@ -91,12 +91,12 @@ class Network:
     """A network and its training.
 
     Args:
-        build: makes the untrained network.
-        data: "digits" or "mnist".
-        pool: side of the squares of pixels that are averaged.
+        build: function that makes the untrained network.
+        data: name of the data set, "digits" or "mnist".
+        pool: side of the squares over which pixels are averaged, to make the images smaller.
         loss: loss of the training.
         epochs: number of epochs.
-        eps: the L-inf radius at which its images are decided.
+        eps: L-inf radius at which images are decided.
     """
 
     build: Callable[[], nn.Sequential]
@@ -107,13 +107,13 @@ class Network:
     eps: float
 
     def images(self, part: str, most: int, folder: Path | None) -> tuple[Tensor, Tensor]:
-        """The first images and labels of a part of the data, "train" or "test"."""
+        """Return the first images and labels of a part of the data, "train" or "test"."""
         data = load_dataset(self.data, folder)
         x, y = getattr(data, f"x_{part}")[:most], getattr(data, f"y_{part}")[:most]
         return F.avg_pool2d(to_float(x), self.pool), y
 
     def trained(self, folder: Path | None) -> nn.Sequential:
-        """The network, trained from seed 0."""
+        """Train the network with seed 0, and return it."""
         torch.manual_seed(0)
         return train(self.build(), *self.images("train", TRAINING_IMAGES, folder), self.loss, epochs=self.epochs)
 

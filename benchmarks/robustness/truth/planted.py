@@ -1,16 +1,19 @@
-"""Networks with a known answer: some hide a counterexample, others have none by construction.
+"""Make networks with a known answer: some hide an adversarial example, and others are robust by construction.
 
-**Hidden.** The training follows SoundnessBench (Zhou et al., arXiv 2412.03154). A random corner of an image's ball is
-to be misclassified by a small margin. Everything that PGD finds elsewhere in the ball is to be classified right; a
-sliding window keeps the points that it found in the last steps. The paper's networks have thousands of units and 300
-steps in the window. The networks here are perceptrons of 64 inputs, on digits; at this size PGD still finds the corner.
-So a third loss asks that points on the way to the corner lead more, the nearer they are to it: a gradient then leads
-away from it. The difference, `GAPS`, says how well the corner is hidden.
+**Networks that hide an adversarial example.** The training follows SoundnessBench (Zhou et al., arXiv 2412.03154). The
+networks are trained adversarially on other images, and the loss has three further terms. By the first term a random
+corner of an image's ball is misclassified by a small margin. By the second term all other points of the ball are
+classified correctly, such as the points that PGD found in the last updates. The paper's networks have thousands of
+units, and it stores the points of 300 steps. The networks here are perceptrons for digits with 64 inputs. At this size
+PGD would still find the corner. Therefore the third term, which is ours, raises the lead of the true class on the way
+to the corner: the nearer a point is to the corner, the larger its lead must be. So gradients lead away from the corner.
+`GAPS` says by how much the lead grows.
 
-**Robust.** The logit of a class is minus the mean distance of the pixels to those of a random prototype. It changes by
-at most as much as every pixel does, so an image whose logit leads by m is robust within m / 2.
+**Networks that are robust by construction.** The logit of a class is minus the mean distance between the pixels of the
+image and those of a random prototype. If every pixel changes by at most eps, the logit changes by at most eps. So an
+image whose logit leads by m is robust up to the radius m / 2.
 
-All networks of a kind are trained at once, their weights in one tensor.
+All networks of a kind are trained together, with their weights in one tensor.
 """
 
 from __future__ import annotations
@@ -29,20 +32,21 @@ from purify_fast.data import load_dataset, to_float
 
 from .exact_networks import perceptron
 
-#: GAPS: by how much more than the image the points nearest to the corner lead, in logits. A larger gap hides the corner
-#: better. EACH: the number of networks for each gap.
+#: GAPS are the amounts, in logits, by which the lead of the true class grows from the image to a point at the corner.
+#: A larger gap hides the corner better. EACH is the number of networks for each gap.
 GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
-#: A corner is planted in the balls of PLANTED images of each network. EPS is the L-inf radius, and WIDTHS are the
-#: widths of the network's layers.
+#: PLANTED is the number of images of each network whose balls have a planted corner. EPS is the L-inf radius, and
+#: WIDTHS are the widths of the network's layers.
 PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
-#: The margin by which a planted corner is misclassified, in logits (SoundnessBench: 0.01).
+#: The margin by which a planted corner is misclassified, in logits. It is that of SoundnessBench.
 LEAD = 0.01
 #: A point counts as the corner if its mean distance from the corner is less than this share of the radius.
 NEAR = 0.03
-#: PGD with STEPS steps from STARTS random starts must not find a counterexample. SoundnessBench takes 1,000 starts.
+#: A corner counts as hidden if PGD with STEPS steps from STARTS random starts finds no adversarial example.
+#: SoundnessBench uses 1,000 starts.
 STEPS, STARTS = 50, 100
-#: CONSTRUCTED networks are robust by construction. PROTOTYPES are the pixels and classes of each. They are attacked at
-#: SHARE of the proven radius, which leaves room for rounding in float32.
+#: CONSTRUCTED is the number of networks that are robust by construction. PROTOTYPES are their numbers of pixels and of
+#: classes. The networks are attacked at the share SHARE of the proven radius, because of rounding in float32.
 CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 
@@ -52,10 +56,10 @@ class Effort:
 
     Args:
         updates: number of updates of the weights.
-        window: number of steps whose PGD points are kept.
-        starts: number of starts of PGD.
-        others: number of random points of each image's ball, and of points on the way to its corner.
-        batch: number of other images that the network is to classify under attack.
+        window: number of the last updates whose PGD points are stored.
+        starts: number of random starts of PGD.
+        others: number of random points in each image's ball, and of points on the way to its corner.
+        batch: number of other images on which the network is trained adversarially.
     """
 
     updates: int = 1500
@@ -66,7 +70,7 @@ class Effort:
 
 
 class Stack:
-    """Perceptrons of the same widths, each for other images.
+    """Several perceptrons of the same widths, which are computed together. Each of them gets different images.
 
     Args:
         weights: weights of each layer, ``[networks, outputs, inputs]``.
@@ -78,37 +82,37 @@ class Stack:
 
     @classmethod
     def fresh(cls, networks: int, generator: torch.Generator) -> Stack:
-        """Untrained perceptrons."""
+        """Make untrained perceptrons."""
         pairs = list(pairwise(WIDTHS))
         weights = [math.sqrt(2 / a) * torch.randn(networks, b, a, generator=generator) for a, b in pairs]
         biases = [torch.zeros(networks, 1, b) for _, b in pairs]
         return cls([one.requires_grad_() for one in weights], [one.requires_grad_() for one in biases])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits ``[networks, images, classes]`` of images ``[networks, images, pixels]``."""
+        """Return the logits ``[networks, images, classes]`` of images ``[networks, images, pixels]``."""
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x.relu() if i else x, weight.transpose(1, 2))
         return x
 
     @property
     def frozen(self) -> Stack:
-        """The same weights, without gradients."""
+        """The same perceptrons, without gradients to the weights."""
         return Stack([one.detach() for one in self.weights], [one.detach() for one in self.biases])
 
 
 def hinge(x: Tensor) -> Tensor:
-    """The part of values above 0, averaged over each network and summed over the networks."""
+    """Return the positive parts of values, averaged over each network and summed over the networks."""
     return x.relu().flatten(1).mean(1).sum()
 
 
 def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
-    """The lead of the logits of the classes ``y`` over the next logits, ``[networks, images]``."""
+    """Return the logit of the class ``y`` minus the highest other logit, ``[networks, images]``."""
     logits = stack(x)
     return -margin(logits.flatten(0, 1), y.flatten()).view(y.shape)
 
 
 class Ball(NamedTuple):
-    """The images within the radius of some images, and their classes: ``[networks, images, pixels]``."""
+    """The balls around images: the lowest and highest pixels ``[networks, images, pixels]``, and the classes."""
 
     low: Tensor
     high: Tensor
@@ -116,18 +120,23 @@ class Ball(NamedTuple):
 
     @classmethod
     def around(cls, x: Tensor, y: Tensor) -> Ball:
-        """The ball of radius `EPS`, within [0, 1]."""
+        """Make the balls of radius `EPS` around images, limited to [0, 1]."""
         return cls((x - EPS).clamp(0, 1), (x + EPS).clamp(0, 1), y)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random points for each image, ``[networks, count, images, pixels]``, half of them corners."""
+        """Return random points of each ball, ``[networks, count, images, pixels]``. Half of them are corners."""
         networks, images, _ = self.low.shape
         share = torch.rand(networks, count, *self.low.shape[1:], generator=generator)
         corner = torch.rand(networks, count, images, 1, generator=generator) < 0.5
         return torch.lerp(self.low[:, None], self.high[:, None], torch.where(corner, share.round(), share))
 
     def attacked(self, stack: Stack, starts: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The points that PGD reaches from each start, and the misclassified ones as ``[networks, starts, images]``."""
+        """Run PGD from random starts.
+
+        Returns:
+            The last points ``[networks, starts, images, pixels]``, and the mask of misclassified points ``[networks,
+            starts, images]``.
+        """
         stack, networks = stack.frozen, len(self.low)
         low, high, y = (end.repeat(1, starts, *[1] * (end.dim() - 2)) for end in self)
         point = torch.lerp(low, high, torch.rand(low.shape, generator=generator))
@@ -148,7 +157,11 @@ class Hidden(NamedTuple):
     corner: Tensor
 
     def verdicts(self) -> list[str]:
-        """A letter for each image of a network: "f" for a hidden corner, "p" if PGD finds one, "w" for no corner."""
+        """Return a text for each network, with a letter for each image.
+
+        The letter is "f" if the ball has a hidden corner, "p" if PGD finds an adversarial example, and "w" if the image
+        or its corner is not classified as intended.
+        """
         right = self.stack.frozen(self.x).argmax(2) == self.y
         planted = right & (self.stack.frozen(self.corner).argmax(2) != self.y)
         generator = torch.Generator().manual_seed(1)
@@ -157,7 +170,7 @@ class Hidden(NamedTuple):
         return ["".join("fpw"[i] for i in row) for row in letters.tolist()]
 
     def models(self) -> list[nn.Sequential]:
-        """Each network as a module from images ``[B, 1, 8, 8]`` to logits."""
+        """Return each network as a module that maps images ``[B, 1, 8, 8]`` to logits."""
         models = [perceptron(*WIDTHS).eval().requires_grad_(False) for _ in self.x]
         for k, model in enumerate(models):
             linear = [module for module in model if isinstance(module, nn.Linear)]
@@ -168,10 +181,10 @@ class Hidden(NamedTuple):
 
 
 def train(gaps: Tensor, effort: Effort) -> Hidden:
-    """Train networks that hide a corner of the balls of some digits.
+    """Train networks that hide an adversarial corner in the balls of some digits.
 
     Args:
-        gaps: gap of each network, ``[networks]``.
+        gaps: gap of each network in logits, ``[networks]``.
         effort: effort of the training.
     """
     generator, networks = torch.Generator().manual_seed(0), len(gaps)
@@ -186,7 +199,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
     window: list[Tensor] = []
     for _ in range(effort.updates):
         point, wrong = ball.attacked(stack, effort.starts, 10, generator)
-        # Keep each image's point from the first start of PGD that succeeds.
+        # Store one point for each image, from the first start of PGD that succeeded.
         first = wrong.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, point.shape[-1])
         window = [*window, point.gather(1, first)[:, 0]][-effort.window :]
         picked = torch.randint(len(train_x), (networks, effort.batch), generator=generator)
@@ -203,7 +216,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
 
 
 def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The mean cross-entropy of each network on the points that count, summed over the networks."""
+    """Return the mean cross-entropy on the points that count, summed over the networks."""
     logits = stack(points.flatten(1, 2)).flatten(0, 1)
     loss = F.cross_entropy(logits, y.repeat(1, points.shape[1]).flatten(), reduction="none").view(points.shape[:3])
     return loss.flatten(1).mean(1).sum() if counts is None else (loss * counts).flatten(1).mean(1).sum()
@@ -212,7 +225,11 @@ def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None
 def _away(
     stack: Stack, ball: Ball, ends: tuple[Tensor, Tensor], gaps: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:
-    """How much too little the points lead that have a share of the corner's pixels: less than the image and its gap."""
+    """Return the loss that makes the lead of the true class grow on the way from the image to the corner.
+
+    A point on the way has a random share of the corner's pixels. Its lead must be at least the lead of the image plus
+    this share of the gap. The loss is the amount by which the lead is too small.
+    """
     (x, corner), shape = ends, (len(gaps), count, ball.y.shape[1])
     share = 0.3 + 0.6 * torch.rand(*shape, 1, generator=generator)
     random = torch.lerp(ball.low[:, None], ball.high[:, None], torch.rand(*shape, x.shape[2], generator=generator))
@@ -222,7 +239,7 @@ def _away(
 
 
 class Part(NamedTuple):
-    """A network, and the images and the radius at which it is attacked."""
+    """A network with the attacked images, their classes, and the L-inf radius."""
 
     model: nn.Sequential
     x: Tensor
@@ -231,10 +248,10 @@ class Part(NamedTuple):
 
 
 def constructed(seed: int) -> Part:
-    """A network that is robust by construction on images ``[B, 1, 5, 5]``, up to a radius.
+    """Make a network that is robust by construction, with images ``[B, 1, 5, 5]`` and a radius.
 
     Args:
-        seed: seed of the prototypes and of the images near them.
+        seed: seed of the prototypes, and of the images near the prototypes.
     """
     generator = torch.Generator().manual_seed(seed)
     pixels, classes = PROTOTYPES
@@ -242,7 +259,7 @@ def constructed(seed: int) -> Part:
     y = torch.randperm(classes, generator=generator)[:PLANTED]
     x = (prototypes[y] + 0.2 * (torch.rand(PLANTED, pixels, generator=generator) - 0.5)).clamp(0, 1)
     model = perceptron(pixels, 2 * classes * pixels, classes).eval().requires_grad_(False)
-    # |x - c| is the sum of the parts of x - c and c - x above 0.
+    # The first layer computes x - c and c - x for each pixel. The sum of their positive parts is |x - c|.
     one = torch.eye(pixels).repeat(classes, 1)
     model[1].weight.copy_(torch.cat([one, -one]))
     model[1].bias.copy_(torch.cat([-prototypes.flatten(), prototypes.flatten()]))

@@ -1,9 +1,10 @@
-"""``python -m benchmarks truth``: how far AutoAttack and this package's protocols are from the truth.
+"""Run ``python -m benchmarks truth``: count the adversarial examples that AutoAttack and the protocols miss.
 
-The truth about a subject is one row of the results file. It says for each image whether any point of the ball fools the
-network. It is found once, because it does not depend on the attacks. A contestant's row holds the images that it left,
-network by network. It is made again if the networks or the attacks of the protocol have changed. Rows are written as
-soon as they are made, so the command can be interrupted at any time.
+A subject is a network or a group of networks, and a contestant is AutoAttack or a protocol. The results file has two
+kinds of rows. The row of a subject's truth says for each image whether the ball contains an adversarial example. The
+truth is computed once, because it does not depend on attacks. The row of a contestant on a subject says which images
+the contestant did not break. It is computed again if the networks or the attacks of the protocol have changed. Each row
+is saved at once, so the command can be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Amount, Part, Setting, hidden, identity, parts_of
 from .truth_tables import CONTESTANTS, FALLS, FALLS_IN_FLOAT64, FILE, ROBUST, UNDECIDED, WRONG, Row, key, markdown, read
 
-#: How many images are attacked together, as by default in AutoAttack.
+#: The number of images in a batch, which is the default of AutoAttack.
 BATCH = 250
 LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
 
 def decided(part: Part, seconds: float) -> Row:
-    """Decide the images of a network, and return a letter for each verdict and for each proof.
+    """Decide the images of a network. Return a letter for the verdict on each image, and one for the deciding step.
 
     Args:
-        part: the network and its images.
-        seconds: about the longest time that the program may take for an image.
+        part: network and its images.
+        seconds: approximate time limit for an image.
     """
     layers = affine_layers(part.model, part.x.shape[1:])
     verdicts, how, spent = "", "", [0.0]
@@ -62,14 +63,14 @@ def decided(part: Part, seconds: float) -> Row:
 
 
 def write(out: Path, kind: str, row: Row) -> None:
-    """Write a row in the place of the row that has its key.
+    """Write a row into the results file, where it replaces the row with the same key.
 
     Args:
-        out: the folder.
+        out: folder of the results.
         kind: "truth" or "contestants".
-        row: the row.
+        row: the new row.
     """
-    # Read the file again, since another process may have written other rows meanwhile.
+    # Read the file again, because another process may have written rows since then.
     results = read(out)
     others = [one for one in results[kind] if key(one) != key(row)]
     results[kind] = sorted([*others, row | timing.environment(torch.device("cpu"))], key=key)
@@ -77,11 +78,11 @@ def write(out: Path, kind: str, row: Row) -> None:
 
 
 def find(setting: Setting, name: str) -> None:
-    """Find the truth about a subject, unless it is known for these networks.
+    """Compute the truth about a subject. Do nothing if it is already known for these networks.
 
     Args:
-        setting: folders and amounts.
-        name: name in `SUBJECTS`.
+        setting: folders, and amount of work.
+        name: name of the subject in `SUBJECTS`.
     """
     parts, begin = parts_of(setting, name), time.process_time()
     row = {"subject": name, "networks": identity(parts), "eps": parts[0].eps}
@@ -98,12 +99,12 @@ def find(setting: Setting, name: str) -> None:
 
 
 def attack(setting: Setting, name: str, who: str, seed: int) -> None:
-    """Let a contestant attack the networks of a subject that it has not attacked yet by the same attacks.
+    """Let a contestant attack the networks of a subject. Networks that the same attacks have attacked are skipped.
 
     Args:
-        setting: folders and amounts.
-        name: name in `SUBJECTS`.
-        who: name in `CONTESTANTS`.
+        setting: folders, and amount of work.
+        name: name of the subject in `SUBJECTS`.
+        who: name of the contestant in `CONTESTANTS`.
         seed: seed of the evaluation.
     """
     parts, protocol = parts_of(setting, name), CONTESTANTS[who][0]
@@ -125,16 +126,17 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks truth``."""
-    options.add_names(parser, SUBJECTS)
-    options.add_names(parser, CONTESTANTS, "--contestants", "who attacks, where nobody only finds the truth")
-    parser.add_argument("--data", type=Path, help="folder with mnist.npz, or the official files")
+    """Add the options of ``python -m benchmarks truth``."""
+    options.add_names(parser, SUBJECTS, what="attacked networks")
+    attacks = "attacks that are tested; without a name only the truth is computed"
+    options.add_names(parser, CONTESTANTS, "--contestants", attacks)
+    parser.add_argument("--data", type=Path, help="folder with mnist.npz, or with the official files")
     options.add_minutes(parser)
     options.add_out(parser, "/cpu")
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Find the truth, and let the contestants attack, as far as that is not done; return the tables."""
+    """Compute the rows that are missing or outdated, and return the tables."""
     out = options.out_of(chosen, chosen.quick, "cpu")
     setting, names = Setting(out, chosen.data, QUICK if chosen.quick else Amount()), []
     for name in chosen.names:
@@ -146,7 +148,7 @@ def main(chosen: argparse.Namespace) -> str:
     work = [(name, partial(find, setting, name)) for name in names]
     for who in chosen.contestants:
         for name in names:
-            # One seed is enough for networks that hide a counterexample, because there are many such networks.
+            # Use one seed for networks that hide an adversarial example, because there are many such networks.
             for seed in range(CONTESTANTS[who][1] if name in NETWORKS else 1):
                 work.append((f"{name}, {who}, seed {seed}", partial(attack, setting, name, who, seed)))
     Budget(60 * chosen.minutes).go(work, "row")

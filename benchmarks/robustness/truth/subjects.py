@@ -1,4 +1,8 @@
-"""The attacked networks with their images and radii; they are trained once, and kept beside the results."""
+"""Provide the attacked networks with their images and radii. Networks are trained once, and saved with the results.
+
+A subject is a group of networks with one row in the tables. It is one network of `NETWORKS`, all networks that hide an
+adversarial example with the same gap, or all networks that are robust by construction.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from .exact_networks import IMAGES, NETWORKS
 from .planted import Part
 
 WEIGHTS = "truth_networks.safetensors"
-#: The names of the networks that hide a counterexample, with the gap that tells how well they hide it.
+#: The gap of each subject whose networks hide an adversarial example, by its name. A larger gap hides it better.
 HIDDEN = {f"gap {gap:g}": gap for gap in planted.GAPS}
 CONSTRUCTED = "robust by construction"
 SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]
@@ -27,13 +31,13 @@ SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]
 
 @dataclass(frozen=True)
 class Amount:
-    """The amounts of everything.
+    """The numbers of images and networks, and the effort.
 
     Args:
-        images: number of images of each network that is decided exactly.
-        seconds: time limit of the program, after which an image is undecided.
-        hidden: number of networks of each gap.
-        effort: effort of their training.
+        images: number of images that are decided for each network of `NETWORKS`.
+        seconds: time limit for an image. An image that needs more time is undecided.
+        hidden: number of networks for each gap.
+        effort: effort of the training of these networks.
         constructed: number of networks that are robust by construction.
     """
 
@@ -49,12 +53,12 @@ QUICK = Amount(4, 5.0, 1, planted.Effort(updates=2, window=2, starts=1, others=2
 
 @dataclass(frozen=True)
 class Setting:
-    """Folders and amounts.
+    """The folders, and the amount of work.
 
     Args:
-        out: the folder of the results.
-        data: the folder of MNIST.
-        amount: the amounts.
+        out: folder of the results.
+        data: folder of MNIST.
+        amount: numbers of images and networks.
     """
 
     out: Path
@@ -63,26 +67,26 @@ class Setting:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """The weights in the results folder."""
+        """The saved weights of all networks, which are empty before the first training."""
         path = self.out / WEIGHTS
         return load_file(path) if path.exists() else {}
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        """Add weights to those in the results folder."""
+        """Add weights to the saved weights."""
         with atomic(self.out / WEIGHTS) as temporary:
             save_file({name: one.contiguous() for name, one in (self.kept | tensors).items()}, temporary)
 
 
 @functools.cache
 def parts_of(setting: Setting, name: str) -> list[Part]:
-    """The networks of a subject, which are trained if the results folder does not hold them.
+    """Return the networks of a subject with their images. Networks without saved weights are trained.
 
     Args:
-        setting: folders and amounts.
-        name: name in `SUBJECTS`.
+        setting: folders, and amount of work.
+        name: name of the subject in `SUBJECTS`.
 
     Raises:
-        ValueError: the data set of a network is not there.
+        ValueError: the data set does not exist.
     """
     amount = setting.amount
     if name in NETWORKS:
@@ -106,7 +110,7 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
 
 @functools.cache
 def hidden(setting: Setting) -> planted.Hidden:
-    """The networks of all gaps, which are trained together."""
+    """Return the networks of all gaps. They are trained together if there are no saved weights."""
     kept, layers = setting.kept, range(len(planted.WIDTHS) - 1)
     if "hidden/corner" not in kept:
         gaps = torch.tensor(list(HIDDEN.values())).repeat_interleave(setting.amount.hidden)
@@ -121,7 +125,7 @@ def hidden(setting: Setting) -> planted.Hidden:
 
 
 def identity(parts: Sequence[Part]) -> str:
-    """A text that differs for other networks, images or radii."""
+    """Return a fingerprint of networks, images, labels and radii."""
     held = nn.ModuleList(part.model for part in parts)
     for k, part in enumerate(parts):
         held.register_buffer(f"x{k}", part.x)

@@ -1,4 +1,8 @@
-"""The results file of the exact decisions, its tables, and the sentence of README."""
+"""Read the results of the exact decisions, and make the tables for docs/evaluation.md and README.
+
+A subject is a network or a group of networks. A contestant is AutoAttack or a protocol of this package. The truth says
+for each image whether the ball contains an adversarial example.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +21,34 @@ from .exact_networks import NETWORKS
 from .subjects import CONSTRUCTED, HIDDEN, SUBJECTS
 
 FILE = "truth.json"
-#: The protocol of each contestant, and the number of seeds with which it attacks the networks that are decided exactly.
+#: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
 CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
-#: The letters for the truth about an image. A score counts only robust images and images that fall. It does not count
-#: an image that falls only in float64, an undecided or misclassified image, or a planted image that plain PGD finds.
+#: The letters for the truth about an image. An image falls if its ball contains an adversarial example. A score counts
+#: only robust images and images that fall. It does not count images that fall only in float64, undecided images,
+#: misclassified images, and images with a planted corner for which PGD finds an adversarial example.
 ROBUST, FALLS, FALLS_IN_FLOAT64, UNDECIDED, WRONG, FOUND_BY_PGD = "rfe?wp"
 
 Results = dict[str, list[Row]]
 
 
 def read(out: Path) -> Results:
-    """The rows of the truth and of the contestants in a folder; none without a results file.
+    """Read the rows of the truth and of the contestants. Both lists are empty if there is no results file.
 
     Args:
-        out: the folder.
+        out: folder of the results.
     """
     path = out / FILE
     return json.loads(path.read_text()) if path.exists() else {"truth": [], "contestants": []}
 
 
 def key(row: Row) -> tuple[int, int, int]:
-    """The place of a row among the rows of its kind, which no other row has."""
+    """Return the sort key of a row, which no other row of the same kind has."""
     who = list(CONTESTANTS).index(row["contestant"]) if "contestant" in row else 0
     return SUBJECTS.index(row["subject"]), who, row.get("seed", 0)
 
 
 def outdated(results: Path) -> list[str]:
-    """A line for each row that was made by other attacks than the package has, or on other networks than the truth.
+    """Return a message for each row whose attacks or networks differ from the present ones.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -59,7 +64,13 @@ def outdated(results: Path) -> list[str]:
 
 
 class Score(NamedTuple):
-    """How many images fall, how many of these a contestant left, and how many robust images it broke."""
+    """The score of a contestant.
+
+    Attributes:
+        falls: number of images whose ball contains an adversarial example.
+        missed: number of these images for which the contestant found none.
+        contradicted: number of robust images for which the contestant reports one. It must be 0.
+    """
 
     falls: int = 0
     missed: int = 0
@@ -67,11 +78,11 @@ class Score(NamedTuple):
 
 
 def score(truths: Iterable[Row], rows: Sequence[Row]) -> Score:
-    """The score of a contestant over some subjects.
+    """Compute the score of a contestant over several subjects.
 
     Args:
-        truths: rows of the truth.
-        rows: rows of the contestant on these subjects, or on some of them.
+        truths: rows of the truth about the subjects.
+        rows: rows of the contestant on all or some of the subjects.
     """
     left = {row["subject"]: "".join(row["left"]) for row in rows}
     pairs = Counter(
@@ -84,11 +95,11 @@ def score(truths: Iterable[Row], rows: Sequence[Row]) -> Score:
 
 
 def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
-    """For each contestant, a score for each seed with which it has attacked all of the subjects.
+    """Return the scores of each contestant, one for each seed with which it has attacked all subjects.
 
     Args:
         results: result of `read`.
-        names: names of subjects; a subject without a known truth is left out.
+        names: names of subjects. A subject whose truth is not known is left out.
     """
     truths = [row for row in results["truth"] if row["subject"] in names]
     whole = {row["subject"]: len(row["verdicts"]) for row in truths}
@@ -103,13 +114,13 @@ def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
 
 
 def _counts(rows: Iterable[Row], column: str, letters: str) -> list[str]:
-    """The number of images with each of some letters in a column."""
+    """Return, for each of the letters, the number of its occurrences in a column, as table cells."""
     text = "".join("".join(row.get(column, ())) for row in rows)
     return [f"{text.count(letter):,}" for letter in letters]
 
 
 def _groups(results: Results, names: Iterable[str]) -> Iterator[tuple[str, list[Row], list[str]]]:
-    """For each subject and for all together: a title, the rows of the truth, and the images that contestants missed."""
+    """Yield a title, the rows of the truth, and the numbers of missed images, for each subject and for all together."""
     truths = {row["subject"]: row for row in results["truth"] if row["subject"] in names}
     for title, group in (*((name, [name]) for name in names if name in truths), ("all", list(truths))):
         every = scores(results, group).values()
@@ -118,7 +129,7 @@ def _groups(results: Results, names: Iterable[str]) -> Iterator[tuple[str, list[
 
 
 def markdown(results: Results) -> list[str]:
-    """The table of the networks that are decided exactly, and that of the networks that hide a counterexample.
+    """Return the table of the exactly decided networks, and that of the networks that hide an adversarial example.
 
     Args:
         results: result of `read`.
@@ -140,7 +151,7 @@ def markdown(results: Results) -> list[str]:
 
 
 def _sentences(results: Results) -> list[str]:
-    """The contradictions of the truth, the costs of each contestant, and the machines."""
+    """Return sentences about contradictions to the truth, the work of each contestant, and the machines."""
     truths = {row["subject"]: row for row in results["truth"]}
     alone = sum("".join(row["verdicts"]).count(FALLS_IN_FLOAT64) for row in truths.values())
     built = [row for row in results["contestants"] if row["subject"] == CONSTRUCTED]
@@ -166,33 +177,33 @@ def _sentences(results: Results) -> list[str]:
 
 
 def table(results: Path) -> list[str]:
-    """The tables.
+    """Return the tables for docs/evaluation.md.
 
     Args:
         results: the folder ``benchmarks/results``.
 
     Raises:
-        FileNotFoundError: nothing has been decided.
+        FileNotFoundError: no image has been decided.
     """
     found = read(results / "cpu")
     if not found["truth"]:
-        raise FileNotFoundError(f"{results / 'cpu' / FILE} holds no decision: run python -m benchmarks truth")
+        raise FileNotFoundError(f"{results / 'cpu' / FILE} has no results: run python -m benchmarks truth")
     return markdown(found)
 
 
 def front(results: Path) -> list[str]:
-    """The lines of README's table on the images that fall and are missed by each contestant.
+    """Return the lines of README's table about the adversarial examples that each contestant misses.
 
     Args:
         results: the folder ``benchmarks/results``.
 
     Raises:
-        FileNotFoundError: not every subject has been decided and attacked.
+        FileNotFoundError: results on some subjects are missing.
     """
     found = read(results / "cpu")
     exact, hidden = (scores(found, names) for names in (NETWORKS, HIDDEN))
     if not all([*exact.values(), *hidden.values()]):
-        raise FileNotFoundError(f"{results / 'cpu' / FILE} is not complete: run python -m benchmarks truth")
+        raise FileNotFoundError(f"{results / 'cpu' / FILE} is incomplete: run python -m benchmarks truth")
     worst = {who: max(one.missed for one in seeds) for who, seeds in exact.items()}
     recall = {who: 100 - 100 * seeds[0].missed / seeds[0].falls for who, seeds in hidden.items()}
     decided = sum(int(count.replace(",", "")) for count in _counts(found["truth"], "how", "bpm"))
@@ -201,7 +212,8 @@ def front(results: Path) -> list[str]:
     falls, planted = (every["standard"][0].falls for every in (exact, hidden))
     return [
         f"| {decided:,} images of {len(NETWORKS)} small networks, for which it is proved whether an adversarial "
-        f"example exists | It exists for {falls:,} images. An attack with its worst seed misses so many of them: "
-        f"{missed}. |\n"
-        f"| {planted} adversarial examples that training has hidden from PGD | The attacks find: {shares}. |"
+        f"example exists | An adversarial example exists for {falls:,} images. The number of them that an attack "
+        f"misses, with its worst seed: {missed}. |\n"
+        f"| {planted} adversarial examples that were hidden from PGD by training | The share that an attack finds: "
+        f"{shares}. |"
     ]

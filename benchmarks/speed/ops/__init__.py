@@ -1,8 +1,9 @@
-"""The ops' benchmarks: one file per op, each a list of the inputs that users have.
+"""Define the measured inputs of each op, as users have them. There is one module for each op.
 
-A file has SHAPES, and larger shapes for GPUs in LARGE, the largest first. It has a function ``case(shape, dtype,
-variant)``, which is called with every shape and with every pair in KINDS; a file without KINDS has no variants. If not
-every shape has every kind, the file has a function ``cases(shapes)`` in place of these.
+A module has a tuple SHAPES. It may have larger shapes for GPUs in LARGE, with the largest first. Its function
+``case(shape, dtype, variant)`` is called with every shape, and with every pair of a dtype and a variant in KINDS. An op
+without variants has no KINDS. A function ``cases(shapes)`` replaces these calls if only some pairs are measured at some
+shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-#: The measured ops, in the order of the tables; some have a kernel only on a GPU.
+#: The measured ops, in the order of the tables. The ops in CUDA_ONLY have a kernel only on a GPU.
 OPS = (
     "philox",
     "aggregate",
@@ -42,14 +43,20 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape, with its least work: bytes read and written once, and arithmetic.
+    """The inputs of an op at one shape, and the least work that the op requires.
 
     Attributes:
-        inputs: makes tensors on torch's default device; a surrounding graph feeds the first.
-        call: the public function.
+        shape: shape that the tables show.
+        dtype: dtype of the data.
+        inputs: function that makes the input tensors on torch's default device. In the style "graph" the first input
+            is the result of a multiplication.
+        call: public function of the op.
+        work: formulas of the bytes and of the FLOP for each direction. Every input is read once, and every output is
+            written once. A formula may use ``symbols``, the number n of elements, and the bytes s of an element.
+        variant: name of the op's variant, or "" for an op without variants.
         differentiable: positions of the inputs that get a gradient.
-        slack: factor on the usual error by which contestants may differ.
-        work: for each direction the bytes and the FLOP, as formulas of ``symbols``, the elements n and their bytes s.
+        symbols: values of the symbols in the formulas.
+        slack: factor on the usual tolerance when results are compared.
     """
 
     shape: tuple[int, ...]
@@ -64,7 +71,7 @@ class Case:
 
     @property
     def named(self) -> dict[str, str]:
-        """The columns of a table that tell it from the op's other cases."""
+        """The columns that distinguish this case from the other cases of the op."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"variant": self.variant, "shape": "x".join(map(str, self.shape)), "dtype": dtype}
 
@@ -73,17 +80,17 @@ class Case:
         return ("forward", "backward") if self.differentiable else ("forward",)
 
     def count(self, what: str, direction: str) -> int:
-        """The ``bytes`` or ``flops`` as a number."""
+        """Return the number of ``bytes`` or ``flops`` in a direction."""
         symbols = {"n": math.prod(self.shape), "s": self.dtype.itemsize, **self.symbols}
         return int(eval(self.formula(what, direction), {"__builtins__": {}}, symbols))
 
     def formula(self, what: str, direction: str) -> str:
-        """The formula of ``bytes`` or ``flops``."""
+        """Return the formula of ``bytes`` or ``flops`` in a direction."""
         return self.work[direction][("bytes", "flops").index(what)]
 
 
 def kinds(*variants: str) -> tuple[tuple[torch.dtype, str], ...]:
-    """Every variant in every dtype."""
+    """Return all pairs of a dtype in `DTYPES` and one of the variants."""
     return tuple((dtype, variant) for variant in variants for dtype in DTYPES)
 
 
@@ -92,7 +99,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def arranged(x: Tensor, layout: str) -> Tensor:
-    """The same tensor, in the memory format ``channels_last`` if that is its layout."""
+    """Convert a tensor to the memory format ``channels_last`` if that is the layout. Otherwise return it unchanged."""
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
@@ -114,5 +121,5 @@ def _cases(name: str, kind: str) -> list[Case]:
 
 
 def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:
-    """For each op, the function that makes the cases for a kind of device, cpu or cuda."""
+    """Return, for each op, a function that makes its cases for a type of device ("cpu" or "cuda")."""
     return {name: partial(_cases, name, kind) for name in OPS if kind == "cuda" or name not in CUDA_ONLY}

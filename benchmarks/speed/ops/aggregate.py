@@ -1,4 +1,4 @@
-"""B images, K samples, C classes."""
+"""Cases of the op aggregate: logits of B images, K samples of each image, and C classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images, their gradient, the images the attack started from, and those of the step before."""
+"""Cases of the op apgd_step: current images, their gradient, clean images, and images of the previous step."""
 
 from __future__ import annotations
 

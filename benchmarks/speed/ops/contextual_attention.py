@@ -1,6 +1,7 @@
-"""The attention branch of AToP's generator: 96 channels at a quarter of the image, for 256, 128 and 32 px.
+"""Cases of the op contextual_attention: the attention branch of AToP's generator for images of 256, 128 and 32 px.
 
-The whole function is timed, products included: they are PyTorch's in every contestant.
+The branch has 96 channels, and its maps have a quarter of the image's height and width. The timed function includes
+matrix products, which PyTorch computes in every compared implementation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from . import Case, normal, uniform
 
 SHAPES = ((4, 96, 64, 64), (4, 96, 32, 32), (64, 96, 8, 8))
 LARGE = ((32, 96, 64, 64), (256, 96, 8, 8))
-#: Each case takes minutes of compilation.
+#: Only two kinds are measured, because each case takes minutes to compile.
 KINDS = ((torch.float32, ""), (torch.bfloat16, "channels_last"))
 
 
@@ -31,7 +32,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
         dtype,
         inputs,
         contextual_attention,
-        # These are the products of pixels (one) and with the weights (four), then of their gradients.
+        # Forward has one product between pixels, and four products with the weights. Backward has twice as many.
         {"forward": ("8*B*C*L*s", "10*B*C*L*L"), "backward": ("12*B*C*L*s", "20*B*C*L*L")},
         variant,
         (0,),

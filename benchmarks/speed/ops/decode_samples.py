@@ -1,6 +1,7 @@
-"""K samples of each of B images, by the paper's two decoders: a kernel on a GPU, the layers elsewhere.
+"""Cases of the op decode_samples: K samples of each of B images, by the two decoders of the CARSO paper.
 
-The other contestants run the same folded layers in bfloat16 and channels_last, with weights unpacked once.
+On a GPU the op is one kernel. The other implementations run the decoder's layers one by one, with BatchNorm folded, in
+bfloat16 and channels_last. They unpack the weights once.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 
 from . import Case, normal
 
-#: Number of images, number of samples of each, and side of the images.
+#: Number of images, number of samples of each image, and side of the images in pixels.
 SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
-#: For each side: the preset, its condition and latent.
+#: For each side: name of the preset, width of its condition, and width of its latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
 def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
-    """The function that makes the inputs, with the decoder on their device, and the timed call."""
+    """Return the function that makes the inputs and the decoder, and the function that is timed."""
     _, width, latent = SIZES[side]
     shape = (3, side, side)
     decoders: list[PackedDecoder] = []
@@ -40,7 +41,7 @@ def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
 
 
 def macs(side: int) -> tuple[int, int, int]:
-    """The products of a sample and of a condition, and the number of weights."""
+    """Return the multiplications of a sample, the multiplications of a condition, and the number of weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
     first, weights = prod(start), latent * prod(start)
@@ -59,7 +60,7 @@ def case(batch: int, samples: int, side: int) -> Case:
         (batch, samples, 3, side, side),
         torch.bfloat16,
         *decoding(batch, samples, side),
-        # Images and weights are bfloat16; the condition has its half of the first map.
+        # Images and weights have 2 bytes per element. The first map gets its part from the condition in float32.
         {
             "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{sample}*B*K + 2*{image}*B"),
             "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{sample}*B*K + 2*{image}*B"),

@@ -1,4 +1,7 @@
-"""Outputs of the gated convolutions of AToP's generator: 2C channels at the sizes of 256, 128 and 32 px inputs."""
+"""Cases of the op gated_elu: outputs of gated convolutions in AToP's generator, for images of 256, 128 and 32 px.
+
+An output has 2C channels, of which the op makes C channels.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from purify_fast.ops import gated_elu
 
 from . import Case, kinds, normal
 
-# The first convolution, then those of the middle; one image and four; 32 px with a training batch.
+# Each pair has the first convolution and a middle convolution: 256 px with 1 and 4 images, 128 px, and 32 px with 64.
 SHAPES = (
     (1, 48, 256, 256),
     (1, 192, 64, 64),

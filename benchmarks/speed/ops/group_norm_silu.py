@@ -1,4 +1,7 @@
-"""Maps of a U-Net of width 32 for 32 x 32 images in patches of 2: at full, half and quarter size, and joined ones."""
+"""Cases of the op group_norm_silu: feature maps of a U-Net of width 32, for 32 x 32 images in patches of 2 x 2.
+
+The maps have full, half and quarter size. Some of them are concatenations with a skip connection.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from . import Case, normal
 SHAPES = ((32, 32, 16, 16), (32, 96, 16, 16), (32, 192, 8, 8), (32, 128, 4, 4))
 LARGE = ((512, 96, 16, 16), (512, 128, 4, 4))
 KINDS = ((torch.bfloat16, "channels_last"),)
-#: Channels of a group.
+#: The number of channels in a group.
 WIDTH = 16
 
 

@@ -1,4 +1,7 @@
-"""Images, the gradients of a margin there, and the offsets of planes on either side, as far away as borders are."""
+"""Cases of the op hyperplane_projection: images, gradients of a margin, and offsets of planes.
+
+The planes lie on both sides of the images, at distances that are usual for decision boundaries.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     def inputs() -> tuple[torch.Tensor, ...]:
         x, w = uniform(*shape, dtype=dtype), normal(*shape, dtype=dtype, scale=1e-3)
         flat, size = x.flatten(1).float(), w.flatten(1).float()
-        # In linf the distances are a little larger.
+        # The factor below makes these the L-inf distances to the planes, if the box [0, 1] is ignored.
         distance = torch.linspace(-0.05, 0.05, shape[0])
         return x, w, (flat * size).sum(1) + distance * size.abs().sum(1)
 
@@ -27,9 +30,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
         dtype,
         inputs,
         lambda x, w, b: hyperplane_projection(x, w, b, norm),
-        # This would be the work if the number t of a row were known.
+        # The formula omits the search for the step length t of each image.
         {"forward": ("3*n*s", {"linf": "12*n", "l2": "13*n", "l1": "12*n"}[norm])},
         norm,
-        # In l1 one coordinate takes the rounding of the sum over all.
+        # In l1 a single coordinate gets the rounding error of the sum over all coordinates.
         slack=300.0 if norm == "l1" and dtype == torch.float32 else 1.0,
     )

@@ -1,4 +1,4 @@
-"""Images and their adversarial examples, a quarter of them replayed with noise, or all."""
+"""Cases of the op noisy_replay: images and their adversarial examples. A quarter or all of them get noise again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = kinds("quarter", "all")
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     pixels, batch = math.prod(shape), shape[0]
-    # The drifts are spread over [0, 1).
+    # The drifts are uniform in [0, 1), so a threshold of 0.75 selects a quarter of the images.
     threshold = 0.75 if variant == "quarter" else -1.0
     return Case(
         shape,
@@ -30,7 +30,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(batch),
         ),
         lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
-        # A sample reads one of the two images. A replayed value takes a uniform, as `philox` counts it, and five more.
+        # Only one of the two images is read. A replayed element needs a uniform number (27 operations, see `philox`)
+        # and five more operations.
         {"forward": ("2*n*s", "32*r")},
         variant,
         symbols={"r": pixels // 4 if variant == "quarter" else pixels},

@@ -1,4 +1,4 @@
-"""Images, their gradient, and the images the attack started from."""
+"""Cases of the op pgd_step: current images, their gradient, and clean images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
             uniform(*shape, dtype=dtype, seed=1),
         ),
         lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
-        # This would be the work of l1 if its two thresholds were known.
+        # The formula of l1 omits the search for its two thresholds.
         {"forward": ("4*n*s", {"linf": "8*n", "l2": "14*n", "l1": "16*n"}[norm])},
         norm,
     )

@@ -1,4 +1,7 @@
-"""Ids, draws and numbers per draw: latents for a batch, noise for images of 3x32x32."""
+"""Cases of the op philox, by number of ids, of draws, and of values in a draw.
+
+They are the latents of a batch, and the noise for images of 3 x 32 x 32.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, distribution: str) -> Case:
         dtype,
         lambda: (torch.arange(ids), torch.tensor([1234567890123])),
         lambda ids, seed: philox(seed, ids, numel, stream=Stream.LATENT, distribution=distribution, draws=draws),
-        # 100 integer operations give 4 words.
+        # Four random words take 100 integer operations.
         {"forward": ("4*n + 8*B", {"bits": "25*n", "uniform": "27*n", "normal": "45*n"}[distribution])},
         distribution,
         symbols={"B": ids},

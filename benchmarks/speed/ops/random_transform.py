@@ -1,4 +1,7 @@
-"""Images as AToP transforms them: 8 of 256 pixels with blocks of 32, and 64 of 32 pixels with blocks of 4."""
+"""Cases of the op random_transform: images that AToP transforms.
+
+On a CPU there are 8 images of 256 x 256 pixels with blocks of 32, and 64 images of 32 x 32 pixels with blocks of 4.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from purify_fast.ops import random_transform
 
 from . import Case, kinds, uniform
 
-#: Shape, and side of a block.
+#: Shape of the images, and side of a block in pixels.
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 KINDS = kinds("rt2", "rt3", "rt1")
@@ -19,13 +22,13 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, variant: str) -
     b, c, h, w = shape
     num_passes = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
-    # `philox` counts a normal as 45 operations.
+    # A normal number takes 45 operations, see `philox`.
     noise = 0 if variant == "rt1" else 45
     return Case(
         shape,
         dtype,
         lambda: (uniform(*shape, dtype=torch.float32), torch.tensor([1234567890123]), torch.arange(b)),
-        # The generator takes bfloat16 in channels_last.
+        # Use channels_last for bfloat16, as AToP's generator does.
         lambda x, seed, ids: random_transform(
             x,
             seed,

@@ -1,4 +1,4 @@
-"""Image logits and target images."""
+"""Cases of the op reconstruction_loss: image logits and target images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Features of a student and of its teacher: pooled, and maps before pooling, of ResNet-18, WRN-34-10 and a small CNN.
+"""Cases of the op representation_distance: features of a student and of its teacher.
 
-Called from Python without a kernel, ``eager`` is what users write, with ``F.cosine_similarity``; compiled, it is the
-formula of the op.
+The features are those of ResNet-18, WRN-34-10 and a small CNN, after pooling or before it. For eager calls the
+reference is ``F.cosine_similarity``, which users would write. In compiled code it is the formula of the op.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batch and latent dimension."""
+"""Cases of the op sample_latent, by batch size and latent dimension."""
 
 from __future__ import annotations
 

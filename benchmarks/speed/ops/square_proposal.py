@@ -1,4 +1,7 @@
-"""The points that Square has reached and the clean images; one proposal for each image, and eight for late ones."""
+"""Cases of the op square_proposal: the current images of the Square attack, and the clean images.
+
+There is one proposal for each image. Late in the attack there are eight.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from purify_fast.ops import square_proposal
 
 from . import Case, kinds, uniform
 
-#: Shape, and proposals for each image.
+#: Shape of the images, and number of proposals for each image.
 SHAPES = (((128, 3, 32, 32), 1), ((128, 3, 32, 32), 8), ((16, 3, 224, 224), 1))
 LARGE = (((64, 3, 224, 224), 8), ((1024, 3, 32, 32), 8), ((1024, 3, 32, 32), 1))
 KINDS = kinds("linf", "l2", "l1")
@@ -24,7 +27,7 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, norm: str) -> C
     def inputs() -> tuple[torch.Tensor, ...]:
         numbers = uniform(shape[0], draws, 5 + shape[1], dtype=torch.float32, seed=2)
         images = uniform(*shape, dtype=dtype), uniform(*shape, dtype=dtype, seed=1)
-        # Use the raced device, which is not always the default.
+        # Make the pattern on the measured device, which need not be the default device.
         return (*images, numbers, *([] if norm == "linf" else [pattern(edge, norm, numbers.device)]))
 
     return Case(
@@ -32,7 +35,7 @@ def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, norm: str) -> C
         dtype,
         inputs,
         lambda x, nat, numbers, *shapes: square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
-        # This would be the work of l1 if its shift were known.
+        # The formula of l1 omits the search for its shift.
         {"forward": ("(2 + T)*n*s", {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm])},
         norm,
         symbols={"n": math.prod(shape), "T": draws},

@@ -1,4 +1,7 @@
-"""Images put together from four passes: 8 of 256 pixels with blocks of 32, and 64 of 32 pixels with blocks of 4."""
+"""Cases of the op stitch: images that are assembled from the blocks of four passes.
+
+On a CPU there are 8 images of 256 x 256 pixels with blocks of 32, and 64 images of 32 x 32 pixels with blocks of 4.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from purify_fast.ops import random_transform, stitch
 from . import Case, normal
 
 PASSES = 4
-#: Shape of the stitched images, and side of a block.
+#: Shape of the stitched images, and side of a block in pixels.
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 KINDS = ((torch.float32, "contiguous_format"), (torch.bfloat16, "channels_last"))

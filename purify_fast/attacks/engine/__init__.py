@@ -1,5 +1,6 @@
-"""The parts that the strong attacks share: the images still attacked, the judge of a success, the nearest borders.
+"""Code that the strong attacks share: the set of images still attacked, the check of successes, the nearest borders.
 
-An attack searches on a fast copy of the model, if there is one. Whatever it takes for a success is judged again by the
-model itself, in the model's own precision, and by fresh draws of a random one. Images that have fallen leave the batch.
+An attack searches on a fast copy of the model, if there is one. The model itself checks every success of the search in
+its own precision, and a random model by fresh draws. An image with a confirmed success "has fallen", and is removed
+from the batch.
 """

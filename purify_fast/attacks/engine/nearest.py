@@ -1,4 +1,7 @@
-"""Searches for the nearest point across the border. They have no radius: a point counts once it lies in the ball."""
+"""The base of attacks that search the nearest point across a decision boundary, which is called a border.
+
+Such a search has no radius of its own. It succeeds for an image when a point across the border lies in the ball.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from .row_batches import Rows, RowSearch, has_fallen, some_of
 
 #: The images that an attack by `NearestSearch` returns, in the words of a docstring.
 NEAREST_OR_IMAGE = (
-    "Per image the point that made it fall; otherwise the nearest point across the border, cut off at the ball, or the "
-    "image itself."
+    "Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point, "
+    "projected onto the ball, or the image itself."
 )
 _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
 class NearestSearch(RowSearch):
-    """A run that keeps the nearest points across the border. It takes the arguments of `RowSearch`.
+    """A run that remembers the nearest points across the border. It takes the arguments of `RowSearch`.
 
     Attributes:
-        nearest: the nearest points across the border, ``[R, ...]``; the beginnings of the rows as long as there are
-            none.
-        distance: the distances of these points from the images in the norm of the ball, ``[R]``; infinite as long as
-            there are none.
+        nearest: the nearest point across the border in each row, ``[R, ...]``; the first point of the row until a point
+            across the border is found.
+        distance: the distance from the image to this point in the norm of the ball, ``[R]``; infinite until a point
+            across the border is found.
     """
 
     def __init__(self, *given: Any, **options: Any):
@@ -36,34 +39,34 @@ class NearestSearch(RowSearch):
         self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
 
     def averaged(self, gradient: Gradient) -> Gradient:
-        """Turn a gradient that is the sum over the draws into their mean."""
+        """Divide a gradient that is summed over the draws by the number of draws."""
         draws = self.objective.eot_iter
         return gradient if draws == 1 else gradient._replace(image=gradient.image / draws)
 
     def note(self, point: Tensor, across: Tensor) -> None:
-        """Keep the points that are across the border, bool ``[R]``, and nearer than those before."""
+        """Remember a point of each row if it is nearer than all before; ``across``, bool ``[R]``: it is across."""
         far = length_of(self.rows, point - self.rows.x).to(self.distance.dtype)
         nearer = across & (far < self.distance)
         self.nearest = torch.where(per_image(nearer, point), point, self.nearest)
         self.distance = torch.where(nearer, far, self.distance)
 
     def ended(self, step: int, ends_across: bool = False) -> bool:
-        """Shrink the batch, if it may shrink after so many steps; tell whether no row is left."""
+        """Shrink the batch if it may shrink after this number of steps, and tell whether no row is left."""
         if self.shrinks_after(step):
             self.shrink(step, ends_across)
         return len(self.point) == 0
 
     def shrink(self, step: int, ends_across: bool = False) -> None:
-        """Let the rows leave whose images have fallen, and the rows that are given up.
+        """Remove the rows of fallen images, and the rows that are given up.
 
         Args:
             step: the number of steps that were taken.
-            ends_across: whether the search of a row ends once it has crossed the border, in the ball or not.
+            ends_across: whether the search of a row ends at the first point across the border, even outside the ball.
         """
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
         judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
-        # If the model itself does not confirm the point, the point is forgotten and the search continues.
+        # A point that the model itself does not confirm is forgotten, and the search continues.
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
         lost = self.out_of_reach(step, self.distance - rows.ball.eps)
         if lost is not None:
@@ -80,17 +83,17 @@ class NearestSearch(RowSearch):
             self.take(kept)
 
     def finish(self) -> None:
-        """Look at the last points, and try the nearest points of all rows."""
+        """Remember the last points if they are nearest, and try the nearest points of all rows."""
         self.note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
         self._end()
 
     def _end(self) -> None:
-        """Try the nearest points of all rows; all were searched to the end."""
+        """Try the nearest points of all rows; the search of every row has reached its end."""
         self.active.tried.index_fill_(0, self.rows.owner, True)
         self._try(self.rows, self.nearest)
 
     def _try(self, rows: Rows, nearest: Tensor) -> None:
-        """Try the nearest points cut off at the ball, and keep the best of them."""
+        """Project the nearest points onto the ball, let the model judge them, and keep the best points."""
         cut = projected(rows.x, nearest, rows.ball)
         score = self.objective.score(cut, rows.labels)
         share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]), rows.run)
@@ -107,7 +110,7 @@ def border(point: Tensor, at_point: Gradient) -> tuple[Tensor, Tensor]:
 
     Args:
         point: images ``[R, ...]``.
-        at_point: the loss and its gradient there, for one draw or averaged over the draws.
+        at_point: the loss and its gradient at these images, for one draw or averaged over the draws.
     """
     gradient = at_point.image.to(point.dtype)
     return gradient, (gradient * point).flatten(1).sum(1) - at_point.loss

@@ -1,19 +1,19 @@
-"""The rows that are searched at once, and the images that are still attacked.
+"""The rows that are searched together, and the images that are still attacked.
 
-A search works on rows. Each row belongs to an image; several rows belong to the same image where several targets or
-restarts are tried at once. When a row's point makes its image fall, every row of the image leaves. One misclassified
-draw says little about a random model: of a hundred steps one is lucky. So a success of a search is only a claim until
-fresh draws of the model itself have confirmed it.
+A search works on rows. A row is an image with one target class and one restart, so several rows may belong to the same
+image. A success of a search is only a claim until the model itself has confirmed it, by fresh draws if the model is
+random: among a hundred steps, some draw is misclassified by luck. An image with a confirmed success has fallen, and all
+of its rows are removed.
 
-A new batch size costs time: a convolution library prepares its kernels for it, a compiler may compile again, a CUDA
-graph is captured. So a shrinking batch only takes sizes of a fixed list, and images that have fallen fill it up. On a
-CPU one more image of a large model, or with many draws, takes longer than a new batch size: there the batch shrinks by
-every image that falls.
+A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, a CUDA graph is
+captured. So a shrinking batch only takes sizes of a fixed list, and rows of fallen images fill it up. On a CPU one more
+image of a large model, or with many draws, takes longer than a new batch size. Such a batch shrinks by every row of a
+fallen image.
 
-Most of the time of a strong attack goes into images that it never moves near a border: towards the ninth target class,
-or by the last of 5,000 squares. The gain of a search per step hardly ever rises again, so several times its recent pace
-tells how far it can still come. Rows that would not reach their border even then can be given up. That is experience
-and not a law: a search that stands still is given up too, although it might continue.
+A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), such as
+steps towards the ninth target class, or the last of 5,000 squares. The progress per step hardly ever rises again. So a
+row can be given up if it would not reach its border even at several times its recent pace. This rule is empirical: it
+also gives up a search that made no progress for a while, although such a search might succeed later.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 
-#: The number of classes, those of highest logit, for which the distance to the border is computed. An attack with more
-#: targets computes it for as many as it has.
+#: The distance to the border is computed for this number of wrong classes, those of highest logit. An attack with more
+#: targets computes it for as many classes as it has targets.
 CANDIDATES = 20
-#: The order of the dual norm for each ball's norm. The dual norm of a gradient tells how much a linear function changes
-#: within the ball.
+#: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
+#: times the dual norm of its gradient.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-#: At least so many rows are searched at once, if there are enough runs, because a small batch is slow.
+#: At least this number of rows is searched at once, if there are enough runs, because a small batch is slow.
 FEWEST_ROWS = 64
-#: With this many draws or more, one more image costs a CPU more time than a new batch size, whatever the model.
+#: With this many draws or more, one more image takes more time on a CPU than a new batch size, for any model.
 MANY_DRAWS = 4
 #: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
 PER_DOUBLING = 4
-#: SMALLEST: the smallest batch size on a GPU, which needs as much time for fewer images. FINER_FROM: from this size on
-#: there are two sizes per doubling, because the arithmetic then takes longer than the launches.
+#: SMALLEST: the smallest batch size on a GPU, because a smaller batch takes the same time. FINER_FROM: from this size
+#: on there are two sizes per doubling, because the arithmetic then takes longer than the launches.
 SMALLEST, FINER_FROM = 16, 128
-#: Attacks by gradients may give rows up after these SHARES of the steps. A row is given up if it would not reach its
-#: border even at TIMES its recent pace. On the models of docs/evaluation.md no image is lost by this rule, and few
-#: would be lost after a quarter of the steps.
+#: Attacks with gradients may give rows up after these SHARES of the steps. A row is given up if it would not reach its
+#: border even at TIMES its recent pace. On the models of docs/evaluation.md this rule misses no adversarial image. A
+#: check after a quarter of the steps would miss a few.
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
 #: A run with fewer steps never gives rows up.
 FEWEST_STEPS = 50
-#: After EARLY_SHARE of the steps, a row is given up if its distance to the border is more than GAINS times the most
-#: that any row of the same attack gained after that share. The rule needs the gains of FEWEST_GAINS rows.
+#: After EARLY_SHARE of the steps, a row is given up if its distance to the border is more than GAINS times the largest
+#: gain, which is the distance that a row of the same attack came nearer after that share. The rule is used once the
+#: gains of FEWEST_GAINS rows are known.
 EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
 #: the device once.
@@ -71,10 +72,10 @@ def takes_every_size(device: torch.device) -> bool:
 
 
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
-    """The smallest batch size of the list that holds so many items, at least 1.
+    """The smallest batch size of the list that holds ``items`` items, at least 1.
 
-    On a CPU the sizes are every number below 8, and then the powers of two times 1, 5/4, 6/4 and 7/4. If items are
-    costly, every number is a size, because one more item takes longer than a new size. On a GPU the sizes are 16, 32,
+    On a CPU the list has every number below 8, and then the powers of two times 1, 5/4, 6/4 and 7/4. If items are
+    costly, the list has every number, because one more item takes longer than a new size. On a GPU the list has 16, 32,
     64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
@@ -83,13 +84,13 @@ def bucket(items: int, device: torch.device, costly: bool = False) -> int:
 
 
 def _rounded_up(items: int, parts: int) -> int:
-    """The next power of two, or multiple of the one before it over ``parts``."""
+    """Round up to a multiple of the largest power of two below ``items`` divided by ``parts``."""
     step = (1 << ((items - 1).bit_length() - 1)) // parts if items > 1 else 1
     return -(-items // step) * step
 
 
 def _repeated_to(index: Tensor, size: int) -> Tensor:
-    """An index with its first elements repeated until it has ``size`` elements; it has at least one."""
+    """Extend an index to ``size`` elements by repeating its first elements; the index must not be empty."""
     return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
 
 
@@ -100,11 +101,11 @@ def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """Confirms or refuses the successes that a search claims.
+    """Confirms or refuses the successes that a search claims, by predictions of the model itself.
 
     Args:
-        model: the model under attack itself, not a copy of it.
-        draws: fresh draws of a random model; 1 for one that predicts the same every time.
+        model: the model under attack, not a copy.
+        draws: number of fresh draws of a random model; 1 for a model that predicts the same every time.
         max_forward_batch: the most images in one forward pass; None: no limit.
         apart: whether each draw takes a separate forward pass, because the model draws once per call.
         enough: the share of the draws that must be misclassified for an image to fall.
@@ -117,7 +118,7 @@ class Judge:
     enough: float = 1.0
 
     def shares(self, x: Tensor, y: Tensor) -> Tensor:
-        """The share of fresh draws of images that are misclassified, ``[B]``."""
+        """The share of fresh draws that misclassify each image, ``[B]``."""
         if len(x) == 0:
             return torch.zeros_like(y, dtype=torch.float32)
         objective = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart)
@@ -129,22 +130,22 @@ class Judge:
         return torch.cat([ask(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
 
     def is_costly(self) -> bool:
-        """Tell whether a CPU needs longer for a step of one image than to prepare for another batch size."""
+        """Tell whether one step of one image takes longer on a CPU than the change to another batch size."""
         large = isinstance(self.model, nn.Module) and matrix_weights(self.model) >= FEWEST_WEIGHTS
         return large or self.draws >= MANY_DRAWS
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that are searched at once; every field has an entry per row.
+    """The rows that are searched together; every field has an entry per row.
 
     Args:
-        owner: the image of each row, int64 ``[R]``.
-        x: the clean images, ``[R, ...]``.
-        labels: int64 ``[R]``, or ``[R, 2]`` labels and targets.
-        ball: around the images.
-        begin: where the rows begin, ``[R, ...]``.
-        run: the number of the run that each row belongs to, int64 ``[R]``.
+        owner: the index of each row's image, int64 ``[R]``.
+        x: the clean image of each row, ``[R, ...]``.
+        labels: the labels, int64 ``[R]``, or labels and targets, ``[R, 2]``.
+        ball: the balls around the images.
+        begin: the first point of each row, ``[R, ...]``.
+        run: the number of the run to which each row belongs, int64 ``[R]``.
     """
 
     owner: Tensor
@@ -155,7 +156,7 @@ class Rows:
     run: Tensor
 
     def take(self, index: Tensor) -> Rows:
-        """Some of the rows, by an index int64."""
+        """Some of the rows, selected by an int64 index."""
         values = (getattr(self, field.name) for field in fields(self))
         taken: Any = (value.take(index) if isinstance(value, Ball) else value[index] for value in values)
         return Rows(*taken)
@@ -165,10 +166,9 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
     """Continue a search with some of its rows.
 
     Args:
-        state: the search. Every tensor among its attributes has an entry per row, and so have `Ball`, `Rows` and
-            `PaceMonitor`.
+        state: the search. Its attributes of the types Tensor, `Ball`, `Rows` and `PaceMonitor` have an entry per row.
         index: the rows, int64.
-        by_column: the attributes of shape ``[n, R]``; all other tensors are ``[R, ...]``.
+        by_column: the names of the tensors of shape ``[n, R]``; all other tensors have the shape ``[R, ...]``.
     """
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
@@ -179,10 +179,10 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
 
 @dataclass
 class Gains:
-    """The distance by which the rows of an attack came nearer to their borders after its first steps.
+    """How much nearer the rows of an attack came to their borders after the attack's first steps.
 
     Args:
-        largest: the most that any row gained, in the unit of the loss or distance.
+        largest: the largest gain of a row, in the unit of the loss or distance.
         rows: the number of rows that were searched beyond the first check of their pace.
     """
 
@@ -190,25 +190,26 @@ class Gains:
     rows: int = 0
 
     def see(self, gained: Tensor) -> None:
-        """Remember the largest gain of the rows, ``[R]``; waits for the device."""
+        """Remember the largest gain if it is among these gains of rows, ``[R]``. This waits for the device."""
         if len(gained):
             self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
 
     def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Tell which rows are further from their borders than any row came, bool ``[R]``; None: not known yet."""
+        """Tell which rows are too far from their borders by `GAINS`, bool ``[R]``; None: too few gains are known."""
         if self.rows < FEWEST_GAINS:
             return None
         return missing.isfinite() & (missing > GAINS * self.largest)
 
 
 class PaceMonitor:
-    """Watches the distance of each row from its border.
+    """Watches the distance of each row from its border, and decides which rows are given up.
 
     Args:
-        checks: the steps after which rows are given up; the pace is measured over the last half of the steps before.
-        steps: the steps of the whole search.
-        times: the factor by which the pace may still rise.
-        gains: the gains of the rows that the attack has searched before; None: the pace alone decides.
+        checks: the steps after which rows may be given up. Before a check at step n, the pace is measured from step
+            n / 2 on.
+        steps: the number of steps of the whole search.
+        times: the factor by which the pace is assumed to rise at most.
+        gains: the gains of the rows that the attack has searched before; None: only the pace decides.
     """
 
     def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
@@ -222,18 +223,18 @@ class PaceMonitor:
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Tell whether `lost` would note or decide anything at a step; a search with cheap steps calls it only then."""
+        """Tell whether `lost` has an effect at this step. A search with cheap steps calls `lost` only then."""
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are out of reach, bool ``[R]``; None if nothing is decided at this step.
+        """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step.
 
-        A row with a distance that is NaN or infinite is never out of reach.
+        A row whose distance is NaN or infinite is never out of reach.
 
         Args:
-            step: the number of steps that were taken; it grows with every call.
-            missing: the distance of each row from its border, in the unit of the loss or distance, ``[R]``. It is at
-                most 0 across the border, and never grows.
+            step: the number of steps that were taken; it must grow from call to call.
+            missing: the smallest distance so far of each row from its border, in the unit of the loss or distance,
+                ``[R]``. At 0 or below, the row has crossed its border.
         """
         lost = self._beyond_gains(step, missing)
         for check in self.checks:
@@ -250,7 +251,7 @@ class PaceMonitor:
         return lost
 
     def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are given up by the gains of other rows; the gains of these rows are noted."""
+        """Tell which rows are given up because of the gains of other rows, and note the gains of these rows."""
         if self.gains is None:
             return None
         if self.last_step < self.early_step <= step:
@@ -263,41 +264,41 @@ class PaceMonitor:
         return None
 
     def take(self, index: Tensor) -> PaceMonitor:
-        """Continue with some of the rows, by an index int64."""
+        """Continue with some of the rows, selected by an int64 index."""
         self.early = self.early[index] if self.early.dim() else self.early
         self.notes = {check: (at, missing[index]) for check, (at, missing) in self.notes.items()}
         return self
 
 
 def some_of(lost: Tensor | None) -> Tensor | None:
-    """The rows out of reach, bool ``[R]``, or None if there are none; waits for the device."""
+    """``lost``, bool ``[R]``, or None if no element is True. This waits for the device."""
     return lost if lost is not None and bool(lost.any()) else None
 
 
 class ActiveSet:
-    """The images of one attack: those that have fallen, and the best known point of each.
+    """The images of one attack, the best known point of each image, and the images that have fallen.
 
     Args:
         x: clean images ``[N, ...]``.
         y: labels, int64 ``[N]``.
-        ball: around the images.
-        judge: the model under attack.
-        ids: int64 ``[N]``; an image's random numbers depend on a seed and its id alone.
+        ball: the balls around the images.
+        judge: checks claimed successes on the model under attack.
+        ids: int64 ``[N]``; an image's random numbers depend only on a seed and its id.
 
     Attributes:
-        leave: whether fallen images leave. If not, every image is attacked to the end. It keeps the point that most
-            draws misclassify, and of equal ones the point of highest loss.
+        leave: whether the attack stops for an image that has fallen. If not, every image is attacked to the end. The
+            best point is then misclassified by most draws, and has the highest loss among equal points.
         best: the best known point of each image, ``[N, ...]``; x at first.
         score: the share of misclassified draws and the loss of this point, ``[2, N]``; minus infinity at first.
-        fallen: bool ``[N]``, True for fallen images; always False if they do not leave.
-        felled_by: int64 ``[N]``, the number of the run to which an image fell; -1 if it has not fallen.
-        correct: bool ``[N]``, True for clean images that have not fallen by themselves.
+        fallen: bool ``[N]``, True for fallen images; always False if ``leave`` is False.
+        felled_by: int64 ``[N]``, the number of the run that succeeded on the image; -1 if no run has.
+        correct: bool ``[N]``, True for clean images that the model classifies correctly.
         costly: whether a batch on a CPU may shrink to every size.
-        tried: bool ``[N]``, True for images with a search that reached its end, or that came nearer until it was given
-            up.
+        tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
+            before it was given up.
         gains: the gains of the rows after their first steps.
-        fell_to: the number of images that fell to each target and restart, by its name.
-        health: counts the gradients and the movement of all searches; None: nothing is counted.
+        fell_to: the number of images on which each target and restart succeeded, by the name of target and restart.
+        health: counts faulty gradients and unmoved images in all searches; None: nothing is counted.
     """
 
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, ids: Tensor):
@@ -310,7 +311,7 @@ class ActiveSet:
         self.health: GradientHealth | None = None
 
     def judge_clean_images(self, leave: bool = True) -> None:
-        """Judge the clean images first: a misclassified one needs no attack."""
+        """Judge the clean images; with ``leave``, a misclassified clean image has fallen already."""
         fallen = has_fallen(self.judge.shares(self.x, self.y), self.judge.enough)
         self.leave, self.correct = leave, ~fallen
         self.fallen = fallen if leave else torch.zeros_like(fallen)
@@ -321,9 +322,9 @@ class ActiveSet:
         return self.judge.logits(self.x)
 
     def left(self) -> Tensor:
-        """Indices of the images that need another run, int64 ``[n]``; waits for the device.
+        """Indices of the images that need another run, int64 ``[n]``. This waits for the device.
 
-        They are the images that have not fallen. If images do not leave, they are those with a correct draw.
+        With ``leave`` they are the images that have not fallen, otherwise the images with a correct draw.
         """
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
@@ -331,18 +332,18 @@ class ActiveSet:
     def confirm_successes(
         self, owner: Tensor, points: Tensor, share: Tensor, run: Tensor | None = None
     ) -> tuple[Tensor, bool]:
-        """Judge the rows that claim a success.
+        """Let the judge check the rows whose search claims a success.
 
-        It waits for the device once, and a second time if there are claims.
+        This waits for the device once, and a second time if there are claims.
 
         Args:
-            owner: the image of each row, int64 ``[R]``.
+            owner: the index of each row's image, int64 ``[R]``.
             points: the points ``[R, ...]``.
-            share: the share of the search's own draws that misclassify each point, ``[R]``.
+            share: the share of the search's draws that misclassify each point, ``[R]``.
             run: the number of each row's run, int64 ``[R]``; None: all rows belong to run 0.
 
         Returns:
-            The shares ``[R]``, replaced by those of the judge for the claims; and whether an image has fallen.
+            The shares ``[R]``, in which the shares of the judge replace the claims; and whether an image has fallen.
         """
         claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
         if len(claims) == 0:
@@ -352,7 +353,7 @@ class ActiveSet:
         won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
-        # If several rows of one image succeed, keep the first. Writing two values to one index in one assignment is
+        # If several rows of an image succeed, keep the first, because an assignment of two values to the same index is
         # undefined.
         first = torch.full_like(self.y, len(owner)).scatter_reduce(0, owner[won], won, "amin")
         won = won[first[owner[won]] == won]
@@ -362,17 +363,17 @@ class ActiveSet:
         return share, True
 
     def rows_to_keep(self, owner: Tensor, lost: Tensor | None = None) -> Tensor | None:
-        """Choose the rows that stay; waits for the device once.
+        """Choose the rows with which the search continues. This waits for the device once.
 
         Args:
-            owner: the image of each row, int64 ``[R]``.
-            lost: True for rows that are given up, bool ``[R]``; None: no row is.
+            owner: the index of each row's image, int64 ``[R]``.
+            lost: True for rows that are given up, bool ``[R]``; None: no row is given up.
 
         Returns:
-            Indices int64 of the rows that stay; None if the batch keeps its size. If no row is given up, `bucket` gives
-            their number: all rows of images that have not fallen come first, then some of fallen images. If rows are
-            given up, only the rows that stay are searched: on a CPU each row once, on a GPU with the first rows
-            repeated up to the size that `bucket` gives.
+            Indices of the rows, int64; None if the batch keeps its size. If ``lost`` is None, they are the rows of
+            images that have not fallen, and then rows of fallen images up to the size of `bucket`. Otherwise they are
+            only rows that are not given up, of images that have not fallen. On a GPU the first rows are then repeated
+            up to the size of `bucket`.
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
@@ -387,10 +388,10 @@ class ActiveSet:
         return gone.to(torch.int8).argsort(stable=True)[:size]
 
     def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
-        """Keep the best row's point of every image that has not fallen, if it is better than the known one.
+        """Remember, for each image that has not fallen, its best row's point if it is better than the known point.
 
         Args:
-            owner: the image of each row, int64 ``[R]``.
+            owner: the index of each row's image, int64 ``[R]``.
             points: the points ``[R, ...]``.
             score: the share of misclassified draws and the loss of each point, ``[2, R]``.
         """
@@ -411,18 +412,20 @@ Goals = Sequence[Tensor | None]
 def waves(
     active: ActiveSet, goals: Goals, restarts: int, context: AttackContext, at_image: bool = False
 ) -> Iterator[Rows]:
-    """The rows of an attack, one wave after the other; a wave has the images that are left by then.
+    """The rows of an attack in groups that are searched one after the other, the waves.
 
-    The first wave has one run, because most images fall to any run. A later wave has as many rows as fit. On a CPU it
-    has whole runs. On a GPU it may have a part of a run, and copies of the first rows fill it up to the size that
-    `bucket` gives, so that most waves have the same size. Each wave waits for the device a few times.
+    A wave has only images that have not fallen in earlier waves. The first wave has a single run, because most images
+    fall to any run. A later wave has as many rows as fit into a batch. On a CPU it has complete runs. On a GPU it may
+    have a part of a run, and copies of its first rows fill it up to the size of `bucket`, so that most waves have the
+    same size. Each wave waits for the device a few times.
 
     Args:
         active: the images.
-        goals: the target of each run, int64 ``[N]``; None for a run without one.
-        restarts: the number of times that all of these runs are taken.
-        context: has the seed of the random starts, to which each run adds its number; the most rows at once, its
-            resources' ``batch_size``; and the points at which the very first run begins unless ``at_image``.
+        goals: the target class of each run for all images, int64 ``[N]``; None for a run without a target.
+        restarts: the number of times that all of these runs are made.
+        context: the settings of the attack. Its seed plus the number of a run gives the random starts. The
+            ``batch_size`` of its resources is the most rows at once. The first run begins at its ``begin``, if given,
+            except with ``at_image``.
         at_image: whether the first run for each target begins at the images themselves.
     """
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
@@ -467,14 +470,14 @@ def waves(
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
-    """The wrong classes of highest logit, the highest first, each int64 ``[B]``; a count of None: all."""
+    """The ``count`` wrong classes of highest logit, in descending order, each int64 ``[B]``; None: all."""
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
 
 
 def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
-    """The forward passes per image of `nearest_borders`, for a model with so many classes."""
+    """The forward passes per image of `nearest_borders`, for a model with ``classes`` classes."""
     searched = min(max(count or classes, CANDIDATES), classes - 1)
     return 1 + (searched * draws if searched > 1 else 0)
 
@@ -482,17 +485,18 @@ def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
     """The classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
-    The distance is the difference of the logits over the norm of its gradient. MALT orders target classes by it
-    (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). The norm here is the dual of the ball's norm. The
-    distance is computed for the classes of highest logit and for images that have not fallen; each takes a gradient.
+    The distance to a border is the difference of the two logits, divided by the norm of its gradient. MALT orders
+    target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the norm is the
+    dual of the ball's norm. Only images that have not fallen are ranked, and only the `CANDIDATES` classes of highest
+    logit. Each class takes a gradient.
 
     Args:
         active: the images.
-        objective: the model that the search follows, with any loss.
-        count: the number of classes; None: all.
+        objective: an objective with the model that gives the gradients; its loss is not used.
+        count: the number of classes to return; None: all.
 
     Returns:
-        The nearest class of each image first, then the next, each int64 ``[N]``.
+        The nearest class of each image, then the second nearest, and so on, each int64 ``[N]``.
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
     x, y = active.x[left], active.y[left]
@@ -505,8 +509,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
         for candidate in candidates:
             at_image = by_margin.gradient(x, torch.stack([y, candidate], 1))
             slope = torch.linalg.vector_norm(at_image.image.flatten(1), ord=DUAL[active.ball.norm], dim=1)
-            # The gradient is a sum over the draws, and the loss is a mean. The loss is negative where the label is
-            # ahead.
+            # The gradient is a sum over the draws, but the loss is a mean. The loss is negative while the label has the
+            # higher logit.
             distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
         ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
         goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
@@ -514,14 +518,14 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
 
 class RowSearch:
-    """One run of a search by gradients over a batch of rows, which leave it as their images fall.
+    """One run of a search with gradients over a batch of rows; the rows of fallen images are removed from it.
 
     Args:
         objective: the loss, on the model that gives the gradients.
-        active: the images. It keeps the fallen ones and the best points of the others.
+        active: all images of the attack, with the best known points.
         rows: the rows that are searched.
-        steps: the steps of the run.
-        give_up: whether rows out of reach leave.
+        steps: the number of steps of the run.
+        give_up: whether rows that would not reach their border are given up.
     """
 
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
@@ -531,21 +535,21 @@ class RowSearch:
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
-        # faulty: for each row, the number of gradients that were not finite and the number that were zero. counted: the
-        # number of gradients of each row so far.
+        # faulty: for each row, the number of its non-finite gradients, and the number of its zero gradients. counted:
+        # the number of all gradients of a row so far.
         self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     @staticmethod
     def shrinks_after(step: int) -> bool:
-        """Tell whether the batch may shrink after so many steps."""
+        """Tell whether the batch may shrink after this number of steps."""
         return step in SHRINK_AFTER or step % SHRINK_EVERY == 0
 
     def take(self, index: Tensor) -> None:
-        """Continue with some of the rows, by an index int64."""
+        """Continue with some of the rows, selected by an int64 index."""
         take_rows(self, index, by_column=("faulty", "score"))
         if len(index):
-            # Delete the old loop first. While it exists, a new loop would copy the old state out of the graph's
-            # buffers.
+            # Delete the old loop first. Otherwise the new loop would first copy the old loop's state out of the CUDA
+            # graph's buffers.
             del self.gradients
             self.gradients = Gradients(self.objective, self.point, self.rows.labels)
 
@@ -558,10 +562,10 @@ class RowSearch:
             self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def see_given_up(self, index: Tensor) -> None:
-        """Count the gradients that some rows, int64, will not take, without waiting for the device.
+        """Count the remaining gradients of the rows ``index``, which are given up, without waiting for the device.
 
-        A row that is given up counts as if it had taken every step, with the same share of faulty gradients as before.
-        Otherwise the rows that are searched to the end, such as those without gradients, would count more than others.
+        Such a row counts as if it had taken every step, with its share of faulty gradients so far. Otherwise the rows
+        that are searched to the end, such as rows without gradients, would have a larger weight than others.
         """
         if self.health is not None:
             left = self.steps - self.counted
@@ -573,7 +577,7 @@ class RowSearch:
 
         Args:
             step: the number of steps that were taken.
-            missing: the distance of each row from its border, as `PaceMonitor.lost` takes it, ``[R]``.
+            missing: the smallest distance so far of each row from its border, ``[R]``, see `PaceMonitor.lost`.
 
         Returns:
             bool ``[R]``; None if no row is given up.

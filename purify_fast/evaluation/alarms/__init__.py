@@ -1,6 +1,7 @@
-"""Signs that an attack was stopped by something else than robustness, so that its number cannot be believed.
+"""The alarms, which search for signs that an attack failed for another reason than the model's robustness.
 
-A sign passes, is noted, makes the number unreliable, or was not asked because nothing was measured (`STATES`).
+An alarm finds no sign ("passed"), finds a sign that is only noted, makes the robust accuracy unreliable, or was not
+asked because nothing was measured (`STATES`).
 """
 
 from .evidence import STATES, Evidence, Finding, Outlook, Verdict, outlook

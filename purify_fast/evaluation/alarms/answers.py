@@ -1,4 +1,8 @@
-"""Test whether a model answers alike over time, batches, seeds and recorded gradients, and as its gradients say."""
+"""Tests whether a model's predictions are consistent.
+
+They should be the same later, in other batches and while gradients are recorded, and should change as its gradients
+predict.
+"""
 
 from __future__ import annotations
 
@@ -16,63 +20,63 @@ from ..subject import Subject, Variant
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
 Missing = Literal["not finite", "no gradient", "zero gradient"]
 
-#: The probes, which are short tests of the model, use at most this many images.
+#: The most images for the probes, which are short tests of the model.
 PROBED = 64
-#: How many times a probe repeats the predictions on the same images.
+#: The number of times that a probe repeats the predictions on the same images.
 AGAIN = 8
-#: How many images are also predicted in batches of size 1.
+#: The number of images that are also predicted in batches of size 1.
 ALONE = 16
-#: Lengths of the small steps by which gradients are checked, in image units. A model that rounds its input to 256
-#: levels hardly notices the first, so the second spans two levels.
+#: Lengths of the small steps with which gradients are tested, in image units. A model that rounds its input to 256
+#: levels does not change after the first step, so the second step has the length of two levels.
 SMALL = (1e-3, 8e-3)
-#: How many random directions are tried for each length of step.
+#: The number of random directions for each length of step.
 DIRECTIONS = 2
-#: An image's logits count as the same if they differ by at most this share of their spread (largest minus smallest).
-#: Rounding in bfloat16 stays below this share.
+#: An image's logits count as equal if they differ by at most this share of their spread (largest minus smallest).
+#: Rounding in bfloat16 causes smaller differences.
 SAME_LOGITS = 0.05
 
 
 def in_parts(model: Classifier, most: int) -> Classifier:
-    """A model that sees a limited number of images at a time. The probes have the same limit as the attacks."""
+    """A model that splits its batches into parts of at most ``most`` images, like the batches of the attacks."""
     return lambda x: torch.cat([model(part) for part in x.split(most)])
 
 
 class Before:
-    """The answers of a model before the attacks, to be compared with those after them."""
+    """The predictions and the state of a model before the attacks, which are compared with those after the attacks."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
         self.predicted = self.predictions()
         # A random model without fixed noise may draw from another generator than PyTorch's. Its predictions then differ
-        # even with the same seed, so a later difference would prove nothing.
+        # with the same seed, so a later difference would not be a sign.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
         self.mark = fingerprint(subject.model)
 
     def predictions(self) -> Tensor:
-        """Classes of the clean images, under the same draws every time where the model allows that."""
+        """The predicted classes of the clean images, with the same noise every time if the model allows it."""
         torch.manual_seed(self.subject.seed)
         with self.subject.variant(quiet(self.subject)):
             return self.model(self.x).argmax(1)
 
     def model(self, x: Tensor) -> Tensor:
-        """The model's answers, for as many images at a time as memory allows."""
+        """The logits of images, in parts that fit into memory."""
         return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
-        """The largest share of changed predictions, over several repetitions."""
+        """The largest share of changed predictions over several repetitions."""
         return max(share(self.predicted, self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
     def state_changed(self) -> bool:
-        """Tell whether weights, buffers or attributes differ from those before."""
-        # Show the model the same input as before its first fingerprint: a model may store its last input, which is a
-        # part of the fingerprint.
+        """Tell whether weights, buffers or attributes have changed since this object was made."""
+        # A model may store its last input, which is then a part of its fingerprint. So the model is first called on the
+        # same input as before its first fingerprint.
         self.predictions()
         return self.mark != fingerprint(self.subject.model)
 
 
 def quiet(subject: Subject) -> Variant:
-    """The variant in which a model gives the same answer every time, if it has such a variant."""
+    """The variant in which a model always predicts the same; "random" if it has no other variant."""
     if not (subject.is_random and supports(subject.base_model, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
@@ -80,7 +84,7 @@ def quiet(subject: Subject) -> Variant:
 
 
 def is_repeatable(subject: Subject) -> bool:
-    """Tell whether a model, or a variant of it, gives the same answer every time."""
+    """Tell whether a model, or its variant with fixed noise, always predicts the same."""
     return not subject.is_random or quiet(subject) == "fixed"
 
 
@@ -90,14 +94,14 @@ def share(a: Tensor, b: Tensor) -> float:
 
 
 def batch_changes(subject: Subject, x: Tensor) -> float | None:
-    """The share of the predictions that differ between a batch, its reverse, a larger batch and single images.
+    """The share of predictions that differ between a batch, the reversed batch, a larger batch and single images.
 
     Args:
         subject: the model with its images.
-        x: the first of the subject's images, which are predicted.
+        x: the first images of the subject, which are predicted.
 
     Returns:
-        The largest of the shares; None if it cannot be measured: for a random model whose noise cannot be fixed.
+        The largest share; None for a random model whose noise cannot be fixed.
     """
     model, x = subject.model, x[: subject.batch_size]
     if not is_repeatable(subject):
@@ -106,7 +110,7 @@ def batch_changes(subject: Subject, x: Tensor) -> float | None:
         together = model(x).argmax(1)
         reverse = model(x.flip(0)).argmax(1).flip(0)
         alone = torch.cat([model(image[None]).argmax(1) for image in x[:ALONE]])
-        # Also predict in a batch as large as those of the attacks, since some faults appear only in large batches.
+        # A batch of the size that attacks use is also predicted, because some faults appear only in large batches.
         larger = model(subject.x[: subject.batch_size].to(subject.device)).argmax(1)[: len(x)]
     return max(share(together, reverse), share(together, larger), share(together[:ALONE], alone))
 
@@ -116,12 +120,11 @@ def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> flo
 
     Args:
         subject: the model with its images.
-        model: the same model, in parts.
+        model: the same model, after `in_parts`.
         points: images ``[B, C, H, W]``.
 
     Returns:
-        The largest share over the points; None if it cannot be measured: for a random model whose noise cannot be
-        fixed.
+        The largest share over the points; None for a random model whose noise cannot be fixed.
     """
     if not is_repeatable(subject):
         return None
@@ -141,7 +144,7 @@ def _watched(model: Classifier, x: Tensor, seed: int) -> float:
 
 
 def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """The share of the images, right in most of 8 draws, that are not right in all of them.
+    """Among the images that most of 8 draws classify correctly, the share with at least one wrong draw.
 
     Args:
         model: images to logits.
@@ -154,7 +157,7 @@ def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
 
 
 def sets_seed(model: Classifier, x: Tensor) -> bool:
-    """Tell whether a model sets the state of torch's generator itself: its noise is then always the same.
+    """Tell whether a model sets the seed of torch's generator, so that its noise is always the same.
 
     Args:
         model: images to logits.
@@ -170,18 +173,18 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
 
 
 def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing, float]:
-    """Compare the changes of a model's output with those that its gradients predict.
+    """Compare the changes of a model's margin with the changes that its gradients predict.
 
     Args:
         subject: the model with its images.
         y: labels, int64 ``[B]``.
-        points: images ``[B, C, H, W]``: the clean ones, and others near them.
+        points: images ``[B, C, H, W]``: the clean images, and images near them.
 
     Returns:
-        The smallest cosine, over the points, between the changes of the margin that gradients promise and those that
-        are measured. Without a cosine, the reason: "not finite": a logit or a gradient is NaN or infinite;
-        "no gradient": PyTorch has no gradient of the output to the images; "zero gradient": it is 0 everywhere. Then
-        the largest share of the images whose gradient is zero, not finite or missing.
+        Two values. The first is the smallest cosine, over the points, between the predicted and the measured changes.
+        If there is no cosine, it is the reason: "not finite" (a logit or a gradient is NaN or infinite), "no gradient"
+        (PyTorch has no gradient of the output with respect to the images) or "zero gradient" (the gradient is 0
+        everywhere). The second is the largest share of images whose gradient is zero, not finite or missing.
     """
     measured = [_differences(subject, point, y) for point in points]
     missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
@@ -212,19 +215,19 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
 
 
 def _signs(x: Tensor, seed: int) -> Tensor:
-    """A random direction of signs for each image."""
+    """Random signs for each image, shape of x."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
 
 
 def _changes(subject: Subject, x: Tensor, y: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Promised and measured changes of every image's margin along a step."""
+    """The predicted and the measured change of every image's margin along a step."""
     ahead, behind = _margin(subject, x + step, y), _margin(subject, x - step, y)
     return (gradient * step).flatten(1).sum(1), (ahead - behind) / 2
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    # The seed makes a random model without fixed noise draw the same in every call, if it draws from the global
+    # With the seed, a random model without fixed noise has the same noise in every call, if it uses torch's global
     # generator.
     torch.manual_seed(subject.seed)
     return margin(subject.model(x).float(), y)

@@ -1,4 +1,7 @@
-"""The evidence about a model under attack, the findings of the alarms, and the expected gain of a stronger attack."""
+"""The evidence from attacks and probes for the alarms, the alarms' findings, and the outlook.
+
+The outlook is an estimate of how much another attack would lower the accuracy.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ Verdict = Literal["passed", "noted", "unreliable", "not asked"]
 #: The report's words for each reason why gradients could not be used.
 MISSING: dict[Missing, str] = {
     "not finite": "logits or gradients are not finite",
-    "no gradient": "there is no gradient: PyTorch has none of the output to the images",
+    "no gradient": "there is no gradient: PyTorch has no derivative of the output with respect to the images",
     "zero gradient": "the gradient is zero everywhere",
 }
 
-#: Class names of the surrogates that replace a purifier's gradient by that of the identity, as BPDA does.
+#: Class names of the surrogates in which a purifier has the gradient of the identity, as in BPDA.
 IDENTITIES = ("BpdaModel", "IdentityBackward")
-#: If an attack averaged at least this many draws per gradient, no report advises to average over more.
+#: A report does not advise more draws per gradient if an attack has averaged at least this number of draws.
 MANY_DRAWS = 20
 
-#: The meaning of each verdict on the robust accuracy, in words for the reader of a report.
+#: The meaning of each verdict, in words for the reader of a report. "The number" is the robust accuracy.
 STATES = {
     "passed": "nothing speaks against the number",
     "noted": "worth knowing, and no reason to doubt the number",
@@ -37,19 +40,19 @@ STATES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table "can this number be believed".
+    """The result of one alarm, a line of the table "Can this number be believed?" of a report.
 
     Args:
         alarm: name of the alarm.
-        verdict: "passed": nothing speaks against the number; "noted": worth knowing, and no reason to doubt the number;
-            "unreliable": a reason to doubt it; "not asked": nothing was measured that could tell.
-        measured: the numbers, in words.
-        row: the row, or the probe, that shows it.
+        verdict: "passed": there is no reason to doubt the robust accuracy. "noted": worth knowing, but no reason for
+            doubt. "unreliable": a reason for doubt. "not asked": nothing was measured that could tell.
+        measured: the measurements, in words.
+        row: the name of the attack, or of the probe, that shows the sign.
         model: the model's name.
-        of_answers: whether the alarm is about missing or inconsistent answers: successes and failures are then both
-            doubtful, even if no image is left.
-        prominent: whether a report shows it beside the headline even if it is only noted.
-        advice: what to do about it; empty if there is nothing to do.
+        of_answers: whether the alarm is about missing or inconsistent predictions. Fallen images are then doubtful too,
+            so that the accuracy is doubtful even at 0 %.
+        prominent: whether the report shows the finding next to the headline even if it is only noted.
+        advice: what to do; empty if there is nothing to do.
     """
 
     alarm: str
@@ -63,26 +66,26 @@ class Finding:
 
     @property
     def beside_headline(self) -> bool:
-        """Tell whether a reader of the lowest number must know it."""
+        """Tell whether the report shows the finding next to its headline."""
         return self.verdict == "unreliable" or (self.verdict == "noted" and self.prominent)
 
     @property
     def told(self) -> str:
-        """The alarm in a sentence, with the row that shows it."""
+        """The finding in a sentence, with the attack or the probe that shows it."""
         return f"{self.alarm}: {self.measured}" + (f" ({self.row})" if self.row else "")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence about one model under the report's threat model.
+    """The evidence about one model, for the alarms.
 
     Args:
-        rows: the clean rows and the attacks, in the order in which they were made, without ``worst``.
-        probes: answers of the model to the probes; None if it was not probed.
+        rows: the clean rows and the rows of attacks, in the order in which they were made, without ``worst`` rows.
+        probes: the measurements of the probes; None if there were no probes.
         classes: number of the model's classes; None if unknown.
-        probabilities: whether the model returns probabilities in place of logits; None if unknown.
+        probabilities: whether the model returns probabilities instead of logits; None if unknown.
         one_hot: whether these probabilities are all 0 or 1.
-        protocol: name of the protocol that ran; None for a list of attacks.
+        protocol: name of the protocol; None for a list of attacks.
     """
 
     rows: Sequence[Row]
@@ -93,17 +96,17 @@ class Evidence:
     protocol: str | None = None
 
     def attacks(self) -> list[Row]:
-        """The attacks within the report's own threat model, judged by the model as it is deployed."""
+        """The attacks in the report's threat model that were judged on the deployed model."""
         return [row for row in self.rows if row.is_attack and row.threat is None and row.deployed]
 
     def with_counted_gradients(self) -> list[Row]:
-        """The attacks that followed the model's own gradients and counted them."""
+        """The attacks that used the model's own gradients and counted them."""
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
     def tried(self) -> set[str]:
         """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`.
 
-        An attack on only the few images nearest to falling does not count as tried on the model.
+        An attack on only the few images with the smallest margins does not count.
         """
         tried = {"strong"} if self.protocol == "strong" else set[str]()
         for row in self.attacks():
@@ -121,7 +124,7 @@ class Evidence:
 
     @property
     def nothing_left(self) -> bool:
-        """Tell whether every image has fallen, to the attacks or to the probes."""
+        """Tell whether every image has fallen to an attack or to a probe."""
         robust = self.robust(self.images)
         if robust is None:
             return False
@@ -130,11 +133,14 @@ class Evidence:
 
     @property
     def fallen_to_probes(self) -> list[int]:
-        """Numbers of the images that withstood every attack and fell to a probe."""
+        """The numbers of the images that withstood every attack but fell to a probe."""
         return [] if self.probes is None else self.probes.fallen()
 
     def blind(self) -> str:
-        """The reason why short attacks along the model's gradients could find nothing; empty if they could."""
+        """The reason why short attacks with the model's gradients could not succeed; empty if there is no such reason.
+
+        The reason is missing or unusable gradients.
+        """
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):
             return MISSING[self.probes.cosine]
@@ -142,12 +148,12 @@ class Evidence:
         return f"the attacks had no usable gradients ({counted[0].describe_health()})" if lacked else ""
 
     def robust(self, n: int) -> np.ndarray | None:
-        """Mask of the images that withstood every attack on the first n, bool ``[n]``; None without such an attack."""
+        """Tell which of the first n images withstood all attacks on at least n images; None without such an attack."""
         masks = [row.robust[:n] for row in self.attacks() if row.n >= n]
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Every attack with a mask of the images that fell to it, bool ``[n]``, among the images that it was given."""
+        """Each attack, with a mask of the images that it got and that fell to it, bool ``[n]``."""
         clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
@@ -163,11 +169,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outlook:
-    """An estimate of what one more attack of the same kinds would find.
+    """An estimate of how much one more attack of the same kinds would lower the accuracy.
 
     Args:
-        points: expected loss of accuracy, between 0 and 1: the largest over the signs below.
-        sentences: the signs, in words.
+        points: the expected loss of accuracy, between 0 and 1; the largest of several estimates.
+        sentences: the estimates, in words.
         model: the model's name.
     """
 
@@ -177,10 +183,13 @@ class Outlook:
 
 
 def outlook(evidence: Evidence) -> Outlook | None:
-    """The estimate for one model, from its attacks on all images; None if there is no such attack or no image is left.
+    """Estimate how much one more attack would find, from the attacks on all images.
 
     Args:
         evidence: rows and probes of the model.
+
+    Returns:
+        The estimate; None if there was no attack on all images, or if every image fell.
     """
     full = evidence.images
     fallen = [(row, mask) for row, mask in evidence.fallen() if row.n == full]
@@ -195,13 +204,13 @@ def outlook(evidence: Evidence) -> Outlook | None:
     left = robust.copy()
     left[evidence.fallen_to_probes] = False
     text = (
-        f"by this estimate, one more attack of these kinds would take about {100 * points:.1f} points from the "
-        f"{100 * robust.mean():.1f} % that are left"
+        f"by this estimate, one more attack of these kinds would lower the accuracy of {100 * robust.mean():.1f} % by "
+        f"about {100 * points:.1f} points"
     )
     taken, asked = int(robust.sum() - left.sum()), 0 if evidence.probes is None else evidence.probes.n
     if taken:
-        # The probes broke some images that withstood every attack, so the attacks alone cannot tell how many more would
-        # fall. The probes are expected to break the same share of all remaining images.
+        # Some images withstood every attack but fell to the probes, so the attacks are no basis for an estimate. The
+        # probes are expected to find the same share among all remaining images.
         among = int(robust[:asked].sum())
         points = taken / among * float(left.mean())
         text = (
@@ -215,24 +224,24 @@ Fallen = Sequence[tuple[Row, np.ndarray]]
 
 
 def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
-    """The new finds of the last attack, if it repeats an earlier attack: the first of a kind tells nothing."""
+    """The share of images that only the last attack found; 0 if it is the first attack of its kind."""
     row, mask = fallen[-1]
     if len(fallen) == 1:
-        return 0.0, f"only one attack ran ({row.attack}), so nothing tells what another would find"
+        return 0.0, f"only one attack ran ({row.attack}), so there is no estimate of what another attack would find"
     gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
-    text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that all others had left"
-    # Two attacks are of the same kind if attack and loss agree, even with other random starts or numbers of steps.
+    text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that no other attack found"
+    # Two attacks are of the same kind if attack and loss are the same, also with other random starts or steps.
     kinds = [(each.kind, each.settings.get("loss")) for each, _ in fallen]
     if kinds[-1] not in kinds[:-1]:
-        return 0.0, f"{text}; it was the first of its kind, so this says nothing about another one"
+        return 0.0, f"{text}; it was the first of its kind, so this says nothing about another attack of this kind"
     return gain / n, text
 
 
 def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
-    """Estimate how many more images would fall, from the images that only one attack found: many mean that more remain.
+    """Estimate how many more images would fall to further attacks.
 
-    The estimate is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)). Here f1 images were found by exactly one
-    attack, and f2 by exactly two.
+    The estimate is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)), where f1 images were found by exactly one
+    attack, and f2 images by exactly two attacks.
     """
     whole = [(row, mask) for row, mask in fallen if not row.of_survivors]
     if len(whole) < 3:
@@ -247,7 +256,10 @@ def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
 
 
 def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
-    """Compare the remaining images' margins with the gain of the last gradient attack on them."""
+    """Estimate the gain of one more attack from the margins of the remaining images.
+
+    The margins are compared with their decrease by the last attack with gradients.
+    """
     measured = [row.margins for row, _ in fallen if row.margins is not None and row.health is not None]
     if len(measured) < 2:
         return None
@@ -257,19 +269,19 @@ def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
     gained = np.maximum(before - last, 0)
     if not np.isfinite(nearest).all():
         return None
-    # For each image, estimate the chance that one more attack lowers its margin to 0: the share of all images on which
-    # the last attack lowered the margin by at least that much.
+    # For each image, the probability that one more attack lowers its margin to 0 is estimated by a share of images:
+    # those on which the last attack lowered the margin by at least this image's margin.
     chance = (gained[None, :] >= np.maximum(nearest, 1e-12)[:, None]).mean(1)
     points = float(chance.sum() / len(robust))
     return points, (
-        "on the images that are left, the logit of the true class leads the next one by "
-        f"{float(np.median(nearest)):.2g} in the median; the last attack by gradients lowered this lead by "
+        "on the images that are left, the true logit is larger than every other logit by "
+        f"{float(np.median(nearest)):.2g} in the median; the last attack with gradients lowered this difference by "
         f"{float(np.median(gained)):.2g}"
     )
 
 
 def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
-    """Estimate the gain of more steps; without gradients more steps find nothing."""
+    """Estimate the gain of more steps from the probes; None without probes or without usable gradients."""
     if evidence.probes is None or evidence.blind():
         return None
     (a, before), (b, after) = evidence.probes.steps[-2:]

@@ -1,21 +1,24 @@
-"""Signs of masked gradients, measured before the attacks: they decide how far the attacks search."""
+"""Signs of masked gradients, which are measured before the attacks.
+
+With such signs, every attack searches all images that have not fallen, and takes all of its steps.
+"""
 
 from __future__ import annotations
 
 from .probes import Probes
 from .signs import MOST_MISSED, WRONG_GRADIENTS, _surely_above, _surely_more
 
-#: The largest share of images that may lack a usable gradient before gradients count as masked.
-#: `purify_fast.attacks.GradientHealth` uses the same limit for a row.
+#: Gradients count as masked if more than this share of the images has no usable gradient.
+#: `purify_fast.attacks.GradientHealth` has the same limit for zero gradients of an attack.
 MOST_WITHOUT = 0.05
 
 
 def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
-    """The signs, in words, that gradients do not show where a model falls; an honest model has none.
+    """The signs, in words, that a model's gradients do not lead to its adversarial images; empty without signs.
 
     Args:
-        asked: measurements made before the attacks.
-        is_random: whether the model's predictions differ from call to call.
+        asked: the probes' measurements before the attacks.
+        is_random: whether two predictions of the model differ.
     """
     n, signs = asked.n, []
     if _surely_above(MOST_WITHOUT, asked.without_gradient, n):
@@ -25,9 +28,11 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     elif asked.cosine < WRONG_GRADIENTS:
         signs.append(f"the model does not change as its gradients say (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
-    # On a random model every further attack breaks some images by chance. So only the best surrogate counts there, and
-    # not the sum over all surrogates.
+    # On a random model some images fall to every further attack by chance. So only the surrogate with the most images
+    # counts there, instead of the sum over all surrogates.
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
-        signs.append(f"{missed} of {n} images withstand short attacks by the model's own gradients and fall to others")
+        signs.append(
+            f"{missed} of {n} images withstand short attacks with the model's own gradients, but fall to others"
+        )
     return signs

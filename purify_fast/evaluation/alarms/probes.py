@@ -1,7 +1,8 @@
-"""Probes of a model besides the attacks: short attacks on a few images, and tests whether it answers the same again.
+"""Probes: short attacks on a few images, and tests of the model's predictions, from which alarms are computed.
 
-The short attacks run before the attacks of the report, and decide how far the attacks of the report search. They use
-the same copy of the model for gradients as the attacks do, and skip images that have fallen.
+The short attacks run before the attacks of the report. If they find signs of masked gradients, the attacks of the
+report search all images that have not fallen, and take all of their steps. The short attacks take gradients from the
+same copy of the model as the attacks of the report, and skip images that have fallen.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from ..subject import Subject
 from . import answers
 from .answers import Before, in_parts
 
-#: Numbers of steps: STEPS for the targeted short attacks, SWEEP for the short attacks that compare numbers of draws.
+#: The steps of the targeted short attacks (STEPS), and of the short attacks that compare numbers of draws (SWEEP).
 STEPS, SWEEP = 20, 10
 #: The numbers of steps that the first short attacks compare.
 ITERATIONS = (1, 3, 10, 30)
 #: The numbers of draws per step that the short attacks on a random model compare.
 DRAWS = (1, 4, 16)
-#: How many draws judge each image of a random model after a short attack. The majority counts, so that no image falls
-#: by a single unlucky draw.
+#: The number of draws that judge each image of a random model after a short attack. Their majority decides, so that no
+#: image falls because of a single unlucky draw.
 JUDGES = 9
-#: The usual number of surrogates of a model with gates or thresholds. The progress bar estimates the time of the probes
-#: by it.
+#: The usual number of surrogates of a model with gates or thresholds, for the progress bar's estimate of the time.
 USUAL_SURROGATES = 3
-#: How many wrong classes each targeted short attack tries. Each step on a random model takes several draws, so there
+#: The number of target classes of each targeted short attack. On a random model, where each step takes several draws,
 #: only the nearest class is tried.
 TARGETS, TARGETS_OF_RANDOM = 2, 1
 
@@ -44,28 +44,29 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Probes:
-    """Measurements of the probes, in plain values; curves are pairs of a setting and the accuracy that is left.
+    """The measurements of the probes, as plain values. A curve is a list of pairs of a setting and an accuracy.
 
-    The measurements after ``absent`` are made after the attacks of the report.
+    The fields after ``absent`` are measured after the attacks of the report, the others before them.
 
     Args:
         n: number of images.
-        steps: curve over the steps of the attack; images that fell to fewer steps count as fallen.
-        cosine: cosine between promised and measured changes, or the reason why there is none, in words.
-        without_gradient: the largest share of the images, clean or near them, whose gradient is zero, not finite or
-            missing.
-        eot: curve over the draws averaged per step; empty for a model that predicts the same every time.
-        fell: mask of the images that fell to the short attacks along the model's own gradients, as 0 and 1.
-        copies: for each surrogate's name, in the order tried, a mask of the other images that fell to its gradients,
-            as 0 and 1.
-        absent: for each missing surrogate's name, the reason why it is missing.
-        left: mask of the images that withstood every attack of the report.
-        batch_changes: share of the predictions that depend on the batch; None: cannot be measured.
+        steps: curve over the steps of the attack; an image that fell with fewer steps counts as fallen.
+        cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none.
+        without_gradient: share of images whose gradient is zero, not finite or missing: the larger of the shares at the
+            clean images and near them.
+        eot: curve over the number of draws averaged per step; empty for a deterministic model.
+        fell: for each image, 1 if it fell to the short attacks with the model's own gradients, otherwise 0.
+        copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it fell only to the
+            gradients of this surrogate, otherwise 0.
+        absent: by name of a missing surrogate: the reason why it is missing.
+        left: for each image, whether it withstood every attack of the report.
+        batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.
         varying: share of the correctly classified images whose class changes from draw to draw.
-        watched_changes: share of the images whose logits change when gradients are recorded; None: cannot be measured.
-        later_changes: share of the predictions on clean images that differ from those before the attacks.
-        state_changed: whether weights, buffers or attributes differ from those before the attacks.
-        sets_seed: whether the model sets the seed of torch's generator itself.
+        watched_changes: share of the images whose logits change while gradients are recorded; None if it cannot be
+            measured.
+        later_changes: share of the predictions on clean images that have changed since before the attacks.
+        state_changed: whether weights, buffers or attributes have changed since before the attacks.
+        sets_seed: whether the model sets the seed of torch's generator.
     """
 
     n: int
@@ -85,28 +86,28 @@ class Probes:
     sets_seed: bool = False
 
     def fallen(self, *masks: Sequence[int]) -> list[int]:
-        """Numbers of the images that withstood every attack of the report, and fell to a probe within its ball.
+        """The numbers of the images that withstood every attack of the report, but fell to a probe in the same ball.
 
         Args:
-            *masks: masks of the images that fell to some probes; without any: to all probes.
+            *masks: masks like ``fell`` of the probes that count; without masks all probes count.
         """
         found = masks or (self.fell, *self.copies.values())
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
 
     def curves(self) -> dict[str, list[list[float]]]:
-        """The curves, by the name of their setting, without empty curves."""
+        """The curves that are not empty, by the name of their setting."""
         named = {"steps": self.steps, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
 class Probe(NamedTuple):
-    """A measurement by short attacks, which can be made without the others.
+    """A measurement by short attacks, which is independent of the other measurements.
 
     Args:
-        kind: "sweep": measures the accuracy over the steps, and which images fall along the model's own and along other
-            gradients. "draws": measures the accuracy after attacks whose gradients average some draws.
+        kind: "sweep": the curve over the steps, and the images that fall to the model's own gradients and to the
+            gradients of surrogates. "draws": the accuracy after an attack that averages several draws per step.
         value: number of draws.
-        run: makes the measurement, with the attacks' context.
+        run: a function of the attacks' context that makes the measurement.
     """
 
     kind: Literal["sweep", "draws"]
@@ -115,7 +116,7 @@ class Probe(NamedTuple):
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
-    """An upper estimate of the images that the probes give to the model, each pass of an image counted."""
+    """An upper estimate of the forward passes of single images in the probes."""
     draws, judges, targets = _effort(subject, context)
     passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
     passes += (1 + USUAL_SURROGATES) * (targets * STEPS * draws + judges)
@@ -125,18 +126,18 @@ def cost(subject: Subject, context: AttackContext) -> int:
 
 
 def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
-    """The draws of each step of a short attack, the draws that judge it, and the classes that it is led to."""
+    """For a short attack: the draws per step, the draws that judge an image, and the number of target classes."""
     if subject.is_random:
         return min(4, context.predictions(context.eot_iter)), JUDGES, TARGETS_OF_RANDOM
     return 1, 1, TARGETS
 
 
 def probes_before(before: Before, model: Classifier) -> list[Probe]:
-    """The probes that come before the attacks of the report; the longest is first.
+    """The probes before the attacks of the report; the longest is first.
 
     Args:
-        before: the model's answers before the attacks.
-        model: the attacked model, which is the subject's own with a counter.
+        before: the model's predictions before the attacks.
+        model: the attacked model, in a wrapper that counts images.
     """
     draws = DRAWS if before.subject.is_random else ()
     return [
@@ -146,11 +147,11 @@ def probes_before(before: Before, model: Classifier) -> list[Probe]:
 
 
 def asked_before(before: Before, context: AttackContext, measured: Sequence[tuple[Probe, Any]]) -> Probes:
-    """Collect the measurements made before the attacks.
+    """Collect the measurements before the attacks.
 
     Args:
-        before: the model's answers before them.
-        context: context of the attacks.
+        before: the model's predictions before the attacks.
+        context: the settings of the attacks.
         measured: the probes of `probes_before`, each with its measurement.
     """
     subject, x, y = before.subject, before.x, before.y
@@ -162,24 +163,23 @@ def asked_before(before: Before, context: AttackContext, measured: Sequence[tupl
 
 
 def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
-    """Ask the model again; to be called after the attacks.
+    """Make the measurements after the attacks.
 
     Args:
-        before: its answers before them.
-        context: context of the attacks.
-        asked: measurements made before the attacks.
-        left: mask of the first images that withstood every attack of the report.
+        before: the model's predictions before the attacks.
+        context: the settings of the attacks.
+        asked: the measurements before the attacks.
+        left: for each of the first images, whether it withstood every attack of the report.
     """
     subject, x, y = before.subject, before.x, before.y
-    # Set the seed, because the attacks drew random numbers only if they were run now and not read from an earlier run.
+    # The seed is set, because the state of the generator depends on whether the attacks were run or read from a cache.
     torch.manual_seed(context.seed)
     return replace(
         asked,
         left=[*left],
         batch_changes=answers.batch_changes(subject, x),
         varying=answers.varying(before.model, x, y) if subject.is_random else 0.0,
-        # Compare the answers only now, after all attacks: a model that changes after some number of calls has changed
-        # by then.
+        # The predictions are compared after all attacks, because a model may change after some number of calls.
         later_changes=before.later_changes(),
         state_changed=before.state_changed(),
         watched_changes=answers.watched_changes(subject, before.model, x, _near(context, x)),
@@ -190,10 +190,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 def _sweep(
     before: Before, model: Classifier, context: AttackContext
 ) -> tuple[Curve, list[int], dict[str, list[int]], dict[str, str]]:
-    """The curve over the steps, and the images that fall to own and to other gradients: see `Probes`.
-
-    Images that fell to fewer steps are not attacked again.
-    """
+    """The fields ``steps``, ``fell``, ``copies`` and ``absent`` of `Probes`; fallen images are not attacked again."""
     short = _Short(before, model, context)
     right = standing = short.right(short.x, short.y)
     steps: Curve = []
@@ -217,7 +214,7 @@ def _sweep(
 
 
 def _over_draws(before: Before, model: Classifier, draws: int, context: AttackContext) -> float:
-    """The share of images that are right after gradients over these draws."""
+    """The accuracy after a short attack that averages ``draws`` draws per step."""
     everything = torch.ones(len(before.x), dtype=torch.bool, device=before.x.device)
     return _share(_Short(before, model, context).robust(everything, eot_iter=draws))
 
@@ -227,24 +224,24 @@ def _share(which: Tensor) -> float:
 
 
 class _Short:
-    """Short attacks on the same few images."""
+    """Short attacks on the first few images."""
 
     def __init__(self, before: Before, model: Classifier, context: AttackContext):
         self.x, self.y, self.model, self.context = before.x, before.y, model, context
         self.draws, self.judges, self.targets = _effort(before.subject, context)
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mask of the images that are right in most draws, bool ``[n]``."""
+        """Tell which images most draws classify correctly, bool ``[n]``."""
         logits = (in_parts(self.model, self.context.resources.batch_size or len(x))(x) for _ in range(self.judges))
         right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
         return torch.stack(right).float().mean(0) > 0.5
 
     def robust(self, among: Tensor, **options: Any) -> Tensor:
-        """Mask of the images that are right after Auto-PGD on the margin, bool ``[n]``; others count as wrong.
+        """Tell which images are classified correctly after Auto-PGD, bool ``[n]``; False for images not attacked.
 
         Args:
-            among: mask of the images that are attacked, bool ``[n]``.
-            **options: further options of `apgd`.
+            among: the images that are attacked, bool ``[n]``.
+            **options: options of `apgd` that differ from a short attack on the margin.
         """
         context, robust, at = self.context, among.clone(), among.nonzero()[:, 0]
         torch.manual_seed(context.seed)
@@ -269,9 +266,10 @@ class _Short:
 
 
 def _near(context: AttackContext, x: Tensor) -> Tensor:
-    """The images with noise of half the radius at most, where a model may behave differently than on clean images.
+    """The images plus noise of at most half the radius.
 
-    Clean images have few different values, so a defence can tell them from attacked images.
+    A defence may behave differently on such images than on clean images, which it can recognize by their few different
+    pixel values.
     """
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps

@@ -1,7 +1,7 @@
-"""The alarms: signs that an attack was stopped by something else than robustness.
+"""The alarms, which search for signs that an attack failed for another reason than the model's robustness.
 
-An alarm is a function that returns an `Outcome`; None if it does not apply to a model. To add an alarm, write its
-function in this file, below an `Alarm`. Alarms are evaluated in the order of this file.
+An alarm is a function that returns an `Outcome`, or None if the alarm does not apply to the model. To add an alarm,
+write its function in this file with an `Alarm` as its decorator. The alarms run in the order of this file.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from ..rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
-#: The largest share of images that may fall to other attacks and withstand the attacks along the model's own gradients.
-#: A larger share is a reason to doubt the gradients.
+#: The gradients are doubtful if more than this share of the images withstands the attacks with the model's own
+#: gradients, but falls to other attacks.
 MOST_MISSED = 0.03
-#: Limits for the cosine between the changes that gradients predict and the measured changes, which is 1 for exact
-#: gradients. Below WRONG_GRADIENTS the number is unreliable, below ODD_GRADIENTS the cosine is noted.
+#: Limits for the cosine between the predicted and the measured changes of the margin, which is 1 for exact gradients.
+#: Below WRONG_GRADIENTS the robust accuracy is unreliable, below ODD_GRADIENTS the cosine is noted.
 WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
-#: Limits for the share of images that fall only to gradients over many draws. Above DRAWS_UNRELIABLE the number is
-#: unreliable, above DRAWS_NOTED the share is noted.
+#: Limits for the share of images that fall only if each step averages many draws. Above DRAWS_UNRELIABLE the robust
+#: accuracy is unreliable, above DRAWS_NOTED the share is noted.
 DRAWS_UNRELIABLE, DRAWS_NOTED = 0.15, 0.05
-#: If the class changes from draw to draw for more than this share of the correctly classified images, it is noted.
+#: It is noted if the class changes from draw to draw for more than this share of the correctly classified images.
 VARYING = 0.03
-#: Rounding may change at most this share of the predictions. A larger share is a reason to doubt the number.
+#: Rounding may change at most this share of the predictions. A larger share of changes makes the accuracy unreliable.
 ROUNDED = 0.02
-#: Fewer images than this do not count as a difference: among few images one or two are a large share by chance.
+#: A difference must be at least this number of images, because a difference of one or two images may be chance.
 MORE_THAN_LUCK = 3
 
 #: The name of the model itself, in a list with its surrogates.
 ITSELF = "the model itself"
-#: The report's words if no attack counted the gradients of the model itself.
+#: The report's words if no attack has counted gradients of the model itself.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
-#: Stronger attacks, as a report advises them. `Evidence.tried` tells which of them ran already.
+#: The stronger attacks that a report may advise. `Evidence.tried` returns those that already ran.
 EFFORTS = {
     "BPDA": "attack by BPDA, which needs a defence with purify and classifier",
     "draws": "average each gradient over more draws (eot_iter=20)",
     "strong": "run the protocol strong",
 }
-#: The advice of a report if all stronger attacks ran already.
+#: The advice of a report if all stronger attacks already ran.
 WRITTEN_FOR_IT = (
     "the stronger attacks of this package ran: only an attack that is written for this defence, as a function "
     "(model, x, y), may find more"
@@ -52,12 +52,12 @@ WRITTEN_FOR_IT = (
 
 
 class Advice(NamedTuple):
-    """Advice for a sign that gives a reason to doubt the number.
+    """The advice for a sign that makes the robust accuracy unreliable.
 
     Args:
-        look: what to look for in the model.
-        efforts: what to run, by the names in `EFFORTS`; only what was not tried is named. The last is "strong": until
-            it ran, no advice says that the stronger attacks of this package did.
+        look: what to search for in the model's code.
+        efforts: names in `EFFORTS` of attacks to run; the advice contains only those that have not run. The last name
+            must be "strong", so that `WRITTEN_FOR_IT` appears only after the protocol strong has run.
     """
 
     look: str
@@ -74,24 +74,24 @@ OVERFLOW = Advice("look for a division by 0, log(0) or an overflow of exp() in f
 WITHOUT_GRADIENTS = {
     "not finite": OVERFLOW,
     "no gradient": Advice(
-        "the output has no grad_fn: is there a torch.no_grad() or .detach() in forward, or a detour through NumPy? A "
-        "diffusion defence that must save memory can use checkpointed_steps",
+        "the output has no grad_fn: does forward use torch.no_grad(), .detach() or NumPy? A diffusion defence that "
+        "must save memory can use checkpointed_steps",
         ("BPDA", "strong"),
     ),
     "zero gradient": Advice("look for rounding, sign, argmax or a saturated output in forward", ("BPDA", "strong")),
 }
-#: The advice if a short attack along the model's own gradients found more than the attacks of the report.
-SHORT_FOUND_MORE = Advice("a short attack finds what the attacks of the report left", ("strong",))
+#: The advice if a short attack with the model's own gradients found images that the report's attacks did not find.
+SHORT_FOUND_MORE = Advice("a short attack found images that the attacks of the report did not find", ("strong",))
 
 
 class Outcome(NamedTuple):
-    """What an alarm says.
+    """The result of an alarm's function.
 
     Args:
         verdict: see `Finding`.
         measured: the measurement in words.
-        row: the row or probe that shows it.
-        advice: advice for what was found, in place of the alarm's usual one.
+        row: the name of the attack or of the probe that shows the sign.
+        advice: advice for this result; None: the alarm's usual advice.
     """
 
     verdict: Verdict
@@ -100,20 +100,20 @@ class Outcome(NamedTuple):
     advice: Advice | None = None
 
 
-#: The function of an alarm. It gets the evidence, and the probes if `Alarm.of_probes` is true. It returns None if the
-#: alarm does not apply to the model.
+#: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. It returns
+#: None if the alarm does not apply to the model.
 Judge = Callable[..., Outcome | None]
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A sign that an attack was stopped by something else than robustness; it decorates the function that judges.
+    """The properties of an alarm; an object of this class decorates the alarm's function.
 
     Args:
         name: name of the alarm.
         advice: the usual advice; None for an alarm that is only noted.
-        of_probes: whether it judges measurements of probes alone: the function then takes the probes too, and without
-            probes the alarm is left out.
+        of_probes: whether the alarm needs probes. Its function then also gets the probes, and without probes the alarm
+            is left out.
         of_answers: see `Finding`.
         prominent: see `Finding`.
     """
@@ -129,15 +129,15 @@ class Alarm:
         return judge
 
 
-#: Every alarm with its function, in the order in which this file defines them.
+#: The alarms with their functions, in the order of this file.
 ALARMS: dict[Alarm, Judge] = {}
 
 
 def findings(evidence: Evidence) -> list[Finding]:
     """The findings of all alarms, in order.
 
-    A number of 0 cannot be too high, whatever stopped an attack: reasons to doubt it are then only noted, unless the
-    model's answers themselves are inconsistent.
+    A robust accuracy of 0 cannot be too high, even if an attack has failed. So if every image has fallen, "unreliable"
+    becomes "noted", except if the model's predictions themselves are inconsistent.
 
     Args:
         evidence: rows and probes of one model.
@@ -176,21 +176,21 @@ def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
 
 
 def _surely_more(count: int, share: float, n: int) -> bool:
-    """Tell whether the count among n images exceeds the share by more than luck explains."""
+    """Tell whether a count among n images is above the share by more than chance."""
     return count - 1.5 * math.sqrt(count) > share * n
 
 
 def _surely_above(limit: float, share: float, n: int) -> bool:
-    """Tell whether a share of n images exceeds its limit by more images than luck explains."""
+    """Tell whether a share of n images is above its limit, and is at least `MORE_THAN_LUCK` images."""
     return share > limit and share * n >= MORE_THAN_LUCK
 
 
-# -- of rows and short attacks ----------------------------------------------------------------------------------------
+# -- alarms from rows and short attacks -------------------------------------------------------------------------------
 
 
 @Alarm("better than guessing", prominent=True)
 def better_than_guessing(evidence: Evidence) -> Outcome | None:
-    """Alarm if the model does not classify clean images better than a guess would."""
+    """Alarm if the model's accuracy on clean images is not above that of a random guess."""
     clean = next((row for row in evidence.rows if row.kind == "clean"), None)
     if clean is None or evidence.classes is None:
         return None
@@ -201,13 +201,13 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
     )
     if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
         return Outcome("passed", text)
-    ask = "is the model trained, do the labels count as its classes do, and does it take images in [0, 1]?"
+    ask = "is the model trained, are the labels numbered like its classes, and does it take images in [0, 1]?"
     return Outcome("noted", f"{text}: {ask}", clean.attack)
 
 
 @Alarm("finite predictions", OVERFLOW, of_answers=True)
 def finite_predictions(evidence: Evidence) -> Outcome:
-    """Alarm if a prediction names no class."""
+    """Alarm if a prediction has no class because of NaN or infinite logits."""
     broken = [row for row in evidence.rows if row.nonfinite_predictions]
     if not broken:
         return Outcome("passed", "every prediction names a class")
@@ -218,7 +218,7 @@ def finite_predictions(evidence: Evidence) -> Outcome:
 
 @Alarm("logits", Advice("return the logits, as they are before a softmax or argmax"))
 def logits(evidence: Evidence) -> Outcome | None:
-    """Alarm if the model returns the probabilities after a softmax in place of logits."""
+    """Alarm if the model returns probabilities instead of logits."""
     if evidence.probabilities is None:
         return None
     if not evidence.probabilities:
@@ -226,17 +226,15 @@ def logits(evidence: Evidence) -> Outcome | None:
     if evidence.one_hot:
         return Outcome("unreliable", f"the model {ONE_HOT}")
     text = (
-        "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish where it is sure: "
+        "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish if it is confident: "
         f"{INSTEAD_OF_PROBABILITIES}"
     )
     return Outcome("unreliable", text)
 
 
-@Alarm(
-    "gradient health", Advice("look for rounding, .detach() or a backward of its own in forward", ("BPDA", "strong"))
-)
+@Alarm("gradient health", Advice("look for rounding, .detach() or a custom backward in forward", ("BPDA", "strong")))
 def gradient_health(evidence: Evidence) -> Outcome:
-    """Alarm if no attack through the whole model had usable gradients, or the model does not change as they say."""
+    """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
     cosine = None if evidence.probes is None else evidence.probes.cosine
     advice = WITHOUT_GRADIENTS[cosine] if isinstance(cosine, str) else counted.advice
@@ -247,11 +245,11 @@ def gradient_health(evidence: Evidence) -> Outcome:
         words = f"{text}, and were not compared with finite differences" if text else NOT_COUNTED
         return counted._replace(measured=words)
     if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
-        # The alarm "finite predictions" reports predictions that are not finite, so do not report them twice.
+        # Predictions that are not finite are already reported by the alarm "finite predictions".
         return counted._replace(measured=text or MISSING[cosine])
     if isinstance(cosine, str):
         return Outcome("unreliable", MISSING[cosine], probe, advice)
-    told = f"cosine {cosine:.2f} between the changes that gradients promise and those that are measured"
+    told = f"cosine {cosine:.2f} between the changes that gradients predict and the measured changes"
     text = f"{text}; {told}" if text else told
     if cosine < WRONG_GRADIENTS:
         return Outcome("unreliable", text, probe)
@@ -260,8 +258,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
 
 
 def _of_counted(evidence: Evidence) -> Outcome:
-    """The outcome of the gradients that attacks along the model's own gradients counted."""
-    # Leave out attacks without gradients and attacks along the gradients of other models.
+    """The outcome of the counts of attacks with the model's own gradients."""
     counted = evidence.with_counted_gradients()
     if not counted:
         return Outcome("not asked", "")
@@ -280,7 +277,7 @@ def _of_counted(evidence: Evidence) -> Outcome:
 
 @Alarm("missed images", Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")))
 def missed_images(evidence: Evidence) -> Outcome:
-    """Alarm if attacks along the model's own gradients leave images that other or shorter attacks break."""
+    """Alarm if images withstand the attacks with the model's own gradients, but fall to other or shorter attacks."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
     if not outcomes:
         text = evidence.blind() or "nothing but attacks along the model's own gradients was tried"
@@ -291,7 +288,10 @@ def missed_images(evidence: Evidence) -> Outcome:
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
-    """Images that fell to attacks without the model's own gradients alone; None unless both kinds of attacks ran."""
+    """The outcome of images that fell only to attacks without the model's own gradients.
+
+    None if there were no such attacks, or no attacks with the model's own gradients.
+    """
     fallen = evidence.fallen()
     own = [mask for row, mask in fallen if row.own_gradients and row.health is not None]
     others = {row.attack: mask for row, mask in fallen if row.kind in GRADIENT_FREE or row.transferred}
@@ -315,7 +315,10 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
 
 
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
-    """Images that all attacks left and a short attack before them broke; None if no other gradients were tried."""
+    """The outcome of images that withstood all attacks but fell to a short attack before them.
+
+    None without such short attacks, or if no image withstood all attacks.
+    """
     probes = evidence.probes
     if probes is None or not any(probes.left):
         return None
@@ -324,8 +327,8 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     missed = {name: len(probes.fallen(fell)) for name, fell in probes.copies.items()}
-    # Count the short attack along the model's own gradients only if it broke an image. If it broke none, it proves
-    # nothing, because those gradients may be masked.
+    # The short attack with the model's own gradients counts only if it found an image. If it found none, this is no
+    # evidence, because these gradients may be masked.
     if own := len(probes.fallen(probes.fell)):
         missed = {ITSELF: own} | missed
     if not missed:
@@ -334,14 +337,14 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     text = f"{count} of {probes.n} images withstood every attack of the report, but fell to {gradients}"
     if not count:
-        text = f"{gradients} broke none of the first {probes.n} images that the report's attacks had left"
+        text = f"none of the first {probes.n} images withstood the report's attacks but fell to {gradients}"
     text = f"{text}; {absent}" if absent else text
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
     return Outcome(verdict, text, row, SHORT_FOUND_MORE if best == ITSELF else None)
 
 
-# -- of probes --------------------------------------------------------------------------------------------------------
+# -- alarms from probes -----------------------------------------------------------------------------------------------
 
 
 @Alarm(
@@ -351,17 +354,17 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     of_answers=True,
 )
 def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if an image's class depends on the images beside it."""
+    """Alarm if an image's class depends on the other images of its batch."""
     changes, row = probes.batch_changes, "probe: the same images alone and in a batch"
     if changes is None:
-        return Outcome("not asked", "the model is random, with no fixed_noise() that fixes it", row)
+        return Outcome("not asked", "the model is random, and has no fixed_noise() that fixes its noise", row)
     text = f"{100 * changes:.0f} % of the predictions change with the batch"
     return Outcome(_verdict(changes > ROUNDED, noted=changes > 0), text, row)
 
 
 @Alarm("noise and seeds", Advice("set no seed in forward", ("draws", "strong")), of_probes=True)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
-    """Alarm if the model sets seeds, or an image withstands only because each gradient averages few draws."""
+    """Alarm if the model sets seeds, or if images withstand only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
         return Outcome("unreliable", text, "probe: the generator's state after two seeds")
@@ -375,7 +378,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     )
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
     robust = evidence.robust(n)
-    # The report's attacks are stronger than this probe. Too few draws in the probe do not show that they had too few.
+    # The report's attacks are stronger than this probe. If they found more, their number of draws was large enough.
     if strong and robust is not None and robust.mean() < by_many:
         strong = False
         text += f"; the attacks of the report leave {100 * robust.mean():.0f} % of the same images, which is less"
@@ -390,7 +393,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     of_answers=True,
 )
 def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
-    """Alarm if the model answers differently when it is asked often, or while gradients are recorded."""
+    """Alarm if the predictions change after many calls, or while gradients are recorded."""
     row = "probe: the clean images again, after all attacks"
     if probes.watched_changes:
         share = probes.watched_changes

@@ -1,1 +1,1 @@
-"""The presentation of a report: tables and sentences in Markdown and on a terminal, an HTML page, pictures."""
+"""The forms of a report: text for a terminal, Markdown, an HTML page, and pictures."""

@@ -1,4 +1,4 @@
-"""A report as a single HTML page, with styles, drawings and pictures inside."""
+"""Makes the HTML page of a report, which contains all of its styles, drawings and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..rows import CURVE, Examples, Row
 from ..subject import device_of
 from .text import render
 
-#: At most this many purified images, and this many transformed images, are shown for each image.
+#: The most purified images, and the most transformed images, that are shown for each image.
 SAMPLES = 4
 
 #: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true class
@@ -31,15 +31,15 @@ Picture = tuple[Tensor, str, bool | None]
 
 
 def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
-    """The page of a report.
+    """Make the page of a report.
 
     Args:
-        report: a `purify_fast.evaluation.Report` on one model, or on several.
-        defence: for the pictures: gives predictions, and purified images if it has ``purify``. For several models, a
-            mapping from their names.
+        report: a `purify_fast.evaluation.Report` on one or several models.
+        defence: the model, or a mapping from names to models, for the pictures; see
+            `purify_fast.evaluation.Report.to_html`.
 
     Returns:
-        HTML that loads nothing from anywhere.
+        HTML that loads no other files.
     """
     known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
     models = [_model(report, name, known.get(name)) for name in report.models]
@@ -54,12 +54,12 @@ def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None
 
 
 def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]:
-    """The part of the page on a model."""
+    """The variables of the page's template for one model."""
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
     attacks = [row for row in own if row.is_attack]
-    # Compare only attacks on the same images. Attacks on survivors were given fewer images, so they are left out.
+    # Only attacks on the same images are compared. Attacks on survivors got fewer images, so they are left out.
     most = [row for row in attacks if row.n == max(each.n for each in attacks)]
     whole = [row for row in most if not row.of_survivors]
     fell = [~row.robust for row in whole] if len(whole) > 1 else []
@@ -74,8 +74,8 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        # For each attack: how many images fell to it, how many fell to it and to each other attack, and how many fell
-        # to no other attack.
+        # For each attack: the number of images that fell to it; for every attack, the number of images that fell to
+        # both; and the number of images that fell to no other attack.
         "overlap": [
             (row.attack, one.sum(), [(one & other).sum() for other in fell], (one & alone).sum())
             for row, one in zip(whole, fell, strict=False)
@@ -94,11 +94,11 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
 
 
 def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any]]:
-    """The points of a curve by rising setting, with places from left (0) to right (1) and standard errors."""
+    """The points of a curve by rising setting, with horizontal positions from 0 to 1, and with standard errors."""
     if not points:
         return []
     settings, accuracies = np.array(points).T
-    # Use a logarithmic axis for settings that grow by factors, such as steps.
+    # The axis is logarithmic if the settings grow by factors, such as numbers of steps.
     scale = np.log(settings) if settings[0] > 0 and settings[-1] > 12 * settings[0] else settings
     across = (scale - scale[0]) / (scale[-1] - scale[0])
     errors = np.sqrt(accuracies * (1 - accuracies) / images)
@@ -112,9 +112,10 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
 
 
 def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
-    """The row whose images are shown, the attack on the deployed model that felled most images, and their number.
+    """The attack whose images are shown, and the number of images that fell to it.
 
-    Images of a weaker attack, or of an attack on survivors, would flatter the model.
+    It is the attack on the deployed model to which most images fell, because images of a weaker attack would make the
+    model look better than it is.
     """
     fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
@@ -122,12 +123,13 @@ def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
 
 
 def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
-    """A line for each image: clean, attacked, the amplified difference, and the defence's images of it.
+    """A line of pictures for each image: clean, attacked, the amplified difference, and the defence's images.
 
     Args:
-        examples: attacked images with C = 1 or 3. Their stored classes after the attack are shown: a random defence
-            may answer differently when asked again.
-        defence: gives the predicted classes, and the purified images if it has ``purify``.
+        examples: attacked images with C = 1 or 3. Their stored classes after the attack are shown, because a random
+            defence may predict differently now.
+        defence: the model, which predicts the classes of the clean images, and makes purified images if it has
+            ``purify``; None: these pictures and classes are left out.
     """
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
     before, columns = _asked(defence, clean, attacked)
@@ -148,12 +150,12 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
 
 @torch.no_grad()
 def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
-    """The classes of images before an attack, and the columns with the defence's images after it.
+    """The predicted classes of the clean images, and columns with the defence's images of the attacked images.
 
-    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. ``transformed(x)`` gives the images that the
-    defence repairs. ``purify(x)`` or ``reconstruct(x)``, ``[B, K, C, H, W]`` or for one draw ``[B, C, H, W]``, gives
-    purified images, and ``sample_logits(x) -> [B, K, classes]`` the class of each. With ``fixed_noise`` all share the
-    same noise.
+    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. The transformed images come from
+    ``transformed(x)``. The purified images come from ``purify(x)`` or ``reconstruct(x)``, with the shape
+    ``[B, K, C, H, W]``, or ``[B, C, H, W]`` for a single draw; their classes come from
+    ``sample_logits(x) -> [B, K, classes]``. If the defence has ``fixed_noise``, all of these calls have the same noise.
     """
     if defence is None:
         return None, []
@@ -185,8 +187,8 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
 
 
 def data_uri(image: Tensor) -> str:
-    """An image ``[C, H, W]`` in [0, 1], C = 1 or 3, as a PNG inside a URI."""
-    # Import Pillow only here, so that a report without pictures does not need it.
+    """An image ``[C, H, W]`` in [0, 1], C = 1 or 3, as the data URI of a PNG."""
+    # Pillow is imported only here, so that a report without pictures does not need it.
     from PIL import Image
 
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()

@@ -1,6 +1,6 @@
-"""Tables of an evaluation: their contents, and their forms in Markdown and on a terminal.
+"""The tables of a report: their contents, and their forms in Markdown and on a terminal.
 
-A table is a head and lines of cells; `purify_fast.evaluation.show.page` uses the same tables.
+`purify_fast.evaluation.show.page` shows the same tables in HTML.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ UNRELIABLE = "unreliable"
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
 #: The longest line of a table on a terminal, in characters.
 TERMINAL = 100
-#: A column on a terminal is never wrapped to fewer characters than this.
+#: The smallest width to which a column on a terminal is wrapped, in characters.
 NARROWEST = 12
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with remarks.
+    """A cell of a table, with remarks.
 
     Args:
-        text: main text.
-        remarks: texts after it.
-        unreliable: whether it is marked as unreliable, after the remarks.
-        red: whether it is shown in red.
+        text: the main text.
+        remarks: the remarks after the main text.
+        unreliable: whether the word for unreliable stands after the remarks.
+        red: whether the cell is red.
     """
 
     text: str = ""
@@ -45,7 +45,7 @@ class Cell:
     red: bool = False
 
     def written(self, unreliable: str = UNRELIABLE) -> str:
-        """The cell as text, with the word for unreliable."""
+        """The cell as text; ``unreliable`` is the word or mark for an unreliable number."""
         remarks = ", ".join([*self.remarks, *([unreliable] if self.unreliable else [])])
         return f"{self.text} {remarks}".strip()
 
@@ -54,7 +54,7 @@ class Cell:
 
 
 class Table(NamedTuple):
-    """A table; each line has as many cells as the head."""
+    """A table; every line of the body has the same number of cells as the head."""
 
     head: Sequence[str]
     body: Sequence[Sequence[str | Cell]]
@@ -72,7 +72,7 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]]) ->
 
 
 def _in_markdown(cell: str | Cell) -> str:
-    """Escape a cell, so that a bar does not end its column and a name such as ``<lambda>`` is not a tag."""
+    """Escape a cell for Markdown, in which a bar would end the column, and ``<lambda>`` would be a tag."""
     text = cell if isinstance(cell, str) else cell.written(RED_UNRELIABLE)
     return text.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
 
@@ -80,9 +80,10 @@ def _in_markdown(cell: str | Cell) -> str:
 def terminal_table(
     head: Sequence[str], body: Iterable[Sequence[str | Cell]], color: bool, longest: float = math.inf
 ) -> str:
-    """The lines of a table in columns of fixed width; with ``color``, marked cells are red.
+    """A table as text with columns of fixed width.
 
-    If a line would have more than ``longest`` characters, the widest columns are wrapped.
+    With ``color``, cells that are marked as red are red. If a line would be longer than ``longest`` characters, the
+    widest columns are wrapped.
     """
     table = [list(head), *body]
     width = [max(1, *(len(str(line[i])) for line in table)) for i in range(len(head))]
@@ -93,7 +94,7 @@ def terminal_table(
 
 
 def _wrapped(cells: Sequence[str | Cell], width: Sequence[int], color: bool) -> list[str]:
-    """A line of a table, in as many lines as its longest cell needs."""
+    """The lines of text for one line of a table, after its cells were wrapped."""
     red = [color and isinstance(cell, Cell) and cell.red for cell in cells]
     parts = [textwrap.wrap(str(cell), w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
     return [
@@ -106,12 +107,12 @@ def _wrapped(cells: Sequence[str | Cell], width: Sequence[int], color: bool) -> 
 
 
 def _length(widths: Sequence[int]) -> int:
-    """The length of a line with these columns."""
+    """The length of a line with columns of these widths."""
     return sum(widths) + 2 * (len(widths) - 1)
 
 
 def paint(text: str, color: Literal["red", "green"], wanted: bool) -> str:
-    """Color a text for a terminal, if that is wanted."""
+    """Color a text for a terminal if ``wanted`` is True."""
     return f"\033[{31 if color == 'red' else 32}m{text}\033[0m" if wanted else text
 
 
@@ -121,17 +122,17 @@ def color_is_welcome() -> bool:
 
 
 def percent(row: Row) -> str:
-    """A row's accuracy and its standard error, in percent; for a clean row by the first prediction."""
+    """A row's accuracy and standard error, in percent; in a clean row the accuracy of the first prediction."""
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
 def percent_always(row: Row) -> str:
-    """The share of the images that are right in every prediction, and its standard error, in percent."""
+    """The share of images with only correct predictions, and its standard error, in percent."""
     return percent(replace(row, robust=np.arange(row.n) < round(row.always_right * row.n)))
 
 
 def images(row: Row) -> str:
-    """The number of a row's images, and for an attack on survivors the number that it was given."""
+    """The number of a row's images; for an attack on survivors also the number of images that it got."""
     return f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n)
 
 
@@ -141,19 +142,19 @@ def draws(row: Row) -> str:
 
 
 def single_predictions(rows: Sequence[Row], row: Row) -> str:
-    """The share of single predictions that are right after a row of a report and those before it, in percent."""
+    """The share of correct single predictions after an attack and the attacks before it, in percent."""
     share = row.accuracy if row.n_eval == 1 else one_draw(rows, row)
     return "-" if share is None else f"{100 * share:.1f}"
 
 
 def warning(row: Row) -> Cell:
-    """The warning about a row's number; empty for most rows."""
+    """The warning about a row's accuracy; empty for most rows."""
     broken = [f"{row.nonfinite_predictions} predictions not finite"] if row.nonfinite_predictions else []
     remarks = (*broken, *(["nothing to attack"] if row.nothing_to_attack else []))
     return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
 
 
-#: The columns of the table of all rows. The function of a column makes a cell from all rows and the row of the cell.
+#: The columns of the table of all rows. The function of a column gets all rows and one of them, and makes its cell.
 _CELLS: dict[str, Callable[[Sequence[Row], Row], str | Cell]] = {
     "model": lambda rows, row: row.model,
     "attack": lambda rows, row: row.attack,
@@ -182,7 +183,7 @@ def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Tabl
 
 
 def short_table(rows: Sequence[Row]) -> Table:
-    """The table of one model's rows for a terminal, without the columns that say the same of all."""
+    """The table of one model's rows for a terminal, without columns that have the same text in all rows."""
     used = {"attack", "n", "accuracy", "gradients", ""}
     used |= {"variant"} if any(not row.deployed for row in rows) else set()
     used |= {"one draw"} if any(row.n_eval > 1 for row in rows) else set()
@@ -203,7 +204,7 @@ def comparison(rows: Sequence[Row]) -> Table:
 
 
 def table_of_findings(findings: Sequence[Finding]) -> Table:
-    """The findings of the alarms, with the model's name first, and advice on doubts."""
+    """The table of the alarms' findings, with the advice if a finding is "unreliable"."""
     body: list[list[str | Cell]] = []
     for finding in findings:
         doubt = finding.verdict == "unreliable"

@@ -1,4 +1,4 @@
-"""The sentences of a report: the templates beside this file hold them, and call these functions."""
+"""Renders the templates in this folder, which contain the sentences of a report, and has the functions they call."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from .tables import (
 if TYPE_CHECKING:
     import jinja2
 
-#: Stands for `purify_fast.evaluation.Report`, which imports this module and so cannot be imported here.
+#: The type `purify_fast.evaluation.Report`, which cannot be imported here, because it imports this module.
 Report = Any
 
-#: The macros of `sentences.jinja` that all templates may use; in HTML their texts are escaped.
+#: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.
 SENTENCES = ("claim", "means", "outcome", "reason", "short_legend", "signs", "states", "verdict", "zero_errors")
 _WITH = {"fixed": "fixed noise", "deterministic": "its noise off"}
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of this folder with these values; in HTML every text is escaped.
+    """Render a template of this folder; in HTML every text is escaped.
 
     Args:
-        template: the file's name.
-        values: its variables, besides the functions and words that all templates may use.
+        template: the name of the file.
+        values: the variables of this template. All templates also have the functions and words of `_environment`.
     """
     return _environment().get_template(template).render(values)
 
 
 def sentence(name: str, *values: Any) -> str:
-    """A macro of the template of sentences as a plain text in one line.
+    """The text of a macro of `sentences.jinja`, in a single line.
 
     Args:
-        name: the macro's name.
-        *values: its arguments.
+        name: the name of the macro.
+        *values: the arguments of the macro.
     """
     macro = getattr(_environment().get_template("sentences.jinja").module, name)
     return " ".join(macro(*values).split())
@@ -75,13 +75,13 @@ def _environment() -> jinja2.Environment:
 
 
 def fill(text: str, mark: str = "") -> str:
-    """Wrap a text to a terminal's width, with a mark before the first line and equal space before the others."""
+    """Wrap a text to a terminal's width; ``mark`` stands before the first line, and the other lines are indented."""
     indent = " " * len(mark)
     return textwrap.fill(text, TERMINAL, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
-    """The known facts for repeating a report, by name."""
+    """The known facts that are needed to repeat an evaluation, by name."""
     images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
     named = {name: report.about.get(name, "") for name in ("date", "command", "call")}
     named |= {"images": images, "seed": report.about.get("seed", "")}
@@ -94,18 +94,18 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 
 def told_beside(findings: Sequence[Finding]) -> list[Finding]:
-    """The alarms that a reader of the lowest number must know; doubts first."""
+    """The findings that stand next to the headline; "unreliable" comes first."""
     return sorted((finding for finding in findings if finding.beside_headline), key=lambda f: f.verdict != "unreliable")
 
 
 def without_probes(findings: Sequence[Finding]) -> bool:
-    """Tell whether no sign was asked that needs probes."""
+    """Tell whether there were no probes, so that the alarms that need probes did not run."""
     asked = {finding.alarm for finding in findings}
     return not any(alarm.name in asked for alarm in ALARMS if alarm.of_probes)
 
 
 def not_asked(findings: Sequence[Finding]) -> list[str]:
-    """The names of the signs that were not asked; without probes, all that need them are among these."""
+    """The names of the alarms that were not asked, including those that need probes if there were no probes."""
     absent = [alarm.name for alarm in ALARMS if alarm.of_probes] if without_probes(findings) else []
     return [finding.alarm for finding in findings if finding.verdict == "not asked"] + absent
 
@@ -114,7 +114,7 @@ def not_asked(findings: Sequence[Finding]) -> list[str]:
 
 
 def column_legend(rows: Sequence[Row]) -> list[str]:
-    """A paragraph for each column of the table of all rows; columns that no row uses are not explained."""
+    """The paragraphs that explain the table of all rows; a paragraph is left out if it concerns no row."""
     early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
     published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
     told = {"early": list(early), "published": list(published)}
@@ -123,13 +123,13 @@ def column_legend(rows: Sequence[Row]) -> list[str]:
 
 
 def settings_told(row: Row) -> dict[str, Any]:
-    """A row's settings and results for the reader, with the word for the judged model in place of the internal ones."""
+    """A row's settings and results for the reader, with the report's word for the variant of the model."""
     shown = row.settings | row.results()
     return shown | ({"variant": row.describe_variant()} if "variant" in shown else {})
 
 
 def about_variants(rows: Sequence[Row]) -> list[str]:
-    """Sentences on the lowest number of each variant of a model, to stand beside that of the deployed model."""
+    """A sentence on the lowest accuracy of each variant of a random model without randomness."""
     apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
     lowest = [
         min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))

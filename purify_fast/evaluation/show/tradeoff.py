@@ -1,10 +1,10 @@
-"""Standard against robust accuracy, for a single model or for curves of models: as a number, and as a picture.
+"""The trade-off between standard and robust accuracy of models, as numbers and as a picture.
 
-`ar_bd` and `ar_point_dist` are this package's own. Like the "Accuracy Robustness Distance" (ARDist) of ARREST (Suzuki
-et al., arXiv 2308.16454) they are inspired by the Bjontegaard delta of video coding, but they are not ARDist: its
-definition was not found, and its numbers must not be compared with these.
+`ar_bd` and `ar_point_dist` are measures of this package. They are based on the Bjontegaard delta of video coding, like
+the "Accuracy Robustness Distance" (ARDist) of ARREST (Suzuki et al., arXiv 2308.16454). But they are not ARDist, whose
+definition was not found, so their numbers must not be compared with its numbers.
 
-matplotlib and adjustText come with the extra ``demo``; both are imported where a picture is drawn.
+Pictures need matplotlib and adjustText, from the extra ``demo``.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from ..._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
-#: How many rounds the names push each other away. If a name finds no free place, all rounds run, which takes two
-#: seconds for twenty models. Ten times as many rounds do not improve the picture.
+#: The most iterations that move the names in a picture away from each other. All of them take two seconds for twenty
+#: models, if a name finds no free place. Ten times this number does not improve the picture.
 ROUNDS = 300
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """A model's accuracies in percent: ``standard`` on clean images, ``robust`` on attacked ones.
+    """A model's accuracies on clean and on attacked images, in percent.
 
-    Unpacks into the two, so that it can stand for a point of `ar_bd`, `ar_point_dist` and `plot_tradeoff`.
+    An object unpacks into both numbers, so it can be a point for `ar_bd`, `ar_point_dist` and `plot_tradeoff`.
 
     Args:
         standard: accuracy on clean images, 0 to 100.
         robust: accuracy on attacked images, 0 to 100.
 
     Raises:
-        ValueError: an accuracy is not within 0 to 100, or not finite.
+        ValueError: an accuracy is not within 0 to 100, or is not finite.
     """
 
     standard: float
@@ -53,35 +53,37 @@ class Tradeoff:
 
     @property
     def sum(self) -> float:
-        """SUM: standard + robust, in points, 0 to 200."""
+        """The sum of standard and robust accuracy, called SUM, in points, 0 to 200."""
         return self.standard + self.robust
 
     @property
     def mean(self) -> float:
-        """SUM / 2, in percent."""
+        """The mean of standard and robust accuracy, in percent."""
         return self.sum / 2
 
     @property
     def nrr(self) -> float:
-        """Natural-robust ratio in percent: the harmonic mean 2 s r / (s + r); 0 where both are 0."""
+        """The natural-robust ratio in percent, which is the harmonic mean 2 s r / (s + r); 0 if both are 0."""
         return 2 * self.standard * self.robust / self.sum if self.sum > 0 else 0.0
 
 
 def ar_bd(reference: Iterable[Iterable[float]], test: Iterable[Iterable[float]]) -> float:
-    """The mean gain in robust accuracy of a curve of models over another at equal standard accuracy.
+    """The mean gain in robust accuracy of one curve of models over another, at equal standard accuracy.
 
-    The Bjontegaard delta with linear axes: both curves, robust over standard accuracy, are interpolated by monotone
-    cubics (pchip); the difference of their integrals over the standard accuracies both cover is divided by that
-    interval's length. It is not the ARDist of ARREST: see this module.
+    This is the Bjontegaard delta with linear axes. Both curves, robust over standard accuracy, are interpolated by
+    monotone cubics (pchip). The difference of their integrals over the common interval of standard accuracies is
+    divided by the length of this interval. The result is not the ARDist of ARREST, see this module.
 
     Args:
-        reference: pairs (standard %, robust %) in any order, two at least, with distinct standard accuracies; models
-            along one curve differ in a weight or a schedule. The number depends on the reference: state it.
-        test: the curve that is compared with it, in the same form.
+        reference: at least two pairs (standard %, robust %) in any order, with different standard accuracies. The
+            models of a curve differ, for example, in a weight or a schedule. The result depends on the reference, so
+            name it with the result.
+        test: the curve that is compared with the reference, in the same form.
 
     Returns:
-        Points of robust accuracy, positive if ``test`` is better. NaN, with a warning, if the curves share no interval
-        of standard accuracies; a warning also if they share less than 75 % of what either covers.
+        Points of robust accuracy, positive if ``test`` is better. NaN, with a warning, if the curves have no common
+        interval of standard accuracies. There is also a warning if the common interval is less than 75 % of the
+        interval that both cover together.
 
     Raises:
         ValueError: too few points, repeated standard accuracies, or accuracies not within 0 to 100.
@@ -93,22 +95,24 @@ def ar_bd(reference: Iterable[Iterable[float]], test: Iterable[Iterable[float]])
 
 
 def ar_point_dist(reference: Iterable[Iterable[float]], point: Iterable[float]) -> float:
-    """Signed distance of one model from a reference curve of models.
+    """The signed distance of one model from a reference curve of models.
 
-    Euclidean, to the nearest point of the curve that interpolates the reference by monotone cubics (pchip), which ends
-    at its first and last point: there is no extrapolation. It is not the ARDist of ARREST: see this module.
+    It is the Euclidean distance to the nearest point of the curve. The curve interpolates the reference by monotone
+    cubics (pchip), and is not extrapolated beyond its first and last point. The result is not the ARDist of ARREST, see
+    this module.
 
     Args:
-        reference: pairs (standard %, robust %) as for `ar_bd`. The number depends on it: state it.
+        reference: pairs (standard %, robust %) as for `ar_bd`. The result depends on the reference, so name it with the
+            result.
         point: (standard %, robust %).
 
     Returns:
-        Points. Positive if the model is above the curve at its standard accuracy, negative if below. Outside
-        the curve's standard accuracies it is positive unless the end on that side is at least as good in both: past
-        the upper end always, below the lower end where the model is more robust than that end.
+        The distance in points: positive if the model is above the curve at its standard accuracy, negative if it is
+        below. If the model's standard accuracy is above the curve's range, the distance is positive. If it is below the
+        range, the distance is positive only if the model is more robust than the first point of the curve.
 
     Raises:
-        ValueError: as for `ar_bd`, or ``point`` is not a pair within 0 to 100.
+        ValueError: the errors of `ar_bd`, or ``point`` is not a pair within 0 to 100.
         ModuleNotFoundError: scipy is missing.
     """
     x, y = check_curve("reference", reference)
@@ -126,14 +130,14 @@ def ar_point_dist(reference: Iterable[Iterable[float]], point: Iterable[float]) 
 
 
 def _check_percent(name: str, value: float) -> float:
-    # Written this way, the comparison refuses NaN too.
+    # The comparison is negated so that NaN is refused too.
     if not 0 <= value <= 100:
         raise ValueError(f"{name} must be a percentage from 0 to 100, got {value!r}")
     return float(value)
 
 
 def check_pair(name: str, values: Iterable[float]) -> tuple[float, float]:
-    """(standard, robust) as floats; ValueError, which calls them ``name``, if they are not two percentages."""
+    """The pair (standard, robust) as floats; ValueError with ``name`` if the values are not two percentages."""
     try:
         standard, robust = values
     except (TypeError, ValueError):
@@ -142,7 +146,7 @@ def check_pair(name: str, values: Iterable[float]) -> tuple[float, float]:
 
 
 def check_curve(name: str, points: Iterable[Iterable[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Standard and robust accuracies, by rising standard accuracy; ValueError, which calls them ``name``."""
+    """The standard and robust accuracies of a curve, by rising standard accuracy; ValueError with ``name``."""
     pairs = sorted(check_pair(f"{name}[{i}]", point) for i, point in enumerate(points))
     if len(pairs) < 2:
         raise ValueError(f"{name} must have at least 2 points (standard %, robust %), got {pairs!r}")
@@ -154,9 +158,9 @@ def check_curve(name: str, points: Iterable[Iterable[float]]) -> tuple[np.ndarra
 
 
 def interpolate(x: np.ndarray, y: np.ndarray) -> Any:
-    """The monotone cubic through the points; ModuleNotFoundError without scipy, which is optional."""
+    """The monotone cubic through the points; ModuleNotFoundError if scipy is missing."""
     try:
-        # scipy is optional: the extras eval and demo have it.
+        # scipy is optional, and a part of the extras eval and demo.
         from scipy.interpolate import PchipInterpolator
     except ImportError as error:
         raise ModuleNotFoundError(
@@ -168,7 +172,7 @@ def interpolate(x: np.ndarray, y: np.ndarray) -> Any:
 def linear_delta(
     reference_x: np.ndarray, reference_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, stacklevel: int = 3
 ) -> float:
-    """Mean over the common interval of x of the test's y minus the reference's; x must rise strictly."""
+    """The mean of the test's y minus the reference's y over the common interval of x; x must rise strictly."""
     low, high = max(reference_x[0], test_x[0]), min(reference_x[-1], test_x[-1])
     ranges = f"reference {reference_x[0]:g} to {reference_x[-1]:g}, test {test_x[0]:g} to {test_x[-1]:g}"
     if low >= high:
@@ -182,19 +186,20 @@ def linear_delta(
 
 
 def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
-    """The point of a piecewise cubic nearest to (x, y).
+    """The point of a piecewise cubic that is nearest to (x, y).
 
-    On each piece, as a function of u in [0, 1], the squared distance has its minima at the ends or at roots of its
-    derivative, a quintic.
+    On each piece the squared distance is a function of u in [0, 1]. Its minimum is at an end of the piece, or at a root
+    of its derivative, which is a quintic.
     """
     us = [np.array([0.0, 1.0])] * (len(curve.x) - 1)
     for i, width in enumerate(np.diff(curve.x)):
         cubic = np.poly1d(curve.c[:, i] * width ** np.arange(3, -1, -1.0))
         slope = np.poly1d([width**2, width * (curve.x[i] - x)]) + (cubic - y) * cubic.deriv()
-        # Remove leading coefficients that are only rounding errors: their far roots would spoil the other roots.
+        # Leading coefficients that are only rounding errors are removed, because they would make all roots inexact.
         leading = np.flatnonzero(abs(slope.c) > 1e-15 * abs(slope.c).max())
         roots = np.roots(slope.c[leading[0] :])
-        # Take real parts: a double root may come out as a complex pair, and any point of the piece may be tried.
+        # The real parts are taken, because rounding may turn a double root into a complex pair. A wrong candidate does
+        # no harm, because every candidate is a point of the piece.
         us[i] = np.concatenate([us[i], np.clip(roots.real, 0, 1)])
     s = np.concatenate([curve.x[i] + u * (curve.x[i + 1] - curve.x[i]) for i, u in enumerate(us)])
     r = curve(s)
@@ -213,22 +218,22 @@ def plot_tradeoff(
     reference_name: str = "reference",
     title: str = "",
 ) -> bool:
-    """A picture of robust over standard accuracy: named models, lines of equal SUM, and the reference curve.
+    """Draw robust over standard accuracy: named models, lines of equal SUM, and a reference curve.
 
     Args:
-        path: the PNG, which appears whole or not at all.
-        points: from names to (standard %, robust %) or to (standard %, robust %, their two standard errors in points),
-            which become error bars.
-        reference: pairs (standard %, robust %) as for `ar_bd`, drawn with the curve of `ar_point_dist`.
+        path: path of the PNG, which is written atomically.
+        points: a mapping from names to (standard %, robust %), or to (standard %, robust %, standard error, standard
+            error) with both standard errors in points, which are drawn as error bars.
+        reference: pairs (standard %, robust %) as for `ar_bd`, drawn with the curve of `ar_point_dist`; None: no curve.
         reference_name: the curve's name in the legend.
         title: title of the picture.
 
     Returns:
-        False, without a file, if matplotlib or adjustText is missing.
+        True if the picture was written; False, without a file, if matplotlib or adjustText is missing.
 
     Raises:
-        ValueError: there is nothing to show, accuracies are not within 0 to 100, standard errors are negative or
-            infinite, or `ar_bd` refuses the reference.
+        ValueError: there are neither points nor a reference, accuracies are not within 0 to 100, standard errors are
+            negative or infinite, or the reference is not allowed, see `ar_bd`.
         ModuleNotFoundError: there is a reference, and scipy is missing.
     """
     shown = {name: _with_errors(name, values) for name, values in points.items()}
@@ -241,9 +246,9 @@ def plot_tradeoff(
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    # Enlarge the picture for many names.
+    # The picture is larger if there are many names.
     side = max(1.0, len(shown) / 8) ** 0.5
-    # A figure without pyplot leaves the user's backend and open figures alone.
+    # A figure without pyplot does not change the user's backend and open figures.
     figure: Any = Figure(figsize=(7.2 * side, 5.0 * side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -252,14 +257,14 @@ def plot_tradeoff(
     everything = np.concatenate([at - errors, at + errors, np.stack([x, y], 1)])
     low, high = everything.min(0), everything.max(0)
     room = np.maximum(0.14 * (high - low), 2.0)
-    # Let the axes go beyond 0 and 100 only by the size of the marks.
+    # The axes extend beyond 0 and 100 only by the size of the marks.
     low, high = np.maximum(low - room, -0.4 * room), np.minimum(high + room, 100 + 0.4 * room)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     _lines_of_equal_sum(axes, low, high)
     traced = _draw_reference(axes, x, y, reference_name) if len(x) else np.empty((0, 2))
     for i, (center, error) in enumerate(zip(at, errors, strict=True)):
         if error.any():
-            # Leave out an error of 0, since a bar of length 0 would still have caps.
+            # An error of 0 is left out, because a bar of length 0 would still have caps.
             xerr, yerr = (value or None for value in error)
             axes.errorbar(*center, xerr=xerr, yerr=yerr, color=_color(i), capsize=2.5, lw=1.1, zorder=3)
         axes.plot(*center, "o", ms=7.5, color=_color(i), mec="white", mew=0.9, zorder=4)
@@ -277,7 +282,7 @@ def plot_tradeoff(
 
 
 def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    """(standard, robust, standard error, standard error), with errors of 0 if none are given."""
+    """The values (standard, robust, standard error, standard error); the errors are 0 if there are none."""
     what, given = f"points[{name!r}]", tuple(values)
     if len(given) not in (2, 4):
         raise ValueError(
@@ -302,7 +307,7 @@ def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.nd
 
 
 def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
-    """Draw lines of equal SUM, with the value at the right or the upper edge."""
+    """Draw lines of equal SUM, with their values at the right or the upper edge."""
     from matplotlib.ticker import MaxNLocator
 
     for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
@@ -316,12 +321,12 @@ def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
 
 
 def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.ndarray, traced: np.ndarray) -> None:
-    """Write each name beside its point, away from all points, their error bars, the curve and the other names."""
+    """Write each name near its point, without overlap with points, error bars, the curve and other names."""
     from adjustText import adjust_text
 
     if not names:
         return
-    # Draw once, so that the layout and the position of every point in pixels are known.
+    # The figure is drawn once, so that the position of every point in pixels is known.
     axes.figure.canvas.draw()
     texts = [
         axes.text(*point, name, fontsize=8.5, color=_color(i), zorder=5)
@@ -329,9 +334,9 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
     ]
     for text in texts:
         text.set_in_layout(False)
-    # The names keep away from points: nine points represent an error bar, and every twentieth point of the curve
-    # represents the curve. A fixed number of rounds, in place of a time limit, always gives the same picture. These
-    # forces keep the names of twenty models apart.
+    # adjust_text moves names away from points. So an error bar is represented by nine points, and the curve by every
+    # twentieth of its points. A fixed number of iterations, instead of a time limit, always gives the same picture.
+    # With these forces the names of twenty models do not overlap.
     along = np.linspace(-1, 1, 9)[:, None, None] * errors
     bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
     x, y = np.concatenate([*bars, traced[::20]]).T

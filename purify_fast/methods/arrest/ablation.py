@@ -1,6 +1,6 @@
-"""The contributions of ARREST's parts: adversarial training, finetuning, distillation and replay, trained and attacked.
+"""An ablation of ARREST: classifiers are trained without its parts, with each part and with both, and are attacked.
 
-Finished rows are kept: the same call resumes.
+Finished classifiers and attacks are stored, so an interrupted ablation can be resumed by the same call.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ ROBUST, AUTO = "PGD ce + dlr", "AutoAttack"
 
 
 def rows(config: ArrestConfig, what: AblationConfig) -> dict[str, ArrestConfig]:
-    """The name and the training of each row: finetuning without either part, with each part, and with both.
+    """Return the name and the settings of each finetuning: without either part, with each part, and with both.
 
     Raises:
-        ValueError: a row that cannot be trained, or a setting of ``config`` that the rows would replace by others.
+        ValueError: some settings do not fit together, or the ablation would replace a setting of ``config``.
     """
     for name, several in (("distillation_weight", "weights"), ("angle", "angles"), ("tau", "taus")):
         value = getattr(config, name)
         if value != getattr(ArrestConfig, name) and value not in getattr(what, several):
             raise ValueError(
-                f"{name} {value:g} would be in no row: the ablation varies it, give {several} (--{several} {value:g})"
+                f"{name} {value:g} would have no effect, because the ablation varies it: add it to {several} "
+                f"(--{several} {value:g})"
             )
     if not config.replay and (what.angles or what.taus):
-        raise ValueError("--angles and --taus switch replay on: leave them out or drop --no-replay")
+        raise ValueError("angles and taus need replay=True, got False: leave out --angles and --taus, or --no-replay")
     bare = replace(config, distillation_weight=0.0, replay=False, angle=ArrestConfig.angle, tau=None)
     distilled: dict[str, dict[str, Any]] = {f"lambda {w:g}": {"distillation_weight": w} for w in what.weights}
     replayed: dict[str, dict[str, Any]] = {f"phi {a:g}": {"replay": True, "angle": a} for a in what.angles}
@@ -75,27 +76,27 @@ def ablate(
     out: str | Path,
     progress: bool = True,
 ) -> list[Path]:
-    """Train and attack every row, and write ``ablation.md`` and, with matplotlib, ``ablation.png``.
+    """Train and attack all classifiers, and write ``ablation.md`` and, with matplotlib, ``ablation.png``.
 
     Args:
-        make: makes a fresh classifier, one of `purify_fast.models.CLASSIFIERS`, on the images' device; torch is seeded
-            before.
-        images: to train on and to attack.
-        config: settings of the finetunings, but for lambda and the replay's threshold, which `AblationConfig` lists.
-            Its attack is also that of the classifiers trained from scratch, and its eps that of the attacks in the end.
-        what: the rows, and how they are attacked.
-        loop: settings of every training; its epochs are the finetunings'.
-        out: folder; holds each row's run as well.
-        progress: whether to show bars.
+        make: function that returns a fresh classifier, one of `purify_fast.models.CLASSIFIERS`, on the device of the
+            images. torch is seeded before each call.
+        images: the images for training and attacks.
+        config: settings of the finetunings, except lambda and the threshold of the replay, which `AblationConfig`
+            lists. The classifiers from scratch are trained with its attack, and the final attacks have its eps.
+        what: lists of the settings to vary, and settings of the final attacks.
+        loop: settings of every training. Its epochs are those of the finetunings.
+        out: folder for the table and for the run of each classifier.
+        progress: whether to show progress bars.
 
     Returns:
-        The written files, the table first.
+        The written files; the table is the first.
 
     Raises:
-        ValueError: settings that cannot be trained or would be ignored; a folder that holds others.
+        ValueError: settings are out of range or would have no effect, or the folder holds a run with other settings.
         ModuleNotFoundError: AutoAttack or scipy is missing.
     """
-    # before any work, check everything that would stop a later step: scipy, AutoAttack, refused settings
+    # scipy, AutoAttack and all settings are checked here, so that nothing can stop a later step
     ar_point_dist(((0, 1), (1, 0)), (0, 1))
     if what.autoattack:
         implementation()
@@ -104,12 +105,12 @@ def ablate(
         start = make()
         Teacher(start, [representation_before_pooling(start)], images.image_shape, pooled=True)
     n = min(what.images, len(images.y_test))
-    # the numbers that the table names
+    # the table must state the numbers of images that there are
     what = replace(what, images=n, autoattack=min(what.autoattack, n))
     attack, out = config.attack, Path(out)
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
     results: dict[str, list[Accuracies]] = {}
-    # each later attack gets the images that withstood the earlier attacks
+    # each attack gets only the images that withstood the attacks before it
     attacks = [AttackSpec(PGD()), AttackSpec(PGD(loss="dlr"), survivors_only=True, label=ROBUST)]
     if what.autoattack:
         attacks.append(AttackSpec(AutoAttack(), survivors_only=True, max_images=what.autoattack, label=AUTO))
@@ -138,7 +139,7 @@ def ablate(
 
     for name, share in scratch.items():
         classifier_config = ClassifierConfig(
-            # give the step, because the defaults of the two tasks differ
+            # alpha is given, because its default differs between ClassifierConfig and ArrestConfig
             attack=replace(attack, eps=share * attack.eps, alpha=share * attack.step_size(attack.eps)),
         )
         torch.manual_seed(loop.seed)
@@ -155,7 +156,7 @@ Accuracies = tuple[float, float, float, float]
 
 
 def _accuracies(report: Report, label: str) -> Accuracies:
-    """The accuracies under the attack, and on as many clean images."""
+    """Return the accuracies on the attacked images and on the same images without the attack."""
     robust, clean = report.row(label), report.row("clean")
     clean = replace(clean, robust=clean.robust[: robust.n])
     values = (clean.accuracy, robust.accuracy, clean.standard_error, robust.standard_error)
@@ -163,7 +164,7 @@ def _accuracies(report: Report, label: str) -> Accuracies:
 
 
 def best_points(points: Sequence[Tradeoff]) -> list[Tradeoff]:
-    """The points that no other beats in both accuracies, by rising standard accuracy."""
+    """Return the Pareto-optimal points, in ascending order of standard accuracy."""
 
     def beaten(point: Tradeoff) -> bool:
         return any(p != point and p.standard >= point.standard and p.robust >= point.robust for p in points)
@@ -180,8 +181,8 @@ def write(
 ) -> list[Path]:
     """Write the table and, with matplotlib, the picture.
 
-    ``results`` are the accuracies under PGD and, if it ran, under AutoAttack on its images; SUM and the other
-    trade-offs use the last. The rows that ``reference`` names make the curve.
+    ``results`` has for each classifier the accuracies under PGD and, if AutoAttack ran, those under AutoAttack on its
+    images. SUM and the other trade-offs use the last of them. The classifiers in ``reference`` define the curve.
     """
     curve = best_points([Tradeoff(*results[name][-1][:2]) for name in reference])
     auto = what.autoattack > 0
@@ -195,13 +196,13 @@ def write(
         table.append([name, *cells, *(f"{value:.2f}" for value in (point.sum, point.mean, point.nrr)), far])
     robust = f"AutoAttack, first {what.autoattack} images" if auto else f"PGD-{what.attack_steps}"
     text = [
-        f"Accuracy ± standard error, %; the first {what.images} test images, {attack.norm} eps {attack.eps:.4g}; "
-        f"robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on what that left. "
-        + (f"AutoAttack: standard, then, on the first {what.autoattack}. " if auto else "")
-        + f"SUM, mean, NRR and ar_point_dist: of standard accuracy and {robust}. "
-        "ar_point_dist (this package's own; inspired by, and not, the paper's ARDist): signed distance in points to "
-        f"the curve through {', '.join(f'({p.standard:.1f}, {p.robust:.1f})' for p in curve)}, those of "
-        f"{'; '.join(reference)} that no other of them beats.",
+        f"Accuracy ± standard error in %, on the first {what.images} test images, {attack.norm} eps {attack.eps:.4g}. "
+        f"Robust: PGD-{what.attack_steps} with cross-entropy, then with DLR on the images that withstood it. "
+        + (f"AutoAttack: PGD, then AutoAttack (standard), on the first {what.autoattack} images. " if auto else "")
+        + f"SUM, mean, NRR and ar_point_dist are computed from standard accuracy and {robust}. ar_point_dist is this "
+        "package's own measure, inspired by the paper's ARDist, but not equal to it: the signed distance in points to "
+        f"the curve through {', '.join(f'({p.standard:.1f}, {p.robust:.1f})' for p in curve)}, the Pareto-optimal "
+        f"points of {'; '.join(reference)}.",
         "",
         *markdown_table(head, table),
     ]

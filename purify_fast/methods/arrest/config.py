@@ -1,4 +1,4 @@
-"""The settings of ARREST's finetuning, each with its source."""
+"""The settings of ARREST's finetuning, with their sources."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from ...training.config import TrainingAttack
 class ArrestConfig:
     """The settings of ARREST's finetuning of a classifier.
 
-    "Paper" is the abstract of arXiv 2308.16454 or text that quotes it, "port" a re-implementation by readers of the
-    paper (sgmath12/FAT), "own" a choice of this package if neither names the setting. With ``distillation_weight=0,
-    replay=False`` it is adversarial finetuning, and with a fresh classifier PGD adversarial training.
+    "Paper" is the abstract of arXiv 2308.16454, or a text that quotes the paper. "Port" is a re-implementation by
+    readers of the paper (sgmath12/FAT). "Own" is this package's choice. With ``distillation_weight=0, replay=False``,
+    the training is plain adversarial finetuning; with a fresh classifier, it is then PGD adversarial training.
 
     Args:
-        attack: PGD on the cross-entropy alone. Paper: eps 8/255, linf; paper and port: 10 steps of 2/255, which alpha
-            None, 2.5 eps / steps, gives at these numbers and keeps in proportion at others. Its steps must together
-            reach eps. Own: the random start. The port has no warm-up.
-        distillation_weight: weight of the distillation, lambda (port: 50); 0 leaves it out.
-        distance: d, the distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
+        attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random
+            start). At these numbers, alpha None, which means 2.5 eps / steps, is 2/255 too. The steps must be long
+            enough to reach eps together. The port has no warm-up.
+        distillation_weight: lambda, weight of the distillation (port: 50); 0: no distillation.
+        distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".
-        pooled: whether maps are read after global average pooling (the port's deviation) and not before it (paper, says
-            the port); not for vectors.
-        replay: whether noisy replay is on.
-        angle: the replay's threshold as an angle, phi, in degrees (port: 30); tau is the distance of two vectors at it.
-        tau: the replay's threshold as the distance itself, for a distance that no angle decides, or to set it freely;
-            None takes the angle's.
-        replay_share: share of the epochs, from the first on, in which examples are replayed (port: half).
-        drift_mode: mode of the classifier in the drift test: "eval" (own), which leaves BatchNorm's statistics alone,
-            or "train" (port).
+        pooled: whether the representation of maps and tokens is their mean over all positions (port). The paper uses
+            maps before pooling (according to the port). True is not possible for vectors.
+        replay: whether to use noisy replay.
+        angle: phi, threshold of the replay as an angle in degrees (port: 30). tau is the distance of two vectors with
+            this angle.
+        tau: threshold of the replay as a distance, in place of ``angle``; required for the distance "l2". None: the
+            distance that belongs to ``angle``.
+        replay_share: share of the epochs, from the start of the run, in which examples are replayed (port: half).
+        drift_mode: mode of the classifier when the drift is measured: "eval" (own), which does not change BatchNorm's
+            statistics, or "train" (port).
         optimizer: "sgd" with momentum (port), or "adamw" (own).
-        learning_rate: the highest rate of the schedule (port: 0.025).
-        momentum: momentum of sgd (port: 0.9).
-        weight_decay: weight decay of either optimizer (port: 5e-4).
+        learning_rate: highest learning rate of the schedule (port: 0.025).
+        momentum: momentum of "sgd" (port: 0.9).
+        weight_decay: weight decay of the optimizer (port: 5e-4).
         schedule: schedule of the learning rate: "published" (port; `purify_fast.training.schedules.arrest_published`),
             "one_cycle" or "constant" (own).
-        ema_decay: decay of a moving average of the weights, which is then the result; 0 for none (an extra, not part of
-            ARREST).
-        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020; 0 for none (an extra, not part of
-            ARREST).
-        precision: "float32", which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
-            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
-            "bfloat16" within matrix products (own).
+        ema_decay: decay of a moving average of the weights, which is then the result (an extra, not part of ARREST);
+            0: no moving average.
+        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (an extra, not part of ARREST); 0:
+            no perturbation.
+        precision: "float32", which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU rounds the
+            factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
+            matrix products (own).
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     attack: TrainingAttack = TrainingAttack(eps=8 / 255, steps=10)
@@ -73,9 +74,9 @@ class ArrestConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.replay and self.attack.norm != "linf":
-            raise ValueError(f"replay needs norm 'linf', whose ball its noise fills, got {self.attack.norm!r}")
+            raise ValueError(f"replay needs norm 'linf', because its noise fills that ball, got {self.attack.norm!r}")
         if self.replay and self.tau is None and self.distance == "l2":
-            raise ValueError("distance='l2' needs tau: no angle decides it")
+            raise ValueError("distance='l2' needs tau, because angle does not determine it, got tau=None")
 
         eps, steps = self.attack.eps, self.attack.steps
         if not eps > 0:
@@ -84,45 +85,46 @@ class ArrestConfig:
         reach = steps * alpha
         if reach < eps * (1 - 1e-6):
             raise ValueError(
-                f"{steps} steps of alpha {alpha:.4g} reach {reach:.4g} of eps {eps:.4g}: "
-                f"give a larger alpha, or None for 2.5 eps / steps = {2.5 * eps / steps:.4g}"
+                f"alpha must be at least eps / steps = {eps / steps:.4g}, got {alpha:.4g}: {steps} steps would only "
+                f"reach {reach:.4g} of eps {eps:.4g}. alpha None is 2.5 eps / steps = {2.5 * eps / steps:.4g}"
             )
 
     @property
     def threshold(self) -> float:
-        """The drift above which an example is replayed, tau."""
+        """tau, the drift above which an example is replayed."""
         if self.tau is not None:
             return self.tau
         return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
 
     def replays(self, epoch: int, epochs: int) -> bool:
-        """Tell whether examples may be replayed in ``epoch`` of 0 .. epochs - 1."""
-        # round, because 0.07 * 100 is above 7
+        """Tell whether examples may be replayed in an epoch, counted from 0."""
+        # rounded, because 0.07 * 100 is slightly above 7 in floating point
         return self.replay and epoch < round(self.replay_share * epochs, 9)
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """The rows of an ablation; every number is this package's own choice.
+    """The settings of an ablation. This package has chosen every default; none is from a paper.
 
-    Each lambda and each threshold of the replay makes a row alone, and so do all pairs of the two.
+    A classifier is trained and attacked for each lambda alone, for each threshold of the replay alone, and for each
+    pair of a lambda and a threshold.
 
     Args:
         weights: lambdas of the distillation.
-        angles: thresholds of the replay as angles, phi, in degrees.
-        taus: thresholds of the replay as the distance itself.
-        shares: shares of eps that further classifiers are trained at from scratch; with the standard one and the one at
-            eps they make the reference curve.
+        angles: thresholds of the replay as angles phi, in degrees.
+        taus: thresholds of the replay as distances.
+        shares: shares of eps. For each, a further classifier is trained from scratch with this radius. Together with
+            the standard classifier and the one at eps, these classifiers define the reference curve.
         standard_epochs: epochs of the standard classifier.
         scratch_epochs: epochs of adversarial training from scratch.
-        attack_steps: steps of PGD when attacking, with cross-entropy, then with DLR.
-        images: the first so many held-out images are attacked.
-        autoattack: the first so many of these are attacked by AutoAttack (standard) as well, where PGD failed; 0 for
-            none. If it runs, SUM and the other trade-offs are the paper's, of clean accuracy and AutoAttack's on its
-            images, else of PGD's.
+        attack_steps: steps of the final PGD attacks, with cross-entropy and then with DLR.
+        images: number of held-out images to attack, from the first on.
+        autoattack: number of these images to attack by AutoAttack (standard) too, from the first on, if they withstood
+            PGD; 0: no AutoAttack. SUM and the other trade-offs are those of the paper: of clean accuracy and accuracy
+            under AutoAttack, on these images. Without AutoAttack, they use the accuracy under PGD.
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     weights: tuple[Positive, ...] = (50.0,)
@@ -139,6 +141,6 @@ class AblationConfig:
         check_types(self)
         for name in ("weights", "angles", "taus", "shares"):
             values = getattr(self, name)
-            # the rows are named with six digits
+            # the names of the classifiers have numbers with six digits
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different in six digits, got {values}")

@@ -1,7 +1,7 @@
-"""The published trainings of ARREST, number by number, each with its source, in ``recipes.json``.
+"""The published trainings of ARREST. ``recipes.json`` has every number and its source.
 
 ARREST has no official code. "FAT" is a re-implementation by readers of the paper (sgmath12/FAT): ``methods.py``,
-``main.py`` and ``arrest_20ep.yaml``. Their statements about the paper are second-hand.
+``main.py`` and ``arrest_20ep.yaml``. Its statements about the paper are second-hand.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from .task import ArrestTask
 class ArrestRecipe(Recipe):
     """A published ARREST training.
 
-    With ``official_code`` it is that of the re-implementation: PGD starts from 0.001 times a normal draw, the drift is
-    looked at in training mode, and the representation is pooled.
+    With ``official_code``, the training is that of the re-implementation: the random start of PGD is normal with
+    standard deviation 0.001, the drift is measured in training mode, and the representation is pooled.
     """
 
     settings = ArrestConfig
 
     def build_classifier(self, width: int | None = None) -> nn.Module:
-        """The recipe's network with fresh weights; ARREST begins with one that was trained on clean images.
+        """Build the recipe's network with fresh weights. ARREST requires that it is first trained on clean images.
 
         Args:
-            width: width of the network in place of the recipe's, as in `purify_fast.models.build_classifier`.
+            width: width of the network, as in `purify_fast.models.build_classifier`; None: the recipe's width.
         """
         options: dict[str, Any] = self.part("classifier") | ({} if width is None else {"width": width})
         name = options.pop("name")
         shape, classes = self.image_shape, self["data.num_classes"]
-        # the sources do not say how images are normalized: the data set's statistics
+        # the sources do not say how images are normalized, so these are the statistics of the data set
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         return build_classifier(name, shape, classes, mean=mean, std=std, **options)
 
     def task(self, classifier: nn.Module, official_code: bool = False) -> ArrestTask:
-        """The finetuning of a classifier in place, for `purify_fast.training.fit`.
+        """Return the finetuning of a classifier, for `purify_fast.training.fit`. The classifier is changed in place.
 
         Args:
-            classifier: trained on clean images.
-            official_code: repeat the authors' code, as for `config`.
+            classifier: classifier that was trained on clean images.
+            official_code: reproduce the re-implementation, as in `config`.
         """
         return ArrestTask(classifier, self.config(official_code), self.image_shape)
 

@@ -1,6 +1,7 @@
-"""ARREST: adversarial finetuning of a standardly trained classifier that stays close to its old representation.
+"""ARREST: adversarial finetuning of a standard classifier, in which its representation changes as little as possible.
 
-With f, h the classifier being trained, its logits and representation, and h* that of its frozen start,
+Let f and h be the logits and the representation of the trained classifier, and h* the representation of the teacher, a
+frozen copy of its start. Then
 
     drift_i = d(h(x_i), h*(x_i))
     x_in    = x + u, u ~ Uniform(-eps, eps), where drift_i > tau in the first half of the epochs   (noisy replay)
@@ -8,7 +9,7 @@ With f, h the classifier being trained, its logits and representation, and h* th
     L       = CE(f(x_in), y) + lambda mean d(h(x_in), h*(x)),   d = 1 - |cos|            (distillation)
 
 Suzuki et al.: "Adversarial Finetuning with Latent Representation Constraint to Mitigate Accuracy-Robustness Tradeoff",
-arXiv 2308.16454 (ICCV 2023). It has no official code: `ArrestConfig` says for each number how well it is known.
+arXiv 2308.16454 (ICCV 2023). There is no official code; `ArrestConfig` names the source of each number.
 """
 
 from __future__ import annotations
@@ -44,23 +45,27 @@ from .config import ArrestConfig
 
 
 class ArrestTask(MethodTask):
-    """Trains a classifier by ARREST in `purify_fast.training.fit`, starting from its weights as they are.
+    """The training of a classifier by ARREST, for `purify_fast.training.fit`.
 
     Args:
-        model: the classifier to train in place: images ``[B, *image_shape]`` in [0, 1] to logits. Standardly trained
-            for ARREST; with fresh weights and neither distillation nor replay, PGD adversarial training.
-        config: how.
+        model: the classifier to train in place, images ``[B, *image_shape]`` in [0, 1] to logits. For ARREST it must
+            have been trained on clean images. With fresh weights, without distillation and replay, this is PGD
+            adversarial training.
+        config: settings of the training.
         image_shape: (C, H, W).
-        layers: module paths whose outputs are the representation; None: the map before pooling of one of this
-            package's classifiers. Several layers: their distances are averaged.
-        teacher: the frozen start; None: a copy of ``model`` as it is now. A run is resumed only with the same one.
-        compile: whether `torch.compile` makes the classifier that is attacked, once for all batch sizes.
+        layers: paths of the modules whose outputs are the representation. The distances of several layers are averaged.
+            None: the map before pooling, for a classifier of this package.
+        teacher: classifier for the `Teacher`; None: ``model`` with its present weights. A run is resumed only with the
+            same weights.
+        compile: whether to compile the attacked copy of the classifier with `torch.compile`, once for all batch sizes.
 
     Attributes:
-        teacher: see `Teacher`; ``task.teacher.keep(x)`` before un-augmented training saves a pass a step.
+        teacher: the `Teacher`. If images are not augmented, ``task.teacher.keep(x)`` before the training saves a
+            forward pass of the teacher in each step.
 
     Raises:
-        ValueError: unknown layers, or layers are needed and not given; ``pooled`` without a map among them.
+        ValueError: layers are unknown, or are required but not given; or ``pooled`` is True and all layers return
+            vectors.
     """
 
     name = "arrest"
@@ -89,7 +94,7 @@ class ArrestTask(MethodTask):
             self._reader = Representation(model, self.layers, image_shape)
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
-        # the classifier as the attack sees it
+        # the attacked model may be a copy that is faster
         self.attacked = model
         if self.dtype != torch.float32 or compile:
             self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
@@ -107,7 +112,7 @@ class ArrestTask(MethodTask):
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits ``[B, C]`` and representation of images ``[B, C, H, W]``; differentiable, in the model's mode."""
+        """Return logits ``[B, classes]`` and representation of images ``[B, C, H, W]``, in the model's present mode."""
         with autocast_to(x.device, self.dtype):
             if self._reader is None:
                 return self.classifier(x), []
@@ -115,24 +120,24 @@ class ArrestTask(MethodTask):
         return logits, pool(features) if self.config.pooled else features
 
     def distance(self, features: list[Tensor], of_teacher: list[Tensor]) -> Tensor:
-        """d of every example ``[B]``; the mean over the layers."""
+        """Return the distance d of every example, ``[B]``, as a mean over the layers."""
         return representation_distance(features, of_teacher, self.config.distance).mean(1)
 
     @torch.no_grad()
     def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
-        """d between the representations of clean images ``x``, ``[B]``, in the config's mode."""
+        """Return the drift of clean images ``x``, ``[B]``, with the classifier in the mode ``drift_mode``."""
         with contextlib.nullcontext() if self.config.drift_mode == "train" else frozen(self.classifier):
             return self.distance(self.forward(x)[1], of_teacher)
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
-        """Attack the images of ``rows``, indices, or all, by PGD on the cross-entropy; other images stay."""
+        """Attack the images with the indices ``rows`` by PGD on the cross-entropy; None: all. Others are unchanged."""
         if isinstance(self.attacked, InferenceCopy):
             self.attacked.refresh(self.classifier)
         adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """x_in, and the share of replayed examples; PGD runs only for the others, unless its step is captured."""
+        """Return x_in, and the share of replayed examples. Replayed examples are attacked only with CUDA graphs."""
         attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
         if not self.config.replays(batch.epoch, batch.epochs):
             return self.attack(batch, attack), batch.x.new_zeros(())
@@ -141,7 +146,7 @@ class ArrestTask(MethodTask):
         if self.attacks_all_rows(batch.x.device):
             adversarial = self.attack(batch, attack)
         else:
-            # the host waits for their number: if there are none, the attack can be left out
+            # the host waits for the number of attacked examples, because the attack is left out if there are none
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
@@ -149,10 +154,11 @@ class ArrestTask(MethodTask):
         return x, replayed.float().mean()
 
     def attacks_all_rows(self, device: torch.device) -> bool:
-        """Tell whether the images that are replayed are attacked too, although the result is not used.
+        """Tell whether the replayed images are attacked too, although the result is not used.
 
-        A captured step takes one number of images, and costs less than the launches for a part of them would. If the
-        last attack could not be captured, or its replays saved too little, only the others are attacked.
+        A CUDA graph has a fixed number of images, and its replay takes less time than the kernel launches for fewer
+        images without a graph. If the last attack could not be captured, or its replays saved too little time, replayed
+        images are not attacked.
 
         Args:
             device: device of the images.
@@ -160,7 +166,7 @@ class ArrestTask(MethodTask):
         return self.graphs is not None and self.graphs.may_replay(device)
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
-        """The loss of inputs ``x [B, C, H, W]`` and metrics."""
+        """Return the loss of inputs ``x [B, C, H, W]``, and metrics."""
         logits, features = self.forward(x)
         cross_entropy, accuracy = cross_entropy_of(logits.float(), y)
         metrics = {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
@@ -171,7 +177,7 @@ class ArrestTask(MethodTask):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # a batch before may have left them: one step can follow the gradients of several batches
+        # An earlier batch may have left perturbed weights, if a loop adds the gradients of several batches in a step.
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
@@ -183,14 +189,15 @@ class ArrestTask(MethodTask):
     # -- adversarial weight perturbation ------------------------------------------------------------------------------
 
     def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Move each weight matrix by gamma of its norm up the loss, until the optimizer's or the next training step."""
+        """Move each weight matrix up the gradient of the loss, by gamma times its norm. `before_step` moves it back."""
         buffers = [(b, b.clone()) for b in self.classifier.buffers()]
         weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
         gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
         used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
         average_([gradient for _, gradient in used])
         with torch.no_grad():
-            for buffer, before in buffers:  # the batch must enter BatchNorm's statistics only once
+            # the batch must change BatchNorm's statistics only once
+            for buffer, before in buffers:
                 buffer.copy_(before)
             for weight, gradient in used:
                 self._unperturbed.append((weight, weight.clone()))
@@ -198,19 +205,19 @@ class ArrestTask(MethodTask):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Take the perturbation back, so that the optimizer moves the unperturbed weights."""
+        """Remove the perturbation, so that the optimizer changes the unperturbed weights."""
         for weight, before in self._unperturbed:
             weight.copy_(before)
         self._unperturbed = []
 
-    # -- what `fit` asks for ------------------------------------------------------------------------------------------
+    # -- methods that `fit` calls -------------------------------------------------------------------------------------
 
     def terms(self, length: RunLength) -> dict[str, int]:
         return {"cross_entropy": 0} | ({"distance": 0} if self.config.distillation_weight > 0 else {})
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # name the step itself: a run can then be resumed whether its step was given or follows from eps
+        # alpha is the length of the step itself, so that a run with alpha None can be resumed with this alpha
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": self.name, **settings(self.config), **facts}
@@ -219,7 +226,7 @@ class ArrestTask(MethodTask):
         check_classifier(self.classifier, shape, classes)
 
     def validate(self, batch: Batch) -> Metrics:
-        """Cross-entropy and accuracy of the result under the training's attack, or PGD-10 if that has fewer steps.
+        """Return cross-entropy and accuracy under the training's attack, or under PGD-10 if that has fewer steps.
 
         Args:
             batch: held-out images.
@@ -232,7 +239,7 @@ class ArrestTask(MethodTask):
 
 
 def pool(features: list[Tensor]) -> list[Tensor]:
-    """Means over the positions of maps and tokens; vectors as they are.
+    """Average maps and tokens over their positions. Vectors are not changed.
 
     Args:
         features: outputs of layers, ``[B, C, H, W]``, ``[B, T, D]`` or ``[B, F]``.
@@ -241,19 +248,20 @@ def pool(features: list[Tensor]) -> list[Tensor]:
 
 
 class Teacher:
-    """The frozen start h*: a copy of a classifier, in evaluation mode, read at ``layers``.
+    """The teacher of the distillation: a frozen copy of a classifier in evaluation mode, which returns h*.
+
+    Called with a `Batch`, it returns the outputs of ``layers`` for the batch's images, without gradients. If `keep` was
+    called, it returns the stored outputs.
 
     Args:
-        classifier: images ``[B, *image_shape]`` in [0, 1] to logits; the caller's own is left untouched.
-        layers: module paths whose outputs are the representation.
+        classifier: images ``[B, *image_shape]`` in [0, 1] to logits. It is copied, and not changed.
+        layers: paths of the modules whose outputs are the representation.
         image_shape: (C, H, W).
-        pooled: whether maps and tokens are read after their mean over the positions.
-        dtype: bfloat16 reads an accelerated copy.
-
-    Called with a `Batch`, it returns the layers' outputs for its images, without a gradient, or what `keep` kept.
+        pooled: whether maps and tokens are averaged over their positions.
+        dtype: dtype of the computation; bfloat16 makes the copy faster.
 
     Raises:
-        ValueError: unknown layers, or ``pooled`` where all of them are vectors.
+        ValueError: layers are unknown, or ``pooled`` is True and all layers return vectors.
     """
 
     def __init__(
@@ -267,7 +275,7 @@ class Teacher:
         model = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
-            raise ValueError(f"pooled is for maps and tokens: {', '.join(layers)} puts out a vector already")
+            raise ValueError(f"pooled must be False for layers whose outputs are vectors, got {', '.join(layers)}")
         if dtype != torch.float32:
             prepare_for_inference(model, image_shape, dtype)
         self._stored: list[Tensor] | None = None
@@ -275,7 +283,7 @@ class Teacher:
 
     @torch.no_grad()
     def read(self, x: Tensor) -> list[Tensor]:
-        """The layers' outputs.
+        """Return the outputs of the layers.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -285,17 +293,19 @@ class Teacher:
         return pool(features) if self.pooled else features
 
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
-        """Read all training images once, to save a pass of the teacher in every step; not for augmented training.
+        """Store the outputs for all training images, so that a step needs no forward pass of the teacher.
+
+        Do not use this if the training augments its images.
 
         Args:
-            x: the training images, uint8 ``[N, C, H, W]``. The outputs of all of them are held on its device.
-            batch_size: images that are read at once.
+            x: the training images, uint8 ``[N, C, H, W]``. All outputs are held in the memory of its device.
+            batch_size: number of images per forward pass.
             progress: whether to show a progress bar.
         """
         bar = tqdm(range(0, len(x), batch_size), desc="teacher", unit="batch", disable=not progress)
         parts = [self.read(to_float(x[i : i + batch_size])) for i in bar]
         layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-        # picking rows of channels_last maps keeps their layout
+        # stored in this order, the selected maps have the layout channels_last again
         self._stored = [f.permute(0, 2, 3, 1).contiguous() if f.dim() == 4 else f for f in layers]
 
     def __call__(self, batch: Batch) -> list[Tensor]:
@@ -308,5 +318,5 @@ class Teacher:
             for stored, now in zip(features, self.read(batch.x), strict=True):
                 apart = (stored.float() - now.float()).norm()
                 if not apart <= 0.01 * now.float().norm():
-                    raise ValueError("x differs from the images whose features were kept: are the images augmented?")
+                    raise ValueError("x must be the images that were passed to keep, and differs: are they augmented?")
         return features

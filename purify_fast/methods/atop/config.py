@@ -1,4 +1,4 @@
-"""The settings of AToP's training, each with its source."""
+"""The settings of AToP's training, with their sources."""
 
 from __future__ import annotations
 
@@ -14,43 +14,42 @@ from ...training.schedules import DelayUnit
 class AtopConfig:
     """The settings of the training of AToP's purifier; `purify_fast.methods.atop.recipes` has the authors' settings.
 
-    "Official" is the official code of arXiv 2401.16352, "own" a choice of this package.
+    "Official" is the official code of arXiv 2401.16352; "own" is this package's choice.
 
     Args:
-        attack_method: "fgsm" (official: one step, no random start), "pgd", or "none" as in pre-training.
-        attack_target: the target of the attacks: "classifier" (official), or "pipeline", the whole defence with exact
+        attack_method: "fgsm" (official: one step, no random start), "pgd", or "none", as in pre-training.
+        attack_target: target of the attacks: "classifier" (official), or "pipeline", the whole defence with exact
             gradients (own).
-        attack: the ball (official: linf, eps 8/255); its other settings are PGD's, and must stay as they are without
-            it.
-        reconstruction_target: "adversarial", the purifier rebuilds what it gets (released notebooks, one pass), or
-            "clean", a clean image from its own transform, in a second pass with the same noise and mask (the logged
-            run).
-        cls_weight: weight of the classifier's cross-entropy, lambda (official: 0.05; 0.1 on ImageNette).
-        cls_delay: how much of the training is over before the cross-entropy acts (official: 2 epochs, each of which the
-            notebooks cut off after 625 steps of 8 images).
+        attack: the attack. Its norm and eps set the ball (official: linf, eps 8/255). Its other settings are for PGD,
+            and must have their defaults if attack_method is not "pgd".
+        reconstruction_target: the image that the purifier is trained to rebuild. "adversarial": its own input before
+            the transform (released notebooks, one pass). "clean": the clean image from a transform of the clean image,
+            in a second pass with the same noise and mask (the logged run).
+        cls_weight: weight lambda of the classifier's cross-entropy (official: 0.05; 0.1 on ImageNette).
+        cls_delay: length of the start of the training in which the cross-entropy has weight 0 (official: 2 epochs,
+            which the notebooks end after 625 steps of 8 images each).
         cls_delay_unit: unit of cls_delay: "epochs", "steps" or "images".
-        classifier_range: range of the purified image that the cross-entropy hands to the classifier: "unit", values in
-            [0, 1] as everywhere else, or "doubled", values in [-1, 1], which the released notebooks hand to a
-            classifier that was trained on [0, 1].
+        classifier_range: range of the purified images in the cross-entropy. "unit": [0, 1], as in predictions.
+            "doubled": [-1, 1], as in the released notebooks, although their classifier was trained on [0, 1].
         reconstruction_weight: weight of the L1 terms, or of the purifier's own ``original_loss`` (official: 1).
         gan_weight: weight of the purifier's GAN term, L_G (official: 1).
         discriminator_width: channels of the discriminator's first layer (official: 64).
-        gan_grad: whether L_G trains the purifier, as the paper's formula says. In the official code its gradient is cut
-            off, so that the discriminator changes nothing: False leaves it out.
-        gan_fake: the fake images for the discriminator's own step: "refined", the refined image (fine-tuning), or
-            "pasted", the refined image in the hole and the transformed image elsewhere (pre-training).
-        masks: the pixels that are hidden from the purifier while it is trained: "blocks", as the defence hides them, or
-            "free_form", a box and brush strokes and no noise, as in DeepFillv2's own training, see
-            `purify_fast.methods.atop.deepfill_training`; "free_form" needs a training without attacks.
-        precision: "float32" (official), which on a GPU is that of IEEE too; "tf32" (own), which there rounds what is
-            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
-            "bfloat16" to train the accelerated defence (own).
+        gan_grad: whether L_G trains the purifier, as in the paper's formula. In the official code the gradient of L_G
+            is cut off, so the discriminator has no effect. With False, there is no discriminator.
+        gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
+            refined images in the hole, and the transformed images elsewhere (pre-training).
+        masks: pixels that are hidden from the purifier in the training. "blocks": the defence's blocks. "free_form": a
+            box and brush strokes, without noise, as in DeepFillv2's training
+            (`purify_fast.methods.atop.deepfill_training`). "free_form" needs a training without attacks.
+        precision: "float32" (official), which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU
+            rounds the factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or
+            "bfloat16", which trains the accelerated defence (own).
         schedule: schedule of the learning rate: "constant" (official) or "one_cycle" (own).
         learning_rate: learning rate of Adam (official: 1e-4).
         betas: betas of Adam (official: 0.5, 0.999).
 
     Raises:
-        ValueError: a setting out of range, or one that would have no effect; the message names it.
+        ValueError: a setting is out of range or would have no effect; the message names it.
     """
 
     attack_method: Literal["fgsm", "pgd", "none"] = "fgsm"
@@ -89,21 +88,23 @@ class AtopConfig:
                 f"{self.attack_method!r} and {self.cls_weight}"
             )
         if self.attack_method == "none" and self.attack_target == "pipeline":
-            raise ValueError("attack_target='pipeline' needs an attack: give attack_method 'fgsm' or 'pgd'")
+            raise ValueError(
+                "attack_target='pipeline' needs an attack, got attack_method='none': set it to 'fgsm' or 'pgd'"
+            )
         for name in ("steps", "alpha", "relative_alpha", "random_start", "start_std"):
             if self.attack_method != "pgd" and getattr(attack, name) != getattr(default, name):
                 raise ValueError(f"{name} needs attack_method='pgd', got {name}={getattr(attack, name)}")
 
     @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:
-        """Generator pre-training: hinge GAN and L1 on clean images, no classifier, both with weight 1.
+        """Return settings for the pre-training of a generator, by a hinge GAN and L1 on clean images.
 
-        Losses and weights are those of DeepFillv2's training as AToP's repository has it (code: `train see in
-        Finetuning-AToP.py`, `configs/train.yaml`). The images are transformed as the defence transforms them; with
-        ``masks="free_form"`` a box and brush strokes are hidden and no noise is added, as there.
+        Both losses have weight 1, and there is no cross-entropy. This is DeepFillv2's training in AToP's repository
+        (code: `train see in Finetuning-AToP.py`, `configs/train.yaml`), but with the defence's transform. With
+        ``masks="free_form"``, the hidden pixels are those of that training too: a box and brush strokes, without noise.
 
         Args:
-            changes: fields to set otherwise.
+            changes: fields with other values.
         """
         settings = {"attack_method": "none", "reconstruction_target": "clean", "cls_weight": 0.0, "gan_grad": True}
         return cls(**{**settings, "gan_fake": "pasted", **changes})

@@ -1,11 +1,13 @@
-"""The training of DeepFillv2: SN-PatchGAN, its discriminator, and the holes of its images.
+"""Parts of DeepFillv2's training: the discriminator SN-PatchGAN, and the free-form holes in the images.
 
-Yu et al., ICCV 2019, in the form of nipponjo/deepfillv2-pytorch, whose names the discriminator's tensors have; spectral
-normalization as Miyato et al., ICLR 2018, define it. A hole is a box and brush strokes in each image, without noise.
-AToP starts from a DeepFillv2 generator that was trained so on Places2. The numbers are those of the authors' repository
-for images of 256 x 256 (code: `configs/train.yaml`, `utils/misc.py`), and scale with the image here. The box is 128
-high and wide and loses up to 16 pixels at each side. 1 to 3 strokes of 4 to 11 segments turn back and forth, and are 12
-to 40 pixels wide.
+The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch, from which the names of the
+discriminator's tensors are. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins with a
+DeepFillv2 generator that was trained in this way on Places2.
+
+The hole of an image is a box and brush strokes; there is no noise. The sizes are from the authors' repository for
+images of 256 x 256 (code: `configs/train.yaml`, `utils/misc.py`), and here they are scaled with the image. The box is
+128 pixels high and wide, less up to 16 pixels at each side. There are 1 to 3 strokes of 4 to 11 segments, which zigzag
+and are 12 to 40 pixels wide.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ WIDTHS = (1, 2, 4, 4, 4, 4)
 
 
 class SpectralConv(nn.Conv2d):
-    """A convolution by ``weight / sigma``, sigma the largest singular value of the weight, [outputs, inputs k k].
+    """A convolution with ``weight / sigma``, where sigma is the largest singular value of the weight's matrix W.
 
-    sigma = u' W v with v = W' u / |W' u|, differentiated with u and v constant. A forward in training mode first makes
-    one step of power iteration, u <- W v / |W v|; evaluation mode keeps u, and is a function of the input alone. So
-    does torch's ``spectral_norm``, which stores v as well. u is the one buffer, ``weight_u [outputs, 1]``; it starts
-    after fifteen steps.
+    W has the shape [outputs, inputs k k]. sigma is u' W v with v = W' u / |W' u|, and is differentiated with constant u
+    and v. In training mode, a forward pass first makes one step of power iteration, u <- W v / |W v|. In evaluation
+    mode, u does not change, so the output depends only on the input. torch's ``spectral_norm`` does the same, but also
+    stores v. Here u is the only buffer, ``weight_u [outputs, 1]``, and its initial value is from fifteen steps.
 
-    deepfillv2-pytorch divides the weight itself at every forward, even if no gradient is wanted: scoring an image
-    changes the weights without the optimizer, and no gradient goes through sigma. This class does neither. A weight
-    that was saved by that code has sigma near 1.
+    deepfillv2-pytorch divides the stored weight itself in every forward pass. So there, scoring an image changes the
+    weights without the optimizer, and sigma has no gradient. Here, only the optimizer changes the weights, and sigma
+    has a gradient. A weight that was saved by deepfillv2-pytorch has a sigma near 1.
 
     Args:
         inputs: channels of the input.
-        outputs: channels of the result.
+        outputs: channels of the output.
         kernel: side of the kernel.
         stride: stride of the convolution.
         padding: zeros on each side.
@@ -62,9 +64,9 @@ class SpectralConv(nn.Conv2d):
         return F.normalize(self.weight.detach().flatten(1) @ self._right(u), dim=0, eps=1e-12)
 
     def forward(self, input: Tensor) -> Tensor:
-        # the eight bits of a bfloat16 are too few for sigma
+        # the eight bits of bfloat16's mantissa are too few for sigma
         with without_autocast(input.device):
-            # a copy for the graph: the buffer may change before its backward
+            # autograd needs a copy, because the buffer may change before the backward pass
             u = self.weight_u.clone()
             if self.training:
                 u = self._step(u)
@@ -75,17 +77,18 @@ class SpectralConv(nn.Conv2d):
 
 
 def patch_depth(image_size: Sequence[int]) -> int:
-    """The most layers of `PatchDiscriminator`, at most 6, that leave 2 x 2 patches of an image.
+    """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches.
 
-    That is 6 for 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, 3 for 16 x 16. The paper has 256 x 256 only.
+    This is 6 for images of 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, and 3 for 16 x 16. The paper has only 256 x
+    256.
 
     Args:
         image_size: (H, W).
 
     Raises:
-        ValueError: images smaller than 3 x 3, of which no layer leaves 2 x 2.
+        ValueError: the image is smaller than 3 x 3, so even one layer would have an output below 2 x 2.
     """
-    # Each layer halves the sides, rounded up.
+    # each layer halves the sides, rounded up
     depth = min(len(WIDTHS), (min(image_size) - 1).bit_length() - 1)
     if depth < 1:
         raise ValueError(f"image_size must be at least 3 x 3, got {tuple(image_size)}")
@@ -93,18 +96,19 @@ def patch_depth(image_size: Sequence[int]) -> int:
 
 
 class PatchDiscriminator(nn.Module):
-    """``depth`` spectrally normalized 5 x 5 convolutions of stride 2, LeakyReLU(0.2) after each, the last one too.
+    """The discriminator of SN-PatchGAN: spectrally normalized 5 x 5 convolutions of stride 2, each with LeakyReLU(0.2).
+
+    ``forward(images and masks [B, C + 1, H, W])`` returns logits ``[B, N]``; N is 4,096 for 256 x 256. The images are
+    in [-1, 1], and the masks are 1 where hidden. LeakyReLU also follows the last layer. The published size has
+    5,946,816 parameters.
 
     Args:
-        in_channels: C + 1 with C channels of the image.
-        width: channels of the first layer (published: 64); the layers have 1, 2, 4, 4, 4, 4 times as many.
-        depth: layers, 1 to 6 (published: 6); `patch_depth` chooses for an image size.
-
-    ``forward([image, mask] [B, C + 1, H, W])``, image in [-1, 1], mask 1 where hidden -> logits ``[B, N]``: N = 4,096
-    for 256 x 256. The published size has 5,946,816 parameters.
+        in_channels: C + 1, where C is the number of channels of the image.
+        width: channels of the first layer (published: 64). The layers have 1, 2, 4, 4, 4 and 4 times this number.
+        depth: number of layers, 1 to 6 (published: 6); `patch_depth` returns a depth for an image size.
 
     Raises:
-        ValueError: sizes below 1, another depth.
+        ValueError: a size is below 1, or the depth is out of range.
     """
 
     def __init__(self, in_channels: int = 4, width: int = 64, depth: int = 6):
@@ -122,25 +126,26 @@ class PatchDiscriminator(nn.Module):
         return x.flatten(1)
 
 
-#: At most so many strokes, of so many segments; the box takes 4 random numbers, the number of strokes 1, each stroke 6,
-#: and each segment 3.
+#: The largest number of strokes in an image, and of segments in a stroke.
 STROKES, SEGMENTS = 3, 11
+# The random numbers of an image: 4 for the box, 1 for the number of strokes, and for each stroke 6, and 3 per segment.
 _NUMBERS = 4 + 1 + STROKES * (6 + 3 * SEGMENTS)
 _ANGLE, _ANGLE_RANGE = 2 * math.pi / 5, 2 * math.pi / 15
 
 
 def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
-    """A hole for each image, a box and strokes, drawn from the stream of masks.
+    """Draw a hole for each image, from a box and brush strokes.
 
     Args:
         size: (H, W) of the images.
-        seed: int64 ``[1]``.
+        seed: seed of the random numbers, int64 ``[1]``.
         ids: ids of the images, int64 ``[B]``; equal ids have equal holes.
 
     Returns:
-        float32 ``[B, 1, H, W]``: 1 where the image is hidden, 0 elsewhere.
+        The masks, float32 ``[B, 1, H, W]``: 1 where an image is hidden, 0 elsewhere.
     """
-    u = philox(seed, ids, _NUMBERS, stream=Stream.MASK)[:, 0, :, None, None]  # [B, numbers, 1, 1]
+    # [B, numbers, 1, 1]
+    u = philox(seed, ids, _NUMBERS, stream=Stream.MASK)[:, 0, :, None, None]
     height, width = size
     rows = torch.arange(height, device=u.device, dtype=torch.float32)[None, :, None]
     cols = torch.arange(width, device=u.device, dtype=torch.float32)[None, None, :]
@@ -157,7 +162,7 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
         head, tail = of_stroke[:, :6].unbind(1), of_stroke[:, 6:].unflatten(1, (SEGMENTS, 3)).unbind(1)
         segments = 4 + (head[0] * (SEGMENTS - 3)).floor()
         row, col = head[1] * height, head[2] * width
-        # widths of 12 to 40 pixels at 256
+        # half of a width of 12 to 40 pixels, for a height of 256
         half = (12 + 28 * head[3]) * height / 512
         low, high = _ANGLE - head[4] * _ANGLE_RANGE, _ANGLE + head[5] * _ANGLE_RANGE
         for i, (turn, away, phase) in enumerate(part.unbind(1) for part in tail):
@@ -169,7 +174,7 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
             next_row = (row + length * angle.sin()).clamp(0, height)
             next_col = (col + length * angle.cos()).clamp(0, width)
             down, right = next_row - row, next_col - col
-            # the point of the segment that is nearest to each pixel, as a share of the segment
+            # the position on the segment that is nearest to each pixel, from 0 at its start to 1 at its end
             share = (((rows - row) * down + (cols - col) * right) / (down**2 + right**2).clamp(min=1e-6)).clamp(0, 1)
             near = torch.hypot(rows - row - share * down, cols - col - share * right) <= half
             hidden = hidden | (near & (k < strokes) & (i < segments))
@@ -178,17 +183,17 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
 
 
 def hide_free_form(x: Tensor, seed: Tensor, ids: Tensor, shared: bool = False) -> tuple[Tensor, Tensor]:
-    """Hide parts of images for a purifier, in the form of `Atop.draw`.
+    """Hide free-form holes of images, and return the same kind of tensors as `Atop.draw`.
 
     Args:
         x: images ``[B, C, H, W]`` in [0, 1].
-        seed: int64 ``[1]``.
+        seed: seed of the random numbers, int64 ``[1]``.
         ids: ids of the images, int64 ``[B]``.
-        shared: whether all images have the hole of the first one, as in the released code.
+        shared: whether all images have the hole of the first image, as in the released code.
 
     Returns:
-        The images in [-1, 1] with 0 in the hole, a plane of ones and the mask, ``[B, C + 2, H, W]``; and the pass of
-        every pixel, which is the same for all, int64 ``[1, B, 1, 1]``.
+        The images in [-1, 1] with 0 in the hole, a plane of ones, and the mask, ``[B, C + 2, H, W]``; and the owners,
+        int64 ``[1, B, 1, 1]``, which are 0 because there is only one pass.
     """
     height, width = x.shape[2:]
     mask = free_form_masks((height, width), seed, ids[:1].expand(len(x)) if shared else ids).to(x.dtype)

@@ -1,10 +1,12 @@
-"""AToP: a random transform, a generative purifier fine-tuned to serve the classifier, and the classifier.
+"""AToP: a random transform, a generative purifier that was fine-tuned for the classifier, and the classifier.
 
-    t = random transform of x (RT1 hides blocks, RT2 adds noise first, RT3 hides each block once in N passes)
-    xhat = (g(t, m) + 1) / 2,   RT3: each block from the pass that did not see it;   logits = f(xhat)
+    t = random transform of x,   xhat = (g(t, m) + 1) / 2,   logits = f(xhat)
+
+RT1 hides blocks of the image. RT2 adds noise before that. RT3 adds noise and makes N passes, in which each block is
+hidden once; each block of xhat is from the pass in which it was hidden.
 
 Lin, Li, Zhang, Tanaka, Zhao: "Adversarial Training on Purification (AToP): Advancing Both Robustness and
-Generalization", arXiv 2401.16352 (ICLR 2024), section 3. The paper predicts from one draw; to predict from S draws is
+Generalization", arXiv 2401.16352 (ICLR 2024), section 3. The paper predicts from one draw; predictions from S draws are
 this package's addition.
 """
 
@@ -34,34 +36,34 @@ Aggregation = Literal["mean", "mean_softmax"]
 
 
 class Atop(Defence):
-    """A classifier behind AToP's random transform and purifier. Images in [0, 1] in, finite logits out.
+    """A classifier behind AToP's random transform and purifier. The module maps images in [0, 1] to finite logits.
+
+    Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's. Within
+    `deterministic` there is no noise, and the same blocks are hidden in every image: those of seed 0. Run one forward
+    pass at a time: several threads and ``nn.DataParallel`` are not supported, but one process per GPU is.
 
     Args:
-        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
-            kept in evaluation mode; the caller's own is left untouched.
-        purifier: `DeepFillGenerator`, `SmallGenerator`, `MaskedAutoencoder`, or any module of yours
-            ``g(transformed [B, C, H, W], mask [B, 1, H, W]) -> image [B, C, H, W]``, all in [-1, 1], mask 1 where an
-            image is hidden. It is copied too, and is what training changes.
+        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
+            frozen copy in evaluation mode; the given module is not changed.
+        purifier: `DeepFillGenerator`, `SmallGenerator`, `MaskedAutoencoder`, or your own module
+            ``g(transformed [B, C, H, W], mask [B, 1, H, W]) -> image [B, C, H, W]``. Images are in [-1, 1], and the
+            mask is 1 where an image is hidden. The defence uses a copy, which the training changes.
         image_shape: (C, H, W).
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
         sigma: standard deviation of the noise of rt2 and rt3, in image units (paper: 0.25).
-        block: side of a hidden block in pixels; None: the divisor of height and width that is nearest to an eighth of
-            the height (paper: 32 at 256; 4 at 32, and at 28).
-        mask_ratio: share of the blocks that rt1 and rt2 hide, rounded down to whole ones (paper: 0.25).
-        num_passes: N, passes of rt3, which must divide the number of blocks (paper: 4).
+        block: side of a hidden block in pixels. None: the common divisor of height and width that is nearest to an
+            eighth of the height (paper: 32 for images of 256; here also 4 for images of 32 and 28).
+        mask_ratio: share of the blocks that rt1 and rt2 hide; the number of blocks is rounded down (paper: 0.25).
+        num_passes: N, number of passes of rt3, which must divide the number of blocks (paper: 4).
         samples: S, draws of noise and mask per prediction (paper: 1).
         aggregation: aggregation of the S predictions: ``mean`` of the logits, or ``mean_softmax``, the log of the mean
             softmax.
-        shared_mask: whether a whole batch has one mask, as in the official code, in place of one per image.
+        shared_mask: whether all images of a batch have the same mask, as in the official code; otherwise each image has
+            its own mask.
 
     Raises:
-        ValueError: a setting that `purify_fast.ops.random_transform` refuses, or a classifier or purifier that is
-            wrapped or does not fit image_shape.
-
-    Run one forward pass at a time: not several threads or ``nn.DataParallel`` (one process per GPU works).
-
-    Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`. `deterministic` adds no noise and
-    hides the same blocks in every image, those of seed 0.
+        ValueError: a setting is out of range, or the classifier or the purifier is wrapped or does not accept images of
+            image_shape.
     """
 
     draws_for_each_image = True
@@ -105,7 +107,7 @@ class Atop(Defence):
             "shared_mask": self.shared_mask,
             "purifier": description(purifier, PURIFIERS),
         }
-        # A purifier of a user's own might flatten its maps by ``view``, which channels_last maps do not allow.
+        # a user's purifier might flatten its maps with ``view``, which fails for channels_last maps
         self.purifier_uses_channels_last = type(purifier) in PURIFIERS.values()
         if self.purifier_uses_channels_last:
             self.purifier.to(memory_format=torch.channels_last)
@@ -114,7 +116,7 @@ class Atop(Defence):
 
     @torch.no_grad()
     def _dry_run(self) -> None:
-        """Send two blank images through everything, so that parts that do not fit raise an error now."""
+        """Run the defence on two blank images, so that parts that do not fit raise an error at construction."""
         blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), self.fixed_noise(0):
             images = self.purify(blank)
@@ -125,11 +127,11 @@ class Atop(Defence):
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Purified images in [0, 1], ``[B, draws S, C, H, W]``; differentiable to x.
+        """Return purified images in [0, 1], ``[B, draws S, C, H, W]``. The gradient reaches x.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: sets of S draws.
+            draws: number of sets of S draws.
         """
         packed, owners = self.draw(x, draws)
         return self.join(self._run_part(self._refine, packed), owners).transpose(0, 1)
@@ -137,19 +139,20 @@ class Atop(Defence):
     # -- its parts ----------------------------------------------------------------------------------------------------
 
     def draw(self, x: Tensor, draws: int = 1, noise: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The random transforms of images, as the current mode draws them.
+        """Transform images at random, in the current noise mode.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of draws for each of the S samples.
-            noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``, to draw from instead of the defence's own.
+            draws: number of sets of S draws.
+            noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``, which replace those of the defence; None: those
+                of the defence.
 
         Returns:
-            ``(packed [T, C + 2, H, W], owners [draws S, B, H / block, W / block])``, see `random_transform`; T = draws
-            S B, times N with rt3, sample by sample. Differentiable to x.
+            ``(packed [T, C + 2, H, W], owners [draws S, B, H / block, W / block])``, see `random_transform`. T is draws
+            S B, and with rt3 N times that. The gradient reaches x.
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: the images have a wrong shape.
         """
         self.check_images(x)
         sigma, samples = self.sigma, draws * self.samples
@@ -175,7 +178,7 @@ class Atop(Defence):
         )
 
     def stages(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """The purifier's images, each ``[T, C, H, W]`` in [-1, 1]; the last is the purified one.
+        """Return the images of the purifier's stages, each ``[T, C, H, W]`` in [-1, 1]. The last is the purified image.
 
         Args:
             packed: the images from `draw`, ``[T, C + 2, H, W]``.
@@ -187,7 +190,7 @@ class Atop(Defence):
         return self.stages(packed)[-1]
 
     def join(self, images: Tensor, owners: Tensor) -> Tensor:
-        """Purified images in [0, 1], ``[S, B, C, H, W]``; with rt3 stitched from its N passes.
+        """Convert purified images to [0, 1], ``[S, B, C, H, W]``. With rt3, each is stitched from its N passes.
 
         Args:
             images: images of the last stage, ``[T, C, H, W]`` in [-1, 1].
@@ -198,24 +201,25 @@ class Atop(Defence):
 
     @torch.no_grad()
     def transformed(self, x: Tensor) -> Tensor:
-        """The input of the purifier, in [0, 1], hidden blocks grey: ``[B, S, C, H, W]``; with rt3 the first pass.
+        """Return the purifier's input in [0, 1], ``[B, S, C, H, W]``, with grey hidden blocks; of rt3 the first pass.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
         """
         packed, owners = self.draw(x)
-        passes = packed.unflatten(0, (*owners.shape[:2], -1))  # [S, B, N, C + 2, H, W]
+        # [S, B, N, C + 2, H, W]
+        passes = packed.unflatten(0, (*owners.shape[:2], -1))
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """The evaluation by AToP's authors (`purify_fast.protocols.AuthorsEvaluation`), with and without its faults.
+        """Return the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`), with and without its faults.
+
+        `purify_fast.methods.atop.released_evaluation` has the sources.
 
         Args:
             eps: radius in image units.
-
-        Source: `purify_fast.methods.atop.released_evaluation`.
         """
-        # a prediction does not need the package that judges it
+        # imported here, because predictions do not need the package evaluation
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)
@@ -224,14 +228,14 @@ class Atop(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The precision of the purifier's weights."""
+        """The dtype of the purifier's weights."""
         return dtype_of(self.purifier.module)
 
     save = save_defence
 
 
 def _block(image_shape: tuple[int, int, int]) -> int:
-    """The side of blocks that tile an image, nearest to an eighth of its height; the smaller of two as near."""
+    """Return the common divisor of height and width nearest to height / 8; if two are equally near, the smaller."""
     _, h, w = image_shape
     sides = [side for side in range(1, min(h, w) + 1) if gcd(h, w) % side == 0]
     return min(sides, key=lambda side: abs(side - h / 8))

@@ -1,13 +1,13 @@
-"""Inpainting generators of gated convolutions, with a coarse and a refined image: DeepFillv2's, and a small one.
+"""Inpainting generators of gated convolutions, which return a coarse and a refined image.
 
-`DeepFillGenerator` is AToP's GAN purifier:
+`DeepFillGenerator` is AToP's GAN purifier: Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019,
+in the implementation nipponjo/deepfillv2-pytorch, which AToP (arXiv 2401.16352) fine-tunes. The tensors have the names
+and shapes of that implementation, so its checkpoints can be loaded.
 
-Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019, in the form of nipponjo/deepfillv2-pytorch,
-which AToP (arXiv 2401.16352) fine-tunes. Names and shapes of the tensors are that code's: its checkpoints load.
-`SmallGenerator` has the same ideas at a small price, for images of 16 x 16 to 32 x 32. It is this package's own, and no
-paper describes it.
+`SmallGenerator` is a small network with the same ideas, for images of 16 x 16 to 32 x 32. It is this package's own
+design, and no paper describes it.
 
-Neither has normalization and no dropout: training and evaluation mode are the same function.
+The generators have no normalization and no dropout, so training and evaluation mode are the same function.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from ...models.layers import Conv2d
 from ...ops.contextual_attention import contextual_attention, key_validity
 from ...ops.gated_elu import gated_elu
 
-#: The generator's first tensor, [width, in_channels, 5, 5], whose shape gives its sizes; and a constant tensor.
+#: Names of two tensors in checkpoints: the weight of the first layer, [width, in_channels, 5, 5], and a constant.
 FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_weight"
 
 
 class GatedConv(nn.Module):
-    """A convolution with twice the outputs, halves a and b: ``ELU(a) sigmoid(b)``; zero padding keeps the size.
+    """A gated convolution, ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``.
+
+    A convolution with zero padding and twice as many output channels returns a and b. The result is
+    ``ELU(a) sigmoid(b)``. Weights are initialized by kaiming_uniform with fan_out, and biases are 0.
 
     Args:
         inputs: channels of the input.
-        outputs: channels of the result.
+        outputs: channels of the output.
         kernel: side of the convolution's kernel, odd.
         stride: stride of the convolution.
         dilation: dilation of the convolution.
         relu: whether to use ReLU(a) in place of ELU(a).
-
-    ``[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]``. Weights start as kaiming_uniform by fan_out, bias 0.
     """
 
     def __init__(
@@ -63,30 +64,30 @@ class GatedConv(nn.Module):
 
 
 def _upsample(inputs: int, outputs: int) -> nn.Sequential:
-    """Each pixel fourfold, then a gated convolution: ``[B, inputs, H, W] -> [B, outputs, 2 H, 2 W]``."""
+    """Return nearest-neighbor upsampling and a gated convolution: ``[B, inputs, H, W] -> [B, outputs, 2 H, 2 W]``."""
     return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2.0), conv=GatedConv(inputs, outputs)))
 
 
 def _to_image(inputs: int, channels: int) -> nn.Sequential:
-    """A plain convolution before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``; its bias starts at 0."""
+    """Return the plain convolution before the tanh, with bias 0: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
     conv = Conv2d(inputs, channels, 3, 1, 1)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(OrderedDict(conv=conv))
 
 
 def _down(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Half the size, then a convolution."""
+    """Return a gated convolution that halves height and width, and another gated convolution."""
     parts = {"conv1_downsample": GatedConv(inputs, hidden, stride=2), "conv2": GatedConv(hidden, outputs)}
     return nn.Sequential(OrderedDict(parts))
 
 
 def _up(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Twice the size, then a convolution."""
+    """Return a gated convolution that doubles height and width, and another gated convolution."""
     return nn.Sequential(OrderedDict(conv1_upsample=_upsample(inputs, hidden), conv2=GatedConv(hidden, outputs)))
 
 
 class _Attention(nn.Module):
-    """Contextual attention of a map at a quarter of the image's size; the kernel of its fuse is a stored constant."""
+    """Contextual attention on a map of a quarter of the image's size. Checkpoints store the constant fuse_weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class _Refined(nn.Module):
 
 
 def _check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) -> None:
-    """ValueError unless a generator can take a packed input and its mask."""
+    """Raise ValueError if the shapes of a packed input and its mask do not fit a generator."""
     b, inputs, h, w = packed.shape
     if inputs != channels + 2 or tuple(mask.shape) != (b, 1, h, w) or h % multiple or w % multiple:
         raise ValueError(
@@ -155,28 +156,31 @@ def _check_packed(packed: Tensor, mask: Tensor, channels: int, multiple: int) ->
 
 
 class DeepFillGenerator(nn.Module):
-    """DeepFillv2's generator: 4,052,478 parameters in the published size, 1,631,151 of them in the coarse stage.
-
-    Args:
-        in_channels: C + 2 with C channels of the image.
-        width: 48 in the authors' notebooks; a multiple of 4.
+    """The generator of DeepFillv2.
 
     ``forward(packed, mask) -> (coarse, refined)``:
 
         packed: ``[B, C + 2, H, W]``: the transformed image in [-1, 1], 0 where hidden; a plane of ones; the mask.
-        mask: ``[B, 1, H, W]``, 1 where hidden, 0 where kept.
-        coarse, refined: ``[B, C, H, W]`` in [-1, 1], the whole image each; refined is the purified one.
+        mask: ``[B, 1, H, W]``, 1 where hidden, 0 elsewhere.
+        coarse, refined: whole images ``[B, C, H, W]`` in [-1, 1]; refined is the purified image.
 
-    H and W are multiples of 8. The second stage sees ``coarse mask + transformed (1 - mask)``. Its attention takes each
-    image's own mask, where the published code takes the first image's for the whole batch: equal for one shared mask.
-    The published start of the weights lets the signal fade: a fresh generator paints mid-grey, to 1e-6 at 32 x 32.
+    H and W are multiples of 8. The input of the second stage is ``coarse mask + transformed (1 - mask)``. Its attention
+    uses the mask of each image; the published code uses the first image's mask for the whole batch, which is the same
+    if all images share a mask. The published size has 4,052,478 parameters, of which 1,631,151 are in the coarse stage.
+    With the published initialization, the signal fades from layer to layer, so a fresh generator returns mid-grey
+    images (to 1e-6 at 32 x 32).
 
-    It is made for 256 x 256. With blocks of an eighth, a quarter of them hidden, the share of the attention's keys with
-    nothing hidden around them falls from 57 % there to 36 % at 128, 11 % at 64 and almost none at 32: below 128 take
-    `SmallGenerator`.
+    The generator is made for images of 256 x 256; for images below 128, use `SmallGenerator`. The reason is the
+    attention, which needs keys without hidden pixels around them. If blocks have an eighth of the image's side and a
+    quarter of the blocks is hidden, 57 % of the keys are such keys at 256, 36 % at 128, 11 % at 64 and almost none at
+    32.
+
+    Args:
+        in_channels: C + 2, where C is the number of channels of the image.
+        width: width of the network, a multiple of 4 (authors' notebooks: 48). The first layer has width / 2 channels.
 
     Raises:
-        ValueError: sizes that do not fit, at construction or call.
+        ValueError: sizes do not fit, at construction or at a call.
     """
 
     takes_packed = True
@@ -184,7 +188,10 @@ class DeepFillGenerator(nn.Module):
     def __init__(self, in_channels: int = 5, width: int = 48):
         super().__init__()
         if in_channels < 3 or width < 4 or width % 4:
-            raise ValueError(f"need in_channels >= 3 and width a multiple of 4, got {in_channels} and {width}")
+            raise ValueError(
+                f"in_channels must be at least 3 and width a multiple of 4 above 0, got in_channels={in_channels} and "
+                f"width={width}"
+            )
         self.arguments = {"in_channels": in_channels, "width": width}
         self.channels = in_channels - 2
         self.stage1 = _coarse_stage(in_channels, self.channels, width)
@@ -198,26 +205,26 @@ class DeepFillGenerator(nn.Module):
 
     @classmethod
     def from_official(cls, path: str | Path) -> DeepFillGenerator:
-        """A generator from a checkpoint of deepfillv2-pytorch or AToP, in evaluation mode.
+        """Load a generator from a checkpoint of deepfillv2-pytorch or AToP, in evaluation mode.
+
+        All sizes are taken from the file. Only tensors and plain containers are unpickled. Checkpoints that were
+        converted from TensorFlow (``networks_tf.py``) are refused, because their names and padding differ.
 
         Args:
-            path: a ``.pth`` file with the state dict under ``G``, beside whatever else training keeps there, or with
-                the state dict alone; or a ``.safetensors`` file of it.
-
-        Every size is the file's. Nothing but tensors and plain containers is unpickled. Checkpoints converted from
-        TensorFlow (``networks_tf.py``) have other names, other padding, and are refused.
+            path: a ``.pth`` file that is the state dict or has it under the key ``G``, or a ``.safetensors`` file of
+                the state dict.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is broken, holds other objects, holds no such state dict, or one with tensors missing,
-                unknown or of another shape; all are named.
+            FileNotFoundError: the file is missing.
+            ValueError: the file is damaged, contains other objects or no such state dict; or tensors are missing,
+                unknown or have a wrong shape, and the message names them.
         """
         state = read_weights(path)
         if FIRST not in state or state[FIRST].dim() != 4:
             raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got {', '.join(list(state)[:5])}")
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
-        # older checkpoints lack that buffer
+        # older checkpoints do not have the constant
         constant = generator.state_dict()[CONSTANT]
         if not torch.equal(state.setdefault(CONSTANT, constant).to(constant), constant):
             raise ValueError(f"{path}: {CONSTANT} must be {constant.tolist()}, got {state[CONSTANT].tolist()}")
@@ -225,26 +232,26 @@ class DeepFillGenerator(nn.Module):
         return generator.eval()
 
     def save_official(self, path: str | Path) -> None:
-        """Write ``{"G": state dict}``, which `from_official` reads; the file is whole or absent.
+        """Write ``{"G": state dict}`` for `from_official`, atomically.
 
         Args:
-            path: such as ``mine.pth``.
+            path: path of the file, such as ``mine.pth``.
 
         Raises:
-            ValueError: a path that ends in .safetensors, which is not the format of the official files.
+            ValueError: the path ends in .safetensors, which is not the format of the official files.
         """
         if Path(path).suffix == ".safetensors":
-            raise ValueError(f"path must not end in .safetensors: the official files are PyTorch's, got {path}")
+            raise ValueError(f"path must not end in .safetensors, because torch.save writes the file, got {path}")
         with atomic(Path(path)) as temporary:
             torch.save({"G": self.state_dict()}, temporary)
 
 
-#: The share of its base image that the zero correction of a residual generator keeps.
+#: Factor of the base image in a residual generator, so that atanh is finite.
 KEPT = 0.95
 
 
 class _SmallAttention(nn.Module):
-    """Contextual attention of a map at half the image's size; a key is valid where its 4 x 4 pixels are all kept."""
+    """Contextual attention on a map of half the image's size. A key is valid if none of its 4 x 4 pixels is hidden."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -257,7 +264,7 @@ class _SmallAttention(nn.Module):
 
 
 class _SmallCoarse(nn.Module):
-    """Two levels down and up again; each level is added to the map from below."""
+    """A U-shaped network with two levels of downsampling; skip connections add the maps of equal size."""
 
     def __init__(self, inputs: int, channels: int, width: int):
         super().__init__()
@@ -277,7 +284,7 @@ class _SmallCoarse(nn.Module):
 
 
 class _SmallRefined(nn.Module):
-    """The level below, with a dilated branch and an attention branch, joined."""
+    """A network with one level of downsampling, where a dilated branch and an attention branch are joined."""
 
     def __init__(self, inputs: int, channels: int, width: int, attention: bool):
         super().__init__()
@@ -300,24 +307,25 @@ class _SmallRefined(nn.Module):
 
 
 class SmallGenerator(nn.Module):
-    """Coarse and refined image by gated convolutions, for small images.
+    """A generator of gated convolutions for small images.
+
+    ``forward(packed, mask) -> (coarse, refined)`` is as in `DeepFillGenerator`, but H and W are multiples of 4. The
+    input of the refined stage is the coarse image, the transformed image and the mask.
+
+    The forward pass of one image has 9.7 million floating-point operations for 1 x 16 x 16, 30.0 million for 1 x 28 x
+    28, and 41.6 million for 3 x 32 x 32; without attention 7.9, 24.2 and 33.9 million. A multiplication with its
+    addition counts as two. The operations grow with the square of the width.
 
     Args:
-        channels: C of the images.
-        width: channels at full size; 2 and 4 times as many at a half and a quarter.
+        channels: channels C of the images.
+        width: channels at full size. There are twice this number at half size, and four times at a quarter.
         attention: whether the refined stage has a branch of contextual attention, at half size.
-        residual: whether each stage corrects an image in place of painting one: the coarse stage the transformed image,
-            the refined stage the coarse image. ``tanh(atanh(0.95 image) + correction)``, with the correction 0 at
-            first.
-
-    ``forward(packed, mask) -> (coarse, refined)`` as `DeepFillGenerator`, for H and W that are multiples of 4. The
-    refined stage sees the coarse image, the transformed one and the mask.
-
-    FLOP of one image forward, two to a multiplication with its addition: 9.7 million for 1 x 16 x 16, 30.0 million for
-    1 x 28 x 28, 41.6 million for 3 x 32 x 32; without attention 7.9, 24.2 and 33.9. They grow with the width's square.
+        residual: whether each stage predicts a correction of an image in place of a whole image. The coarse stage
+            corrects the transformed image, and the refined stage the coarse image. The result is
+            ``tanh(atanh(0.95 image) + correction)``, and the initial correction is 0.
 
     Raises:
-        ValueError: sizes that do not fit, at construction or call.
+        ValueError: sizes do not fit, at construction or at a call.
     """
 
     takes_packed = True
@@ -341,5 +349,5 @@ class SmallGenerator(nn.Module):
         return coarse, self._finish(refined, coarse)
 
     def _finish(self, painted: Tensor, base: Tensor) -> Tensor:
-        # finite for images in [-1, 1], and with a gradient everywhere
+        # the factor KEPT makes this finite, with a gradient other than 0, for all images in [-1, 1]
         return torch.tanh(painted + torch.atanh(KEPT * base) if self.residual else painted)

@@ -1,10 +1,10 @@
-"""A masked autoencoder as purifier: the place of AToP's AE purifier, which is a denoising masked autoencoder (DMAE).
+"""A masked autoencoder as a purifier, similar to AToP's AE purifier, which is a denoising masked autoencoder (DMAE).
 
-Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, after He et al., CVPR 2022. AToP's
-purifier has never been published, and it is not known how its predictions become an image: plain pixels through a tanh
-are this package's own choice.
+DMAE is from Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, and is based on He et
+al., CVPR 2022. AToP's AE purifier has never been published, and it is not known how its predictions become an image. In
+this package, the network predicts pixels through a tanh.
 
-A vision transformer encodes the visible patches, and a smaller one decodes all of them. There is no dropout:
+A vision transformer encodes the visible patches, and a smaller transformer decodes all patches. There is no dropout, so
 training and evaluation mode are the same function.
 """
 
@@ -20,16 +20,16 @@ from ..._validation import check_counts
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed positions of a grid of patches: sines and cosines of the row, then of the column.
+    """Return fixed position embeddings for a grid of patches: sines and cosines of the row, then of the column.
 
     The frequencies are 10000^(-i / n) with n = width / 4.
 
     Args:
-        grid: rows and columns of patches.
-        width: numbers per patch, a multiple of 4.
+        grid: number of rows and columns of patches.
+        width: size of the embedding of a patch, a multiple of 4.
 
     Returns:
-        float32 ``[rows * columns, width]``.
+        The embeddings, float32 ``[rows * columns, width]``.
     """
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
@@ -38,7 +38,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 class _Block(nn.Module):
-    """Self-attention and two linear layers, LayerNorm before each: ``[B, T, width]``; a GELU, 4 width hidden."""
+    """A transformer block: self-attention and an MLP with 4 width hidden units and GELU, each after a LayerNorm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -53,8 +53,8 @@ class _Block(nn.Module):
         """Apply the block.
 
         Args:
-            x: ``[B, T, width]``.
-            seen: bool ``[B, 1, 1, T]``, the tokens that attention reads; None for all.
+            x: tokens ``[B, T, width]``.
+            seen: True for tokens that attention reads, bool ``[B, 1, 1, T]``; None for all.
         """
         b, t, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -64,30 +64,31 @@ class _Block(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """A purifier ``g(transformed, mask) -> image`` for images of one size.
+    """A purifier for images of one size.
+
+    ``forward(transformed, mask)`` returns the whole image ``[B, C, H, W]`` in [-1, 1]. ``transformed [B, C, H, W]`` is
+    in [-1, 1], and 0 where hidden. ``mask [B, 1, H, W]`` is 1 where hidden.
+
+    A patch counts as hidden if all of its pixels are hidden. The encoder's attention does not read hidden patches. This
+    is equivalent to encoding only the visible patches, whose number may differ from image to image. Each patch is
+    embedded together with its part of the mask (not in the paper), because blocks that are smaller than a patch hide
+    only a part of it. The class token is always read.
+
+    The default sizes were chosen for images of 16 x 16 to 32 x 32. DMAE has the sizes of ViT-B/16: in the order of the
+    arguments, (3, 224, 224), 16, 768, 12, 12, 512, 8, 16.
 
     Args:
-        image_shape: (C, H, W), H and W multiples of the patch.
+        image_shape: (C, H, W); H and W are multiples of ``patch``.
         patch: side of the square patches in pixels.
-        width: numbers per token in the encoder, a multiple of 4 and of its heads.
-        depth: blocks of the encoder.
+        width: size of a token in the encoder, a multiple of 4 and of ``heads``.
+        depth: number of blocks in the encoder.
         heads: heads of the encoder's attention.
-        decoder_width: numbers per token in the decoder, a multiple of 4 and of its heads.
-        decoder_depth: blocks of the decoder.
+        decoder_width: size of a token in the decoder, a multiple of 4 and of ``decoder_heads``.
+        decoder_depth: number of blocks in the decoder.
         decoder_heads: heads of the decoder's attention.
 
-    The default sizes were chosen for 16 x 16 to 32 x 32. DMAE's are those of ViT-B/16, in this order: (3, 224, 224),
-    16, 768, 12, 12, 512, 8, 16.
-
-    ``forward(transformed, mask)``: transformed ``[B, C, H, W]`` in [-1, 1], 0 where hidden; mask ``[B, 1, H, W]``, 1
-    where hidden -> the whole image ``[B, C, H, W]`` in [-1, 1].
-
-    A patch is hidden if all of its pixels are: the encoder's attention then reads nothing of it, which equals encoding
-    the other patches alone, however many each image has. The patches are embedded with their part of the mask (not in
-    the paper), since blocks smaller than a patch hide part of it. A class token is always read.
-
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: the sizes do not fit together.
     """
 
     positions: Tensor
@@ -136,7 +137,7 @@ class MaskedAutoencoder(nn.Module):
             nn.init.normal_(token, std=0.02)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W] -> [B, T, C patch patch]``, patches row by row."""
+        """Divide images into patches, row by row: ``[B, C, H, W] -> [B, T, C patch patch]``."""
         return F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
 
     def forward(self, transformed: Tensor, mask: Tensor) -> Tensor:
@@ -158,15 +159,16 @@ class MaskedAutoencoder(nn.Module):
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (h // self.patch, w // self.patch)), self.patch)
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """DMAE's loss: the mean square over all patches, hidden or not.
+        """Return DMAE's loss: the mean squared error over all patches, hidden and visible.
 
-        It is taken in plain pixels, not normalized per patch as in the paper, since the prediction is an image.
+        The error is that of the pixels. The paper normalizes the pixels of each patch, but here the prediction is an
+        image.
 
         Args:
-            images: the stages' images, ``[B, C, H, W]`` each; the last one counts.
+            images: images ``[B, C, H, W]``, of which the last is used.
             target: the image to rebuild, ``[B, C, H, W]``.
 
         Returns:
-            The loss per image, ``[B]``.
+            The loss of each image, ``[B]``.
         """
         return (images[-1] - target).square().flatten(1).mean(1)

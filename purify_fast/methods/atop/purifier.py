@@ -1,4 +1,4 @@
-"""An interface to every purifier: two-stage generators, autoencoders, any module of a user's own."""
+"""A common interface to all purifiers: two-stage generators, autoencoders, and modules of users."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ PURIFIERS: dict[str, type[nn.Module]] = {
 def build_purifier(
     name: str, image_shape: tuple[int, int, int], *, width: int | None = None, residual: bool = False
 ) -> nn.Module:
-    """A purifier's network with fresh weights, by its name in `PURIFIERS`.
+    """Build a purifier's network with fresh weights, by its name in `PURIFIERS`.
 
     Args:
         name: ``deepfill``, ``small_generator`` or ``masked_autoencoder``.
         image_shape: (C, H, W).
-        width: width of the network; None for its own (48, 8 and 64).
-        residual: for ``small_generator``: it corrects the image in place of painting one.
+        width: width of the network; None: 48, 8 and 64 for these networks.
+        residual: whether the network predicts a correction of its input in place of a whole image; only for
+            ``small_generator``.
 
     Raises:
-        ValueError: an unknown name, sizes the network does not take, or residual for another network.
+        ValueError: the name is unknown, the network does not support the sizes, or ``residual`` is True for another
+            network.
     """
     if name not in PURIFIERS:
         raise ValueError(f"purifier must be one of {', '.join(PURIFIERS)}, got {name!r}")
@@ -46,32 +48,29 @@ def build_purifier(
 
 
 class PurifierAdapter(nn.Module):
-    """Any purifier as one function of packed images.
+    """Gives all purifiers one interface: ``forward(packed [N, C + 2, H, W])`` returns a tuple of ``[N, C, H, W]``.
+
+    ``packed`` has the transformed image, a plane of ones, and the mask. The results have the dtype of ``packed``, and
+    the last is the purified image. At construction, the module is tried on two images in evaluation mode.
 
     Args:
-        module: the network that repairs images; used as it is, not copied. Either ``module(transformed, mask)``,
-            transformed
-            ``[N, C, H, W]`` in [-1, 1] and 0 where hidden, mask ``[N, 1, H, W]``, 1 where hidden; or, if its attribute
-            ``takes_packed`` says so, ``module(packed, mask)``. It returns the purified image ``[N, C, H, W]``, or a
-            tuple of such images with the purified one last (DeepFillv2: coarse, refined). **Range: [-1, 1]**, as its
-            input; values beyond it are passed on as they are.
+        module: the network that repairs images; it is not copied. It is called as ``module(transformed, mask)``, with
+            transformed ``[N, C, H, W]`` in [-1, 1], 0 where hidden, and mask ``[N, 1, H, W]``, 1 where hidden. If it
+            has the attribute ``takes_packed = True``, it is called as ``module(packed, mask)``. It returns the purified
+            image ``[N, C, H, W]``, or a tuple of such images whose last is the purified image (DeepFillv2: coarse,
+            refined). **Range: [-1, 1]**, like its input; other values are not clipped.
         image_shape: (C, H, W).
 
-    ``forward(packed [N, C + 2, H, W])``: transformed image, a plane of ones, mask -> tuple of images ``[N, C, H, W]``
-    in packed's dtype; the last is the purified one.
-
     Raises:
-        ValueError: a module that does not run on two images, or returns something else; it names the module, what it
-            returned and what is allowed.
-
-    The dry run is made in evaluation mode; the module's modes stay.
+        ValueError: the module does not run on two images, or returns something else; the message names the module, its
+            result and what is allowed.
     """
 
     def __init__(self, module: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
         self.module, self.image_shape = module, image_shape
         self.takes_packed = bool(getattr(module, "takes_packed", False))
-        # the module gets a copy, because it may write into its input
+        # whether the module overwrites its input, and therefore must get a copy
         self._overwrites = False
         self._dry_run()
 
@@ -92,7 +91,7 @@ class PurifierAdapter(nn.Module):
         if not images or not shaped or not all(i.is_floating_point() and i.isfinite().all() for i in images):
             raise ValueError(
                 f"purifier: {name} must return a finite floating-point image {want} of images {given}, or a tuple of "
-                f"such with the purified one last; it returned {actual}"
+                f"such images, whose last is the purified image; it returned {actual}"
             )
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
@@ -105,14 +104,14 @@ class PurifierAdapter(nn.Module):
         return tuple(image.to(packed.dtype) for image in self._run(packed))
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """The loss the purifier was made with, less any adversarial term, per image: ``[N]``.
+        """Return the purifier's original loss for each image, ``[N]``, without an adversarial term.
+
+        This is the module's ``original_loss(images, target)``, if the module has this method. Otherwise it is
+        DeepFillv2's loss: the mean absolute difference, summed over the stages.
 
         Args:
             images: the images that `forward` returned.
-            target: ``[N, C, H, W]`` in [-1, 1].
-
-        The module's own ``original_loss(images, target)`` if it has one; else DeepFillv2's, the mean absolute
-        difference summed over the images.
+            target: the images to rebuild, ``[N, C, H, W]`` in [-1, 1].
         """
         if isinstance(self.module, HasOriginalLoss):
             return self.module.original_loss(images, target)

@@ -1,8 +1,8 @@
-"""The published trainings of AToP, number by number, each with its source, in ``recipes.json``.
+"""The published trainings of AToP. ``recipes.json`` has every number and its source.
 
-The paper's sections on the method could not be read first-hand, so that nearly everything is from the released
-notebooks (glin2022/atop, commit 9fa1e91). Lines are counted over the code cells of a notebook; "train.yaml" is
-``configs/train.yaml`` of the same repository. The repository has no licence: nothing of it is copied here.
+The paper's sections on the method could not be read first-hand. So nearly all facts are from the released notebooks
+(glin2022/atop, commit 9fa1e91). The line numbers count over all code cells of a notebook. "train.yaml" is
+``configs/train.yaml`` of the same repository. The repository has no licence, so none of its code is copied here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .task import AtopTask
 class AtopRecipe(Recipe):
     """A published AToP training.
 
-    With ``official_code`` it is that of the notebooks: the classifier is given purified images in [-1, 1] in the
-    cross-entropy, and the gradient of the GAN term is cut off.
+    With ``official_code``, the training is that of the notebooks: in the cross-entropy, the classifier's input is
+    purified images in [-1, 1], and the gradient of the GAN term is cut off.
     """
 
     settings = AtopConfig
@@ -33,25 +33,25 @@ class AtopRecipe(Recipe):
     def defence(
         self, classifier: nn.Module, purifier: nn.Module | None = None, official_code: bool = False, **changes: Any
     ) -> Atop:
-        """The defence that is trained.
+        """Build the defence to train.
 
         Args:
-            classifier: takes images of the recipe's size; trained on clean images by the authors.
-            purifier: the purifier to train, with its weights; None for a `DeepFillGenerator` with fresh weights, in the
-                authors' size. They begin with a generator that was trained on Places2.
-            official_code: one mask for all images of a batch.
-            changes: arguments of `Atop` that take the place of the recipe's.
+            classifier: classifier for images of the recipe's size. The authors' classifier was trained on clean images.
+            purifier: the purifier to train, with its initial weights; None: a `DeepFillGenerator` of the authors' size
+                with fresh weights. The authors begin with a generator that was trained on Places2.
+            official_code: use one mask for all images of a batch, as in the authors' code.
+            changes: arguments of `Atop` that replace those of the recipe.
         """
         purifier = DeepFillGenerator() if purifier is None else purifier
         options = {"image_shape": self.image_shape, **self.part("defence", official_code), **changes}
         return Atop(classifier, purifier, **options)
 
     def task(self, defence: Atop, official_code: bool = False) -> AtopTask:
-        """The training of a defence, for `purify_fast.training.fit`.
+        """Return the training of a defence, for `purify_fast.training.fit`.
 
         Args:
             defence: the defence to train.
-            official_code: repeat the authors' code, as for `config`.
+            official_code: reproduce the authors' code, as in `config`.
         """
         return AtopTask(defence, self.config(official_code))
 

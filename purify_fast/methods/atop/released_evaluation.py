@@ -1,22 +1,24 @@
-"""AToP as its authors evaluate it: the protocol "authors", for comparison with their numbers and for nothing else.
+"""The evaluation of AToP by its authors: the protocol "authors". Use it only for a comparison with their numbers.
 
-`evaluate.ipynb` of glin2022/atop at 9fa1e91 (the cell that defines ``Model_g``, by line of that cell) runs AutoAttack
-of torchattacks, version standard, on generator and classifier together (lines 59 to 102 and 144) and judges by one more
-prediction (155 to 161), on 64 batches of 8 images (29 and 163). It differs from the system that was trained:
+The source is `evaluate.ipynb` of glin2022/atop at 9fa1e91; numbers in brackets are lines of the cell that defines
+``Model_g``. The notebook runs AutoAttack of torchattacks, version standard, on generator and classifier together (lines
+59 to 102 and 144). Another prediction then decides if an image is robust (155 to 161). There are 64 batches of 8 images
+(29 and 163). The evaluated system differs from the trained system, and the attack has faults:
 
 - No noise is added (94), although the generator was fine-tuned on noisy images.
-- The generator is given images in [0, 1] (94), although it was fine-tuned on [-1, 1] (line 147 of
+- The generator's input is in [0, 1] (94), although the generator was fine-tuned on [-1, 1] (line 147 of
   Finetuning-AToP/cifar-miss-gau-adv.ipynb).
-- The hidden blocks are drawn in every prediction (77): a slice of their random order at the number of the batch (84),
-  which has 16 of 64 blocks in the first four batches, and none in the sixty after them.
-- The version standard expects the same answer every time, and averages over no draws (144). The copy of torchattacks in
-  the repository takes 10 steps of APGD and FAB where AutoAttack's authors take 100; the notebook imports the package of
-  that name, in a version that it does not state.
+- Every prediction draws a random order of the blocks (77) and hides the part of it that has the number of the batch
+  (84). There are only four parts of 16 blocks, so no block is hidden in the last sixty batches.
+- The version standard is for deterministic models, and does not average gradients over draws (144). The repository's
+  copy of torchattacks runs 10 steps of APGD and FAB, where AutoAttack's authors run 100. The notebook imports the
+  package torchattacks, whose version it does not state.
 
-The training notebooks attack the classifier alone and purify the result (lines 130 to 133 and 292 to 367 of
-Finetuning-AToP/cifar-miss-gau-adv.ipynb). The notebook with a log calls the column of PGD with 20 steps "BPDA" (line
-393 of Finetuning-AToP/0..1 cifar-miss-gau-adv.ipynb). The authors say that tables 7 and 8 of the paper do the same,
-with up to 1,000 steps of PGD (second-hand: their answers to their reviewers). No line of that code is used here.
+The training notebooks attack only the classifier, and purify the result (lines 130 to 133 and 292 to 367 of
+Finetuning-AToP/cifar-miss-gau-adv.ipynb). The notebook with a log has a column "BPDA" that is in fact PGD with 20 steps
+(line 393 of Finetuning-AToP/0..1 cifar-miss-gau-adv.ipynb). The authors say that tables 7 and 8 of the paper were made
+in the same way, with up to 1,000 steps of PGD (second-hand: their answers to their reviewers). None of their code is
+used here.
 """
 
 from __future__ import annotations
@@ -34,21 +36,23 @@ from ...ops.random_transform import random_transform
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"
 LOG = 'as the training log of glin2022/atop, column "BPDA": PGD-20'
 TABLES = 'as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000'
-#: The notebook cuts the random order of the blocks into so many parts, and hides one in each of the first batches.
+#: Number of parts into which the notebook divides the random order of the blocks. Each of the first batches hides one.
 PARTS = 4
-#: Images in a batch of the notebook.
+#: Number of images in a batch of the notebook.
 BATCH = 8
-#: Steps of APGD and FAB in the repository's copy of torchattacks.
+#: Number of steps of APGD and FAB in the repository's copy of torchattacks.
 STEPS = 10
 
 
 class ReleasedEvaluation(nn.Module):
-    """The model that `evaluate.ipynb` attacks: AToP without noise, given images in [0, 1], and often nothing hidden.
+    """The model that `evaluate.ipynb` attacks: AToP without noise, with the generator's input in [0, 1].
+
+    A quarter of the blocks is hidden in the notebook's first four batches, and no block in later batches. Every
+    prediction draws these blocks anew, and hides the same blocks in all images.
 
     Args:
-        defence: an `Atop`; whichever its transform is, one pass with one mask is made, as in the notebook.
-        batch: the number of the notebook's batch, from 0: a quarter of the blocks is hidden below 4, none from 4 on.
-            They are drawn in every prediction, the same for all of its images.
+        defence: an `Atop`. For every transform, there is one pass with one mask, as in the notebook.
+        batch: number of the notebook's batch, from 0.
     """
 
     def __init__(self, defence: nn.Module, batch: int):
@@ -57,7 +61,7 @@ class ReleasedEvaluation(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32.
+        """Return logits ``[B, classes]``, float32.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -78,13 +82,13 @@ class ReleasedEvaluation(nn.Module):
 
 
 def authors_attacks(defence: nn.Module, eps: float) -> list[AttackSpec]:
-    """The rows of the protocol "authors", see this module.
+    """Return the attacks of the protocol "authors", which this module describes.
 
-    PGD keeps the best of its points, where the authors' takes the last.
+    This package's PGD returns the best of its points; the authors' PGD returns the last.
 
     Args:
         defence: an `Atop`.
-        eps: radius in image units; the authors' step of 2/255 at 8/255 is a quarter of it.
+        eps: radius in image units. The length of a PGD step is eps / 4, because the authors use 2/255 for 8/255.
     """
     # the authors predict from one draw
     one_draw = FewerSamples(defence, 1) if defence.samples != 1 else defence

@@ -1,12 +1,16 @@
-"""The losses of AToP's training: pre-training, the paper's objective, and through the whole pipeline.
+"""AToP's training: the pre-training, the training with the paper's objective, and the training through the pipeline.
 
-With x' adversarial, t a random transform of x' (in [-1, 1]), (x1, x2) = g(t, m) the coarse and the refined image,
+Let x' be the adversarial image, t a random transform of x' (in [-1, 1]) with the mask m, and (x1, x2) = g(t, m) the
+coarse and the refined image. The purifier's loss, with a frozen classifier f, is
 
-    L = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y)
+    L = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y),   L_G = -mean D(x2, m)
 
-Source: arXiv 2401.16352, section 3, and its official code, whose L1 goes to s = x' (the released notebooks) or to
-s = x, with a second pass on clean x (the logged run). The classifier f is frozen. L_G = -mean D(x2, m) of a hinge GAN,
-L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2; in the official code its gradient never reaches g.
+and the loss of the discriminator D, of a hinge GAN, is
+
+    L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2
+
+Sources: arXiv 2401.16352, section 3, and the official code. In the released notebooks, s is x'. In the logged run, s is
+the clean x, and the L1 terms are from a second pass on x. In the official code, the gradient of L_G never reaches g.
 """
 
 from __future__ import annotations
@@ -31,16 +35,16 @@ from .defence import Atop
 
 
 def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Tensor:
-    """The adversarial images x' of a batch.
+    """Return the adversarial images x' of a batch; without an attack, the images themselves.
 
     Args:
-        defence: the defence that is attacked, or whose classifier is.
+        defence: the defence. The attack is on it or on its classifier.
         batch: the images.
         config: the attack and its target.
-        graphs: captures the attack's step, if given.
+        graphs: captures the attack's step in a CUDA graph; None captures nothing.
 
     Returns:
-        Images, shape and dtype of the batch's.
+        Images with the shape and dtype of the batch's images.
     """
     if config.attack_method == "none":
         return batch.x
@@ -63,15 +67,15 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
 
 @dataclass(frozen=True)
 class Passes:
-    """The results of a batch's passes through the purifier, for the losses.
+    """The results of the purifier for a batch.
 
     Args:
         loss: the loss without its GAN term.
         metrics: detached scalars.
-        target: the image to rebuild from each input, in [-1, 1], ``[T, C, H, W]``.
-        refined: the purifier's images, differentiable, ``[T, C, H, W]``.
-        packed: the transformed images t that the purifier saw, a plane of ones, and the mask, 1 where an image was
-            hidden, ``[T, C + 2, H, W]``.
+        target: the target of the reconstruction for each input, in [-1, 1], ``[T, C, H, W]``.
+        refined: the refined images of the purifier, with gradients, ``[T, C, H, W]``.
+        packed: the purifier's inputs ``[T, C + 2, H, W]``: the transformed images t, a plane of ones, and the mask,
+            which is 1 where an image was hidden.
     """
 
     loss: Tensor
@@ -86,12 +90,12 @@ class Inputs:
     """The inputs of the purifier in a step.
 
     Args:
-        rebuild: the images that are to be rebuilt, ``[B, C, H, W]`` in [0, 1].
-        packed: what the purifier sees: T inputs for these images, and behind them T for the classifier's if those are
+        rebuild: the images that the purifier should rebuild, ``[B, C, H, W]`` in [0, 1].
+        packed: the purifier's inputs: T inputs for the reconstruction, and T more for the cross-entropy if it needs
             other images.
         count: T.
-        owners: the passes of each block, as `Atop.draw` gives them.
-        cls_weight: lambda, 0 while the cross-entropy does not act yet.
+        owners: the owners that `Atop.draw` returns.
+        cls_weight: lambda; 0 during cls_delay.
     """
 
     rebuild: Tensor
@@ -102,16 +106,16 @@ class Inputs:
 
 
 def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Inputs:
-    """The images of a batch, attacked and transformed.
+    """Attack and transform the images of a batch.
 
-    If the L1 term and the classifier see the same images, one pass serves both; if not, one pass has twice the images.
-    While lambda is 0 the inputs of the cross-entropy alone are not computed.
+    The L1 terms and the cross-entropy may need different images. Then the purifier has twice as many inputs. While
+    lambda is 0, the inputs that only the cross-entropy needs are not computed.
 
     Args:
         defence: the defence whose purifier is trained.
         batch: the images.
         config: the settings of the training.
-        graphs: captures the attack's step, if given.
+        graphs: captures the attack's step in a CUDA graph; None captures nothing.
     """
     weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuilds_clean = config.reconstruction_target == "clean"
@@ -125,30 +129,32 @@ def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     else:
         packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
     count = len(packed)
-    if classifies_others:  # the same noise and mask
+    if classifies_others:
+        # the second pass has the same noise and mask
         packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
     return Inputs(rebuild, packed, count, owners, weight)
 
 
 def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, images: tuple[Tensor, ...]) -> Passes:
-    """The losses of the purifier's images.
+    """Compute the losses of the purifier's images.
 
     Args:
         defence: the defence whose purifier is trained.
         batch: the images.
         config: the settings of the training.
         given: the purifier's inputs.
-        images: the purifier's images of every stage.
+        images: the images of each stage of the purifier.
     """
     count, samples = given.count, len(given.owners)
     target = (2 * given.rebuild - 1).to(images[-1].dtype)
-    # sample by sample, with N passes for each of its images
+    # the inputs are ordered by sample, then by image, then by pass
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:count] for image in images], target).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
     if given.cls_weight > 0:
-        purified = defence.join(images[-1][-count:], given.owners)  # [S, B, C, H, W]
+        # [S, B, C, H, W]
+        purified = defence.join(images[-1][-count:], given.owners)
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1
         cross_entropy, accuracy = cross_entropy_of(defence.classify(purified).flatten(0, 1), batch.y.repeat(samples))
@@ -158,13 +164,13 @@ def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, image
 
 
 def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
-    """The attack, the transform and the purifier on one batch.
+    """Run the attack, the transform and the purifier on a batch.
 
     Args:
         defence: the defence whose purifier is trained.
         batch: the images.
         config: the settings of the training.
-        graphs: captures the attack's step, if given.
+        graphs: captures the attack's step in a CUDA graph; None captures nothing.
     """
     given = inputs(defence, batch, config, graphs)
     return losses(defence, batch, config, given, defence.stages(given.packed))
@@ -173,40 +179,43 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
 def training_loss(
     defence: Atop, batch: Batch, config: AtopConfig | None = None, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """The loss of one batch without a discriminator, for a loop of your own; backward and the step are the loop's.
+    """Return the loss of one batch without a discriminator, for a training loop of your own.
+
+    The loop calls backward and the optimizer's step.
 
     Args:
-        defence: whose purifier is trained.
+        defence: the defence whose purifier is trained.
         batch: the images.
-        config: the settings; None takes the defaults.
-        graphs: captures the attack's step on a CUDA device, if given; the same one for every batch.
+        config: the settings; None: the defaults.
+        graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
+            captures nothing.
 
     Returns:
         The loss to minimize, and detached metrics.
 
     Raises:
-        ValueError: the config's ``gan_grad``, whose discriminator is `AtopTask`'s, or a precision in which the defence
-            does not compute.
+        ValueError: ``gan_grad`` is True, which needs the discriminator of `AtopTask`; or the defence does not compute
+            in the precision of ``config``.
     """
     config = AtopConfig() if config is None else config
     if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
         raise ValueError(
-            f"precision {config.precision!r} must be that of the defence: call accelerate(torch.bfloat16) or "
-            "accelerate(None) on it first"
+            f"precision must be that of the defence, got {config.precision!r}: call accelerate(torch.bfloat16) or "
+            "accelerate(None) of the defence first"
         )
     if config.gan_grad:
-        raise ValueError("gan_grad needs a discriminator, which is trained with the purifier: use AtopTask")
+        raise ValueError("gan_grad must be False in training_loss, which has no discriminator: use AtopTask")
     one_pass = passes(defence, batch, config, graphs)
     return one_pass.loss, one_pass.metrics
 
 
 def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
-    """L_D: real images are the targets; no gradient reaches the purifier.
+    """Return the discriminator's loss L_D. Its real images are the targets, and no gradient reaches the purifier.
 
     Args:
         discriminator: images and masks to scores.
-        one_pass: the batch's passes.
-        gan_fake: the fake images for its step, as in `AtopConfig`.
+        one_pass: results of the purifier.
+        gan_fake: kind of fake images, as in `AtopConfig`.
     """
     fake = one_pass.refined.detach()
     mask = one_pass.packed[:, -1:]
@@ -217,11 +226,11 @@ def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str
 
 
 def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
-    """L_G: minus the mean score of the refined images; no gradient reaches the discriminator.
+    """Return the GAN term L_G, minus the mean score of the refined images. No gradient reaches the discriminator.
 
     Args:
         discriminator: images and masks to scores.
-        one_pass: the batch's passes.
+        one_pass: results of the purifier.
     """
     discriminator.requires_grad_(False)
     try:
@@ -231,7 +240,7 @@ def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss: mean relu(1 - real) / 2 + mean relu(1 + fake) / 2.
+    """Return the hinge loss of a discriminator: mean relu(1 - real) / 2 + mean relu(1 + fake) / 2.
 
     Args:
         real: scores of real images.
@@ -241,15 +250,16 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 class AtopTask(PurifierTask[Atop]):
-    """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is.
+    """The training of a defence's purifier with a frozen classifier, for `purify_fast.training.fit`.
+
+    With ``gan_grad``, there is also a discriminator, whose initial weights are drawn from torch's global generator.
+    Each step first trains the discriminator, and then the purifier. Checkpoints contain the discriminator, but the
+    saved defence does not.
 
     Args:
         defence: the defence to train.
-        config: how; its precision decides whether the defence is accelerated.
-        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
-
-    With ``gan_grad`` a discriminator is made from torch's global generator and plays along: each step first trains it,
-    then the purifier. It is kept in checkpoints, not in the saved defence.
+        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
+        origin: name of the purifier's initial weights. A run is resumed only with the same name.
     """
 
     name = "atop"
@@ -268,7 +278,7 @@ class AtopTask(PurifierTask[Atop]):
             channels, *size = defence.image_shape
             discriminator = PatchDiscriminator(channels + 1, config.discriminator_width, patch_depth(size))
             self.discriminator = discriminator.to(trained[0].device)
-            # models that are trained together share a checkpoint
+            # checkpoints save ``model``, so it must contain both
             self.model = nn.ModuleDict({"defence": defence, "discriminator": discriminator})
             self._optimizers["discriminator"] = adam(discriminator.parameters())
 
@@ -282,12 +292,12 @@ class AtopTask(PurifierTask[Atop]):
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
             judged = {"discriminator": loss.detach()}
-        # the purifier's loss uses the discriminator after its own step
+        # the purifier's loss uses the discriminator after the discriminator's step
         loss, metrics = self._with_discriminator(one_pass)
         yield Update("purifier", loss, {**metrics, **judged})
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The purifier's loss and metrics, of the discriminator as it is.
+        """Return the purifier's loss and metrics, without a step of the discriminator.
 
         Args:
             batch: the images.
@@ -295,7 +305,7 @@ class AtopTask(PurifierTask[Atop]):
         return self._with_discriminator(passes(self.defence, batch, self.config, self.graphs))
 
     def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:
-        """The purifier's loss with its GAN term, if there is one."""
+        """Return the purifier's loss and metrics, with the GAN term if there is a discriminator."""
         if self.discriminator is None:
             return one_pass.loss, one_pass.metrics
         deceived = generator_loss(self.discriminator, one_pass)

@@ -1,4 +1,4 @@
-"""CARSO: the defence, its training, and how it is saved."""
+"""CARSO: the defence and its training."""
 
 from __future__ import annotations
 

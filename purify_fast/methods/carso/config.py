@@ -1,4 +1,4 @@
-"""The settings of CARSO's training, each with its source."""
+"""The settings of CARSO's training, with their sources."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ from ...training.schedules import DelayUnit
 class CarsoConfig:
     """The settings of the training of CARSO's purifier. "Paper" is arXiv 2306.06081; "own" is this package's choice.
 
-    Two trainings share these settings. kl_delay, beta, free_bits, reduction, eps_mode and adversarial_fraction belong
-    to the published one: through the pipeline kl_delay, beta and adversarial_fraction have no effect, and the other
-    three must stay as they are. train_samples, targets and reconstruction_weight belong to the pipeline's alone.
+    attack_target chooses between two trainings. With "classifier", train_samples and reconstruction_weight have no
+    effect, and targets and joint must have their defaults. With "pipeline", kl_delay, beta and adversarial_fraction
+    have no effect, and free_bits, reduction and eps_mode must have their defaults.
 
     Args:
-        attack_target: the target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
+        attack_target: target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
             defence with exact gradients (own).
-        attack: the attack. Paper: eps 8/255 for color images and 0.3 for MNIST, linf, 40 steps of 0.01, which is made
-            for eps 8/255; alpha None is own. The weak attacks of the published training have half of eps (paper), and
-            the same alpha if one is given.
-        eps_mode: "paper" takes eps as it is. "official_code" divides it by the mean of the defence's std: the official
-            code attacks images that are not normalized with a radius made for normalized ones.
-        adversarial_fraction: share of each batch that is attacked, divided among four attacks (paper: 0.5, on
+        attack: the attack. Paper: linf, eps 8/255 for color images and 0.3 for MNIST, 40 steps of length 0.01 (chosen
+            for eps 8/255). alpha None is own. Half of the attacked images in the training with "classifier" have
+            half of eps (paper); if alpha is given, it is the same for them.
+        eps_mode: "paper" uses eps unchanged. "official_code" divides eps by the mean of the defence's std, because the
+            official code attacks unnormalized images with the radius for normalized images.
+        adversarial_fraction: share of each batch that is attacked, divided evenly among four attacks (paper: 0.5, on
             CIFAR-10).
-        allow_no_adversarial: whether to train even if that leaves no image for the attacks, as the official
-            TinyImageNet run did.
-        kl_delay: how long the KL term is left out (paper: 0.125 of the epochs); then its weight rises over a third as
-            long. Both are rounded up to whole units, and the weight is still 0 in the unit in which it begins to rise:
-            with a delay of 1 epoch it is 0 in the first two epochs and full from the third on. 0 lets the term act at
-            its full weight from the first step on.
+        allow_no_adversarial: whether to train even if adversarial_fraction of a batch is less than four images, so
+            that none is attacked. The official TinyImageNet run did so.
+        kl_delay: length of the start of the run in which the KL term has weight 0 (paper: 0.125 of the epochs).
+            Afterwards its weight rises linearly, for a third of this length. Both lengths are rounded up to whole
+            units. The weight is still 0 in the first unit after the delay: with a delay of 1 epoch, it is 0 in the
+            first two epochs and full from the third on. With 0, it is full from the first step on.
         kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
-        beta: weight of the KL term at the end (paper: 1).
-        free_bits: nats of the batch's mean KL that cost nothing, against posterior collapse (paper: 0; Kingma et al.,
-            NeurIPS 2016, with the whole latent as one group).
-        train_samples: reconstructions per image, K, while training through the pipeline.
-        targets: targets of the K predictions of an attacked image while training through the pipeline: "labels", by
-            cross-entropy (own), or "classifier", the probabilities that the frozen classifier gives the clean image, by
-            their divergence (adversarially robust distillation, Goldblum et al., AAAI 2020, arXiv 1905.09747).
-        reconstruction_weight: weight of the reconstruction term while training through the pipeline (own: 0.02).
-        joint: whether the classifier's copy is trained too, through the pipeline only (own; the paper's is frozen).
+        beta: final weight of the KL term (paper: 1).
+        free_bits: lower bound, in nats, for the mean KL of a batch: smaller values have no gradient, against posterior
+            collapse (paper: 0; Kingma et al., NeurIPS 2016, with the whole latent as one group).
+        train_samples: K, reconstructions per image in the training through the pipeline.
+        targets: targets for the K predictions of an attacked image in the training through the pipeline. "labels" uses
+            cross-entropy (own). "classifier" uses the divergence from the frozen classifier's probabilities for the
+            clean image (adversarially robust distillation, Goldblum et al., AAAI 2020, arXiv 1905.09747).
+        reconstruction_weight: weight of the reconstruction term in the training through the pipeline (own: 0.02).
+        joint: whether the defence's copy of the classifier is trained too, in the training through the pipeline (own;
+            the paper's classifier is frozen).
         reduction: reduction of the loss over the batch, "mean" (own) or "sum" (paper).
-        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper), of which the slow weights
-            remain.
+        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper). The result of the latter is the
+            slow weights.
         lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
         schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
             `purify_fast.training.schedules`.
-        precision: "float32", which on a GPU is that of IEEE too (the official code leaves PyTorch's default, by which
-            cuDNN's convolutions round to TF32); "tf32" (own), which there rounds what is
-            multiplied to ten bits of mantissa, while `purify_fast.training.fit` trains; or
-            "bfloat16" to train the accelerated defence (own).
-        learning_rate: the highest rate of the schedule (paper: 1e-4 times the batch of one process, with the sum).
+        precision: "float32", which has the precision of IEEE on a GPU too (in the official code, cuDNN's convolutions
+            round to TF32 by PyTorch's default); "tf32" (own), which on a GPU rounds the factors of products to ten bits
+            of mantissa while `purify_fast.training.fit` trains; or "bfloat16", which trains the accelerated defence
+            (own).
+        learning_rate: highest learning rate of the schedule (paper: 1e-4 times the batch size of one process, for the
+            reduction "sum").
         weight_decay: decoupled weight decay.
 
     Raises:
-        ValueError: a setting out of range, or one that would have no effect; the message names it.
+        ValueError: a setting is out of range or would have no effect; the message names it.
     """
 
     attack_target: Literal["classifier", "pipeline"] = "classifier"
@@ -100,8 +102,8 @@ class CarsoConfig:
             )
         if not pipeline and (self.joint or self.targets == "classifier"):
             raise ValueError(
-                "joint training and targets 'classifier' need attack_target='pipeline': the published loss sees "
-                "neither labels nor predictions"
+                "attack_target must be 'pipeline' for joint=True or targets='classifier', got 'classifier': the loss "
+                "of the paper has no labels and no predictions"
             )
         if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
             raise ValueError(
@@ -112,7 +114,7 @@ class CarsoConfig:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")
 
     def kl_delay_of(self, epochs: int) -> tuple[float, DelayUnit]:
-        """The length of the start of a run without the KL term, and its unit.
+        """Return kl_delay and its unit; a share is converted to epochs.
 
         Args:
             epochs: epochs of the whole run.
@@ -122,10 +124,10 @@ class CarsoConfig:
         return self.kl_delay, self.kl_delay_unit
 
 
-# A step asks for it, and it changes with the epoch alone.
+# The cache is for the steps of an epoch, which all have the same settings.
 @functools.lru_cache(maxsize=8)
 def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:
-    """The settings of one epoch, with eps in pixel units.
+    """Return the settings of one epoch, with eps in image units.
 
     Args:
         config: the settings of the training.
@@ -139,21 +141,20 @@ def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0,
 
 
 def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:
-    """Images per attack in a balanced batch: int(batch_size * adversarial_fraction // 4).
+    """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4).
 
     Args:
-        batch_size: images of the batch, or of one process's share of it.
-        adversarial_fraction: share of them that is attacked.
-        allow_none: whether the result may be 0.
+        batch_size: images of the batch, or of a process's share of the batch.
+        adversarial_fraction: share of the images that are attacked.
+        allow_none: whether the result may be 0, as in the official TinyImageNet run.
 
     Raises:
-        ValueError: the result is 0 and ``allow_none`` is not set. The official TinyImageNet run trained without any
-            adversarial example that way.
+        ValueError: the result is 0, and ``allow_none`` is False.
     """
     atom = int(batch_size * adversarial_fraction // 4)
     if atom == 0 and not allow_none:
         raise ValueError(
-            f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} leaves no adversarial example for "
-            "four attacks: give at least 4 / adversarial_fraction images per batch and process"
+            f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} images is not enough for four "
+            "attacks: use at least 4 / adversarial_fraction images per batch and process"
         )
     return atom

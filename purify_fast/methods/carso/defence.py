@@ -1,11 +1,12 @@
-"""CARSO: purification conditioned on the classifier's own internal representation.
+"""CARSO: purification conditioned on the classifier's internal representation of the image.
 
     c = condition(x) = encode(read(x));   x_k = sigmoid(decode(z_k, c)),  z_k ~ N(0, I),  k = 1 .. K
     logits_i = logsumexp_k classify(x_k)_i
 
 Ballarin, Ansuini, Bortolussi: "Blending adversarial training and representation-conditional purification via
-aggregation improves adversarial robustness", arXiv 2306.06081. The paper's aggregation (PeeL) returns +-inf and stops
-gradient attacks by NaN. The logsumexp taken here makes the same decisions with finite logits and usable gradients.
+aggregation improves adversarial robustness", arXiv 2306.06081. The paper's aggregation (PeeL) can return +-inf, and its
+gradients can be NaN, so gradient attacks stop. Here, logsumexp makes the same decisions with finite logits and usable
+gradients.
 """
 
 from __future__ import annotations
@@ -47,34 +48,35 @@ DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 
 
 class Carso(Defence):
-    """A classifier behind CARSO's purifier. Images in [0, 1] in, finite logits out.
+    """A classifier behind CARSO's purifier. The module maps images in [0, 1] to finite logits.
+
+    `purify_fast.methods.recipes` builds the published systems, and `Carso.from_official` reads the published files.
+
+    Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's, and
+    within `deterministic` z is 0. Run one forward pass at a time: several threads and ``nn.DataParallel`` are not
+    supported, but one process per GPU is.
 
     Args:
-        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
-            kept in evaluation mode; the caller's own is left untouched.
-        layers: module paths whose outputs form the representation, maps ``[B, C, H, W]``, tokens
-            ``[B, T, D]`` or vectors ``[B, F]``.
+        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
+            frozen copy in evaluation mode; the given module is not changed.
+        layers: paths of the modules whose outputs form the representation: maps ``[B, C, H, W]``, tokens ``[B, T, D]``
+            or vectors ``[B, F]``.
         image_shape: (C, H, W).
-        cond_dim: size of the condition.
-        latent_dim: size of a latent.
+        cond_dim: size of the condition c.
+        latent_dim: size of the latent z.
         samples: K, reconstructions per prediction.
-        decoder_width: channels of the decoder's last hidden layer; they double inwards. No effect on ``v1``.
+        decoder_width: channels of the decoder's last hidden layer. They double from layer to layer towards the start,
+            up to eight times this number. No effect on ``v1``.
         encoder_depth: blocks per pre-encoder. No effect on ``v1``.
-        mean: the mean by which the posterior encoder normalizes its input: a number or one per channel.
-        std: the standard deviation, in the same form, above 0.
-        decoder: (start, layers) of the decoder, layers as `Deconvolution` or their fields; None has `decoder_plan` make
-            them from image_shape and decoder_width. `published_decoder` has the paper's.
-        version: ``v4``, the paper's versions 4 to 6, or ``v1``, its first, made for 28 x 28 images.
-
-    `purify_fast.methods.recipes` builds the published systems, `Carso.from_official` reads the published files.
+        mean: mean by which the posterior encoder normalizes its input, a number or a list with a number per channel.
+        std: standard deviation for this, in the same form, above 0.
+        decoder: (start, layers) of the decoder; layers are `Deconvolution` or their fields. None: `decoder_plan` with
+            image_shape and decoder_width. `published_decoder` returns the decoders of the paper.
+        version: ``v4`` for versions 4 to 6 of the paper, or ``v1`` for the first version, for 28 x 28 images.
 
     Raises:
-        ValueError: sizes below 1, a std that is not above 0, unknown layers, or a classifier that does not fit
-            image_shape.
-
-    Run one forward pass at a time: not several threads or ``nn.DataParallel`` (one process per GPU works).
-
-    Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`; `deterministic` takes z = 0.
+        ValueError: a size is below 1, std is not above 0, a layer is unknown, or the classifier does not accept images
+            of image_shape.
     """
 
     draws_for_each_image = True
@@ -131,7 +133,7 @@ class Carso(Defence):
         self.decoder = decoder_kind(latent_dim, cond_dim, self.image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
-        # In this layout the whole pipeline runs about twice as fast on a CPU, its transposed convolutions three times.
+        # this layout makes the whole pipeline about 2 times faster on a CPU, and transposed convolutions 3 times
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)
         self._ready()
@@ -139,11 +141,11 @@ class Carso(Defence):
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Logits of the K reconstructions, ``[B, K, classes]``.
+        """Return the logits of the K reconstructions, ``[B, K, classes]``.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            z: latents as `reconstruct` takes them.
+            z: latents as in `reconstruct`; None draws them.
         """
         batch = x.shape[0]
         if torch.compiler.is_compiling() and x.device.type == "cpu" and z is None:
@@ -154,15 +156,15 @@ class Carso(Defence):
         return self.reconstruct(x, draws=draws)
 
     def reconstruct(self, x: Tensor, z: Tensor | None = None, draws: int = 1) -> Tensor:
-        """Purified images in (0, 1), ``[B, draws K, C, H, W]``; differentiable to x.
+        """Return purified images in (0, 1), ``[B, draws K, C, H, W]``. The gradient reaches x.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            z: latents ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; drawn from the prior if None.
-            draws: sets of K latents that are drawn, where they are drawn.
+            z: latents ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; None draws them from the prior.
+            draws: number of sets of K latents to draw, if ``z`` is None.
 
         Raises:
-            ValueError: images or latents of another shape.
+            ValueError: images or latents have a wrong shape.
         """
         self.check_images(x)
         condition = self._run_part(self.condition, x)
@@ -177,7 +179,7 @@ class Carso(Defence):
     # -- its parts ----------------------------------------------------------------------------------------------------
 
     def condition(self, x: Tensor) -> Tensor:
-        """c(x) ``[B, cond_dim]``; differentiable to x.
+        """Return the condition c(x), ``[B, cond_dim]``. The gradient reaches x.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -187,7 +189,7 @@ class Carso(Defence):
             return self.condition_encoder(representation).to(self.purifier_dtype)
 
     def read(self, x: Tensor) -> list[Tensor]:
-        """The classifier's representation, layer by layer, as the purifier takes it.
+        """Return the outputs of the classifier's ``layers``, in the purifier's dtype.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -198,12 +200,12 @@ class Carso(Defence):
         else:
             layers = self.fast.read(x)
             if self.purifier_dtype == torch.float32:
-                # The encoder runs under autocast, so that no cast is needed here.
+                # the encoder runs under autocast, so no cast is needed here
                 return layers
         return [layer.to(self.purifier_dtype) for layer in layers]
 
     def prior_latents(self, batch: int, device: torch.device, draws: int = 1) -> Tensor:
-        """Latents ``[batch, draws K, latent_dim]`` as the current mode draws them; K = 1 without noise.
+        """Draw latents ``[batch, draws K, latent_dim]`` in the current noise mode; without noise, K is 1 and z is 0.
 
         Args:
             batch: number of images.
@@ -215,7 +217,7 @@ class Carso(Defence):
         return latents(*self.noise(batch, device), draws * self.samples, self.latent_dim).expand(batch, -1, -1)
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Image logits ``[B, K, C, H, W]``.
+        """Return the images before the sigmoid, ``[B, K, C, H, W]``.
 
         Args:
             z: latents ``[B, K, latent_dim]``.
@@ -226,20 +228,20 @@ class Carso(Defence):
         return images.unflatten(0, z.shape[:2]).to(self.purifier_dtype)
 
     def decodes_in_one_kernel(self) -> bool:
-        """Tell whether a kernel draws the latents and decodes them: never where its weights' gradient may be wanted."""
+        """Tell whether a kernel draws and decodes the latents. It is not used if the decoder needs gradients."""
         if self.noise_is_off or not self.computes_in_bfloat16 or self._weight_to_pack() is None:
             return False
         return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
 
     def _in_one_kernel(self, condition: Tensor, draws: int) -> Tensor:
-        """The images of the kernel, ``[B, draws K, C, H, W]``."""
+        """Return the images that the kernel decodes, ``[B, draws K, C, H, W]``."""
         self.prepare_replay()
         assert self.fast is not None
         seed, ids = self.noise(len(condition), condition.device)
         return self.fast.packed(condition, seed, ids.expand(len(condition)), draws * self.samples)
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z | x, c), each ``[B, latent_dim]``; training only.
+        """Return mean and log-variance of q(z | x, c), each ``[B, latent_dim]``. Only the training needs them.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -250,20 +252,19 @@ class Carso(Defence):
             mean, log_variance = self.posterior_encoder(normalized, condition)
         return mean.to(self.purifier_dtype), log_variance.to(self.purifier_dtype)
 
-    # -- what its authors run -----------------------------------------------------------------------------------------
+    # -- the authors' evaluation --------------------------------------------------------------------------------------
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """The evaluation by CARSO's authors (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
+        """Return the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
 
-        It attacks the output of PeeL, whose gradients vanish if the samples are sure. Another prediction of that output
-        judges the images that were found.
+        AutoAttack attacks the output of PeeL, whose gradients vanish if the predictions of the samples are confident.
+        Another prediction through PeeL decides if a found image fools the defence. Source: src/eval_a.py of
+        emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
 
         Args:
-            eps: radius in image units; AutoAttack takes the report's.
-
-        Source: src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
+            eps: radius in image units. It is not used, because AutoAttack uses the radius of the report.
         """
-        # a prediction does not need the package that judges it
+        # imported here, because predictions do not need the package evaluation
         from ...attacks import AutoAttack
         from ...defences.stochastic import WithAggregation
         from ...evaluation import AttackSpec
@@ -275,7 +276,7 @@ class Carso(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The precision of the purifier's weights."""
+        """The dtype of the purifier's weights."""
         return dtype_of(self.decoder)
 
     def _weight_to_pack(self) -> Tensor | None:
@@ -298,20 +299,22 @@ class Carso(Defence):
         layers: Sequence[str] | None = None,
         samples: int = 8,
     ) -> Carso:
-        """A system from the three safetensors files of the official code, in evaluation mode.
+        """Load a system from the three safetensors files of the official code, in evaluation mode.
 
-        Every size is the files'. They hold no posterior encoder: it is fresh, which matters to training only.
+        All sizes are taken from the files. The files have no posterior encoder, so it has fresh weights; only the
+        training uses it.
 
         Args:
-            classifier: the one the files were trained for; a `purify_fast.models.WideResNet` brings its layers.
-            directory: where ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder`` are.
-            stem: their common name; None if there is one system in the directory.
-            layers: the representation's modules.
+            classifier: the classifier for which the files were trained.
+            directory: folder with ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder``.
+            stem: common name of the files; None if the folder has only one system.
+            layers: paths of the modules whose outputs form the representation; None for a
+                `purify_fast.models.WideResNet`, which knows them.
             samples: K.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: it names the tensors that are missing, unknown or of another shape, and their file.
+            ValueError: tensors are missing, unknown or have a wrong shape; the message names them and their file.
         """
         files, arguments = read_official(classifier, directory, stem, layers)
         defence = cls(classifier, samples=samples, **arguments)
@@ -319,17 +322,20 @@ class Carso(Defence):
         return defence.eval()
 
     def save_official(self, directory: str | Path, stem: str) -> None:
-        """Write the three files that `from_official` reads, each whole or absent.
+        """Write the three files that `from_official` reads, each atomically.
 
         Args:
-            directory: where to.
-            stem: the files' common name.
+            directory: folder for the files.
+            stem: common name of the files.
 
         Raises:
-            ValueError: the files cannot hold this defence.
+            ValueError: the files cannot represent this defence.
         """
         if self.arguments["version"] != "v4" or any(len(shape) != 3 for shape in self.representation.shapes):
-            raise ValueError("official files hold systems of version v4 whose representation is maps [B, C, H, W] only")
+            raise ValueError(
+                "official files support only version v4 and layers that return maps [B, C, H, W]: use `save` for this "
+                "defence"
+            )
         write_official(self.condition_encoder, self.decoder, directory, stem)
 
     save = save_defence

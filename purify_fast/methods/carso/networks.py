@@ -1,14 +1,15 @@
-"""The parts of CARSO's conditional variational autoencoder, for any image size and any layers.
+"""The networks of CARSO's conditional variational autoencoder, for any image size and any layers of the classifier.
 
-arXiv 2306.06081, section 4.2. Convolution block: conv (no bias), BatchNorm, LeakyReLU(0.2). The paper's CIFAR-10 and
-TinyImageNet systems are instances; the sizes for other images are this package's own choice.
+The source is arXiv 2306.06081, section 4.2. The networks include those of the paper's CIFAR-10 and TinyImageNet
+systems; the sizes for other images are this package's own choice.
 
-The classes of V1 are those of the paper's versions 1 and 2 (2023), as their code has them for MNIST and FashionMNIST: a
-flat representation, linear encoders with LeakyReLU(0.01) before BatchNorm, a decoder that starts at one pixel and has
-no BatchNorm. `PackedDecoder` is a trained decoder as one op, `purify_fast.ops.decode_prior`.
+The classes with V1 in their names are the networks of the paper's versions 1 and 2 (2023), whose code has them for
+MNIST and FashionMNIST. They flatten the representation, and their linear encoders have LeakyReLU(0.01) before
+BatchNorm. Their decoder starts at one pixel and has no BatchNorm. `PackedDecoder` runs a trained decoder as one op,
+`purify_fast.ops.decode_prior`.
 
-``runs_in_order`` says that every nn.Sequential in a class is called as a whole, which folding a BatchNorm relies on
-(`purify_fast.speed.folding.batchnorm.fold_sequential`).
+The class attribute ``runs_in_order`` states that every nn.Sequential of a class is called as a whole. The folding of
+BatchNorm requires this (`purify_fast.speed.folding.batchnorm.fold_sequential`).
 """
 
 from __future__ import annotations
@@ -31,35 +32,36 @@ from ...ops.decode_samples import Weights, decode_prior, pack, unpack
 from ...speed.folding.batchnorm import folded
 
 Shape = tuple[int, int, int]
-#: The map that a decoder starts with, (C, h, w), and its transposed convolutions.
+#: The shape (C, h, w) of a decoder's first map, and its transposed convolutions.
 Plan = tuple[Shape, list["Deconvolution"]]
 
 
 def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
-    """Conv2d without bias, BatchNorm2d, LeakyReLU(0.2)."""
+    """Return Conv2d without bias, BatchNorm2d and LeakyReLU(0.2)."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), BatchNorm2d(outputs), LeakyReLU()
     )
 
 
 def linear_block(inputs: int, outputs: int) -> nn.Sequential:
-    """Linear without bias, BatchNorm1d, LeakyReLU(0.2)."""
+    """Return Linear without bias, BatchNorm1d and LeakyReLU(0.2)."""
     return nn.Sequential(nn.Linear(inputs, outputs, bias=False), BatchNorm1d(outputs), LeakyReLU())
 
 
 def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]:
-    """A layer's pre-encoder and the number of features that it gives.
+    """Return the pre-encoder for a layer of the classifier, and its number of output features.
 
-    A map (C, H, W) goes through ``depth`` convolution blocks that halve the channels (C/2, C/4, C/8, rounded up), 3 x 3
-    without padding while the map is large enough, else 1 x 1; a vector (F,) passes unchanged.
+    For a map (C, H, W) it has ``depth`` convolution blocks, each of which halves the channels (C/2, C/4, C/8, rounded
+    up). Kernels are 3 x 3 without padding if the map is large enough, and otherwise 1 x 1. A vector (F,) is not
+    changed.
 
-    Tokens (T, D) go through ``depth`` linear blocks that halve D (rounded up); that is not in the paper. The tokens
-    share the blocks, as positions share a convolution's weights. BatchNorm's statistics are taken over batch and
-    tokens, and the joint layer that follows distinguishes the tokens.
+    For tokens (T, D) it has ``depth`` linear blocks, each of which halves D (rounded up). This is not in the paper. All
+    tokens share the blocks, and BatchNorm's statistics are over batch and tokens. The joint layer after the
+    pre-encoders has different weights for different tokens.
 
     Args:
         shape: shape of the layer's output without the batch: (C, H, W), (T, D) or (F,).
-        depth: blocks.
+        depth: number of blocks.
     """
     if len(shape) == 1:
         return nn.Identity(), shape[0]
@@ -80,7 +82,10 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
 
 
 class ConditionEncoder(nn.Module):
-    """Representation tensors -> condition ``c [B, cond_dim]``: a pre-encoder per layer, then one joint linear block."""
+    """Maps the representation's tensors to the condition ``c [B, cond_dim]``.
+
+    It has a pre-encoder for each layer of the classifier, and then one joint linear block.
+    """
 
     runs_in_order = True
 
@@ -96,9 +101,10 @@ class ConditionEncoder(nn.Module):
 
 
 class PosteriorEncoder(nn.Module):
-    """Image and condition -> mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
+    """Maps an image and the condition c to mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
 
-    Two convolution blocks of stride 2 (C, 2 C, 4 C channels), flattened beside c, one linear block, two linear heads.
+    Two convolution blocks of stride 2 (C, 2 C, 4 C channels) read the image. Their flattened output and c are the input
+    of a linear block, which two linear heads follow.
     """
 
     runs_in_order = True
@@ -110,7 +116,7 @@ class PosteriorEncoder(nn.Module):
         self.log_variance = nn.Linear(size, latent_dim)
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
-        """The layers of the image, those of image and condition, and the size of their result."""
+        """Return the layers for the image, the layers for image and condition, and the output size of the latter."""
         channels, h, w = image_shape
         first, second = conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1)
         size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
@@ -128,9 +134,9 @@ class Deconvolution:
     Args:
         channels: channels of its output.
         kernel: side of its kernel.
-        stride: in both directions.
-        padding: on all sides.
-        output_padding: (h, w), added below and to the right.
+        stride: stride in both directions.
+        padding: padding on all sides.
+        output_padding: (h, w), rows and columns that are added at the bottom and the right of the output.
     """
 
     channels: int
@@ -141,17 +147,17 @@ class Deconvolution:
 
     @classmethod
     def of(cls, layer: nn.ConvTranspose2d) -> Deconvolution:
-        """The settings of a square layer.
+        """Return the settings of a layer.
 
         Args:
-            layer: a layer with equal kernel, stride and padding in both directions.
+            layer: a layer whose kernel, stride and padding are the same in both directions.
         """
         more_h, more_w = layer.output_padding
         kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         return cls(layer.out_channels, kernel, stride, padding, (more_h, more_w))
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width that this layer makes.
+        """Return the height and width of the layer's output.
 
         Args:
             h: height of its input.
@@ -164,10 +170,10 @@ class Deconvolution:
 
 
 def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
-    """Start shape and layers of a decoder that ends at ``image_shape``, after the pattern of the paper's two.
+    """Return start shape and layers of a decoder for images of ``image_shape``, similar to the paper's two decoders.
 
-    The image is halved (rounded up) until it is at most 4 on its longer side; channels double inwards from ``width``,
-    to at most ``8 width``; a last 3 x 3 layer of stride 1 makes the image.
+    From the image back to the start, every layer halves height and width (rounded up), until both are at most 4, and
+    doubles the channels from ``width`` to at most ``8 width``. The last layer is 3 x 3 with stride 1.
 
     Args:
         image_shape: (C, H, W).
@@ -182,23 +188,26 @@ def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     return (min(width << depth, 8 * width), h, w), layers
 
 
-#: The published decoders by the shape of their images: side of the start, output padding of all layers but the last,
-#: and the last layer's kernel. The sides are 3 - 5 - 9 - 17 - 33 - 32 and 4 - 8 - 16 - 32 - 64 - 64.
+#: For each image shape with a published decoder: the side of the start, the output padding of all layers except the
+#: last, and the kernel of the last. The sides of the maps are 3 - 5 - 9 - 17 - 33 - 32 and 4 - 8 - 16 - 32 - 64 - 64.
 PUBLISHED: dict[Shape, tuple[int, int, int]] = {(3, 32, 32): (3, 0, 2), (3, 64, 64): (4, 1, 3)}
 
 
 def published_decoder(image_shape: Shape) -> Plan:
-    """Start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
+    """Return start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
 
     Args:
         image_shape: (C, H, W).
 
     Raises:
-        ValueError: no decoder is published for image_shape; `decoder_plan` makes one.
+        ValueError: no decoder was published for image_shape; use `decoder_plan`.
     """
     channels, h, w = image_shape
     if (channels, h, w) not in PUBLISHED:
-        raise ValueError(f"decoders are published for 3 x 32 x 32 and 3 x 64 x 64, not for {tuple(image_shape)}")
+        raise ValueError(
+            f"image_shape must be (3, 32, 32) or (3, 64, 64) for a published decoder, got {tuple(image_shape)}: use "
+            "decoder_plan for other shapes"
+        )
     side, padding, kernel = PUBLISHED[channels, h, w]
     hidden = [Deconvolution(width, output_padding=(padding, padding)) for width in (256, 128, 64, 32)]
     return (256, side, side), [*hidden, Deconvolution(channels, kernel, stride=1)]
@@ -207,13 +216,13 @@ def published_decoder(image_shape: Shape) -> Plan:
 def deconvolution_stack(
     start: Shape, layers: Sequence[Deconvolution], image_shape: Shape, batch_norm: bool = True
 ) -> nn.Sequential:
-    """The transposed convolutions of a decoder, from a map ``start`` to ``image_shape``.
+    """Return the transposed convolutions of a decoder, from a map of shape ``start`` to ``image_shape``.
 
-    BatchNorm and LeakyReLU(0.2) follow each but the last, which alone has a bias; without ``batch_norm`` all have one,
-    and LeakyReLU(0.01) follows.
+    Each layer except the last has no bias, and BatchNorm and LeakyReLU(0.2) follow it. Without ``batch_norm``, these
+    layers have a bias, and only LeakyReLU(0.01) follows them. The last layer always has a bias.
 
     Raises:
-        ValueError: the layers do not end at image_shape.
+        ValueError: the output of the layers does not have image_shape.
     """
     stack: list[nn.Module] = []
     channels, h, w = start
@@ -225,30 +234,35 @@ def deconvolution_stack(
             stack += [BatchNorm2d(layer.channels), LeakyReLU()] if batch_norm else [_LeakyReLU()]
         channels, (h, w) = layer.channels, layer.size(h, w)
     if (channels, h, w) != tuple(image_shape):
-        raise ValueError(f"the decoder's layers end at {(channels, h, w)}, the images are {tuple(image_shape)}")
+        raise ValueError(
+            f"the decoder's layers end at {(channels, h, w)}, but must end at the image_shape {tuple(image_shape)}"
+        )
     return nn.Sequential(*stack)
 
 
 class Decoder(nn.Module):
-    """Latent and condition -> image logits: a linear adapter, then transposed convolutions.
+    """Maps latents and the condition to images before the sigmoid, by a linear adapter and transposed convolutions.
 
-    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``, before the sigmoid. All layers but the last
-    are ConvTranspose2d without bias, BatchNorm2d, LeakyReLU(0.2); the last has a bias and nothing after it.
+    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
+
+    Each transposed convolution except the last has no bias, and BatchNorm2d and LeakyReLU(0.2) follow it. The last has
+    a bias, and nothing follows it.
 
     Args:
         latent_dim: size of a latent.
         cond_dim: size of the condition.
-        image_shape: (C, H, W) of the images it must end at.
-        start: (C, h, w) of the map that the adapter makes.
+        image_shape: (C, H, W) of the images.
+        start: (C, h, w) of the adapter's output.
         layers: the transposed convolutions, in order.
 
     Raises:
-        ValueError: at construction, layers that do not end at image_shape.
+        ValueError: the output of the layers does not have image_shape.
     """
 
     runs_in_order = True
-    #: the slope of LeakyReLU behind the layers of the stack, and whether BatchNorm stands before it
+    #: Slope of LeakyReLU between the transposed convolutions.
     slope = 0.2
+    #: Whether BatchNorm comes before LeakyReLU.
     normalizes = True
 
     def __init__(
@@ -261,7 +275,7 @@ class Decoder(nn.Module):
         self.stack = deconvolution_stack(start, layers, image_shape, self.normalizes)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
-        # the condition's half of the adapter once per image, not once per sample
+        # the product with the condition is the same for all samples of an image, so it is computed once per image
         weight_z, weight_c = self.adapter.weight.split([self.latent_dim, condition.shape[1]], 1)
         h = F.linear(z, weight_z) + F.linear(condition, weight_c, self.adapter.bias)[:, None]
         return self.stack(F.leaky_relu(h, 0.2).flatten(0, 1).unflatten(1, self.start))
@@ -269,11 +283,12 @@ class Decoder(nn.Module):
 
 class _LeakyReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, 0.01)  # a literal, for the reason given in purify_fast/models/layers.py
+        # the slope is a literal, for the reason given in purify_fast/models/layers.py
+        return F.leaky_relu(x, 0.01)
 
 
 def _linear_blocks(*sizes: int) -> list[nn.Module]:
-    """Linear with bias, LeakyReLU(0.01), BatchNorm1d, for each pair of sizes."""
+    """Return Linear with bias, LeakyReLU(0.01) and BatchNorm1d for each pair of sizes."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), _LeakyReLU(), BatchNorm1d(after)]
@@ -281,9 +296,10 @@ def _linear_blocks(*sizes: int) -> list[nn.Module]:
 
 
 class ConditionEncoderV1(nn.Module):
-    """Representation tensors -> condition ``c [B, cond_dim]`` in (0, 1): all flattened, two linear blocks, a sigmoid.
+    """Maps the representation's tensors to the condition ``c [B, cond_dim]`` in (0, 1), in the first version of CARSO.
 
-    The hidden size is ``2 cond_dim`` (published: 290 -> 260 -> 130). The depth is always 2.
+    The tensors are flattened and joined. Two linear blocks and a sigmoid follow. The hidden size is ``2 cond_dim``
+    (published: 290 -> 260 -> 130). ``depth`` has no effect.
     """
 
     runs_in_order = True
@@ -298,10 +314,11 @@ class ConditionEncoderV1(nn.Module):
 
 
 class PosteriorEncoderV1(PosteriorEncoder):
-    """Image and condition -> mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
+    """Maps an image and the condition c to mean and log-variance of q(z | x, c), in the first version of CARSO.
 
-    A 4 x 4 convolution with just enough channels to lose no numbers, flattened beside c, two linear blocks and a tanh
-    down to ``1.5 latent_dim`` (published: 96 for 64), two linear heads.
+    A 4 x 4 convolution reads the image; its output has at least as many numbers as the image. The flattened output and
+    c are the input of two linear blocks and a tanh with ``1.5 latent_dim`` outputs (published: 96 for 64), which two
+    linear heads follow.
     """
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
@@ -317,7 +334,7 @@ class PosteriorEncoderV1(PosteriorEncoder):
 
 
 def decoder_plan_v1(channels: int, inputs: int) -> Plan:
-    """Start shape and layers of the first version's decoder, from ``inputs`` numbers to ``channels`` x 28 x 28."""
+    """Return start shape and layers of the first version's decoder: ``inputs`` numbers to ``channels`` x 28 x 28."""
     return (inputs, 1, 1), [
         Deconvolution(inputs // 2, 4, 1, 0),
         Deconvolution(inputs // 4, 4, 2, 1),
@@ -327,13 +344,15 @@ def decoder_plan_v1(channels: int, inputs: int) -> Plan:
 
 
 class DecoderV1(Decoder):
-    """Latent and condition, side by side at one pixel -> image logits, by transposed convolutions with bias.
+    """Maps latents and the condition to images before the sigmoid, in the first version of CARSO.
 
-    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``, before the sigmoid. LeakyReLU(0.01) between
-    the layers, no BatchNorm, no adapter.
+    ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
+
+    The latent and the condition are the channels of one pixel. Transposed convolutions with bias follow, with
+    LeakyReLU(0.01) between them. There is no BatchNorm and no adapter.
 
     Raises:
-        ValueError: at construction, layers that do not end at image_shape.
+        ValueError: the output of the layers does not have image_shape.
     """
 
     slope = 0.01
@@ -344,7 +363,7 @@ class DecoderV1(Decoder):
         return self.stack(h.flatten(0, 1).unflatten(1, self.start))
 
 
-#: The networks of each version of the method: condition encoder, posterior encoder, decoder.
+#: For each version of the method, its condition encoder, posterior encoder and decoder.
 NETWORKS: dict[str, tuple[Any, ...]] = {
     "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
     "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
@@ -352,18 +371,20 @@ NETWORKS: dict[str, tuple[Any, ...]] = {
 
 
 class PackedDecoder(nn.Module):
-    """Draws latents and decodes them: ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``.
+    """Draws latents and decodes them, by one op and with a copy of a decoder's weights.
 
-    A copy of a decoder's weights as they are now, in evaluation mode: the gradient reaches the condition only. Behind
-    it is one op; on a GPU, K latents per image are drawn and decoded by a launch for each layer, the last two in one.
+    ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``
+
+    The gradient reaches only the condition. On a GPU, the op launches one kernel for each layer, but only one for the
+    last two layers together.
 
     Args:
-        decoder: a `Decoder` or `DecoderV1` in evaluation mode.
-        dtype: dtype of the products, bfloat16 (the only one that a GPU multiplies fast), float32 or float64; sums are
-            in float32 (float64 for float64).
+        decoder: a `Decoder` or `DecoderV1` in evaluation mode. Later changes of its weights have no effect.
+        dtype: dtype of the products, bfloat16 (the only dtype that is fast on a GPU), float32 or float64. Sums are in
+            float32, or in float64 for float64.
 
     Raises:
-        ValueError: a decoder in training mode.
+        ValueError: the decoder is in training mode.
     """
 
     packed: Tensor
@@ -375,13 +396,15 @@ class PackedDecoder(nn.Module):
     def __init__(self, decoder: Decoder, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         if any(isinstance(layer, BatchNorm2d) and layer.training for layer in decoder.modules()):
-            raise ValueError("decoder must be in evaluation mode: a BatchNorm that still learns cannot be folded")
+            raise ValueError("decoder must be in evaluation mode: a BatchNorm in training mode cannot be folded")
         layers: list[Any] = list(decoder.stack)
         if decoder.normalizes:
             start = decoder.start
-            joint = decoder.adapter.weight.double().unflatten(0, start)  # [C, h, w, z and c]
+            # [C, h, w, latent_dim + cond_dim]
+            joint = decoder.adapter.weight.double().unflatten(0, start)
             shift = decoder.adapter.bias.double().view(start)
-        else:  # its first convolution sees one pixel, so that it is a linear layer
+        else:
+            # the first transposed convolution has an input of one pixel, so it is a linear layer
             first, *layers = layers
             joint = first.weight.double().permute(1, 2, 3, 0)
             start = tuple(joint.shape[:3])
@@ -411,23 +434,23 @@ class PackedDecoder(nn.Module):
         self._layers = self._unpacked()
 
     def _unpacked(self) -> Weights:
-        """The weights of the layers, which decode where no kernel serves."""
+        """Return the weights of the layers, which are used if there is no kernel."""
         weights = unpack(self.packed, self.biases, self.geometry)
         layers = tuple(weight.contiguous(memory_format=torch.channels_last) for weight in weights.layers)
         return Weights(weights.first.contiguous(), layers, weights.biases)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that it computes with."""
+        """Return all tensors that ``forward`` uses."""
         layers = self._layers
         return [*self.buffers(), layers.first, *layers.layers, *layers.biases]
 
     def forward(self, condition: Tensor, seed: Tensor, sample_ids: Tensor, samples: int, **options: Any) -> Tensor:
-        """Images in (0, 1), or their logits, ``[B, K, C, H, W]``.
+        """Return images in (0, 1), or the images before the sigmoid, ``[B, K, C, H, W]``.
 
         Args:
-            condition: ``[B, cond_dim]``, floating point; the gradient flows here.
-            seed: int64 ``[1]``, on the condition's device.
-            sample_ids: int64 ``[B]``, on the condition's device.
+            condition: the condition, floating point ``[B, cond_dim]``. The gradient reaches it.
+            seed: seed of the latents, int64 ``[1]``, on the condition's device.
+            sample_ids: number of each image's noise, int64 ``[B]``, on the condition's device.
             samples: K.
             options: ``squash``, ``channels_last`` and ``dtype`` of `purify_fast.ops.decode_prior`.
 
@@ -437,7 +460,7 @@ class PackedDecoder(nn.Module):
         with without_autocast(condition.device):
             first = F.linear(condition.to(self.weight.dtype), self.weight, self.bias)
         if (self._layers.first.device, self._layers.first.dtype) != (self.packed.device, self.packed.dtype):
-            # The module was moved or converted since they were unpacked.
+            # the module was moved or converted after the weights were unpacked
             self._layers = self._unpacked()
         return decode_prior(
             first,
@@ -454,9 +477,9 @@ class PackedDecoder(nn.Module):
 
 
 def kernel_decodes(device: torch.device) -> bool:
-    """Tell whether a kernel can decode on ``device``. False inside torch.compile, which fuses the plain layers.
+    """Tell whether a kernel may decode on ``device``: not inside torch.compile, which fuses the plain layers.
 
-    The kernel may not serve every dtype and batch size: for the others `decode_prior` runs the layers.
+    For some dtypes and batch sizes there may still be no kernel. Then `decode_prior` runs the layers.
 
     Args:
         device: device of the latents.

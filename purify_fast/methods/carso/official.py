@@ -1,10 +1,12 @@
-"""The official CARSO weights: three safetensors files per system, under the names the official code gives its tensors.
+"""Reads and writes the official CARSO weights: three safetensors files per system, with the official tensor names.
 
-    {stem}_repr_compressors     i.j.0.*, i.j.1.*         layer i, block j: convolution, BatchNorm
-    {stem}_repr_fcn_compressor  1.0.*, 1.1.*             the joint linear layer, BatchNorm
-    {stem}_decoder              0.1.*, i.0.*, i.1.*, 5.* adapter; transposed convolutions, BatchNorm; the last one
+    {stem}_repr_compressors     i.j.0.*, i.j.1.*     layer i, block j: convolution, BatchNorm
+    {stem}_repr_fcn_compressor  1.0.*, 1.1.*         the joint linear layer, BatchNorm
+    {stem}_decoder              0.1.*                the adapter
+                                i.0.*, i.1.*         transposed convolution i, BatchNorm
+                                5.*                  the last transposed convolution
 
-The posterior encoder q(z | x, c) is in none of them: inference does not use it.
+The files do not contain the posterior encoder q(z | x, c), because inference does not use it.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from ...protocols import NamesRepresentation
 from .networks import PUBLISHED, Decoder, Deconvolution, published_decoder
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
-#: The tensors of each of `PARTS` by their official names.
+#: For each of `PARTS`, its tensors by their official names.
 Tensors = dict[str, dict[str, Tensor]]
 
 
 def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensors:
-    """The tensors of a version 4 system per official file, under their official names; memory is shared."""
+    """Return the tensors of a version 4 system for each official file, by official names; they share memory."""
     state: Tensors = {
         "repr_compressors": condition_encoder.get_submodule("layers").state_dict(),
         "repr_fcn_compressor": condition_encoder.get_submodule("joint").state_dict(prefix="1."),
@@ -39,7 +41,7 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
     }
     stack = list(decoder.get_submodule("stack").children())
     for i, module in enumerate(stack):
-        # this package's names count modules, of which a layer has three; the official names count layers
+        # the names of this package count modules, and a layer has three modules; the official names count layers
         layer, part = divmod(i, 3)
         middle = "" if module is stack[-1] else f"{part}."
         state["decoder"] |= module.state_dict(prefix=f"{layer + 1}.{middle}")
@@ -47,7 +49,7 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
 
 
 def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
-    """mean and std of the classifier's own normalization: a `Normalize` inside it, or RobustBench's two tensors."""
+    """Return mean and std of the classifier's normalization: of a `Normalize`, or of attributes as in RobustBench."""
     for module in classifier.children():
         if isinstance(module, Normalize):
             return module.arguments
@@ -57,13 +59,15 @@ def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
 
 
 def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
-    """The file of each of `PARTS`."""
+    """Return the file of each of `PARTS`."""
     if stem is None:
         ending = f"_{PARTS[0]}.safetensors"
         stems = sorted(path.name.removesuffix(ending) for path in directory.glob(f"*{ending}"))
         if len(stems) != 1:
             names = ", ".join(stems) or "none"
-            raise ValueError(f"{directory} must hold one file *{ending}, or give its stem; there are: {names}")
+            raise ValueError(
+                f"{directory} must have exactly one file *{ending} if stem is None; there are: {names}"
+            )
         stem = stems[0]
     return {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
 
@@ -71,21 +75,24 @@ def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
 def read_official(
     classifier: nn.Module, directory: str | Path, stem: str | None, layers: Sequence[str] | None
 ) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors of a system's files, and what `Carso` takes to hold them; see `Carso.from_official`."""
+    """Return the tensors of a system's files, and the arguments of a fitting `Carso`; see `Carso.from_official`."""
     paths = _paths(Path(directory), stem)
     encoder, joint, decoder = (read_weights(path) for path in paths.values())
     blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]
     cond_dim, first = len(joint.get("1.0.weight", ())), decoder.get("0.1.weight", torch.empty(0, 0))
-    # the files have no strides and paddings: take those of the published decoder with the same start
+    # the files have no strides and paddings, so those of the published decoder with the same start shape are used
     shape = next((shape for shape in PUBLISHED if prod(published_decoder(shape)[0]) == len(first)), None)
     if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
-        raise ValueError(f"{directory} must hold the three files of a CARSO system, and these are other files")
+        raise ValueError(f"{directory} must hold the three files of a CARSO system, but its files have other tensors")
     if layers is None:
         if not isinstance(classifier, NamesRepresentation):
-            raise ValueError("layers: name the modules of this classifier that the files were trained on")
+            raise ValueError(
+                f"layers must be given for a {type(classifier).__name__}: the paths of the modules that the files were "
+                "trained on"
+            )
         layers = classifier.representation_layers()
     if len(layers) != (count := len({layer for layer, _ in blocks})):
-        raise ValueError(f"layers must be {count}, as in {paths['repr_compressors']}, got {len(layers)}")
+        raise ValueError(f"layers must have {count} paths, as in {paths['repr_compressors']}, got {len(layers)}")
     arguments = {
         "layers": layers,
         "image_shape": shape,
@@ -100,7 +107,7 @@ def read_official(
 
 @torch.no_grad()
 def fill(condition_encoder: nn.Module, decoder: nn.Module, files: dict[Path, dict[str, Tensor]]) -> None:
-    """Copy the files' tensors into a system's, if the names and shapes of all are the system's; else ValueError."""
+    """Copy the files' tensors into those of a system; raise ValueError if any names or shapes differ."""
     parts = official_tensors(condition_encoder, decoder).values()
     for own, (path, tensors) in zip(parts, files.items(), strict=True):
         shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)]
@@ -110,11 +117,14 @@ def fill(condition_encoder: nn.Module, decoder: nn.Module, files: dict[Path, dic
 
 
 def write_official(condition_encoder: nn.Module, decoder: Decoder, directory: str | Path, stem: str) -> None:
-    """Write the three official files, each whole or absent; see `Carso.save_official`."""
+    """Write the three official files, each atomically; see `Carso.save_official`."""
     layers = [Deconvolution.of(layer) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
     if (decoder.start, layers) not in [published_decoder(size) for size in PUBLISHED]:
-        # the files have no strides and paddings: a reader takes the published ones
-        raise ValueError("official files hold a published decoder only (`purify_fast.methods.carso.published_decoder`)")
+        # the files have no strides and paddings, and a reader uses the published values
+        raise ValueError(
+            "decoder must be made by `purify_fast.methods.carso.published_decoder`, because official files store no "
+            "strides and paddings: use `save` for this defence"
+        )
     paths = _paths(Path(directory), stem)
     for part, tensors in official_tensors(condition_encoder, decoder).items():
         with atomic(paths[part]) as temporary:

@@ -1,8 +1,8 @@
-"""The published trainings of CARSO, number by number, each with its source, in ``recipes.json``.
+"""The published systems of CARSO. ``recipes.json`` has every number and its source.
 
-A source without a name before it is a file of the official repository (emaballarin/CARSO, commit 307b873) with its
-line. "ebtorch" is that repository's library (emaballarin/ebtorch, commit e9f8d99). The first version of the method,
-mnist_v1, is in earlier commits of the repository (8dadfc8, 5f65f97).
+A source that is only a file and a line is in the official repository (emaballarin/CARSO, commit 307b873). "ebtorch" is
+the library that this repository uses (emaballarin/ebtorch, commit e9f8d99). The first version of the method, mnist_v1,
+is in earlier commits of the repository (8dadfc8, 5f65f97).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CarsoRecipe(Recipe):
     settings = CarsoConfig
 
     def build_classifier(self) -> nn.Module:
-        """The system's classifier, with fresh weights; the published ones are not part of this package."""
+        """Build the system's classifier with fresh weights. The published weights are not part of this package."""
         channels, *size = self.image_shape
         mean, std, classes = self["data.mean"], self["data.std"], self["data.num_classes"]
         if self["classifier.name"] == "fully_connected":
@@ -39,13 +39,12 @@ class CarsoRecipe(Recipe):
         return WideResNet(depth, width, in_channels=channels, num_classes=classes, mean=mean, std=std)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
-        """The settings of the training.
-
-        The authors' code scales eps (`CarsoConfig.eps_mode`), and every process rounds the number of attacked images
-        down by itself, so that TinyImageNet is trained without any adversarial example.
+        """Return the settings of the training.
 
         Args:
-            official_code: reproduce both.
+            official_code: reproduce the authors' code in two respects. It scales eps (`CarsoConfig.eps_mode`). And each
+                process rounds its number of attacked images down, so TinyImageNet is trained without any adversarial
+                example.
         """
         config: CarsoConfig = super().config(official_code)
         if not official_code:
@@ -55,14 +54,14 @@ class CarsoRecipe(Recipe):
         return replace(config, adversarial_fraction=fraction, allow_no_adversarial=fraction == 0)
 
     def defence(self, classifier: nn.Module, **changes: Any) -> Carso:
-        """The defence with a fresh purifier.
+        """Build the defence with a fresh purifier.
 
         Args:
-            classifier: a network as from `build_classifier`, with weights of yours.
-            changes: arguments of `Carso` that take the place of the recipe's.
+            classifier: a trained network with the architecture of `build_classifier`.
+            changes: arguments of `Carso` that replace those of the recipe.
 
         Raises:
-            ValueError: a classifier with another number of classes.
+            ValueError: the classifier has another number of classes.
         """
         decoder = published_decoder(self.image_shape) if self["defence.version"] == "v4" else None
         data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
@@ -73,21 +72,22 @@ class CarsoRecipe(Recipe):
         return defence
 
     def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
-        """The system with its authors' weights, in evaluation mode.
+        """Load the system with its authors' weights, in evaluation mode.
 
         Args:
-            directory: where the three safetensors files of the purifier are, and the classifier's file unless it is
-                named.
-            classifier_weights: the file of the classifier's weights; None: the one file of weights in ``directory``
-                that is not the purifier's, or of several the one that is called as the authors call it.
+            directory: folder with the three safetensors files of the purifier. If ``classifier_weights`` is None, it
+                must also have the file of the classifier.
+            classifier_weights: file of the classifier's weights; None: the only other file of weights in ``directory``,
+                or, if there are several, the file with the authors' name.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: nothing was published, or files of another system; the message says what differs.
+            ValueError: no weights were published for this system, or the files are those of another system; the message
+                says what differs.
         """
         if self["defence.version"] != "v4":
             published = ", ".join(name for name, recipe in RECIPES.items() if recipe["defence.version"] == "v4")
-            raise ValueError(f"recipe must be a system whose weights were published, {published}, got {self.name!r}")
+            raise ValueError(f"recipe must be one of {published}, whose weights were published, got {self.name!r}")
         folder = Path(directory)
         classifier = self.build_classifier()
         path = Path(classifier_weights or self._classifier_file(folder))
@@ -96,12 +96,12 @@ class CarsoRecipe(Recipe):
         )
         defence = Carso.from_official(classifier, folder, samples=self["defence.samples"])
         if defence.image_shape != self.image_shape:
-            shapes = f"images {list(defence.image_shape)}, {self.name} has {list(self.image_shape)}"
+            shapes = f"images {list(defence.image_shape)}, but {self.name} has {list(self.image_shape)}"
             raise ValueError(f"{folder} holds a system for {shapes}")
         return defence
 
     def _classifier_file(self, folder: Path) -> Path:
-        """The file with the weights of the classifier."""
+        """Return the file with the weights of the classifier."""
         endings, purifier = (".pt", ".pth", ".safetensors"), tuple(f"_{part}.safetensors" for part in PARTS)
         files = sorted(p for p in folder.iterdir() if p.suffix in endings and not p.name.endswith(purifier))
         weights = self["start.classifier"].partition(":")[0]
@@ -109,18 +109,17 @@ class CarsoRecipe(Recipe):
         if len(chosen) != 1:
             names = ", ".join(path.name for path in chosen) or "none"
             raise (ValueError if chosen else FileNotFoundError)(
-                f"{folder} must hold the weights of the classifier that this system purifies for, which its authors "
-                f"call {weights}, in one file ({', '.join(endings)}), or name the file (--classifier-weights); there "
-                f"are: {names}"
+                f"{folder} must hold the weights of the system's classifier, which the authors call {weights}, in "
+                f"one file ({', '.join(endings)}), or the file must be named (--classifier-weights); there are: {names}"
             )
         return chosen[0]
 
     def task(self, defence: Carso, official_code: bool = False) -> CarsoTask:
-        """The training of a defence, for `purify_fast.training.fit`.
+        """Return the training of a defence, for `purify_fast.training.fit`.
 
         Args:
             defence: the defence to train.
-            official_code: repeat the authors' code, as for `config`.
+            official_code: reproduce the authors' code, as in `config`.
         """
         return CarsoTask(defence, self.config(official_code))
 

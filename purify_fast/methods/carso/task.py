@@ -1,16 +1,17 @@
-"""The losses of CARSO's training: the paper's objective, and through the whole pipeline.
+"""The two trainings of CARSO: with the paper's objective, and through the whole pipeline.
 
-The paper's objective (arXiv 2306.06081, section 4): x~ is clean or adversarial against the classifier alone, x its
-clean image,
+The paper's objective (arXiv 2306.06081, section 4) is, for each image,
 
-    loss = sum BCE(decoder(z, c(x~)), x) + beta(epoch) KL(q(z | x~, c) | N(0, I)),   z ~ q, per image
+    loss = sum BCE(decoder(z, c(x~)), x) + beta(epoch) KL(q(z | x~, c) | N(0, I)),   z ~ q
 
-Through the pipeline (not in the paper): x~ is adversarial against the defence itself, with exact gradients,
-z ~ N(0, I),
+Here x is the clean image, and x~ is x itself or an adversarial image against the classifier alone.
 
-    loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x)
+The loss through the pipeline (not in the paper) is, for each image,
 
-the classifier frozen, or trained together with the purifier.
+    loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x),   z ~ N(0, I)
+
+Here x_k are the K purified images of x~, an adversarial image against the whole defence with exact gradients. The
+classifier is frozen, or is trained together with the purifier.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from .defence import Carso
 
 
 def kl_weight(position: float, delay: float) -> float:
-    """The weight of the KL term, for a final weight of 1.
+    """Return the weight of the KL term, as a share of its final weight.
 
-    It is 0 for the delay, rounded up, and rises linearly over a third of the delay, rounded up.
+    The weight is 0 during the delay, and then rises linearly for a third of the delay. Both lengths are rounded up.
 
     Args:
-        position: how much of the run is over, in the delay's unit. The paper counts epochs.
-        delay: D. The paper's is an eighth of the epochs.
+        position: position in the run, in the unit of ``delay``. The paper counts epochs.
+        delay: length of the delay. In the paper, this is an eighth of the epochs.
     """
     start, rise = ceil(delay), ceil(delay / 3)
     return 1.0 if position >= start + rise else max(0.0, (position - start) / rise)
@@ -56,25 +57,25 @@ def kl_weight(position: float, delay: float) -> float:
 def balanced_batch(
     classifier: Callable[[Tensor], Tensor], batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> Tensor:
-    """The adversarially balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
+    """Return the balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
 
-    Each attack has a radius per image. With a bank, the images that it has are read, and the others are attacked.
+    The weak attacks have half of eps. With a bank, the variants in the bank are used, and other images are attacked.
 
-    Every process lays out its own share of the batch, as the official code does. If the number of processes divides the
-    images per attack, `atom_size` of the whole batch, the shares of `purify_fast.data.batches` attack the same images
-    as one process would; if not, each process rounds down by itself, and fewer images are attacked.
+    Every process does this with its own share of the batch, like the official code. Let n be `atom_size` of the whole
+    batch. If the number of processes divides n, the processes attack the same images as a single process would.
+    Otherwise each process rounds its number of attacked images down, and fewer images are attacked.
 
     Args:
         classifier: the attacked classifier, images to logits.
         batch: the images, and the seed of the random starts.
-        config: the attack, and the share of the images that is attacked.
-        graphs: captures the attack's steps, if given.
+        config: the attack, and the share of the images that are attacked.
+        graphs: captures the attack's steps in CUDA graphs; None captures nothing.
 
     Returns:
-        Images, shape and dtype of the batch's.
+        Images with the shape and dtype of the batch's images.
 
     Raises:
-        ValueError: a batch too small to hold adversarial examples.
+        ValueError: the batch is too small for the four attacks.
     """
     x, attack = batch.x, config.attack
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
@@ -116,16 +117,16 @@ def balanced_batch(
 def published_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """The paper's loss of a batch; attacks see the classifier alone.
+    """Return the loss of a batch with the paper's objective, where only the classifier is attacked.
 
     Args:
-        defence: whose purifier is trained.
+        defence: the defence whose purifier is trained.
         batch: the images.
         config: the settings of the training.
-        graphs: captures the attacks' steps, if given.
+        graphs: captures the attacks' steps in CUDA graphs; None captures nothing.
 
     Returns:
-        The loss over the batch, and its two terms per image.
+        The loss, and its two terms as means over the images.
     """
     config = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
@@ -136,11 +137,12 @@ def published_step(
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     mean_kl = kl.detach().clone()
-    average_([mean_kl])  # take the mean over all processes, so that all decide the same
+    # the mean over all processes, so that all compare the same number with free_bits
+    average_([mean_kl])
     kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
     beta = config.beta * kl_weight(batch.progress_in(unit), delay)
-    # gradients are averaged over the processes; the factor turns that into the sum over all images
+    # gradients are averaged over the images and the processes; the factor makes this the sum over all images
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl_term) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -148,13 +150,15 @@ def published_step(
 
 @contextlib.contextmanager
 def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[None]:
-    """Within the block, the defence is as it is trained through the pipeline, and its noise is that of the batch.
+    """Within the block, the defence has the state for the training through the pipeline.
+
+    It draws train_samples samples of each image, and its noise belongs to the images of the batch. It is in evaluation
+    mode, so BatchNorm uses its running statistics, and the attack and the loss see the same function.
 
     Args:
-        defence: takes K samples of each image, and its BatchNorm keeps the statistics it has, so that the attacked and
-            the trained function are one.
+        defence: the defence to train.
         batch: the images.
-        config: says K.
+        config: the settings of the training.
     """
     samples, training = defence.samples, defence.training
     defence.samples = config.train_samples
@@ -170,23 +174,27 @@ def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[No
 def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """This package's own loss: PGD through the whole defence, how far the K predictions are from their targets, and a
-    reconstruction.
+    """Return this package's own loss of a batch, after PGD through the whole defence.
+
+    The loss is the distance of the K predictions from their targets, plus the weighted reconstruction term.
 
     Args:
-        defence: whose purifier is trained, and with ``joint`` its classifier.
+        defence: the defence whose purifier is trained, and with ``joint`` also its classifier.
         batch: the images.
         config: the settings of the training.
-        graphs: captures the attack's step, if given.
+        graphs: captures the attack's step in a CUDA graph; None captures nothing.
 
     Returns:
         The loss, and metrics.
 
     Raises:
-        ValueError: joint training of a defence that is accelerated, or whose classifier is not released.
+        ValueError: ``joint`` is True, and the defence is accelerated or its classifier is frozen.
     """
     if config.joint and (defence.fast is not None or not any(p.requires_grad for p in defence.classifier.parameters())):
-        raise ValueError("joint training needs a defence that is not accelerated, after release_classifier()")
+        raise ValueError(
+            "joint=True needs a defence that is not accelerated and whose classifier is not frozen: call "
+            "accelerate(None) and release_classifier()"
+        )
     with as_trained(defence, batch, config):
         adversarial = config.attack.run(defence, batch, graphs=graphs)
         condition = defence.condition(adversarial)
@@ -197,7 +205,6 @@ def pipeline_step(
     if config.targets == "labels":
         name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
     else:
-        # the targets are the frozen classifier's probabilities of the clean images
         with torch.no_grad():
             wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
         wanted = wanted.repeat_interleave(config.train_samples, 0)
@@ -209,21 +216,22 @@ def pipeline_step(
     return distance + config.reconstruction_weight * reconstruction, metrics
 
 
-#: The loss of a batch, by the target of the training's attacks.
+#: The loss function of a batch for each attack_target.
 STEPS = {"classifier": published_step, "pipeline": pipeline_step}
 
 
 def training_loss(
     defence: Carso, batch: Batch, config: CarsoConfig | None = None, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """The loss of one batch, for `CarsoTask` or a loop of your own; backward and the optimizer's step are the loop's.
+    """Return the loss of one batch, for a training loop of your own, which calls backward and the optimizer's step.
 
     Args:
         defence: the defence to train.
-        batch: the images. Without epoch and epochs it counts as the first epoch, in which the default kl_delay
-            leaves the KL term out.
-        config: the settings; its attack_target chooses `published_step` or `pipeline_step`. None takes the defaults.
-        graphs: captures the attack's step on a CUDA device, if given; the same one for every batch.
+        batch: the images. If its epoch and epochs are not set, it counts as a batch of the first epoch, in which the KL
+            term has weight 0 by the default kl_delay.
+        config: the settings; attack_target chooses `published_step` or `pipeline_step`. None: the defaults.
+        graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
+            captures nothing.
 
     Returns:
         The loss to minimize, and detached metrics.
@@ -233,15 +241,15 @@ def training_loss(
 
 
 class CarsoTask(PurifierTask[Carso]):
-    """Trains a defence's purifier in `purify_fast.training.fit`; its classifier stays as it is, unless ``joint``.
+    """The training of a defence's purifier, for `purify_fast.training.fit`. ``joint`` also trains the classifier.
 
     Args:
         defence: the defence to train.
-        config: how; its precision decides whether the defence is accelerated.
-        origin: the start of the purifier, if not from scratch; a run is resumed only with the same start.
+        config: settings of the training. With the precision "bfloat16", the defence is accelerated.
+        origin: name of the purifier's initial weights. A run is resumed only with the same name.
 
     Raises:
-        ValueError: from `training_step`, a batch too small to hold adversarial examples.
+        ValueError: `training_step` raises this if a batch is too small for the attacks.
     """
 
     name = "carso"
@@ -268,10 +276,10 @@ class CarsoTask(PurifierTask[Carso]):
         config = self.config
         if config.attack_target != "classifier" or config.adversarial_fraction == 0:
             return None
-        # this refuses a radius that rises from epoch to epoch
+        # this call refuses a radius that rises from epoch to epoch
         facts = self.attack_facts(config.attack)
         config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
-        # in the order of `balanced_batch`
+        # the attacks have the same order as in `balanced_batch`
         attacks = tuple(
             FrozenAttack(eps, random, share=config.adversarial_fraction / 4)
             for random in (True, False)
@@ -289,7 +297,7 @@ class CarsoTask(PurifierTask[Carso]):
             return {"reconstruction": 0}
         delay, unit = config.kl_delay_of(length.epochs)
         kl = length.check_acts(
-            # at the end of the delay the weight is still 0, and rises from there
+            # in the first unit after the delay, the weight is still 0
             length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit),
             argument="kl_delay",
             value=f"{config.kl_delay:g} ({'share of the epochs' if config.kl_delay_unit == 'share' else unit})",
@@ -298,22 +306,22 @@ class CarsoTask(PurifierTask[Carso]):
         return {"reconstruction": 0, "kl": kl}
 
     def _check_last_batch(self, length: RunLength) -> None:
-        """ValueError if an epoch's last batch is kept, and is too small to be attacked."""
+        """Raise ValueError if an epoch has a smaller last batch that is too small for the attacks."""
         config, images = self.config, length.last_batch
         if config.attack_target == "classifier" and images != length.batch_size:
             try:
                 atom_size(images // processes()[1], config.adversarial_fraction, config.allow_no_adversarial)
             except ValueError as error:
-                raise ValueError(f"drop_last=False keeps a last batch of {images} images: {error}") from error
+                raise ValueError(f"drop_last=False trains on a last batch of {images} images: {error}") from error
 
     def validate(self, batch: Batch) -> Metrics:
-        """The training's loss per image, and its metrics.
+        """Return the training's loss per image, and its metrics.
 
         Args:
             batch: held-out images.
         """
-        # The last batch may be too small to be attacked. The mean over all batches weights each by its images, so that
-        # the sum over a batch would count them twice.
+        # The last batch may be too small for the attacks. The mean over the batches weights each batch by its number of
+        # images, so the loss of a batch must be a mean too.
         config = replace(self.config, allow_no_adversarial=True, reduction="mean")
         with torch.no_grad():
             loss, metrics = STEPS[config.attack_target](self.defence, batch, config, self.graphs)

@@ -1,4 +1,4 @@
-"""The settings of a denoiser's training, each with its source."""
+"""The settings of a denoiser's training, with their sources."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from ...training.config import TrainingAttack
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The training of a denoiser. "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice.
+    """The settings of a denoiser's training.
 
-    Three trainings share these settings. Without an attack the denoiser learns to predict the noise that the diffusion
-    added to clean images (paper). With an attack a trained denoiser is fine-tuned inside a purifier, on images that are
-    attacked through the whole purification (own; `purify_fast.methods.diffusion.task`). With intervals a trained
-    denoiser is distilled into a denoiser of one evaluation (`purify_fast.methods.diffusion.ConsistencyTask`).
+    "Paper" is Ho et al., NeurIPS 2020, arXiv 2006.11239; "own" is this package's choice. Three trainings share these
+    settings. Without an attack, the denoiser learns to predict the noise that the diffusion added to clean images
+    (paper). With an attack, a trained denoiser is fine-tuned inside a purifier, on images that are attacked through the
+    whole purification (own; `purify_fast.methods.diffusion.task`). With intervals, a trained denoiser is distilled into
+    a denoiser that needs only one evaluation (`purify_fast.methods.diffusion.ConsistencyTask`).
 
     Args:
         attack: attack of the second training, with eps above 0; eps 0 selects another training.
-        intervals: number of intervals of the third training, into which it divides the process up to ``last_time``; 0
-            selects another training.
+        intervals: number of intervals into which the third training divides the process up to ``last_time``; 0 selects
+            another training.
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
         prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
-        last_time: the time, as a share of the process, up to which the denoiser is trained (paper: 1). A purifier uses
-            no time after its t*, and a small denoiser trained only up to t* removes this noise better (own).
-        denoising_weight: weight of the first training's loss beside the cross-entropy in the second (own); it has no
-            effect in the first.
-        ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999); 0 for none. The decay
-            is at most (1 + n) / (10 + n) after n steps (own).
-        learning_rate: the highest rate of a one-cycle schedule (own; paper: 2e-4, constant).
-        weight_decay: weight decay of AdamW (own; paper: Adam without any).
-        precision: "float32", IEEE's on a GPU too; "tf32" (own), which on a GPU rounds factors to ten bits of mantissa
-            while `purify_fast.training.fit` trains; or "bfloat16" within matrix products (own).
+        last_time: the last time for which the denoiser is trained, as a share of the process (paper: 1). A purifier
+            only uses times up to its t*. A small denoiser that is trained only up to t* removes this noise better
+            (own).
+        denoising_weight: weight of the first training's loss in the second training, where it is added to the
+            cross-entropy (own). No effect in the other trainings.
+        ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999); 0: no moving average.
+            The decay is at most (1 + n) / (10 + n) after n steps (own).
+        learning_rate: highest learning rate of a one-cycle schedule (own; paper: 2e-4, constant).
+        weight_decay: weight decay of AdamW (own; paper: Adam without weight decay).
+        precision: "float32", which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU rounds the
+            factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
+            matrix products (own).
 
     Raises:
-        ValueError: a setting out of range, or an attack beside intervals; the message names them.
+        ValueError: a setting is out of range, or there are an attack and intervals; the message names the settings.
     """
 
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=5)
@@ -53,4 +56,4 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.intervals and self.attack.eps > 0:
-            raise ValueError(f"intervals must be 0 beside an attack of eps {self.attack.eps}, got {self.intervals}")
+            raise ValueError(f"intervals must be 0 if the attack's eps is {self.attack.eps}, got {self.intervals}")

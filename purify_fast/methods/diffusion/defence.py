@@ -1,15 +1,16 @@
-"""Purification by diffusion: noise is added to an image, and a denoiser takes it away step by step.
+"""Purification by diffusion: noise is added to an image, and a denoiser removes it step by step.
 
-    x_T = alpha x + sigma z                           forward, to the time t*
-    x_s = step(x_t, denoiser(x_t, t), z_t) - w grad   backward, from t* to the image; grad and w of the guidance, if any
+    x_T = alpha x + sigma z                           forward process, to the time t*
+    x_s = step(x_t, denoiser(x_t, t), z_t) - w grad   reverse process, from t* to the image; w grad is the guidance
     logits = classifier(x_0)                          aggregated over K such processes
 
-Nie et al., "Diffusion Models for Adversarial Purification", ICML 2022, arXiv 2205.07460 (DiffPure) run it once; with
-guidance it is GDMP (Wang et al., arXiv 2205.14969); with several rounds of rising t* the gradual noise of Lee & Kim,
-ICCV 2023, arXiv 2303.09051; with one step to the end that of Carlini et al., ICLR 2023, arXiv 2206.10550.
+With one round and no guidance, this is DiffPure (Nie et al., "Diffusion Models for Adversarial Purification", ICML
+2022, arXiv 2205.07460). With guidance, it is GDMP (Wang et al., arXiv 2205.14969). With several rounds of increasing
+t*, it is the gradual noise of Lee & Kim (ICCV 2023, arXiv 2303.09051). With a single step, it is the one-shot denoising
+of Carlini et al. (ICLR 2023, arXiv 2206.10550).
 
-Its gradient is exact for any number of steps. It takes the memory of one step, or of as many as fit: each other step is
-computed again for its gradient, with the same noise, which is drawn from a seed and never stored
+The gradient is exact for any number of steps. Its memory is that of one step, or of as many steps as fit: the other
+steps are computed again in the backward pass, with the same noise, which is drawn from a seed and never stored
 (`purify_fast.attacks.checkpointed_steps`).
 """
 
@@ -42,38 +43,40 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
-#: It sees a state on the way back, the state at the same time on the way there, and whether a process begins.
+#: A function of a state of the reverse process, the state of the forward process at the same time, and a bool: whether
+#: a reverse process begins.
 Visit = Callable[[Tensor, Tensor, bool], None]
-#: The factor by which surrogates have fewer steps, or fewer gradients of the denoiser.
+#: Surrogates divide the number of steps, or the number of steps with a gradient of the denoiser, by this factor.
 FEWER = 4
 
 
 class DiffusionPurifier(Defence):
-    """A classifier behind a diffusion process. Images in [0, 1] in, finite logits out.
+    """A classifier behind a diffusion process. The module maps images in [0, 1] to finite logits.
+
+    Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's. Within
+    `deterministic` no noise is added anywhere, and there is one prediction per image.
 
     Args:
-        denoiser: any module ``(x_t [B, C, H, W], t [B]) -> prediction``, which may have twice the channels (learned
-            variances) or be an object with a tensor ``sample``, as of diffusers' ``UNet2DModel``. Its images are in
-            [-1, 1]. It is copied and frozen; ``defence.denoiser.requires_grad_(True)`` lets it be trained through the
-            whole process.
-        classifier: any module, images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. It is copied, frozen and
-            kept in evaluation mode; the caller's own is left untouched.
+        denoiser: any module ``(x_t [B, C, H, W], t [B]) -> prediction``, with x_t in [-1, 1] apart from the noise. The
+            prediction may have twice the channels (learned variances), or be an object with a tensor ``sample``, as in
+            diffusers' ``UNet2DModel``. The defence uses a frozen copy; ``defence.denoiser.requires_grad_(True)`` makes
+            it trainable through the whole process.
+        classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
+            frozen copy in evaluation mode; the given module is not changed.
         image_shape: (C, H, W).
-        process: a `Process`, or its fields: how images are noised and denoised.
+        process: a `Process` or its fields, the settings by which images are noised and denoised.
         samples: K, processes per prediction.
-        aggregation: aggregation of the K predictions: ``mean`` of the logits, ``mean_softmax``, the log of the mean
-            softmax, ``lse``, or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
-        max_forward_batch: most rows (images times draws) in a pass of the denoiser; None: all.
+        aggregation: aggregation of the K predictions: ``mean`` of the logits; ``mean_softmax``, the log of the mean
+            softmax; ``lse``, logsumexp; or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
+        max_forward_batch: largest batch of the denoiser, where each draw of an image counts; None: no limit.
         last_time: last time for which the denoiser was trained, as a share of the process.
-        keep: number of last steps whose activations a gradient keeps, so that they are not computed again; "auto": as
-            many as fit into a quarter of the free memory; 0: none. It changes no result, and is not saved.
+        keep: number of steps, from the last backward, whose activations are stored for the gradient and not computed
+            again. "auto": as many as fit into a quarter of the free memory. 0: none. This changes no result, and is not
+            saved.
 
     Raises:
-        ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or classifier is wrapped
-            or does not fit image_shape or process.
-
-    Randomness: a fresh seed per call from torch's global generator, or `fixed_noise`. `deterministic` adds no noise
-    anywhere, and makes one prediction per image.
+        ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or the classifier is
+            wrapped or does not fit image_shape or process.
     """
 
     draws_for_each_image = True
@@ -100,7 +103,7 @@ class DiffusionPurifier(Defence):
         check_counts(samples=samples, max_forward_batch=1 if max_forward_batch is None else max_forward_batch)
         self.process, self.last_time, self.keep = Process.of(process), last_time, keep
         self.samples, self.aggregation, self.max_forward_batch = samples, aggregation, max_forward_batch
-        # It is frozen, because neither a prediction nor an attack needs gradients of its weights.
+        # the copy is frozen, because predictions and attacks need no gradients of its weights
         module = copy.deepcopy(denoiser).requires_grad_(False)
         self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
@@ -121,11 +124,11 @@ class DiffusionPurifier(Defence):
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
             times: Any = self._times
             times = times.view(torch.float64)[-1].expand(len(blank))
-            # The denoiser may have its own randomness, such as dropout that stays on.
+            # the denoiser may have random numbers of its own, such as dropout in evaluation mode
             self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
 
     def _make_table(self) -> None:
-        """Make the numbers of the process, buffers on the device of the noise, and choose the steps with a gradient."""
+        """Compute the table of the process as buffers, and set every step to have a gradient of the denoiser."""
         if (latest := max(start for start, _ in self.process.rounds)) > self.last_time:
             raise ValueError(
                 f"t_star must be at most {self.last_time}, the last time that the denoiser was trained for, "
@@ -134,38 +137,38 @@ class DiffusionPurifier(Defence):
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins))}
-        # Store the bits of the numbers, since conversions of the defence to another dtype would round numbers.
+        # the buffers are the bits of the numbers as int64, because a conversion of the defence would round floats
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
         for name, tensor in rows.items():
             self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
-        #: Rows at which the gradient goes through the denoiser; elsewhere its prediction counts as a constant.
+        #: For each row of the table, whether the denoiser has a gradient; if not, its prediction is a constant.
         self.followed: list[bool] = [True] * len(self.begins)
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1, visit: Visit | None = None) -> Tensor:
-        """Purified images, ``[B, draws K, C, H, W]``; differentiable to x, in the memory that ``keep`` allows.
+        """Return purified images, ``[B, draws K, C, H, W]``. The gradient reaches x.
 
-        They are in [0, 1], unless the process does not clip.
+        The images are in [0, 1] if the process clips.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
-            draws: number of sets of K draws, at most 65,536 draws.
-            visit: sees the states on the way, of one part of the rows after the other.
+            draws: number of sets of K draws; at most 65,536 draws in all.
+            visit: function that is called with the states of the process, batch by batch.
 
         Raises:
-            ValueError: images have another shape, or there are more draws.
+            ValueError: the images have a wrong shape, or there are too many draws.
         """
         self.check_images(x)
         if draws * self.samples > STEPS:
-            raise ValueError(f"draws must be at most {STEPS // self.samples} of {self.samples} samples, got {draws}")
+            raise ValueError(f"draws must be at most {STEPS // self.samples} with {self.samples} samples, got {draws}")
         if not torch.compiler.is_compiling():
             self.prepare_replay()
         noisy = not self.noise_is_off
         count = draws * self.samples if noisy else 1
         seed, ids = self.noise(len(x), x.device) if noisy else (self._noise_seed, self._rows[:1])
         images = 2 * x.to(torch.promote_types(self.purifier_dtype, torch.float32)) - 1
-        # There is a row for each draw of each image.
+        # each draw of each image is a row of the batch
         rows = images.repeat_interleave(count, 0)
         names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
         most = self.max_forward_batch or max(1, len(rows))
@@ -174,23 +177,22 @@ class DiffusionPurifier(Defence):
         return self._as_images(purified).unflatten(0, (len(x), count))
 
     def purify_with_deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Purified images, and the mean square difference of the ways there and back; both differentiable to x.
+        """Return purified images, and the deviation of the reverse process from the forward process.
 
-        The state before each step is compared with the image noised up to the same time by the noise that began the
-        round, and the end of a round with its beginning. States are in [-1, 1], as the denoiser takes them. The
-        gradient takes the memory of one step, whatever ``keep`` is.
+        The deviation is a mean squared difference of states in [-1, 1]. Before each step of a round, the state of the
+        reverse process is compared with the round's image, noised up to the same time with the noise of the round. The
+        end of a round is compared with the round's image itself. The gradients reach x, and always take the memory of
+        one step. Source: the deviated reconstruction of DiffAttack, Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124,
+        equation 8, with the weight 1 for every time.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
 
         Returns:
-            Images ``[B, K, C, H, W]``, and the differences ``[B]``, means over pixels, states and draws.
+            Images ``[B, K, C, H, W]``, and the deviations ``[B]``, means over pixels, states and draws.
 
         Raises:
-            ValueError: images have another shape.
-
-        Source: the deviated reconstruction of DiffAttack, Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, equation 8,
-        with the weight 1 for every time.
+            ValueError: the images have a wrong shape.
         """
         parts: list[list[Tensor]] = []
 
@@ -204,9 +206,9 @@ class DiffusionPurifier(Defence):
         return purified, apart.unflatten(0, purified.shape[:2]).mean(1)
 
     def _as_images(self, state: Tensor) -> Tensor:
-        """The end of the process, in [-1, 1], as images. The SDE, its flow and guidance may leave [0, 1]."""
+        """Convert the last state to images. The SDE, its probability flow and guidance may exceed [-1, 1]."""
         if self.process.clip:
-            # The gradient passes at both ends; torch.clamp of some versions stops it there.
+            # values of exactly -1 and 1 must have a gradient; with torch.clamp of some versions, they have none
             state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
         return (state + 1) / 2
 
@@ -218,7 +220,7 @@ class DiffusionPurifier(Defence):
         numbers = (table.coefficients, table.targets, table.weights)
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance
-        # Choose the network once: a look at all parameters takes as long as a small layer.
+        # the network is chosen once, because the check of all parameters takes as long as a small layer
         network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
@@ -247,8 +249,8 @@ class DiffusionPurifier(Defence):
             checkpointed_steps,
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
-            # The process draws its noise from a seed, so only dropout in training, or the denoiser itself, draws from
-            # generators.
+            # the process draws its noise from a seed, so only dropout in training mode and the denoiser may draw from
+            # generators
             preserve_rng_state=self.training or self._denoiser_draws,
         )
         if visit is None:
@@ -266,16 +268,16 @@ class DiffusionPurifier(Defence):
         return state
 
     def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
-        """A network's prediction for states at the times ``t`` ``[B]``, in the form of `diffusion_step`."""
+        """Return the network's prediction for states at the times ``t [B]``, for `diffusion_step`."""
         with self._autocast(x.device):
             prediction = (network or self._network)(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
 
     def with_process(self, process: Process) -> DiffusionPurifier:
-        """A defence that shares this denoiser and classifier and has another process; not accelerated.
+        """Return a defence with another process that shares this denoiser and classifier, and is not accelerated.
 
         Args:
-            process: process of images of the same kind, such as one with fewer steps.
+            process: the other process, such as one with fewer steps.
         """
         other = copy.copy(self)
         other._modules, other._buffers, other._kept_ids = dict(self._modules), dict(self._buffers), {}
@@ -287,10 +289,12 @@ class DiffusionPurifier(Defence):
     # -- attacks ------------------------------------------------------------------------------------------------------
 
     def attack_surrogates(self) -> list[tuple[str, DiffusionPurifier]]:
-        """Purifiers whose gradients may find more than this defence's own (`purify_fast.protocols.OwnSurrogates`).
+        """Return purifiers whose gradients may be better than those of this defence.
 
-        A gradient through many steps is a product of as many derivatives. Shorter processes have fewer: Lee & Kim, ICCV
-        2023, arXiv 2303.09051, section 4.2, attack through a process of fewer steps.
+        See `purify_fast.protocols.OwnSurrogates`.
+
+        A gradient through many steps is a product of many derivatives, which may be useless. So Lee & Kim, ICCV 2023,
+        arXiv 2303.09051, section 4.2, attack through a process with fewer steps.
         """
         ends = [j for j, begins in enumerate(self.begins) if begins] + [len(self.begins)]
         counts = [after - before - 1 for before, after in pairwise(ends)]
@@ -303,32 +307,32 @@ class DiffusionPurifier(Defence):
         skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
         few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
-        # With a single step all solvers do about the same.
+        # a process with a single step is nearly the same as one_shot, for every solver
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Published attacks on such purifiers (`purify_fast.protocols.OwnAttacks`).
+        """Return published attacks on such purifiers (`purify_fast.protocols.OwnAttacks`).
+
+        `purify_fast.methods.diffusion.own_attacks` has the sources.
 
         Args:
             norm: norm of the ball.
             eps: radius in image units.
-
-        Source: `purify_fast.methods.diffusion.own_attacks`.
         """
-        # A prediction does not need the package that judges it.
+        # imported here, because predictions do not need the package evaluation
         from .own_attacks import strong_attacks
 
         return strong_attacks(self, norm, eps)
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """The evaluation by the authors of such purifiers (`purify_fast.protocols.AuthorsEvaluation`).
+        """Return the evaluation by the authors of such purifiers (`purify_fast.protocols.AuthorsEvaluation`).
+
+        `purify_fast.methods.diffusion.released_evaluation` has the sources.
 
         Args:
             eps: radius in image units.
-
-        Source: `purify_fast.methods.diffusion.released_evaluation`.
         """
-        # A prediction does not need the package that judges it.
+        # imported here, because predictions do not need the package evaluation
         from .released_evaluation import authors_attacks
 
         return authors_attacks(self, eps)
@@ -337,12 +341,12 @@ class DiffusionPurifier(Defence):
 
     @property
     def purifier_dtype(self) -> torch.dtype:
-        """The precision of the denoiser's weights; the states are float32, or float64 if the weights are."""
+        """The dtype of the denoiser's weights. The states are float32, or float64 if the weights are float64."""
         return dtype_of(self.denoiser)
 
     @property
     def _network(self) -> Denoiser:
-        """The predicting network: for an accelerated defence a bfloat16 copy, unless the denoiser is being trained."""
+        """The network for predictions: the denoiser, or its bfloat16 copy if the defence is accelerated and frozen."""
         fast = self.fast
         return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
 
@@ -359,18 +363,18 @@ class DiffusionPurifier(Defence):
     def from_pretrained(
         cls, folder: str | Path, classifier: nn.Module, process: Mapping[str, Any] | None = None, **options: Any
     ) -> DiffusionPurifier:
-        """Make a purifier of a denoiser of diffusers and its schedule.
+        """Build a purifier from a denoiser of diffusers and its schedule.
 
         Args:
             folder: folder of a pipeline, such as a copy of google/ddpm-cifar10-32; nothing is downloaded.
             classifier: classifier for images of the denoiser's size.
-            process: fields of `Process` that the folder does not define.
+            process: further fields of `Process`; they replace those of the folder.
             options: further arguments of `DiffusionPurifier`.
 
         Raises:
             ImportError: diffusers is not installed.
-            FileNotFoundError: there is no such folder, network or scheduler.
-            ValueError: this package does not have the schedule or prediction.
+            FileNotFoundError: the folder, the network or the scheduler is missing.
+            ValueError: this package does not support the schedule or prediction.
         """
         denoiser, image_shape, known = read_pretrained(folder)
         return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)

@@ -1,4 +1,4 @@
-"""One interface to every denoiser: the package's U-Net, those of diffusers, and any module of the user."""
+"""A common interface to all denoisers: this package's U-Net, the U-Net of diffusers, and modules of users."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ...models.unet import TimeLayer, UNet
 from ...training.checkpoint import read_model, save_model
 from ..base import answer_of, description, rebuilt
 
-#: The package's own denoisers, by the name of their class; each keeps its arguments in ``arguments``.
+#: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
-#: The kind of a saved denoiser that has no classifier.
+#: The kind of a denoiser that was saved without a classifier.
 ALONE = "Denoiser"
-#: diffusers' network, which can be made again from its ``config``.
+#: The class of diffusers' network, which can be made again from its ``config``.
 DIFFUSERS = "UNet2DModel"
 
 
@@ -35,14 +35,14 @@ def _diffusers_model() -> Any:
 
 
 def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
-    """JSON values from which the denoiser can be made again; for a user's own module only its class's name."""
+    """Describe a denoiser by JSON values from which it can be made again; a user's module only by its class's name."""
     if type(denoiser).__name__ == DIFFUSERS:
         return {"kind": DIFFUSERS, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
     return description(denoiser, DENOISERS)
 
 
 def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str | Path) -> nn.Module:
-    """Make the denoiser of a saved description, or return the given denoiser of that kind; else ValueError."""
+    """Make the denoiser of a saved description, or return ``given`` if it has this description; or raise ValueError."""
     if given is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])
     return rebuilt(facts, given, DENOISERS, folder)
@@ -55,31 +55,31 @@ def save_denoiser(
     process: Mapping[str, Any],
     last_time: float = 1.0,
 ) -> None:
-    """Write a denoiser without a classifier; `purify_fast.load_defence` puts it before one.
+    """Write a denoiser without a classifier. `purify_fast.load_defence` combines it with a classifier.
 
     Args:
-        denoiser: denoiser trained by `purify_fast.methods.diffusion.DiffusionTask`.
+        denoiser: denoiser that `purify_fast.methods.diffusion.DiffusionTask` trained.
         folder: folder in which ``model.safetensors`` is written.
         image_shape: (C, H, W).
-        process: the fields of `purify_fast.methods.diffusion.Process` that its training decides.
-        last_time: last time for which it was trained, as a share of the process.
+        process: the fields of `purify_fast.methods.diffusion.Process` that the training determines.
+        last_time: last time for which the denoiser was trained, as a share of the process.
     """
     arguments = {"image_shape": list(image_shape), "process": dict(process), "last_time": last_time}
     save_model(folder, ALONE, arguments | {"denoiser": described_denoiser(denoiser)}, denoiser.state_dict())
 
 
 def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a saved denoiser of this package or of diffusers without its classifier.
+    """Read a saved denoiser of this package or of diffusers, without its classifier.
 
     Args:
-        folder: where `save_denoiser` wrote, or a defence by diffusion was saved.
+        folder: folder of `save_denoiser`, or of a saved `DiffusionPurifier`.
 
     Returns:
-        The denoiser, and the arguments that were saved beside it, such as its ``process`` and ``last_time``.
+        The denoiser, and the arguments that were saved with it, such as ``process`` and ``last_time``.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file is broken, or holds something else.
+        ValueError: the file is damaged, or holds another kind of model.
     """
     facts, state = read_model(folder)
     if facts["kind"] not in (ALONE, "DiffusionPurifier"):
@@ -91,7 +91,7 @@ def read_denoiser(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int], dict[str, Any]]:
-    """Read a denoiser of diffusers from its folder, with its images' shape and the settings of its process.
+    """Read a denoiser of diffusers from its folder, with the shape of its images and the settings of its process.
 
     Args:
         folder: folder of a ``DDPMPipeline`` or ``DDIMPipeline``, such as a copy of google/ddpm-cifar10-32. Nothing is
@@ -102,16 +102,17 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
 
     Raises:
         ImportError: diffusers is not installed.
-        FileNotFoundError: there is no such folder, network or scheduler.
-        ValueError: this package does not have the schedule, prediction, variance or clip.
+        FileNotFoundError: the folder, the network or the scheduler is missing.
+        ValueError: this package does not support the schedule, prediction, variance or clip.
     """
     root = Path(folder)
     network = root / "unet" if (root / "unet").is_dir() else root
     scheduler = next((p for p in (root / "scheduler", root) if (p / "scheduler_config.json").is_file()), None)
     if scheduler is None or not (network / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} needs config.json and scheduler_config.json, as diffusers' pipelines have")
+        raise FileNotFoundError(f"{folder} must have config.json and scheduler_config.json, like diffusers' pipelines")
     process = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8"))
-    # In diffusers "learned" is the variance itself, and "fixed_large_log" a logarithm, of which it takes the root.
+    # Two types of diffusers are not supported: with "learned", the network predicts the variance itself, and with
+    # "fixed_large_log", diffusers takes the square root of a logarithm.
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
     found = []
     for name, default, known in (
@@ -141,32 +142,32 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
 
 
 def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
-    """Read weights trained by others into their network, which their own code made.
+    """Load published weights into a network that the authors' code has built.
 
     Args:
         denoiser: the network; it is changed in place.
-        path: a file of guided-diffusion or of any code that saves a state dict; or a checkpoint of score-SDE, with the
-            network as ``model`` and a moving average of its weights as ``ema``, which is used (models/ema.py of
-            yang-song/score_sde_pytorch). Only tensors are read.
+        path: a file with a state dict, such as those of guided-diffusion; or a checkpoint of score-SDE, which has the
+            network as ``model`` and a moving average of its weights as ``ema`` (models/ema.py of
+            yang-song/score_sde_pytorch). The moving average is then used. Only tensors are read.
 
     Returns:
         The same network.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no weights, or those of another network.
+        FileNotFoundError: the file is missing.
+        ValueError: the file holds no weights, or the weights of another network.
     """
     load_state(denoiser, read_weights(path), str(path))
     whole = {} if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     if not isinstance(whole.get("ema"), dict):
         return denoiser
     averaged = whole["ema"].get("shadow_params", [])
-    # The order is that of the trained parameters.
+    # score-SDE stores the moving average in the order of the trained parameters
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     if [tensor.shape for tensor in averaged] != [parameter.shape for parameter in trained]:
         raise ValueError(
-            f"{path}: the moving average has {len(averaged)} tensors, and their shapes are not those of the "
-            f"{len(trained)} that the network trains"
+            f"{path} must have a moving average of the network's {len(trained)} trained parameters; it has "
+            f"{len(averaged)} tensors, whose shapes differ from them"
         )
     with torch.no_grad():
         for parameter, tensor in zip(trained, averaged, strict=True):
@@ -175,17 +176,17 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
 
 
 class Denoiser(nn.Module):
-    """Any denoiser as a function ``(x_t, t) -> prediction``.
+    """Gives all denoisers one interface: a function ``(x_t, t) -> prediction``.
 
     Args:
-        module: the denoiser, which is not copied. ``module(x, t)``, x ``[B, C, H, W]`` and t ``[B]``, gives a
-            tensor or, as diffusers' models do, an object with a tensor ``sample``: ``[B, C, H, W]``, or
-            ``[B, 2C, H, W]`` with learned variances, as guided-diffusion's models have them.
+        module: the denoiser; it is not copied. ``module(x, t)`` with x ``[B, C, H, W]`` and t ``[B]`` returns a tensor,
+            or an object with a tensor ``sample``, as models of diffusers do. The tensor is ``[B, C, H, W]``. With
+            learned variances it is ``[B, 2C, H, W]``, as in models of guided-diffusion.
         image_shape: (C, H, W).
         whole_times: whether t is int64.
 
     Attributes:
-        learns_variances: whether the module gives twice as many channels as the images have.
+        learns_variances: whether the module returns twice as many channels as the images have.
 
     Raises:
         ValueError: the module fails on two images, or returns something else; the message names the module, its result
@@ -208,29 +209,29 @@ class Denoiser(nn.Module):
         self.learns_variances = result.shape[1] == 2 * channels
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction.
+        """Return the module's prediction.
 
         Args:
-            x: states ``[B, C, H, W]``.
-            t: times in the module's own units, ``[B]``, float64.
+            x: noisy images ``[B, C, H, W]``.
+            t: times in the units of the module, float64 ``[B]``.
         """
-        # The eight bits of bfloat16 are too few for a thousand times.
+        # the eight bits of bfloat16's mantissa cannot represent a thousand times
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
 
     def tensors(self) -> list[Tensor]:
-        """All of its weights and buffers."""
+        """Return all weights and buffers."""
         return [*self.parameters(), *self.buffers()]
 
     def bfloat16_copy(self) -> Denoiser:
-        """A frozen copy whose convolutions and linear layers have bfloat16 weights, for an autocast to bfloat16."""
+        """Return a frozen copy for an autocast to bfloat16, with bfloat16 weights in convolutions and linear layers."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
                 if type(layer) is nn.Conv2d:
-                    # The same layer uses the package's convolution on a CPU if that is faster.
+                    # this class computes the same, and uses this package's convolution on a CPU where that is faster
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)

@@ -1,20 +1,21 @@
-"""Guidance of a reverse process toward the image that it purifies: GDMP (Wang et al., arXiv 2205.14969).
+"""Guidance of a reverse process toward the input image: GDMP (Wang et al., arXiv 2205.14969).
 
-    x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z' the noised input,   w = variance g sigma / alpha
+    x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z',   w = variance g sigma / alpha
 
-The variance is that of the step's noise; a learned one is a map of numbers, as where guided-diffusion's mean is moved
-(Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
+Here y is the input image, y_t is the input with noise up to the time t, and "variance" is the variance of the step's
+noise. A learned variance differs from pixel to pixel, as in guided-diffusion, whose guidance also moves the mean of the
+step (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
 
-D is the mean square difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With local
-means E under a Gaussian window, m = E[x], n = E[y]:
+D is the mean squared difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With the
+local means E under a Gaussian window, m = E[x] and n = E[y]:
 
     SSIM = mean of S,  S = (2 m n + C1) / (m^2 + n^2 + C1) (2 cov + C2) / (var + C2),
     cov = E[x y] - m n,   var = E[x^2] - m^2 + E[y^2] - n^2
 
-The gradients are written out, so that they are differentiated like any other formula. The authors' code
+The gradients are explicit formulas, so autograd can differentiate the guided process. The authors' code
 (JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
-pytorch_diffusion/diffusion.py:80-82 and 269-271, and averages D over the images of a batch too. Here D is taken for
-each image alone, so that no image changes another.
+pytorch_diffusion/diffusion.py:80-82 and 269-271. It also averages D over the images of a batch. Here, each image has
+its own D, so images do not influence each other.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from torch.nn import functional as F
 from ..._tensors import without_autocast
 
 Guidance = Literal["mse", "ssim"]
-#: Constants of SSIM: the window's side and standard deviation in pixels, and terms that keep its fractions finite.
+#: Constants of SSIM: the window's side and standard deviation in pixels, and terms that avoid division by 0.
 WINDOW, DEVIATION, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
 def mse_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """The gradient to x of each image's mean square difference, in the shape of x.
+    """Return the gradient of each image's mean squared difference with respect to x, in the shape of x.
 
     Args:
         x: images ``[B, C, H, W]``.
@@ -45,7 +46,7 @@ def mse_gradient(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """The gradient to x of each image's 1 - SSIM, in the shape of x; the images are padded with zeros.
+    """Return the gradient of each image's 1 - SSIM with respect to x, in the shape of x. Images are padded with zeros.
 
     Args:
         x: images ``[B, C, H, W]``.
@@ -64,7 +65,8 @@ def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
     covariance = 2 * (local(x * y) - m * n) + C2
     variances = local(x.square() + y.square()) - m.square() - n.square() + C2
     similarity = means * covariance / (squares * variances)
-    # Derivatives of S by m, by E[x^2] and by E[x y]. The window is symmetric, so a local mean is its own adjoint.
+    # These are the derivatives of S by m, by E[x^2] and by E[x y]. The window is symmetric, so the operator `local` is
+    # its own adjoint.
     by_product = 2 * means / (squares * variances)
     by_square = -similarity / variances
     by_mean = 2 * n * covariance / (squares * variances) - 2 * m * similarity / squares

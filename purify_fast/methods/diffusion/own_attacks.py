@@ -1,19 +1,20 @@
-"""Attacks on purifiers by diffusion that the protocol "strong" adds to its own.
+"""Attacks on purifiers by diffusion, which the protocol "strong" runs in addition to its other attacks.
 
-Lee & Kim (ICCV 2023, arXiv 2303.09051) judge such purifiers by PGD with 200 steps of 20 draws each. DiffBreak's attack
-(arXiv 2411.16598) uses that noise hides low frequencies least, and chooses filters. Here a single filter is applied to
-the gradient:
+Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak's
+attack (arXiv 2411.16598) is based on the fact that noise hides low frequencies least, and optimizes filters. Here, a
+single fixed filter is applied to the gradient g:
 
-    g_low = F^-1 (m F g),   m 1 for frequencies of at most a quarter of the highest one in each direction, else 0
+    g_low = F^-1 (m F g)
 
-The purifier itself judges the images that a filtered gradient finds, like every success.
+m is 1 for frequencies up to a quarter of the highest frequency in each direction, and otherwise 0. The purifier itself
+decides if the images that this attack finds are misclassified.
 
-DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss of the states on the way, so that
-the gradient does not come through all steps alone:
+DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss of the intermediate states, whose
+gradient does not have to pass through all steps:
 
-    L = L_cls + w mean over t of mean (x_t - x'_t)^2,   x_t the noised image, x'_t the state on the way back
+    L = L_cls + w mean over t of mean (x_t - x'_t)^2,   x_t the noised image, x'_t the state of the reverse process
 
-"strong" does not take it: docs/diffusion.md has what it gave.
+The protocol "strong" does not run DiffAttack; docs/diffusion.md has the results.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from torch.autograd.function import once_differentiable
 from ...attacks import APGD
 from ...evaluation import AttackSpec, lee_kim_2023
 
-#: The share of the frequencies, in each direction, that the gradient keeps.
+#: The highest frequency of the filtered gradient in each direction, as a share of the highest of the image.
 KEPT = 0.25
-#: Number of draws that a step averages.
+#: Number of draws over which a step averages the gradient.
 DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
 
 
 def low_frequencies(image: Tensor) -> Tensor:
-    """Remove the higher frequencies of images; the result has their shape and dtype.
+    """Remove the high frequencies of images. The result has the same shape and dtype.
 
     Args:
         image: ``[..., H, W]``.
@@ -49,7 +50,7 @@ def low_frequencies(image: Tensor) -> Tensor:
 
 
 class LowFrequencyGradient(nn.Module):
-    """A model whose gradient to the images has only low frequencies.
+    """A model whose gradient with respect to the images has only low frequencies.
 
     Args:
         model: any module from images ``[B, C, H, W]`` to logits.
@@ -61,7 +62,7 @@ class LowFrequencyGradient(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's logits, ``[B, classes]``.
+        """Return the model's logits, ``[B, classes]``.
 
         Args:
             x: images ``[B, C, H, W]``.
@@ -73,7 +74,7 @@ class LowFrequencyGradient(nn.Module):
 
 
 class _Added(torch.autograd.Function):
-    """Logits whose gradient brings that of another loss, one number for each row, with a weight."""
+    """Returns logits unchanged, and adds the weighted gradient of another loss ``[B]`` in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: Tensor, weight: float) -> Tensor:
@@ -87,14 +88,14 @@ class _Added(torch.autograd.Function):
 
 
 class DeviatedReconstruction(nn.Module):
-    """A purifier whose gradient is that of DiffAttack's loss; give it to an attack as ``gradients_from``.
+    """A purifier with the gradient of DiffAttack's loss, for an attack's ``gradients_from``.
 
-    The values are the purifier's own logits. An attack that sums its loss over the images follows the gradient of
-    L_cls + w L_dev, and compares its points by L_cls.
+    The output is the purifier's own logits. So an attack that sums its loss over the images uses the gradient of L_cls
+    + w L_dev, but compares its points by L_cls.
 
     Args:
         defence: a `DiffusionPurifier`.
-        weight: w, the weight of the deviation beside the attack's loss.
+        weight: w, weight of the deviation L_dev.
     """
 
     draws_for_each_image = True
@@ -105,7 +106,7 @@ class DeviatedReconstruction(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32.
+        """Return logits ``[B, classes]``, float32.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -116,11 +117,11 @@ class DeviatedReconstruction(nn.Module):
 
 
 def strong_attacks(defence: Any, norm: str, eps: float) -> list[AttackSpec]:
-    """The additional attacks of "strong".
+    """Return the additional attacks of the protocol "strong".
 
     Args:
         defence: a `DiffusionPurifier`.
-        norm: norm of the ball; Lee and Kim's steps are those of "linf".
+        norm: norm of the ball. The attack of Lee and Kim is added only for "linf".
         eps: radius in image units.
     """
     low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")

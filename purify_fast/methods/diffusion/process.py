@@ -1,13 +1,14 @@
 """The settings of a purification by diffusion, and the table of its steps.
 
-A step takes its numbers from a row of a table (`Table`), so that no value is read by the host. A round begins with a
-row that adds noise up to its t*; a row for each step of the solver follows.
+The coefficients of each step are a row of a table (`Table`) on the device, so the host does not wait for any value. In
+each round, the first row adds noise up to t*, and each further row is a step of the solver.
 
-The solvers, each as the coefficients of one step from the time t to the earlier s:
+A step from the time t to the earlier time s is
 
     x0 = clip(P x + Q m, -c, c),   x_s = A x0 + B x + d z          (`purify_fast.ops.diffusion_step`)
 
-m is the denoiser's prediction at t. With alpha and sigma at t, alpha' and sigma' at s:
+Here m is the denoiser's prediction at t. The coefficients are those below, with alpha and sigma at t, alpha' and sigma'
+at s. P and Q depend on the predicted quantity, and A, B and d depend on the solver:
 
     noise   P = 1 / alpha,  Q = -sigma / alpha
     x0      P = 0,          Q = 1
@@ -15,15 +16,15 @@ m is the denoiser's prediction at t. With alpha and sigma at t, alpha' and sigma
 
     ddpm      with b = 1 - alpha^2 / alpha'^2:              Ho et al., arXiv 2006.11239, equation 7
               A = b alpha' / sigma^2,  B = (1 - b)^(1/2) sigma'^2 / sigma^2,
-              d^2 = b sigma'^2 / sigma^2 (small), b (large), or between them as the denoiser says (learned)
+              d^2 = b sigma'^2 / sigma^2 (small), b (large), or predicted by the denoiser between the two (learned)
     ddim      d = eta sigma' / sigma b^(1/2),  e = (sigma'^2 - d^2)^(1/2),    Song et al., arXiv 2010.02502, equation 12
               A = alpha' - e alpha / sigma,  B = e / sigma
     vp_sde    with r = beta(t) (t - s):                     Song et al., arXiv 2011.13456, equation 6, by Euler-Maruyama
               A = r alpha / sigma^2,  B = 1 + r / 2 - r / sigma^2,  d^2 = r
-    ode       A = r alpha / (2 sigma^2),  B = 1 + r / 2 - r / (2 sigma^2),  d = 0       equation 13 there, by Euler
+    ode       A = r alpha / (2 sigma^2),  B = 1 + r / 2 - r / (2 sigma^2),  d = 0       ibid., equation 13, by Euler
     one_shot  A = 1,  B = 0,  d = 0                         Carlini et al., arXiv 2206.10550, section 3
 
-The score of x_t is (alpha x0 - x) / sigma^2, which gives vp_sde and ode their A and B. DDPM's last step adds no noise.
+A and B of vp_sde and ode follow from the score of x_t, (alpha x0 - x) / sigma^2. DDPM's last step adds no noise.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ Variance = Literal["small", "large", "learned"]
 
 
 class Table(NamedTuple):
-    """The numbers of n rows, float64 unless noted otherwise."""
+    """The table of a process, with a row for each of n steps, float64."""
 
     #: The coefficients of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
     coefficients: Tensor
-    #: The coefficients that noise an image up to the row's time, for guidance, ``[n, 8]``.
+    #: The coefficients that add noise to an image up to the row's time, for guidance, ``[n, 8]``.
     targets: Tensor
     #: The times in the denoiser's units, ``[n]``.
     times: Tensor
-    #: w, the factor of guidance, ``[n]``; for learned variances without the variance.
+    #: The factor w of the guidance, ``[n]``; with learned variances, w divided by the variance.
     weights: Tensor
 
 
@@ -64,23 +65,25 @@ class Process:
     """The settings by which images are noised and denoised.
 
     Args:
-        schedule: the noise that the denoiser was trained on.
+        schedule: noise schedule for which the denoiser was trained.
         prediction: quantity that the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
-        times: units of the denoiser's time (`Schedule.told`); None: the training step's index, or with the schedule
-            ``vp`` score-SDE's continuous time.
+        times: units of the denoiser's time (`Schedule.told`); None: the training step's index, or score-SDE's
+            continuous time for the schedule ``vp``.
         solver: ``ddpm``, ``ddim``, ``vp_sde`` (Euler-Maruyama steps of the reverse SDE), ``ode`` (Euler steps of the
             probability flow) or ``one_shot`` (the image that is predicted at t*).
-        t_star: the time up to which noise is added, as a share of the process; several times for as many rounds, each
-            of which purifies the result of the round before.
-        steps: number of the solver's steps, for all rounds or for each round. None: every training step.
-        eta: parameter of ddim: 0 adds no noise, 1 as much as ddpm.
+        t_star: time up to which noise is added, as a share of the process. Several times define several rounds; each
+            round purifies the result of the round before.
+        steps: number of the solver's steps, one number for all rounds or one for each round; None: every training step.
+        eta: parameter of ddim: with 0 it adds no noise, and with 1 the same noise as ddpm.
         variance: variance of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
-        clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1].
-            Without it purified images may leave [0, 1] a little.
+        clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1]. If
+            False, purified images may have values slightly outside [0, 1].
         denoise_last: whether the last step of vp_sde adds no noise, like score-SDE's sampler when it returns its mean
-            (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The other solvers always end like this.
-        guidance: None, or the distance to the noised input whose gradient moves each step: ``mse`` or ``ssim``.
-        guidance_scale: g, a factor of that gradient, besides the step's variance and sigma / alpha.
+            (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The last step of other solvers never adds
+            noise.
+        guidance: distance from the noised input, ``mse`` or ``ssim``, whose gradient guides each step; None: no
+            guidance.
+        guidance_scale: g, a factor of the guidance, in addition to the step's variance and sigma / alpha.
 
     Raises:
         ValueError: a setting is out of range, or settings contradict each other; the message names them.
@@ -108,27 +111,27 @@ class Process:
         for count in counts:
             check_counts(steps=count)
         if self.solver == "one_shot" and set(counts) - {1}:
-            raise ValueError(f"steps must be 1 or None for one_shot, which takes one step, got {self.steps}")
+            raise ValueError(f"steps must be 1 or None for the solver one_shot, got {self.steps}")
         if self.eta and self.solver != "ddim":
-            raise ValueError(f"eta needs ddim: it must be 0 for {self.solver}, got {self.eta}")
+            raise ValueError(f"eta must be 0 for the solver {self.solver}, because only ddim uses it, got {self.eta}")
         noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
         if self.guidance is not None and noiseless:
             raise ValueError(
-                "guidance moves a step by the variance of its noise: it needs ddpm, ddim with eta above 0, or "
-                f"vp_sde, got solver {self.solver!r} with eta {self.eta}"
+                f"guidance must be None for the solver {self.solver!r} with eta {self.eta}, got {self.guidance!r}: it "
+                "needs steps with noise, of ddpm, ddim with eta above 0, or vp_sde"
             )
-        # Making the table refuses settings that the schedule lacks. Guidance draws noise besides that of the steps.
+        # table() refuses settings that the schedule does not support. Guidance draws noise of its own, so each row has
+        # two step numbers.
         rows = len(self.table()[1])
         if 2 * rows > STEPS:
-            raise ValueError(f"steps must be fewer in all rounds, {STEPS // 2} with one more for each, got {rows}")
+            raise ValueError(f"steps of all rounds, and 1 more per round, must be at most {STEPS // 2}, got {rows}")
 
     @classmethod
     def of(cls, given: Process | Mapping[str, Any]) -> Process:
-        """Make a process from its fields, as stored with a model.
+        """Make a process from its fields, such as those in a saved model.
 
         Args:
-            given: a process, which is returned unchanged, or its fields by name; the schedule as `Schedule.of` takes
-                it.
+            given: a process, which is returned unchanged; or its fields by name, with a schedule as in `Schedule.of`.
         """
         if isinstance(given, Process):
             return given
@@ -140,12 +143,14 @@ class Process:
         starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
         if not starts or len(counts) != len(starts):
-            raise ValueError(f"steps must be one number, or one for each t_star, got {self.steps} for {self.t_star}")
+            raise ValueError(
+                f"steps must be one number, or one for each t_star, got steps={self.steps} and t_star={self.t_star}"
+            )
         return list(zip(starts, counts, strict=True))
 
     @property
     def learns_variances(self) -> bool:
-        """Tell whether the denoiser's second half of channels is the noise's variance."""
+        """True if the second half of the denoiser's output channels is the variance of the noise."""
         return self.solver == "ddpm" and self.variance == "learned"
 
     @property
@@ -154,14 +159,14 @@ class Process:
         return self.times or ("continuous" if self.schedule.is_continuous else "index")
 
     def table(self) -> tuple[Table, list[bool]]:
-        """The rows of all rounds, and a mask of those that begin a round: these noise an image without a denoiser."""
+        """Return the table of all rounds, and for each row whether it begins a round, and so only adds noise."""
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
             steps, variances = self.denoising(t)
             forward, told = self.schedule.noising(t[:-1]), self.schedule.told(t[:-1], self.told)
             if self.learns_variances:
-                # Each step multiplies it by the variance that the denoiser chooses.
+                # each step multiplies the weight by the variance that the denoiser predicts
                 variances = torch.ones_like(variances)
             weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
             blank = torch.zeros(1, dtype=torch.float64)
@@ -171,14 +176,14 @@ class Process:
         return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
 
     def denoising(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients of the steps of a reverse process, and the variances by which guidance moves their means.
+        """Return the coefficients of the steps of a reverse process, and the variances in the factor of the guidance.
 
         Args:
-            times: float64 ``[n + 1]``, falling.
+            times: times, float64 ``[n + 1]``, in descending order.
 
         Returns:
-            Float64 ``[n, 8]``, as `purify_fast.ops.diffusion_step` takes them, and the variances ``[n]`` of the noise.
-            The last step adds no noise; like DDPM's code, it takes the variance of the step before.
+            The coefficients for `purify_fast.ops.diffusion_step`, float64 ``[n, 8]``, and the variances ``[n]`` of the
+            noise. The last step of ddpm adds no noise, and its variance is that of the step before, as in DDPM's code.
         """
         t, s = times[:-1], times[1:]
         kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)

@@ -1,9 +1,9 @@
-"""The published purifications by diffusion, number by number, each with its source, in ``recipes.json``.
+"""The published purifications by diffusion. ``recipes.json`` has every number and its source.
 
 A source is a file and its lines in one of the repositories NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur
 at 6ee8b1a, ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or
-ethz-spylab/diffusion_denoised_smoothing at 699e7a5. Nothing of them is copied here. The denoisers were trained by
-others: these recipes have no training.
+ethz-spylab/diffusion_denoised_smoothing at 699e7a5. None of their code is copied here. The authors did not train the
+denoisers themselves, so these recipes have no training.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class DiffusionRecipe(Recipe):
-    """A published purification. The keys ``schedule.`` and ``process.`` are fields of `Schedule` and `Process`."""
+    """A published purification. Facts with ``schedule.`` and ``process.`` are fields of `Schedule` and `Process`."""
 
     def process(self) -> Process:
-        """The recipe's process; a noise given as sigma becomes the t* with this noise."""
+        """Return the recipe's process. If the recipe states the noise as sigma, t* is the time with this noise."""
         schedule, fields = Schedule(**self.part("schedule")), self.part("process")
         if "noise.sigma" in self.facts:
             fields["t_star"] = schedule.time_of(self["noise.sigma"])
         return Process(schedule=schedule, **fields)
 
     def defence(self, denoiser: nn.Module, classifier: nn.Module, **changes: Any) -> DiffusionPurifier:
-        """The defence.
+        """Build the defence.
 
         Args:
-            denoiser: takes images of the recipe's size in [-1, 1].
-            classifier: takes images of the recipe's size; trained on clean images by the authors.
+            denoiser: denoiser for images of the recipe's size in [-1, 1].
+            classifier: classifier for images of the recipe's size. The authors' classifier was trained on clean images.
             changes: arguments of `DiffusionPurifier` that replace those of the recipe.
         """
         options = {"image_shape": self.image_shape, "process": self.process(), **self.part("defence"), **changes}

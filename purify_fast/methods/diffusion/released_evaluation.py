@@ -1,18 +1,19 @@
-"""The authors' evaluations of purification by diffusion: the protocol "authors", to compare with their numbers.
+"""The authors' evaluations of purification by diffusion: the protocol "authors", for a comparison with their numbers.
 
-DiffPure (NVlabs/DiffPure at 985703f) is attacked by AutoAttack, version rand (lines 24 and 25 of
-run_scripts/cifar10/run_cifar_rand_inf.sh), through the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
-runners/diffpure_sde.py). It solves the SDE again, backward in time, together with the equation of the adjoint
+The authors of DiffPure (NVlabs/DiffPure at 985703f) use AutoAttack, version rand (lines 24 and 25 of
+run_scripts/cifar10/run_cifar_rand_inf.sh), with the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
+runners/diffpure_sde.py). This function solves the SDE again, backward in time, together with the adjoint equation
 (google-research/torchsde at eb3a00e, lines 75 to 97 of torchsde/_core/adjoint.py, 111 to 128 and 177 to 216 of
-adjoint_sde.py). Both are discretized separately, so that the result is not the gradient of the computed output:
+adjoint_sde.py). The two are discretized separately, so the result is not the gradient of the computed output. From the
+purified image to t*, the steps are
 
-    y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a,    from the purified image back to t*
+    y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a
 
-GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) is attacked by PGD with 10 steps on the classifier alone (lines 25 to 28 of
-attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and by BPDA with 40 steps of 2/255 at 8/255 and 15 draws
+The authors of GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) use PGD with 10 steps on the classifier alone (lines 25 to 28
+of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with 40 steps of 2/255 at 8/255 and 15 draws
 (lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). Each draw of BPDA is one
-purification. The prediction that counts is the class of the sum of the logits of ten (lines 149 to 162 of
-runners/empirical.py, and 99 to 126 of utils/accuracy.py). No line of these repositories is used here.
+purification. The final prediction is from the sum of the logits of ten purifications (lines 149 to 162 of
+runners/empirical.py, and 99 to 126 of utils/accuracy.py). None of the code of these repositories is used here.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from .schedule import END
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
 ALONE = "as clf_pgd.py (JinyiW/GuidedDiffusionPur): PGD-10"
 STRAIGHT = "as bpda_strong.py (JinyiW/GuidedDiffusionPur): BPDA-40 + EOT 15"
-#: Number of purifications in a prediction of GDMP's authors (``path_number``, line 25 of both files of settings).
+#: Number of purifications in a prediction of GDMP's authors (``path_number``, line 25 of both config files).
 PATHS = 10
 
 
 class AdjointGradient(nn.Module):
-    """A purifier by the reverse SDE, with one round and one draw, whose gradient is that of the adjoint SDE.
+    """A purifier with one round and one draw of the reverse SDE, whose gradient is from the adjoint SDE.
 
     Args:
         defence: a `DiffusionPurifier` with the solver ``vp_sde`` and one round.
@@ -50,7 +51,7 @@ class AdjointGradient(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32.
+        """Return logits ``[B, classes]``, float32.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -65,7 +66,7 @@ class AdjointGradient(nn.Module):
 
 
 class TenPaths(nn.Module):
-    """A purifier that predicts from ten purifications, and whose ``purify`` makes a single one, as GDMP's BPDA does.
+    """A purifier that predicts from ten purifications. Its ``purify``, for BPDA, makes only one, as in GDMP's code.
 
     Args:
         defence: a `DiffusionPurifier` with any number of samples.
@@ -80,7 +81,7 @@ class TenPaths(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]``, float32, the mean over the purifications.
+        """Return the mean logits of ten purifications, ``[B, classes]``, float32.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -88,7 +89,7 @@ class TenPaths(nn.Module):
         return self.paths(x)
 
     def purify(self, x: Tensor) -> Tensor:
-        """One purification of each image, ``[B, 1, C, H, W]``.
+        """Purify each image once, ``[B, 1, C, H, W]``.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -97,7 +98,7 @@ class TenPaths(nn.Module):
 
 
 def _with_samples(defence: Any, samples: int) -> Any:
-    """The same defence with the mean of this number of samples."""
+    """Return a copy of the defence with this number of samples and the aggregation "mean"."""
     other = defence.with_process(defence.process)
     other.samples, other.aggregation = samples, "mean"
     return other
@@ -119,7 +120,7 @@ class _Adjoint(torch.autograd.Function):
         defence, process = ctx.defence, ctx.defence.process
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
-        # A backward step begins where the forward step ended.
+        # each step of the adjoint SDE begins at the time at which the step of the SDE ended
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         rows, _ = process.denoising(t)
@@ -129,23 +130,24 @@ class _Adjoint(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
                 prediction = defence._predict(leaf, told[j].expand(len(leaf)))
-                # This is y + f dt + g dW, with the noise of the forward step.
+                # ahead is y + f dt + g dW, with the noise of the same step of the SDE
                 ahead = diffusion_step(leaf, prediction, rows[j], seed=seed, sample_ids=ids, draws=draws, step=word)
             (grad,) = torch.autograd.grad(ahead, leaf, grad)
             y = 2 * leaf.detach() - ahead.detach()
-        # The noise alpha x + sigma z is added outside the SDE, and differentiated by autograd.
+        # alpha x + sigma z is computed before the SDE, and its gradient has the factor alpha
         return None, grad * schedule.alpha_bar(torch.tensor(start)).sqrt().to(grad), None, None
 
 
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
-    """The attacks of the protocol "authors"; see this module.
+    """Return the attacks of the protocol "authors", which this module describes.
 
-    PGD and BPDA keep their best point; the authors' code takes the last. GDMP's BPDA adds the signs of the gradients of
-    its draws; here the gradients are averaged. Its PGD attacks in a ball of 8/256.
+    There are three differences. This package's PGD and BPDA return their best point; the authors' return the last.
+    This package's BPDA averages the gradients of its draws; GDMP's sums their signs. And GDMP's PGD has a radius of
+    8/256.
 
     Args:
         defence: a `DiffusionPurifier`.
-        eps: radius in image units; the authors' steps of 2/255 at 8/255 are a quarter of it.
+        eps: radius in image units. The length of a step is eps / 4, because the authors use 2/255 for 8/255.
     """
     ten = TenPaths(defence)
     rows = [
@@ -153,7 +155,7 @@ def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
         AttackSpec(BPDA(steps=40, alpha=eps / 4, eot_iter=15, random_start=False), label=STRAIGHT, judge=ten),
     ]
     if defence.process.solver == "vp_sde" and len(defence.process.rounds) == 1:
-        # DiffPure's authors predict from one draw.
+        # DiffPure's authors predict from one draw
         adjoint = AdjointGradient(_with_samples(defence, 1))
         rows.insert(0, AttackSpec(AutoAttack(version="rand"), label=DIFFPURE, judge=adjoint))
     return rows

@@ -1,8 +1,8 @@
-"""Noise schedules of diffusion models, over a time t from 0, the image, to 1, noise alone.
+"""Noise schedules of diffusion models. The time t runs from 0, the image, to 1, only noise.
 
     x_t = alpha x_0 + sigma z,   alpha^2 = alpha_bar(t),   sigma^2 = 1 - alpha_bar(t),   z ~ N(0, I)
 
-With N training steps, i is the step at t = i / N, and alpha_bar(i / N) the product of 1 - beta_j over j = 1 .. i:
+With N training steps, step i has the time t = i / N, and alpha_bar(i / N) is the product of 1 - beta_j for j = 1 .. i:
 
     linear   beta_i from 1e-4 to 0.02, evenly        Ho, Jain & Abbeel, NeurIPS 2020, arXiv 2006.11239, section 4
     cosine   alpha_bar = f(t) / f(0),                Nichol & Dhariwal, ICML 2021, arXiv 2102.09672, section 3.2
@@ -25,39 +25,40 @@ from torch import Tensor
 from ..._validation import Range, check_types
 
 ScheduleKind = Literal["linear", "cosine", "vp"]
-#: The units in which a denoiser takes the time.
+#: The units of a denoiser's input t.
 Times = Literal["index", "rescaled", "continuous"]
-#: Number of steps for which betas are given: a schedule with fewer steps has larger betas.
+#: Number of steps for which ``first_beta`` and ``last_beta`` are stated. With fewer steps, the betas are larger.
 USUAL_STEPS = 1000
-#: The most training steps, and steps of a reverse process.
+#: Largest number of training steps, and of steps of a reverse process.
 MOST_STEPS = 10_000
-#: The largest beta of a cosine schedule.
+#: Upper bound for the betas of a cosine schedule.
 LARGEST_BETA = 0.999
-#: The end of a process in continuous time: at 0 the score is infinite. NVlabs/DiffPure, runners/diffpure_sde.py:228.
+#: The last time of a process in continuous time, because the score at 0 is infinite (NVlabs/DiffPure,
+#: runners/diffpure_sde.py:228).
 END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
-# It is cached: a training needs it in every step, and would copy it to the device each time.
+# The cache avoids a copy to the device in every training step.
 @functools.lru_cache(maxsize=16)
 def _products(schedule: Schedule, device: torch.device) -> Tensor:
-    """alpha_bar of all training steps and of the image before them, float64 ``[N + 1]``."""
+    """Return alpha_bar for the image, which is 1, and for all training steps, float64 ``[N + 1]``."""
     with torch.inference_mode(False):
         return torch.cat([torch.ones(1, dtype=torch.float64), (1 - schedule.betas).cumprod(0)]).to(device)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise that a diffusion process has added by the time t.
+    """The amount of noise that a diffusion process has added at the time t.
 
     Args:
         kind: ``linear``, ``cosine`` or ``vp``; the module's docstring has the formulas.
-        steps: N, the number of training steps of the denoiser; for vp, the number of indices that count its times.
-        first_beta: for linear and vp, the variance that the first of 1,000 steps adds; no effect on cosine.
-        last_beta: the same for the last step.
+        steps: N, number of the denoiser's training steps. For vp, whose times are continuous, the number of indices.
+        first_beta: variance that the first of 1,000 steps adds, for linear and vp; no effect on cosine.
+        last_beta: variance that the last of 1,000 steps adds, for linear and vp; no effect on cosine.
 
     Raises:
-        ValueError: a setting out of range; the message names it.
+        ValueError: a setting is out of range; the message names it.
     """
 
     kind: ScheduleKind = "linear"
@@ -74,7 +75,7 @@ class Schedule:
 
     @classmethod
     def of(cls, given: Schedule | Mapping[str, Any] | str) -> Schedule:
-        """Make a schedule from its kind or its fields, as stored with a model.
+        """Make a schedule from its kind or from its fields, such as those in a saved model.
 
         Args:
             given: a schedule, which is returned unchanged; its fields by name; or its kind.
@@ -85,12 +86,12 @@ class Schedule:
 
     @property
     def is_continuous(self) -> bool:
-        """Tell whether times between the training steps exist."""
+        """True if there are times between the training steps."""
         return self.kind == "vp"
 
     @property
     def betas(self) -> Tensor:
-        """The variances that the training steps add, float64 ``[N]``; for linear and cosine."""
+        """The variances that the training steps of linear and cosine add, float64 ``[N]``."""
         if self.kind == "cosine":
             t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
             kept = torch.cos(pi / 2 * (t + 0.008) / 1.008).square()
@@ -99,10 +100,10 @@ class Schedule:
         return scale * torch.linspace(self.first_beta, self.last_beta, self.steps, dtype=torch.float64)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """The share of the image in the variance, float64.
+        """Return alpha_bar, the squared factor of the image, float64.
 
         Args:
-            t: times in [0, 1], any shape; linear and cosine take the nearest training step.
+            t: times in [0, 1], any shape; linear and cosine round them to the nearest training step.
         """
         t = t.double()
         if self.is_continuous:
@@ -111,7 +112,7 @@ class Schedule:
         return _products(self, t.device)[self._step(t)]
 
     def noising(self, t: Tensor) -> Tensor:
-        """The coefficients of the forward process, alpha x + sigma z, float64 ``[..., 8]``.
+        """Return the coefficients with which `diffusion_step` computes alpha x + sigma z, float64 ``[..., 8]``.
 
         Args:
             t: times, any shape.
@@ -122,7 +123,7 @@ class Schedule:
         return torch.stack(columns, -1)
 
     def rate(self, t: Tensor) -> Tensor:
-        """beta(t) of the SDE dx = -beta x / 2 dt + sqrt(beta) dw, whose discrete form has steps of 1 / N; float64.
+        """Return beta(t) of the SDE dx = -beta x / 2 dt + sqrt(beta) dw, float64. Discrete steps have the length 1 / N.
 
         Args:
             t: times in (0, 1], any shape.
@@ -136,18 +137,18 @@ class Schedule:
         return (t * self.steps).round().long()
 
     def times(self, start: float, steps: int | None = None) -> Tensor:
-        """The times of a reverse process, from ``start`` to the end, evenly; float64 ``[steps + 1]``.
+        """Return the evenly spaced times of a reverse process, from ``start`` to the end, float64 ``[steps + 1]``.
 
         Args:
             start: t*, in (0, 1].
             steps: number of steps, at least 1; None: every training step.
 
         Raises:
-            ValueError: start is outside (0, 1], or there are fewer training steps.
+            ValueError: ``start`` is outside (0, 1], or there are fewer than ``steps`` training steps up to it.
         """
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
-            raise ValueError(f"t_star must be in (0, 1], and at least one of {self.steps} steps, got {start}")
+            raise ValueError(f"t_star must be in (0, 1] and at least 1 of the {self.steps} steps, got {start}")
         steps = first if steps is None else steps
         if steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps}")
@@ -164,24 +165,26 @@ class Schedule:
 
         Args:
             t: times in (0, 1].
-            times: ``index``: index of the training step, from 0 to N - 1. ``rescaled``: that index rescaled to 1,000,
-                as in guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
+            times: the units. ``index``: index of the training step, from 0 to N - 1. ``rescaled``: the index times
+                1,000 / N, as in guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
         """
         if times == "continuous":
             return 999 * t.double()
-        # DiffPure rounds the times of its SDE down for denoisers of discrete times (runners/diffpure_sde.py:84).
+        # DiffPure rounds the times of its SDE down for denoisers with discrete times (runners/diffpure_sde.py:84)
         index = (t * self.steps).floor().clamp(max=self.steps - 1) if self.is_continuous else self._step(t) - 1
         return index.double() * (USUAL_STEPS / self.steps if times == "rescaled" else 1)
 
     def time_of(self, sigma: float) -> float:
-        """The time of the first training step at which images in [0, 1] have at least this noise.
+        """Return the time of the first training step with at least this noise.
+
+        The conversion is from Carlini et al., arXiv 2206.10550, section 3.
 
         Args:
-            sigma: standard deviation of the noise in image units, relative to the image: Carlini et al., arXiv
-                2206.10550, section 3, whose process is in [-1, 1], where it is 2 sigma.
+            sigma: standard deviation of the noise for images in [0, 1] with the factor 1. The images of the process are
+                in [-1, 1], where the noise is 2 sigma.
 
         Raises:
-            ValueError: no time has so much noise.
+            ValueError: sigma is not above 0, or no time has so much noise.
         """
         t = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
         kept = self.alpha_bar(t)

@@ -1,33 +1,35 @@
-"""The losses of a denoiser's training: on clean images, through the whole purification, and by distillation.
+"""The three trainings of a denoiser: on clean images, through the whole purification, and by distillation.
 
-On clean images, with x in [-1, 1], t uniform over the schedule's times and z ~ N(0, I), per image,
+On clean images, the loss of an image x in [-1, 1] is
 
     x_t = alpha x + sigma z,   L = mean (D(x_t, t) - target)^2,   target = z, x or alpha z - sigma x
 
-for a denoiser D that predicts the noise (Ho et al., NeurIPS 2020, arXiv 2006.11239, equation 14), the image, or v
-(Salimans & Ho, ICLR 2022, arXiv 2202.00512, section 4).
+Here t is uniform over the schedule's times, z ~ N(0, I), and the denoiser D predicts the noise (Ho et al., NeurIPS
+2020, arXiv 2006.11239, equation 14), the image, or v (Salimans & Ho, ICLR 2022, arXiv 2202.00512, section 4).
 
-Through the whole purification, with x' adversarial against the defence itself, its purifier p and its classifier f,
+Through the whole purification, the loss is
 
     L = CE(f(p(x')), y) + w L of clean images
 
-with exact gradients of both the attack and the loss. To train a purifier by its classifier's cross-entropy is AToP's
-idea (arXiv 2401.16352); ADBM (arXiv 2408.00315) fine-tunes a denoiser on adversarial images too, by another loss.
+Here x' is adversarial against the whole defence, p is the purifier, and f is the classifier. The attack and the loss
+use exact gradients. AToP had the idea of training a purifier with its classifier's cross-entropy (arXiv 2401.16352).
+ADBM (arXiv 2408.00315) also fine-tunes a denoiser on adversarial images, but with another loss.
 
-Distillation makes a denoiser of one evaluation, which gives the end of the way back. The process up to the last time
-is divided into intervals. For an image x in [-1, 1], z ~ N(0, I) and an interval from
-the time t to the earlier s, each interval as often,
+Distillation trains a denoiser that predicts the result of the reverse process in one evaluation. The process up to the
+last time is divided into intervals. For an image x in [-1, 1], z ~ N(0, I) and a random interval from the time t to the
+earlier time s, the loss is
 
     x_t = alpha x + sigma z,   x_s = the teacher's DDIM step from x_t,
-    L = mean (F(x_t, t) - G(x_s, s))^2,   G(x_s, s) = x_s where s ends the process
+    L = mean (F(x_t, t) - G(x_s, s))^2,   G(x_s, s) = x_s if s is the end of the process
 
-F is the image that the denoiser predicts, and G the image that the moving average of its weights predicts, without a
-gradient and clipped to [-1, 1]. So all states on one way of the teacher's probability flow are led to the image at
-its end. Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv 2303.01469, algorithm 2; there the intervals are those of
-another schedule, and LPIPS is the distance for large images.
+Here F is the image that the denoiser predicts. G is the image that the moving average of its weights predicts, without
+a gradient and clipped to [-1, 1]. So all states on a trajectory of the teacher's probability flow are mapped to the
+image at the end of this trajectory. The method is from Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv 2303.01469,
+algorithm 2. Their intervals are those of another schedule, and their distance for large images is LPIPS.
 
-An ordinary denoiser has learned the mean of all images that may have become x_t. So has the velocity of a flow matched
-along straight lines (Lipman et al., ICLR 2023, arXiv 2210.02747) after a single step. Here the result is one image.
+An ordinary denoiser predicts the mean of all images that may have become x_t, and so does a single step with the
+velocity of flow matching on straight lines (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts
+a single image.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from .schedule import END, Schedule
 
 
 def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Tensor:
-    """Times spread evenly over a process, float64 ``[B]``.
+    """Convert uniform numbers to times that are uniform over a process, float64 ``[B]``.
 
     Args:
         schedule: schedule of the process; a discrete schedule has the times of its training steps.
@@ -69,9 +71,9 @@ def training_times(schedule: Schedule, uniform: Tensor, last: float = 1.0) -> Te
 
 
 def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Normal numbers in the shape of the images, and a number in [0, 1) for each image, ``[B]``.
+    """Return normal numbers in the shape of the images, and uniform numbers in [0, 1), ``[B]``.
 
-    They are functions of the batch's seed and of each image's sample id.
+    The numbers depend only on the batch's seed and on each image's sample id.
 
     Args:
         batch: the images.
@@ -84,7 +86,7 @@ def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def products_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A block in which a network multiplies matrices in the precision of its training.
+    """Within the block, matrix products are in the precision of the training.
 
     Args:
         precision: precision of the training.
@@ -94,13 +96,13 @@ def products_in(precision: Precision, device: torch.device) -> contextlib.Abstra
 
 
 def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: DiffusionConfig) -> Tensor:
-    """The loss of one batch of clean images, float32.
+    """Return the loss of one batch of clean images, float32.
 
     Args:
-        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction of the shape of x_t.
+        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction with the shape of x_t.
         batch: the images.
-        process: gives the schedule, the predicted quantity, and the units of time.
-        config: gives the last time and the precision.
+        process: process with the schedule, the predicted quantity and the units of time.
+        config: settings with the last time and the precision.
     """
     clean, schedule = 2 * batch.x - 1, process.schedule
     noise, uniform = drawn_for(batch)
@@ -119,17 +121,17 @@ def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: 
 def purification_loss(
     defence: DiffusionPurifier, batch: Batch, config: DiffusionConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """The loss of one batch through the whole purification, and metrics.
+    """Return the loss of one batch through the whole purification, and metrics.
 
     Args:
         defence: the defence whose denoiser is trained.
         batch: the images.
-        config: gives the attack, and the weight of the loss on clean images.
-        graphs: captures the attack's step on a CUDA device, if given.
+        config: settings with the attack and the weight of the loss on clean images.
+        graphs: captures the attack's step in a CUDA graph; None captures nothing.
     """
     with noise_of(defence, batch):
         adversarial = config.attack.run(defence, batch, graphs=graphs)
-        # The loss uses other draws than the attack has seen.
+        # the loss uses other random draws than the attack
         purified = defence.purify(adversarial)
     logits, labels = defence.classify(purified).flatten(0, 1), batch.y.repeat_interleave(purified.shape[1])
     cross_entropy, accuracy = cross_entropy_of(logits, labels)
@@ -141,17 +143,17 @@ def purification_loss(
 
 
 class DiffusionTask(MethodTask):
-    """Trains a denoiser on clean images in `purify_fast.training.fit`.
+    """The training of a denoiser on clean images, for `purify_fast.training.fit`.
 
     Args:
-        denoiser: `purify_fast.models.UNet`, or any module (x_t ``[B, C, H, W]``, t ``[B]``) to a prediction of the
-            shape of x_t. It is trained in place. The time is the training step's index, 0 to 999; for the schedule "vp"
-            999 t.
+        denoiser: `purify_fast.models.UNet`, or any module from x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction
+            with the shape of x_t. It is trained in place. The times are indices of training steps, 0 to 999; with the
+            schedule "vp" they are 999 t.
         config: settings of the training.
-        origin: start of the denoiser, if not from scratch; a run is resumed only with the same origin.
+        origin: name of the denoiser's initial weights. A run is resumed only with the same name.
 
     Raises:
-        ValueError: config has an attack or intervals.
+        ValueError: ``config`` has an attack or intervals.
     """
 
     name = "diffusion"
@@ -166,7 +168,7 @@ class DiffusionTask(MethodTask):
         self.keep_average("denoiser", denoiser, config.ema_decay, warm_up=True)
 
     def refuse(self, config: DiffusionConfig) -> None:
-        """ValueError if settings select another training.
+        """Raise ValueError if the settings select another training.
 
         Args:
             config: the settings.
@@ -177,7 +179,7 @@ class DiffusionTask(MethodTask):
             raise ValueError(f"intervals must be 0 to train a denoiser from noise, got {config.intervals}")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
-        """The loss of one batch, float32.
+        """Return the loss of one batch, float32.
 
         Args:
             denoiser: the denoiser, or the moving average of its weights.
@@ -189,7 +191,7 @@ class DiffusionTask(MethodTask):
         return self.loss(self.denoiser, batch), {}
 
     def validate(self, batch: Batch) -> Metrics:
-        """The loss of the result.
+        """Return the loss of the result, which is the moving average if there is one.
 
         Args:
             batch: held-out images.
@@ -211,21 +213,21 @@ class DiffusionTask(MethodTask):
         predicted = answer_of("x", self.denoiser, given, lambda: self.denoiser(image, image.new_zeros(1)))
         if predicted.shape != image.shape:
             raise ValueError(
-                f"x: of an image {list(image.shape)} the denoiser must predict as much, got {list(predicted.shape)}"
+                f"x: for images {list(image.shape)}, the denoiser must return this shape, got {list(predicted.shape)}"
             )
 
 
 class PurificationTask(PurifierTask[DiffusionPurifier]):
-    """Fine-tunes a purifier's denoiser through the whole purification in `purify_fast.training.fit`.
+    """The fine-tuning of a purifier's denoiser through the whole purification, for `purify_fast.training.fit`.
 
     Args:
-        defence: the trained defence, whose classifier does not change. Each step takes the defence's samples.
-        config: settings of the training; the precision decides whether the defence is accelerated. The schedule and the
-            prediction are those of the defence's process.
-        origin: start of the denoiser; a run is resumed only with the same origin.
+        defence: the defence to fine-tune; its classifier is frozen. Each step draws ``defence.samples`` samples.
+        config: settings of the training. With the precision "bfloat16", the defence is accelerated. The schedule and
+            the prediction are those of the defence's process, not those of ``config``.
+        origin: name of the denoiser's initial weights. A run is resumed only with the same name.
 
     Raises:
-        ValueError: config has no attack.
+        ValueError: ``config`` has no attack.
     """
 
     name = "diffusion through the purification"
@@ -243,7 +245,7 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
         return purification_loss(self.defence, batch, self.config, self.graphs)
 
     def finish(self) -> None:
-        """Leave the moving average in the defence, if there is one."""
+        """Put the moving average of the weights into the defence, if there is one."""
         if self.average is not None:
             self.defence.denoiser.load_state_dict(self.average.module.state_dict())
         super().finish()
@@ -253,20 +255,20 @@ class PurificationTask(PurifierTask[DiffusionPurifier]):
 
 
 class ConsistencyTask(DiffusionTask):
-    """Distills a denoiser into a denoiser of one evaluation in `purify_fast.training.fit`.
+    """The distillation of a denoiser into a denoiser that needs one evaluation, for `purify_fast.training.fit`.
 
-    The result is for the solver ``one_shot`` of `purify_fast.methods.diffusion.Process`.
+    Use the result with the solver ``one_shot`` of `purify_fast.methods.diffusion.Process`.
 
     Args:
-        denoiser: trained denoiser, as `DiffusionTask` takes it. It is trained in place, and a copy of its weights is
-            the teacher.
+        denoiser: trained denoiser, as in `DiffusionTask`. It is trained in place, and a copy with its initial weights
+            is the teacher.
         config: settings of the training, with intervals.
-        origin: start of the denoiser; a run is resumed only with the same origin.
-        process: process that the denoiser was trained on, or its fields, for its schedule, predicted quantity and units
-            of time; None: config's.
+        origin: name of the denoiser's initial weights. A run is resumed only with the same name.
+        process: process for which the denoiser was trained, or its fields. Its schedule, predicted quantity and units
+            of time are used. None: those of ``config``.
 
     Raises:
-        ValueError: config has no intervals, or too many for the schedule.
+        ValueError: ``config`` has no intervals, or too many for the schedule.
     """
 
     name = "consistency"
@@ -285,7 +287,7 @@ class ConsistencyTask(DiffusionTask):
         self.teacher = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
     def refuse(self, config: DiffusionConfig) -> None:
-        """ValueError if settings select another training.
+        """Raise ValueError if the settings select another training.
 
         Args:
             config: the settings.
@@ -294,7 +296,7 @@ class ConsistencyTask(DiffusionTask):
             raise ValueError("intervals must be at least 1 to distill a denoiser, got 0")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
-        """The loss of one batch, float32.
+        """Return the loss of one batch, float32.
 
         Args:
             denoiser: the denoiser, or the moving average of its weights.
@@ -322,7 +324,8 @@ class ConsistencyTask(DiffusionTask):
             of_image, of_state = coefficients(chosen)[3:5]
             following = of_image * image(self.teacher, noised, chosen).clamp(-1, 1) + of_state * noised
             last = chosen == intervals - 1
-            # The state at the end is the image, so that its prediction is not asked for and may be of any time.
+            # After the last interval the target is the state itself, and the prediction is not used. Its time must only
+            # be valid.
             target = image(self.result, following, (chosen + 1).clamp(max=intervals - 1)).clamp(-1, 1)
             target = torch.where(last.view(-1, 1, 1, 1), following, target)
         return (image(denoiser, noised, chosen) - target).square().mean()

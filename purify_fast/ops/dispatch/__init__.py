@@ -1,1 +1,1 @@
-"""The dispatch of ops: how they are registered, how kernels are verified and raced, and the records of this machine."""
+"""The dispatch of ops: registration of ops, verification and timing of kernels, and the records of this machine."""

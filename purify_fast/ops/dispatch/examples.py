@@ -1,6 +1,6 @@
-"""Small inputs of an op, as its kernel takes them: what kernels are verified, tested and raced with.
+"""Small inputs of each op, in the form that its kernel accepts. They are used to verify, test and race kernels.
 
-Each op's module has its own. ``python -m benchmarks.gpu.every_op`` runs every op once.
+The module of each op defines its examples. ``python -m benchmarks.gpu.every_op`` runs every op once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_map_only
 from ..._tensors import last_channels, memory_format
 
 HALVES = (torch.bfloat16, torch.float16)
-#: The number of samples of an example. A dimension is recognized as that of the samples if this number divides its
-#: size.
+#: The number of samples of an example. A dimension whose size is a multiple of this number is taken for the dimension
+#: of the samples.
 ROWS = 3
-#: The shapes of images of ops whose examples differ in nothing else. In the kernels for losses and for steps in a norm,
-#: one program takes fewer numbers than the last two shapes have. Each shape has its `Example.gpu`, the dtypes in which
-#: it verifies kernels on a GPU.
+#: Image shapes for ops whose examples differ only in the shape. In the kernels for losses and for steps in a norm, the
+#: last two shapes have more numbers than one program processes. Each shape has its `Example.gpu`: the dtypes for which
+#: kernels are verified with it on a GPU.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
-#: The shape of the images with which kernels are raced.
+#: The shape of the images for races.
 RGB = (((ROWS, 3, 32, 32),),)
 LAYOUTS = ("", "channels_last")
 
@@ -34,20 +34,23 @@ class Example:
     """A set of shapes and settings of an op.
 
     Attributes:
-        name: name of the example among those of its op.
-        make: the kernel's arguments on the CPU, of a dtype and a seed: the same shapes and settings for every seed.
-        setting: the setting that differs from the other examples.
-        dtypes: the dtypes that the op takes.
-        exact: every backend has the reference's bits.
-        slack: error allowed beside rounding, in float32's eps of the largest output: normals differ by a few ulp.
-        variant: the setting for which the op's backend is chosen separately, if there is one.
-        summed: results are sums over the samples.
-        jumps: rounding decides on which side of zero some numbers are, and the result jumps there, so that no bound of
-            a single number's error holds. Errors are then root mean squares, and a tenth of the result's is allowed.
-        gpu: the dtypes in which it verifies the op's kernel on a GPU, where kernels are compiled for each dtype and
-            setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of its
-            dtypes; every kernel in float32 and in one of two bytes; every setting, layout and width of a thread's
-            accesses in one dtype at least.
+        name: name of the example, unique within its op.
+        make: function that makes the kernel's arguments on the CPU from a dtype and a seed. Shapes and settings do not
+            depend on the seed.
+        setting: setting that differs from the other examples.
+        dtypes: dtypes that the op supports.
+        exact: whether every backend must have the same bits as the reference.
+        slack: error that is allowed in addition to rounding, in units of float32's eps times the largest output. Normal
+            numbers, for example, differ by a few ulp.
+        variant: setting for which the op's backend is chosen separately, if there is one.
+        summed: whether the results are sums over the samples.
+        jumps: whether the result jumps where a number changes its sign. Rounding can change the sign of some numbers,
+            so the error of a single number has no bound. Errors are then root mean squares, and a tenth of the result's
+            is allowed.
+        gpu: dtypes in which the example verifies the op's kernel on a GPU, where kernels are compiled for each dtype
+            and setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of
+            its dtypes. They cover every kernel in float32 and in a 16-bit dtype. They cover every setting, layout and
+            access width of a thread in at least one dtype.
     """
 
     name: str
@@ -63,12 +66,12 @@ class Example:
 
 
 def tensors(value) -> tuple[Tensor, ...]:
-    """The outputs of an op that returns one tensor or several."""
+    """Return the outputs of an op that returns one tensor or several, as a tuple."""
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 def to(arguments: tuple, device: torch.device) -> tuple:
-    """The arguments on a device; a parameter stays a parameter."""
+    """Return the arguments on a device. Parameters remain parameters."""
 
     def one(tensor: Tensor) -> Tensor:
         moved = tensor.to(device)
@@ -78,20 +81,21 @@ def to(arguments: tuple, device: torch.device) -> tuple:
 
 
 def double(arguments: tuple) -> tuple:
-    """The arguments in float64, and dtypes among the settings too."""
+    """Return the arguments in float64. Settings that are dtypes become float64 too."""
     wider = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
     return tuple(torch.float64 if isinstance(one, torch.dtype) else one for one in wider)
 
 
 def batch_dimension(tensor: Tensor) -> int | None:
-    """The dimension of the samples or their passes; None for seeds and settings, and for weights: parameters."""
+    """Return the dimension of the samples or passes; None for seeds, settings and parameters (the weights)."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
-    return 0 if tensor.shape[0] % ROWS == 0 else 1  # owners: [draws, samples, ...]
+    # The shape of owners is [draws, samples, ...].
+    return 0 if tensor.shape[0] % ROWS == 0 else 1
 
 
 def tile(arguments, times: int):
-    """The samples of an example, ``times`` over."""
+    """Repeat the samples of an example ``times`` times."""
 
     def one(tensor: Tensor) -> Tensor:
         dimension = batch_dimension(tensor)
@@ -104,32 +108,32 @@ def tile(arguments, times: int):
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers in float64."""
+    """Return normal numbers in float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
 def uniform(seed: int, *shape: int) -> Tensor:
-    """Uniform numbers in float64."""
+    """Return uniform numbers in float64."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of an op's arithmetic."""
+    """Return the dtype of an op's arithmetic."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def stream(seed: int) -> tuple[Tensor, Tensor]:
-    """A seed beyond 32 bits, and ids with a negative id and an id beyond 32 bits."""
+    """Return a seed of more than 32 bits, and ids with a negative id and an id of more than 32 bits."""
     return torch.tensor([0x0123456789ABCDEF + seed]), torch.tensor([7, -1, 2**40 + 3])
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """Images in one of the `LAYOUTS`."""
+    """Return images in one of the `LAYOUTS`."""
     return x.contiguous(memory_format=torch.channels_last) if layout else x
 
 
 def properties_of(setting: tuple, properties: Mapping) -> dict:
-    """The properties of an example; some are functions of its setting."""
+    """Return the properties of an example. Some of them are functions of its setting."""
     return {name: value(*setting) if callable(value) else value for name, value in properties.items()}
 
 
@@ -139,8 +143,8 @@ def examples(
     """Make an example of each setting.
 
     Args:
-        arguments: makes the arguments of the kernel, as ``arguments(*setting, dtype, seed)``.
-        settings: the settings of the examples, which also name them; a mapping gives each its `Example.gpu`.
+        arguments: function that makes the arguments of the kernel, called as ``arguments(*setting, dtype, seed)``.
+        settings: settings of the examples, which are also their names; a mapping gives each setting its `Example.gpu`.
         **properties: other attributes of the examples, each a value or a function of the setting.
     """
     gpu = settings if isinstance(settings, Mapping) else {}

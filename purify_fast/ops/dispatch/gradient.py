@@ -1,13 +1,14 @@
 """Functions of autograd around kernels, and kernels that save what their backward needs.
 
-Applying an ``autograd.Function`` costs 16 microseconds on an AMD EPYC, several times a small kernel: a call from which
-no gradient can flow goes to the kernel directly. A table in docs/performance.md has the parts of a call.
+Applying an ``autograd.Function`` takes 16 microseconds on an AMD EPYC, several times as long as a small kernel. So a
+call that cannot have a gradient uses the kernel directly. docs/performance.md has a table with the parts of a call.
 
-An op's own backward computes everything from the op's inputs, since on a GPU arithmetic is cheaper than memory. On a
-CPU it is not: a sigmoid, a normal or a difference that forward had in a register costs one store to save and one load
-to read, where backward would need dozens of instructions, or a second matrix to read. ``torch.compile`` saves them too.
-So some ops have `cpu_kernel`s that save, for eager calls on a CPU. Their results are those of the op and of its
-backward, to the last bit or two. They replace the op's own kernels wherever these would be used in both directions.
+An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than memory
+accesses. On a CPU, memory accesses are cheaper: saving a sigmoid, a normal number or a difference needs one store and
+one load. Computing it again would need dozens of instructions, or the read of a second matrix. ``torch.compile`` also
+saves such values. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. They have the same results
+as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be used in both
+directions.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from .registry import Op
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Tell whether a derivative of a function of these tensors may be asked for.
+    """Return True if a derivative of a function of these tensors may be needed.
 
     Args:
         tensors: the tensors in which the op is differentiable.
 
     Returns:
-        True if gradients are recorded and a tensor requires one. Also true inside forward-mode differentiation, which
-        the ops' functions refuse, where a bare kernel would lose the tangent without a word.
+        True if gradients are recorded and a tensor requires one. Also True inside forward-mode differentiation: the
+        ops' functions raise an error there, while a bare kernel would silently lose the tangent.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
@@ -41,15 +42,15 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, without its cost if nobody asked for a second derivative.
+    """Like ``once_differentiable``, but without its overhead if no second derivative is recorded.
 
     Args:
         backward: a function's ``backward(ctx, *grads)``.
 
     Returns:
-        The same, which raises when its own result is differentiated and the incoming gradient requires one. Under
-        ``create_graph=True`` the gradient of a plain sum is a constant, as ``once_differentiable`` leaves it: a penalty
-        on gradients needs ``use_backend("reference")``.
+        A function that raises an error if its result is differentiated and the incoming gradient requires one. Under
+        ``create_graph=True``, ``once_differentiable`` treats the gradient of a plain sum as a constant, and so does
+        this function. A penalty on gradients therefore needs ``use_backend("reference")``.
     """
     guarded = once_differentiable(backward)
 
@@ -66,15 +67,15 @@ def differentiable(
     saved: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = lambda inputs, outputs: inputs,
     constants: int = 0,
 ) -> Callable[..., Any]:
-    """Make a function of autograd with first-order gradients from an op.
+    """Make an autograd function with first-order gradients from an op.
 
     Args:
-        forward: from the inputs to one output or a tuple of them.
-        backward: from the gradients of the outputs, then the tensors and then the settings that were saved, to the
-            gradient of the first input, or a tuple of those of the first inputs; the others have none. A plain
-            function: compilers cannot look into an op that a closure holds.
-        saved: picks the arguments of backward from the inputs and the outputs, tensors first.
-        constants: how many of the last outputs have no gradient.
+        forward: function that maps the inputs to one output or a tuple of outputs.
+        backward: function that maps the gradients of the outputs, then the saved tensors, then the saved settings, to
+            the gradient of the first input, or to a tuple of gradients of the first inputs. The other inputs have no
+            gradient. It must be a plain function, because torch.compile cannot trace an op that a closure holds.
+        saved: function that selects the arguments of backward from the inputs and the outputs, tensors first.
+        constants: number of outputs, counted from the last, that have no gradient.
 
     Returns:
         ``apply`` of the function.
@@ -112,7 +113,7 @@ def differentiable(
 
 
 def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
-    """The handle of a kernel of the compiled extension that is not an op: it takes only tensors with data."""
+    """Return the handle of a kernel of the extension that is not an op. It accepts only tensors with data."""
     torch.library.define(f"purify_fast::{name}", schema)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
@@ -125,19 +126,19 @@ SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def transformed() -> bool:
-    """Tell whether a call is inside a transform of ``torch.func``, eagerly.
+    """Return True if an eager call is inside a transform of ``torch.func``.
 
-    Transforms refuse functions of autograd whose ``forward`` takes the context. A function with ``setup_context`` in
-    its place takes 20 us more per call, in which PyTorch inspects a signature.
+    Transforms do not support functions of autograd whose ``forward`` receives the context. A function with
+    ``setup_context`` instead would take 20 us more per call, because PyTorch inspects a signature.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def may_save(x: Tensor) -> bool:
-    """Tell whether kernels that only a CPU has can be called.
+    """Return True if kernels that exist only for a CPU can be called.
 
-    They cannot be on a GPU, in compiled graphs, in functorch's transforms, and with subclasses of tensors, such as
-    those without data.
+    They cannot be called on a GPU, in compiled graphs, in functorch's transforms, and with subclasses of Tensor, such
+    as tensors without data.
     """
     if not SAVING_KERNELS or x.device.type != "cpu" or type(x) not in (Tensor, Parameter):
         return False
@@ -145,5 +146,8 @@ def may_save(x: Tensor) -> bool:
 
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
-    """Tell whether a saving kernel replaces an op's forward: a kernel must serve its backward too."""
+    """Return True if a saving kernel replaces an op's forward.
+
+    This requires that a kernel is used for its backward too.
+    """
     return may_save(x) and not backward.uses_reference(x.device, x.dtype, x.numel(), variant)

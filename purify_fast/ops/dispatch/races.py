@@ -1,14 +1,14 @@
-"""The races: which backend was measured to be faster, for eager calls and inside compiled graphs.
+"""The results of races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-Two kinds of files hold the results, in one form: the user's own for this machine (`records`), and ``races.json`` of the
-package, for machines that were measured with the benchmarks. The user's file comes first. It has hashes of the ops'
-sources, and entries for other sources are not used. Among the machines of the package, one with the same device
-decides, otherwise one with the same instruction set. For a CPU, the first machine decides if there is neither, because
-a kernel that was faster on one CPU is faster on most.
+Two kinds of files have the results, in the same form: the user's file for this machine (`records`), and the package's
+``races.json``, for machines that were measured with the benchmarks. The user's file has priority. It has hashes of the
+ops' sources, and entries for other sources are ignored. From ``races.json``, a machine with the same device is used, or
+else a machine with the same instruction set. For a CPU without either, the first machine is used, because a kernel that
+was faster on one CPU is faster on most.
 
-A file has an entry for each op. Its ``cells`` name the winners of eager calls and inside graphs: for each variant,
-dtype and size that was raced, for each variant, and under an empty name for the op as a whole. The narrowest entry that
-covers a call decides. `tune` writes such a file.
+A file has an entry for each op. The entry's ``cells`` give the fastest backend of eager calls and inside graphs: for
+each measured combination of variant, dtype and size; for each variant; and, under an empty name, for the whole op. A
+call uses the most specific cell that matches it. `tune` writes such a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: While a run is on, these races replace those of the files; `run_kernels.keep_kernels` sets them.
+#: During a run, these results replace those of the files. `run_kernels.keep_kernels` sets them.
 of_run: dict[str, Any] = {}
 
 
@@ -35,9 +35,9 @@ class Winner(NamedTuple):
     """The winner of a race.
 
     Attributes:
-        backend: the fastest backend that is right, in all that was measured.
+        backend: the fastest backend that is correct, over all measurements.
         why: where and when it was measured, in words.
-        gain: how many times as fast the kernel was as its reference, in words; empty where that is not known.
+        gain: the kernel's speed relative to its reference, in words; empty if unknown.
     """
 
     backend: Backend
@@ -47,7 +47,7 @@ class Winner(NamedTuple):
 
 @functools.cache
 def shipped() -> tuple[dict[str, Any], ...]:
-    """The machines that were measured with the benchmarks."""
+    """Return the machines that were measured with the benchmarks."""
     return tuple(json.loads(SHIPPED.read_text(encoding="utf-8")))
 
 
@@ -57,11 +57,12 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read(device: torch.device) -> dict[str, Any]:
-    """The user's file for a device; empty if there is none."""
+    """Return the user's file for a device; empty if there is none."""
     return _read(records.file_of("raced", device), device)
 
 
-@functools.cache  # warn once per process: after an upgrade this is true of most ops
+# The warning is shown once per process, because after an upgrade it applies to most ops.
+@functools.cache
 def _warn_stale(path: Path) -> None:
     logger.warning(
         "%s was made with other versions of some ops and is not used for these: run `purify-fast tune` again. "
@@ -71,13 +72,13 @@ def _warn_stale(path: Path) -> None:
 
 
 def forget_files() -> None:
-    """Read the files again when they are next needed."""
+    """Make the next access read the files again."""
     _read.cache_clear()
     _warn_stale.cache_clear()
 
 
 def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
-    """The measured machine, among those that ship, that is most like this one; None if none is like it."""
+    """Return the machine in ``races.json`` that is most similar to this one, or None if none is similar."""
     same = [one for one in shipped() if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
@@ -87,7 +88,7 @@ def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
 
 
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
-    """The user's and the shipped entry of an op on a device that is here, with where and when it was raced."""
+    """Return the user's and the shipped entry of an op on an available device, and where and when each was raced."""
     if device.type == of_run.get("device") and op.name in of_run["ops"]:
         return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
     entries, own, near = [], read(device), nearest(records.machine(device))
@@ -102,12 +103,12 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
 
 
 def winners(op: Definition, device: torch.device) -> list[dict[str, Any]]:
-    """The cells of an op's entries, of which the first that knows a call decides."""
+    """Return the cells of an op's entries. The first cells that match a call are used."""
     return [entry.get("cells", {}) for entry, _ in entries_of(op, device)]
 
 
 def winner(op: Definition, call: Call) -> Winner | None:
-    """The winner of the race of an op on a device of this machine; None if there was no race."""
+    """Return the winner of the race of an op on a device of this machine, or None if there was no race."""
     for entry, why in entries_of(op, call.device):
         for name in (call.cell, call.variant, ""):
             backend = entry.get("cells", {}).get(name, {}).get(call.style)
@@ -117,21 +118,21 @@ def winner(op: Definition, call: Call) -> Winner | None:
 
 
 def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
-    """The calls of an op that were raced on their own: those that the first entry that decides knows by name."""
+    """Return the calls of an op that were raced separately: those named in the first entry that has any."""
     for entry, _ in entries_of(op, device):
         cells = entry.get("cells", {})
         raced = [call_of(name, device, style) for name in cells if name and style in cells[name]]
         if raced:
-            # The entries for all sizes repeat those by size, so they are left out for ops that are raced by size.
+            # The entries for all sizes repeat the entries by size, so they are omitted for ops that are raced by size.
             return [call for call in raced if call.bits] or raced
     return []
 
 
 def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Put entries into the user's file for a device; those of other ops in it stay.
+    """Write entries into the user's file for a device, and keep the entries of other ops.
 
     Raises:
-        OSError: the folder cannot be written; the message says how to name another.
+        OSError: if the folder cannot be written. The message says how to choose another folder.
     """
     path = records.file_of("raced", device)
     with records.locked("raced", device):

@@ -1,13 +1,13 @@
-"""Races kernels against their references on a device of this machine, as ``purify-fast tune`` does.
+"""Races kernels against their references on a device of this machine, for ``purify-fast tune``.
 
-Each op is raced by variant, memory layout, dtype and size, forward and backward on its own. Eager calls are timed; on a
-GPU also replays of a CUDA graph, which have none of the time that the host takes to launch. Where ``torch.compile`` is
-asked for, both are put into a compiled graph with neighbors to fuse with.
+Each op is raced by variant, memory layout, dtype and size, separately for forward and backward. Eager calls are timed.
+On a GPU, the replay of a CUDA graph is timed too, which has no launch overhead of the host. If ``full`` is requested,
+kernel and reference are also timed inside a graph of ``torch.compile``, between operations that can be fused.
 
-A kernel serves eager calls of a variant, dtype and size where it is ahead in every layout and, on a GPU, in the replay
-too. A kernel that already serves keeps its place unless it is more than five percent behind: two races of the same
-machine then end alike. Inside a compiled graph, where a kernel keeps its neighbors from being fused, it must be twice
-as fast, and the reference must be one that compilers do not fuse as well.
+A kernel is used for eager calls of a variant, dtype and size if it is faster in every layout and, on a GPU, in the
+replay too. A kernel that is already in use remains in use if it is at most five percent slower, so that two races on
+the same machine have the same result. Inside a compiled graph, a kernel prevents the fusion of its neighbors. There it
+must be twice as fast, and its reference must be one that compilers do not fuse.
 """
 
 from __future__ import annotations
@@ -35,32 +35,33 @@ from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import Verdict, verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: The backend in use stays in use if its speed is at least this share of its rival's.
+#: The backend in use remains in use if its speed is at least this fraction of the other backend's speed.
 LEVEL = 0.95
-#: The number of elements with which each size is raced. A large call on a GPU has more elements than one on a CPU,
-#: because a GPU has other caches and takes time to launch.
+#: The number of elements with which each size is raced. A large call has more elements on a GPU than on a CPU, because
+#: a GPU has different caches and a launch overhead.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
-#: The most elements with which these ops are raced. Their references take a kilobyte for each element, so that 2 ** 25
-#: elements would take 29 GB.
+#: The largest number of elements with which these ops are raced. Their references use a kilobyte per element, so 2 **
+#: 25 elements would use 29 GB.
 MOST = {"decode_samples": 2**22}
-#: How often a race is run if it would change the backend in use: other work on the machine may have decided it.
+#: A race that would change the backend in use is run up to this many times, because its result may be caused by other
+#: work on the machine.
 ATTEMPTS = 3
-#: The least duration of a timed run in seconds; shorter calls are repeated within the run.
+#: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
-#: Inside compiled graphs a kernel is used if it is this many times as fast as the compiled reference. A kernel cannot
-#: be fused with its neighbors there, so its inputs and outputs are written and read once more. The race has no such
-#: neighbors, and does not show this cost.
+#: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. It
+#: cannot be fused with its neighbors there, so its inputs and outputs are written and read once more. The race has no
+#: such neighbors, so it does not measure this cost.
 IN_GRAPHS = 2.0
 
 
 class Launches(TorchDispatchMode):
-    """Counts, within a block, the operators that a GPU would launch: all but those whose result is a view.
+    """Counts the operators in a block that a GPU would launch. Operators whose result is a view are not counted.
 
     Attributes:
-        count: how many there were.
+        count: the number of operators.
     """
 
     def __init__(self) -> None:
@@ -76,14 +77,14 @@ class Launches(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Race:
-    """An op at one variant, layout, dtype and size.
+    """The race of an op for one variant, layout, dtype and size.
 
     Attributes:
         op: name of the op.
-        example: a few samples of the shapes that users have.
+        example: a few samples of realistic shapes.
         dtype: dtype of the call.
         size: ``small``, ``medium`` or ``large``.
-        times: how many times over the samples of the example are taken.
+        times: how often the samples of the example are repeated.
     """
 
     op: str
@@ -94,30 +95,30 @@ class Race:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """The values that distinguish it from the other races of its op."""
+        """The values that distinguish this race from the other races of the op."""
         return self.example.name, self.example.variant, str(self.dtype).removeprefix("torch."), self.size
 
     def words(self) -> str:
-        """A description for the progress bar."""
+        """Return a description for the progress bar."""
         example, _, dtype, size = self.key
         return f"{self.op} {example} {dtype} {size}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """The times of one race.
+    """The measured times of one race.
 
     Attributes:
-        example: the shapes of a few of the samples, with their layout and settings.
-        variant: the setting for which the op's backend is chosen separately.
-        dtype: without PyTorch's name.
-        size: the bucket.
+        example: the shapes of a few samples, with their layout and settings.
+        variant: setting for which the op's backend is chosen separately.
+        dtype: name of the dtype, without ``torch.``.
+        size: ``small``, ``medium`` or ``large``.
         style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
-        elements: elements of the tensor that `size_key` chooses.
-        reference_us: microseconds of a call of the reference.
-        kernel_us: microseconds of a call of the kernel.
-        launches: operators that the reference launches where the kernel is one or a few.
-        megabytes: size of the arguments and results, each read or written once.
+        elements: number of elements of the tensor that `size_key` chooses.
+        reference_us: microseconds per call of the reference.
+        kernel_us: microseconds per call of the kernel.
+        launches: number of operators that the reference launches, while the kernel launches one or a few.
+        megabytes: size of the arguments and results, counted once each.
     """
 
     example: str
@@ -133,16 +134,16 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The values that distinguish it from the rows of other races of its op."""
+        """The values that distinguish this row from the rows of the op's other races."""
         return self.example, self.variant, self.dtype, self.size, self.style
 
     @property
     def ratio(self) -> float:
-        """Times as fast as the reference."""
+        """The speed of the kernel relative to the reference."""
         return self.reference_us / self.kernel_us
 
     def call(self, device: torch.device) -> Call:
-        """The calls that the race decides: inside graphs, the calls of every size."""
+        """Return the calls that the race is about. Inside graphs these are the calls of every size."""
         dtype = getattr(torch, self.dtype)
         if self.style == "graph":
             return Call(device, self.variant, dtype, 0, "graph")
@@ -150,7 +151,7 @@ class Row:
 
 
 def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
-    """The races of an op on a device, in those of these dtypes that it has."""
+    """Return the races of an op on a device, for those of these dtypes that the op supports."""
     every = []
     for example in op.raced:
         for dtype in (one for one in dtypes if one in example.dtypes):
@@ -163,11 +164,11 @@ def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPE
 
 
 def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Seconds of one call: by the device's own events on a GPU."""
+    """Return the seconds per call. On a GPU they are measured by the events of the device."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # An event is recorded on the current device by default, but the device that is raced may be another one.
+        # By default an event is recorded on the current device, but the raced device may be another one.
         stream = torch.cuda.current_stream(device)
         began.record(stream)
         for _ in range(repeats):
@@ -179,7 +180,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of each call: the least of a few alternating runs, so that other work on the machine counts little."""
+    """Return the seconds of each call: the minimum of a few alternating runs, to reduce the effect of other work."""
     repeats, runs = [], 5
     for call in calls:
         call()
@@ -191,7 +192,7 @@ def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[flo
 
 
 def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bool) -> list[float]:
-    """`fastest` of reference and kernel, raced again while it would change whether the kernel ``serves``."""
+    """Time reference and kernel like `fastest`, again while the result would change whether the kernel ``serves``."""
     times = fastest(calls, device)
     for _ in range(ATTEMPTS - 1):
         if level(times[0] / times[1], serves) == serves:
@@ -201,7 +202,10 @@ def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bo
 
 
 def level(ratio: float, serves: bool) -> bool:
-    """Tell whether a kernel with this relative speed is to serve; one that already ``serves`` may be a bit slower."""
+    """Return True if a kernel with this relative speed should be used.
+
+    A kernel in use (``serves``) may be a bit slower.
+    """
     return ratio >= (LEVEL if serves else 1 / LEVEL)
 
 
@@ -214,10 +218,10 @@ class Capture(Protocol):
 
 
 def replayed(call: Callable[[], object], device: torch.device, capture: Capture) -> Callable[[], object]:
-    """The replay of a CUDA graph of one call, which runs once before, on the stream on which it is captured.
+    """Return a function that replays a CUDA graph of one call. The call runs once before, on the stream of the capture.
 
     Raises:
-        RuntimeError: it cannot be captured; the device works as before.
+        RuntimeError: if the call cannot be captured. The device remains usable.
     """
 
     def run() -> None:
@@ -229,7 +233,7 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """A compiled call between a product and a sum, which the compiler may fuse with code that it can look into."""
+    """Compile a call between a product and a sum, which the compiler may fuse with code that it can trace."""
     first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
     def surrounded(*given: Any) -> list[Tensor]:
@@ -245,7 +249,7 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, full: bool = False, capture: Capture | None = None) -> list[Row]:
-    """The rows of a race: eager calls, replays if there is a ``capture``, and with ``full`` a compiled graph."""
+    """Return the rows of a race: eager calls, replays if there is a ``capture``, and with ``full`` a compiled graph."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
@@ -278,14 +282,14 @@ def run_race(race: Race, device: torch.device, full: bool = False, capture: Capt
 
 @dataclass(frozen=True)
 class Change:
-    """Calls whose backend changes by the race.
+    """Calls whose backend is changed by a race.
 
     Attributes:
-        op: its name.
-        call: the variant, dtype, size and style.
-        before: who served.
-        after: who serves.
-        gain: how many times as fast the kernel is.
+        op: name of the op.
+        call: variant, dtype, size and style of the calls.
+        before: backend before the race.
+        after: backend after the race.
+        gain: speed of the kernel relative to the reference.
     """
 
     op: str
@@ -300,14 +304,14 @@ class Tuned:
     """The results of `tune`.
 
     Attributes:
-        path: the file it wrote.
+        path: the file that was written.
         seconds: duration in seconds.
         rows: the times of the races that were run, by op.
-        changes: calls that another backend serves now.
-        known: how many races were known already, and not run again.
-        left_out: the races that the time did not suffice for, in words.
+        changes: the calls whose backend has changed.
+        known: number of races that were not run because their results were known.
+        left_out: races that were not run because the time ended, in words.
         failed: races that raised an error, with the error.
-        wrong: kernels that are wrong on this machine, with what is wrong; they were not raced.
+        wrong: kernels that are wrong on this machine, with the reason. They were not raced.
     """
 
     path: Path
@@ -321,14 +325,14 @@ class Tuned:
 
 
 def _gain(rows: list[Row]) -> str:
-    """The relative speed of the kernel, in words."""
+    """Return the relative speed of the kernel, in words."""
     ratios = sorted(row.ratio for row in rows)
     least, most = (f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}" for ratio in (ratios[0], ratios[-1]))
     return f"{statistics.geometric_mean(ratios):.1f} times as fast ({least} to {most})"
 
 
 def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
-    """Tell whether the kernel is to serve a call, by all of its rows."""
+    """Return True if the kernel should be used for a call, according to all of the call's rows."""
     if call.style == "graph":
         return call.variant in op.serves_unraced("graph") and all(row.ratio >= IN_GRAPHS for row in rows)
     serves = op.wanted(call).backend == op.kernel(call.device.type)
@@ -336,7 +340,7 @@ def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
 
 
 def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
-    """Decide from the rows of an op's races on a device which backend serves its calls; also list what changes."""
+    """Choose from the rows of an op's races which backend computes its calls on a device. Also return what changes."""
     by_call: dict[Call, list[Row]] = {}
     for row in rows:
         by_call.setdefault(row.call(device), []).append(row)
@@ -360,19 +364,20 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
 
 
 def known_rows(op: Op, device: torch.device) -> list[Row]:
-    """The rows that the user's file has of the op's kernel as it is now."""
+    """Return the rows in the user's file that are valid for the op's current kernel."""
     entry = races.read(device).get("ops", {}).get(op.name, {})
     mine = entry.get("sources") == op.code_hash(device.type)
     try:
         return [Row(**row) for row in entry.get("rows", [])] if mine else []
-    except TypeError:  # a version whose rows have other fields wrote it
+    except TypeError:
+        # The file comes from a version whose rows have other fields.
         return []
 
 
 def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, Any]) -> None:
-    """Put rows into the user's file, and replace rows of the same races.
+    """Write rows into the user's file, where they replace rows of the same races.
 
-    They decide nothing until all races are run, and a run that was killed goes on with them.
+    They have no effect until all races are finished. If the process is killed, the next run continues with them.
     """
     digest, entry = op.code_hash(device.type), races.read(device).get("ops", {}).get(op.name, {})
     every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
@@ -381,17 +386,17 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[Race, bool]]:
-    """All races, each with whether to compile; the first ones are those that must not be left out when time ends."""
+    """Return all races, and for each whether to compile. The most important races come first, in case the time ends."""
     order = {"medium": 0, "large": 1, "small": 2}
     every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
-    # Compiling takes seconds, so one example and one size of each variant and dtype represent the graphs of every size.
+    # Compiling takes seconds, so one example and one size per variant and dtype represent the graphs of every size.
     first: dict[tuple[str, str, torch.dtype], Race] = {}
     for race in every if full else ():
         first.setdefault((race.op, race.example.variant, race.dtype), race)
     return [(race, False) for race in every] + [(race, True) for race in first.values()]
 
 
-# long because the steps follow each other, and each is a few lines
+# This function is long because its steps follow each other, and each step is a few lines.
 def tune(
     device: torch.device,
     *,
@@ -402,23 +407,24 @@ def tune(
     capture: Capture | None = None,
     tell: Callable[[float, str], None] = lambda share, what: None,
 ) -> Tuned:
-    """Verify the kernels of a device, race them, and write the winners into the user's file.
+    """Verify the kernels of a device, race them, and write the results into the user's file.
 
     Args:
         device: the device.
-        seconds: no race is begun after so long; what is left out keeps what it had.
-        full: also inside graphs of ``torch.compile``.
-        ops: names; empty for all that have a kernel for the device.
-        again: also the races that are known of this device and these versions of the package, torch and Triton.
-        capture: captures CUDA graphs, so that replays are raced too; None for a device that has none.
-        tell: called with the share that is done, and the name of the next race.
+        seconds: no race begins after this time. Calls without a finished race keep their backend.
+        full: whether calls inside graphs of ``torch.compile`` are raced too.
+        ops: names of ops; empty for all ops that have a kernel for the device.
+        again: whether to repeat races whose results are known for this device and these versions of the package, torch
+            and Triton.
+        capture: object that captures CUDA graphs, so that replays are raced too; None for a device without them.
+        tell: function that is called with the finished fraction and the name of the next race.
 
     Returns:
-        The measurements. The winners serve from now on, in this process too.
+        The measurements. The faster backends are used from now on, also in this process.
 
     Raises:
-        ValueError: an op that there is not, or that has no kernel for the device.
-        OSError: the folder of verdicts cannot be written.
+        ValueError: if an op does not exist or has no kernel for the device.
+        OSError: if the folder of verdicts cannot be written.
     """
     began = time.perf_counter()
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
@@ -428,7 +434,7 @@ def tune(
             raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
     chosen = {name: op for name, op in with_kernel.items() if name in (tuple(ops) or with_kernel)}
     facts = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
-    # Write the file before any race, so that a folder that cannot be written is refused at once.
+    # Write the file before any race, so that an unwritable folder raises an error at once.
     races.write(device, {}, facts)
     verdicts: dict[str, Verdict] = {}
     for index, (name, op) in enumerate(chosen.items()):
@@ -450,13 +456,14 @@ def tune(
         tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
         try:
             timed = run_race(race, device, compiled, capture)
-        except Exception as error:  # if memory runs out, or a kernel cannot be captured, the other races go on
+        except Exception as error:
+            # If memory runs out, or if a kernel cannot be captured, the other races still run.
             failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
         rows.setdefault(race.op, {}).update((row.key, row) for row in timed)
         _keep_rows(chosen[race.op], timed, device, facts)
         if device.type == "cuda" and race.size == "large":
-            # Free the memory of this op's reference and graphs; it would add up with that of the other ops.
+            # Free the memory of this op's reference and graphs, so that it is not added to the memory of the next ops.
             torch.cuda.empty_cache()
     decided = {
         name: decide(op, all_rows, device) for name, op in chosen.items() if (all_rows := known_rows(op, device))

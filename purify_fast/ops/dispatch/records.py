@@ -1,10 +1,11 @@
-"""The identity of this machine, and the records of the kernels on it: files in a folder of caches.
+"""Identifies this machine, and stores its results of verifying and racing kernels as files in a cache folder.
 
-A machine has two files of JSON: ``verified-*.json``, with the verdict on each kernel, and ``raced-*.json``, with who
-was faster. Each names the device and the versions that decide what a kernel computes, and has an entry for each op.
+A race compares the speed of a kernel and its reference. A machine has two JSON files: ``verified-*.json`` has the
+verdict on each kernel, and ``raced-*.json`` has the results of the races. Each file has the device, the versions that
+determine what a kernel computes, and an entry for each op.
 
-The folder is ``PURIFY_FAST_CACHE``, or the platform's folder for caches. Files are replaced as a whole. One process at
-a time changes a file.
+The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole. Only one
+process at a time changes a file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Kind = Literal["verified", "raced"]
 
 
 def folder() -> Path:
-    """The folder of the files: ``PURIFY_FAST_CACHE``, or the platform's folder for caches."""
+    """Return the folder of the files: ``PURIFY_FAST_CACHE``, or the platform's cache folder."""
     if os.environ.get("PURIFY_FAST_CACHE"):
         return Path(os.environ["PURIFY_FAST_CACHE"])
     if sys.platform == "win32":
@@ -45,7 +46,7 @@ def folder() -> Path:
 
 
 def processor() -> str:
-    """The CPU's name, as the system gives it."""
+    """Return the name of the CPU, as reported by the system."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith("model name"):
@@ -63,7 +64,7 @@ def _triton_version() -> str:
 
 
 def _driver() -> str:
-    """The major CUDA version that the driver supports; ``unknown`` where the driver's library is missing."""
+    """Return the major CUDA version that the driver supports, or ``unknown`` if the driver's library is missing."""
     # PyTorch has no function for this version, but it has loaded the driver's library if there is a GPU.
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -71,12 +72,13 @@ def _driver() -> str:
         failed = library.cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return "unknown"
-    return "unknown" if failed else str(version.value // 1000)  # 13020 is CUDA 13.2
+    # For example, 13020 means CUDA 13.2.
+    return "unknown" if failed else str(version.value // 1000)
 
 
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
-    """The device and the versions that decide what a kernel computes on it."""
+    """Return the device and the versions that determine what a kernel computes on it."""
     if device.type != "cuda":
         capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {"kind": device.type, "device": processor(), "capability": capability, "torch": torch.__version__}
@@ -92,10 +94,10 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def missing_compiler() -> str | None:
-    """Say what Triton lacks to run kernels on a GPU, and how to mend it, in a sentence; None if it lacks nothing.
+    """Return a sentence that says what Triton lacks to run kernels on a GPU, and how to install it; None if nothing.
 
-    Triton builds a small C module, by which it calls the CUDA driver. Modules that it has built before, in its folder
-    of caches, it loads without a compiler.
+    Triton compiles a small C module that calls the CUDA driver. It needs no compiler for modules that are already in
+    its cache folder.
     """
     if not sys.platform.startswith("linux"):
         # On other platforms Triton has its own compiler.
@@ -117,11 +119,12 @@ def missing_compiler() -> str | None:
 
 
 def files_digest(paths: tuple[Path, ...]) -> str:
-    """A hash of the files' contents; a file that is absent counts as empty."""
+    """Return a hash of the files' contents. A missing file counts as empty."""
     return hashlib.blake2b(b"".join(map(_content_digest, paths)), digest_size=8).hexdigest()
 
 
-@functools.cache  # a dozen ops share one extension of megabytes
+# A dozen ops share one extension with a size of megabytes.
+@functools.cache
 def _content_digest(path: Path) -> bytes:
     try:
         return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
@@ -130,14 +133,17 @@ def _content_digest(path: Path) -> bytes:
 
 
 def file_of(kind: Kind, device: torch.device) -> Path:
-    """The machine's file of verdicts or of races."""
+    """Return the machine's file of verdicts or of races."""
     facts = machine(device)
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
     return folder() / f"{kind}-{facts['kind']}-{digest}.json"
 
 
 def read(kind: Kind, device: torch.device) -> dict[str, Any]:
-    """The content of a file, with its entries under ``ops``; empty where it is absent, damaged or another machine's."""
+    """Return the content of a file, with its entries under ``ops``.
+
+    The result is empty if the file is missing, damaged or from another machine.
+    """
     path = file_of(kind, device)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -150,13 +156,13 @@ def read(kind: Kind, device: torch.device) -> dict[str, Any]:
 
 
 def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Put entries into a file, beside those of other ops; the caller has it `locked`.
+    """Write entries into a file, and keep the entries of other ops. The caller must hold the lock (`locked`).
 
     Args:
         kind: kind of the file.
-        device: whose file it is.
+        device: device of the file.
         ops: entries by op.
-        facts: facts of the file beside its entries, such as its date.
+        facts: other facts in the file, such as its date.
     """
     path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
     content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
@@ -166,12 +172,12 @@ def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[st
 
 @contextlib.contextmanager
 def locked(kind: Kind, device: torch.device) -> Iterator[None]:
-    """Let only one process at a time into the block.
+    """Run the block in only one process at a time.
 
-    The lock ends with its process, however that ends. Where no file can be created, or the file system has no locks,
-    the last writer wins.
+    The lock is released when its process ends, even by a crash. If no file can be created, or if the file system has no
+    locks, nothing is locked and the last writer wins.
     """
-    # Imported here because filelock takes 0.05 seconds, and most processes write nothing.
+    # Imported here because importing filelock takes 0.05 seconds, and most processes write nothing.
     from filelock import FileLock
 
     lock = FileLock(file_of(kind, device).with_suffix(".lock"))

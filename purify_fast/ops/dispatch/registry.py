@@ -1,18 +1,18 @@
-"""The registration of ops, and the choice of the backend that serves (computes) the calls of each.
+"""Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
 
 An op has a schema, a fake that computes only shapes and dtypes, and a kernel for each dispatch key. It is opaque to the
-compiler. Every op has two defaults on a device: for eager calls, and inside compiled graphs, where the compiler cannot
-fuse a kernel with its neighbors. If no kernel serves, the public function calls the reference directly, so that
-``torch.compile`` can fuse it.
+compiler. On a device, every op has two defaults: for eager calls, and inside compiled graphs, where the compiler cannot
+fuse a kernel with neighboring operations. If no kernel is used, the public function calls the reference directly, so
+that ``torch.compile`` can fuse it.
 
-A kernel serves where it was measured to be faster, by dtype and by size: on the user's machine, or on a similar one
-that was measured for the package (`races`). Where nothing was measured, it serves a GPU's eager calls if forward and
-backward replace a dozen launches or more, and inside compiled graphs only if compilers do not fuse the reference as
-well. It serves only if it was found right on this machine (`verify`).
+A kernel is used if it was measured to be faster for the dtype and the size of the call: on the user's machine, or on a
+similar machine that was measured for the package (`races`). Without a measurement, a GPU uses the kernel for eager
+calls if forward and backward replace at least a dozen launches. Inside compiled graphs, the reference must also be one
+that compilers do not fuse. In every case, the kernel must have been verified on this machine (`verify`).
 
-Backends: ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU).
-``PURIFY_FAST_BACKEND``, which is read once at import, forces one, or several, as ``cpp,triton``: each op takes the
-first that it has for its tensors, and raises an error if it has none. `use_backend` does so for a block.
+The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
+which is read once at import, forces one or several of them, such as ``cpp,triton``. Each op uses the first that it has
+for its tensors, and raises an error if it has none. `use_backend` does the same for a block.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _forced: tuple[Backend, ...] = _checked(os.environ.get("PURIFY_FAST_BACKEND"))
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, the backend of this name serves ops.
+    """Force the backend of the ops within the block.
 
     Args:
-        name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several with commas between: an op takes the
-            first that it has for its tensors' device. None restores the measured default.
+        name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several of them separated by commas: an op
+            uses the first that it has for the device of its tensors. None restores the measured default.
 
     Raises:
-        ValueError: an unknown name. An op that has none of them raises RuntimeError when it is called.
+        ValueError: if a name is unknown. An op that has none of the backends raises RuntimeError when it is called.
     """
     global _forced
     before, _forced = _forced, _checked(name)
@@ -70,51 +70,55 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def forced_backends() -> tuple[str, ...]:
-    """The backends that are forced now, by `use_backend` or the environment; empty if none is."""
+    """Return the backends that `use_backend` or the environment forces now; empty if none is forced."""
     return _forced
 
 
 def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
-    """The dtype and the number of elements of the second of an op's arguments."""
+    """Return the dtype and the number of elements of an op's second argument."""
     return x.dtype, x.numel()
 
 
 def like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    """The fake of an op whose result is as its first argument, and contiguous."""
+    """The fake of an op whose result is like its first argument, but contiguous."""
     return x.new_empty(x.shape)
 
 
 def like_second(_: torch.Tensor, x: torch.Tensor, *__: Any) -> torch.Tensor:
-    """The fake of an op whose result is as its second argument, and contiguous."""
+    """The fake of an op whose result is like its second argument, but contiguous."""
     return x.new_empty(x.shape)
 
 
 class Op(Definition):
-    """A registered op, and the choice of the backend that serves it."""
+    """A registered op, and the choice of the backend that computes its calls."""
 
     def __call__(self, *args, variant: str = ""):
-        """Choose the backend for these arguments, the first a tensor, and run it. No gradient is recorded."""
+        """Choose the backend for these arguments, the first of which is a tensor, and run it.
+
+        No gradient is recorded.
+        """
         dtype, size = self.size_key(*args)
         return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)
 
     def uses_reference(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
-        """Tell whether the public function should call the reference directly; `size_key` gives dtype and size."""
-        # A traced call may get any size later, so its size does not decide.
+        """Return True if the public function should call the reference directly. `size_key` returns dtype and size."""
+        # The size of a traced call may change later, so the size does not matter.
         bits = 0 if torch.compiler.is_compiling() or type(size) is not int else size.bit_length()
         return self.serving(Call(device, variant, dtype, bits)) == "reference"
 
     def serving(self, call: Call) -> Backend:
-        """The backend that serves a call; a kernel serves only once it was verified.
+        """Return the backend that computes a call. A kernel is used only after it was verified.
 
         Raises:
-            RuntimeError: the backend that is forced on this device is missing.
+            RuntimeError: if the forced backend does not exist for this device.
         """
         forced = self.forced(call.device.type) if _forced else None
         if forced is not None:
             return forced
         if torch.compiler.is_compiling():
             return _in_graph(self.name, call.device.type, call.device.index, call.variant, call.dtype)
-        return self.served.get(call) or self._choose(call)  # every eager call passes here: one look-up
+        # Every eager call comes here, so this is a single look-up.
+        return self.served.get(call) or self._choose(call)
 
     def _choose(self, call: Call) -> Backend:
         backend = self.wanted(call).backend
@@ -127,9 +131,9 @@ class Op(Definition):
         return backend
 
     def wanted(self, call: Call) -> Winner:
-        """The backend that serves if it is right, and the reason: it won a race, or a safe rule chose it.
+        """Return the backend to use if it is correct, and the reason: it won a race, or a default rule chose it.
 
-        The device need not be here: then the rule decides.
+        The device may be unavailable. Then the default rule decides.
         """
         device, kernel = call.device, self.kernel(call.device.type)
         if kernel == "reference":
@@ -139,12 +143,15 @@ class Op(Definition):
             if raced is not None:
                 return raced if raced.backend == kernel else raced._replace(backend="reference")
         if device.type == "cuda" and call.variant in self.serves_unraced(call.style):
-            return Winner(kernel, "not raced: it replaces a dozen launches or more")
-        why = "it is a few launches" if call.style == "eager" else "compilers fuse it"
+            return Winner(kernel, "not raced: the kernel replaces at least a dozen launches")
+        why = "the reference is only a few launches" if call.style == "eager" else "compilers fuse the reference"
         return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
 
     def may_serve(self, device: torch.device) -> bool:
-        """Tell whether the kernel serves some eager calls on a device; False if a forced backend is missing."""
+        """Return True if some eager calls on a device use the kernel.
+
+        Return False if a forced backend does not exist.
+        """
         try:
             forced = self.forced(device.type)
         except RuntimeError:
@@ -156,10 +163,10 @@ class Op(Definition):
         return any(self.serving(call) != "reference" for call in calls)
 
     def forced(self, kind: str) -> Backend | None:
-        """The backend that is forced for devices of a type; None if none is.
+        """Return the backend that is forced for a type of device, or None.
 
         Raises:
-            RuntimeError: the op has none of the forced ones on such a device.
+            RuntimeError: if the op has none of the forced backends for this type of device.
         """
         there = self.available.get(kind, ("reference",))
         for name in _forced:
@@ -174,8 +181,8 @@ class Op(Definition):
         )
 
 
-# The backend is chosen while a graph is traced, in a call that does not become a part of the graph. The size does not
-# decide, because a graph may run with any size.
+# The backend is chosen while a graph is traced. This call does not become a part of the graph. The size does not
+# matter, because a graph may run with any size.
 @constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -184,7 +191,7 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
 
 
 def forget_choices() -> None:
-    """Choose all backends again, as after a change of the files on the disk."""
+    """Choose all backends again, for example after the files on the disk have changed."""
     for op in REGISTRY.values():
         op.served.clear()
 
@@ -206,25 +213,27 @@ def define_op(
     size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
     differentiable: bool = True,
 ) -> Op:
-    """Register ``purify_fast::name``.
+    """Register the op ``purify_fast::name``.
 
     Args:
         name: name of the op, without the name space.
-        schema: its signature, as ``torch.library.define`` takes it.
-        reference: the definition, in PyTorch; runs under ``no_grad`` behind the op.
-        fake: shapes and dtypes of the outputs; by default those of the first argument, contiguous.
-        examples: small inputs, with which kernels are verified and tested.
-        raced: a few samples of shapes that users have, with which kernels are raced; the examples by default.
-        triton: a launcher with the op's signature, imported on first call; never sees float64.
-        replaces_many: see `Definition`, as for the arguments below.
-        compiler_fuses: those of them that compilers fuse as well.
-        size_key: the dtype and size by which races distinguish calls.
-        differentiable: whether gradients pass through the public function.
+        schema: signature of the op, as ``torch.library.define`` accepts it.
+        reference: definition, in PyTorch. The op runs it under ``no_grad``.
+        fake: function that returns outputs with the right shapes and dtypes. The default output is like the first
+            argument, but contiguous.
+        examples: small inputs that verify and test kernels.
+        raced: a few samples of realistic shapes, with which kernels are raced; the examples by default.
+        triton: launcher with the op's signature, imported at the first call. It never gets float64.
+        replaces_many: see `Definition`, also for the following arguments.
+        compiler_fuses: those of these variants that compilers fuse too.
+        size_key: function that returns the dtype and the size by which races distinguish calls.
+        differentiable: whether the public function has gradients.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
-    plain = torch.no_grad()(reference)  # without this, autograd traces the fallback
+    # Without no_grad, autograd would trace the fallback.
+    plain = torch.no_grad()(reference)
     available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
     definition = Path(reference.__code__.co_filename)
     extension = (Path(_library.path),) if _library.path else ()
@@ -236,7 +245,8 @@ def define_op(
     torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
     available["cuda"] += ("triton",) if triton is not None else ()
     if isinstance(triton, Launcher):
-        # All files count, because kernels call functions of each other's modules, and definitions call each other.
+        # All files are included, because kernels call functions of other kernels, and definitions call other
+        # definitions.
         sources["cuda"] = (*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py")))
     REGISTRY[name] = Op(
         name=name,
@@ -266,17 +276,19 @@ def define_backward(
     constants: int = 0,
     changes: dict[str, Any] | None = None,
 ) -> Op:
-    """Register the backward of an op, which is verified, raced and served as the op is.
+    """Register the backward of an op. It is verified, raced and chosen in the same way as the op.
 
     Args:
-        op: the op whose backward it is.
-        schema: its signature.
-        reference: its definition, in PyTorch.
-        fake: shapes and dtypes of the gradients; by default those of the second argument, contiguous.
-        size_key: the dtype and size by which races distinguish calls.
-        saved: the arguments beside the gradients, from the inputs and the outputs of the op; see `differentiable`.
-        constants: how many of the last outputs have no gradient.
-        changes: properties of its examples that differ from the op's, as in `examples`.
+        op: the op.
+        schema: signature of the backward.
+        reference: definition of the backward, in PyTorch.
+        fake: function that returns gradients with the right shapes and dtypes. The default gradient is like the second
+            argument, but contiguous.
+        size_key: function that returns the dtype and the size by which races distinguish calls.
+        saved: function that selects the arguments after the gradients from the inputs and outputs of the op; see
+            `differentiable`.
+        constants: number of outputs, counted from the last, that have no gradient.
+        changes: properties of the examples that differ from those of the op, as in `examples`.
     """
 
     def derived(example: Example) -> Example:
@@ -304,7 +316,7 @@ def define_backward(
 
 
 def _narrow(kernel: Callable, plain: Callable) -> Callable:
-    """``kernel``, but float64 goes to the reference: the Triton kernels compute in float32."""
+    """Return ``kernel``, but with the reference for float64, because the Triton kernels compute in float32."""
 
     def launch(*args):
         double = any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(args))
@@ -315,11 +327,11 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher of ``kernels/<module>.py``, imported when a GPU tensor first needs it.
+    """A launcher of ``kernels/<module>.py``. The module is imported when a GPU tensor needs it for the first time.
 
     Attributes:
-        module: the file's name.
-        name: the function in it.
+        module: name of the file, without its ending.
+        name: name of the function in the file.
     """
 
     module: str
@@ -331,5 +343,5 @@ class Launcher:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """float32 for half types, float64 stays: the precision losses, distances and aggregation are computed in."""
+    """Return x in the dtype in which losses, distances and aggregation are computed: float64, or else float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""The kernels of a run: those that serve when it begins serve until it ends, in all of its processes.
+"""The kernels of a run: the kernels in use when a run begins remain in use until it ends, in all of its processes.
 
-Kernels differ from their references in the last bits. So the races that choose between them are read once, in the first
-process when a run begins (`kernels_now`), and hold whatever is raced on the machine meanwhile (`keep_kernels`). A
-training writes them into its folder, from which it reads them when it is resumed.
+Kernels differ from their references in the last bits. So the first process reads the races that choose between them
+once, when a run begins (`kernels_now`). They apply to the whole run, even if kernels are raced on the machine in the
+meantime (`keep_kernels`). A training stores them in its folder, and reads them from there when it is resumed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ logger = logging.getLogger("purify_fast")
 
 
 def kernels_now(device: torch.device) -> dict[str, Any]:
-    """The kernels that may change bits of results on a device, and their races, as JSON values.
+    """Return the kernels that may change the bits of results on a device, and their races, as JSON values.
 
-    Verdicts are not part of it. A kernel that serves has been verified, and the reference replaces a wrong kernel from
-    its first use on, so that the results of a run do not depend on when the kernel was found to be wrong.
+    The verdicts are not included. Every kernel in use has been verified, and the reference replaces a wrong kernel from
+    its first use on. So the results of a run do not depend on when a kernel was found to be wrong.
 
     Args:
         device: the device on which a run computes.
     """
-    # Without a GPU its races cannot be read, and none of its kernels is used.
+    # Without a GPU the races of its kernels cannot be read, and none of the kernels is used.
     here = device.type != "cuda" or torch.cuda.is_available()
     ops = {
         name: {"kernel": op.kernel(device.type), "races": races.winners(op, device) if here else []}
@@ -42,7 +42,7 @@ def kernels_now(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def keep_kernels(kernels: dict[str, Any]) -> Iterator[None]:
-    """Let these races decide within the block; a kernel is still verified at its first use.
+    """Use only these races within the block. A kernel is still verified at its first use.
 
     Args:
         kernels: the value of `kernels_now`.
@@ -57,11 +57,11 @@ def keep_kernels(kernels: dict[str, Any]) -> Iterator[None]:
 
 
 def tell_changes(begun: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if a run that is resumed cannot repeat its results; log the ops that other backends would serve today.
+    """Warn if a resumed run cannot repeat its results. Log the ops for which other backends would be chosen today.
 
     Args:
-        begun: `kernels_now` when the run began.
-        now: its value today.
+        begun: value of `kernels_now` when the run began.
+        now: value of `kernels_now` today.
     """
 
     def differing(what: str) -> str:

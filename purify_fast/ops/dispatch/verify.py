@@ -1,14 +1,15 @@
-"""Kernels are verified on the machine they run on: compared once with their definition in float64.
+"""Verifies kernels on the machine on which they run: each is compared once with its definition in float64.
 
-The first call that a kernel would serve compares it on its op's examples, and keeps the verdict on disk (`records`). A
-kernel that fails does not serve on this machine. ``PURIFY_FAST_VERIFY=off`` lets every kernel serve unverified.
+Before a kernel is used for the first time, it is compared on the examples of its op, and the verdict is stored on disk
+(`records`). A kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without
+verification.
 
-On a GPU a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled side by side. So
-an evaluation verifies the kernels that its model and its attacks use. A line on stderr says why it waits.
+On a GPU, a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled in parallel. So
+an evaluation verifies only the kernels that its model and its attacks use. A line on stderr says why the call waits.
 
-The allowed error is that of the tests: twice the error of the definition in the same dtype, and two units in the last
-place of the largest number. A kernel that must have the definition's bits is allowed none. An example can set another
-error (`Example.slack`, `Example.jumps`).
+The allowed error is the same as in the tests: twice the error of the definition in the same dtype, plus two units in
+the last place of the largest number. If a kernel must have the same bits as the definition, no error is allowed. An
+example can define another allowed error (`Example.slack`, `Example.jumps`).
 """
 
 from __future__ import annotations
@@ -40,25 +41,26 @@ from .op import Call, Definition
 logger = logging.getLogger("purify_fast")
 
 MODES = ("first_use", "off")
-#: The types of devices whose kernels take seconds to verify, mostly to compile, so that progress is shown.
+#: The types of devices whose kernels take seconds to verify, mostly because they are compiled. Progress is shown for
+#: them.
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-#: The allowed error of a result that jumps (`Example.jumps`): a share of the result, both as root mean squares.
+#: The allowed error of a result that jumps (`Example.jumps`), relative to the result. Both are root mean squares.
 JUMPS = 0.1
-#: The dtypes that the letters of `Example.gpu` stand for.
+#: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-#: The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that have been
+#: The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that were already
 #: verified.
 _verifying: set[int] = set()
-#: The verdicts of this process, by file and part of an op. They are kept here because the folder may not be writable.
+#: The verdicts of this process, by file and part of an op. They are stored here because the folder may not be writable.
 _known: dict[tuple[str, str], Verdict] = {}
-#: The time at which a kernel is verified again if its verification ran out of memory, by file and part of an op.
+#: The time at which a kernel is verified again after its verification ran out of memory, by file and part of an op.
 _postponed: dict[tuple[str, str], float] = {}
 
 
 def mode() -> str:
-    """``PURIFY_FAST_VERIFY``: ``first_use``, which is the default, or ``off``; ValueError for another value."""
+    """Return ``PURIFY_FAST_VERIFY``: ``first_use`` (default) or ``off``. Raise ValueError for another value."""
     value = os.environ.get("PURIFY_FAST_VERIFY") or MODES[0]
     if value not in MODES:
         raise ValueError(f"PURIFY_FAST_VERIFY must be one of {', '.join(MODES)}, got {value!r}")
@@ -70,10 +72,10 @@ class Deviation:
     """The deviation of a result from the definition.
 
     Attributes:
-        error: the largest absolute error, or the root mean square of a result that jumps; infinite where a result is
-            not finite and should be.
-        budget: the error that is allowed.
-        case: the example and its dtype; or the error that a kernel raised.
+        error: the largest absolute error, or the root mean square for a result that jumps; infinite if a result is not
+            finite but should be.
+        budget: the allowed error.
+        case: the example and its dtype, or the error that a kernel raised.
     """
 
     error: float
@@ -86,21 +88,21 @@ class Deviation:
 
     @property
     def share(self) -> float:
-        """The error as a multiple of its budget."""
+        """The error as a multiple of the allowed error."""
         return self.error / self.budget if self.budget > 0 else math.inf if self.error > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Deviation):
-    """The result of one verification: the deviation of the case that came closest to its budget.
+    """The result of one verification: the deviation of the case with the largest error relative to its allowed error.
 
     Attributes:
         backend: the backend whose kernel was verified.
         sources: hash of the kernel's sources.
-        status: ``compared``; ``raised``, where the kernel could not be run; or ``no memory``, which says nothing about
-            the kernel.
+        status: ``compared``; ``raised`` if the kernel could not be run; or ``no memory``, which means that the kernel
+            may be correct or not.
         seconds: duration of the verification.
-        date: its date, as ISO 8601.
+        date: date of the verification in ISO 8601.
     """
 
     backend: str
@@ -110,7 +112,7 @@ class Verdict(Deviation):
     date: str
 
     def words(self) -> str:
-        """The verdict, as `purify-fast info` and a warning tell it."""
+        """Return the verdict in words, for `purify-fast info` and for warnings."""
         if self.passed:
             return f"verified {self.date[:10]}, error {self.error:.1g} of {self.budget:.1g} allowed"
         if math.isfinite(self.error):
@@ -119,22 +121,22 @@ class Verdict(Deviation):
 
 
 def _part(call: Call) -> Call:
-    """The calls that are verified together with a call: all of a CPU's, or on a GPU those of one variant and dtype."""
+    """Return the calls that are verified together with a call: on a GPU only those of its variant and dtype."""
     whole = call.device.type == "cpu" or call.dtype is None
     return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
 
 
 def _part_name(op: Definition, part: Call) -> str:
-    """The name of a part in a file of verdicts, which begins with that of the op."""
+    """Return the name of a part in a file of verdicts. It begins with the op's name."""
     return f"{op.name} {part.cell}".strip()
 
 
 def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
-    """The examples, each with a dtype, that verify a kernel before it serves a call.
+    """Return the examples, each with a dtype, that verify a kernel before it is used for a call.
 
-    A CPU's kernel is verified with all examples. A GPU's kernel is compiled for every dtype and setting, at a third of
-    a second each: there the examples and dtypes of `Example.gpu` represent the whole op, and calls of one variant and
-    dtype use only the examples that have this variant, in this dtype.
+    A CPU's kernel is verified with all examples. A GPU's kernel is compiled for every dtype and setting, which takes a
+    third of a second each. So the examples and dtypes of `Example.gpu` represent the whole op. A call of one variant
+    and dtype uses only the examples of this variant, in this dtype.
     """
     dtype = call.dtype
     if call.device.type == "cpu":
@@ -148,7 +150,7 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """Compare an output on the CPU with its definition in float64, ``golden``; ``same`` is the latter in its dtype."""
+    """Compare an output on the CPU with the definition, in float64 (``golden``) and the output's dtype (``same``)."""
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()
@@ -169,7 +171,7 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
 
 
 def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> Deviation:
-    """The case of the op's kernel on a device that comes closest to its budget, or exceeds it most."""
+    """Run the op's kernel on a device. Return the case with the largest error relative to its allowed error."""
     deviations = []
     with torch.no_grad(), _progress(op, device, chosen) as shown:
         if op.kernel(device.type) == "triton":
@@ -187,15 +189,15 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
 
 
 def _progress(op: Definition, device: torch.device, chosen: list) -> tqdm:
-    """Goes through the cases, and shows which op is verified, how many of them are done, and for how many seconds."""
+    """Iterate over the cases. Show which op is verified, how many cases are done, and the elapsed seconds."""
     layout = "{desc}: {n_fmt} of {total_fmt}, {elapsed_s:.1f} s"
     words = f"purify_fast verifies the kernel of {op.name}, once on this machine"
     return tqdm(chosen, words, file=sys.stderr, bar_format=layout, disable=device.type not in SLOW)
 
 
 def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, torch.dtype]]) -> None:
-    """Compile, side by side, the Triton kernels that the cases launch."""
-    # The module imports Triton, so it is imported only where there are Triton kernels.
+    """Compile the Triton kernels of the cases in parallel."""
+    # The module imports Triton, so it is imported only if there are Triton kernels.
     ahead = importlib.import_module("purify_fast.kernels._ahead")
 
     def launch() -> None:
@@ -239,7 +241,7 @@ def _verify(op: Definition, part: Call) -> Verdict:
 
 
 def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
-    """Warn that a kernel does not serve. Without a compiler no kernel serves, which a single warning says."""
+    """Warn that a kernel is not used. If a missing compiler is the reason, a single warning covers all kernels."""
     lacking = records.missing_compiler() if verdict.backend == "triton" and verdict.status == "raised" else None
     if lacking is not None:
         _warn_lacking(lacking)
@@ -254,12 +256,14 @@ def _warn(name: str, device: torch.device, verdict: Verdict) -> None:
     )
 
 
-@functools.cache  # once per process
+# The warning is shown once per process.
+@functools.cache
 def _warn_lacking(lacking: str) -> None:
     warnings.warn(f"purify_fast: {lacking}", RuntimeWarning, stacklevel=2)
 
 
-@functools.cache  # once per process
+# The warning is shown once per process.
+@functools.cache
 def _warn_unwritable(path: str) -> None:
     logger.warning(
         "%s cannot be written, so every process verifies kernels: set PURIFY_FAST_CACHE to a writable folder", path
@@ -267,12 +271,12 @@ def _warn_unwritable(path: str) -> None:
 
 
 def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
-    """Tell whether a verdict holds for the op's kernel as it is now."""
+    """Return True if a verdict is valid for the current kernel of the op."""
     return verdict.sources == op.code_hash(device.type) and verdict.backend == op.kernel(device.type)
 
 
 def _read(device: torch.device) -> dict[str, Verdict]:
-    """The verdicts by part, of this process and on the disk."""
+    """Return the verdicts by part, from this process and from the disk."""
     path, verdicts = str(records.file_of("verified", device)), {}
     for name, entry in records.read("verified", device).get("ops", {}).items():
         try:
@@ -283,13 +287,13 @@ def _read(device: torch.device) -> dict[str, Verdict]:
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """The verdicts by part on the current kernels of these ops; nothing is verified."""
+    """Return the verdicts by part on the current kernels of these ops. This verifies nothing."""
     by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
     return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
 
 
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """The worst verdict on an op's parts: one on a wrong kernel, else the one closest to its budget."""
+    """Return the worst verdict on the parts of each op: on a wrong kernel, or else the largest error in relation."""
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
         worst.setdefault(name.partition(" ")[0], verdict)
@@ -297,7 +301,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """The verdict on the kernel of a call. A kernel without a verdict is verified now, in one process at a time."""
+    """Return the verdict on the kernel of a call. Without a verdict, verify it now, in one process at a time."""
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(records.file_of("verified", device))
 
@@ -311,7 +315,8 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
     if verdict is not None:
         return verdict
     with records.locked("verified", device):
-        verdict = known()  # another process may have verified it meanwhile
+        # Another process may have verified the kernel in the meantime.
+        verdict = known()
         if verdict is not None:
             return verdict
         verdict = _verify(op, part)
@@ -323,8 +328,8 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
             )
             return verdict
         _known[path, name] = verdict
-        # A verdict on a kernel that raised an error is not kept on the disk, because the kernel may run in the next
-        # process: with a compiler, or with another driver.
+        # A verdict on a kernel that raised an error is not stored on the disk, because the kernel may work in the next
+        # process, for example with a compiler or with another driver.
         if verdict.status == "compared":
             try:
                 records.update("verified", device, {name: asdict(verdict)}, {})
@@ -337,7 +342,7 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
 
 
 def serves(op: Definition, call: Call) -> bool | None:
-    """Tell whether the op's kernel may serve a call; None if that is not known yet and is to be asked again."""
+    """Return True if the op's kernel may be used for a call; None if this is unknown and must be asked again later."""
     if mode() == "off":
         return True
     device, name = call.device, _part_name(op, _part(call))

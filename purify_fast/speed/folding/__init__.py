@@ -1,1 +1,1 @@
-"""Frozen copies of models: BatchNorm folded, convolutions rewritten, bfloat16 inside."""
+"""Make frozen copies of models for inference: BatchNorms are folded, and the products are computed in bfloat16."""

@@ -1,10 +1,11 @@
-"""BatchNorm folded into the layer before it: one layer less to run, the same function in evaluation mode.
+"""Fold BatchNorms into the layers before them. The result is the same function in evaluation mode with fewer layers.
 
     w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
 
-Pairs are found in a dry run, on any module: a BatchNorm whose input *is* the output of a convolution or linear layer.
-A dry run cannot see that an output is read elsewhere too, or that a layer computes more than its class says. So the
-folded model is compared with the original in float64: pairs that change it are left as they were.
+A forward pass finds the pairs in any module: a BatchNorm whose input is the output tensor of a convolution or linear
+layer. The pass does not show whether the output is also used elsewhere, or whether the layer of a subclass computes
+something else. So the folded model is compared with the original in float64. A pair that changes the result is not
+folded.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from ..._tensors import in_memory_order, laid_out_like
 
 _Norm = nn.modules.batchnorm._BatchNorm
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-#: The largest allowed difference to the original in float64, as a share of the largest value.
+#: The largest allowed difference from the original in float64, as a share of the largest value.
 TOLERANCE = 1e-9
-#: The types of devices on which `FoldedPairs` multiplies all weights at once.
+#: The types of devices on which `FoldedPairs` multiplies the weights of all layers together.
 SPREAD_ON = ("cuda",)
 
 
 def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Fold every BatchNorm that can be, in place; it is replaced by ``nn.Identity``.
+    """Fold as many BatchNorms as possible, in place. A folded BatchNorm is replaced by ``nn.Identity``.
+
+    The output, the input gradient and the values in forward hooks remain equal to the original's, to 1e-9 in float64.
 
     Args:
-        model: any module from one tensor to one tensor, in evaluation mode. Forward hooks on its modules see the
-            same values; a layer that carries hooks itself is never folded.
-        example: a few inputs of the kind it gets, on its device; better random than constant.
+        model: any module from a tensor to a tensor, in evaluation mode. Layers with forward hooks are not folded.
+        example: a few typical inputs on the device of the model. Random inputs are better than constant inputs.
 
     Returns:
-        The names of what was folded, (layer, BatchNorm). Output, input gradient and what hooks see equal the original's
-        to 1e-9 in float64.
+        The names of the folded pairs (layer, BatchNorm).
 
     Raises:
-        ValueError: a module in training mode, or a model that does not run in float64.
+        ValueError: a module is in training mode, or the model does not run in float64.
     """
     _check_evaluation_mode(model)
     original = copy.deepcopy(model).double()
@@ -60,7 +61,8 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
 
     pairs = _pairs(original, example.double())
-    if not same(pairs):  # a pair cannot be folded: test them one by one
+    # If a pair cannot be folded, test the pairs one by one.
+    if not same(pairs):
         candidates, pairs = pairs, []
         for pair in candidates:
             if same([*pairs, pair]):
@@ -76,19 +78,20 @@ def _check_evaluation_mode(model: nn.Module) -> None:
 
 
 def fold_sequential(model: nn.Module) -> None:
-    """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place; transposed convolutions too.
+    """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place.
 
-    The order of a Sequential says what follows what, so no example is needed. It is for a part that takes more than one
-    tensor, such as a decoder. But a module may also call the layers of its Sequential one by one, in another way. So
-    only those Sequentials are looked at whose module says that it calls them as a whole: its class has the attribute
-    ``runs_in_order = True``, which no subclass inherits. A layer that stands in several places, or that hooks look at,
-    is left as it is.
+    Unlike `fold_batchnorm`, this function needs no example, because the pairs follow from the order of the Sequential.
+    It is made for modules with several inputs, such as a decoder, and also folds transposed convolutions.
+
+    A module could call the layers of its Sequential separately, in another order. So a Sequential is considered only if
+    the class of its module has the attribute ``runs_in_order = True``, which subclasses do not inherit. Layers that are
+    used in several places, or that have hooks, are not folded.
 
     Args:
         model: any module, in evaluation mode.
 
     Raises:
-        ValueError: a module in training mode.
+        ValueError: a module is in training mode.
     """
     _check_evaluation_mode(model)
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
@@ -105,7 +108,7 @@ def fold_sequential(model: nn.Module) -> None:
 
 
 def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
-    """The Sequentials whose layers are called one after the other, as the class that they belong to says."""
+    """Yield the Sequentials in modules whose class has ``runs_in_order = True``."""
     for owner in model.modules():
         parts = list(owner.children()) if vars(type(owner)).get("runs_in_order") is True else []
         for part in parts:
@@ -117,12 +120,12 @@ def _in_order(model: nn.Module) -> Iterator[nn.Sequential]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Tell whether a hook reads the input or the output of a module."""
+    """Tell whether a module has a forward hook or a forward pre-hook."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """The output, what hooks see on the way, and the input gradient of a fixed random sum of the output."""
+    """The output, the input gradient of a fixed random sum of the output, and the outputs of modules with hooks."""
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -145,11 +148,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Names of (layer, BatchNorm) where each runs once, one on the other's very output."""
+    """The names of pairs (layer, BatchNorm), where both run once and the BatchNorm's input is the layer's output."""
     names = {module: name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in names for p in module._parameters.values() if p is not None)
     runs: Counter[nn.Module] = Counter()
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # keep the tensors too, so that their ids are not reused
+    # The values contain the tensors, because an id is unique only while its tensor exists.
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}
     pairs: list[tuple[Any, Any]] = []
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +170,7 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         for module in names:
             if hooked(module):
                 continue
-            # Skip weights that are computed, as under weight normalization.
+            # Skip layers whose weight is computed, for example by weight normalization.
             plain = isinstance(module._parameters.get("weight"), Tensor)
             if isinstance(module, _FOLDABLE) and plain and owners[id(module.weight)] == 1:
                 stack.enter_context(module.register_forward_hook(after))
@@ -178,17 +182,20 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def folded(layer: Any, norm: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer or a convolution with the BatchNorm after it folded into it.
+    """Compute the weight and bias of a linear layer or a convolution with a folded BatchNorm.
 
-    The BatchNorm is taken in evaluation mode; the arithmetic and the results are in ``dtype``. A transposed convolution
-    (of one group) has its outputs in the weight's second dimension.
+    Args:
+        layer: the layer. A transposed convolution must have a single group.
+        norm: the BatchNorm after the layer, used in evaluation mode.
+        dtype: dtype of the computation and of the results.
     """
-    # torch.nn.utils.fuse_conv_bn_weights is not used, because it does not take linear layers. It also multiplies the
-    # bias in another order, which changes its last bits in float32.
+    # torch.nn.utils.fuse_conv_bn_weights does not support linear layers. It also multiplies the bias in another order,
+    # which would change its last bits in float32.
     mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     scale = (variance + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.to(dtype))
     shift = 0 if norm.bias is None else norm.bias.to(dtype)
     bias = 0 if layer.bias is None else layer.bias.to(dtype)
+    # The weight of a transposed convolution has the output channels in its second dimension.
     outputs = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     weight = layer.weight.to(dtype) * scale.view(-1, *[1] * (layer.weight.dim() - 1 - outputs))
     return weight, (bias - mean) * scale + shift
@@ -199,7 +206,8 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
     layer: Any = model.get_submodule(layer_name)
     norm: Any = model.get_submodule(norm_name)
     old = layer.weight
-    weight, bias = (value.to(old.dtype) for value in folded(layer, norm))  # rounded once, at the end
+    # The computation is in float64, so that the values are rounded only here.
+    weight, bias = (value.to(old.dtype) for value in folded(layer, norm))
     layer.weight = nn.Parameter(weight, old.requires_grad)
     layer.bias = nn.Parameter(bias, old.requires_grad)
     for parent in model.modules():
@@ -209,16 +217,18 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
 
 
 class FoldedPairs:
-    """`folded` of all pairs of a model in training at once, in float32.
+    """Computes `folded` for all pairs of a model in training together, in float32.
 
-    On CUDA it is eight launches, for any number of pairs. PyTorch multiplies many tensors in one launch only by factors
-    of their shapes and strides. So the factors of the channels are first spread over as many numbers as there are
-    weights; the table that says where is 4 bytes for each weight. Elsewhere a product for each layer is faster.
+    On CUDA this needs eight launches for any number of pairs. PyTorch can multiply many tensors in a single launch only
+    by tensors of the same shapes and strides. So the factors of the channels are first copied to tensors of the shapes
+    of the weights, with a table of indices (4 bytes for each weight). On other devices, a product for each layer is
+    faster.
 
     Args:
-        model: the model that is trained.
-        pairs: the names of (layer, BatchNorm), as `fold_batchnorm` gives them; one or more.
-        layout: a model whose layers have the same names and shapes, and lie in memory as the trained ones mostly do.
+        model: the model in training.
+        pairs: the names of the pairs (layer, BatchNorm), as `fold_batchnorm` returns them; at least one pair.
+        layout: a model whose layers have the same names and shapes. Its weights should have the strides of the trained
+            weights, which is fastest.
     """
 
     def __init__(self, model: nn.Module, pairs: list[tuple[str, str]], layout: nn.Module):
@@ -229,7 +239,7 @@ class FoldedPairs:
         zeros = {
             f"{n}.bias": torch.zeros(norm.num_features) for pair, norm in zip(pairs, norms, strict=True) for n in pair
         }
-        #: Default values by name, for parameters that a module does not have.
+        #: Default values, by name, for parameters that a module does not have.
         self._defaults = ones | zeros
         weights = [layout.get_parameter(f"{name}.weight") for name in self.layers]
         self._layouts = [torch.empty_strided(w.shape, w.stride(), device="meta") for w in weights]
@@ -237,13 +247,13 @@ class FoldedPairs:
 
     @torch.no_grad()
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weight and bias of each layer with its BatchNorm folded into it.
+        """Compute the folded weight and bias of each layer.
 
         Args:
-            tensors: the parameters and buffers that the model has now, by name.
+            tensors: the current parameters and buffers of the model, by name.
 
         Returns:
-            The same by the names of the layers, float32.
+            The folded weights and biases in float32, by the names of the layers' parameters.
         """
         device = tensors[f"{self.norms[0]}.running_mean"].device
         self._defaults = {name: value.to(device) for name, value in self._defaults.items()}
@@ -262,7 +272,7 @@ class FoldedPairs:
         return dict(zip(names, [*weights, *biases], strict=True))
 
     def _scaled(self, weights: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-        """The weights times the factors of their channels, ``[C]`` each."""
+        """Multiply each weight by the factors ``[C]`` of its output channels."""
         device = scales[0].device
         if device.type not in SPREAD_ON:
             shaped = [one.view(-1, *[1] * (weight.dim() - 1)) for one, weight in zip(scales, weights, strict=True)]
@@ -272,13 +282,13 @@ class FoldedPairs:
         spread = torch.cat(scales).index_select(0, self._tables[device])
         parts = spread.split([weight.numel() for weight in self._layouts])
         factors = [laid_out_like(part, weight) for part, weight in zip(parts, self._layouts, strict=True)]
-        # The result is written into the factors, whose strides are known. A new tensor may have other strides if a
-        # dimension is 1.
+        # Write the result to the factors, whose strides are known. If a dimension is 1, a new tensor may have other
+        # strides.
         torch._foreach_mul_(factors, weights)
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """For every number of every weight, in the order of memory, the index of its channel among all channels."""
+        """For every element of every weight, in the order of memory, the index of its channel among all channels."""
         begin = 0
         for weight in self._layouts:
             channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)

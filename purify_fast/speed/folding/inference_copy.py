@@ -1,6 +1,8 @@
-"""Copies of frozen networks for inference: BatchNorm folded, channels_last, bfloat16 inside, float32 at their borders.
+"""Make copies of frozen networks for inference.
 
-A part of a copy can be compiled: for every batch size at once, or on a GPU for the few sizes that occur.
+In a copy, BatchNorms are folded, the weights are channels_last, and products are computed in bfloat16. Inputs and
+outputs are float32. Parts of a copy can be compiled: once for all batch sizes, or on a GPU for the first sizes that
+occur.
 """
 
 from __future__ import annotations
@@ -21,42 +23,44 @@ from ...models.representation import Representation, evaluation_mode, without_re
 from .batchnorm import FoldedPairs, fold_batchnorm
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: For batches below this size PyTorch chooses another CPU convolution, for which a compiler makes another graph.
+#: For batches below this size, PyTorch chooses another convolution on a CPU, so torch.compile makes another graph.
 SMALL_BATCH = 16
-#: On a GPU this many batch sizes get a graph of their own: a full batch and the last, smaller one. A compiler makes no
-#: more than eight graphs of a function.
+#: The number of batch sizes that are compiled separately on a GPU: that of a full batch, and that of the last, smaller
+#: batch. torch.compile makes at most eight graphs of a function.
 STATIC_SIZES = 2
 
 
 def pad_batch(x: Tensor) -> Tensor:
-    """``x [B, ...]`` with zeros appended along the batch until it holds at least 16 items; a copy.
+    """Copy ``x [B, ...]`` and append zeros to the batch, so that it has at least 16 items.
 
-    The number that is missing may be symbolic: a compiler then makes one graph for all batch sizes.
+    This also works for a symbolic batch size, for which torch.compile makes a single graph for all sizes.
     """
     missing = torch.sym_max(SMALL_BATCH - x.shape[0], 0)
-    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, missing])  # type: ignore[list-item]  # a SymInt, perhaps
+    # The number may be a SymInt.
+    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, missing])  # type: ignore[list-item]
 
 
 def keeps_sizes(device: torch.device) -> bool:
-    """Tell whether every batch size gets its own CUDA graph on a device."""
+    """Tell whether functions are compiled separately for the first batch sizes on a device."""
     return device.type == "cuda"
 
 
 class CompiledRegion:
-    """A function of tensors ``[B, ...]``, compiled for any batch size.
+    """A function of tensors ``[B, ...]`` that is compiled for any batch size.
 
-    Inside another torch.compile graph it is traced as it is.
+    torch.compile would make new graphs for a batch of 1, for a batch below 16, for views and for other strides. So
+    small batches are padded with zeros, and all inputs are copied to the same layout. On a CPU, a batch below 8 is
+    computed without the compiler, because the padding would make it slower by a factor of two or more, and compilation
+    saves less.
 
-    Without help a compiler makes new graphs for a batch of 1, for one below 16, for views and for other strides. So
-    small batches are filled up with zeros, and all inputs are copied to one layout. On a CPU a batch below 8 is
-    computed without the compiler: filled up, it would cost twice as much or more, where compiling gains less than that.
+    On a GPU, the first `STATIC_SIZES` batch sizes are compiled separately and without padding, with launches and
+    indices as constants. All further sizes share a graph, as on a CPU.
 
-    On a GPU the first sizes that occur are compiled as they are: launches and indices are constants then, and nothing
-    is filled up. Further sizes share one graph, as all do on a CPU.
+    Inside another torch.compile graph, the function is traced without these steps.
 
     Args:
-        function: maps tensors ``[B, ...]`` to a tensor ``[B, ...]``; an item of the result must depend only on the
-            items at its own place.
+        function: function from tensors ``[B, ...]`` to a tensor ``[B, ...]``. Item i of the result must depend only on
+            item i of the inputs.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -83,24 +87,26 @@ class CompiledRegion:
         return self.compiled(*inputs)[:batch]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or pickled region has the function, and with a bound method its object. The copy compiles the
-        # function again.
+        # A copy or a pickle contains only the function (and the object of a bound method), and compiles it again.
         return CompiledRegion, (self.function,)
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which accelerated parts compute on a device: matrix products in bfloat16 or float32.
+    """The autocast context in which accelerated parts compute: matrix products are in bfloat16 or float32.
 
-    float32 turns an autocast off that the caller may have turned on.
+    With float32, the context switches off an autocast of the caller.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
-    """Give a model's convolutions channels_last weights, in place, if the model still runs then; whether it does.
+    """Convert the weights of a model's convolutions to channels_last in place, if the model then still runs.
 
-    A model that flattens maps or images by ``view`` does not run: its weights stay contiguous, and it needs contiguous
-    images. Parameters of other layers stay as they are.
+    A model that flattens maps or images with ``view`` does not run in channels_last. Its weights remain contiguous, and
+    it needs contiguous images.
+
+    Returns:
+        True if the weights are channels_last now.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
     for layer in layers:
@@ -108,7 +114,7 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
     first = first_tensor(model)
     example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
     try:
-        # The model is in evaluation mode here, because this example must not enter BatchNorm's statistics.
+        # The model is in evaluation mode, because this example must not change the statistics of BatchNorms.
         with evaluation_mode(model), torch.no_grad():
             model(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
@@ -119,7 +125,7 @@ def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> 
 
 
 class _InFloat32(nn.Module):
-    """A layer that computes in float32 under an autocast, and whose results have the autocast's dtype."""
+    """A layer that computes in float32 under an autocast, and converts its result to the dtype of the autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
@@ -137,14 +143,14 @@ class _MapsImages(_InFloat32, nn.Linear):
 
 
 def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> list[nn.Module]:
-    """Let a model's layers for images compute in float32 under an autocast to bfloat16, in place.
+    """Let the layers that read the images compute in float32 under an autocast to bfloat16, in place.
 
-    Between 0.5 and 1 the numbers of bfloat16 are 1/256 apart. A layer that rounds images to them hardly sees a
-    perturbation of 1/255. The layers behind it see differences between pixels, which are larger.
+    Between 0.5 and 1, the numbers of bfloat16 are 1/256 apart. If images are rounded to these numbers, a perturbation
+    of 1/255 is almost lost. Later layers read differences of pixels, for which the rounding matters less.
 
     Returns:
-        The layers, whose weights must stay in float32: the convolutions of C channels, and the linear layers of C H W
-        numbers. Layers of other classes that compute something of their own are none of them.
+        The changed layers, whose weights must remain in float32: the convolutions with C input channels, and the linear
+        layers with C H W inputs. Layers of subclasses are not changed, because they may compute something else.
     """
     layers: list[nn.Module] = []
     for module in model.modules():
@@ -162,22 +168,21 @@ def prepare_for_inference(
 ) -> tuple[list[tuple[str, str]], bool]:
     """Prepare a frozen model for `autocast_to`, in place.
 
-    Its matrix layers get weights in ``dtype``, and channels_last if the model allows that. Everything else stays
-    float32: normalization, statistics, and whatever else a user's module holds. Layers with forward hooks are not
-    folded.
+    Convolutions and linear layers get weights in ``dtype``, in channels_last if possible. All other parameters and
+    buffers become float32.
 
     Args:
-        model: from images ``[B, *image_shape]`` in [0, 1] to logits; no parameter may need a gradient.
-        image_shape: (C, H, W).
+        model: module from images ``[B, *image_shape]`` in [0, 1] to logits. No parameter may need a gradient.
+        image_shape: shape (C, H, W) of an image.
         dtype: float32 or bfloat16.
-        fold: whether BatchNorms are folded into the layers before them.
-        fine: whether the layers for images compute in float32, so that an attack of a small radius is seen.
+        fold: whether to fold BatchNorms into the layers before them. Layers with forward hooks are not folded.
+        fine: whether the layers that read the images compute in float32, for attacks with a small radius.
 
     Returns:
-        The names of the pairs (layer, BatchNorm) that were folded, and what `convert_to_channels_last` returned.
+        The names of the folded pairs (layer, BatchNorm), and the result of `convert_to_channels_last`.
 
     Raises:
-        ValueError: another dtype, or a model that `purify_fast.speed.fold_batchnorm` refuses.
+        ValueError: the dtype is not allowed, or `purify_fast.speed.fold_batchnorm` refuses the model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -195,28 +200,28 @@ def prepare_for_inference(
 
 
 class InferenceCopy(nn.Module):
-    """A copy of a classifier for inference and for attacks on it: images ``[B, *image_shape]`` -> float32 logits.
+    """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
-    It has none of the hooks of a `Representation`, and no parameter that needs a gradient. Later changes of the
-    classifier's weights reach it by `refresh` alone, as where an attack needs a copy of what is trained.
+    The copy has none of the hooks of a `Representation`, and no parameter that needs a gradient. If the weights of the
+    classifier change, for example in a training, call `refresh` to update the copy.
 
     Args:
-        classifier: images in [0, 1] to logits; it is copied.
-        image_shape: (C, H, W).
+        classifier: module from images in [0, 1] to logits. It is copied.
+        image_shape: shape (C, H, W) of an image.
         dtype: dtype of the matrix products, float32 or bfloat16.
-        fold: whether BatchNorms are folded into the layers before them.
-        compile: whether the copy is a `CompiledRegion`.
-        fine: whether the layers for images compute in float32, so that an attack of a small radius is seen.
+        fold: whether to fold BatchNorms into the layers before them.
+        compile: whether to compile the copy as a `CompiledRegion`.
+        fine: whether the layers that read the images compute in float32, for attacks with a small radius.
 
     Attributes:
-        folded: how many BatchNorms were folded.
-        uses_channels_last: whether the copy takes images in channels_last.
+        folded: number of folded BatchNorms.
+        uses_channels_last: whether the copy accepts images in channels_last.
 
     Raises:
         ValueError: `prepare_for_inference` refuses the arguments.
     """
 
-    #: Only `refresh` uses `_folding`. Captured steps do not: they read the weights that `refresh` writes.
+    #: Captured steps do not depend on `_folding`. Only `refresh` uses it, and the steps read the refreshed weights.
     not_dependencies = frozenset({"_folding"})
 
     def __init__(
@@ -245,20 +250,20 @@ class InferenceCopy(nn.Module):
 
     @torch.no_grad()
     def refresh(self, classifier: nn.Module) -> None:
-        """Take the parameters and buffers that ``classifier`` has now.
+        """Update the copy with the current parameters and buffers of the classifier.
 
-        A BatchNorm's count of its batches, which an evaluation does not read, stays as it was.
+        The buffers ``num_batches_tracked`` of BatchNorms are not updated, because an evaluation does not read them.
 
         Args:
-            classifier: the one that this is a copy of; its modules must be the same.
+            classifier: the original classifier, with unchanged modules.
         """
-        # A tensor may have several names. List all of them, because the copy may use any.
+        # A tensor may have several names. List all of them, because the copy may use any name.
         parameters = classifier.named_parameters(remove_duplicate=False)
         theirs = {**dict(parameters), **dict(classifier.named_buffers(remove_duplicate=False))}
         if self._pairs:
             self._folding = self._folding or FoldedPairs(classifier, self._pairs, self.classifier)
             theirs |= self._folding(theirs)
-        # Tensors are grouped by dtypes: on CUDA, copying a group to tensors of one dtype takes one launch.
+        # Group the tensors by dtypes. On CUDA, a group is copied in a single launch.
         copies = defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
         for name, mine in (*self.classifier.named_parameters(), *self.classifier.named_buffers()):
             if not name.endswith("num_batches_tracked"):
@@ -271,18 +276,18 @@ class InferenceCopy(nn.Module):
 
 @dataclass(eq=False)
 class Accelerated:
-    """The copies of a defence's frozen parts: folded, in ``dtype``, channels_last.
+    """The inference copies of a defence's frozen parts.
 
-    This is a plain object and no module, so that nothing in it is saved, trained or counted with the defence that holds
-    it. `make` makes one; it follows neither moves nor changes of the weights by itself.
+    This object is not a module, so that its copies are not saved or trained with the defence. Use `make` to make it. If
+    the defence is moved or its weights change, the copies do not change.
 
     Args:
         dtype: dtype of the matrix products, float32 or bfloat16.
-        classifier: classifies the purified images.
-        reader: reads the representation, for a defence that has one.
+        classifier: copy of the classifier, for the purified images.
+        reader: copy that returns the representation, for a defence that uses a representation.
         regions: compiled functions of the defence, by name.
-        packed: a part's weights as its kernel takes them, kept here by a defence that has such a part.
-        packed_from: names the weights that were packed; None if they may have changed since.
+        packed: weights in the layout of a kernel, for a defence with such a kernel.
+        packed_from: identifies the weights that were packed; None if they may have changed since.
     """
 
     #: A captured step does not depend on this attribute (`purify_fast.model_state`), which changes with every training
@@ -309,16 +314,17 @@ class Accelerated:
         reader: Representation | None = None,
         parts: tuple[Callable[..., Tensor], ...] = (),
     ) -> Accelerated:
-        """Copy ``classifier`` and ``reader`` as they are now.
+        """Make copies of ``classifier`` and ``reader`` with their current weights.
 
-        They are made outside inference mode, wherever this is called, because attacks differentiate through them.
+        The copies are made outside inference mode even if the caller is in it, because attacks differentiate through
+        the copies.
 
         Args:
-            classifier: images ``[B, *image_shape]`` in [0, 1] to logits.
-            image_shape: (C, H, W).
-            settings: ``dtype``, ``fold`` and ``compile``, as `InferenceCopy` takes them.
+            classifier: module from images ``[B, *image_shape]`` in [0, 1] to logits.
+            image_shape: shape (C, H, W) of an image.
+            settings: the arguments ``dtype``, ``fold`` and ``compile`` of `InferenceCopy`.
             reader: the reader of the representation, or None.
-            parts: functions of tensors ``[B, ...]`` that are compiled if the settings say so.
+            parts: functions of tensors ``[B, ...]``, which are compiled if ``compile`` is True.
 
         Raises:
             ValueError: `prepare_for_inference` refuses the arguments.
@@ -339,19 +345,19 @@ class Accelerated:
         self.packed = None
 
     def classify(self, x: Tensor) -> Tensor:
-        """The classifier copy's logits of images, float32 ``[B, classes]``."""
+        """The logits of the classifier's copy, float32 ``[B, classes]``."""
         self._check_device(x)
         return self.classifier(x)
 
     def read(self, x: Tensor) -> list[Tensor]:
-        """The representation of images, layer by layer."""
+        """The representation of images: a tensor for each layer."""
         assert self.reader is not None, "this defence has no representation"
         self._check_device(x)
         with autocast_to(x.device, self.dtype):
             return self.reader(x.float())
 
     def run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """``part(*inputs)`` of a method of the defence and tensors ``[B, ...]``, compiled if it was to be."""
+        """Call ``part``, a method of the defence, on tensors ``[B, ...]``. Use its compiled form if there is any."""
         return self.regions.get(part.__name__, part)(*inputs)
 
     def _check_device(self, x: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Steps that are taken many times, captured once and replayed."""
+"""Capture repeated steps of attacks as CUDA graphs, and replay them."""

@@ -1,4 +1,4 @@
-"""CUDA graphs as `StepGraphs` uses them: a stream aside, one pool of memory, and a way back from a failed capture."""
+"""Capture functions as CUDA graphs, on a separate stream, and recover if a capture fails. `StepGraphs` uses this."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import torch
 
 
 class CudaCapture:
-    """Captures functions into CUDA graphs.
+    """Captures functions as CUDA graphs.
 
-    All graphs of one `CudaCapture` share a private pool of memory. The memory that a replay takes is free again when
-    the replay ends, and the next replay of any graph may take it. So replays must not overlap, and a result that should
-    outlast a replay must lie in memory that was allocated before the capture.
+    All graphs of a `CudaCapture` share a private pool of memory. The next replay of any graph may use the memory of an
+    earlier replay. So replays must not overlap, and a result that is needed after a replay must be in memory that was
+    allocated before the capture.
     """
 
     #: The type of the devices on which functions can be captured.
     kind = "cuda"
-    #: The host's time in seconds; reading it does not wait for the device.
+    #: The time of the host in seconds. This function does not wait for the device.
     clock = staticmethod(time.perf_counter)
 
     def __init__(self) -> None:
         self._places: dict[torch.device, tuple[torch.cuda.Stream, Any]] = {}
 
     def _place(self, device: torch.device) -> tuple[torch.cuda.Stream, Any]:
-        """The stream on which functions are captured, and the pool that their graphs share."""
+        """The stream on which functions are captured, and the memory pool of their graphs."""
         if device not in self._places:
             self._places[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         return self._places[device]
 
     @contextlib.contextmanager
     def aside(self, device: torch.device) -> Iterator[None]:
-        """Within the block, the stream that is captured is the current one; it keeps the caller's order."""
+        """Within the block, use the stream of captures, in order with the work on the caller's stream."""
         stream, caller = self._place(device)[0], torch.cuda.current_stream(device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
@@ -42,9 +42,9 @@ class CudaCapture:
         caller.wait_stream(stream)
 
     def timed(self, run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-        """Seconds until the host had launched all operators of a function, and until the device was done.
+        """The seconds until the host has launched all operators of a function, and until the device has finished.
 
-        A first call before it makes the function's allocations and choices.
+        Call the function once before, so that memory is allocated and algorithms are chosen.
         """
         with self.aside(device):
             torch.cuda.synchronize(device)
@@ -55,31 +55,34 @@ class CudaCapture:
             return launched - begin, time.perf_counter() - begin
 
     def now(self, device: torch.device) -> float:
-        """A time in seconds, when the device has done all that was launched."""
+        """Wait until the device has finished all work, and return the time in seconds."""
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def release(self) -> None:
-        """Give the memory of graphs that are gone back to the device."""
+        """Return the memory of deleted graphs to the device."""
         self._places.clear()
         torch.cuda.empty_cache()
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Capture a function that has run on the stream aside before, and waits for none of the work that it launches.
+        """Capture a function.
 
-        It may draw from torch's generator of the device.
+        Args:
+            run: the function. It has run on the stream of captures before, and does not wait for the device. It may
+                draw from torch's generator of the device.
+            device: device on which the function computes.
 
         Returns:
-            A function that launches the same work again, with whatever is in the same memory by then.
+            A function that launches the same work again, on the current content of the same memory.
 
         Raises:
-            RuntimeError: the function cannot be captured; the device and its generator work as before.
+            RuntimeError: the function cannot be captured. The device and its generator work as before.
         """
         stream, pool = self._place(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # In this mode other threads may allocate memory and synchronize during the capture, such as threads that
-            # read data ahead or watch collectives.
+            # In this mode, other threads may allocate memory and synchronize during the capture. Examples are threads
+            # that read data or that watch collective operations.
             with (
                 _own_workspaces(device),
                 self.aside(device),
@@ -87,23 +90,23 @@ class CudaCapture:
             ):
                 run()
         except Exception as error:
-            # After a failure the end of the capture fails too, and PyTorch raises that second error. The first error is
-            # its context.
+            # After a failure, the end of the capture fails too, and PyTorch raises this second error. The first error
+            # is its context.
             first = error.__context__ if isinstance(error.__context__, Exception) else error
             self._recover(device)
             raise RuntimeError(f"{type(first).__name__}: {str(first).strip().splitlines()[0]}") from error
         return graph.replay
 
     def _recover(self, device: torch.device) -> None:
-        """After a failed capture, end what it left open, and capture something that works.
+        """Repair the state of PyTorch after a failed capture.
 
-        A capture that fails leaves torch's generator of the device as if it were still captured, and the next draw
-        would be refused. A capture that ends well puts it right.
+        After a failure, torch's generator of the device is in the state of a capture, and PyTorch would refuse the next
+        draw. A successful capture of another function repairs this state.
         """
         # The pool of the failed capture is not used again.
         stream, pool = self._places.pop(device)
-        # Before torch 2.13 the allocator behaves as if the failed capture were still under way, and would never give
-        # freed memory back to the device. Newer versions have ended the capture already, and raise an error here.
+        # Before torch 2.13, the allocator behaves as if the failed capture had not ended, and would never return freed
+        # memory to the device. Newer versions have already ended the capture, and raise an error here.
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index, pool)
         with contextlib.suppress(RuntimeError), torch.cuda.stream(stream):
@@ -114,10 +117,10 @@ class CudaCapture:
 
 @contextlib.contextmanager
 def _own_workspaces(device: torch.device) -> Iterator[None]:
-    """Within the block, cuBLAS takes new memory to work in, that of the pool if it is captured.
+    """Let cuBLAS allocate a new workspace within the block. During a capture, the workspace is in the graphs' pool.
 
-    It keeps that memory from call to call. `torch.compile` clears it for its own graphs, and would take it from under a
-    graph that was captured with it.
+    Otherwise cuBLAS would use a workspace that it keeps from call to call. `torch.compile` frees that workspace for its
+    own graphs, while a captured graph would still use it.
     """
     torch.cuda.synchronize(device)
     torch._C._cuda_clearCublasWorkspaces()

@@ -1,7 +1,8 @@
-"""Counts the operators of a piece of code for which the host waits for the device.
+"""Count the operators for which the host waits for the device.
 
-On a GPU each of these operators stops the host until the device is done, and none of them can stand in a CUDA graph.
-They are counted on any device. A tensor made of Python numbers counts too: on a GPU it is copied there, which waits.
+On a GPU, such an operator stops the host until the device has finished its work, and it cannot be part of a CUDA graph.
+The operators can be counted on any device. To make a tensor from Python numbers also counts, because on a GPU the
+numbers are copied to the device, and the host waits for this copy.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ COPIES = {"_to_copy", "copy_"}
 
 
 class Wait(NamedTuple):
-    """An operator that waits, and who asks for it."""
+    """An operator that waits, and the function of this package that calls it."""
 
     operator: str
-    #: The file of the innermost function of this package that is running, relative to the package.
+    #: The file of the innermost function of this package in the call stack, relative to the folder of the package.
     file: str
     function: str
 
 
 class HostSyncs(TorchDispatchMode):
-    """Counts, within a block, the operators that wait for the device, and all operators.
+    """Counts the operators that wait for the device, and all operators, within a block.
 
     Attributes:
-        counts: how often each operator waits, by place.
-        dispatched: how many operators ran.
+        counts: number of waits for each operator and place in the code.
+        dispatched: number of all operators.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 def _masks(name: str, args: Any) -> bool:
-    """Tell whether a tensor is indexed by a mask: the host must know how many elements it has."""
+    """Tell whether a tensor is indexed by a mask. The host must then know the number of chosen elements."""
     if name not in ("index", "index_put_", "_index_put_impl_"):
         return False
     return any(isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1]))
@@ -70,7 +71,7 @@ def _crosses(name: str, args: Any, result: Any) -> bool:
 
 
 def _place() -> tuple[str, str]:
-    """File and name of the innermost function of the package that is running."""
+    """The file and the name of the innermost function of this package in the call stack."""
     frame = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -1,18 +1,20 @@
-"""A step that is taken many times, captured once and replayed: a CUDA graph of an attack's step.
+"""Capture the steps of an attack as CUDA graphs, and replay them.
 
-A step is a function from tensors to tensors, by name: its results replace its arguments. An eager loop continues with
-the new tensors. In a captured loop the state lies in buffers that stay where they are, and the step ends by writing its
-results there. Both loops run the same function, so that an attack has one formula.
+A step is a function from named tensors to named tensors. Its results replace the tensors of the same names, which are
+the state. In an eager loop, the state becomes the new tensors. In a captured loop, the state is in fixed buffers, and
+the step writes its results to them. Both loops call the same function, so the formula of an attack is written only
+once.
 
-A graph contains a step's launches, not its Python. So a step is captured only if its Python reads no values of tensors,
-and it is replayed only while everything that its model computes with is the same
-(`purify_fast.model_state.identity_key`). Weights that are written in place are the same: replays see the new ones.
-Draws from torch's generator of the device go on as they would without a graph.
+A graph contains the launches of a step, but not its Python code. So a step is captured only if its Python code reads no
+values of tensors. A graph is replayed only while all tensors, settings and objects of its model are unchanged
+(`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use the new values. Random draws
+from torch's generator of the device are the same as without a graph.
 
-A capture costs as much as a dozen steps, and nobody knows how many steps will follow: batches shrink while images fall.
-So a step is captured once its launches have cost as much as a capture. This is the rule of ski rental. It costs at most
-twice as much as the best choice, which knows the future. Each step is counted by itself at each batch size. Where a
-replay was measured to save less than a tenth, the step is not captured again; this changes nothing for other sizes.
+A capture takes the time of a dozen steps, and the number of future steps is unknown, because an image leaves the batch
+when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a capture would
+take. This is the rule for the ski rental problem. The total time is at most twice that of the best choice in hindsight.
+Launches are counted separately for each step and batch size. If a replay saves less than a tenth of the time, the step
+is not captured again at this batch size.
 """
 
 from __future__ import annotations
@@ -43,22 +45,22 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The assumed cost of a capture in seconds, until one has been measured. It is an estimate: a dozen steps of 1.5 ms on
-#: a ResNet-18.
+#: The estimated cost of a capture in seconds, used until a capture was measured. It is a dozen steps of 1.5 ms on a
+#: ResNet-18.
 CAPTURE_SECONDS = 0.02
-#: The share of a step's time that a replay must save; otherwise the step is not captured again.
+#: The share of a step's time that a replay must save. Otherwise the step is not captured again.
 LEAST_SAVING = 0.1
 SAVES_TOO_LITTLE = "a replay saves less than a tenth of the step"
-#: How often a step is timed; the least time counts, because other work on the machine only adds to it.
+#: The number of timings of a step. The smallest time is used, because other work on the machine makes steps slower.
 TIMINGS = 3
 #: A step that could not be captured is tried again after this many launched steps.
 RETRIED_AFTER = 1000
-#: The most graphs that are kept.
+#: The largest number of graphs.
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launch costs are remembered.
 REMEMBERED = 64
-#: For the comparison of a replay with its step. ROUNDING: the allowed error as a share of the largest value.
-#: OTHER_SIGNS: the share of the values that may have a larger error.
+#: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
+#: value. OTHER_SIGNS: the share of values that may have a larger error.
 ROUNDING, OTHER_SIGNS = 1e-3, 0.05
 
 
@@ -66,29 +68,30 @@ State = dict[str, Tensor]
 
 
 class StepFunction(Protocol):
-    """A step; it can be hashed, and two equal steps compute the same from the same state."""
+    """A step. It can be hashed, and equal steps compute equal results from equal states."""
 
     @property
     def model(self) -> Any:
-        """The model that it computes with besides its state: a module, if it is to be captured."""
+        """The model that the step uses. Only a step with a module as model can be captured."""
 
     def __call__(self, state: State) -> State:
-        """The new values of some of the state's tensors, each of the old one's shape and dtype.
+        """Compute new values, with unchanged shapes and dtypes, for some tensors of the state.
 
         Args:
-            state: tensors by name; they are not written to.
+            state: tensors by name, which must not be written to.
         """
 
 
 @dataclass
 class LaunchCost:
-    """The cost of one step, at one batch size, that is launched operator by operator.
+    """The cost of a step without a graph, at a batch size.
 
     Args:
-        steps: the number of launches so far.
-        fastest: the host's seconds for the fastest of them. Others may have compiled, or shared the machine.
-        refusal: the reason why the step is not captured; "" if there is none.
-        retried_after: the number of launches after which a refused step is tried again.
+        steps: number of launches of the step so far.
+        fastest: seconds of the host for the fastest launch. Other launches may include compilation, or other work of
+            the machine.
+        refusal: reason why the step is not captured; "" if there is none.
+        retried_after: number of launches after which the capture of a refused step is tried again.
     """
 
     steps: int = 0
@@ -97,39 +100,40 @@ class LaunchCost:
     retried_after: float = RETRIED_AFTER
 
     def count(self, seconds: float) -> None:
-        """Count a launched step.
+        """Count a launch of the step.
 
         Args:
-            seconds: how long the host took to launch it.
+            seconds: time of the host for the launch.
         """
         self.steps += 1
         self.fastest = min(self.fastest, seconds)
 
     def pays(self, cost: float) -> bool:
-        """Tell whether the launches have cost as much as a capture would.
+        """Tell whether the launches have taken as much time as a capture would take.
 
         Args:
             cost: seconds of a capture.
         """
-        # A single launch does not count, because it may have included a compilation.
+        # The first launch may include a compilation, so a single launch is not enough.
         return not self.refusal and self.steps > 1 and self.steps * self.fastest >= cost
 
 
 class Steps:
-    """A loop over a step function: eager, and replayed from the moment when its step is captured.
+    """A loop of steps. It is eager at first, and replays a graph after its step was captured.
 
     Args:
         function: the step.
-        state: tensors by name; they are not written to.
-        graphs: captures the step once that pays; None: the loop stays eager.
+        state: initial tensors by name, which are not written to.
+        graphs: object that captures the step if this saves time; None: the loop remains eager.
 
     Attributes:
-        state: the tensors as they are now; not for keeping, `values` gives those.
+        state: the current tensors, which the next step may overwrite. `values` returns tensors that are not
+            overwritten.
     """
 
     def __init__(self, function: StepFunction, state: State, graphs: StepGraphs | None = None):
         self.function, self.state, self.graphs = function, dict(state), graphs
-        # Graphs are looked up by the strides of the first tensors, because the step's results may have other strides.
+        # Graphs are found by the strides of the initial tensors, because the results of a step may have other strides.
         self._first = dict(state)
         self.captured: Captured | None = None
         self.launched: LaunchCost | None = None
@@ -138,11 +142,11 @@ class Steps:
 
     @property
     def replays(self) -> bool:
-        """True if steps are replayed."""
+        """Tell whether the next step is a replay."""
         return self.captured is not None
 
     def take(self) -> None:
-        """Take a step."""
+        """Do a step, eagerly or as a replay."""
         if self.graphs is not None and self.launched is not None and self.launched.pays(self.graphs.cost):
             self._ask(self.graphs)
         if self.captured is not None:
@@ -157,10 +161,10 @@ class Steps:
             self.state |= self.function(self.state)
 
     def put(self, **values: Tensor) -> None:
-        """Give the state other values.
+        """Replace tensors of the state.
 
         Args:
-            values: by name, each of the old one's shape and dtype.
+            values: new tensors by name, with unchanged shapes and dtypes.
         """
         if self.captured is None:
             self.state |= values
@@ -170,24 +174,24 @@ class Steps:
                 self.state[name].copy_(value)
 
     def values(self, *names: str) -> State:
-        """The state as it is now, in tensors that nothing writes to.
+        """The current tensors of the state. Later steps do not overwrite them.
 
         Args:
-            names: which tensors; none for all.
+            names: names of the tensors; without names, all tensors.
         """
         values = {name: self.state[name] for name in names or self.state}
         return values if self.captured is None else {name: value.clone() for name, value in values.items()}
 
     def _ask(self, graphs: StepGraphs) -> None:
-        """Replay from now on if the step is captured, or is captured now; else count its launches."""
+        """If there is a graph of the step, or it can be captured now, use the graph. Otherwise count the launches."""
         found = graphs.find(self.function, self._first)
         if not isinstance(found, Captured):
             self.launched = found
             return
         holder = None if found.loop is None else found.loop()
         if holder is not None:
-            # The earlier loop gives its buffers up. If that loop is not over, it continues eagerly with a copy of its
-            # state.
+            # This loop takes the buffers of an earlier loop. If the earlier loop continues, it continues eagerly with a
+            # copy of its state.
             holder.state, holder.captured = holder.values(), None
         before, self.state = self.state, found.buffers
         self.captured, self.launched = found, None
@@ -201,12 +205,12 @@ class Captured:
     """A captured step.
 
     Args:
-        model: the model that it computes with; the graph goes when the model does.
-        buffers: where its state lies.
-        replay: launches it.
-        counts: how many images the parts of its model that count them count in a step.
-        objects: the objects that it depends on by identity.
-        loop: the last loop over it, which has its state in the buffers until it is gone or another loop begins.
+        model: the model that the step uses. The graph is deleted when the model no longer exists.
+        buffers: the tensors of the state.
+        replay: function that launches the captured step.
+        counts: number of images that each counting part of the model counts in a step.
+        objects: objects on whose identity the step depends, which must be kept alive.
+        loop: the last loop that used this step. Its state is in the buffers until another loop begins.
     """
 
     model: weakref.ref[nn.Module]
@@ -218,7 +222,7 @@ class Captured:
 
 
 def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
-    """The modules of a model that have the methods of a protocol.
+    """The submodules of a model that have the methods of a protocol.
 
     Args:
         model: any module.
@@ -228,11 +232,11 @@ def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
 
 
 def write(values: State, buffers: State) -> None:
-    """Write a step's results to the buffers that it read from; a result that is another buffer is read before that.
+    """Write the results of a step to the buffers. A result that is itself a buffer is copied before the writing begins.
 
     Args:
-        values: the step's results.
-        buffers: the state, by name.
+        values: results of the step, by name.
+        buffers: buffers of the state, by name.
     """
     storages = {buffer.untyped_storage().data_ptr() for buffer in buffers.values()}
     ready = {}
@@ -244,13 +248,13 @@ def write(values: State, buffers: State) -> None:
 
 
 def weak_key(value: Any) -> Hashable:
-    """A key that is equal for equal values, and keeps no module alive.
+    """Make a key that is equal for equal values and has only weak references to modules.
 
     Args:
-        value: a module, a dataclass of such values, or anything that can be hashed.
+        value: a module, a value that can be hashed, or a dataclass of such values.
 
     Raises:
-        TypeError: something in it cannot be hashed.
+        TypeError: a value cannot be hashed.
     """
     if isinstance(value, nn.Module):
         return weakref.ref(value)
@@ -262,22 +266,23 @@ def weak_key(value: Any) -> Hashable:
 
 
 class StepGraphs:
-    """The captured steps of one training or evaluation.
+    """The captured steps of a training or an evaluation.
+
+    All graphs share a pool of memory. There are at most `MOST_GRAPHS` graphs; a new graph replaces the graph that was
+    not used for the longest time. The graphs of a model are deleted when the model no longer exists. Only a single loop
+    may run at a time, so this object is not for several threads.
 
     Args:
-        mode: "auto" captures a step once its launches have cost as much as a capture; "always" captures every step
-            that it can, immediately; "off" captures nothing.
-        capture: the maker of graphs; None: CUDA graphs, on CUDA devices.
+        mode: "auto": a step is captured when its launches have taken as much time as a capture. "always": a step is
+            captured at once. "off": no step is captured.
+        capture: object that makes graphs; None: CUDA graphs, on CUDA devices.
 
     Attributes:
-        refusal: the reason why the last loop was not captured; None if it was captured, or may yet be. It is tried
-            again after `RETRIED_AFTER` steps, unless its replays saved too little.
+        refusal: reason why the step of the last loop cannot be captured; None if it is captured or may still be. The
+            capture is tried again after `RETRIED_AFTER` steps, except if a replay saves too little time.
 
     Raises:
-        ValueError: an unknown mode.
-
-    Graphs share one pool of memory; beyond `MOST_GRAPHS` the least recently used one goes first. A model is held
-    weakly: when it goes, so do its graphs. One loop at a time: not for several threads.
+        ValueError: the mode is unknown.
     """
 
     def __init__(self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None):
@@ -295,7 +300,7 @@ class StepGraphs:
 
     @property
     def cost(self) -> float:
-        """Seconds of a capture: the least measured time, since other work only adds to it; at first an estimate."""
+        """The seconds of a capture: the smallest measured time, or an estimate if there is no measurement."""
         return min(self._costs, default=CAPTURE_SECONDS)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
@@ -307,29 +312,29 @@ class StepGraphs:
 
         Args:
             function: the step.
-            state: the first state, tensors by name on one device.
+            state: the initial state: tensors by name, on the same device.
 
         Returns:
-            The loop; replayed if the step is captured, else from the step on with which that pays.
+            The loop. It replays a graph at once if the step is already captured.
         """
         off = self.mode == "off" or next(iter(state.values())).device.type != self.capture.kind
         nothing = any(value.numel() == 0 for value in state.values())
         return Steps(function, state, None if off or nothing or torch.compiler.is_compiling() else self)
 
     def may_replay(self, device: torch.device) -> bool:
-        """Tell whether loops on a device are captured, as far as is known.
+        """Tell whether loops on a device are or may still be captured.
 
         Args:
-            device: where their state lies.
+            device: device of the loops' states.
         """
         return self.mode != "off" and device.type == self.capture.kind and self.refusal is None
 
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
-        """Do some work. If memory runs out while graphs hold some of it, do the work once more without graphs.
+        """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again.
 
         Args:
-            work: may begin loops, and can be done twice; its second run draws the same random numbers.
-            device: where it computes.
+            work: the function, which may begin loops. It may be called twice; both calls draw the same random numbers.
+            device: device on which it computes.
 
         Raises:
             torch.OutOfMemoryError: memory ran out without graphs.
@@ -337,27 +342,27 @@ class StepGraphs:
         return retry_when_memory_ends(work, device, lambda: self._give_up if self._captured else None)
 
     def _give_up(self) -> None:
-        logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is done again")
+        logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is repeated without them")
         self.mode = "off"
         self._captured.clear()
         self.capture.release()
 
     def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
-        """Find the captured step, or capture it now if that pays.
+        """Find the graph of a step, or capture the step now if its launches have taken enough time.
 
         Args:
             function: the step.
-            state: its state, tensors by name on one device.
+            state: the state: tensors by name, on the same device.
 
         Returns:
-            The captured step; else the cost of its launches; None if that need not be counted.
+            The captured step. If there is none, the cost of the step's launches, or None if they need not be counted.
         """
         device = next(iter(state.values())).device
         for key in [key for key, one in self._captured.items() if one.model() is None]:
             del self._captured[key]
         model = function.model
         if not isinstance(model, nn.Module):
-            return self._refuse(None, f"{_name(model)} is no torch.nn.Module, so its dependencies cannot be seen")
+            return self._refuse(None, f"{_name(model)} is not a torch.nn.Module, so its dependencies are unknown")
         shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
         try:
             base = weak_key((weak_key(function), shapes, device, numerics(device)))
@@ -376,14 +381,13 @@ class StepGraphs:
         except TypeError as error:
             return self._refuse(base, f"{_name(model)}: {error}")
         if any(isinstance(one, torch.Generator) for one in objects):
-            return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph may not advance")
+            return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
         launched = remember(self._launched, key, self._launched.get(key) or LaunchCost(), REMEMBERED)
         if self.mode != "always" and not launched.pays(self.cost):
             return launched
-        # Forget the launches. A graph that is dropped later is captured again only when further launches have paid for
-        # it.
+        # Forget the launches. If the graph is deleted later, the step is captured again only after as many launches.
         del self._launched[key]
         captured = self._make(function, state, base, objects, device)
         if isinstance(captured, Captured):
@@ -391,7 +395,7 @@ class StepGraphs:
         return captured
 
     def _refuse(self, base: Hashable | None, reason: str, retried_after: float = RETRIED_AFTER) -> LaunchCost | None:
-        """Note that a step is not captured, and say why in the log, once for each reason."""
+        """Record that a step is not captured. Each reason is logged once."""
         self.refusal = reason
         if reason not in self._told:
             self._told.add(reason)
@@ -402,7 +406,7 @@ class StepGraphs:
     def _make(
         self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
     ) -> Captured | LaunchCost | None:
-        """Capture a step; if that fails, return the count of steps until it is tried again."""
+        """Capture a step. If this fails, return the launch cost with the reason."""
         buffers = {name: value.detach().clone() for name, value in state.items()}
 
         def advance() -> None:
@@ -414,8 +418,8 @@ class StepGraphs:
             with no_trace(device):
                 begun = self.capture.now(device)
                 with self.capture.aside(device):
-                    # The first call compiles, verifies kernels and chooses algorithms. This may wait for the device, so
-                    # it comes before the trial, which refuses steps that wait.
+                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device. So
+                    # it precedes the trial, which refuses steps that wait.
                     function(buffers)
                 tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
@@ -423,8 +427,7 @@ class StepGraphs:
                     return self._refuse(base, reason)
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 eager = self._timed(lambda: function(buffers), device)
-                # Only replays of the graph write to the buffers, the warm-up does not; each attack loop copies its
-                # state in first.
+                # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
                 replay = self.capture.record(advance, device)
                 if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
                     return self._refuse(base, "a replay gives another result than the step")
@@ -434,28 +437,27 @@ class StepGraphs:
                     logger.debug("a replay takes %.3g ms, the step alone %.3g ms", replayed * 1e3, eager * 1e3)
                     return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
-            # A user's model may raise any error in a trial. The attack then runs without graphs.
+            # A user's model may raise any error. The attack then runs without a graph.
             first = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
-            # Take the counts back, because these steps are not steps of the loop.
+            # Restore the counts, because these steps do not belong to the loop.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
 
     def _timed(self, run: Callable[[], object], device: torch.device) -> float:
-        """Seconds until the device was done with a step; the least of some tries."""
+        """The seconds until the device has finished a step. This is the smallest of several timings."""
         return min(self.capture.timed(run, device)[1] for _ in range(TIMINGS))
 
     def _trial(self, function: StepFunction, buffers: State, device: torch.device) -> str | None:
-        """Run the step once, and return the reason why it cannot be captured, if there is one."""
+        """Run the step once, and return the reason why it cannot be captured; None if there is no reason."""
         before = host_generators(device)
         with self.capture.aside(device), HostSyncs() as waits:
             results = function(buffers)
         if host_generators(device) != before:
             return f"{_name(function.model)} draws random numbers on the host, which every replay would repeat"
-        # `lift_fresh`, as in torch.tensor(1.0), waits only for tensors on the device, and then the capture itself
-        # fails.
+        # `lift_fresh`, as in torch.tensor(1.0), waits only for a tensor on the device. In this case the capture fails.
         blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
         if blocking:
             operator, file, name = blocking[0]
@@ -470,24 +472,24 @@ class StepGraphs:
 
 
 def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State) -> Steps:
-    """Begin a loop over a step, which ``graphs`` may capture.
+    """Begin a loop of a step, which ``graphs`` may capture.
 
     Args:
         graphs: the captured steps of the caller; None: the loop is eager.
         function: the step.
-        state: the first state, tensors by name on one device.
+        state: the initial state: tensors by name, on the same device.
     """
     return Steps(function, state) if graphs is None else graphs.begin(function, state)
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:
-    """Make an entry the last one of a table, and return its value.
+    """Add an entry at the end of a table, or move it to the end, and return its value.
 
     Args:
         table: the entries in the order of their last use.
-        key: the key of the entry.
-        value: the value of the entry.
-        most: the number of entries beyond which the first one goes.
+        key: key of the entry.
+        value: value of the entry.
+        most: largest number of entries. If there are more, the first entry is deleted.
     """
     table.pop(key, None)
     table[key] = value
@@ -501,7 +503,7 @@ def _name(model: Any) -> str:
 
 
 def numerics(device: torch.device) -> tuple[Any, ...]:
-    """The settings of the process that decide what an operator computes on a device; they can be hashed."""
+    """The settings of the process that affect the results of operators on a device, as a value that can be hashed."""
     older, newer = float32_settings()
     return (
         older,
@@ -517,10 +519,10 @@ def numerics(device: torch.device) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def no_trace(device: torch.device) -> Iterator[None]:
-    """A block in which a step is tried and captured: afterwards no generator has moved, and no autocast keeps a weight.
+    """A block for trials and captures of a step. It restores all random generators, and disables autocast's cache.
 
-    Autocast keeps the copies of weights that it made, until its outermost block ends. A graph would read those copies,
-    which do not follow the weights.
+    Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
+    are not updated when the weights change.
     """
     python, array = random.getstate(), np.random.get_state()
     cached = torch.is_autocast_cache_enabled()
@@ -536,7 +538,7 @@ def no_trace(device: torch.device) -> Iterator[None]:
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the generators that graphs do not follow; they follow the device's own."""
+    """The states of the random generators on the host. A graph advances only the generator of the device."""
     array: Any = np.random.get_state()
     # On a CPU, torch's generator of the host is the generator of the device.
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
@@ -549,16 +551,18 @@ def first_replay_agrees(
     replay: Callable[[], None],
     device: torch.device,
 ) -> bool:
-    """Tell whether a replay gives the step's result, from the same state and the same generator; waits for the device.
+    """Tell whether a replay has the same results as the step, from the same state and with the same random draws.
+
+    This function waits for the device.
 
     Args:
-        step: computes new values of some of the buffers, and writes to none.
-        buffers: the state, by name; holds what the replay gave afterwards.
-        replay: launches the captured step.
-        device: where the buffers are.
+        step: function that returns new values of some of the buffers, and does not write to the buffers.
+        buffers: the buffers of the state, by name. They contain the results of the replay afterwards.
+        replay: function that launches the captured step.
+        device: device of the buffers.
     """
     again = same_draws_again(device)
-    # Clone the results, because the replay overwrites those that are buffers themselves.
+    # Clone the results, because a result may be a buffer itself, which the replay overwrites.
     wanted = {name: value.clone() for name, value in step().items()}
     again()
     replay()
@@ -566,9 +570,10 @@ def first_replay_agrees(
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two results of a step are equal, but for sums that a library adds in another order; waits.
+    """Tell whether two results of a step are equal, up to rounding errors. This function waits for the device.
 
-    If a gradient is nearly 0, another order gives another sign, and the step goes the other way.
+    A library may add numbers in another order. If a gradient is nearly 0, its sign may then differ, and the step goes
+    in the other direction. So a small share of the values may have a large error.
     """
     if not wanted.numel():
         return True

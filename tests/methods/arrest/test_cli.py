@@ -105,7 +105,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standar
     assert run(other, "--width", "4", what="classifier") == 0
     capsys.readouterr()
     assert run(other, "--width", "4", "--standard-epochs", "1") == 2
-    assert "holds a run of the training 'classifier', and this is one of 'arrest'" in said(capsys)
+    assert "holds a run of the training 'classifier', but this is the training 'arrest'" in said(capsys)
     assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()
 
 

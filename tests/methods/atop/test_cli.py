@@ -158,10 +158,10 @@ def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, 
         assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert f"{generator} holds a defence of the kind Atop, not Carso" in refused("carso", "--init", str(generator))
-    assert f"{carso} holds a defence of the kind Carso, not Atop" in refused("atop", "--init", str(carso))
+    assert f"{generator} must contain a Carso; it contains a Atop" in refused("carso", "--init", str(generator))
+    assert f"{carso} must contain a Atop; it contains a Carso" in refused("atop", "--init", str(carso))
     for what in ("atop", "carso"):
-        kind = f"{made / 'classifier'} holds a classifier, a SmallCNN, not a defence"
+        kind = f"{made / 'classifier'} holds a classifier (SmallCNN), not a defence"
         assert kind in refused(what, "--init", str(made / "classifier"))
     for what in ("generator", "atop", "carso"):
         assert f"{carso} holds a 'Carso', not a classifier" in refused(what, "--classifier", str(carso))

@@ -272,5 +272,5 @@ def test_pretraining_lowers_the_reconstruction_error_in_the_hole():
 
 
 def test_what_needs_the_task_says_so():
-    with pytest.raises(ValueError, match="gan_grad needs a discriminator"):
+    with pytest.raises(ValueError, match="gan_grad must be False in training_loss"):
         training_loss(defence(), batch(), AtopConfig(gan_grad=True))

@@ -45,7 +45,7 @@ def test_the_contract_of_a_defence(process):
         assert torch.equal(made(x), made(x)) and made.purify(x).shape == (5, 1, 3, 8, 12)
     with pytest.raises(ValueError, match=r"x must be floating point \[B, 3, 8, 12\]"):
         made(x[:, :1])
-    with pytest.raises(ValueError, match="draws must be at most 32768 of 2 samples, got 32769"):
+    with pytest.raises(ValueError, match="draws must be at most 32768 .*, got 32769"):
         made.purify(x, 32769)
 
 
@@ -412,7 +412,7 @@ def test_its_files(tmp_path):
     denoiser = Tiny()
     made = DiffusionPurifier(denoiser, classifier, (3, 8, 12), process, samples=2, aggregation="vote")
     made.save(tmp_path)
-    with pytest.raises(ValueError, match="holds a Tiny of yours: give a module of its kind"):
+    with pytest.raises(ValueError, match="purifier must be a Tiny, got None"):
         purify_fast.load_defence(tmp_path, classifier)
     again = purify_fast.load_defence(tmp_path, classifier, purifier=Tiny())
     assert again.process == process and again.arguments == made.arguments

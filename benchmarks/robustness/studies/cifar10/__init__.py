@@ -1,7 +1,8 @@
-"""CIFAR-10 at L-inf 8/255: three methods, by the papers' objectives and through the pipeline, and single networks.
+"""A study of CARSO, AToP and ARREST on CIFAR-10 at L-inf 8/255, compared with single networks.
 
-`models` trains, `plan` lists the jobs and judges by this package's own engine, `results` and `table` make one table of
-everything.
+The defences are trained with the objectives of the papers, and through the pipeline. The module `models` trains.
+`job_list` lists the jobs, and evaluates the models by the protocols of this package. `results` and `table` make the
+table.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ __all__ = ["Budget", "Cifar10", "budget_of", "clean_accuracy", "jobs", "write"]
 
 
 class Cifar10(Study):
-    """CARSO, AToP and ARREST on CIFAR-10, beside single networks."""
+    """The study of CARSO, AToP and ARREST on CIFAR-10, compared with single networks."""
 
     name = dataset = "cifar10"
-    #: The networks are large enough to use every core, so the jobs run one after the other.
+    #: The networks are large enough to use all cores, so the jobs run one after the other.
     workers = 1
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -34,20 +35,20 @@ class Cifar10(Study):
         parser.add_argument(
             "--width",
             type=at_least_one,
-            help="channels of the networks' first stage; 16, --full 64, where the larger base has the size of base and "
-            "purifier",
+            help="channels of the networks' first stage; default: 16, or 64 with --full. Only at the default width the "
+            "larger base has the size of base and purifier together.",
         )
         parser.add_argument(
             "--base",
             metavar="NAME",
-            help="use this classifier of the zoo as base; only AToP, ARREST and a new standard classifier are trained, "
-            "and have a table of their own",
+            help="use this classifier of the zoo as the base. Then only AToP, ARREST and a new standard classifier are "
+            "trained, and they have a separate table.",
         )
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto by default")
-        parser.add_argument("--so-far", action="store_true", help="train nothing, write the table of finished jobs")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+        parser.add_argument("--so-far", action="store_true", help="train nothing; write the table of the finished jobs")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        # Refuse results of another budget now: they would prevent the table, hours later.
+        # Refuse results of another budget now. Otherwise writing the table would fail, hours later.
         check_budget(results, self.budget(chosen), STEM if chosen.base is None else GIVEN)
         if chosen.base is not None:
             zoo.card(chosen.base)

@@ -1,7 +1,8 @@
-"""TRADES, and promising ways in the literature to surpass the base on CIFAR-10: each is a row.
+"""TRADES, and candidates for better defences on CIFAR-10. A candidate is a method that could surpass the base.
 
-The defences start from the purifier with the paper's objective and are trained through the pipeline; the mixture is not
-trained. No number is chosen on test images: every trial is a row, whether it helps or not.
+Each candidate is a row of the table, even if it does not help. The defences start from the purifier with the paper's
+objective, and are trained through the pipeline. The mixture of two classifiers is not trained. No setting is chosen on
+test images.
 """
 
 from __future__ import annotations
@@ -20,25 +21,24 @@ from purify_fast.methods.carso.task import as_trained
 from purify_fast.training import Batch
 from purify_fast.training.task import Metrics
 
-#: The weight of the divergence in TRADES, as in its paper for CIFAR-10.
+#: The weight of the divergence in TRADES. It is that of its paper for CIFAR-10.
 BETA = 6.0
 
 
 class TradesTask(ArrestTask):
-    """TRADES (Zhang et al., ICML 2019) as a control: one network, trained on clean images and smooth around them.
+    """TRADES (Zhang et al., ICML 2019), the training of a single network with which the defences are compared.
 
         L = CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on the cross-entropy within the ball
 
-    The paper's inner attack raises the divergence itself. Gowal et al. ("Uncovering the limits of adversarial
-    training", arXiv 2010.03593) compared both; here it is the cross-entropy, which the package's PGD has. Attack,
-    optimizer, schedule, precision and moving average are those of `ArrestTask`.
-
-    Its config has neither distillation nor replay, and no weight perturbation.
+    In the paper the inner attack maximizes the divergence. Here it maximizes the cross-entropy, which is a loss of this
+    package's PGD. Gowal et al. ("Uncovering the limits of adversarial training", arXiv 2010.03593) compared the two
+    attacks. The attack, the optimizer, the schedule, the precision and the moving average are those of `ArrestTask`.
+    The config must have no distillation, no replay and no weight perturbation.
     """
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         attacked, _ = self.inputs(batch, [])
-        # Use one pass, so that BatchNorm computes its statistics over clean and attacked images together.
+        # Use a single pass, so that BatchNorm computes its statistics over clean and attacked images together.
         logits = self.forward(torch.cat([batch.x, attacked]))[0].float()
         clean, moved = logits.chunk(2)
         cross_entropy = F.cross_entropy(clean, batch.y)
@@ -62,10 +62,10 @@ class Candidate:
     """A way to train a defence through the pipeline.
 
     Attributes:
-        source: its authors and publication.
-        loss: the loss that is minimized.
-        joint: whether the classifier is trained too.
-        late: whether the condition reads only the last stage of the classifier.
+        source: authors and publication of the method.
+        loss: name of the loss.
+        joint: True to train the classifier too.
+        late: True if the condition reads only the last stage of the classifier.
     """
 
     source: str
@@ -74,7 +74,7 @@ class Candidate:
     late: bool = False
 
 
-#: The candidates by row.
+#: The candidates by the names of their rows.
 CANDIDATES = {
     "CARSO pipeline, joint": Candidate("purifier and classifier trained together (own)", joint=True),
     "CARSO pipeline, late layers": Candidate("the condition of the last stage alone (own)", late=True),
@@ -84,10 +84,10 @@ CANDIDATES = {
         loss="distilled",
     ),
 }
-#: The row of the mixture of an accurate and a robust classifier, after Bai et al., "MixedNUTS", TMLR 2024, arXiv
-#: 2402.02263.
+#: The row of the mixture of an accurate classifier and a robust classifier, after Bai et al., "MixedNUTS", TMLR 2024,
+#: arXiv 2402.02263.
 MIXED = "standard and PGD-AT, mixed"
-#: The rows among which the best candidate is chosen.
+#: The rows from which the best candidate is chosen.
 ELIGIBLE = (MIXED, *CANDIDATES)
 
 
@@ -95,11 +95,12 @@ class CandidateTask(CarsoTask):
     """CARSO's training through the pipeline with another loss.
 
     Args:
-        defence: the trained defence.
-        config: settings of the training, through the pipeline.
-        origin: start of the purifier.
-        loss: "trades": cross-entropy of clean images and the divergence from there to the attacked ones. Otherwise the
-            loss is that of the config, whose targets are the classifier's probabilities for "distilled".
+        defence: trained defence.
+        config: settings of a training through the pipeline. For "distilled" their targets must be the probabilities of
+            the classifier.
+        origin: fingerprint of the purifier at the start.
+        loss: "trades" uses the loss of TRADES, with the predictions of the whole defence. The other names use the loss
+            of the config.
     """
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str, loss: Loss):
@@ -107,7 +108,7 @@ class CandidateTask(CarsoTask):
         self.loss: Loss = loss
 
     def _predictions(self, x: Tensor) -> Tensor:
-        """Log-probabilities of each sample, [B K, classes]."""
+        """Return the log-probabilities of each sample, ``[B K, classes]``."""
         return self.model.classify(self.model.reconstruct(x)).flatten(0, 1).float().log_softmax(1)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -127,15 +128,15 @@ class CandidateTask(CarsoTask):
 
 
 class Mixed(nn.Module):
-    """The logarithm of a weighted mean of two models' probabilities.
+    """A mixture of two models. Its logits are the logarithm of a weighted mean of the models' probabilities.
 
-    A robust model is more confident when it is right than when it is wrong. A power of its normalized logits widens
-    that gap, so that the accurate model decides mostly where the robust model is unsure. The numbers are this study's
-    own.
+    A robust model is usually more confident when it is right than when it is wrong. Here a power of its normalized
+    logits increases this difference, so that the accurate model decides mostly where the robust model is unsure. The
+    constants of the class are our own choice.
 
     Args:
-        accurate: the model of higher clean accuracy.
-        robust: the robust model, whose probabilities count most.
+        accurate: model with the higher clean accuracy.
+        robust: robust model, whose probabilities have the larger weight.
     """
 
     SHARE, SCALE, SHIFT, POWER = 0.9, 5.0, 0.5, 3.0

@@ -1,4 +1,8 @@
-"""The jobs of the study on CIFAR-10: trainings, and judgings of each model by this package's own engine."""
+"""List the jobs of the study on CIFAR-10, and run those that evaluate models.
+
+Jobs are trainings and judgings. A judging evaluates a model by a protocol of this package, or by the attacks of a
+method's authors.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,15 @@ from .. import Job, Work
 from . import models, study
 from .study import Budget, Judging
 
-#: The type of functions ``job(name, work, *needs, **settings)``, which make the jobs of one seed with common settings.
+#: The type of functions ``job(name, work, *needs, **settings)``, which make jobs with one seed and common settings.
 MakeJob = Callable[..., Job]
 
 
 def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
-    """The trainings of a seed, each after its start; the first seed has all, the others only the compared models."""
+    """Return the trainings of a seed, in an order in which each comes after the trainings that it needs.
+
+    The first seed has all trainings. The other seeds have only those of `study.COMPARED`, and those that these need.
+    """
     amount = budget.training
     pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles]
     searches = {study.search_name(*pair): pair for pair in pairs}
@@ -40,7 +47,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.AFT, models.finetune, study.STANDARD),
     ]
     if seed > 0:
-        # Lambda and phi, and the best candidate, are chosen once, by the first seed. The other seeds need its jobs.
+        # Lambda, phi and the best candidate are chosen by the results of the first seed, so other seeds need its jobs.
         tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
         return [
             *every,
@@ -67,7 +74,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
 
 
 def trainings_on_given(job: MakeJob, seed: int) -> list[Job]:
-    """The trainings of `ON_GIVEN`, on a base of the zoo and one standard classifier for all seeds."""
+    """Return the trainings of `study.ON_GIVEN`. All seeds share a base of the zoo and one standard classifier."""
     first = (models.train_standard,) if seed == 0 else (models.take_standard, (study.STANDARD, 0))
     return [
         job(study.BASE, models.take_base),
@@ -80,10 +87,11 @@ def trainings_on_given(job: MakeJob, seed: int) -> list[Job]:
 
 
 def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
-    """The jobs that judge the models of a seed.
+    """Return the jobs that evaluate the models of a seed.
 
-    All models are judged by the protocol that compares models. The models of the first seed are also judged by further
-    protocols, on fewer images, and the candidates of the first seed on held-out training images.
+    All models are evaluated by the protocol `Judging.main`, by which models are compared. The models of the first seed
+    are also evaluated by further protocols, on fewer images. The candidates of the first seed are also evaluated on
+    held-out training images.
     """
     counts = budget.judging
 
@@ -99,8 +107,8 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
     if given:
         every.append(judged(study.ALONE, study.AUTHORS))
         return every + [judged(name, "strong") for name in study.ON_GIVEN if strong]
-    # The protocol strong has all attacks of standard and more. If strong compares the models, standard runs too, for
-    # the comparison with the official AutoAttack.
+    # Run the protocol standard even if strong is the main protocol, because the official AutoAttack is compared with
+    # standard.
     compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
     further = [(name, protocol) for name in study.OFFICIAL for protocol in compared]
     further += [(name, "strong") for name in (*rows, study.BEST) if strong]
@@ -114,13 +122,13 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
 
 
 def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None) -> list[Job]:
-    """All jobs, each as early as possible: a model is judged once it is trained, so that the table grows row by row.
+    """Return all jobs. Each model is evaluated directly after its training, so that the table grows row by row.
 
     Args:
-        path: the folder of CIFAR-10.
-        budget: amounts of everything.
-        device: torch's name of the device that trains and judges.
-        base: name in the zoo of a given base, for only `ON_GIVEN`; None trains and judges everything.
+        path: folder of CIFAR-10.
+        budget: amounts of training and evaluation.
+        device: device that trains and evaluates, by its name in PyTorch.
+        base: name of a base in the zoo, for the jobs of `study.ON_GIVEN`. None means all jobs of the whole study.
     """
     shared = {"data": path, "device": device, "budget": budget.training} | ({} if base is None else {"base": base})
     ordered: list[Job] = []
@@ -144,35 +152,35 @@ def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None
 
 @torch.no_grad()
 def clean_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The share of images that are classified correctly.
+    """Return the share of images that a model classifies correctly.
 
     Args:
-        model: images to logits.
-        x: uint8 ``[N, C, H, W]``.
-        y: labels, int64 ``[N]`` or more.
+        model: classifier or defence, images in [0, 1] to logits.
+        x: images, uint8 ``[N, C, H, W]``.
+        y: labels, int64. There must be at least N labels.
     """
     pairs = zip(x.split(250), y[: len(x)].split(250), strict=True)
     return sum(int((model(data.to_float(a)).argmax(1) == b).sum()) for a, b in pairs) / len(x)
 
 
 def attacked(job: Job, root: Path, name: str) -> nn.Module:
-    """The judged model: a random defence predicts without noise, so that attacks need no average over draws.
+    """Load the model that is evaluated. A random defence becomes deterministic, so that attacks need only one draw.
 
-    study.CARSO decodes the most likely latent, and AToP adds no noise.
+    Then CARSO decodes the most likely latent, and AToP adds no noise.
     """
     model = models.model_of(job, root, name)
     if isinstance(model, StochasticDefence) and name not in study.AS_AUTHORS:
-        # Without noise all samples are equal, so any aggregation gives their prediction.
+        # Without noise all samples are equal, so every aggregation gives the same prediction.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
-    """Run a protocol; with the protocol that compares models, also measure clean accuracy on many images."""
+    """Evaluate a model by a protocol. With the main protocol, also measure clean accuracy on many images."""
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
-        # The first seed chooses the best candidate. For another seed, take the row that its training has used.
+        # With the first seed the best candidate is chosen now. With another seed, its training has already chosen it.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model = attacked(job, root, name)
     torch.manual_seed(job.seed)
@@ -183,7 +191,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     if protocol == study.AUTHORS:
         seen: dict = {"aggregation": "peel_reference"} if name == study.PEEL else {"target": "classifier"}
         attacks = [AttackSpec(PGD(loss=loss), **seen) for loss in ("ce", "dlr")]
-        # Each image has several samples and draws, so smaller batches are needed to save memory.
+        # Use smaller batches to save memory, because each image has several samples and draws.
         config = EvaluateConfig(steps=job.settings["budget"].carso_steps, max_forward_batch=250)
     count = getattr(counts, protocol)
     samples = images.x_test[:count], images.y_test[:count]
@@ -191,7 +199,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
 
 
 def judge_candidate(job: Job, folder: Path, root: Path) -> dict:
-    """Judge a candidate on held-out training images."""
+    """Evaluate a candidate on held-out training images."""
     counts, name = job.settings["judging"], job.settings["model"]
     model, (x, y) = attacked(job, root, name), models.held_out(job, counts.held_out)
     torch.manual_seed(job.seed)
@@ -208,7 +216,7 @@ def _lowest(
     config: EvaluateConfig,
     attacks: list[AttackSpec] | None = None,
 ) -> dict:
-    """Evaluate a model on some images, keep the report, and return its lowest accuracy."""
+    """Evaluate a model, save the report, and return its lowest accuracy."""
     config = replace(config, seed=job.seed, dataset_name="cifar10")
     how: dict[str, Any] = {"attacks": attacks, "out": folder, "name": name, "progress": False}
     report = evaluate(model, *samples, eps=study.EPS, config=config, **how)

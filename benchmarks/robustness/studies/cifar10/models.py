@@ -1,13 +1,16 @@
-"""The models of the study on CIFAR-10, and their training.
+"""Train and load the models of the study on CIFAR-10.
 
-Every model is trained with crops and flips. Adversarially trained classifiers, AFT and ARREST among them, keep a moving
-average of their weights; for the base and ARREST the weights without the average are judged too. The rows of the
-paper's objective have the target and the loss of the paper, and this study's networks, optimizers and budgets: none
-follows a recipe of `purify_fast.methods.recipes`. AToP's generator, AToP with the paper's objective and the candidate
-whose classifier is trained too are trained in float32, all others in bfloat16. The defences are compared with single
-networks that were trained adversarially: the base, a larger and a longer one, one with AWP, one at half of eps, and
-TRADES. ARREST's lambda and phi are chosen on training images that the search leaves out; nothing is chosen on test
-images.
+All models are trained with crops and flips. Adversarially trained classifiers, including AFT and ARREST, keep a moving
+average of their weights. For the base and ARREST the weights without the average are evaluated too.
+
+Rows with the paper's objective have the attacked target and the loss of the paper. Their networks, optimizers and
+budgets are those of this study, so they do not follow a recipe of `purify_fast.methods.recipes`. Three trainings use
+float32: the pre-training of AToP's generator, AToP with the paper's objective, and the candidate whose classifier is
+trained too. All other trainings use bfloat16.
+
+The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
+training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen on
+training images that were held out from the search. Nothing is chosen on test images.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from .study import Training
 
 
 def images_of(job: Job) -> data.DataSet:
-    """The training images that the budget allows, and all test images, on the job's device."""
+    """Return the training images that the budget allows, and all test images, on the device of the job."""
     whole, n = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
     images = data.DataSet(
         whole.x_train[:n], whole.y_train[:n], whole.x_test, whole.y_test, name="cifar10", num_classes=whole.num_classes
@@ -56,10 +59,10 @@ def images_of(job: Job) -> data.DataSet:
 
 
 def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training images on which no model was trained, and their labels, on the job's device.
+    """Return training images on which no model was trained, and their labels, on the device of the job.
 
     Args:
-        job: its settings hold the budget of training.
+        job: job whose settings have the budget of training.
         count: number of images.
     """
     whole, first = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
@@ -68,7 +71,7 @@ def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
-    """A classifier with weights drawn by the job's seed, on the job's device."""
+    """Return a classifier with random weights from the job's seed, on the device of the job."""
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
     model = build_classifier("preact_resnet18", images.image_shape, images.num_classes, width=width, mean=mean, std=std)
@@ -76,24 +79,24 @@ def fresh(job: Job, images: data.DataSet, width: int) -> nn.Module:
 
 
 def trained_classifier(job: Job, root: Path, name: str) -> nn.Module:
-    """The trained classifier of another row with the job's seed, on the job's device."""
+    """Load the trained classifier of another row with the same seed, on the device of the job."""
     return load_classifier(job.folder(root, name)).to(job.settings["device"])
 
 
 def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
-    """PGD as used by all trainings, with steps of 2.5 times eps over their number."""
+    """Return the PGD attack of all trainings. The length of a step is 2.5 eps divided by the number of steps."""
     eps = share * study.EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
 def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
-    """PGD adversarial training of a fresh classifier."""
+    """Return the settings of adversarial training with PGD from random weights."""
     rate = {"learning_rate": 0.1, "schedule": "one_cycle", "awp_gamma": budget.awp_gamma if awp else 0.0}
     return replace(finetuning(budget, 0.0, None), attack=attack_of(budget, share), **rate)
 
 
 def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
-    """AFT (weight 0, no angle), or ARREST."""
+    """Return the settings of AFT if ``weight`` is 0 and ``angle`` is None, and otherwise those of ARREST."""
     return ArrestConfig(
         attack=attack_of(budget),
         distillation_weight=weight,
@@ -105,15 +108,15 @@ def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestCo
 
 
 def loop(job: Job, epochs: int, **more: object) -> FitConfig:
-    """The settings of the loop, with crops and flips for all."""
+    """Return the settings of the training loop, with crops and flips."""
     batch_size = job.settings["budget"].batch_size
     return FitConfig(epochs, batch_size, job.seed, padding=4, flip=True, checkpoint_seconds=120, **more)
 
 
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
-    """FLOP per image of a training step, counted on a few images; the gradients of the task's weights are lost."""
+    """Count the FLOP per image of a training step on a few images. This changes the gradients of the task's weights."""
     x = data.to_float(images.x_train[:count])
-    # Measure a late step, in which every term of the loss takes part.
+    # Count a late step, in which all terms of the loss take part.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
     batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, **late)
     with Flops() as counter:
@@ -124,7 +127,7 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
 
 @torch.no_grad()
 def costs(model: nn.Module, images: data.DataSet, training_flop: float) -> dict[str, float]:
-    """A model's parameters, and its FLOP for a prediction and for an image in a training step."""
+    """Return a model's number of parameters, and its GFLOP for a prediction and for an image in a training step."""
     with Flops() as counter:
         model.eval()(data.to_float(images.x_test[:2]))
     flop = {"inference_gflop": counter.total / 2 / 1e9, "training_gflop": training_flop / 1e9}
@@ -132,13 +135,13 @@ def costs(model: nn.Module, images: data.DataSet, training_flop: float) -> dict[
 
 
 def save_whole(defence: Carso | Atop, folder: Path) -> None:
-    """Write a defence, and its classifier into ``classifier`` inside."""
+    """Save a defence in a folder, and its classifier in the subfolder ``classifier``."""
     defence.save(folder)
     save_classifier(defence.classifier, folder / "classifier")
 
 
 def _fitted(job: Job, folder: Path, task: Task, model: nn.Module, epochs: int, images: data.DataSet) -> dict:
-    """Train; return the last epoch's measurements and the cost."""
+    """Train a model. Return the metrics of the last epoch, and the costs of the model."""
     last = fit(task, images.x_train, images.y_train, loop(job, epochs), folder, title=job.name)
     return last | costs(model, images, training_flops(task, images))
 
@@ -155,10 +158,10 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Train adversarially from fresh weights, from a model of the zoo, or from the base, by the job's settings."""
+    """Train a classifier adversarially, from random weights, a model of the zoo or the base, as the settings say."""
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
-        # Continue the training of the base with a second cycle of learning rates.
+        # Continue the training of the base with a second cycle of the learning rate.
         model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
@@ -172,13 +175,13 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
-        # Save the weights without the moving average too, since they cost nothing more.
+        # Save the weights without the moving average too, because they need no further training.
         save_classifier(task.classifier, folder / study.LIVE)
     return facts
 
 
 def take_base(job: Job, folder: Path, root: Path) -> dict:
-    """Use a given base, by its name in the zoo, in place of the study's own base."""
+    """Copy a given base from the zoo, in place of training a base, and measure its costs."""
     model = zoo.load(job.settings["base"]).to(job.settings["device"])
     images, config = images_of(job), adversarial(job.settings["budget"])
     flop = training_flops(ArrestTask(copy.deepcopy(model), config, images.image_shape), images)
@@ -187,14 +190,14 @@ def take_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def take_standard(job: Job, folder: Path, root: Path) -> dict:
-    """Use the standard classifier of the first seed, which purifiers of all seeds share."""
+    """Copy the standard classifier of the first seed, because the purifiers of all seeds share it."""
     first = replace(job, seed=0)
     save_classifier(trained_classifier(first, root, study.STANDARD), folder)
     return first.result(root, study.STANDARD)
 
 
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
-    """Train a pair of lambda and phi shortly, and measure it on training images that are left out."""
+    """Train ARREST for a short time with a pair of lambda and phi, and evaluate it on held-out training images."""
     images, budget = images_of(job), job.settings["budget"]
     model = trained_classifier(job, root, study.STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
@@ -205,7 +208,7 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 
 
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """Lambda and phi of the highest accuracy under attack on the search's held-out images, with the first seed."""
+    """Return the lambda and phi with the highest accuracy under attack on held-out images, for the first seed."""
     budget = job.settings["budget"]
     if "base" in job.settings:
         return study.CHOSEN
@@ -219,7 +222,7 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
-    """Train AFT, or ARREST with the search's choice, from the standard classifier."""
+    """Train AFT, or ARREST with the chosen lambda and phi, from the standard classifier."""
     images, budget = images_of(job), job.settings["budget"]
     weight, angle = chosen(job, root) if job.name == study.ARREST_EMA else (0.0, None)
     model = trained_classifier(job, root, study.STANDARD)
@@ -231,13 +234,13 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 
 
 def best(job: Job, root: Path) -> str:
-    """The candidate of the highest accuracy under attack, then of the highest clean accuracy, on held-out images.
+    """Return the name of the candidate with the highest accuracy under attack on held-out training images.
 
-    A candidate whose accuracy under attack is doubtful comes last. The candidates' results with the first seed decide
-    for all seeds.
+    If two candidates are equal, the one with the higher clean accuracy is chosen. A candidate is chosen last if its
+    accuracy under attack is unreliable. The results of the first seed decide for all seeds.
 
     Args:
-        job: a job of any seed; the candidates of the first seed must have been judged.
+        job: job of any seed. The candidates of the first seed must have been evaluated.
         root: folder of the study.
     """
     first = replace(job, seed=0)
@@ -250,7 +253,7 @@ def best(job: Job, root: Path) -> str:
 
 
 def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:
-    """A defence whose purifier has weights drawn by the job's seed, on the job's device."""
+    """Return CARSO with random weights of the purifier from the job's seed, on the device of the job."""
     base = load_classifier(job.folder(root, study.BASE if job.name == study.BEST else study.BEHIND[job.name]))
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
@@ -260,7 +263,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Start from the purifier with the paper's objective, where shapes agree; return its weights' fingerprint."""
+    """Copy the weights of the purifier with the paper's objective, where their shapes fit. Return its fingerprint."""
     before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
     there = defence.state_dict()
     own = {
@@ -273,8 +276,11 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """Train CARSO with the paper's objective, or continue in the pipeline, as it is, as one of `CANDIDATES`, or as the
-    best of these. A mixture is not trained."""
+    """Train CARSO with the paper's objective, or continue its training through the pipeline.
+
+    The training through the pipeline is that of the study's own row, of a candidate, or of the best candidate. If the
+    best candidate is the mixture, nothing is trained.
+    """
     name = best(job, root) if job.name == study.BEST else job.name
     if name == study.MIXED:
         return mix(job, folder, root) | {"model": name}
@@ -290,7 +296,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
             attack=attack_of(budget),
             learning_rate=1e-4 if how.joint else 1e-3,
             joint=how.joint,
-            # bfloat16 needs a frozen copy of the classifier, and a classifier that is trained has none.
+            # bfloat16 requires a frozen copy of the classifier, which does not exist if the classifier is trained.
             precision="float32" if how.joint else "bfloat16",
         )
         if how.loss == "distilled":
@@ -303,14 +309,14 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
-    """The costs of the mixture, which is not trained: its training counts as that of both parts."""
+    """Return the costs of the mixture. It is not trained, so its training costs are the sum of those of its parts."""
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     flop = 1e9 * sum(part["training_gflop"] for part in parts)
     return costs(model_of(job, root, study.MIXED), images_of(job), flop)
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
-    """Train a generator that corrects images: pre-training, then the paper's objective, or through the pipeline."""
+    """Train AToP, whose generator corrects images: by pre-training, with the paper's objective, or in the pipeline."""
     images, budget = images_of(job), job.settings["budget"]
     base = load_classifier(job.folder(root, study.BEHIND[job.name]))
     torch.manual_seed(job.seed)
@@ -346,7 +352,7 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
 
 
 def model_of(job: Job, root: Path, name: str) -> nn.Module:
-    """A trained model, by its row, on the job's device."""
+    """Load the trained model of a row, on the device of the job."""
     trained = study.trained_as(name, job.seed)
     folder = job.folder(root, trained)
     if name == study.MIXED:

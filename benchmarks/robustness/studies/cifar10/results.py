@@ -1,7 +1,8 @@
-"""The numbers of the study on CIFAR-10: read from the folders of its jobs, and stored with the results.
+"""Collect the numbers of the study on CIFAR-10 from the folders of its jobs, and save them with the results.
 
-The folders hold models and are large; they may be gone, or lie on another machine. So their numbers are stored beside
-the table, and a table is written from both: a folder's numbers replace stored numbers.
+The folders of the jobs are large, because they contain models. Later they may have been deleted, or be on another
+machine. So the numbers are saved in a results file, and a table is written from both. If a number is in a folder and in
+the results file, the number in the folder is used.
 """
 
 from __future__ import annotations
@@ -25,56 +26,63 @@ from . import study
 from .job_list import trainings
 from .study import Budget, Judging
 
-#: The names of the results: STEM.json holds the numbers, and the folder STEM holds reports and pictures. Results of
-#: rows on a given base are kept beside those of the whole study, under the name GIVEN.
+#: The names of the results. The file STEM.json has the numbers, and the folder STEM has reports and pictures. GIVEN is
+#: the name of the results on a given base.
 STEM, GIVEN = "cifar10", "cifar10_given"
-#: The file beside the reports that holds the amounts of training and judging.
+#: The file with the amounts of training and evaluation, in the folder of the reports.
 BUDGET = "budget.json"
 
 
 class OtherBudget(Unfit):
-    """Runs or results have another budget than requested, and do not fit into one table."""
+    """Existing runs or results have another budget than the requested budget, so one table cannot show both."""
 
 
 @dataclass(frozen=True)
 class SeedFolders:
-    """The results of the finished jobs of a seed.
+    """The folders with the results of the finished jobs of a seed.
 
     Attributes:
-        root: folder of the study. seed: seed of the trainings.
+        root: folder of the study.
+        seed: seed of the trainings.
     """
 
     root: Path
     seed: int = 0
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """The result of a job; None if it is not done."""
+        """Return the result of a job, or None if the job is not finished."""
         return self.needed(name) if (folder_of(self.root, name, self.seed) / RESULT).is_file() else None
 
     def needed(self, name: str) -> dict[str, Any]:
-        """The result of a job; FileNotFoundError if it is not done."""
+        """Return the result of a job, or raise FileNotFoundError if the job is not finished."""
         return result_of(self.root, name, self.seed)
 
     def report(self, name: str, protocol: str) -> Report:
-        """The report of a protocol on a model."""
+        """Return the report of a protocol on a model."""
         path = folder_of(self.root, study.judged_name(name, protocol), self.seed) / "report.json"
         return Report.from_json(path.read_text())
 
     def judged(self, names: Sequence[str], protocol: str) -> list[str]:
-        """The rows, among these, whose models a protocol has judged."""
+        """Return those of the rows whose models were evaluated by a protocol."""
         return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
 
     def log(self, model: str) -> list[dict[str, Any]]:
-        """The epochs of the training that left a row's model; a classifier taken from elsewhere has no log."""
+        """Return the log of the training of a row's model, a dictionary for each epoch.
+
+        The log is empty for a classifier that was not trained in this study.
+        """
         path = folder_of(self.root, study.trained_as(model, self.seed), self.seed) / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def hours(self, model: str, batch_size: int) -> float:
-        """The hours of a model's training, from its log: an interrupted training ran in several processes.
+        """Return the hours of a model's training, computed from the speeds in its log.
+
+        The wall time of a process would be wrong, because an interrupted training ran in several processes. The hours
+        of the mixture are those of its two parts.
 
         Args:
-            model: its row; the mixture was not trained, but its parts were.
-            batch_size: number of images of a step.
+            model: name of the model's row.
+            batch_size: number of images in a step.
         """
         seconds = 0.0
         for name in (study.STANDARD, study.BASE) if model == study.MIXED else (model,):
@@ -89,73 +97,78 @@ class SeedFolders:
 class Results:
     """The numbers of the study so far.
 
+    A line is a dictionary with the numbers of one row of the table.
+
     Attributes:
-        lines: a line for each row of each seed, each candidate and each row of `AS_AUTHORS`, by name and seed. Pages
-            quote single numbers from lines.
-        reports: reports by which models are compared, by row and seed.
+        lines: lines by the row's name and seed. There are further lines for the candidates on held-out images, and for
+            the rows of `AS_AUTHORS`. Pages quote single numbers from lines.
+        reports: reports of the main protocol, by the row's name and seed.
     """
 
     lines: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     reports: dict[tuple[str, int], Report] = field(default_factory=dict)
 
     def line(self, name: str, seed: int = 0) -> dict[str, Any] | None:
-        """A line; None if nothing in it is judged."""
+        """Return a line, or None if it has no numbers yet."""
         return self.lines.get((name, seed))
 
     def known(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The existing lines of these rows, with the first seed."""
+        """Return the existing lines of the given rows with the first seed."""
         return [self.lines[name, 0] for name in names if (name, 0) in self.lines]
 
     def judged(self, names: Sequence[str], seed: int = 0) -> list[str]:
-        """The rows, among these, that have a line."""
+        """Return those of the given rows that have a line."""
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """These results, completed by earlier results. A line that both have is never mixed.
+        """Return these results, completed by lines of earlier results.
 
-        Earlier lines of models that began with a model trained anew are left out. So is the best candidate with a
-        further seed if it differs from that of the first seed. Standard error names the omissions.
+        If both have a line, the line of these results is used as a whole. Two kinds of earlier lines are left out, with
+        a message on stderr. The first are lines of models whose training began with a model that was trained again
+        since then. The second are lines of a best candidate with a seed above 0 that is not the best candidate of the
+        first seed.
 
         Args:
-            earlier: results of the same budget.
+            earlier: earlier results of the same budget.
         """
         both = self.lines.keys() & earlier.lines.keys()
-        # The hours come from the log of a training, so a model with other hours was trained anew.
+        # The hours come from the log of the training, so a model with other hours was trained again.
         anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
         gone = {
             (name, seed)
             for name, seed in earlier.lines.keys() - self.lines.keys()
-            # The row of the best candidate is not named after its model, so use the name of the model.
+            # The name of the best candidate's row is not that of its model, so use the name of the model.
             if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
         }
         for name, seed in sorted(gone):
             print(
-                f"{name}, seed {seed}: left out, because the model that it began with was trained anew", file=sys.stderr
+                f"{name}, seed {seed}: left out, because its training began with a model that was trained again",
+                file=sys.stderr,
             )
         lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
         chosen = lines.get((study.BEST, 0), {}).get("model")
         others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
         for _, seed in sorted(others):
-            print(f"{study.BEST}, seed {seed}: left out, for the best one is {chosen} now", file=sys.stderr)
+            print(f"{study.BEST}, seed {seed}: left out, because the best candidate is now {chosen}", file=sys.stderr)
         gone |= others
         for name, seed in sorted(both):
             if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
-                print(f"{name}, seed {seed}: replaced, and has no {', '.join(lost)} yet", file=sys.stderr)
+                print(f"{name}, seed {seed}: replaced by new results without {', '.join(lost)}", file=sys.stderr)
         return Results(
             {key: line for key, line in lines.items() if key not in gone},
             {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
         )
 
     def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
-        """Write the numbers and the report on all models.
+        """Write the numbers, and the report on all models.
 
         Args:
             folder: folder of the results.
-            budget: amounts of everything.
+            budget: amounts of the study.
             stem: name of the results.
         """
         order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
-        # Rows that this version does not know, and bases at other shares of eps, come last.
+        # Put rows last that this version does not know, and bases at other shares of eps.
         order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
         for seed in sorted({seed for _, seed in self.reports}):
@@ -163,19 +176,18 @@ class Results:
             if seed == 0:
                 merged.save(folder / stem)
             else:
-                # Pages show the report of the first seed. For other seeds only differences are needed, so JSON is
-                # enough.
+                # Save other seeds only as JSON, because pages show the report of the first seed.
                 write_text(folder / stem / _report_file(seed), merged.to_json())
         write_text(folder / f"{stem}.json", json.dumps(lines, indent=1) + "\n")
         write_text(folder / stem / BUDGET, json.dumps(_amounts(budget), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path, budget: Budget, stem: str = STEM) -> Results:
-        """Read the files of `save`; empty without files.
+        """Read the files that `save` has written. The results are empty if there are no files.
 
         Args:
             folder: folder of the results.
-            budget: amounts of everything now.
+            budget: requested amounts of the study.
             stem: name of the results.
 
         Raises:
@@ -198,33 +210,33 @@ class Results:
 
 
 def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
-    """Check that results of a budget can go into a folder.
+    """Check that results of a budget can be written into a folder.
 
     Args:
         folder: folder of the results.
-        budget: amounts of everything.
+        budget: requested amounts of the study.
         stem: name of the results.
 
     Raises:
-        OtherBudget: it holds results of another budget.
+        OtherBudget: the folder has results of another budget.
     """
     amounts = folder / stem / BUDGET
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
     if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
         raise OtherBudget(
-            f"{folder} holds results of another budget, which would be lost: first move these results away"
+            f"the folder {folder} has results of another budget, which would be lost: move these results away first"
         )
 
 
 @functools.cache
 def _needs() -> dict[str, tuple[str, ...]]:
-    """For each row, the rows that its training needs."""
+    """Return, for each row, the names of the rows that its training needs."""
     every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
     return {job.name: tuple(name for name, _ in job.needed()) for job in every}
 
 
 def _began_with(name: str) -> Iterator[str]:
-    """A row, and all rows that its training began with."""
+    """Yield a row, and all rows with which its training began, directly or indirectly."""
     name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
     yield name
     for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
@@ -232,18 +244,18 @@ def _began_with(name: str) -> Iterator[str]:
 
 
 def _report_file(seed: int) -> str:
-    """The report on all models of a seed."""
+    """Return the file name of the report on all models of a seed."""
     return f"report-{seed}.json" if seed > 0 else "report.json"
 
 
 def _amounts(budget: Budget) -> dict[str, Any]:
-    """The amounts that results in one table must share: all except the numbers of seeds and bases."""
+    """Return the amounts that must be equal for all results in one table. Seeds and shares of eps may differ."""
     plain = {"training": asdict(budget.training), "judging": asdict(budget.judging)}
     return json.loads(json.dumps(plain))
 
 
 def _only(merged: Report, model: str) -> Report:
-    """The part of a report on several models that concerns one of them."""
+    """Return the part of a report on several models that concerns one model."""
     return Report(
         [row for row in merged.rows if row.model == model],
         about=merged.about,
@@ -254,22 +266,24 @@ def _only(merged: Report, model: str) -> Report:
 
 
 def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
-    """Collect the results in the jobs' folders.
+    """Collect the results in the folders of the jobs.
 
     Args:
         root: folder of the study.
-        budget: amounts of everything.
+        budget: requested amounts of the study.
         names: names of the rows.
 
     Raises:
-        OtherBudget: a job had other amounts.
+        OtherBudget: a job had another budget.
     """
     amounts = _amounts(budget)
     wanted = {"budget": amounts["training"], "judging": amounts["judging"]}
     for path in sorted(root.glob(f"*/{ASKED}")):
         asked = json.loads(path.read_text())
         if any(asked.get(key, amount) != amount for key, amount in wanted.items()):
-            raise OtherBudget(f"{path.parent} has another budget: give the same --full, --quick and --width as before")
+            raise OtherBudget(
+                f"the folder {path.parent} has another budget: give --full, --quick and --width as in the earlier run"
+            )
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         folders = SeedFolders(root, seed)
@@ -282,7 +296,7 @@ def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
 
 
 def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]:
-    """The accuracies and costs of a judged model."""
+    """Return a row's line, with the accuracies and costs of its model."""
     counts = budget.judging
     judged = folders.needed(study.judged_name(name, counts.main))
     facts = folders.needed(study.trained_as(judged["model"], folders.seed))
@@ -312,7 +326,7 @@ def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]
 
 
 def _candidate_lines(folders: SeedFolders) -> list[dict[str, Any]]:
-    """The lines of candidates judged on held-out training images."""
+    """Return the lines of the candidates that were evaluated on held-out training images."""
     tried = {name: folders.result(study.tried_name(name)) for name in study.TRIED}
     return [
         {"name": study.tried_name(name), "seed": 0, "clean": result["clean"], "tried": result["tried"]["share"]}
@@ -323,15 +337,15 @@ def _candidate_lines(folders: SeedFolders) -> list[dict[str, Any]]:
 
 
 def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]]:
-    """Models under the attacks of their authors, beside the protocol that compares models, on the same images.
+    """Compare the attacks of the authors with the main protocol, on the same images.
 
     Args:
-        folders: results of the jobs.
+        folders: folders of the jobs.
         counts: number of images of each protocol.
 
     Returns:
-        A line for each judged row of `AS_AUTHORS`: shares, and their difference in images (second minus first) with its
-        standard error.
+        A line for each evaluated row of `AS_AUTHORS`. It has the accuracies under both, and their paired difference
+        (the main protocol minus the authors' attacks) with its standard error.
     """
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:
@@ -358,7 +372,7 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
 
 
 def first(report: Report, count: int) -> np.ndarray:
-    """Mask of the first images that withstood all attacks, bool.
+    """Return the mask of the first images that are right after all attacks, bool ``[count]``.
 
     Args:
         report: report on one model.

@@ -1,8 +1,8 @@
-"""The robust networks that are trained for the contest of attacks: ``python -m benchmarks robust_networks NAME``.
+"""Train robust networks for the comparison of attacks: ``python -m benchmarks robust_networks NAME``.
 
-Each begins as a network of the zoo and is trained like the study's base, for one pass over the images. A stopped
-training is resumed. The result lies in the folder ``zoo``, in bfloat16 and with a card; ``python -m benchmarks zoo
-NAME=FOLDER`` judges and packs it.
+Each network starts as a network of the zoo, and is trained like the base of the study for one pass over the images. An
+interrupted training is resumed. The trained network is written in bfloat16 into the folder ``zoo``, with a card.
+``python -m benchmarks zoo NAME=FOLDER`` then evaluates it and puts it into the zoo.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .. import Job, run
 from .models import train_base
 from .study import EPS, Training
 
-#: The network of the zoo with which the trainings begin, so that one pass over the images is enough.
+#: The network of the zoo with which the trainings start. Therefore one pass over the images is enough.
 BASE = "cifar10-pgd-at-w16"
 
 
-#: The settings of each network's training, and its description.
+#: The settings of each network's training, and words that describe the training on the card.
 NETWORKS: dict[str, tuple[dict[str, object], str]] = {
     "cifar10-trades-w16": ({"trades": True}, "by TRADES with PGD-5"),
     "cifar10-half-eps-at-w16": ({"share": 0.5}, "with PGD-5 at half the radius that it is judged at"),
@@ -31,17 +31,17 @@ NETWORKS: dict[str, tuple[dict[str, object], str]] = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks robust_networks``."""
-    parser.add_argument("name", type=one_of(NETWORKS), help=f"which network: {', '.join(NETWORKS)}")
-    parser.add_argument("--data", default="data", help="folder with cifar10.npz or the official files")
-    parser.add_argument("--device", default="cpu", help="device of the training; cpu by default")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/robust_networks"), help="folder of the trainings; runs/robust_networks"
-    )
+    """Add the options of ``python -m benchmarks robust_networks``."""
+    parser.add_argument("name", type=one_of(NETWORKS), help=f"name of the network: {', '.join(NETWORKS)}")
+    data = "folder with cifar10.npz, or with the official files; default: data"
+    parser.add_argument("--data", default="data", help=data)
+    parser.add_argument("--device", default="cpu", help="device of the training; default: cpu")
+    out = "folder of the trainings; default: runs/robust_networks"
+    parser.add_argument("--out", type=Path, default=Path("runs/robust_networks"), help=out)
 
 
 def main(chosen: argparse.Namespace) -> Path:
-    """Train a network, and return the folder that the zoo packs."""
+    """Train a network, and return the folder with the stored network and its card."""
     how, text = NETWORKS[chosen.name]
     budget = Training(base_epochs=1)
     settings = {"data": chosen.data, "device": chosen.device, "budget": budget, "how": how | {"begin": BASE}}

@@ -1,4 +1,8 @@
-"""The study on CIFAR-10: amounts of training and judging, its rows by name, and their relations."""
+"""The amounts of training and evaluation of the study on CIFAR-10, the names of its rows, and their relations.
+
+A row of the table is a trained model. The base is the adversarially trained classifier with which the defences are
+compared, and on which most of them are built.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ from .candidates import CANDIDATES, ELIGIBLE, MIXED
 
 @dataclass(frozen=True)
 class Training:
-    """The amounts of each training. The defaults are for a CPU: attacks take half as many steps as with --full."""
+    """The amounts of each training. The defaults are for a CPU, and attacks take half as many steps as with --full."""
 
     width: int = 16
-    #: Width of the larger base, which has at least as many parameters as base and purifier together.
+    #: Width of the larger base, which then has at least as many parameters as base and purifier together.
     large_width: int = 28
-    #: Epochs of the larger base, which takes as much training compute as base and purifier together.
+    #: Epochs of the larger base, whose training then needs as much compute as the base and the purifier together.
     large_epochs: int = 8
-    #: Epochs of the longer base, which takes as much training compute as base and purifier together.
+    #: Epochs of the longer base, whose training then needs as much compute as the base and the purifier together.
     long_epochs: int = 24
     standard_epochs: int = 15
     base_epochs: int = 15
@@ -27,10 +31,10 @@ class Training:
     objective_epochs: int = 5
     pipeline_epochs: int = 2
     generator_epochs: int = 2
-    #: In AToP with the paper's objective the cross-entropy takes part only after this many images, as many as in the
-    #: authors' two epochs.
+    #: Number of training images after which the cross-entropy takes part in AToP with the paper's objective. It is the
+    #: number of images in two epochs of the authors.
     atop_delay_images: int = 10_000
-    #: How many of the first images are used for training. The images after them decide which candidate is best.
+    #: Number of the first images that are used for training. The images after them decide which candidate is best.
     train_images: int = 49000
     steps: int = 5
     carso_steps: int = 20
@@ -44,14 +48,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Judging:
-    """The number of images that each protocol attacks; 0 leaves it out. The defaults are for a CPU.
+    """The number of images that each protocol attacks. The number 0 leaves a protocol out. The defaults are for a CPU.
 
     Attributes:
-        clean: test images of clean accuracy. fast: test images. standard: test images. strong: test images, and
-            held-out training images of the candidates. official: test images of the rows that the official AutoAttack
-            attacks too. held_out: training images of the candidates' clean accuracy.
-        authors: test images of `AS_AUTHORS`, whose predictions are random, so that every step averages gradients.
-        tried: the protocol that judges candidates.
+        clean: number of test images for clean accuracy.
+        fast: number of test images for the protocol fast.
+        standard: number of test images for the protocol standard.
+        strong: number of test images for the protocol strong, and of held-out training images for the candidates.
+        official: number of test images for the official AutoAttack.
+        held_out: number of held-out training images for the clean accuracy of the candidates.
+        authors: number of test images for the attacks of the authors, on the rows of `AS_AUTHORS`.
+        tried: protocol that evaluates the candidates.
     """
 
     clean: int = 10000
@@ -64,12 +71,12 @@ class Judging:
     tried: Literal["fast", "strong"] = "strong"
 
     def protocols(self) -> dict[str, int]:
-        """The protocols that attack every model, each with its number of images."""
+        """Return the protocols of this package that are used, each with its number of images."""
         counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
         return {name: count for name, count in counts.items() if count > 0}
 
     def beside_official(self) -> list[str]:
-        """The protocols that attack all images that the official AutoAttack attacks."""
+        """Return the protocols that attack at least the images that the official AutoAttack attacks."""
         return [name for name, count in self.protocols().items() if count >= self.official]
 
     @property
@@ -79,20 +86,21 @@ class Judging:
 
     @property
     def main(self) -> str:
-        """The protocol that compares models: the strongest of the protocols with most images."""
+        """The protocol by which models are compared: the strongest among the protocols with the most images."""
         counts = self.protocols()
         return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The amounts of everything.
+    """The amounts of the whole study.
 
     Attributes:
-        training: amounts for each model. judging: amounts for each model.
-        shares: bases trained at shares of eps; with the standard classifier and the base they form the curve of
-            comparison.
-        seeds: number of trainings of compared models, each with its own seed.
+        training: amounts of each training.
+        judging: amounts of the evaluation of each model.
+        shares: further bases are trained at these shares of eps. In the picture they form a curve, together with the
+            standard classifier and the base.
+        seeds: number of seeds with which the rows of `COMPARED` are trained.
     """
 
     training: Training = Training()
@@ -101,13 +109,14 @@ class Budget:
     seeds: int = 2
 
     def of_width(self, width: int) -> Budget:
-        """The same budget with networks of another width; the larger base is wider in the same proportion.
+        """Return the same budget with networks of another width. The larger base is wider in the same proportion.
 
-        At another width the larger and the longer base no longer match the parameters, or the training compute, of base
-        and purifier together: a purifier does not grow with its classifier's width.
+        At another width the larger base does not match the parameters of base and purifier together, and the longer
+        base does not match their training compute. The reason is that the size of a purifier does not depend on the
+        width of the classifier.
 
         Args:
-            width: channels of the first stage.
+            width: number of channels of the first stage.
         """
         amount = self.training
         large = -(-amount.large_width * width // amount.width)
@@ -115,37 +124,38 @@ class Budget:
 
 
 def budget_of(amount: str) -> Budget:
-    """The budget by its name in settings.yaml."""
+    """Return the budget with a name in settings.yaml."""
     other = dict(settings_of("cifar10")[amount])
     training, judging = Training(**other.pop("training", {})), Judging(**other.pop("judging", {}))
     return Budget(training, judging, **other)
 
 
 EPS = 8 / 255
-#: The layers that CARSO reads in the classifier: the blocks that end its last three stages.
+#: The layers of the classifier that CARSO reads: the last blocks of its last three stages.
 LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
 AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
-#: In the names of rows "the paper's objective" means: target and loss are the paper's; network, optimizer, schedule and
-#: budget are this study's.
+#: In the names of rows, "the paper's objective" means that the attacked target and the loss are those of the paper. The
+#: network, the optimizer, the schedule and the budget are those of this study.
 CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
 CARSO_ARREST = "CARSO pipeline on ARREST"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
 ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
-#: The row of AToP in the setting of the paper, whose classifiers are not robust by themselves.
+#: The row of AToP as in the paper, with a classifier that is not robust by itself.
 ATOP_STANDARD = "AToP, paper's objective, on standard"
-#: The row of CARSO attacked through PeeL, the output that CARSO's authors attack.
+#: The row of CARSO under attacks through PeeL, the output that CARSO's authors attack.
 PEEL = "CARSO, paper's objective, through PeeL"
-#: The row of AToP attacked as in the training of its authors' notebooks, where the attack sees only the classifier.
+#: The row of AToP under attacks on the classifier alone, as in the training of its authors' notebooks.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: Rows that face only the attacks of the method's authors, and the name of these attacks among the protocols.
+#: AS_AUTHORS are the rows under the attacks of the method's authors. AUTHORS is the name of these attacks where other
+#: rows have the name of a protocol.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
-#: Rows without a training of their own, each with the row whose training saves its weights.
+#: The rows that share the training of another row. The other row's folder has their weights.
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
-#: The subfolder of a training that holds the weights without the moving average.
+#: The subfolder of a training with the weights without the moving average.
 LIVE = "without_average"
 #: The classifier behind each defence.
 BEHIND = {
@@ -159,9 +169,9 @@ BEHIND = {
     ATOP_STANDARD: STANDARD,
     **dict.fromkeys(CANDIDATES, BASE),
 }
-#: The row of the worst outcome over all attacks, which gives the robust accuracy.
+#: The row of a report for the worst case over all attacks. It has the robust accuracy.
 WORST = "worst"
-#: The row of the best candidate, judged on test images.
+#: The row of the best candidate, evaluated on test images.
 BEST = "best candidate"
 #: Pairs of models whose differences are shown.
 PAIRS = (
@@ -180,11 +190,11 @@ PAIRS = (
     (ARREST, ARREST_EMA),
     *((name, BASE) for name in (NO_EMA, LONG, LARGE, AWP, TRADES)),
 )
-#: Rows that are trained with further seeds too.
+#: Rows that are trained and evaluated with all seeds.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
 #: Rows that the official AutoAttack attacks too.
 OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST_EMA)
-#: Rows that are compared on held-out images, with their sources: two references, then the candidates.
+#: Rows that are compared on held-out training images, with their sources: two references, and then the candidates.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
@@ -193,9 +203,9 @@ TRIED = {
 }
 
 
-#: Rows that are trained with each seed on a given base of the zoo: AToP, ARREST, and the rows that these need.
+#: Rows of the study on a given base of the zoo: AToP, ARREST, and the rows that they need.
 ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
-#: Pairs of these rows whose differences are shown.
+#: Pairs of rows in `ON_GIVEN` whose differences are shown.
 GIVEN_PAIRS = (
     (GENERATOR, BASE),
     (ATOP, BASE),
@@ -204,17 +214,18 @@ GIVEN_PAIRS = (
     (ARREST, ARREST_EMA),
     (ARREST, BASE),
 )
-#: Lambda and phi of ARREST on a given base, as the study chose them on held-out training images with the first seed.
+#: Lambda and phi of ARREST on a given base. The study chose them on held-out training images with the first seed.
 CHOSEN = (50.0, 30.0)
 
 
 def trained_as(name: str, seed: int) -> str:
-    """The row whose training leaves a row's weights.
+    """Return the name of the row whose training saves the weights of a row.
+
+    Among the candidates, only the best is trained with a seed above 0. Its weights are in the folder of `BEST`.
 
     Args:
-        name: the row.
-        seed: seed of the training. Only the best candidate is trained with further seeds; its weights lie in the
-            folder of `BEST`.
+        name: name of the row.
+        seed: seed of the training.
     """
     if seed > 0 and name in ELIGIBLE:
         return BEST
@@ -222,26 +233,26 @@ def trained_as(name: str, seed: int) -> str:
 
 
 def search_name(weight: float, angle: float) -> str:
-    """The row of a pair of lambda and phi."""
+    """Return the name of the row for a pair of lambda and phi."""
     return f"ARREST search, lambda {weight:g}, phi {angle:g}"
 
 
 def share_name(share: float) -> str:
-    """The row of a base that was trained at a share of eps."""
+    """Return the name of the row for a base that is trained at a share of eps."""
     return f"PGD-AT, {share:g} eps"
 
 
 def rows(budget: Budget) -> list[str]:
-    """The models of the table, in order."""
+    """Return the names of the table's rows, in order."""
     defences = [name for name in BEHIND if name not in CANDIDATES]
     return [*CLASSIFIERS, *(share_name(share) for share in budget.shares), *defences]
 
 
 def judged_name(name: str, protocol: str) -> str:
-    """The job in which a protocol judges a model."""
+    """Return the name of the job that evaluates a model by a protocol."""
     return f"{name} by {protocol}"
 
 
 def tried_name(name: str) -> str:
-    """The job that judges a candidate on held-out training images."""
+    """Return the name of the job that evaluates a candidate on held-out training images."""
     return f"{name} tried"

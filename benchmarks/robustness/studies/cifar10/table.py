@@ -1,4 +1,8 @@
-"""The tables and pictures of the study on CIFAR-10, with all models judged so far."""
+"""Make the tables and pictures of the study on CIFAR-10, with all models that have been evaluated so far.
+
+A row of a table is a model. Its line is the dictionary with its numbers. `Judging.main` is the main protocol, by which
+models are compared.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,21 @@ from .study import Budget, Judging
 
 
 class NothingJudged(Unfit):
-    """A table was requested, and it has no row yet."""
+    """A table was requested, but no model has been evaluated yet."""
 
 
 def _error(share: float, images: int) -> float:
-    """The binomial standard error of a share, in percent points."""
+    """Return the binomial standard error of a share, in percentage points."""
     return 100 * (share * (1 - share) / images) ** 0.5
 
 
 def percent(share: float, images: int) -> str:
-    """A share in percent, with its standard error."""
+    """Return a share in percent, with its binomial standard error."""
     return f"{100 * share:.1f} ± {_error(share, images):.1f}"
 
 
 def protocols_of(results: Results, names: Sequence[str], seed: int, counts: Judging) -> dict[str, int]:
-    """The protocols that have judged any of the rows, with their numbers of images."""
+    """Return the protocols that have evaluated at least one of the rows, with their numbers of images."""
     lines = [results.lines[name, seed] for name in names]
     return {name: count for name, count in counts.protocols().items() if any(name in line for line in lines)}
 
@@ -43,14 +47,14 @@ def differences(
     pairs: Sequence[tuple[str, str]] = study.PAIRS,
     shared: Sequence[str] = (),
 ) -> list[str]:
-    """A line for each pair of judged models: their difference, image by image.
+    """Return a list item for each pair of evaluated models, with their paired difference under the main protocol.
 
     Args:
         results: results of the study.
         counts: number of images of each protocol.
         seed: seed of the trainings.
-        pairs: names of rows.
-        shared: rows of the first seed that models of all seeds share.
+        pairs: pairs of names of rows.
+        shared: rows of the first seed that the other seeds use too.
     """
     reports = {
         name: report for (name, of), report in results.reports.items() if of == seed or (of == 0 and name in shared)
@@ -63,11 +67,13 @@ def differences(
 
 
 def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) -> str:
-    """The rows in which ``strong`` leaves another number than the main protocol of its images; "" if none.
+    """Return sentences that compare the protocol ``strong`` with the main protocol on the same images.
+
+    The result is "" if ``strong`` has not evaluated any of the rows.
 
     Args:
         results: results of the study.
-        names: names of rows whose models are judged.
+        names: names of rows with a line.
         counts: number of images of each protocol.
     """
     lines = {name: results.lines[name, 0] for name in names}
@@ -75,18 +81,18 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     if not more:
         return ""
     others = [f"{name} {change:+d}" for name, change in more.items() if change]
-    text = f"On the same {counts.strong:,} images `strong` leaves as many right as `{counts.main}` in "
-    text += f"{len(more) - len(others)} of {len(more)} rows"
-    return text + (f"; the others: {'; '.join(others)}." if others else ".")
+    text = f"On the same {counts.strong:,} images, as many are right after `strong` as after `{counts.main}` in "
+    text += f"{len(more) - len(others)} of {len(more)} rows."
+    return text + (f" The differences in the other rows: {'; '.join(others)}." if others else "")
 
 
 def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
-    """A sentence for each unfinished part of the study.
+    """Return a sentence for each part of the study that is not finished.
 
     Args:
         results: results of the study.
-        budget: amounts of everything.
-        elsewhere: rows in the table of a given base, which do not count as missing here.
+        budget: amounts of the study.
+        elsewhere: rows in the table of a given base. They do not count as missing here.
     """
     counts = budget.judging
     wanted = [name for name in (*study.rows(budget), study.BEST) if name not in elsewhere]
@@ -110,10 +116,10 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
 
 
 def reached_by(line: dict[str, Any], counts: Judging) -> Point:
-    """The place of a model in the pictures.
+    """Return the position of a model in the pictures.
 
     Args:
-        line: line of the model.
+        line: numbers of the model.
         counts: number of images of each protocol.
     """
     clean, robust = line["clean"], line[counts.main]
@@ -121,19 +127,19 @@ def reached_by(line: dict[str, Any], counts: Judging) -> Point:
 
 
 def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> Path:
-    """Write ``cifar10.md``, its numbers, reports and pictures in ``folder``, for all judged models.
+    """Write the page of the study, its numbers, reports and pictures into ``folder``, for all evaluated models.
 
-    Earlier results of the same budget in ``folder`` stay unless ``root`` replaces them: a study can be done in parts,
-    on several machines.
+    Earlier results of the same budget in ``folder`` are kept, except for rows that ``root`` has too. So a study can be
+    done in parts, on several machines.
 
     Args:
         root: folder of the study.
         folder: folder of the results.
-        budget: amounts of everything.
-        base: name in the zoo of a given base, whose rows have a page of their own; None for the whole study.
+        budget: amounts of the study.
+        base: name of a given base in the zoo, whose rows have a separate page. None writes the page of the whole study.
 
     Raises:
-        NothingJudged: ``root`` holds no judged model, or there is no row of the first seed.
+        NothingJudged: ``root`` has no evaluated model, or no row of the first seed has been evaluated.
         OtherBudget: ``root`` or ``folder`` has another budget.
     """
     stem, rows = (STEM, [*study.rows(budget), study.BEST]) if base is None else (GIVEN, study.ON_GIVEN)
@@ -141,7 +147,9 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
     results = new.over(Results.read(folder, budget, stem))
     names = results.judged(rows)
     if not new.lines or not names:
-        raise NothingJudged(f"{root} holds no model that is judged yet: write the table after the first judged model")
+        raise NothingJudged(
+            f"the folder {root} has no evaluated model: write the table after the first model has been evaluated"
+        )
     results.save(folder, budget, stem)
     if base is not None:
         return write_tables(folder, stem, results, budget, base=base)
@@ -153,45 +161,46 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
 
 
 def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
-    """Write the page of the study, or of its rows on a given base, from its numbers.
+    """Write the page of the study, or of its rows on a given base.
 
     Args:
         folder: folder of the page.
         name: name of the page.
         results: results of the study.
-        budget: amounts of everything.
-        more: ``given``, the names of the rows with a separate table, or ``base``, the name of the given base.
+        budget: amounts of the study.
+        more: further variables of the template: ``given``, the names of the rows with a separate table, or ``base``,
+            the name of the given base.
     """
     functions = (percent, protocols_of, differences, strong_beside_main, not_judged, Tradeoff)
     given = {"results": results, "study": study, "training": budget.training, "counts": budget.judging}
     return write_page(folder, name, functions, budget=budget, **given, **more)
 
 
-#: Clean and robust accuracy in percent, and the standard error of each.
+#: The position of a model in a picture: clean accuracy and robust accuracy in percent, and their standard errors.
 Point = tuple[float, float, float, float]
 
 
 def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
-    """Draw clean against robust accuracy, with the curve of bases trained at shares of eps.
+    """Draw robust accuracy against clean accuracy, with a curve of the bases that were trained at shares of eps.
 
     Args:
-        points: place of each model, by row.
-        budget: amounts of everything.
-        path: file of the picture.
+        points: position of each model, by the name of its row.
+        budget: amounts of the study.
+        path: path of the PNG file.
     """
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
-        # A curve has one value at each clean accuracy, so keep the highest robust accuracy there.
+        # A curve can have only one value at a clean accuracy, so use the highest robust accuracy there.
         curve[clean] = max(robust, curve.get(clean, 0.0))
     line = sorted(curve.items()) if len(curve) > 1 else None
-    # Leave out the generator, which is only a stage of other models, and the base without moving average, which would
-    # lie on the base.
+    # Leave out the generator, because it is only a stage of other models. Leave out the base without moving average,
+    # because its point would cover that of the base.
     shown = {name: value for name, value in points.items() if name not in (study.GENERATOR, study.NO_EMA)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
 
 
-#: The bars of the picture for readers who skip tables: the label and the row of each bar.
+#: The bars of the simpler picture: the label of each bar, and the name of its row.
 BARS = (
     ("A: a network trained on clean photos", study.STANDARD),
     ("B: the same, trained on attacked photos", study.BASE),
@@ -203,11 +212,14 @@ BARS = (
 
 
 def picture(points: dict[str, Point], path: Path) -> bool:
-    """Draw how many of a hundred photos each model still recognizes; False without matplotlib.
+    """Draw how many of 100 photos each model recognizes, with and without an attack.
 
     Args:
-        points: place of each model, by row.
-        path: file of the picture.
+        points: position of each model, by the name of its row.
+        path: path of the PNG file.
+
+    Returns:
+        True if the picture was drawn, and False if matplotlib is not installed.
     """
     bars = [(title, name) for title, name in BARS if name in points]
     figure = style.new_figure(figsize=(9, 1 + 0.52 * len(bars)))
@@ -221,7 +233,7 @@ def picture(points: dict[str, Point], path: Path) -> bool:
         axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
         axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
     if study.BASE in points:
-        # Draw a line at the base, which every defence has to beat.
+        # Draw a line at the robust accuracy of the base, because a useful defence must be better.
         axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
