@@ -35,8 +35,13 @@ from . import front_page, performance
 
 ROOT = RESULTS.parents[1]
 
-_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
-_VALUE = re.compile(r"(<!-- value: ([^/>]+)/([^/>]+)/([^>]+?) -->).*?(<!-- end -->)", re.S)
+# A block ends at its own end marker: without this, a damaged marker would delete the text up to the next block's end.
+_BODY = r"((?!<!-- (?:table|value): ).)*?"
+_TABLE = re.compile(rf"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n){_BODY}(?P<end><!-- end -->)", re.S)
+_VALUE = re.compile(
+    rf"(?P<begin><!-- value: (?P<study>[^/>]+)/(?P<model>[^/>]+)/(?P<key>[^>]+?) -->){_BODY}(?P<end><!-- end -->)", re.S
+)
+_BEGIN = re.compile(r"<!-- (?:table|value): ")
 #: The names that pages use for compared implementations.
 NAMES = {
     "ours": "**purify_fast**",
@@ -157,18 +162,24 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
 
     Returns:
         The new text, and the names of the tables whose results are missing.
+
+    Raises:
+        ValueError: a block has no name or no end.
     """
     missing: list[str] = []
+    whole = len(_TABLE.findall(text)) + len(_VALUE.findall(text))
+    if whole != len(_BEGIN.findall(text)):
+        raise ValueError("a <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK --> has no <!-- end --> of its own")
 
     def of_table(found: re.Match[str]) -> str:
-        body = table(found[2], results)
+        body = table(found["name"], results)
         if body is None:
-            missing.append(found[2])
+            missing.append(found["name"])
             return found[0]
-        return f"{found[1]}{body}\n{found[3]}"
+        return f"{found['begin']}{body}\n{found['end']}"
 
     def of_value(found: re.Match[str]) -> str:
-        return f"{found[1]}{value(found[2], found[3], found[4], results)}{found[5]}"
+        return f"{found['begin']}{value(found['study'], found['model'], found['key'], results)}{found['end']}"
 
     return _VALUE.sub(of_value, _TABLE.sub(of_table, text)), missing
 

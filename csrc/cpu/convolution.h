@@ -23,13 +23,18 @@
 
 namespace pf::cpu::convolution {
 
+// Returns true if the processor has the instructions of PF_PAIRS.
+inline bool has_pairs() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
 // Returns true if the processor has these instructions but no AMX tiles. With AMX, the convolutions of oneDNN are
 // faster.
 inline bool supported() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-  return !tiles && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return !tiles && has_pairs();
 }
 
 struct Sizes {

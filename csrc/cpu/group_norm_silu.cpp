@@ -225,7 +225,7 @@ Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bia
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
   // Other processors have no kernel, and purify_fast runs the reference there.
-  if (pf::cpu::convolution::supported()) {
+  if (pf::cpu::convolution::has_pairs()) {
     m.impl("group_norm_silu", TORCH_BOX(&pf::cpu::group_norm_silu));
     m.impl("group_norm_silu_backward", TORCH_BOX(&pf::cpu::group_norm_silu_backward));
   }

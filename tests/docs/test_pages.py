@@ -39,6 +39,16 @@ def test_tables_are_filled_from_the_studies_files(tmp_path):
         assert page.read_text() == "A\n" + block.format("one", "| a \\1 |\n") + "B\n" + block.format("two", "kept\n")
 
 
+@pytest.mark.parametrize("damaged", ["<!--\nend -->", "<!-- ende -->"])
+def test_a_block_without_an_end_deletes_no_text(tmp_path, damaged):
+    page = tmp_path / "page.md"
+    text = f"<!-- table: demo -->\nold\n{damaged}\nprose\n<!-- table: demo -->\nold\n<!-- end -->\n"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="<!-- end -->"):
+        fill.fill(page, RESULTS)
+    assert page.read_text() == text
+
+
 def test_long_lines_are_broken_where_nothing_changes_its_meaning():
     words = "word " * 40
     text = f"- {words}\n\n| {words} |\n```\n{words}\n```\n## {words}\n{'x' * 115} - {words}"

@@ -226,19 +226,25 @@ def _sde() -> dict[str, Contestant]:
 def _gradients() -> dict[str, Contestant]:
     """The columns of a gradient: the plain loop keeps all activations; the checkpointed loop those of a step.
 
-    Ours keeps as many as fit into a quarter of the free memory, those of a single step, or those of all steps.
+    Ours keeps as many as fit into a quarter of the free memory or, if its name says so, those of a single step. Every
+    contestant keeps its memory during the race. So the forms in float32 that would need the most memory are left out:
+    with them, too little remained for the activations of ours.
     """
-    step_by_step, whole = (partial(_plain, gradient=True, keep=keep) for keep in (False, True))
-    checkpointed, plain = (
-        columns(form, partial(_ours, gradient=True), captured=False) for form in (step_by_step, whole)
+    forms = {
+        keep: columns(partial(_plain, gradient=True, keep=keep), partial(_ours, gradient=True), captured=False)
+        for keep in (False, True)
+    }
+    half = ("plain, bfloat16", "torch.compile of plain, bfloat16")
+    checkpointed = {
+        label.replace("plain", "plain, checkpointed", 1): forms[False][label] for label in ("plain", *half)
+    }
+    again = columns(partial(_plain, gradient=True), partial(_ours, gradient=True, keep=0), captured=False)
+    ours = ("ours", "ours, compiled")
+    return (
+        checkpointed
+        | {label: forms[True][label] for label in (*half, *ours)}
+        | {f"{label}, each step again": again[label] for label in ours}
     )
-    named = {label.replace("plain", "plain, checkpointed", 1): one for label, one in checkpointed.items()}
-    ours = {label: named.pop(label) for label in list(named) if label.startswith("ours")}
-    for name, keep in {"each step again": 0, "all steps kept": STEPS}.items():
-        forms = columns(step_by_step, partial(_ours, gradient=True, keep=keep), captured=False)
-        ours |= {f"{label}, {name}": one for label, one in forms.items() if label.startswith("ours")}
-    kept = ("plain, allocator raised", "plain, bfloat16", "torch.compile of plain, bfloat16")
-    return named | {label: plain[label] for label in kept} | ours
 
 
 def cases(quick: bool) -> dict[str, Case]:
