@@ -10,8 +10,8 @@ means over the group:
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
 The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels per group, on a processor
-for which `purify_fast.ops.conv2d` has kernels. It computes only the gradient of x. If the weights need gradients,
-PyTorch's operators are used. GPUs have no kernel, because compilers fuse the definition there.
+with AVX512-BF16. It computes only the gradient of x. If the weights need gradients, PyTorch's operators are used. GPUs
+have no kernel, because compilers fuse the definition there.
 """
 
 from __future__ import annotations
