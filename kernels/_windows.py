@@ -63,18 +63,26 @@ def moved_out(x, last, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
-    """Return x[n - 1, i - 1]. ``pointer`` is row n. A group's first number has a predecessor only where ``starts``."""
+def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
+    """Return x[n - 1, i - 1]. ``pointer`` is row n.
+
+    ``has_begun`` is True for a group before which its line of the grid has begun. For other groups, the first number
+    has no predecessor, and 0 takes its place.
+    """
     x = load(pointer - stride, at, inside, VECTOR)
-    first = tl.load(pointer - stride + at - 1, mask=inside & starts, other=0.0).to(tl.float32)
+    first = tl.load(pointer - stride + at - 1, mask=inside & has_begun, other=0.0).to(tl.float32)
     return moved_in(x, first, VECTOR)
 
 
 @triton.jit
-def next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
-    """Return x[n + 1, i + 1]. ``pointer`` is row n. The last number of a group has a successor only where ``ends``."""
+def next_pair(pointer, stride, at, inside, goes_on, VECTOR: tl.constexpr):
+    """Return x[n + 1, i + 1]. ``pointer`` is row n.
+
+    ``goes_on`` is True for a group after which its line of the grid goes on. For other groups, the last number has no
+    successor, and 0 takes its place.
+    """
     x = load(pointer + stride, at, inside, VECTOR)
-    last = tl.load(pointer + stride + at + VECTOR, mask=inside & ends, other=0.0).to(tl.float32)
+    last = tl.load(pointer + stride + at + VECTOR, mask=inside & goes_on, other=0.0).to(tl.float32)
     return moved_out(x, last, VECTOR)
 
 
@@ -85,9 +93,9 @@ def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
     ``pointer`` is row n, ``x`` is the column of the query, and ``column`` is the column of each group's first key.
     """
     total = load(pointer, at, inside, VECTOR)
-    total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+    total += previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
     return total + next_pair(
-        pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
+        pointer, stride, at, inside=inside & (x < width - 1), goes_on=column + VECTOR < width, VECTOR=VECTOR
     )
 
 

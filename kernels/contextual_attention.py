@@ -52,8 +52,8 @@ def _previous(i, size, width):
 def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, ends, VECTOR: tl.constexpr):
     """Return row n of x, fused in row-major order, for the groups at ``at``. ``pointer`` is row n.
 
-    ``before`` and ``after`` are the positions of the numbers before and after a group. They exist where ``starts`` and
-    ``ends``.
+    ``before`` is the position of the number before a group, which exists where ``starts`` is True. ``after`` is the
+    position of the number after a group, which exists where ``ends`` is True.
     """
     lower, upper = inside & (n > 0), inside & (n < size - 1)
     total = load(pointer, at, inside, VECTOR)
@@ -203,8 +203,10 @@ def _attend(
 def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
     """Return x[n, i] + x[n - 1, i - 1] and x[n, i] + x[n + 1, i + 1], within a line of the grid."""
     here = load(pointer, at, inside, VECTOR)
-    left = previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
-    right = next_pair(pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR)
+    left = previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
+    right = next_pair(
+        pointer, stride, at, inside=inside & (x < width - 1), goes_on=column + VECTOR < width, VECTOR=VECTOR
+    )
     return here + left, here + right
 
 
@@ -239,10 +241,10 @@ def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexp
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(
-            pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
+            pointer, stride, at, inside=inside & (x < width - 1), goes_on=column + VECTOR < width, VECTOR=VECTOR
         )
     else:
-        total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+        total += previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
     return total
 
 

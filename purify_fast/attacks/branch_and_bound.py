@@ -50,7 +50,8 @@ DEEPEST = 0.5
 #: The next ReLU to split is chosen by the error of its relaxation at the minimizer, plus this weight times the width of
 #: the relaxation.
 WIDTH = 0.3
-#: The goal of a step is a bound above 0 by this share of the present bound's distance from 0.
+#: A step tries to raise the bound to GOAL times the absolute value of the present bound, plus twice the smallest bound
+#: that counts as a proof (see SAFE).
 GOAL = 0.05
 #: The steps that search a misclassified point are Polyak's steps with the goal 0, times this factor.
 LONG = 3.0

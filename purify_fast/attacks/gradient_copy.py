@@ -46,7 +46,7 @@ COMPARED = 8
 TOLERANCE = 0.1
 #: The largest difference between the purified images of a copy and its model, averaged over the pixels, in image units.
 PURIFIED_TOLERANCE = 0.03
-#: The smallest cosine between the input gradients of a copy and its model with which the copy is used.
+#: A copy is used only if the cosine between its input gradient and its model's input gradient is at least this number.
 LEAST_COSINE = 0.8
 #: The number of copies that are kept: an evaluation attacks several variants of one model, one after the other.
 REMEMBERED = 2

@@ -80,7 +80,7 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     if most is not None and units > most:
         raise ValueError(f"model must have at most {most} ReLUs, got {units}")
     if not torch.allclose(forward(layers, x.flatten(1)), logits, rtol=1e-9, atol=1e-9):
-        raise _refused(model, "the matrices read from the model give other logits")
+        raise _refused(model, "the affine layers that were read from it do not reproduce its logits")
     return layers
 
 

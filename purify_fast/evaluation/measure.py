@@ -174,7 +174,11 @@ class Measure:
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
-        """Choose the images for an attack: images that the variant classifies correctly, or survivors; bool."""
+        """Return the images for an attack, bool ``[n]``.
+
+        These are the images in ``left`` if the attack takes only survivors, and otherwise the images that the variant
+        classifies correctly.
+        """
         return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
 
     def _most(self, spec: AttackSpec) -> int | None:

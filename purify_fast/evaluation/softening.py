@@ -275,7 +275,10 @@ class Softening(HoldingMode):
         return hard
 
     def let_through(self, values: Any) -> None:
-        """Replace the gradient of each value that is the result of a user's own ``autograd.Function``."""
+        """Let the gradient pass unchanged through each value that is the result of a user's own ``autograd.Function``.
+
+        With a temperature, this happens only where the function's own gradient is missing, zero or not finite.
+        """
         for value in values:
             if isinstance(value, (list, tuple)):
                 self.let_through(value)
@@ -290,7 +293,10 @@ class Softening(HoldingMode):
             self.beside[hard] = hard._version, soft
 
     def _kept(self, value: Any, kind: Any = (Tensor, tuple)) -> Any:
-        """The stored entry of a tensor, if it has type ``kind``; None without entry, or if the tensor has changed."""
+        """Return the stored entry of a tensor, if the entry has the type ``kind``.
+
+        Return None if there is no entry, or if the tensor has changed.
+        """
         if not isinstance(value, Tensor) or value.is_floating_point():
             return None
         version, kept = self.beside.get(value, (None, None))

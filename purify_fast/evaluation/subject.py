@@ -413,7 +413,7 @@ def _listed(modules: list[str]) -> str:
 
 
 def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """The modules in training mode that then compute differently, without duplicates."""
+    """Name the modules that are in training mode and compute differently in it, without duplicates."""
     return list(
         dict.fromkeys(
             f"{place} ({type(part).__name__})"

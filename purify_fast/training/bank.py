@@ -471,7 +471,9 @@ def _allocated(path: Path, size: int) -> int:
         os.close(handle)
         if new:
             path.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB", str(path)) from error
+        advice = "Free space on this disk, pass another folder, or lower variants"
+        message = f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB. {advice}"
+        raise OSError(error.errno, message, str(path)) from error
     os.utime(path)
     return handle
 

@@ -205,7 +205,10 @@ def held_out_source(
             )
         return None
     if validation is not None and config.validation_share > 0:
-        raise ValueError(f"validation must be None if validation_share is above 0, got {config.validation_share}")
+        raise ValueError(
+            f"validation must be None if validation_share is above 0, got validation_share={config.validation_share} "
+            "and validation images: leave out one of them"
+        )
     ids = None
     if validation is None:
         # `training_source` has refused a validation_share with batches, so x is images

@@ -218,7 +218,10 @@ class Diffusion(Study):
             data.load_dataset(name, chosen.data)
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        """Return the amounts of the attacks."""
+        """Return the numbers of images, draws and steps for the attacks.
+
+        ``--images`` and ``--strong-images`` replace the numbers of settings.yaml.
+        """
         own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
         usual = settings_of(self.name)[chosen.amount]
         given = {name: value for name, value in own.items() if value is not None}

@@ -28,7 +28,11 @@ BATCH, EPOCHS = 64, 20
 
 
 def networks(device: torch.device, quick: bool) -> tuple[nn.Module, nn.Module, list[str]]:
-    """The classifier after some steps, its start, and the compared layers; a small classifier for a quick run."""
+    """Return a student, its teacher, and the names of the layers that the training step compares.
+
+    The teacher is the classifier at the start of the training. The student is the teacher with noise on its weights,
+    and stands for the classifier during the training. A quick run gets a small classifier.
+    """
     if quick:
         torch.manual_seed(0)
         start, layers = PreActResNet18(width=4).eval(), ["act"]
@@ -56,7 +60,7 @@ def batch_of(device: torch.device, quick: bool) -> Batch:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """Drifts: 1 for every second image, 0 for the others."""
+    """Return a drift for each image: 0 and 1 in turn."""
     return (torch.arange(len(x), device=x.device) % 2).float()
 
 

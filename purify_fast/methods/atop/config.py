@@ -93,7 +93,8 @@ class AtopConfig:
             )
         for name in ("steps", "alpha", "relative_alpha", "random_start", "start_std"):
             if self.attack_method != "pgd" and getattr(attack, name) != getattr(default, name):
-                raise ValueError(f"{name} needs attack_method='pgd', got {name}={getattr(attack, name)}")
+                value = getattr(attack, name)
+                raise ValueError(f"{name}={value} needs attack_method='pgd', got attack_method={self.attack_method!r}")
 
     @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:

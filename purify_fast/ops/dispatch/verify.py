@@ -276,7 +276,7 @@ def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
 
 
 def _read(device: torch.device) -> dict[str, Verdict]:
-    """Return the verdicts by part, from this process and from the disk."""
+    """Return the verdicts of this process and those on the disk, by the name of the part (see `_part_name`)."""
     path, verdicts = str(records.file_of("verified", device)), {}
     for name, entry in records.read("verified", device).get("ops", {}).items():
         try:
@@ -287,13 +287,19 @@ def _read(device: torch.device) -> dict[str, Verdict]:
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """Return the verdicts by part on the current kernels of these ops. This verifies nothing."""
+    """Return the saved verdicts on the current kernels of these ops, by the name of the part. Verify no kernel.
+
+    A part of an op is a set of calls that are verified together (see `_part`).
+    """
     by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
     return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
 
 
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Return the worst verdict on the parts of each op: on a wrong kernel, or else the largest error in relation."""
+    """Return the worst verdict on the parts of each op.
+
+    The worst verdict is that on a wrong kernel. If no kernel is wrong, it is the verdict with the largest ``share``.
+    """
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
         worst.setdefault(name.partition(" ")[0], verdict)
