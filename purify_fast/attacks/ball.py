@@ -1,4 +1,4 @@
-"""The set in which an attack may change an image: a ball around the image, within the box, the range of the pixels."""
+"""The set of points that an attack may try: the part of a ball around the image in the pixels' range (the box)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Ball:
 def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
 ) -> Ball:
-    """Make the balls around images, after a check of the radius, a number or ``[B]``, and the norm (see `read_norm`).
+    """Check the radius ``eps``, a number or ``[B]``, and the norm (see `read_norm`), and make the balls around images.
 
     Returns:
         The ball. Its eps is on x's device, with the dtype float32, or float64 if x is float64.

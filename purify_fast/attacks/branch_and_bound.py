@@ -129,8 +129,8 @@ branch_and_bound = as_function(
 )
 
 
-#: The smallest and the largest values in each node: first of the pixels, ``[B, pixels]``, then of the inputs of each
-#: layer of ReLUs, ``[B, units]``.
+#: Pairs of the smallest and the largest values in each node. The first pair bounds the pixels, ``[B, pixels]``. Each
+#: further pair bounds the inputs of a layer of ReLUs, ``[B, units]``.
 _Boxes = list[tuple[Tensor, Tensor]]
 
 
@@ -251,7 +251,7 @@ class _Search:
     def least(
         self, boxes: _Boxes, functions: Affine, slopes: Tensor, prices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Lower bounds of linear functions of a layer's ReLUs, by CROWN's backward pass.
+        """Bound linear functions of the outputs of a layer's ReLUs from below, by CROWN's backward pass.
 
         Args:
             boxes: the boxes up to this layer.
@@ -259,11 +259,12 @@ class _Search:
                 if all nodes have the same functions.
             slopes: the slopes of the lines below those ReLUs whose inputs have both signs, ``[B, units]`` over all
                 layers of ``boxes``.
-            prices: the factors with which the inputs of ReLUs are subtracted, ``[B, units]``.
+            prices: the multiples of the ReLUs' inputs that are subtracted from the functions, ``[B, units]``; None:
+                nothing is subtracted.
 
         Returns:
-            The bounds ``[B, F]``; the weights of the functions for the pixels; and their weights for each layer's
-            ReLUs.
+            The bounds ``[B, F]``; the weights with which the relaxed functions depend on the pixels; and the weights
+            with which they depend on the outputs of each layer's ReLUs.
         """
         (weight, constant), weights = functions, []
         ends = slopes.shape[1]
@@ -333,7 +334,10 @@ class _Search:
         return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
 
     def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
-        """Search a misclassified point with the signs of each node, from the first points x, ``[B, pixels]``."""
+        """Search a misclassified point in each node, beginning at the points x, ``[B, pixels]``.
+
+        A point is in a node if the inputs of the split ReLUs have the signs of the node.
+        """
         (low, high), y, rival, safe = boxes[0], self.y[nodes.owner], nodes.rival, self.safe[nodes.owner]
         signs = nodes.signs.double().split(self.widths, 1)
         best, smallest = x, torch.full_like(safe, torch.inf)
@@ -376,6 +380,6 @@ def _above(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _smallest_areas(boxes: _Boxes) -> Tensor:
-    """The slopes of the lines below ReLUs with which the areas between both lines are smallest, ``[B, units]``."""
+    """Choose the slopes of the lines below ReLUs so that the areas between both lines are smallest, ``[B, units]``."""
     low, high = _of_all(boxes)
     return (high > -low).double()

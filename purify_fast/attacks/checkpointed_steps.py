@@ -131,7 +131,7 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
     A storage that several tensors or several blocks share, such as a weight, is counted once.
 
     Attributes:
-        last: the bytes of the last block in storages that no earlier block has kept.
+        last: the bytes that autograd keeps for the last block; storages that an earlier block keeps are not counted.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,10 @@ class _Steps(torch.autograd.Function):
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of x and of the other tensors, from the gradient of the i-th result; None for unwanted ones."""
+    """Return the gradients of x and of the other tensors, or None for a tensor that needs no gradient.
+
+    ``grad`` is the gradient of the i-th result.
+    """
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
     # The step does not take its parameters as arguments, so they cannot be replaced by leaves.

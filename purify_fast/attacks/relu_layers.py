@@ -35,7 +35,7 @@ RELU = ("relu", "relu_")
 
 
 class Affine(NamedTuple):
-    """z = weight @ a + bias, float64; a ReLU follows each such layer of a network except the last."""
+    """The affine layer z = weight @ a + bias in float64; a ReLU follows each layer of a network except the last."""
 
     weight: Tensor
     bias: Tensor
@@ -102,7 +102,7 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
     Args:
         model: the model in float64.
         shape: the shape of an image.
-        widths: the number of pixels, and of units before each ReLU.
+        widths: the number of pixels, and then the number of inputs of each layer of ReLUs.
     """
     parts = []
     for first in range(0, max(widths) + 1, AT_ONCE):

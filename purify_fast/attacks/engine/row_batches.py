@@ -10,10 +10,10 @@ captured. So a shrinking batch only takes sizes of a fixed list, and rows of fal
 image of a large model, or with many draws, takes longer than a new batch size. Such a batch shrinks by every row of a
 fallen image.
 
-A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), such as
-steps towards the ninth target class, or the last of 5,000 squares. The progress per step hardly ever rises again. So a
-row can be given up if it would not reach its border even at several times its recent pace. This rule is empirical: it
-also gives up a search that made no progress for a while, although such a search might succeed later.
+A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), for example
+on steps towards the ninth target class, or on the last of 5,000 squares. The progress per step hardly ever rises again.
+So a row can be given up if it would not reach its border even at several times its recent pace. This rule is empirical:
+it also gives up a search that made no progress for a while, although such a search might succeed later.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ SMALLEST, FINER_FROM = 16, 128
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
 #: A run with fewer steps never gives rows up.
 FEWEST_STEPS = 50
-#: After EARLY_SHARE of the steps, a row is given up if its distance to the border is more than GAINS times the largest
-#: gain, which is the distance that a row of the same attack came nearer after that share. The rule is used once the
-#: gains of FEWEST_GAINS rows are known.
+#: The gain of a row is the distance by which it came nearer to its border after EARLY_SHARE of the steps. At this step
+#: a row is given up if its distance to the border is more than GAINS times the largest gain of earlier rows of the same
+#: attack. The rule is used once the gains of FEWEST_GAINS rows are known.
 EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
 #: the device once.
@@ -179,7 +179,7 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
 
 @dataclass
 class Gains:
-    """How much nearer the rows of an attack came to their borders after the attack's first steps.
+    """Records by how much the rows of an attack came nearer to their borders after the first steps (their gains).
 
     Args:
         largest: the largest gain of a row, in the unit of the loss or distance.
@@ -190,12 +190,15 @@ class Gains:
     rows: int = 0
 
     def see(self, gained: Tensor) -> None:
-        """Remember the largest gain if it is among these gains of rows, ``[R]``. This waits for the device."""
+        """Update the largest gain with the gains of some rows, ``[R]``. This waits for the device."""
         if len(gained):
             self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
 
     def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Tell which rows are too far from their borders by `GAINS`, bool ``[R]``; None: too few gains are known."""
+        """Tell which rows are farther from their borders than `GAINS` times the largest gain, bool ``[R]``.
+
+        The result is None while too few gains are known.
+        """
         if self.rows < FEWEST_GAINS:
             return None
         return missing.isfinite() & (missing > GAINS * self.largest)
@@ -297,7 +300,8 @@ class ActiveSet:
         tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
             before it was given up.
         gains: the gains of the rows after their first steps.
-        fell_to: the number of images on which each target and restart succeeded, by the name of target and restart.
+        fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
+            on which that run succeeded.
         health: counts faulty gradients and unmoved images in all searches; None: nothing is counted.
     """
 
@@ -477,7 +481,7 @@ def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tenso
 
 
 def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
-    """The forward passes per image of `nearest_borders`, for a model with ``classes`` classes."""
+    """Return the number of forward passes per image that `nearest_borders` makes, for ``classes`` classes."""
     searched = min(max(count or classes, CANDIDATES), classes - 1)
     return 1 + (searched * draws if searched > 1 else 0)
 
