@@ -284,17 +284,17 @@ def test_so_many_images_decide_and_one_less_do_not():
 @pytest.mark.parametrize(
     ("left", "n", "claim", "said"),
     [
-        (100, 200, "70", "claim of 70 % robust accuracy: refuted. If it were true, 100 or fewer of 200 images would"),
+        (100, 200, "70", "refuted. If it were true, the probability that 100 or fewer of 200 images are left would be"),
         (
             13,
             20,
             "70",
             "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
-            "it. If it were true, 13 or fewer of 20 images would be left with a probability of 39.2 % (exact binomial "
+            "it. If it were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact binomial "
             "test). With 65.0 % left of about 481 images the claim would be refuted.",
         ),
-        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, 15 or fewer"),
-        (0, 4, "0", "0 or fewer of 4 images would be left with a probability of 100 % (exact binomial test). Only a"),
+        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, the probability"),
+        (0, 4, "0", "the probability that 0 or fewer of 4 images are left would be 100 % (exact binomial test). Only a"),
     ],
 )
 def test_a_report_answers_a_claim(left, n, claim, said):
