@@ -231,7 +231,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
 
 
 def capture_cost(context: Context) -> Outcome:
-    """Measure the time of a capture, and of a gradient step: launched, replayed, and on the device alone."""
+    """Measure the times to capture a gradient step, to launch it, to replay it, and to compute it on the device."""
     sizes = (2, 4) if context.dry else (16, 64, 250)
     work = {
         f"{images} images, {precision}": partial(_one_capture, context, images, precision)

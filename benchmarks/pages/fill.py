@@ -35,7 +35,8 @@ from . import front_page, performance
 
 ROOT = RESULTS.parents[1]
 
-# A block ends at its own end marker: without this, a damaged marker would delete the text up to the next block's end.
+# The body of a block must not contain the begin of another block. Otherwise, if an end marker is damaged, all text up
+# to the end of the next block would be replaced.
 _BODY = r"((?!<!-- (?:table|value): ).)*?"
 _TABLE = re.compile(rf"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n){_BODY}(?P<end><!-- end -->)", re.S)
 _VALUE = re.compile(
@@ -169,7 +170,7 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
     missing: list[str] = []
     whole = len(_TABLE.findall(text)) + len(_VALUE.findall(text))
     if whole != len(_BEGIN.findall(text)):
-        raise ValueError("a <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK --> has no <!-- end --> of its own")
+        raise ValueError("a <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK --> has no <!-- end -->: add it")
 
     def of_table(found: re.Match[str]) -> str:
         body = table(found["name"], results)

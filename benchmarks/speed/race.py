@@ -34,7 +34,8 @@ class Effort:
     Attributes:
         runs: number of runs of each contestant.
         pause: seconds between two runs.
-        matrix: rows of the square matrices whose product is timed. The timed convolution has 1/32 as many images.
+        matrix: rows of the square matrices whose product is timed. The number of images in the timed
+            convolution is this number divided by 32.
     """
 
     runs: int = 5

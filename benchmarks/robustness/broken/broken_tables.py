@@ -174,7 +174,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return the table of the models that each method to notice a failed attack flags."""
+    """Return a table that compares the methods that detect failed attacks, by the models that each of them flags."""
     body = []
     ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
     flagged = {
@@ -197,7 +197,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return the table of the models that each sign flags, and of those that only this sign of a report flags."""
+    """Return a table that says, for each sign, how many models it flags, and which models no other sign flags too."""
     results = [(name, one) for name, each in every.items() for one in each.values()]
     flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
     body = []

@@ -119,7 +119,7 @@ def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
 
 
 def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the tables of a data set: one of its models, and one of other diffusion processes if there are any.
+    """Return the tables of a data set. The first compares models, and a second may compare diffusion processes.
 
     Args:
         part: part of settings.yaml for the data set.

@@ -41,7 +41,7 @@ def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
 
 
 def macs(side: int) -> tuple[int, int, int]:
-    """Return the multiplications of a sample, the multiplications of a condition, and the number of weights."""
+    """Return the number of multiplications for a sample, that for a condition, and the number of weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
     first, weights = prod(start), latent * prod(start)
@@ -60,7 +60,8 @@ def case(batch: int, samples: int, side: int) -> Case:
         (batch, samples, 3, side, side),
         torch.bfloat16,
         *decoding(batch, samples, side),
-        # Images and weights have 2 bytes per element. The first map gets its part from the condition in float32.
+        # Images and weights have 2 bytes per element. In the first map, the part that the
+        # condition contributes is float32.
         {
             "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{sample}*B*K + 2*{image}*B"),
             "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{sample}*B*K + 2*{image}*B"),

@@ -1,8 +1,8 @@
 """Measure one step of AToP's fine-tuning, with FGSM on the classifier, the transform RT2 and the purifier DeepFillv2.
 
-There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, which is more than
-the gradients of the step need. "Lean" leaves out this further work. Ours leaves it out too. A comparison with "lean"
-therefore shows the gain by kernels and bfloat16 alone.
+There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, which is more
+than the gradients of the step need. "Lean" leaves out this further work. Ours leaves it out too. A comparison with
+"lean" therefore shows the gain by kernels and bfloat16 alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""TRADES, and candidates for better defences on CIFAR-10. A candidate is a method that could surpass the base.
+"""TRADES, and candidates for better defences on CIFAR-10.
+
+A candidate is a method that could be more robust than the base, the adversarially trained classifier of the study.
 
 Each candidate is a row of the table, even if it does not help. The defences start from the purifier with the paper's
 objective, and are trained through the pipeline. The mixture of two classifiers is not trained. No setting is chosen on
@@ -65,7 +67,7 @@ class Candidate:
         source: authors and publication of the method.
         loss: name of the loss.
         joint: True to train the classifier too.
-        late: True if the condition reads only the last stage of the classifier.
+        late: True if CARSO reads only the last stage of the classifier.
     """
 
     source: str
@@ -96,8 +98,8 @@ class CandidateTask(CarsoTask):
 
     Args:
         defence: trained defence.
-        config: settings of a training through the pipeline. For "distilled" their targets must be the probabilities of
-            the classifier.
+        config: settings of a training through the pipeline. For the loss "distilled", the setting ``targets`` must be
+            "classifier".
         origin: fingerprint of the purifier at the start.
         loss: "trades" uses the loss of TRADES, with the predictions of the whole defence. The other names use the loss
             of the config.
@@ -131,8 +133,8 @@ class Mixed(nn.Module):
     """A mixture of two models. Its logits are the logarithm of a weighted mean of the models' probabilities.
 
     A robust model is usually more confident when it is right than when it is wrong. Here a power of its normalized
-    logits increases this difference, so that the accurate model decides mostly where the robust model is unsure. The
-    constants of the class are our own choice.
+    logits increases this difference, so that the accurate model decides mostly where the robust model is unsure. We
+    chose the constants of this class ourselves.
 
     Args:
         accurate: model with the higher clean accuracy.

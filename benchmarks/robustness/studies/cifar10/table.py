@@ -92,7 +92,7 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
     Args:
         results: results of the study.
         budget: amounts of the study.
-        elsewhere: rows in the table of a given base. They do not count as missing here.
+        elsewhere: rows that another page shows. They do not count as missing here.
     """
     counts = budget.judging
     wanted = [name for name in (*study.rows(budget), study.BEST) if name not in elsewhere]
@@ -161,7 +161,7 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
 
 
 def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
-    """Write the page of the study, or of its rows on a given base.
+    """Write the page of the study, or the page of the rows whose base is a given model of the zoo.
 
     Args:
         folder: folder of the page.
