@@ -268,7 +268,7 @@ class Defence(StochasticDefence):
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
-        """A weight of the part to pack; None if no part can be packed now.
+        """A weight of the part of the defence that `_pack` packs for a kernel; None if no part can be packed now.
 
         If the weights of the part change, this weight changes too. In training no part is packed, because packed
         weights are frozen.
