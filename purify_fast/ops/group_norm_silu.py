@@ -66,7 +66,8 @@ def reference_backward(
     return of_x.view(x.shape).to(x.dtype).contiguous()
 
 
-#: The shape with channels last, the number of groups, and the number of rows of the shift (0 means no shift).
+#: Each example is a tuple of the shape with channels last, the number of groups, and the number of rows of the shift. 0
+#: rows mean no shift.
 EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),

@@ -1,4 +1,4 @@
-"""The random number generator: Philox4x32-10 (Salmon et al., SC 2011). A number depends only on its seed and counter.
+"""Draws random numbers by Philox4x32-10 (Salmon et al., SC 2011). A number depends only on its seed and its counter.
 
     key     = (low word of seed, high word of seed)
     counter = (element index / 4, draw index, sample index, stream)

@@ -1,4 +1,4 @@
-"""The proposals of Square, a random search. Each proposal changes an image inside one or two random squares.
+"""Computes the proposals of the Square Attack, a random search. A proposal changes an image in one or two squares.
 
     linf:    z = clamp(x_nat + eps s, lo, hi)                                       in the window W, x elsewhere
     l2, l1:  d = x - x_nat,  h = s P + d / |d|_W,  u = max(eps^p - |d|^p, 0)        p = 2, 1
@@ -8,8 +8,8 @@
 
 Source: Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3. l1 is the version of
 AutoAttack, with the projection of `pgd_step`. W and V are square windows at random places. s is a random sign per
-channel. P is a pattern of length 1 in W. A norm with an index is the norm of one channel inside that window. So l2 and
-l1 move mass from V to W, and also use the part of the radius that is still unused.
+channel. P is a pattern of length 1 in W. |d|_W is the norm of one channel inside the window W. So l2 and l1 set the
+perturbation in the rest of V to 0, and give W the norm of both windows and the part of the radius that was unused.
 
 The caller passes the random numbers of a row, for several proposals at once: the places of W and V (row and column of
 each), the orientation of the pattern, and the signs of the channels. The place of a window is computed in float32 for

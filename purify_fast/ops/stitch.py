@@ -1,4 +1,4 @@
-"""Images that are composed from the blocks of several passes. Each block comes from the pass that owns it.
+"""Composes images from the blocks of several passes. Each block is copied from the pass that owns it.
 
     out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
 
@@ -88,7 +88,7 @@ BACKWARD = define_backward(
 
 
 def _passes(count: int, results: int) -> int:
-    """Return the number of passes per image, from the numbers of all images and of the results; 1 without results."""
+    """Return the number of passes per image, which is ``count / results``; 1 if there are no results."""
     return count // results if results else 1
 
 

@@ -1,4 +1,4 @@
-"""Training of classifiers: on clean images, on PGD examples (Madry et al., ICLR 2018), and on cheaper examples."""
+"""Trains classifiers on clean images, on PGD examples (Madry et al., ICLR 2018), or on examples that cost less time."""
 
 from __future__ import annotations
 

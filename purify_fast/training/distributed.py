@@ -35,7 +35,7 @@ from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-#: How long a process that fails waits for the message that the first process failed too.
+#: If a process fails, it waits up to this time for the message that the first process failed too.
 PATIENCE = timedelta(seconds=10)
 #: Seconds within which all processes notice that an exchange failed.
 NOTICE = 3.0
@@ -43,7 +43,7 @@ NOTICE = 3.0
 GRACE = 20.0
 
 _AGAIN = "Start the same run again to continue from the last checkpoint; torchrun --max-restarts restarts it by itself"
-#: The beginning of gloo's errors: their place in gloo's source code. gloo raises plain RuntimeErrors.
+#: gloo raises plain RuntimeErrors, whose text begins with a file and a line of gloo's source code.
 _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
@@ -116,7 +116,7 @@ class _Watch(_distributed.Heartbeat):
             raise ProcessLost(self.lost)
 
     def missing(self) -> str:
-        """Name the processes that did not take part in the exchange; other processes that also wait are left out."""
+        """Name the processes that did not take part in the exchange. Processes that also wait are not named."""
         self.state = "waits"
         self.give_and_read()
         # the other processes need time to notice that the exchange failed

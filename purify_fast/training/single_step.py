@@ -23,7 +23,7 @@ from .task import Batch
 
 #: Radius of N-FGSM's uniform noise, in multiples of eps ("k" in the paper).
 NOISE = 2.0
-#: Radius, in multiples of eps, of the L-inf ball at a random corner of which the attack of NuAT begins.
+#: The attack of NuAT begins at a random corner of an L-inf ball with this radius, in multiples of eps.
 CORNER = 0.5
 
 

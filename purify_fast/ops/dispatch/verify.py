@@ -121,7 +121,10 @@ class Verdict(Deviation):
 
 
 def _part(call: Call) -> Call:
-    """Return the calls that are verified together with a call: on a GPU only those of its variant and dtype."""
+    """Return the part of the op to which a call belongs: all calls that are verified together with it.
+
+    On a GPU, these are the calls of the same variant and dtype; on a CPU, they are all calls of the op.
+    """
     whole = call.device.type == "cpu" or call.dtype is None
     return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
 
@@ -307,7 +310,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """Return the verdict on the kernel of a call. Without a verdict, verify it now, in one process at a time."""
+    """Return the verdict on the kernel of a call. If there is none, verify the kernel now; other processes wait."""
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(records.file_of("verified", device))
 
