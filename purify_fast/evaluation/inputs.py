@@ -307,7 +307,7 @@ def _wanted(model: Any, given: Sequence[int]) -> str:
 
 
 def _first_output(model: Classifier, some: Tensor) -> Any:
-    """The model's output for a few images; an error about their shape is explained."""
+    """Return the model's output for a few images, and explain an error about their shape."""
     try:
         return model(some)
     except Exception as error:

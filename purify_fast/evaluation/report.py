@@ -35,7 +35,7 @@ class Report:
 
     Args:
         rows: the rows, in the order in which they were made.
-        notes: remarks of a sentence each, such as on attacks that could not be run.
+        notes: remarks, each a sentence, for example on attacks that could not be run.
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
             and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
             float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
@@ -119,7 +119,7 @@ class Report:
         return best
 
     def over_all(self, model: str, threat: str | None) -> Row | None:
-        """The ``worst`` row with the most images; None if there is no ``worst`` row."""
+        """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""
         mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
         return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
 
@@ -411,7 +411,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """The part of a report's JSON that decides whether it may be replaced: two reports must be equal in this part."""
+    """Return a part of a report's JSON. A report may replace an earlier report only if both are equal in this part."""
     apart = ("date", "command", "call", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")

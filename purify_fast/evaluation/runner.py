@@ -440,10 +440,11 @@ class _Evaluation:
         _add_marks(
             self.measure.cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject
         )
-        rows = f", and {joined} row{'s' * (joined > 1)} along the gradients of other models joined" if joined else ""
+        added = f"{joined} rows were added" if joined > 1 else "a row was added"
+        rows = f", and {added} for attacks along the gradients of other models" if joined else ""
         self.report.notes.append(
-            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every search ran on "
-            f"every image and to its end{rows}"
+            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every attack "
+            f"searched all images that had not fallen, and took all of its steps{rows}"
         )
         self.choose_attacks(further)
 
@@ -478,7 +479,7 @@ class _Evaluation:
     # -- the rows -----------------------------------------------------------------------------------------------------
 
     def costs(self) -> list[int | None]:
-        """The most forward passes of single images for each row; None if the number is unknown."""
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
         context, n = self.measure.context, len(self.measure.subject.y)
         asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]
@@ -590,7 +591,7 @@ class _Evaluation:
         return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
-        """The name of the probes' results in the cache, from the settings on which they depend, and ``more``."""
+        """Return the cache's name for the probes' results; it depends on the probes' settings and on ``more``."""
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
@@ -622,10 +623,10 @@ class _Evaluation:
         return asked
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
-        """The results of all probes; cached results are used only after the same attacks, on which they depend."""
+        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
         context, subject = self.measure.context, self.measure.subject
-        # True for those of the first images that withstood every attack on the deployed model; all False without an
-        # attack.
+        # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
+        # attack it is False for all images.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
         robust = evidence.robust(n)
         left = np.zeros(n, dtype=bool) if robust is None else robust

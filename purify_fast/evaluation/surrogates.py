@@ -155,7 +155,9 @@ class FewerSamples(_Around):
 
 
 class Together(nn.Module):
-    """The mean of the log-probabilities of several parts, because an image that fools all parts also fools the model.
+    """A model whose logits are the mean log-probabilities of several parts of the attacked model.
+
+    An image that fools all parts also fools the attacked model.
 
     Args:
         parts: models with the same classes.

@@ -1,6 +1,7 @@
 """The number of a report: one criterion with and without an attack, what fell to probes, reasons, and claims."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -130,9 +131,7 @@ def test_what_fell_to_a_probe_is_not_left():
     # of the estimate nothing stands that the probes refute
     evidence = Evidence(rows[:2], probed(left=[1, 1, 1, 0], fell=[1, 0, 1, 1]))
     expected = outlook(evidence)
-    assert expected.sentences[0].startswith(
-        "the probes took 2 of the 3 images that the attacks had left of the first 4"
-    )
+    assert re.search(r"^3 of the first 4 images.*2 of these fell to the probes", expected.sentences[0])
     assert not any("by this estimate" in sentence for sentence in expected.sentences)
     assert expected.points == pytest.approx(2 / 3 * 0.25)
     assert outlook(Evidence(rows[:2], probed())).sentences[0].startswith("by this estimate")

@@ -33,6 +33,7 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
         signs.append(
-            f"{missed} of {n} images withstand short attacks with the model's own gradients, but fall to others"
+            f"{missed} of {n} images withstand short attacks with the model's own gradients, but fall to short attacks "
+            "with other gradients"
         )
     return signs
