@@ -156,12 +156,12 @@ class _Nodes(NamedTuple):
     unit: Tensor
 
     def take(self, index: Tensor) -> _Nodes:
-        """Some of the nodes, selected by an int64 or bool index."""
+        """Return some of the nodes, selected by an int64 or bool index."""
         return _Nodes(*(each[index] for each in self))
 
     @staticmethod
     def joined(parts: Sequence[_Nodes]) -> _Nodes:
-        """All nodes of several parts."""
+        """Join the nodes of several parts."""
         return _Nodes(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def halves(self) -> _Nodes:

@@ -1,4 +1,4 @@
-"""The exact gradient of a long loop in the memory of one step.
+"""Computes the exact gradient of a long loop with the memory of a single step.
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
@@ -107,7 +107,7 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _room(device: torch.device) -> int:
-    """The bytes of activations that may be kept."""
+    """Return how many bytes of activations may be kept."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # No activations are kept in a CUDA graph, because the graph would hold their memory as long as it exists. Also,
         # the free memory cannot be queried during a capture.

@@ -118,7 +118,7 @@ class AttackContext:
         return cls(**{"resources": resources} | options)
 
     def predictions(self, draws: int) -> int:
-        """The number of predictions that together take ``draws`` draws."""
+        """Return the number of predictions that together make ``draws`` draws."""
         return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:

@@ -66,8 +66,8 @@ class GradientCopies:
     """
 
     def __init__(self) -> None:
-        #: By key: the copy of a model, or None; the model and its objects, referenced so that Python cannot reuse their
-        #: ids and addresses; and the values of its tensors at the time of the copy.
+        #: Each value is a tuple: the copy of a model, or None; the model and its objects, which are stored so that
+        #: Python cannot reuse their ids and addresses; and the values of its tensors at the time of the copy.
         self._copies: dict[Hashable, tuple[Classifier | None, tuple[Any, ...], list[Tensor]]] = {}
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 

@@ -175,7 +175,7 @@ class Objective:
 
 
 def _summed(values: Tensor, draws: int) -> Tensor:
-    """Sums over the draws, ``[B]``, of values ``[draws * B]``."""
+    """Sum values ``[draws * B]`` over the draws, ``[B]``."""
     return values.view(draws, -1).sum(0) if draws > 1 else values
 
 

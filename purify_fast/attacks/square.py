@@ -29,7 +29,7 @@ from .context import AttackContext
 from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
 from .objective import Objective
 
-#: The authors' own number of queries.
+#: The number of queries in the authors' code.
 QUERIES = 5000
 #: The keys are queries, the values are the numbers of proposals per image that are tried in one batch from this query
 #: on. At first every second proposal is accepted, and the next proposal should start from an accepted proposal. Later

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-#: A claim is refuted if, under the claim, the probability of an accuracy at or below the measured accuracy is smaller
-#: than this.
+#: A claim is refuted if it gives the measured accuracy, together with all lower accuracies, a probability below this
+#: number.
 REFUTED = 0.01
 #: The largest number of images that a report names as necessary to refute a claim.
 MOST = 10**6

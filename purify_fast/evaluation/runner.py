@@ -297,7 +297,7 @@ def _how_judged(config: EvaluateConfig) -> list[str]:
 
 
 def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> AttackContext:
-    """The context of the attacks for ``config.predict``.
+    """Adapt the context of the attacks to ``config.predict``.
 
     With "worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
@@ -313,7 +313,11 @@ def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> Atta
 
 
 def _first_notes(model: Classifier, subject: Subject, name: str, protocol: ProtocolName | None) -> list[str]:
-    """Notes for the report. Training mode and probabilities are also logged now, since an evaluation may take hours."""
+    """Return the first notes for the report.
+
+    A warning about modules in training mode or about probabilities is also logged now, because an evaluation may take
+    hours.
+    """
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
@@ -343,7 +347,7 @@ def _freeze_others(
 def _protocol_or_attacks(
     protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
-    """The protocol and an empty list, or None and the specifications of the given attacks."""
+    """Return the protocol and an empty list, or None and the specifications of the given attacks."""
     if protocol is not None and attacks is not None:
         raise ValueError(
             f"protocol and attacks exclude each other, got protocol={protocol!r} and a list of attacks: leave one out"

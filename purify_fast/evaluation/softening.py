@@ -1,4 +1,4 @@
-"""Gradients through a model's thresholds, masks, rounding, gates and detached parts, for any model.
+"""Lets gradients pass through the thresholds, masks, rounding, gates and detached parts of any model.
 
 Functions of PyTorch are replaced while the model's code runs. A comparison still returns its bool tensor, the mask. In
 addition its counterpart is stored, a floating-point tensor that is a smooth step of the difference. If the model uses
@@ -346,7 +346,7 @@ class Softening(HoldingMode):
     # -- comparisons --------------------------------------------------------------------------------------------------
 
     def _compared(self, a: Any, b: Any, sign: int = 1) -> Tensor | None:
-        """The softened form of ``a > b``; of ``a < b`` if ``sign`` is -1."""
+        """Return the softened form of ``a > b``, or of ``a < b`` if ``sign`` is -1."""
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
         if difference is None or not difference.requires_grad:
             return None

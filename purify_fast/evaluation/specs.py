@@ -1,4 +1,4 @@
-"""Specifications of attacks for an evaluation: `AttackSpec`, and `as_attack` for a user's function."""
+"""Specifies the attacks of an evaluation: `AttackSpec`, and `as_attack` for a user's function."""
 
 from __future__ import annotations
 

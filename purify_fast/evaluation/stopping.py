@@ -41,7 +41,7 @@ BY_LOT = 4
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
-    """Images in the order in which they are searched.
+    """Sort images into the order in which they are searched.
 
     Args:
         index: indices of the images, int64 ``[n]``.

@@ -1,4 +1,4 @@
-"""The subject, which is the model under evaluation with its images; its variants, its predictions, and checks of it."""
+"""Defines the subject of an evaluation, which is the model with its images, and checks the model."""
 
 from __future__ import annotations
 

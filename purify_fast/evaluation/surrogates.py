@@ -1,4 +1,4 @@
-"""Surrogates of a model for adaptive attacks: its parts, softened copies, and copies with less noise or fewer samples.
+"""Makes surrogates for adaptive attacks: a model's parts, softened copies, copies with less noise or fewer samples.
 
 The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
 zero, but useless. A surrogate is a copy of the model without this problem, and images that are found on it are tried on

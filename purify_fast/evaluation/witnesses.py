@@ -116,13 +116,13 @@ class Witnesses:
         return outside
 
     def small(self, still_wrong: Callable[[Tensor], Tensor]) -> Witnesses:
-        """The same witnesses if their file is small enough; otherwise the witnesses with rounded changes.
+        """Return the same witnesses if their file is small enough; otherwise round their changes.
 
-        Only witnesses are rounded that are still misclassified and in the ball afterwards.
+        A witness is rounded only if it is then still misclassified and in the ball.
 
         Args:
-            still_wrong: a function of images like the witnesses, which tells which the model misclassifies, bool
-                ``[W]``.
+            still_wrong: a function that gets an image for each witness, and tells which of these images the model
+                misclassifies, bool ``[W]``.
         """
         packed = self._packed()
         if sum(map(len, (packed["clean"], packed["choice"], packed["away"]))) <= MOST_BYTES * self.adversarial.numel():

@@ -156,7 +156,7 @@ class Rows:
     run: Tensor
 
     def take(self, index: Tensor) -> Rows:
-        """Some of the rows, selected by an int64 index."""
+        """Return some of the rows, selected by an int64 index."""
         values = (getattr(self, field.name) for field in fields(self))
         taken: Any = (value.take(index) if isinstance(value, Ball) else value[index] for value in values)
         return Rows(*taken)
@@ -274,7 +274,7 @@ class PaceMonitor:
 
 
 def some_of(lost: Tensor | None) -> Tensor | None:
-    """``lost``, bool ``[R]``, or None if no element is True. This waits for the device."""
+    """Return ``lost``, bool ``[R]``, or None if no element is True. This waits for the device."""
     return lost if lost is not None and bool(lost.any()) else None
 
 
@@ -416,7 +416,7 @@ Goals = Sequence[Tensor | None]
 def waves(
     active: ActiveSet, goals: Goals, restarts: int, context: AttackContext, at_image: bool = False
 ) -> Iterator[Rows]:
-    """The rows of an attack in groups that are searched one after the other, the waves.
+    """Yield the rows of an attack in groups ("waves") that are searched one after the other.
 
     A wave has only images that have not fallen in earlier waves. The first wave has a single run, because most images
     fall to any run. A later wave has as many rows as fit into a batch. On a CPU it has complete runs. On a GPU it may
@@ -474,7 +474,7 @@ def waves(
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
-    """The ``count`` wrong classes of highest logit, in descending order, each int64 ``[B]``; None: all."""
+    """Return the ``count`` wrong classes of highest logit (None: all), in descending order, each int64 ``[B]``."""
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
@@ -487,7 +487,7 @@ def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
 
 
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
-    """The classes whose borders are nearest to each image, by the linear approximation at the clean image.
+    """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
     The distance to a border is the difference of the two logits, divided by the norm of its gradient. MALT orders
     target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the norm is the

@@ -26,7 +26,7 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     elif isinstance(asked.cosine, str):
         signs.append("gradients are missing or not finite")
     elif asked.cosine < WRONG_GRADIENTS:
-        signs.append(f"the model does not change as its gradients say (cosine {asked.cosine:.2f})")
+        signs.append(f"the model does not change as its gradients predict (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
     # On a random model some images fall to every further attack by chance. So only the surrogate with the most images
     # counts there, instead of the sum over all surrogates.
