@@ -424,7 +424,7 @@ def tests(context: Context) -> Outcome:
         command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
         command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
-        # These statuses of pytest mean: all tests passed, some tests failed, there was no test to run.
+        # Pytest ends with status 0 if all tests passed, with 1 if some failed, and with 5 if there was no test to run.
         if status not in (0, 1, 5):
             raise RuntimeError(f"pytest ended with exit status {status}; its output is in the section's log")
     outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}

@@ -29,7 +29,7 @@ from .timing import allocated, environment, quantile, seconds
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort of a race.
+    """The number of timed runs in a race, and the sizes of the products that are timed beside them.
 
     Attributes:
         runs: number of runs of each contestant.

@@ -45,7 +45,7 @@ class StreamedImages:
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
         self.path, self.digest = Path(path), digest
-        # The device of a tensor has an index, unlike the device "cuda".
+        # Make a tensor, because its device has an index, such as cuda:0, even if ``device`` is "cuda".
         self.device = torch.empty(0, device=device).device
         try:
             array = np.load(self.path, mmap_mode="r")

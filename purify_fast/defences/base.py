@@ -71,7 +71,7 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
-        #: For each term of the loss, by its name, the training step from which it was used; empty without a training.
+        #: The training step from which each term of the loss was used, by the name of the term. Empty if untrained.
         self.acts_from_step: dict[str, int] = {}
         #: The settings of the adversarial bank, the file of attacked images that a training uses again: the number of
         #: variants of an image, and the share of a step's images that is attacked again. Empty without a bank.

@@ -86,7 +86,10 @@ def _percent(share: float) -> str:
 
 
 def _numbers(each: dict[str, Result]) -> list[str]:
-    """Return table cells: number of images, clean accuracy, and robust accuracy under each judge, in percent."""
+    """Return the cells for a model: the number of images, the clean accuracy, and the robust accuracy under each judge.
+
+    The accuracies are in percent.
+    """
     first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
     row = [str(len(first["robust"])), _percent(first["clean"])]
     for judge in (ADAPTIVE, *ATTACKERS):
@@ -105,7 +108,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
     test = "-"
     if ACTIVE in each:
         one = each[ACTIVE]
-        reason = one.get("reason") or "no extra output separates its corner"
+        reason = one.get("reason") or "no extra output makes a corner adversarial"
         test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
         test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
     return [*cells, test]

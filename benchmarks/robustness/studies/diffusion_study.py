@@ -70,7 +70,7 @@ def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[An
 
 
 def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
-    """Attack images by the PGD of Lee and Kim, with exact gradients. Return the attacked images.
+    """Attack images by the PGD of Lee and Kim (`lee_kim_2023`), with exact gradients. Return the attacked images.
 
     A defence is attacked through a copy in bfloat16.
 

@@ -186,7 +186,14 @@ class Program:
         return np.arange(first, first + len(lower))
 
     def _hold(self, terms: list[tuple[np.ndarray, np.ndarray]], low: np.ndarray, high: np.ndarray) -> None:
-        """Add constraints: the sum of the products of matrices and variables lies between two vectors."""
+        """Add linear constraints.
+
+        Args:
+            terms: pairs of columns and a matrix. The constraints bound the sum over the pairs of the matrix times the
+                variables in the columns.
+            low: lower bounds of the sum.
+            high: upper bounds of the sum.
+        """
         rows = np.zeros((len(low), len(self.lower)))
         for columns, matrix in terms:
             rows[:, columns] += matrix

@@ -52,7 +52,7 @@ CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort of the training.
+    """The amount of work in the training of networks that hide an adversarial example.
 
     Args:
         updates: number of updates of the weights.
@@ -112,7 +112,10 @@ def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Ball(NamedTuple):
-    """The balls around images: the lowest and highest pixels ``[networks, images, pixels]``, and the classes."""
+    """The balls around images: the lowest and the highest value of each pixel, and the classes of the images.
+
+    The values have the shape ``[networks, images, pixels]``, and the classes ``[networks, images]``.
+    """
 
     low: Tensor
     high: Tensor

@@ -16,9 +16,9 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 
 from . import Case, normal
 
-#: Number of images, number of samples of each image, and side of the images in pixels.
+#: A shape has the number of images, the number of samples of each image, and the side of the images in pixels.
 SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
-#: For each side: name of the preset, width of its condition, and width of its latent.
+#: The preset of the CARSO paper for images of each side: its name, and the widths of its condition and its latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 

@@ -78,8 +78,8 @@ class Candidate:
 
 #: The candidates by the names of their rows.
 CANDIDATES = {
-    "CARSO pipeline, joint": Candidate("purifier and classifier trained together (own)", joint=True),
-    "CARSO pipeline, late layers": Candidate("the condition of the last stage alone (own)", late=True),
+    "CARSO pipeline, joint": Candidate("purifier and classifier are trained together (our own idea)", joint=True),
+    "CARSO pipeline, late layers": Candidate("the condition comes from the last stage alone (our own idea)", late=True),
     "CARSO pipeline, TRADES": Candidate("the loss of Zhang et al., ICML 2019, arXiv 1901.08573", loss="trades"),
     "CARSO pipeline, distilled": Candidate(
         "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv 1905.09747",

@@ -237,7 +237,7 @@ def picture(points: dict[str, Point], path: Path) -> bool:
         axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
-    text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; green, still recognized when attacked"
+    text = "number of photos that are recognized, of 100: gray without an attack, green under attack (L-inf 8/255)"
     axis.set_xlabel(text, fontsize=9.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     style.save(figure, path)
