@@ -1,4 +1,4 @@
-"""The protocols: functions of the model and the ball that return a list of attacks.
+"""Defines the protocols, which are functions from the model and the ball to a list of attacks.
 
 To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first,
 because fallen images are not attacked again, so that expensive attacks get few images.

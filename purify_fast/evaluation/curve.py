@@ -206,7 +206,7 @@ class Curve:
         return row
 
     def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
-        """The curve of a report: radii and accuracies, beginning with the clean images at radius 0.
+        """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images.
 
         Args:
             rows: rows of the report.

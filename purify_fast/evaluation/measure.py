@@ -182,7 +182,7 @@ class Measure:
         return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
 
     def _most(self, spec: AttackSpec) -> int | None:
-        """The number of the present images that an attack may search; None: all."""
+        """Return how many of the present images an attack may search; None: all of them."""
         return None if spec.max_images is None else max(0, spec.max_images - self.subject.offset)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
@@ -453,7 +453,7 @@ class Measure:
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:
-        """The model that the attack attacks."""
+        """Return the model that is attacked."""
         model = self.subject.base_model
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits

@@ -64,7 +64,7 @@ class OtherAttack(abc.ABC):
 
     @abc.abstractmethod
     def ball(self) -> tuple[str | None, float | None]:
-        """The attack's own norm and radius, each None if the attack has none."""
+        """Return the attack's own norm and radius; a value that the attack does not have is None."""
 
     def check_ball(self, threat: ThreatModel) -> None:
         """Raise ValueError if the attack would search another ball than that of the evaluation."""
@@ -76,7 +76,7 @@ class OtherAttack(abc.ABC):
             raise ValueError(f"{self.name} has eps = {eps:.6g}, but the report's eps is {threat.eps:.6g}: {right}")
 
     def in_ball(self, threat: ThreatModel) -> str:
-        """The advice for an attack that would search another ball, as the end of an error message."""
+        """Return the end of an error message, which advises what to do if the attack would search another ball."""
         return f"write {self.line(threat.eps)}"
 
     def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
@@ -111,7 +111,7 @@ class OtherAttack(abc.ABC):
 
     @abc.abstractmethod
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
-        """The attacked images."""
+        """Attack the images, and return the attacked images."""
 
 
 class OfTorchattacks(OtherAttack):

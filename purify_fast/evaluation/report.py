@@ -1,4 +1,4 @@
-"""The report of an evaluation: its rows, each for one attack, the numbers computed from them, and its files."""
+"""Defines the report of an evaluation: it has a row for each attack, computes numbers from rows, and writes files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def attacks(self) -> list[str]:
-        """The labels of the rows in the order clean, attacks, worst, other threat models."""
+        """Return the labels of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
         return attack_names(self.rows)
 
     def row(self, attack: str, model: str | None = None) -> Row:
@@ -93,7 +93,7 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """For each model, the attack row of lowest accuracy on the deployed model, in the report's threat model.
+        """Return, for each model, the row of lowest accuracy on the deployed model, in the report's threat model.
 
         Unreliable and non-adaptive attacks count too, because a fooled image is fooled, whatever the attack was.
         """
@@ -101,7 +101,7 @@ class Report:
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """For each model and threat model (None: the report's), the attack row of lowest accuracy.
+        """Return, for each model and threat model (None: that of the report), the attack row of lowest accuracy.
 
         A row that was judged on a variant, such as fixed noise, does not count, because nobody deploys this variant.
         """
@@ -137,7 +137,7 @@ class Report:
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:
-        """The attacks on which a ``worst`` row is based; for any other row the row itself.
+        """Return the attacks on which a ``worst`` row is based; for any other row, return the row itself.
 
         Args:
             row: a row of this report.
@@ -285,7 +285,7 @@ class Report:
         return markdown_table(*comparison(self.rows))
 
     def to_text(self, color: bool | None = None) -> str:
-        """The report for a terminal: title and table, or for several models only the comparison.
+        """Return the report as text for a terminal: title and table, or only the comparison of several models.
 
         Args:
             color: whether unreliable numbers are red. None: only if standard output is a terminal and NO_COLOR is not
@@ -419,7 +419,7 @@ def _identity(content: Mapping[str, Any]) -> Any:
 
 
 def _named(report: Report, words: list[str]) -> Report:
-    """The report with these words in brackets after each model's name; the same report if there are no words."""
+    """Return the report with these words in brackets after each model's name; without words, the same report."""
     if not words:
         return report
 

@@ -294,7 +294,7 @@ def model_names(rows: Sequence[Row]) -> list[str]:
 
 
 def attack_names(rows: Sequence[Row]) -> list[str]:
-    """The names of the rows in the order clean, attacks, worst, other threat models."""
+    """Return the names of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
     order = {"clean": 0, "worst": 2}
     ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
     return list(dict.fromkeys(row.attack for row in ordered))

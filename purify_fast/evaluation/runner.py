@@ -72,7 +72,7 @@ CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
-    """A decorator of `evaluate`, which refuses the argument ``device``, and settings that belong into the config.
+    """Decorate `evaluate`, so that it refuses the argument ``device``, and settings that belong into the config.
 
     A KeyboardInterrupt is raised again with a message, and without the traceback of the attack, which does not help
     after Ctrl-C. A debugger finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a
@@ -584,7 +584,7 @@ class _Evaluation:
         return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
 
     def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
-        """The probes as functions; a function runs again with fewer images at once if memory runs out."""
+        """Return the probes as functions; if memory runs out, a function runs again with fewer images at once."""
         subject, context = self.measure.subject, self.measure.context
 
         def run(probe: Probe) -> Any:

@@ -64,7 +64,7 @@ class Before:
         return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
-        """The largest share of changed predictions over several repetitions."""
+        """Repeat the predictions several times, and return the largest share that has changed."""
         return max(share(self.predicted, self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
     def state_changed(self) -> bool:
@@ -76,7 +76,7 @@ class Before:
 
 
 def quiet(subject: Subject) -> Variant:
-    """The variant in which a model always predicts the same; "random" if it has no other variant."""
+    """Return the variant in which a model always predicts the same, or "random" if there is no such variant."""
     if not (subject.is_random and supports(subject.base_model, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")

@@ -41,7 +41,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one alarm, a line of the table "Can this number be believed?" of a report.
+    """The result of one alarm, which is a line in the table "Can this number be believed?" of a report.
 
     Args:
         alarm: name of the alarm.
@@ -78,7 +78,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence about one model, for the alarms.
+    """The evidence about one model, which the alarms judge.
 
     Args:
         rows: the clean rows and the rows of attacks, in the order in which they were made, without ``worst`` rows.
@@ -120,7 +120,7 @@ class Evidence:
 
     @property
     def images(self) -> int:
-        """The number of all images."""
+        """Return the number of all images of the evaluation."""
         return max((row.n for row in self.rows), default=0)
 
     @property

@@ -14,7 +14,7 @@ MOST_WITHOUT = 0.05
 
 
 def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
-    """The signs, in words, that a model's gradients do not lead to its adversarial images; empty without signs.
+    """Describe the signs that a model's gradients do not lead to its adversarial images; the list may be empty.
 
     Args:
         asked: the probes' measurements before the attacks.

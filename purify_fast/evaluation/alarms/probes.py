@@ -95,7 +95,7 @@ class Probes:
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
 
     def curves(self) -> dict[str, list[list[float]]]:
-        """The curves that are not empty, by the name of their setting."""
+        """Return the curves that are not empty, by the name of the setting that varies along the curve."""
         named = {"steps": self.steps, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 

@@ -64,7 +64,7 @@ class Advice(NamedTuple):
     efforts: tuple[str, ...] = ()
 
     def written(self, tried: Collection[str]) -> str:
-        """The advice in words, without the efforts that were tried."""
+        """Write the advice in words; attacks that already ran are left out."""
         left = [EFFORTS[effort] for effort in self.efforts if effort not in tried]
         return f"{self.look}; {', or '.join(left) or WRITTEN_FOR_IT}" if self.efforts else self.look
 
