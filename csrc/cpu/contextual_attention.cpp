@@ -22,10 +22,11 @@ struct Call {
   Padded<W> matrix(const W* scratch) const { return {scratch, size()}; }
 };
 
-// -- passes over the queries begin .. end of a sample; in `Dense` matrices its first row is `first`
-// ----------------------
+// -- loops over queries -----------------------------------------------------------------------------------------------
 
-// The scores: sums of neighbours of the products of pixels, times the inverse norm of the key.
+// Each loop computes the queries begin .. end of a sample. `first` is the sample's first row in `Dense` matrices.
+
+// Computes the scores: the sums over the nine offsets of the products of pixels, times the inverse norm of the key.
 template <class W>
 PF_INLINE void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,
                            int64_t begin, int64_t end) {
@@ -303,8 +304,9 @@ std::tuple<Tensor, Tensor> contextual_attention_backward(Tensor grad, Tensor cor
   return {out, to_inverse};
 }
 
-// -- parts of the whole function between its matrix products, for eager calls
-// ---------------------------------------------
+// -- eager calls ------------------------------------------------------------------------------------------------------
+
+// In eager calls, these functions compute everything between the matrix products, including the norms.
 
 // Returns the sums of the weights, the weights, and the inverse norms, which come from the diagonal of the products.
 std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlation, Tensor valid, int64_t height,

@@ -1,5 +1,6 @@
-// The gradient of a convolution's weights. For each tap of the kernel it is a product of two matrices: (input channels
-// x pixels) times (pixels x output channels). The two numbers of a pair come from neighboring pixels of the output.
+// Computes the gradient of a convolution's weights. For each tap of the kernel, the gradient is a product of two
+// matrices: (input channels x pixels) times (pixels x output channels). The two numbers of a pair come from neighboring
+// pixels of the output.
 #pragma once
 
 #include <algorithm>
@@ -75,7 +76,7 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   return made[(many + 7) / 8 - 1](singles);
 }
 
-// The gradient of the bias: the sum over all pixels, for 16 channels from `first` on.
+// Computes the gradient of the bias, which is the sum over all pixels, for 16 channels from `first` on.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
   const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};

@@ -43,8 +43,8 @@ struct Piece {
 // - by_owners: pixel by pixel, from a map of owners. Works for every layout, dtype and block size.
 enum class Strategy { by_runs, by_blocks, by_owners };
 
-// Everything that a call needs to know about its tensors. The packed images are [draw, image, pass][channels + 2
-// planes].
+// The arguments of a call, and the sizes and strides of its tensors. The packed images are [draw, image, pass][channels
+// + 2 planes].
 struct Job {
   Images images;
   Grid grid;
@@ -54,14 +54,14 @@ struct Job {
   // The largest number of rows in a piece.
   int64_t most_rows;
   int64_t samples, passes;
-  // The owner number of the blocks that the first pass hides.
+  // The owner of the blocks that the first pass hides.
   int64_t first_pass;
   bool channels_last;
   Key key;
   double sigma;
-  // [draw, image, block]
+  // The owners of the blocks, [draw, image, block].
   const uint8_t* owners;
-  // [image]
+  // The ids of the images, [image].
   const int64_t* sample_ids;
 
   int64_t planes() const { return images.channels + 2; }

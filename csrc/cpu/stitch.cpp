@@ -28,10 +28,10 @@ PF_CLONES void share_out(const uint16_t* __restrict__ row, const uint16_t* __res
   }
 }
 
-// The stitched images as runs of bytes. Each run comes from one pass: the part of a row of pixels that lies in one
-// block, for one channel. In channels_last a run contains all channels.
+// Divides the stitched images into runs of bytes. A run is the part of a row of pixels that lies in one block, for one
+// channel (in channels_last, for all channels). Each run is copied from one pass.
 struct Runs {
-  // `rows` counts the rows of runs in an image: those of every channel, or in channels_last those of all channels.
+  // `rows` is the number of rows of runs in an image. In channels_last, a row of runs has all channels.
   int64_t images, rows, height;
   // The size of a run.
   int64_t bytes;

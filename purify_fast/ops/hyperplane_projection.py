@@ -111,7 +111,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
-    """Make planes nearby, further away and out of reach, and a normal with zeros, infinities and NaN."""
+    """Make planes that are near, far and outside the box, and a normal with zeros, infinities and NaN."""
     x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
     w[uniform(seed + 200, *shape) < 0.1] = 0
     w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])

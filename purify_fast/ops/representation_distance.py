@@ -113,7 +113,7 @@ def _variant(layers: int) -> str:
     return "several" if layers > 1 else ""
 
 
-#: The layers of one call. The last one has more numbers than one program processes.
+#: The shapes of one, two and three layers. Layers of 9,001 numbers have more numbers than one program processes.
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
 #: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {

@@ -29,7 +29,8 @@ from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
-#: The number of random numbers of a proposal before the signs of the channels: two places and the orientation.
+#: Before the signs of the channels, a proposal has this number of random numbers: two places (two numbers each), and
+#: the orientation of the pattern.
 PLACES = 5
 #: This is added to lengths, so that they are never 0 in a division.
 TINY = 1e-12
@@ -149,9 +150,9 @@ RACED = tuple((norm, shape, draws, 7) for norm in NORMS for (shape,) in RGB for 
 def _arguments(
     norm: str, shape: tuple[int, ...], draws: int, edge: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor | float | None, ...]:
-    """Make points well inside their balls, and one outside.
+    """Make points that lie well inside their balls, and one point outside.
 
-    Near the border, the unused part of the radius would be only rounding error.
+    For a point near the border of its ball, the unused part of the radius would be only rounding error.
     """
     clean, offset = 0.25 + 0.5 * uniform(seed, *shape), 0.2 * (uniform(seed + 100, *shape) - 0.5)
     index = NORMS.index(norm)

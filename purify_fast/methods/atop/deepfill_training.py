@@ -1,8 +1,8 @@
-"""Parts of DeepFillv2's training: the discriminator SN-PatchGAN, and the free-form holes in the images.
+"""Defines two parts of DeepFillv2's training: the discriminator SN-PatchGAN, and the free-form holes in the images.
 
-The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch, from which the names of the
-discriminator's tensors are. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins with a
-DeepFillv2 generator that was trained in this way on Places2.
+The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch. The discriminator's tensors have
+the names that this implementation uses. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins
+with a DeepFillv2 generator that was trained in this way on Places2.
 
 The hole of an image is a box and brush strokes; there is no noise. The sizes are from the authors' repository for
 images of 256 x 256 (code: `configs/train.yaml`, `utils/misc.py`), and here they are scaled with the image. The box is
@@ -79,8 +79,8 @@ class SpectralConv(nn.Conv2d):
 def patch_depth(image_size: Sequence[int]) -> int:
     """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches.
 
-    This is 6 for images of 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, and 3 for 16 x 16. The paper has only 256 x
-    256.
+    This is 6 for images of 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, and 3 for 16 x 16. The paper only uses
+    images of 256 x 256.
 
     Args:
         image_size: (H, W).

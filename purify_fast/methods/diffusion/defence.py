@@ -9,9 +9,9 @@ With one round and no guidance, this is DiffPure (Nie et al., "Diffusion Models 
 t*, it is the gradual noise of Lee & Kim (ICCV 2023, arXiv 2303.09051). With a single step, it is the one-shot denoising
 of Carlini et al. (ICLR 2023, arXiv 2206.10550).
 
-The gradient is exact for any number of steps. Its memory is that of one step, or of as many steps as fit: the other
-steps are computed again in the backward pass, with the same noise, which is drawn from a seed and never stored
-(`purify_fast.attacks.checkpointed_steps`).
+The gradient is exact for any number of steps. The activations of a single step are stored, or of more steps if they fit
+into the memory. The other steps are computed again in the backward pass, with the same noise, which is drawn from a
+seed and never stored (`purify_fast.attacks.checkpointed_steps`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
-#: A function of a state of the reverse process, the state of the forward process at the same time, and a bool: whether
-#: a reverse process begins.
+#: A function that is called with three arguments: a state of the reverse process, the state of the forward process at
+#: the same time, and True if the reverse process begins with this state.
 Visit = Callable[[Tensor, Tensor, bool], None]
 #: Surrogates divide the number of steps, or the number of steps with a gradient of the denoiser, by this factor.
 FEWER = 4
@@ -124,7 +124,7 @@ class DiffusionPurifier(Defence):
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
             times: Any = self._times
             times = times.view(torch.float64)[-1].expand(len(blank))
-            # the denoiser may have random numbers of its own, such as dropout in evaluation mode
+            # the denoiser may draw random numbers itself, such as for dropout in evaluation mode
             self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
 
     def _make_table(self) -> None:
@@ -311,7 +311,7 @@ class DiffusionPurifier(Defence):
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Return published attacks on such purifiers (`purify_fast.protocols.OwnAttacks`).
+        """Return published attacks on purifiers by diffusion (`purify_fast.protocols.OwnAttacks`).
 
         `purify_fast.methods.diffusion.own_attacks` has the sources.
 
@@ -325,7 +325,9 @@ class DiffusionPurifier(Defence):
         return strong_attacks(self, norm, eps)
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the evaluation by the authors of such purifiers (`purify_fast.protocols.AuthorsEvaluation`).
+        """Return the attacks of the evaluations by the authors of DiffPure and GDMP.
+
+        See `purify_fast.protocols.AuthorsEvaluation`.
 
         `purify_fast.methods.diffusion.released_evaluation` has the sources.
 

@@ -1,4 +1,4 @@
-"""A common interface to all denoisers: this package's U-Net, the U-Net of diffusers, and modules of users."""
+"""Gives all denoisers the same interface: this package's U-Net, the U-Net of diffusers, and modules of users."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..base import answer_of, description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
-#: The kind of a denoiser that was saved without a classifier.
+#: The ``kind`` in the file of a denoiser that was saved without a classifier.
 ALONE = "Denoiser"
 #: The class of diffusers' network, which can be made again from its ``config``.
 DIFFUSERS = "UNet2DModel"
@@ -35,14 +35,20 @@ def _diffusers_model() -> Any:
 
 
 def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
-    """Describe a denoiser by JSON values from which it can be made again; a user's module only by its class's name."""
+    """Describe a denoiser by JSON values from which it can be made again.
+
+    A module of the user's own is described only by the name of its class.
+    """
     if type(denoiser).__name__ == DIFFUSERS:
         return {"kind": DIFFUSERS, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
     return description(denoiser, DENOISERS)
 
 
 def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str | Path) -> nn.Module:
-    """Make the denoiser of a saved description, or return ``given`` if it has this description; or raise ValueError."""
+    """Make the denoiser of a saved description. If ``given`` is a module with this description, return it instead.
+
+    Raise ValueError if ``given`` has another description.
+    """
     if given is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])
     return rebuilt(facts, given, DENOISERS, folder)
@@ -225,7 +231,7 @@ class Denoiser(nn.Module):
         return [*self.parameters(), *self.buffers()]
 
     def bfloat16_copy(self) -> Denoiser:
-        """Return a frozen copy for an autocast to bfloat16, with bfloat16 weights in convolutions and linear layers."""
+        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights. It is run under autocast."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):

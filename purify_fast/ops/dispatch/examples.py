@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map_only
 from ..._tensors import last_channels, memory_format
 
 HALVES = (torch.bfloat16, torch.float16)
-#: The number of samples of an example. A dimension whose size is a multiple of this number is taken for the dimension
-#: of the samples.
+#: The number of samples of an example. If the size of a tensor's dimension is a multiple of this number, the dimension
+#: is assumed to be that of the samples.
 ROWS = 3
 #: Image shapes for ops whose examples differ only in the shape. In the kernels for losses and for steps in a norm, the
 #: last two shapes have more numbers than one program processes. The letters are the dtypes for which kernels are

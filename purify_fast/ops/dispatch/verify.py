@@ -46,7 +46,8 @@ MODES = ("first_use", "off")
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-#: The allowed error of a result that jumps (`Example.jumps`), relative to the result. Both are root mean squares.
+#: If a result jumps (`Example.jumps`), the root mean square of its error may be at most this multiple of the root mean
+#: square of the result.
 JUMPS = 0.1
 #: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
