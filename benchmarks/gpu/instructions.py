@@ -126,5 +126,5 @@ def table(results: Path) -> list[str]:
         bound = "memory" if now / ISSUED <= memory else f"arithmetic, {now / ISSUED / memory:.1f}x"
         cells = [f"{row.case} {row.dtype}", row.elements, f"{row.bytes} bytes: {row.where}", f"{before:,}", f"{now:,}"]
         body.append([*cells, f"{before / ISSUED:.1f}", f"{now / ISSUED:.1f}", f"{memory:.1f}", bound])
-    moved = ["kernel", "elements", "moved", "instructions before", "now"]
-    return sheets.table([*moved, "cycles before", "now", "of memory", "bound by"], body)
+    moved = ["kernel", "elements", "moved", "instructions before", "instructions now"]
+    return sheets.table([*moved, "cycles before", "cycles now", "memory cycles", "bound by"], body)

@@ -509,7 +509,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
     Args:
         rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these images.
     """
-    head = ["model, images", "eps", "clean, %", "attack", "of", "left", "difference", "p", "forward passes per image"]
+    head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p", "forward passes per image"]
     body = []
     for row in rows:
         left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
