@@ -23,7 +23,7 @@ TANGENT = tl.constexpr(70.0)
 
 @triton.jit
 def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
-    """Return the tile of the classes from ``first`` on as float32 [K, C], and the mask of its valid elements."""
+    """Return the tile of the classes from ``first`` on, float32 [K, C], and the mask of the elements that exist."""
     k, c = tl.arange(0, K), first + tl.arange(0, C)
     inside = (k < samples)[:, None] & (c < classes)[None, :]
     at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
@@ -125,9 +125,9 @@ def _columns_backward(
 
 @triton.jit
 def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.constexpr):
-    """Return max and sum of softmax(S) over all classes.
+    """Return the maximum of S over all classes, and the sum of exp(S - maximum). A softmax over the classes needs both.
 
-    Each lane has a running pair, and they are joined at the end.
+    Each lane computes the two numbers for its classes, and the numbers of all lanes are combined at the end.
     """
     high = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)

@@ -399,7 +399,7 @@ def _power(columns: int, most: int) -> int:
 
 
 def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Return the tile of a program of `_layer` (rows, columns and channels), its warps, and its pipelined loads."""
+    """Return the rows, columns and channels of a program of `_layer`, its warps, and its number of pipelined loads."""
     if dtype == torch.bfloat16:
         tile = _power(columns, 128)
         # On sm_120, four warps have too few registers for 64 columns.

@@ -1,4 +1,4 @@
-"""The sizes of a packed decoder, for the op `decode_samples` and for its kernels. This file does not need Triton."""
+"""Computes the sizes of a packed decoder, for the op `decode_samples` and its kernels. It does not need Triton."""
 
 from __future__ import annotations
 

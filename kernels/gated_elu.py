@@ -14,7 +14,7 @@ from ._common import expm1, on, tile
 
 @triton.jit
 def _places(rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return rows and elements of this program's tile, and the mask of its valid elements."""
+    """Return the rows and the elements of this program's tile, and the mask of the elements that exist."""
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     element = (pid % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]

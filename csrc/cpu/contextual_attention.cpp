@@ -93,8 +93,8 @@ PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights
     attention_row_backward(row, weights + n * call.cells(), call.scale, call.cells());
   }
 }
-// Fuses the rows of `x` and scales them into `out`. Also computes the gradient of the inverse norms, summed over these
-// queries. `spare` has room for two rows.
+// Applies both passes of "fuse" to the rows of `x`, scales the result, and writes it to `out`. Also computes the
+// gradient of the inverse norms, summed over these queries. `spare` has room for two rows.
 template <class W>
 PF_INLINE void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out,
                             W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
@@ -331,8 +331,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlatio
   return {out, weights, inverse};
 }
 
-// Returns the factors that turn the pixels into their gradient: the gradient of the products plus its transpose. The
-// diagonal also includes the gradient through the norms.
+// Returns the matrix by which the pixels must be multiplied to give their gradient: the gradient of the products plus
+// its transpose. The diagonal also includes the gradient through the norms.
 Tensor contextual_attention_slopes(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, int64_t height,
                                    int64_t width, double scale) {
   const std::tuple<Tensor, Tensor> slopes =

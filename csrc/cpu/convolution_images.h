@@ -127,7 +127,7 @@ Tiles<Number> tiles_of(int64_t channels) {
 }
 
 // row and column: the input pixel that the tap reads, relative to the output pixel. kernel: the index of the tap in the
-// kernel. The weights of the `together` taps from this tap on are adjacent, and so are the pixels that they read.
+// kernel. together: a number of taps from this tap on, whose weights are adjacent and which read adjacent pixels.
 struct Tap {
   int64_t row, column, kernel, together = 1;
 };
@@ -167,7 +167,7 @@ inline Plan forward_plan(const Sizes& s) {
   return plan;
 }
 
-// The plan of the input's gradient. Here the gradient of the output takes the place of the input.
+// Returns the plan of the input's gradient, in which the gradient of the output takes the place of the input.
 inline Plan input_gradient_plan(const Sizes& s) {
   Plan plan{s.images,
             s.out_height,

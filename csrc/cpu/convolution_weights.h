@@ -12,11 +12,12 @@
 
 namespace pf::cpu::convolution {
 
-// A run of pairs in one row: the position at which it begins on both sides, and the number of pairs.
+// Consecutive pairs of one row: the position of the first pair in the gradient and in the input, and the number of
+// pairs.
 struct Segment {
   int64_t gradient, input, pairs;
 };
-// One side of the products: its pairs, the numbers per position, and the step from one pair to the next.
+// One of the two factors of the products: its pairs, the numbers per position, and the step from one pair to the next.
 struct Side {
   const uint32_t* pairs;
   int64_t pitch, step;
@@ -152,7 +153,7 @@ class WeightGradient {
     Block many, single;
     int64_t sums;
   };
-  // The pairs of both sides of a group, and the number of positions on each side.
+  // The pairs of the gradient and of the input of a group, and the number of positions of each.
   struct Packed {
     const uint32_t *gradient, *input;
     int64_t gradients, inputs;

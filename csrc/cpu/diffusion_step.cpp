@@ -17,7 +17,7 @@ namespace {
 // The number of elements of a row that are computed at once. They fit into the cache.
 constexpr int64_t chunk = 2048;
 constexpr int coefficients_of_a_row = 8;
-// Must be equal to purify_fast.ops.diffusion_step.STEPS.
+// This number must be equal to purify_fast.ops.diffusion_step.STEPS.
 constexpr uint64_t steps = 1 << 16;
 
 // Computes the next state of at most one chunk. v is null if variances are not learned. `noise` is null if there is no

@@ -75,7 +75,7 @@ Tensor stitch(Tensor images, Tensor owners, int64_t passes) {
   const auto* from = data<uint8_t>(images);
   auto* to = writable<uint8_t>(out);
   for_each_row(runs, owners, [&](int64_t image, int64_t row, const uint8_t* owner) {
-    // The start of the row in the first pass.
+    // `first` is the start of the row in the first pass.
     const uint8_t* first = from + image * passes * runs.image_bytes() + row * runs.row_bytes();
     uint8_t* run = to + image * runs.image_bytes() + row * runs.row_bytes();
     for (int64_t column = 0; column < runs.blocks.columns; ++column, first += runs.bytes, run += runs.bytes) {

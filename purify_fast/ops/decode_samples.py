@@ -124,7 +124,10 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
 def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """Return the input of every LeakyReLU, and then the image's logits, [B * K, C, H, W], in the weights' precision."""
+    """Return the inputs of all LeakyReLUs and, last, the logits of the images, in the dtype of the weights.
+
+    Each is [B * K, C, H, W] with its own C, H and W.
+    """
     channels, h, w = geometry.start
     dtype = weights.first.dtype
     z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
@@ -162,7 +165,7 @@ def reference(
 
 
 def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
-    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. The decoder runs again to compute it."""
+    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. This computes the feature maps again."""
     seed, ids, packed, biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)

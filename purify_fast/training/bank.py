@@ -211,7 +211,7 @@ class AdversarialBank:
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
         with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
-            # the map duplicates the file's descriptor, so the lock lasts as long as the map
+            # the memory map duplicates the file's descriptor, so the lock is held as long as the map exists
             self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
         # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)
@@ -415,7 +415,7 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
             "lower variants"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # only one run at a time makes a bank here, because two new banks must not count on the same room
+    # Only one run at a time may open a bank in this folder. Otherwise, two runs could both use the same free space.
     with FileLock(path.parent / ".lock"):
         _remove_unused(path, size, limit)
         file = os.fdopen(_allocated(path, size), "r+b")

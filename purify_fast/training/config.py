@@ -64,7 +64,7 @@ class TrainingAttack:
 
     def __post_init__(self) -> None:
         if (norm := read_norm(self.norm)) != self.norm:
-            # the dataclass is frozen
+            # a normal assignment would raise an error, because the dataclass is frozen
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:

@@ -127,7 +127,7 @@ class Run:
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each loss and metric of the epoch over the steps that measured it; wait for the device."""
+        """Return the mean of each loss and metric over the epoch's steps that measured it. This waits for the device."""
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        # only the first process writes, so the processes need not agree on a moment
+        # the processes need not save at the same moment, because only the first writes
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
                 # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
@@ -306,7 +306,7 @@ class Run:
                 for name, value in self.measure(raw).items():
                     sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
                 count += size
-            # all processes use the means of the first, because rounding differs and they must agree on the best
+            # rounding differs between processes, so all use the means of the first: they must agree on the best
             means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
             self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
             chosen = self.config.keep_best

@@ -88,7 +88,7 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
 
 def nuclear_norm(change: Tensor) -> Tensor:
     """Return the nuclear norm (sum of singular values) of a change of logits ``[B, classes]``, divided by B; scalar."""
-    # PyTorch cannot compute singular values in half precision, which would be too inexact anyway
+    # PyTorch cannot compute singular values in 16 bits, and they would be too inexact
     with torch.autocast(change.device.type, enabled=False):
         return torch.linalg.matrix_norm(change.float(), ord="nuc") / len(change)
 

@@ -98,7 +98,7 @@ def ablate(
         ValueError: settings are out of range or would have no effect, or the folder holds a run with other settings.
         ModuleNotFoundError: AutoAttack or scipy is missing.
     """
-    # scipy, AutoAttack and all settings are checked here, so that nothing can stop a later step
+    # scipy, AutoAttack and all settings are checked before the first training, so that no error stops a later step
     ar_point_dist(((0, 1), (1, 0)), (0, 1))
     if what.autoattack:
         implementation()

@@ -143,6 +143,6 @@ class AblationConfig:
         check_types(self)
         for name in ("weights", "angles", "taus", "shares"):
             values = getattr(self, name)
-            # the names of the classifiers have numbers with six digits
+            # a classifier's name contains its number with six digits, and two classifiers must not have the same name
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different in six digits, got {values}")

@@ -94,7 +94,7 @@ class ArrestTask(MethodTask):
             self._reader = Representation(model, self.layers, image_shape)
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
-        # the attacked model may be a copy that is faster
+        # in bfloat16 or with `compile`, the attacks use a copy of the model, which is faster
         self.attacked = model
         if self.dtype != torch.float32 or compile:
             self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
@@ -224,7 +224,7 @@ class ArrestTask(MethodTask):
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # alpha is the length of the step itself, so that a run with alpha None can be resumed with this alpha
+        # alpha None is replaced by the number that it means, so that a run can be resumed with either
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": self.name, **settings(self.config), **facts}

@@ -209,7 +209,7 @@ class Atop(Defence):
             x: images ``[B, C, H, W]`` in [0, 1].
         """
         packed, owners = self.draw(x)
-        # [S, B, N, C + 2, H, W]
+        # the purifier's inputs, [S, B, N, C + 2, H, W]
         passes = packed.unflatten(0, (*owners.shape[:2], -1))
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
 

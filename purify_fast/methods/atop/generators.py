@@ -69,7 +69,7 @@ def _upsample(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _to_image(inputs: int, channels: int) -> nn.Sequential:
-    """Return the plain convolution before the tanh, with bias 0: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
+    """Return the convolution before the tanh, which has no gate: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
     conv = Conv2d(inputs, channels, 3, 1, 1)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(OrderedDict(conv=conv))

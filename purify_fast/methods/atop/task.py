@@ -153,7 +153,7 @@ def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, image
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
     if given.cls_weight > 0:
-        # [S, B, C, H, W]
+        # `purified` is [S, B, C, H, W]
         purified = defence.join(images[-1][-count:], given.owners)
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1

@@ -402,7 +402,7 @@ class PackedDecoder(nn.Module):
         layers: list[Any] = list(decoder.stack)
         if decoder.normalizes:
             start = decoder.start
-            # [C, h, w, latent_dim + cond_dim]
+            # `joint` is [C, h, w, latent_dim + cond_dim]
             joint = decoder.adapter.weight.double().unflatten(0, start)
             shift = decoder.adapter.bias.double().view(start)
         else:

@@ -28,7 +28,7 @@ from ...protocols import NamesRepresentation
 from .networks import PUBLISHED, Decoder, Deconvolution, published_decoder
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
-#: For each of `PARTS`, its tensors by their official names.
+#: The tensors of each file in `PARTS`, by their official names.
 Tensors = dict[str, dict[str, Tensor]]
 
 
@@ -41,7 +41,7 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
     }
     stack = list(decoder.get_submodule("stack").children())
     for i, module in enumerate(stack):
-        # the names of this package count modules, and a layer has three modules; the official names count layers
+        # this package numbers modules, of which a layer has three; the official names number layers
         layer, part = divmod(i, 3)
         middle = "" if module is stack[-1] else f"{part}."
         state["decoder"] |= module.state_dict(prefix=f"{layer + 1}.{middle}")

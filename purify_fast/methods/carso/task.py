@@ -138,7 +138,7 @@ def published_step(
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     mean_kl = kl.detach().clone()
-    # this is the mean over all processes, so that all compare the same number with free_bits
+    # the mean over all processes is used, so that every process compares the same number with free_bits
     average_([mean_kl])
     kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)

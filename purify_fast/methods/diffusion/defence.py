@@ -137,7 +137,8 @@ class DiffusionPurifier(Defence):
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins))}
-        # the buffers are the bits of the numbers as int64, because a conversion of the defence would round floats
+        # each float64 number is stored as an int64 number with the same bits, because floats would be rounded when a
+        # user converts the defence to another dtype
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
         for name, tensor in rows.items():
             self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
@@ -249,8 +250,8 @@ class DiffusionPurifier(Defence):
             checkpointed_steps,
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
-            # the process draws its noise from a seed, so only dropout in training mode and the denoiser may draw from
-            # generators
+            # The process draws its noise from a seed. torch's generators are used only by dropout in training mode, or
+            # by a denoiser that draws random numbers itself.
             preserve_rng_state=self.training or self._denoiser_draws,
         )
         if visit is None:
@@ -307,7 +308,7 @@ class DiffusionPurifier(Defence):
         skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
         few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
-        # a process with a single step is nearly the same as one_shot, for every solver
+        # `few` is left out if it has a single step, because it is then nearly the same as `one`, for every solver
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
@@ -348,7 +349,7 @@ class DiffusionPurifier(Defence):
 
     @property
     def _network(self) -> Denoiser:
-        """The network for predictions: the denoiser, or its bfloat16 copy if the defence is accelerated and frozen."""
+        """The network that predictions use. This is the denoiser, or its bfloat16 copy if accelerated and frozen."""
         fast = self.fast
         return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
 

@@ -117,7 +117,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     if scheduler is None or not (network / "config.json").is_file():
         raise FileNotFoundError(f"{folder} must have config.json and scheduler_config.json, like diffusers' pipelines")
     process = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8"))
-    # Two types of diffusers are not supported: with "learned", the network predicts the variance itself, and with
+    # Two variances of diffusers are not supported. With "learned", the network predicts the variance itself. With
     # "fixed_large_log", diffusers takes the square root of a logarithm.
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
     found = []
@@ -221,7 +221,7 @@ class Denoiser(nn.Module):
             x: noisy images ``[B, C, H, W]``.
             t: times in the units of the module, float64 ``[B]``.
         """
-        # the eight bits of bfloat16's mantissa cannot distinguish a thousand values of the time
+        # the time is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand times
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
@@ -237,7 +237,7 @@ class Denoiser(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
                 if type(layer) is nn.Conv2d:
-                    # this class computes the same, and uses this package's convolution on a CPU where that is faster
+                    # on a CPU, this class computes the same by this package's convolution, if that is faster
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)

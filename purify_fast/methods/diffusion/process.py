@@ -160,7 +160,7 @@ class Process:
         return self.times or ("continuous" if self.schedule.is_continuous else "index")
 
     def table(self) -> tuple[Table, list[bool]]:
-        """Return the table of all rounds, and for each row True if it is the first row of a round, which adds noise."""
+        """Return the table of all rounds, and a bool for each row: True if the row begins a round by adding noise."""
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)

@@ -120,7 +120,7 @@ class _Adjoint(torch.autograd.Function):
         defence, process = ctx.defence, ctx.defence.process
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
-        # each step of the adjoint SDE begins at the time at which the step of the SDE ended
+        # the adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         rows, _ = process.denoising(t)

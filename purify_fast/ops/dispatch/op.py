@@ -1,4 +1,4 @@
-"""The parts of an op: its handle, its definition, its kernels, and the examples that verify and race them."""
+"""`Definition` describes an op: its handle, reference and kernels, and the examples that verify and race the kernels."""
 
 from __future__ import annotations
 

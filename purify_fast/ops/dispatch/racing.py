@@ -180,7 +180,10 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Return the seconds of each call: the minimum of a few alternating runs, to reduce the effect of other work."""
+    """Return the seconds of each call. The calls are run in turn a few times, and the shortest time of each is used.
+
+    This reduces the effect of other work on the machine.
+    """
     repeats, runs = [], 5
     for call in calls:
         call()

@@ -90,7 +90,7 @@ def like_second(_: torch.Tensor, x: torch.Tensor, *__: Any) -> torch.Tensor:
 
 
 class Op(Definition):
-    """A registered op, and the choice of the backend that computes its calls."""
+    """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, the first of which is a tensor, and run it.

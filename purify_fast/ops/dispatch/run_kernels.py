@@ -80,7 +80,7 @@ def tell_changes(begun: dict[str, Any], now: dict[str, Any]) -> None:
         )
     elif raced := differing("races"):
         logger.warning(
-            "this run continues with the kernels with which it began. Today other kernels would be chosen for %s: to "
-            "use those, begin a run in another folder",
+            "this run continues with the kernels with which it began. A new run would use other kernels for %s: to use "
+            "those, begin a run in another folder",
             raced,
         )
