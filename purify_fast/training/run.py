@@ -127,7 +127,7 @@ class Run:
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each loss and metric over the epoch's steps that measured it. This waits for the device."""
+        """Return the mean of each loss and metric over the epoch's steps that measured it. This waits for the GPU."""
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     @torch.no_grad()

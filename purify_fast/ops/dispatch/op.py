@@ -1,4 +1,4 @@
-"""`Definition` describes an op: its handle, reference and kernels, and the examples that verify and race the kernels."""
+"""`Definition` describes an op: its handle, reference and kernels, and the examples that verify and race kernels."""
 
 from __future__ import annotations
 
