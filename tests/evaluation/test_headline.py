@@ -289,11 +289,11 @@ def test_so_many_images_decide_and_one_less_do_not():
             20,
             "70",
             "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
-            "it. If it were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact binomial "
-            "test). With 65.0 % left of about 481 images the claim would be refuted.",
+            "it. If it were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
+            "binomial test). With 65.0 % left of about 481 images the claim would be refuted.",
         ),
         (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, the probability"),
-        (0, 4, "0", "the probability that 0 or fewer of 4 images are left would be 100 % (exact binomial test). Only a"),
+        (0, 4, "0", "that 0 or fewer of 4 images are left would be 100 % (exact binomial test). Only a"),
     ],
 )
 def test_a_report_answers_a_claim(left, n, claim, said):
