@@ -509,7 +509,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
     Args:
         rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these images.
     """
-    head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p", "forward passes per image"]
+    head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p"]
     body = []
     for row in rows:
         left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
@@ -525,7 +525,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
-    head += ["gradients per image", "CPU seconds"]
+    head += ["forward passes per image", "gradients per image", "CPU seconds"]
     return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
