@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: BLOCK is the number of elements in one iteration of a sum over a sample. CHUNK is the number that one program adds.
-#: They determine the order of the additions, so they are the same for every device and batch.
+#: A program that sums over a sample adds BLOCK elements in each iteration, and CHUNK elements in total. These numbers
+#: determine the order of the additions, so they are the same for every device and batch.
 BLOCK = 1024
 CHUNK = 8192
 #: WARPS is the number of warps of an elementwise program. VECTORS is the number of 16-byte vectors that a thread moves
@@ -50,7 +50,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def warps(block: int) -> int:
-    """Return the warps for a sum over ``block`` elements at once: 1 to 8 warps, with eight elements per thread."""
+    """Return the number of warps, 1 to 8, of a program that sums ``block`` elements at once, eight in each thread."""
     return max(1, min(8, block // 256))
 
 
@@ -60,7 +60,7 @@ def _major(device: torch.device) -> int:
 
 
 def tile(size: int, *tensors: Tensor) -> tuple[int, int]:
-    """Return elements and warps of an elementwise program over rows of ``size`` elements of these tensors.
+    """Return the number of elements, and of warps, of an elementwise program on tensors with ``size`` elements per row.
 
     A thread moves whole 16-byte vectors of the narrowest dtype. For a dtype twice as wide, it moves twice as many
     vectors.
@@ -72,7 +72,7 @@ def tile(size: int, *tensors: Tensor) -> tuple[int, int]:
 
 
 def sum_tile(size: int, most: int = BLOCK) -> tuple[int, int]:
-    """Return elements and warps of a program that sums rows of ``size`` elements. They are the same on every device."""
+    """Return the number of elements, and of warps, of a program that sums rows of ``size`` elements, on any device."""
     width = min(most, max(32, triton.next_power_of_2(size)))
     return width, warps(width)
 
@@ -110,14 +110,17 @@ def first_of(block, size, WIDTH: tl.constexpr):
 
 @triton.jit
 def log1p(y):
-    # log(1 + y) for finite y above -1. The quotient corrects the rounding error of 1 + y.
+    # Returns log(1 + y) for finite y above -1. The quotient corrects the rounding error of 1 + y.
     u = 1.0 + y
     return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1. Near 0 this loses digits, so there it is a polynomial: fitted on [-0.7, 0.7], with error 2^-24.8."""
+    """Return exp(x) - 1. Near 0 the difference would lose digits, so a polynomial is used, with an error of 2^-24.8.
+
+    The polynomial was fitted on [-0.7, 0.7].
+    """
     p = tl.fma(x, 0.00019855325808748603, 0.0014098193496465683)
     p = tl.fma(x, p, 0.008334292098879814)
     p = tl.fma(x, p, 0.04166172817349434)

@@ -1,4 +1,4 @@
-"""Sums over windows of a matrix, for `contextual_attention`: in each term, query and key are shifted by the same step.
+"""Sums the numbers of a matrix over shifts, for `contextual_attention`. A shift moves query and key by the same step.
 
 A program computes one row of the matrix. A thread computes a group of ``VECTOR`` neighbouring keys, where VECTOR is 1
 or 4.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def keys(size, width, VECTOR: tl.constexpr, GROUPS: tl.constexpr):
-    """Return each group's first key, whether the group is inside, and the key's row and column in the grid."""
+    """Return the first key of each group, whether it is one of the ``size`` keys, and its row and column."""
     at = tl.arange(0, GROUPS) * VECTOR
     y = (at.to(tl.uint32) // tl.cast(width, tl.uint32)).to(tl.int32)
     return at, at < size, y, at - y * width
@@ -63,37 +63,48 @@ def moved_out(x, last, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def previous_pair(pointer, stride, at, inside, starts, VECTOR: tl.constexpr):
-    """Return x[n - 1, i - 1]. ``pointer`` is row n. A group's first number has a predecessor only where ``starts``."""
+def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
+    """Return x[n - 1, i - 1]. ``pointer`` is row n.
+
+    ``has_begun`` is True for a group before which its line of the grid has begun. For other groups, the first number
+    has no predecessor, and 0 takes its place.
+    """
     x = load(pointer - stride, at, inside, VECTOR)
-    first = tl.load(pointer - stride + at - 1, mask=inside & starts, other=0.0).to(tl.float32)
+    first = tl.load(pointer - stride + at - 1, mask=inside & has_begun, other=0.0).to(tl.float32)
     return moved_in(x, first, VECTOR)
 
 
 @triton.jit
-def next_pair(pointer, stride, at, inside, ends, VECTOR: tl.constexpr):
-    """Return x[n + 1, i + 1]. ``pointer`` is row n. The last number of a group has a successor only where ``ends``."""
+def next_pair(pointer, stride, at, inside, goes_on, VECTOR: tl.constexpr):
+    """Return x[n + 1, i + 1]. ``pointer`` is row n.
+
+    ``goes_on`` is True for a group after which its line of the grid goes on. For other groups, the last number has no
+    successor, and 0 takes its place.
+    """
     x = load(pointer + stride, at, inside, VECTOR)
-    last = tl.load(pointer + stride + at + VECTOR, mask=inside & ends, other=0.0).to(tl.float32)
+    last = tl.load(pointer + stride + at + VECTOR, mask=inside & goes_on, other=0.0).to(tl.float32)
     return moved_out(x, last, VECTOR)
 
 
 @triton.jit
 def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """Sum x[n + o, i + o] for o = -1, 0, 1 within a line of the grid.
+    """Return the sum of x[n + o, i + o] for o = -1, 0 and 1, without terms that are in another line of the grid.
 
     ``pointer`` is row n, ``x`` is the column of the query, and ``column`` is the column of each group's first key.
     """
     total = load(pointer, at, inside, VECTOR)
-    total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+    total += previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
     return total + next_pair(
-        pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
+        pointer, stride, at, inside=inside & (x < width - 1), goes_on=column + VECTOR < width, VECTOR=VECTOR
     )
 
 
 @triton.jit
 def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: tl.constexpr):
-    """Sum x[n + o, i + o] over the nine steps o for which query and key remain on the grid. ``pointer`` is row n."""
+    """Return the sum of x[n + o, i + o] over those of the nine steps o for which query and key remain on the grid.
+
+    ``pointer`` is row n.
+    """
     total = line(pointer, size, at, inside=inside, x=x, column=column, width=width, VECTOR=VECTOR)
     far = width * tl.cast(size, tl.int64) + width
     above, below = inside & (y > 0) & (row > 0), inside & (y < height - 1) & (row < height - 1)
@@ -103,14 +114,18 @@ def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: 
 
 @triton.jit
 def store_wings(pointer, at, value, size, width):
-    """Store single numbers of a row into the wings of the row. ``pointer`` is the row's number 0."""
+    """Store numbers of a row into the wings of the row, if they belong there.
+
+    The wings are the copies before and after a row that contextual_attention.py explains. ``pointer`` is number 0 of
+    the row.
+    """
     tl.store(pointer + at + (size - 1), value, mask=(at >= 1) & (at <= width) & (at < size))
     tl.store(pointer + at - (size - 1), value, mask=(at >= size - 1 - width) & (at < size - 1))
 
 
 @triton.jit
 def store_winged(pointer, at, value, inside, size, width, VECTOR: tl.constexpr):
-    """Store the numbers of a row, and its wings. ``pointer`` is the row's number 0."""
+    """Store the numbers of a row and of its wings. ``pointer`` is number 0 of the row."""
     i = at[:, None] + tl.arange(0, VECTOR)[None, :]
     tl.store(pointer + i, value, mask=inside[:, None])
     if VECTOR == 1:

@@ -16,14 +16,14 @@ from ._common import log1p, on, warps
 
 #: The number of elements in a tile. A tile is larger only if there are more samples than this.
 TILE = 4096
-#: The indices of `purify_fast.ops.aggregate.METHODS`, and the constant of that file.
+#: The indices of the methods in `purify_fast.ops.aggregate.METHODS`, and the constant TANGENT of the same file.
 LSE, PEEL, MEAN, MEAN_SIGMOID, VOTE = (tl.constexpr(index) for index in range(5))
 TANGENT = tl.constexpr(70.0)
 
 
 @triton.jit
 def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
-    """Return the tile of the classes from ``first`` on as float32 [K, C], and the mask of its valid elements."""
+    """Return the tile of the classes from ``first`` on, float32 [K, C], and the mask of the elements that exist."""
     k, c = tl.arange(0, K), first + tl.arange(0, C)
     inside = (k < samples)[:, None] & (c < classes)[None, :]
     at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
@@ -32,7 +32,7 @@ def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: t
 
 @triton.jit
 def _logsumexp(x):
-    """logsumexp over axis 0. Unused rows must be -inf. NaN and infinities give the same result as torch.logsumexp."""
+    """Return logsumexp over axis 0, with torch.logsumexp's result for NaN and infinities. Unused rows must be -inf."""
     high = tl.max(x, 0)
     high = tl.where(tl.abs(high) == float("inf"), 0.0, high)
     return tl.log(tl.sum(tl.exp(x - high[None, :]), 0)) + high
@@ -40,7 +40,7 @@ def _logsumexp(x):
 
 @triton.jit
 def _softmax(x, inside):
-    """softmax over axis 0. Like in torch.softmax, a column that has +inf or only -inf gives NaN."""
+    """Return softmax over axis 0. Like in torch.softmax, a column that has +inf or only -inf gives NaN."""
     e = tl.where(inside, tl.exp(x - tl.max(x, 0)[None, :]), 0.0)
     return e / tl.sum(e, 0)[None, :]
 
@@ -125,9 +125,9 @@ def _columns_backward(
 
 @triton.jit
 def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.constexpr):
-    """Return max and sum of softmax(S) over all classes.
+    """Return the maximum of S over all classes, and the sum of exp(S - maximum). A softmax over the classes needs both.
 
-    Each lane has a running pair, and they are joined at the end.
+    Each lane computes the two numbers for its classes, and the numbers of all lanes are combined at the end.
     """
     high = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)
@@ -200,7 +200,7 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
 
 
 def _shape(logits: Tensor) -> tuple[int, int, int]:
-    """Return K and C of a tile, and the number of tiles. They depend on samples and classes, not on the batch."""
+    """Return K and C of a tile, and the number of tiles per image. They do not depend on the batch size."""
     samples, classes = logits.shape[1], logits.shape[2]
     k = triton.next_power_of_2(samples)
     c = min(triton.next_power_of_2(classes), max(TILE // k, 1))

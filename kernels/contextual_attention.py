@@ -1,17 +1,19 @@
 """`contextual_attention` in Triton: a program computes the rows of a few adjacent queries, which share neighbours.
 
-The forward has three kernels: patch sums; both fusions and the softmax; the sums for the four pixels of a cell. The
-backward has three kernels: the gradient of those sums and of the softmax; both fusions, and the gradient of the norms
-over a few queries; patch sums. All intermediate results fit into the L2 cache of a large GPU. There are no atomics.
+The forward has three kernels. The first computes the sums over the nine offsets, the second both passes of "fuse" and
+the softmax, and the third the sums for the four pixels of a cell. The backward has three kernels too. The first
+computes the gradient through the sums of the third kernel and through the softmax. The second computes the gradient
+through "fuse", and that of the norms, summed over a few queries. The third computes the sums over the nine offsets. All
+intermediate results fit into the L2 cache of a large GPU. There are no atomics.
 
-Query and key are always shifted together. So a sum over the nine neighbours is a sum over three lines of the grid: the
-line of the query, the line before and the line after. Each of these is a sum of three numbers. A thread has ``VECTOR``
-adjacent keys: four if the width of the grid is a multiple of four, and one otherwise. The thread loads its keys in all
-three lines, and one more number at the end from which a shift enters.
+Query and key are always shifted together. So a sum over the nine offsets is a sum over three lines of the grid: the
+line of the query, the line before and the line after. Each line contributes the sum of three numbers. A thread has
+``VECTOR`` adjacent keys: four if the width of the grid is a multiple of four, and one otherwise. In each of the three
+lines, the thread loads its keys, and one more number for the shift to the left and for the shift to the right.
 
-The input of both fusions is stored with wings: before and after the L numbers of a row there are ``width`` more
-numbers. With the wings, the successor of key i in column-major order is always at i + width, and its predecessor at i -
-width, even if they are in another column.
+The input of "fuse" is stored with wings: before and after the L numbers of a row, ``width`` of its numbers are stored
+again. With the wings, the successor of key i in column-major order is always at i + width, and its predecessor at
+i - width, even if they are in another column.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ QUERIES = 8
 
 
 def warps(groups: int) -> int:
-    """Return the warps of a program with one group of keys per thread."""
+    """Return the number of warps of a program with one group of keys per thread."""
     return max(1, min(16, groups // 32))
 
 
@@ -52,8 +54,8 @@ def _previous(i, size, width):
 def _fused_rows(pointer, stride, n, size, inside, at, before, after, starts, ends, VECTOR: tl.constexpr):
     """Return row n of x, fused in row-major order, for the groups at ``at``. ``pointer`` is row n.
 
-    ``before`` and ``after`` are the positions of the numbers before and after a group. They exist where ``starts`` and
-    ``ends``.
+    ``before`` is the position of the number before a group, which exists where ``starts`` is True. ``after`` is the
+    position of the number after a group, which exists where ``ends`` is True.
     """
     lower, upper = inside & (n > 0), inside & (n < size - 1)
     total = load(pointer, at, inside, VECTOR)
@@ -203,8 +205,10 @@ def _attend(
 def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
     """Return x[n, i] + x[n - 1, i - 1] and x[n, i] + x[n + 1, i + 1], within a line of the grid."""
     here = load(pointer, at, inside, VECTOR)
-    left = previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
-    right = next_pair(pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR)
+    left = previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
+    right = next_pair(
+        pointer, stride, at, inside=inside & (x < width - 1), goes_on=column + VECTOR < width, VECTOR=VECTOR
+    )
     return here + left, here + right
 
 
@@ -239,10 +243,10 @@ def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexp
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(
-            pointer, stride, at, inside=inside & (x < width - 1), ends=column + VECTOR < width, VECTOR=VECTOR
+            pointer, stride, at, inside=inside & (x < width - 1), goes_on=column + VECTOR < width, VECTOR=VECTOR
         )
     else:
-        total += previous_pair(pointer, stride, at, inside=inside & (x > 0), starts=column > 0, VECTOR=VECTOR)
+        total += previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
     return total
 
 
@@ -350,9 +354,9 @@ def _scaled(
 
 
 def _layout(size: int, height: int, width: int) -> dict[str, int]:
-    """Return the keys per thread, their groups and the warps of a program.
+    """Return the number of keys per thread, the number of groups of keys, and the number of warps of a program.
 
-    If the grid has a single line, the wings are too short for groups of four keys.
+    If the grid has a single line, a group has one key, because the wings are too short for groups of four keys.
     """
     vector = 4 if width % 4 == 0 and height > 1 else 1
     groups = triton.next_power_of_2(triton.cdiv(size, vector))

@@ -1,4 +1,4 @@
-"""`decode_samples` in Triton: every layer of the decoder is one launch of matrix products. The last two may share one.
+"""`decode_samples` in Triton: each layer of the decoder is one launch of matrix products. The last two may share it.
 
 A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s. All outputs with the same
 residue use the same taps, so the products contain no inserted zeros. The rows of a product are pixels of all samples,
@@ -12,9 +12,9 @@ additions depends only on the layer, so a sample has the same bits in every batc
 
 If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighbouring pixels
 of the second-last map. The products give all pixels of the cell at once, with zeros for taps that a pixel does not use.
-The results remain in registers. The last layer multiplies them there, once for every neighbouring cell that they
-affect. A cell of the image then adds the contributions of its neighbours. Programs overlap, because each one needs the
-cells next to its own.
+The results remain in registers. There, the last layer multiplies them, once for every neighbouring cell of the image
+that they affect. Each cell of the image then adds the contributions of its neighbours. Neighbouring programs compute
+some cells twice, because each program also needs the cells next to its own cells.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LATENT = 1
 #: The largest number of bytes of feature maps in memory at once. If there are too many samples, they are decoded in
 #: parts.
 MEMORY = 1 << 29
-#: The kinds of launches of `_layer`: the first feature map, a later feature map, an image, and the gradient of a
+#: The kinds of `_layer`. They compute the first feature map, a later feature map, an image, and the gradient of a
 #: feature map.
 FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
 #: The largest number of columns for one cell of the image.
@@ -311,10 +311,10 @@ def _last_two(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Compute the pixels of a cell.
+    """Compute the last two layers, for some cells of the image.
 
-    The first layer reads input cells at offsets ``LOW`` to ``HIGH``. The second reads cells at offsets ``FROM`` to
-    ``TO``.
+    For a cell, the first of the two layers reads input cells at the offsets ``LOW`` to ``HIGH``. The second reads cells
+    of the first layer's result at the offsets ``FROM`` to ``TO``.
     """
     block, _ = program(tiles)
     BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
@@ -399,7 +399,7 @@ def _power(columns: int, most: int) -> int:
 
 
 def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Return the tile of a program of `_layer` (rows, columns and channels), its warps, and its pipelined loads."""
+    """Return the rows, columns and channels of a program of `_layer`, its warps, and its number of pipelined loads."""
     if dtype == torch.bfloat16:
         tile = _power(columns, 128)
         # On sm_120, four warps have too few registers for 64 columns.
@@ -410,7 +410,7 @@ def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device)
 
 
 def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
-    """Return the tile of `_last_two`. Fewer rows fit into registers if threads, not warp groups, store the sums."""
+    """Return the tile of `_last_two`. It has fewer rows on devices whose registers have no room for 256."""
     rows = FEWER_ROWS.get(_common._major(device), 256)
     tile = {"ROWS": rows, "TILE": max(16, stride**2 * columns), "CHUNK": _power(channels, 64)}
     return tile | {"num_warps": 8, "num_stages": 2}
@@ -425,7 +425,7 @@ def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, 
 
 
 class Decoder:
-    """The weights of a packed decoder, and the launches of its layers."""
+    """Holds the weights of a packed decoder, and launches its layers."""
 
     def __init__(self, packed: Tensor, biases: Tensor, numbers: list[int], slope: float, squash: bool):
         self.geometry = Geometry.of(numbers)
@@ -668,7 +668,7 @@ def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]
 def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
     """Compute the inputs of the layers.
 
-    If ``kept`` is false, two buffers are used in turn, so only the last two remain.
+    If ``kept`` is False, the maps are written into two buffers in turn, so only the last two maps remain.
     """
     condition, seed, sample_ids = inputs
     z = draw(decoder, seed, sample_ids, first=first, count=count, draws=draws)

@@ -1,4 +1,4 @@
-"""The sizes of a packed decoder, for the op `decode_samples` and for its kernels. This file does not need Triton."""
+"""Computes the sizes of a packed decoder, for the op `decode_samples` and its kernels. It does not need Triton."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Geometry:
     def products(self) -> list[tuple[int, int, int]]:
         """Return (taps, input channels, columns) of every matrix product, padded.
 
-        The first product is the first layer's. Then come the products of the convolutions.
+        The first product is that of the first layer. The others are those of the transposed convolutions.
         """
         channels, h, w = self.start
         out = [(h * w, padded(self.latent_dim, CHANNEL_TILE), padded(channels, CHANNEL_TILE))]

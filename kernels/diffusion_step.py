@@ -1,4 +1,7 @@
-"""`diffusion_step` in Triton: elementwise. The kernel draws the noise, in the backward only for learned variances."""
+"""`diffusion_step` in Triton. The kernels are elementwise, and draw the noise.
+
+The backward draws it only for learned variances.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ STEPS = tl.constexpr(65536)
 
 @triton.jit
 def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
-    """Return the positions of a row's elements in the prediction, and the distance to their variance channels."""
+    """Return the positions of a row's elements in the prediction, and the distance from each to its variance."""
     if CHANNELS_LAST:
         plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
         channel = element // plane
@@ -200,7 +203,7 @@ def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], resul
 
 
 def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:
-    """Return the next state. ``named``: coefficients, seed, sample_ids, draws, step, and whether there is noise."""
+    """Return the next state. ``named`` are coefficients, seed, sample_ids, draws, step, and whether there is noise."""
     out = empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         _launch(_forward, (x, prediction), named[:-1], (out,), noisy=named[-1])

@@ -14,7 +14,7 @@ from ._common import expm1, on, tile
 
 @triton.jit
 def _places(rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return rows and elements of this program's tile, and the mask of its valid elements."""
+    """Return the rows and the elements of this program's tile, and the mask of the elements that exist."""
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     element = (pid % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
@@ -53,7 +53,10 @@ def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.cons
 
 
 def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
-    """Return rows, elements of half a row and programs per row; and the tile. The tensor must not be empty."""
+    """Return the number of rows, of elements in half a row and of programs per row, and the tile of a program.
+
+    The tensor must not be empty.
+    """
     rows = math.prod(features.shape[:dim])
     size = features.numel() // rows // 2
     block, warps = tile(rows * size, features)

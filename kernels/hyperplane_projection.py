@@ -51,7 +51,7 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # The contribution of the coordinates at the border, and the contribution per t of the others, determine the next t.
+    # The contribution of the coordinates at the border, and that of the others per unit of t, determine the next t.
     # t grows until no further coordinate reaches the border. t is infinite if all coordinates are at the border but do
     # not reach the plane.
     reached, ahead = -1.0, 0.0

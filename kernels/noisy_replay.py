@@ -1,4 +1,4 @@
-"""`noisy_replay` in Triton: elementwise and bit-exact. The kernel draws noise for the replayed samples only."""
+"""`noisy_replay` in Triton. The kernel is elementwise and bit-exact, and draws noise for the replayed samples only."""
 
 from __future__ import annotations
 

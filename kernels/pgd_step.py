@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._common import BLOCK, on, sum_tile, tile
 
-#: The largest tile, by norm, that stores a sample without spilling registers.
+#: The largest tile in which a program can hold a whole sample without spilling registers, by the index of the norm.
 WHOLE = {1: 16384, 2: 8192}
 #: The largest number of registers that a thread of an l1 kernel may use. By default, the compiler of triton 3.6 limits
 #: itself to 48 or 80 registers, so that more programs run on a multiprocessor, and it spills.
@@ -324,14 +324,14 @@ def _l1(
 
 
 def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
-    """Return the elements of a sample, the programs per sample, and the tile with its warps. ``norm`` is an index."""
+    """Return the number of elements per sample and of programs per sample, and the tile. ``norm`` is an index."""
     size = x.numel() // x.shape[0]
     width, warps = tile(size, x) if norm == 0 else sum_tile(size, 2 * BLOCK)
     return size, triton.cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
 
 
 def whole_warps(width: int) -> int:
-    """Return the warps of a program that stores ``width`` elements per image: 1 to 16, with 16 elements per thread."""
+    """Return the number of warps, 1 to 16, of a program that holds ``width`` elements, 16 in each thread."""
     return max(1, min(16, width // 512))
 
 

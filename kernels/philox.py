@@ -1,4 +1,4 @@
-"""Philox4x32-10 in Triton: the op `philox`, and device functions with which other kernels draw random numbers."""
+"""`philox` in Triton: the kernel of this op, and device functions with which other kernels draw random numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._common import first_of, grid, on, program, tile
 
 @triton.jit
 def words(seed, group, draw, sample, stream):
-    """Return the four uint32 words of each group of four elements. ``group`` is a block, all others are scalars."""
+    """Return the four uint32 words of each group of four elements. ``group`` is a block; the others are scalars."""
     c0 = group.to(tl.uint32)
     zero = c0 * 0
     return tl.philox(seed, c0, zero + draw.to(tl.uint32), zero + sample.to(tl.uint32), zero + stream)
@@ -95,7 +95,10 @@ def in_order(a, b, c, d):
 
 @triton.jit
 def in_pairs(a, b, c, d, e, f, g, h):
-    """Interleave eight blocks: the four words of the even groups and the four words of the odd groups, in pairs."""
+    """Interleave eight blocks into one block, in the order of the elements.
+
+    The first four blocks have the four numbers of each even group, and the others those of each odd group.
+    """
     return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
 
 

@@ -66,7 +66,7 @@ def _owners(
 
 @triton.jit
 def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the plane, the first group of the random stream, the pixels in the plane, and which pixels are inside."""
+    """Return the plane of a block, its first group of random numbers, its pixels, and which pixels are in the plane."""
     tile = block // planes
     channel = block - tile * planes
     # The first element of the plane in its image. Its group may begin in the plane before.
@@ -103,9 +103,9 @@ def _owner(
     PAIRS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Return the owner of each pixel's block.
+    """Return the owner of the block in which each pixel lies.
 
-    ``UNIT`` adjacent pixels (1, 4 or 8) lie in one block and are found together.
+    ``UNIT`` adjacent pixels (1, 4 or 8) always lie in one block, so their owner is read only once.
     """
     if UNIT == 1:
         at = _cell(pixel, width, side, columns)

@@ -1,4 +1,4 @@
-"""`representation_distance` in Triton, all layers in one launch: a program sums one chunk of one layer of one sample.
+"""`representation_distance` in Triton. All layers are one launch: a program sums one chunk of one layer of one sample.
 
 If a layer has a single chunk, the program computes its distance at once. If any layer has several chunks, a second
 launch adds them in order. The chunk has a fixed size and there are no atomics, so a sample has the same bits in every
@@ -18,7 +18,7 @@ from torch import Tensor
 from ._common import CHUNK, dense, on, sum_tile, tile
 from .pgd_step import _clamp, _load
 
-#: Indices of the kinds of `purify_fast.ops.representation_distance`, and the limits of that file.
+#: The indices of the kinds in `purify_fast.ops.representation_distance`, and the two limits of the same file.
 ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
@@ -64,7 +64,7 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """Return (distance, scale, along). This is little work, so all kinds are computed and one kernel is sufficient."""
+    """Return (distance, scale, along). One kernel computes all kinds and selects one, because this is little work."""
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)

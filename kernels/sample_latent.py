@@ -1,4 +1,4 @@
-"""`sample_latent` in Triton: one program per sample. The kernel draws the noise, in the backward once more."""
+"""`sample_latent` in Triton: one program per sample. The kernel draws the noise, and the backward draws it again."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from ._common import first_of, grid, on, program, tile, warps
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
 
-#: Constants of the definition: the number of random numbers before the signs of the channels, and the number that is
-#: added to lengths.
+#: Two constants of `purify_fast.ops.square_proposal`: the number of random numbers before the signs of the channels,
+#: and the number that is added to lengths.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
 #: TILE is the largest number of elements that a program of l2 or l1 processes at once. FEWEST is the smallest number of
@@ -111,7 +111,7 @@ def _in_window(pattern_ptr, index, one, offset, sign, length):
 
 @triton.jit
 def _moved(images, pattern_ptr, first, channel, shape, windows, factors, WIDTH: tl.constexpr):
-    """Return natural pixels, their offsets after the mass has moved, their positions, and which positions exist."""
+    """Return the natural pixels, their perturbations after the proposal, their positions, and which positions exist."""
     sign, length, scale = factors
     nat, offset, one, two, at, inside, index = _pixels(
         images, first, channel, shape=shape, windows=windows, WIDTH=WIDTH
@@ -211,7 +211,7 @@ def _factors(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return the factors of the content of W: the signs of the channels, the old lengths, and the scale."""
+    """Return three factors for the content of W: the signs of the channels, the old lengths, and the scale."""
     channels, height, width, _edge = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)

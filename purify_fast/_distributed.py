@@ -97,5 +97,5 @@ class Heartbeat:
             self.missed[other] += 1
 
     def is_silent(self, other: int) -> bool:
-        """Tell whether another process counts as lost. It has `patience` for its first sign, then `SILENCE`."""
+        """Tell whether another process counts as lost. The limit is `patience` for its first sign, then `SILENCE`."""
         return self.missed[other] * BEAT >= (SILENCE if other in self.signs else patience().total_seconds())

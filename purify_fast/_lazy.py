@@ -1,7 +1,7 @@
 """Let a package import each public name when it is first used (PEP 562).
 
 The import of PyTorch takes about 1.8 seconds. The command line needs no PyTorch to print its help and to refuse wrong
-options, but it imports packages of settings for this. These packages must not import PyTorch when they are imported.
+options, but it imports packages that define settings. These packages must not import PyTorch when they are imported.
 """
 
 from __future__ import annotations

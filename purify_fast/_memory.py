@@ -33,7 +33,8 @@ def available_memory() -> int:
     """The bytes that this process can still allocate on the host.
 
     This is the smallest of three amounts: the memory that Linux reports as available, the unused memory of the
-    process's control groups, and the unused part of its limits on address space and data. On other systems, 8 GiB.
+    process's control groups, and the unused part of its limits on address space and data. On other systems the
+    result is 8 GiB.
     """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

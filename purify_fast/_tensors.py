@@ -37,7 +37,7 @@ def check_one_device(**tensors: Tensor) -> None:
 def check_alike(**tensors: Tensor) -> None:
     """Raise a ValueError if the tensors differ in shape, dtype or device. The keywords are the names in the message.
 
-    The shape must be [B, ...], with at least two dimensions, and the dtype a floating-point dtype.
+    The shape must be [B, ...], with at least two dimensions, and the dtype must be a floating-point dtype.
     """
     *names, last = tensors
     named = f"{', '.join(names)} and {last}"
@@ -96,7 +96,7 @@ def last_channels(x: Tensor) -> bool:
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """PyTorch's memory format: channels_last, or contiguous."""
+    """PyTorch's memory format channels_last if ``channels_last`` is True, and otherwise its default format."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -198,7 +198,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_stamp(tensor: Tensor) -> int:
-    """A number that differs after the tensor was written to, and for another tensor.
+    """A number that changes when the tensor is written to, and that differs from the number of any other tensor.
 
     Args:
         tensor: any tensor. For a tensor made in inference mode, PyTorch does not count the writes, so they do not

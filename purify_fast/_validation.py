@@ -71,7 +71,7 @@ class Range:
 AtLeast0 = Annotated[float, Range(0)]
 #: A finite number above 0, such as a learning rate or the length of a step.
 Positive = Annotated[float, Range(0, above=True, below=True)]
-#: A number of things, such as steps: at least 1.
+#: A whole number of at least 1, such as a number of steps.
 Count = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]

@@ -131,7 +131,7 @@ def defaults(function: FunctionType) -> Children:
 
 
 def read_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The global variables that a function reads. For a function of PyTorch, none."""
+    """The global variables that a function reads. For a function of PyTorch there are none."""
     known = function.__globals__
     if str(known.get("__name__")).partition(".")[0] != "torch":
         yield from ((name, known[name]) for name in _global_names(function.__code__) if name in known)

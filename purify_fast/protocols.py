@@ -140,7 +140,7 @@ class AuthorsEvaluation(Protocol):
     """Has the attacks with which the authors of the defence evaluated it."""
 
     def authors_attacks(self, eps: float) -> Sequence[Any]:
-        """The authors' attacks at radius ``eps``: `purify_fast.evaluation.AttackSpec`, each with a ``judge``."""
+        """The authors' attacks at radius ``eps``, as `AttackSpec` objects whose ``judge`` is the authors' model."""
 
 
 @runtime_checkable

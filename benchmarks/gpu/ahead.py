@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The folder of the disassemblers that are part of Triton.
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-#: Makes a float32 tensor, whatever the dtype of the case.
+#: A function that makes a tensor of the given shape in float32, whatever the dtype of the case is.
 one = torch.empty
 SEED, IDS = torch.zeros(1, dtype=torch.int64), torch.arange(4)
 
@@ -189,7 +189,14 @@ class Device:
 
 
 def run(case: str, dtype: str, architecture: int, start: Callable) -> list:
-    """Call ``start`` in place of every launch of a case on a device of an architecture. Return its results."""
+    """Call the launcher of a case. ``start`` replaces every launch of a kernel. Return the results of ``start``.
+
+    Args:
+        case: name of a case in `CASES`.
+        dtype: name of a dtype in `DTYPES`.
+        architecture: compute capability of the device that the launcher finds, such as 90.
+        start: function that is called with the arguments of each launch.
+    """
     results: list = []
     op = case.partition("-")[0] + ("_backward" if "-backward" in case else "")
     with recorded(architecture, lambda *args, **kwargs: results.append(start(*args, **kwargs))):

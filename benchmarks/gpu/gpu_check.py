@@ -69,7 +69,10 @@ def _rehearse(out: Path) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Wait until the parent process has ended, and then kill this process group. A killed parent cannot do it."""
+    """Wait until the parent process has ended, and then kill this process group.
+
+    The parent itself cannot kill the group if the parent was killed.
+    """
     while os.getppid() == parent:
         time.sleep(0.2)
     os.killpg(0, signal.SIGKILL)

@@ -231,7 +231,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
 
 
 def capture_cost(context: Context) -> Outcome:
-    """Measure the time of a capture, and of a gradient step: launched, replayed, and on the device alone."""
+    """Measure the times to capture a gradient step, to launch it, to replay it, and to compute it on the device."""
     sizes = (2, 4) if context.dry else (16, 64, 250)
     work = {
         f"{images} images, {precision}": partial(_one_capture, context, images, precision)
@@ -424,7 +424,7 @@ def tests(context: Context) -> Outcome:
         command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
         command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
-        # These statuses of pytest mean: all tests passed, some tests failed, there was no test to run.
+        # Pytest ends with status 0 if all tests passed, with 1 if some failed, and with 5 if there was no test to run.
         if status not in (0, 1, 5):
             raise RuntimeError(f"pytest ended with exit status {status}; its output is in the section's log")
     outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}

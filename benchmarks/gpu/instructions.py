@@ -1,4 +1,6 @@
-"""Count the instructions that a thread of a Triton kernel executes on sm_90, and compare them with the memory time.
+"""Count the instructions that a thread of a Triton kernel executes on sm_90, and compare two times.
+
+The first time is the time that the instructions take. The second is the time that the memory takes to move the data.
 
 The kernels are compiled ahead of time, and the instructions are counted in the machine code. This needs no GPU, and no
 time is measured.
@@ -31,7 +33,8 @@ class Row:
         bytes: least number of bytes that must be read and written for these elements.
         where: description of the bytes.
         trips: number of iterations of the kernel's loops.
-        divided: divisor of the instructions, for loops whose iterations compute this many times as many elements.
+        divided: number by which the counted instructions are divided. It is above 1 if the loops compute more elements
+            than ``elements``, by this factor.
     """
 
     case: str
@@ -76,13 +79,13 @@ EXECUTED = (
 )
 #: The iterations of the loops of kernels for which `Row.trips` is wrong, from the outermost loop inward.
 TRIPS = {"contextual_attention._scaled": (8,), "contextual_attention._gather": (4, 2)}
-#: Kernels that do not count, because they work on the few blocks of a mask and not on the elements.
+#: Kernels whose instructions are not counted, because they compute on the few blocks of a mask, not on the elements.
 APART = ("random_transform._owners",)
 
 
 def instructions(case: str, dtype: str) -> int:
     """Return the instructions that a thread executes in all launches of a case, for the elements of its `Row`."""
-    # Import late, because the module needs Triton. A report must work without Triton.
+    # Import the module only here, because it needs Triton, and `table` must work without Triton.
     from . import ahead
 
     row = next((row for row in EXECUTED if row.case == case), Row(case, dtype, 0, 0, ""))
@@ -123,5 +126,5 @@ def table(results: Path) -> list[str]:
         bound = "memory" if now / ISSUED <= memory else f"arithmetic, {now / ISSUED / memory:.1f}x"
         cells = [f"{row.case} {row.dtype}", row.elements, f"{row.bytes} bytes: {row.where}", f"{before:,}", f"{now:,}"]
         body.append([*cells, f"{before / ISSUED:.1f}", f"{now / ISSUED:.1f}", f"{memory:.1f}", bound])
-    moved = ["kernel", "elements", "moved", "instructions before", "now"]
-    return sheets.table([*moved, "cycles before", "now", "of memory", "bound by"], body)
+    moved = ["kernel", "elements", "moved", "instructions before", "instructions now"]
+    return sheets.table([*moved, "cycles before", "cycles now", "memory cycles", "bound by"], body)

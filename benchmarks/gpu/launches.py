@@ -144,7 +144,7 @@ class Replays:
 
 
 def count(make: Callable[[], Any], by: Served) -> int:
-    """Count the operators of a training step, forward and backward. Work that only the first steps do does not count.
+    """Count the operators of a training step, forward and backward. Work that only the first steps do is left out.
 
     Args:
         make: function that makes the task of the training.

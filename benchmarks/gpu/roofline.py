@@ -77,7 +77,7 @@ def per_step(model: nn.Module, x: Tensor, attack: Callable[..., Tensor], capture
         model: classifier, images to logits.
         x: images ``[B, C, H, W]``.
         attack: one of `ATTACKS`.
-        captures: True to replace all steps that can be captured by replays of a CUDA graph.
+        captures: True to run every step that can be captured as the replay of a CUDA graph.
     """
     y, replays = model(x).argmax(1).detach(), Replays()
     options: dict[str, Any] = {"eps": 1e-6}

@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from purify_fast import zoo as packed
@@ -35,26 +35,30 @@ from . import front_page, performance
 
 ROOT = RESULTS.parents[1]
 
-# A block ends at its own end marker: without this, a damaged marker would delete the text up to the next block's end.
+# The body of a block must not contain the begin of another block. Otherwise, if an end marker is damaged, all text up
+# to the end of the next block would be replaced.
 _BODY = r"((?!<!-- (?:table|value): ).)*?"
 _TABLE = re.compile(rf"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n){_BODY}(?P<end><!-- end -->)", re.S)
 _VALUE = re.compile(
     rf"(?P<begin><!-- value: (?P<study>[^/>]+)/(?P<model>[^/>]+)/(?P<key>[^>]+?) -->){_BODY}(?P<end><!-- end -->)", re.S
 )
 _BEGIN = re.compile(r"<!-- (?:table|value): ")
-#: The names that pages use for compared implementations.
-NAMES = {
-    "ours": "**purify_fast**",
-    "ours, compiled": "**purify_fast, compiled**",
-    "bank": "**purify_fast, with a full bank**",
-    "bank, whole run": "**purify_fast, with a bank, mean of 200 epochs**",
-}
+#: The beginnings of the names of compared implementations, with the words that pages use for them.
+NAMES = {"ours": "", "bank, whole run": ", with a bank, mean of 200 epochs", "bank": ", with a full bank"}
 
 
 def every_page() -> list[Path]:
     """Return the paths of all Markdown pages that people write: in the root, in examples and in docs."""
     project = sorted(ROOT.glob("*.md"))
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shown(contestant: str) -> str:
+    """Return the name of a compared implementation on a page."""
+    for name, words in NAMES.items():
+        if contestant.startswith(name):
+            return f"**purify_fast{words}{contestant[len(name) :]}**"
+    return contestant
 
 
 def pipelines(results: Path, *wanted: str) -> list[str]:
@@ -64,19 +68,29 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
         results: the folder ``benchmarks/results``.
         wanted: names of pipelines.
     """
+
+    def memory(row: Mapping[str, str]) -> str:
+        if not row["peak_MB"]:
+            return ""
+        share = row["share_of_matrix_rate"]
+        return f", {int(row['peak_MB']):,} MB" + (f", {100 * float(share):.1f} %" if share else "")
+
     rows = [row for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES) if row["pipeline"] in wanted]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
     body = []
     for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        line = [NAMES.get(contestant, contestant)]
+        line = [shown(contestant)]
         for pipeline, case, _ in cases:
             row = times.get((pipeline, case, contestant))
-            line.append(f"{float(row['ms']):,.0f} ({row['speed_up']})" if row and row["ms"] else "-")
+            line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
         body.append(line)
     # In a shape, the text after the semicolon explains names of cases. It is cut off because the page explains them.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
-    return [f"{machines(rows)}. Milliseconds (speedup over the plain form).", "", *markdown_table(["", *heads], body)]
+    measured = any(map(memory, rows))
+    more = ", most memory beyond the loaded networks, share of the processor's matrix rate" if measured else ""
+    first = "the first line" if measured else "the plain form"
+    return [f"{machines(rows)}. Milliseconds (speedup over {first}){more}.", "", *markdown_table(["", *heads], body)]
 
 
 #: The function that makes the lines of each table.
@@ -87,6 +101,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "ops_counted": lambda _: performance.counted(),
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
+    "pipelines_diffusion": lambda results: pipelines(results, "diffusion"),
     "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
@@ -169,7 +184,7 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
     missing: list[str] = []
     whole = len(_TABLE.findall(text)) + len(_VALUE.findall(text))
     if whole != len(_BEGIN.findall(text)):
-        raise ValueError("a <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK --> has no <!-- end --> of its own")
+        raise ValueError("a <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK --> has no <!-- end -->: add it")
 
     def of_table(found: re.Match[str]) -> str:
         body = table(found["name"], results)

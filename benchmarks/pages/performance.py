@@ -72,7 +72,7 @@ def counted() -> list[str]:
             assert bound is not None
             cells = (*_counted(case, "bytes", direction), *_counted(case, "flops", direction))
             body.append([op, direction, _shape(case), *cells, f"{1e6 * bound[0]:,.1f}", bound[1]])
-    return table(["op", "direction", "at", "bytes", "MB", "FLOP", "M", "limit, us", "by"], body)
+    return table(["op", "direction", "case", "bytes", "MB", "FLOP", "MFLOP", "limit, us", "by"], body)
 
 
 def _rates(folder: Path, rows: list[dict], races: list[dict]) -> dict[str, tuple[float | None, float | None]]:
@@ -110,7 +110,8 @@ def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
                 times = [f"{float(row[f'{c}_us']):,.1f}" if row.get(f"{c}_us") else "-" for c in columns]
                 by = served.get((op, direction), "-")
                 body.append([op, direction, _shape(case), least, *times, share, row["GB_per_s"], by, row["device"]])
-    return table(["op", "direction", "at", "limit", *columns, "of the limit", "GB/s", "served by", "on"], body)
+    rates_and_place = ["share of the limit", "GB/s", "eager calls run", "device"]
+    return table(["op", "direction", "case", "limit", *columns, *rates_and_place], body)
 
 
 def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
@@ -132,7 +133,8 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
         cells = [f"{pipeline}: {name}; {ours['shape']}", f"`{case.flops}`" if case else "", ours["GFLOP"]]
         body.append([*cells, f"{best:,.1f}", *times, share, parts, ours["device"]])
     contestants = ["plain", "compiled", "compiled, bfloat16", "ours"]
-    return table(["pipeline", "FLOP", "GFLOP", "limit, ms", *contestants, "of the limit", "its parts", "on"], body)
+    facts = ["share of the limit", "parts of its time", "device"]
+    return table(["pipeline", "FLOP", "GFLOP", "limit, ms", *contestants, *facts], body)
 
 
 def measured_races(raced: dict) -> list[str]:
@@ -154,7 +156,7 @@ def measured_races(raced: dict) -> list[str]:
         ]
         body.append([op, *cells, ", ".join(behind) or "-"])
     styles = ["eager calls", "replayed in a CUDA graph", "inside compiled graphs"]
-    return table(["op", *styles, "served by the reference"], body)
+    return table(["op", *styles, "cases that run the reference"], body)
 
 
 def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:

@@ -509,7 +509,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
     Args:
         rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these images.
     """
-    head = ["model, images", "eps", "clean, %", "attack", "of", "left", "difference", "p", "forward passes an image"]
+    head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p"]
     body = []
     for row in rows:
         left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
@@ -525,7 +525,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
         body.append(
             [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
-    head += ["gradients an image", "CPU seconds"]
+    head += ["forward passes per image", "gradients per image", "CPU seconds"]
     return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
 
 
@@ -556,8 +556,8 @@ def picture(rows: list[Row], path: Path) -> bool:
             axes.plot(*zip(*points, strict=True), marker, label=who, markersize=6)
     axes.axhline(0, color=style.PLAIN, linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("forward passes an image", fontsize=9.5)
-    axes.set_ylabel("points left more than AutoAttack leaves", fontsize=9.5)
+    axes.set_xlabel("forward passes per image", fontsize=9.5)
+    axes.set_ylabel("difference to AutoAttack, points (above 0: leaves more)", fontsize=9.5)
     axes.legend(fontsize=8.5, frameon=False)
     style.save(figure, path)
     return True

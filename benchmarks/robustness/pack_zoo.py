@@ -45,7 +45,7 @@ VOTES = 10
 IMAGES = 200
 #: The largest number of test images on which clean accuracy is measured.
 CLEAN = 10_000
-#: In the table, the mark of a number that was measured with attacks of an earlier version.
+#: The mark in the table for a number that was measured with attacks of an earlier version.
 OLDER = "†"
 #: The name of the method in the card of a `DiffusionPurifier`.
 DIFFUSION = "diffusion"
@@ -179,8 +179,8 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
         raise Unfit(str(error)) from error
     if model.own_classifier:
         raise Unfit(
-            f"the defence in {folder} has a classifier that was trained together with the purifier. The zoo needs a "
-            f"defence of its classifier {card.classifier!r}: give the folder of such a defence."
+            f"the defence in {folder} has a classifier that was trained together with the purifier: give the folder "
+            f"of a defence whose classifier is the zoo's model {card.classifier!r}, without changes."
         )
     return model
 

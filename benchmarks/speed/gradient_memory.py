@@ -67,7 +67,7 @@ def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
     Args:
         made: defence whose networks and coefficients are used.
         x: images ``[B, C, H, W]`` in [0, 1].
-        kept: True to store all activations for the backward pass; False to compute each step again there.
+        kept: True to store all activations. False to compute each step again in the backward pass.
     """
     table, noises = made.process.table()
     numbers, times = table.coefficients.tolist(), table.times.long().tolist()

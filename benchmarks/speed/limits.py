@@ -16,7 +16,8 @@ FILE = "limits.csv"
 COPY, PRODUCT = "copy", "bfloat16 product"
 
 
-#: For each type of device: bytes of a copied buffer, rows of a square matrix, and number of runs.
+#: The sizes of the measurements on each type of device: the bytes of the buffer that is copied, the rows of the square
+#: matrix that is multiplied, and the number of runs. A quick run uses QUICK on every device.
 SIZES = {"cuda": (2 << 30, 8192, 20), "cpu": (256 << 20, 2048, 10)}
 QUICK = (8 << 20, 256, 3)
 

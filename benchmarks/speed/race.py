@@ -29,12 +29,13 @@ from .timing import allocated, environment, quantile, seconds
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort of a race.
+    """The number of timed runs in a race, and the sizes of the products that are timed beside them.
 
     Attributes:
         runs: number of runs of each contestant.
         pause: seconds between two runs.
-        matrix: rows of the square matrices whose product is timed. The timed convolution has 1/32 as many images.
+        matrix: rows of the square matrices whose product is timed. The number of images in the timed
+            convolution is this number divided by 32.
     """
 
     runs: int = 5

@@ -106,7 +106,7 @@ def run_ops(
     """
     budget = budget or Budget()
     effort = timing.QUICK if quick else timing.Effort()
-    # A quick run uses the smaller cases for a CPU also on a GPU, where an op has such cases.
+    # On a GPU, a quick run uses the cases for a CPU, which are smaller, if the op has them.
     ops = registry(device.type) | (registry("cpu") if quick else {})
     path = out / sheets.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path)}

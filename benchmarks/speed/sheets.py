@@ -262,9 +262,8 @@ def plot_pipelines(rows: list[dict], path: Path) -> bool:
         if rivals:
             axes.axvline(max(rivals), color=style.RIVAL, linewidth=1.1, linestyle=(0, (4, 3)))
         style.title(axes, f"{pipeline}: {case} ({group[0]['device']})")
-    panels[-1, 0].set_xlabel(
-        "times as fast as the plain form; dashed: the best torch.compile, the one to beat", fontsize=8.5
-    )
+    text = "speed relative to the first implementation (dashed line: the fastest form of torch.compile)"
+    panels[-1, 0].set_xlabel(text, fontsize=8.5)
     style.save(figure, path)
     return True
 

@@ -50,7 +50,7 @@ LEAST = 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort of a row.
+    """The number and the length of the timed runs for one row of ops.csv.
 
     Attributes:
         runs: number of runs of each contestant in an attempt.

@@ -63,7 +63,7 @@ PF_INLINE void exponentials(const T* __restrict__ x, int64_t samples, int64_t la
   }
 }
 
-// Like `exponentials`, but also overwrites the numbers with their exponentials.
+// Does the same as `exponentials`, and also overwrites the numbers with their exponentials.
 template <class W>
 PF_INLINE void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
                                  W* __restrict__ most, W* __restrict__ sum) {
@@ -81,7 +81,7 @@ PF_INLINE void tile_exponentials(W* __restrict__ x, int64_t samples, int64_t lan
   }
 }
 
-// logsumexp over the samples, for each of `lanes` lanes.
+// Computes logsumexp over the samples, for each of `lanes` lanes.
 template <class T, class W>
 PF_INLINE void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t lanes, int64_t stride,
                                W* __restrict__ out) {
@@ -134,7 +134,7 @@ PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t clas
   }
 }
 
-// Like `first_largest`, for one long row: finds the largest number first, then the first index that has it.
+// Does the same as `first_largest` for one long row. It finds the largest number, and then the first index that has it.
 template <class T>
 PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   using W = wide_t<T>;
@@ -169,7 +169,8 @@ template <class W>
 PF_INLINE W at_most_one(W x) {
   return x > 1 ? W(1) : x;
 }
-// `shifted` may be false only if both shifts are 0. If a shift is 0, both forms give the same bits.
+// Computes the sigmoids of x and their scaled forms. `shifted` may be false only if both shifts are 0. If a shift is 0,
+// the result has the same bits for both values of `shifted`.
 template <bool shifted, class W>
 PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
   const bool low = x < 0;
@@ -222,7 +223,8 @@ PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width
     }
   }
 }
-// Backward of both sums. Overwrites the tile, which holds the logits if `shifted` is true, and the slopes otherwise.
+// Overwrites the tile with the gradient through both sums of `sigmoid_sums`. Before that, the tile holds the logits if
+// `shifted` is true, and the slopes otherwise.
 template <bool shifted, class W>
 PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
                               const W* __restrict__ no_shift, const W* __restrict__ of_yes,

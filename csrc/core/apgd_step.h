@@ -7,7 +7,7 @@ namespace pf {
 
 template <class W>
 struct ApgdStep : PgdStep<W> {
-  // The coefficient a of the momentum, and 1 - a, rounded once.
+  // a and 1 - a of the momentum. 1 - a is computed before it is rounded to W.
   W momentum, rest;
 };
 
@@ -17,14 +17,14 @@ PF_INLINE W with_momentum(W x, W z, W previous, ApgdStep<W> step) {
   return x + step.momentum * (z - x) + step.rest * (x - previous);
 }
 
-// The step of one element.
+// Computes the step of one element, for linf.
 template <class W>
 PF_INLINE W apgd_step_linf(W x, W grad, W x_nat, W previous, ApgdStep<W> step) {
   const W moved = with_momentum(x, pgd_step_linf<W>(x, grad, x_nat, step), previous, step);
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
-// The step of one sample with n elements. `scratch` has room for n numbers.
+// Computes the step of one sample with n elements, for l2. `scratch` has room for n numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void apgd_step_l2(const T* x, const T* grad, const T* x_nat, const T* previous, T* out, int64_t n,
                             ApgdStep<W> step, W* scratch) {

@@ -16,20 +16,20 @@ PF_INLINE W predicted_image(W x, W m, const StepCoefficients<W>& k) {
   return k.of_state * x + k.of_prediction * m;
 }
 
-// The next state without noise. NaN gives NaN.
+// Returns the next state without noise. NaN gives NaN.
 template <class W>
 PF_INLINE W stepped(W x, W m, const StepCoefficients<W>& k) {
   return k.image * clamp_nan(predicted_image(x, m, k), -k.clip, k.clip) + k.state * x;
 }
 
-// The standard deviation of the noise if variances are learned. v interpolates between two log-variances.
+// Returns the standard deviation of the noise if variances are learned. v interpolates between two log-variances.
 template <class W>
 PF_INLINE W learned_deviation(W v, const StepCoefficients<W>& k) {
   const W share = W(0.5) * (v + 1);
   return k.noise * exp(W(0.5) * (share * k.log_high + (1 - share) * k.log_low));
 }
 
-// The gradient with respect to the predicted image before the clip. Both ends of the clip pass the gradient.
+// Returns the gradient with respect to the predicted image before the clip. Both ends of the clip pass the gradient.
 template <class W>
 PF_INLINE W image_slope(W x, W m, W grad, const StepCoefficients<W>& k) {
   const W image = predicted_image(x, m, k);

@@ -1,5 +1,5 @@
-// The ELU of one half of the channels, times the sigmoid of the other half. purify_fast/ops/gated_elu.py has the
-// definition.
+// Computes the ELU of one half of the channels, times the sigmoid of the other half. purify_fast/ops/gated_elu.py has
+// the definition.
 #pragma once
 
 #include "math.h"
@@ -22,8 +22,8 @@ struct GatedEluSlope {
   W a, b;
 };
 
-// The slopes with respect to a and b. sigmoid(b) sigmoid(-b) is computed from one exponential, because 1 - sigmoid(b)
-// would lose digits.
+// Returns the slopes with respect to a and b. sigmoid(b) sigmoid(-b) is computed from one exponential, because
+// 1 - sigmoid(b) would lose digits.
 template <class W>
 PF_INLINE GatedEluSlope<W> gated_elu_slope(W a, W b) {
   const W tail = exp_unit(-abs(b)), inverse = 1 / (1 + tail);

@@ -1,4 +1,4 @@
-// The shortest move to a hyperplane within a box. purify_fast/ops/hyperplane_projection.py has the definition.
+// Computes the shortest move to a hyperplane within a box. purify_fast/ops/hyperplane_projection.py has the definition.
 #pragma once
 
 #include "pgd_step.h"
@@ -10,8 +10,8 @@ struct Plane {
   W offset, lo, hi;
 };
 
-// The power of two that scales `peak` into [1, 2). If no float can do that, the nearest power of two that is a normal
-// float.
+// Returns the power of two that scales `peak` into [1, 2), or, if this power is not a normal float, the nearest power
+// of two that is.
 template <class W>
 PF_INLINE W scale_of(W peak) {
   constexpr int mantissa = std::numeric_limits<W>::digits - 1;
@@ -22,18 +22,17 @@ PF_INLINE W scale_of(W peak) {
   return bit_cast<W>((twice - normal) << mantissa);
 }
 
-// One row after scaling. slope: the size of each coordinate of the normal. room: how far each coordinate can move
-// before the border of the box. gap: the distance to the plane, measured along the scaled normal.
+// One row after scaling. slope: the absolute value of each coordinate of the normal. room: the distance from each
+// coordinate to the border of the box. gap: the distance to the plane, measured along the scaled normal.
 template <class W>
 struct Way {
   const W *slope, *room;
   W gap;
 };
 
-// Finds by Newton's method how far the coordinates move: each by t for linf (`Alike`), and each by t * slope for l2,
-// but at most by their room. Each iteration computes the contribution of the coordinates at the border, and the
-// contribution per t of the other coordinates. From these follows the next t. t grows until no further coordinate
-// reaches the border.
+// Finds t by Newton's method. A coordinate moves by t for linf (`Alike`) and by t * slope for l2, but at most by its
+// room. Each iteration computes the next t from two numbers: the contribution of the coordinates at the border, and
+// that of the other coordinates per unit of t. t grows until no further coordinate reaches the border.
 template <bool Alike, class W>
 PF_INLINE W newton_step(Way<W> way, int64_t n) {
   const W *slope = way.slope, *room = way.room;
@@ -84,7 +83,7 @@ PF_INLINE Threshold<W> threshold(Way<W> way, int64_t n, W peak) {
   return {least, clamp_nan(share, W(0), W(1))};
 }
 
-// The projection of one row with n elements. `scratch` has room for 2 n numbers.
+// Computes the move of one row with n elements. `scratch` has room for 2 n numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void hyperplane_projection(const T* x, const T* w, T* out, int64_t n, Norm norm, Plane<W> plane, W* scratch) {
   W *slope = scratch, *room = scratch + n;

@@ -28,7 +28,7 @@ PF_INLINE To bit_cast(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// Storage of 16-bit floats. All arithmetic is in float.
+// 16-bit floats are stored in these types. All arithmetic is in float.
 struct half {
   uint16_t bits;
 };
@@ -36,7 +36,7 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// The type in which numbers of a storage type are computed.
+// The type of the arithmetic on numbers of a storage type.
 template <class T>
 struct wide {
   using type = float;
@@ -60,7 +60,7 @@ PF_INLINE float load(half x) {
   return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// Stores round to nearest, ties to even, like PyTorch.
+// A store rounds to the nearest number, and to the even one of two equally near numbers, like PyTorch.
 PF_INLINE void store(float& to, float x) { to = x; }
 PF_INLINE void store(double& to, double x) { to = x; }
 PF_INLINE void store(bfloat16& to, float x) {
@@ -78,8 +78,8 @@ PF_INLINE void store(half& to, float x) {
   to.bits = static_cast<uint16_t>(out | sign);
 }
 
-// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. The first select propagates NaN
-// in b, the second NaN in a. Compilers vectorise this form, but not `a > b || a != a`.
+// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. The first conditional expression
+// propagates NaN in b, and the second NaN in a. Compilers vectorise this form, but not `a > b || a != a`.
 template <class W>
 PF_INLINE W max_nan(W a, W b) {
   const W most = a > b ? a : b;
@@ -112,7 +112,7 @@ constexpr float ln2_hi = 0.693115234375f, ln2_lo = 3.1946183e-05f;
 // 1.5 * 2^23. Adding it to a float rounds the float to an integer.
 constexpr float magic = 12582912.0f;
 
-// exp(r) - 1 for |r| <= ln(2) / 2.
+// Returns exp(r) - 1 for |r| <= ln(2) / 2.
 PF_INLINE float exp_minus_one(float r) {
   float p = 1.98458769e-4f;
   p = p * r + 1.39406252e-3f;
@@ -134,7 +134,7 @@ PF_INLINE float reduce_exp(float x, int32_t& n) {
 
 PF_INLINE float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
-// log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2). `small` is added at the point where it loses no precision.
+// Returns log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2). `small` is added where no precision is lost.
 PF_INLINE float log_near_one(float f, float small) {
   float p = 0.067476823f;
   p = p * f - 0.116775028f;
@@ -162,8 +162,9 @@ PF_INLINE float exp(float x) {
   return p * detail::power_of_two(half_n) * detail::power_of_two(n - half_n);
 }
 
-// exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. `exp` has the same bits as
-// exp(x), with two thirds of the instructions, but is 0 where exp(x) would be subnormal. NaN gives NaN.
+// Holds exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. The member `exp` has
+// the same bits as the function exp, except that it is 0 where exp(x) is subnormal. It needs only two thirds of the
+// instructions. NaN gives NaN.
 template <class W>
 struct ExpUnit {
   W exp, minus_one;
@@ -185,7 +186,7 @@ PF_INLINE float expm1(float x) {
   x = x < -40.0f ? -40.0f : x;
   int32_t n;
   const float q = detail::reduce_exp(x, n);
-  // Half of 2^n, because 2^n may overflow although the result does not.
+  // `scale` is half of 2^n, because 2^n may overflow although the result does not.
   const float scale = detail::power_of_two(n - 1);
   const float out = 2.0f * (scale * q + (scale - 0.5f));
   // For n = 0 the scaling is skipped, because it would round a subnormal number.
@@ -195,7 +196,7 @@ PF_INLINE float expm1(float x) {
 PF_INLINE float log(float x) {
   const bool tiny = x < 1.17549435e-38f;
   const uint32_t bits = bit_cast<uint32_t>(tiny ? x * 8388608.0f : x);
-  // The exponent for which the mantissa is in [sqrt(1/2), sqrt(2)).
+  // n is the exponent for which the mantissa is in [sqrt(1/2), sqrt(2)).
   const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
   const float mantissa = bit_cast<float>(bits - (static_cast<uint32_t>(n) << 23));
   const float whole = static_cast<float>(tiny ? n - 23 : n);
@@ -206,14 +207,14 @@ PF_INLINE float log(float x) {
   return x == 0.0f ? -infinity : out;
 }
 
-// log(1 + x) for 0 <= x <= 1. The losses need only this range.
+// Returns log(1 + x) for 0 <= x <= 1. The losses need only this range.
 PF_INLINE float log1p_unit(float x) {
   const bool upper = x > 0.41421354f;
   const float f = upper ? 0.5f * (x - 1.0f) : x;
   return (upper ? detail::ln2_hi : 0.0f) + detail::log_near_one(f, upper ? detail::ln2_lo : 0.0f);
 }
 
-// The sine and the cosine for 0 <= x <= 2 pi.
+// Computes the sine and the cosine for 0 <= x <= 2 pi.
 PF_INLINE void sincos_turn(float x, float& sine, float& cosine) {
   const float shifted = x * 0.636619772f + detail::magic;
   // The two low bits are the quadrant.
@@ -237,21 +238,21 @@ PF_INLINE double log1p_unit(double x) { return ::log1p(x); }
 PF_INLINE float sqrt(float x) { return ::sqrtf(x); }
 PF_INLINE double sqrt(double x) { return ::sqrt(x); }
 
-// The sigmoid, but 0 where it would be subnormal.
+// Returns the sigmoid, or 0 where the sigmoid would be subnormal.
 template <class W>
 PF_INLINE W sigmoid(W x) {
   const W e = exp_unit(-abs(x));
   return (x < 0 ? e : W(1)) / (1 + e);
 }
 
-// log(sigmoid(x)), which is never above 0.
+// Returns log(sigmoid(x)), which is never above 0.
 template <class W>
 PF_INLINE W log_sigmoid(W x) {
   return min_nan(x, W(0)) - log1p_unit(exp_unit(-abs(x)));
 }
 
-// out[i] = value(i) for all i < n. Rounding to 16 bits has its own loop, because compilers do not vectorise a loop that
-// has clamps and rounding.
+// Sets out[i] = value(i) for all i < n. Rounding to 16 bits is done in a second loop, because compilers do not
+// vectorise a loop that has both clamps and rounding.
 template <class T, class F>
 PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   if constexpr (sizeof(T) == 2) {
@@ -267,8 +268,8 @@ PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   for (int64_t i = 0; i < n; ++i) store(out[i], value(i));
 }
 
-// The sum of term(i) for all i < n. The order of the additions depends only on n. Each block has 16 running sums, and
-// the sums of the blocks are added in double.
+// Returns the sum of term(i) for all i < n. The order of the additions depends only on n. Each block has 16 running
+// sums, and the sums of the blocks are added in double.
 template <class W, class F>
 PF_INLINE W ordered_sum(int64_t n, F term) {
   constexpr int lanes = 16, block = 64 * lanes;

@@ -5,13 +5,14 @@
 
 namespace pf {
 
-// False if the drift is NaN.
+// Returns true if a sample is replayed. It is not replayed if the drift is NaN.
 template <class W>
 PF_INLINE bool is_replayed(W drift, W tau) {
   return drift > tau;
 }
 
-// x plus noise, clipped. `uniform` is a random number in [0, 1), and 2 uniform - 1 is exact. NaN in x or eps gives NaN.
+// Returns x plus noise, clipped to [lo, hi]. `uniform` is a random number in [0, 1), and 2 uniform - 1 is exact. NaN in
+// x or eps gives NaN.
 template <class W>
 PF_INLINE W replayed(W x, float uniform, W eps, W lo, W hi) {
   return clamp_nan(x + eps * static_cast<W>(2 * uniform - 1), lo, hi);

@@ -14,7 +14,8 @@ struct PgdStep {
   W alpha, eps, lo, hi;
 };
 
-// The step of one element. A zero or non-finite gradient does not move it. NaN in x, x_nat, alpha or eps gives NaN.
+// Computes the step of one element for linf. A zero or non-finite gradient does not move the element. NaN in x, x_nat,
+// alpha or eps gives NaN.
 template <class W>
 PF_INLINE W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   constexpr W largest = std::numeric_limits<W>::max();
@@ -39,7 +40,7 @@ struct Direction {
   }
 };
 
-// max |x_i|, or NaN if any element is NaN.
+// Returns max |x_i|, or NaN if any element is NaN.
 template <class T, class W = wide_t<T>>
 PF_INLINE W largest_size(const T* x, int64_t n) {
   constexpr int lanes = 16;
@@ -72,7 +73,8 @@ PF_INLINE Direction<W> l2_direction(const T* grad, int64_t n) {
   return {scale, inverse / length, usable};
 }
 
-// The factor, at most 1, that moves the vector offset(i), i < n, into the L2 ball of radius eps.
+// Returns the factor, at most 1, by which the vector offset(i), i < n, must be multiplied to be in the L2 ball of
+// radius eps.
 template <class W, class F>
 PF_INLINE W l2_shrink(int64_t n, W eps, F offset) {
   const W radius = sqrt(ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {
@@ -82,7 +84,7 @@ PF_INLINE W l2_shrink(int64_t n, W eps, F offset) {
   return radius > eps ? eps / radius : W(1);
 }
 
-// The step of one sample with n elements.
+// Computes the step of one sample with n elements, for l2.
 template <class T, class W = wide_t<T>>
 PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step) {
   const Direction<W> direction = l2_direction(grad, n);
@@ -99,9 +101,9 @@ PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, in
 template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
-// A positive threshold for the k largest of the x_i, i < n. An element is selected if x_i >= threshold. The selection
-// contains the k largest elements and all elements equal to the k-th. All x_i must be in [0, most]. The search bisects
-// bit patterns, because the bit patterns of such numbers have the same order as the numbers.
+// Returns a positive threshold: x_i >= threshold for the k largest of the x_i, i < n, and for all elements equal to the
+// k-th largest. All x_i must be in [0, most]. The search bisects bit patterns, because the bit patterns of such numbers
+// have the same order as the numbers.
 template <class W>
 PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   // At least k elements are >= low, and fewer than k are >= high.
@@ -117,7 +119,8 @@ PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   return bit_cast<W>(low > 0 ? low : bits_t<W>(1));
 }
 
-// The step of one sample with n elements, of which k move. `scratch` has room for 3 n numbers.
+// Computes the step of one sample with n elements for l1. The k elements with the largest gradients move. `scratch` has
+// room for 3 n numbers.
 template <class T, class W = wide_t<T>>
 PF_INLINE void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, int64_t n, PgdStep<W> step, int64_t k,
                            W* scratch) {
@@ -149,7 +152,7 @@ PF_INLINE void pgd_step_l1(const T* x, const T* grad, const T* x_nat, T* out, in
     const W center = load(x_nat[i]), free = offset(i) > 0 ? hi - center : center - lo;
     return free > 0 ? free : W(0);
   });
-  // False for NaN.
+  // The comparison is false for NaN.
   const auto outside = [=](W shift) PF_INLINED_LAMBDA {
     return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return clamp_nan(size[i] - shift, W(0), room[i]); }) >
            step.eps;

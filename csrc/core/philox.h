@@ -1,4 +1,4 @@
-// The random number generator: Philox4x32-10, Salmon et al., SC 2011. purify_fast/ops/philox.py has the definition.
+// Draws random numbers by Philox4x32-10 (Salmon et al., SC 2011). purify_fast/ops/philox.py has the definition.
 //
 // key = (low word, high word of the seed), counter = (element / 4, draw, sample, stream).
 // Element i takes word i mod 4.
@@ -44,10 +44,11 @@ PF_INLINE void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
   }
 }
 
-// A multiple of 2^-24 in [0, 1). The conversion by way of int32 is exact, and it is a single instruction on every CPU.
+// Returns a multiple of 2^-24 in [0, 1). The word is converted to int32 first, because the conversion from int32 to
+// float is exact here, and is a single instruction on every CPU.
 PF_INLINE float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
 
-// Two independent normal numbers from two words, by the Box-Muller transform.
+// Makes two independent normal numbers from two words, by the Box-Muller transform.
 PF_INLINE void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
   // u is in (0, 1], so that its logarithm is finite.
   const float u = static_cast<float>(static_cast<int32_t>((a >> 8) + 1u)) * 0x1p-24f;

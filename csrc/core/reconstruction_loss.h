@@ -1,11 +1,13 @@
-// The binary cross-entropy with logits, summed per sample. purify_fast/ops/reconstruction_loss.py has the definition.
+// Computes the binary cross-entropy with logits, summed per sample. purify_fast/ops/reconstruction_loss.py has the
+// definition.
 #pragma once
 
 #include "math.h"
 
 namespace pf {
 
-// max(l, 0) - l t + log(1 + exp(-|l|)). In this order the loss of a pixel that is certain and correct keeps all digits.
+// Returns max(l, 0) - l t + log(1 + exp(-|l|)). The terms are added in an order in which the loss of a pixel that is
+// predicted correctly and with certainty loses no digits.
 template <class W>
 PF_INLINE W reconstruction_loss_term(W logit, W target) {
   return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp_unit(-abs(logit)));

@@ -11,7 +11,7 @@ enum class Distance : int { abs_cosine = 0, cosine = 1, angular = 2, l2 = 3 };
 // least_square_sine.
 constexpr double least_norms = 1e-30, least_square_sine = 1e-4;
 
-// u.v, |u|^2 and |v|^2 of one sample.
+// The numbers u.v, |u|^2 and |v|^2 of one sample.
 struct Products {
   double dot, uu, vv;
 };
@@ -21,7 +21,8 @@ struct Measured {
   double distance, scale, along;
 };
 
-// Adds `lanes` short float sums to lanes / 2 sums in double. Short float sums lose little precision.
+// Adds `lanes` float sums, each over a few numbers, to lanes / 2 sums in double. A float sum over a few numbers loses
+// little precision.
 template <int lanes, class W>
 PF_INLINE void fold(const W* x, double* total) {
   constexpr int half = lanes / 2;
@@ -79,12 +80,12 @@ PF_INLINE Measured angle(Distance kind, Products p) {
     return {::acos(cosine) / pi, -1 / (pi * sqrt(square_sine) * norms), along};
   }
   if (kind == Distance::cosine) return {max_nan(1 - cosine, 0.0), -1 / norms + 0 * cosine, along};
-  // If the cosine is NaN, so is the sign.
+  // If the cosine is NaN, the sign is NaN too.
   const double sign = cosine > 0 ? 1 : (cosine < 0 ? -1 : 0 * cosine);
   return {max_nan(1 - abs(cosine), 0.0), -sign / norms, along};
 }
 
-// The Euclidean distance and its gradient, from |u - v|^2.
+// Returns the Euclidean distance and its gradient, from |u - v|^2.
 PF_INLINE Measured euclidean(double square) {
   const double distance = sqrt(square);
   return {distance, distance > 0 ? -1 / distance : 0 * distance, 1};
@@ -98,7 +99,7 @@ PF_INLINE W square_distance(const L* u, const T* v, int64_t n) {
   });
 }
 
-// The distance of one sample with n elements.
+// Computes the distance of one sample with n elements.
 template <class L, class T>
 PF_INLINE Measured representation_distance(Distance kind, const L* u, const T* v, int64_t n) {
   return kind == Distance::l2 ? euclidean(square_distance(u, v, n)) : angle(kind, products(u, v, n));

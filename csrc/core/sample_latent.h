@@ -1,4 +1,5 @@
-// The reparameterised sample and its divergence from N(0, I). purify_fast/ops/sample_latent.py has the definition.
+// Draws the reparameterised sample, and computes the posterior's divergence from N(0, I).
+// purify_fast/ops/sample_latent.py has the definition.
 #pragma once
 
 #include "math.h"
@@ -10,8 +11,8 @@ PF_INLINE W latent(W mu, W logvar, W noise) {
   return mu + noise * exp(W(0.5) * logvar);
 }
 
-// mu^2 + exp(logvar) - logvar - 1, in a form that does not cancel at logvar = 0. The divergence is half of the sum of
-// these terms.
+// Returns mu^2 + exp(logvar) - logvar - 1, in a form that loses no digits near logvar = 0. The divergence is half of
+// the sum of these terms.
 template <class W>
 PF_INLINE W divergence_term(W mu, W logvar) {
   return mu * mu + (expm1(logvar) - logvar);
@@ -32,7 +33,7 @@ template <class W>
 PF_INLINE W latent_logvar_slope(W logvar, W noise, W grad_z, W grad_kl) {
   return W(0.5) * (grad_z * (noise * exp(W(0.5) * logvar)) + grad_kl * expm1(logvar));
 }
-// The same slope, from the stored deviation noise * exp(logvar / 2).
+// Returns the same slope as the function above, from the stored deviation noise * exp(logvar / 2).
 template <class W>
 PF_INLINE W latent_logvar_slope_kept(W logvar, W deviation, W grad_z, W grad_kl) {
   return W(0.5) * (grad_z * deviation + grad_kl * expm1(logvar));

@@ -77,7 +77,7 @@ PF_INLINE void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples,
                             int64_t classes, int64_t width, W* scratch) {
-  // `width` already is a multiple of `lanes`. This line tells the compiler.
+  // `width` is a multiple of `lanes`. This line does not change it, but lets the compiler know that.
   width = width / lanes * lanes;
   W *tile = scratch, *row = tile + samples * width;
   to_tile(logits, tile, images, samples, classes, width);
@@ -252,7 +252,7 @@ PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* l
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Calls f(first image, images, width, scratch), each time with as many images as fit into a tile.
+// Calls f(first image, number of images, width, scratch), each time with as many images as fit into a tile.
 template <class W, class F>
 void for_each_tile(int64_t batch, int64_t samples, int64_t classes, F f) {
   const int64_t step = classes < tile_width ? tile_width / classes : 1;

@@ -46,7 +46,7 @@ namespace pf::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The least number of elements per task. Waking a thread takes about 5 us.
+// A task has at least this number of elements, because waking a thread takes about 5 us.
 constexpr int64_t grain = 32768;
 
 // Calls f(T{}), where T is the storage type of `dtype`.
@@ -111,7 +111,7 @@ inline void stream(void* to, const void* from, int64_t bytes) {
   std::memcpy(to, from, bytes);
 #endif
 }
-// Makes the data written by `stream` visible to other threads.
+// Makes data that `stream` has written visible to other threads.
 inline void streamed() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -22,10 +22,11 @@ struct Call {
   Padded<W> matrix(const W* scratch) const { return {scratch, size()}; }
 };
 
-// -- passes over the queries begin .. end of a sample; in `Dense` matrices its first row is `first`
-// ----------------------
+// -- loops over queries -----------------------------------------------------------------------------------------------
 
-// The scores: sums of neighbours of the products of pixels, times the inverse norm of the key.
+// Each loop computes the queries begin .. end of a sample. `first` is the sample's first row in `Dense` matrices.
+
+// Computes the scores: the sums over the nine offsets of the products of pixels, times the inverse norm of the key.
 template <class W>
 PF_INLINE void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,
                            int64_t begin, int64_t end) {
@@ -92,8 +93,8 @@ PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights
     attention_row_backward(row, weights + n * call.cells(), call.scale, call.cells());
   }
 }
-// Fuses the rows of `x` and scales them into `out`. Also computes the gradient of the inverse norms, summed over these
-// queries. `spare` has room for two rows.
+// Applies both passes of "fuse" to the rows of `x`, scales the result, and writes it to `out`. Also computes the
+// gradient of the inverse norms, summed over these queries. `spare` has room for two rows.
 template <class W>
 PF_INLINE void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out,
                             W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
@@ -303,8 +304,9 @@ std::tuple<Tensor, Tensor> contextual_attention_backward(Tensor grad, Tensor cor
   return {out, to_inverse};
 }
 
-// -- parts of the whole function between its matrix products, for eager calls
-// ---------------------------------------------
+// -- eager calls ------------------------------------------------------------------------------------------------------
+
+// In eager calls, these functions compute everything between the matrix products, including the norms.
 
 // Returns the sums of the weights, the weights, and the inverse norms, which come from the diagonal of the products.
 std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlation, Tensor valid, int64_t height,
@@ -329,8 +331,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_spread(Tensor correlatio
   return {out, weights, inverse};
 }
 
-// Returns the factors that turn the pixels into their gradient: the gradient of the products plus its transpose. The
-// diagonal also includes the gradient through the norms.
+// Returns the matrix by which the pixels must be multiplied to give their gradient: the gradient of the products plus
+// its transpose. The diagonal also includes the gradient through the norms.
 Tensor contextual_attention_slopes(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, int64_t height,
                                    int64_t width, double scale) {
   const std::tuple<Tensor, Tensor> slopes =

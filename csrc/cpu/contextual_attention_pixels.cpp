@@ -21,8 +21,8 @@ PF_INLINE void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin
     split_plane(x + i * 4 * maps.cells(), to, maps.height, maps.width, maps.phase());
   }
 }
-// Joins the phases of these planes. `more` [batch, channels, cells] is added to phase 0, or is null. `spare` has room
-// for one plane.
+// Joins the phases of the planes begin .. end. `more` [batch, channels, cells] is added to phase 0, if it is not null.
+// `spare` has room for one plane.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_planes_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end, T* spare) {
   const int64_t cells = maps.cells();
@@ -49,7 +49,7 @@ PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, 
     }
   }
 }
-// Joins the phases of these rows. `more` is [batch, cells, channels], or null.
+// Joins the phases of the rows begin .. end. `more` [batch, cells, channels] is added to phase 0, if it is not null.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;

@@ -42,7 +42,8 @@ struct Sizes {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// Memory that a thread has released and can reuse. New memory would cause a page fault for each page.
+// Holds memory that a thread has released, so that the thread can use it again. New memory would cause a page fault for
+// each page.
 class Kept {
  public:
   // The largest number of bytes that a thread stores.

@@ -1,6 +1,6 @@
-// A convolution, or the gradient of its input, which is also a convolution. The sums over taps and input channels are
-// computed for a few output pixels and many output channels at once. The two numbers of a pair come from neighboring
-// channels, which are adjacent in memory.
+// Computes a convolution, or the gradient of its input, which is also a convolution. The sums over taps and input
+// channels are computed for a few output pixels and many output channels at once. The two numbers of a pair come from
+// neighboring channels, which are adjacent in memory.
 #pragma once
 
 #include <algorithm>
@@ -70,7 +70,7 @@ PF_PAIRS void image_tile(const Factor* factors, int64_t count, int64_t step, con
       }
     }
   }
-  // Per vector, the channels that are written.
+  // The masks of the channels that are written, one for each vector.
   __mmask16 masks[V + 1];
   PF_UNROLL for (int v = 0; v <= V; ++v) masks[v] = first_of(to.channels - 16 * v);
   PF_UNROLL for (int p = 0; p < P; ++p) {
@@ -127,7 +127,7 @@ Tiles<Number> tiles_of(int64_t channels) {
 }
 
 // row and column: the input pixel that the tap reads, relative to the output pixel. kernel: the index of the tap in the
-// kernel. The weights of the `together` taps from this tap on are adjacent, and so are the pixels that they read.
+// kernel. together: a number of taps from this tap on, whose weights are adjacent and which read adjacent pixels.
 struct Tap {
   int64_t row, column, kernel, together = 1;
 };
@@ -167,7 +167,7 @@ inline Plan forward_plan(const Sizes& s) {
   return plan;
 }
 
-// The plan of the input's gradient. Here the gradient of the output takes the place of the input.
+// Returns the plan of the input's gradient, in which the gradient of the output takes the place of the input.
 inline Plan input_gradient_plan(const Sizes& s) {
   Plan plan{s.images,
             s.out_height,
@@ -253,7 +253,7 @@ class Images {
     if (bias) {
       for (const Block& block : blocks.list) std::copy_n(bias + block.first, block.count, &biases[block.before]);
     }
-    // There are enough parts for many threads. Each part is so small that its input rows fit into the cache of a core.
+    // The work is divided into enough parts for many threads. The input rows of a part fit into the cache of a core.
     const int64_t row = columns * 2 * pairs * 2 * p.in_step[0];
     const int64_t fitting = std::max<int64_t>(1, (192 << 10) / std::max<int64_t>(1, row));
     const int64_t spread = (p.images * rows + 15) / 16;
@@ -291,8 +291,8 @@ class Images {
     }
   }
 
-  // Copies the rows [top, stop) that lie within the image. Adds zeros on both sides, and after an odd number of
-  // channels.
+  // Copies those of the rows [top, stop) that lie within the image. Adds zeros on both sides of a row, and one zero
+  // after the channels of a pixel if their number is odd.
   void take(const uint16_t* image, int64_t top, int64_t stop, uint16_t* to) const {
     const int64_t even = 2 * pairs, line = columns * even;
     for (int64_t y = std::max<int64_t>(0, top); y < std::min(stop, p.height); ++y) {

@@ -1,5 +1,5 @@
-// Winograd convolutions, tile by tile of the output. convolution_winograd.h transforms the images and weights. The 16
-// products of each tile are computed here as matrix products.
+// Computes convolutions by Winograd's algorithm. convolution_winograd.h transforms the images and weights. This file
+// computes the 16 products of each output tile, as matrix products.
 #pragma once
 
 #include "convolution_images.h"
@@ -10,7 +10,7 @@
 
 namespace pf::cpu::convolution {
 
-// The convolution, or the gradient of its input.
+// Computes the convolution, or the gradient of its input.
 class TiledImages {
  public:
   // If `turned`, the input is the gradient of the output, and the result is the gradient of the input.
@@ -87,7 +87,8 @@ class TiledImages {
   const Blocks blocks;
 };
 
-// The gradient of the weights. Each of the 16 products is a matrix product over all tiles, with pairs of tiles.
+// Computes the gradient of the weights. Each of the 16 products is a matrix product that sums over all tiles. The two
+// numbers of a pair come from two tiles.
 class TiledWeightGradient {
  public:
   explicit TiledWeightGradient(const Sizes& sizes)

@@ -1,5 +1,6 @@
-// The gradient of a convolution's weights. For each tap of the kernel it is a product of two matrices: (input channels
-// x pixels) times (pixels x output channels). The two numbers of a pair come from neighboring pixels of the output.
+// Computes the gradient of a convolution's weights. For each tap of the kernel, the gradient is a product of two
+// matrices: (input channels x pixels) times (pixels x output channels). The two numbers of a pair come from neighboring
+// pixels of the output.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +12,12 @@
 
 namespace pf::cpu::convolution {
 
-// A run of pairs in one row: the position at which it begins on both sides, and the number of pairs.
+// Consecutive pairs of one row: the position of the first pair in the gradient and in the input, and the number of
+// pairs.
 struct Segment {
   int64_t gradient, input, pairs;
 };
-// One side of the products: its pairs, the numbers per position, and the step from one pair to the next.
+// One of the two factors of the products: its pairs, the numbers per position, and the step from one pair to the next.
 struct Side {
   const uint32_t* pairs;
   int64_t pitch, step;
@@ -75,7 +77,7 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   return made[(many + 7) / 8 - 1](singles);
 }
 
-// The gradient of the bias: the sum over all pixels, for 16 channels from `first` on.
+// Computes the gradient of the bias, which is the sum over all pixels, for 16 channels from `first` on.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
   const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -151,7 +153,7 @@ class WeightGradient {
     Block many, single;
     int64_t sums;
   };
-  // The pairs of both sides of a group, and the number of positions on each side.
+  // The pairs of the gradient and of the input of a group, and the number of positions of each.
   struct Packed {
     const uint32_t *gradient, *input;
     int64_t gradients, inputs;

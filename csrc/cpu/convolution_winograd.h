@@ -285,8 +285,8 @@ PF_PAIRS inline void pack_kernels(const uint16_t* weight, int64_t inputs, const 
     }
   }
 }
-// Like pack_kernels, for the convolution that computes the gradient of the input: pairs of neighboring outputs, and a
-// turned kernel.
+// Does the same as pack_kernels for the convolution that computes the gradient of the input. The pairs are those of
+// neighboring outputs, and the kernel is turned by 180 degrees.
 PF_PAIRS inline void pack_turned_kernels(const uint16_t* weight, int64_t outputs, int64_t inputs, const Blocks& blocks,
                                          uint32_t* to) {
   const int64_t pairs = (outputs + 1) / 2, plane = blocks.pitch * pairs;

@@ -17,10 +17,11 @@ namespace {
 // The number of elements of a row that are computed at once. They fit into the cache.
 constexpr int64_t chunk = 2048;
 constexpr int coefficients_of_a_row = 8;
-// Must be equal to purify_fast.ops.diffusion_step.STEPS.
+// This number must be equal to purify_fast.ops.diffusion_step.STEPS.
 constexpr uint64_t steps = 1 << 16;
 
-// v is null if variances are not learned. `noise` is null if there is no noise.
+// Computes the next state of at most one chunk. v is null if variances are not learned. `noise` is null if there is no
+// noise.
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_loop(const W* x, const T* m, const T* v, const float* noise, StepCoefficients<W> k, W* out,
                             int64_t n) {
@@ -36,7 +37,7 @@ PF_INLINE void forward_loop(const W* x, const T* m, const T* v, const float* noi
     });
   }
 }
-// Computes at most one chunk. to_v is null if variances are not learned.
+// Computes the gradients of at most one chunk. to_v is null if variances are not learned.
 template <class T, class W = wide_t<T>>
 PF_INLINE void backward_loop(const W* grad, const W* x, const T* m, const T* v, const float* noise,
                              StepCoefficients<W> k, W* to_x, T* to_m, T* to_v, int64_t n) {
@@ -125,7 +126,8 @@ struct Job {
   template <class W>
   StepCoefficients<W> of_row(int64_t row) const {
     const W* k = data<W>(coefficients) + (coefficients.dim() == 2 ? row * coefficients_of_a_row : 0);
-    // Comparisons ignore a NaN clip, so a NaN clip also replaces the coefficient of the image.
+    // If the clip is NaN, the comparisons with it have no effect. The result must be NaN, so the coefficient of the
+    // image becomes NaN.
     const W image = k[2] == k[2] ? k[3] : k[2];
     return {k[0], k[1], k[2], image, k[4], k[5], k[6], k[7]};
   }

@@ -31,7 +31,7 @@ using word_of_t = typename Lanes<W>::Word;
 // The lengths of rows are rounded up to a multiple of this number.
 constexpr int64_t whole_lanes = 16;
 PF_INLINE int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / whole_lanes * whole_lanes; }
-// How far outside a matrix the shifted rows may be read.
+// Returns the largest distance outside a matrix at which shifted rows are read.
 PF_INLINE int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
 
 // Loads 64 bytes of numbers at `from` as bits. The vector is an output argument, because functions cannot return a
@@ -86,7 +86,7 @@ PF_INLINE void sum_terms(const Term<T>* terms, W* out, int64_t size) {
   }
 }
 
-// For each of the four phases, computes a quarter of the sum of those neighbour terms (of nine) that reach the phase.
+// For each of the four phases, computes a quarter of the sum of those four of the nine terms that belong to the phase.
 // Writes four rows with `size` numbers.
 template <class W>
 PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
@@ -114,7 +114,7 @@ PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
   }
 }
 
-// The masks of all shifts: which keys have a key at the shifted position.
+// The masks of all shifts. A mask has set bits for the keys for which the grid has a key at the shifted position.
 template <class W>
 class Masks {
  public:
@@ -200,8 +200,8 @@ class Dense {
   const T* tail_;
 };
 
-// The nine terms of query n: for each neighbour of the query, its row, with every key shifted to the neighbour on the
-// same side. `first` is the index of the first row of the matrix.
+// Writes the nine terms of query n. A term is the row of a query that is shifted by one of the nine offsets, and its
+// keys are shifted by the same offset. `first` is the index of the first row of the matrix.
 template <class T, class Matrix>
 PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
                                Term<T>* terms) {
@@ -215,8 +215,8 @@ PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_
     }
   }
 }
-// The terms whose sum, divided by 4, is the gradient of row n of the weights. They are rows of the gradients of the
-// four phases. `first` is the index of the first row of the first phase.
+// Writes the terms whose sum, divided by 4, is the gradient of row n of the weights. They are rows of the gradients of
+// the four phases. `first` is the index of the first row of the first phase.
 template <class T>
 PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
                            Term<T>* terms) {
@@ -232,7 +232,8 @@ PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64
     }
   }
 }
-// Row n, and its two neighbours along the diagonal in row-major order.
+// Writes the terms of the first pass of "fuse": row n, and the rows n - 1 and n + 1, shifted by one key, in row-major
+// order.
 template <class T>
 PF_INLINE void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const bool last = n == cells - 1;
@@ -240,8 +241,8 @@ PF_INLINE void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide
   terms[1] = n > 0 ? Term<T>{x.at(n - 1, -1), masks.before()} : Term<T>{x.at(n, 0), masks.none()};
   terms[2] = last ? Term<T>{x.at(n, 0), masks.none()} : Term<T>{x.at(n + 1, 1), masks.after()};
 }
-// Row n, and its neighbours along the diagonal in column-major order. The top of a column follows the last cell of the
-// previous column.
+// Writes the terms of the second pass of "fuse": row n, and the rows before and after it, shifted by one key, in
+// column-major order. There, the top of a column follows the last cell of the previous column.
 template <class T>
 PF_INLINE void column_terms(Padded<T> x, Grid grid, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const int64_t cells = grid.cells(), width = grid.width, wrap = cells - 1 - width;

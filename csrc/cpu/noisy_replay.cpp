@@ -29,7 +29,7 @@ PF_INLINE void replay_loop(const T* x, const float* uniform, T* out, int64_t n, 
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Returns one byte per sample: 1 if the sample is replayed.
+// Returns one byte per sample: 1 if the sample is replayed, and 0 otherwise.
 std::vector<uint8_t> who(const Tensor& drift, const Tensor& tau) {
   std::vector<uint8_t> chosen(drift.numel());
   const Tensor values = dense(drift), limit = dense(tau, drift.scalar_type());

@@ -18,13 +18,14 @@ PF_INLINE void for_neighbours(Grid grid, int64_t i, F f) {
   }
 }
 
-// 1 / max(norm, 1e-4) of a patch, from the sum of its squares. The clamp acts on the sum of squares, before the root.
+// Returns 1 / max(norm, 1e-4) of a patch, from the sum of its squares. This sum is clamped before the root is computed.
 template <class W>
 W inverse_norm(W squares) {
   return 1 / pf::sqrt(max_nan(squares, static_cast<W>(smallest_norm * smallest_norm)));
 }
 
-// `products` [cells][cells] are the products of the pixels. Their diagonal contains the squares.
+// Computes the inverse norm of every patch. `products` [cells][cells] are the products of the pixels, and their
+// diagonal contains the squares.
 template <class W>
 void inverse_norms(const W* products, Grid grid, W* out) {
   for (int64_t i = 0; i < grid.cells(); ++i) {

@@ -39,7 +39,7 @@ PF_PORTABLE void fill_words(Key key, const uint32_t* group, const uint32_t* draw
     w[3][i] = static_cast<uint32_t>(c3);
   }
 }
-// Like `fill_words`, for counters that differ only in their group. The groups are group, group + 1, ...
+// Does the same as `fill_words` for counters that differ only in their group. The groups are group, group + 1, ...
 PF_PORTABLE void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
                            uint32_t (*w)[lanes]) {
   uint32_t c0[lanes], c1[lanes], c2[lanes];
@@ -47,10 +47,10 @@ PF_PORTABLE void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t samp
   fill_words(key, c0, c1, c2, stream, w);
 }
 #if defined(PF_AVX512)
-// Computes the words of 32 counters, eight per register. Each word is in the lower half of a lane. The upper halves may
-// contain anything, because the products use only the lower halves.
 // The number of registers whose rounds are interleaved.
 constexpr int together = 4;
+// Computes the words of 32 counters, eight per register. Each word is in the lower half of a lane. The upper halves may
+// contain anything, because the products use only the lower halves.
 PF_AVX512 inline void rounds(Key key, __m512i (&c)[4][together], uint32_t (*w)[lanes], int at) {
   const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
   for (int round = 0; round < 10; ++round, key.low += 0x9E3779B9u, key.high += 0xBB67AE85u) {

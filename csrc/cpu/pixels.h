@@ -52,7 +52,7 @@ PF_INLINE void split_row(const T* __restrict__ x, T* __restrict__ even, T* __res
     odd[j] = x[2 * j + 1];
   }
 }
-// The inverse of `split_row`.
+// Undoes `split_row`.
 template <class T>
 PF_INLINE void join_row(const T* __restrict__ even, const T* __restrict__ odd, T* __restrict__ x, int64_t n) {
   int64_t j = 0;
@@ -80,7 +80,7 @@ PF_INLINE void split_plane(const T* x, T* phases, int64_t height, int64_t width,
   }
 }
 
-// The inverse of `split_plane`. Phase 0 is read from `first`.
+// Undoes `split_plane`. Phase 0 is read from `first`, and the others from `phases`.
 template <class T>
 PF_INLINE void join_plane(const T* first, const T* phases, T* x, int64_t height, int64_t width, int64_t apart) {
   for (int64_t i = 0; i < height; ++i, x += 4 * width, phases += width, first += width) {

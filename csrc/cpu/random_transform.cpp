@@ -15,10 +15,9 @@
 namespace pf::cpu {
 namespace {
 
-// -- masks: assign each block to the pass that hides it
-// ------------------------------------------------------------------
+// -- masks ------------------------------------------------------------------------------------------------------------
 
-// How the blocks of an image are divided between the passes. These are arguments of the op.
+// Three arguments of the op, which determine how the blocks of an image are divided between the passes.
 struct Mask {
   int64_t blocks, masked_blocks, num_passes;
 };
@@ -224,7 +223,7 @@ struct Backward {
     std::vector<Run> runs;
   };
 
-  // The gradient of channel c of x, summed over the draws.
+  // Returns the place of the sum, over all draws, of the gradient of channel c of x.
   W* total(Piece piece, int64_t c, Scratch& scratch) const {
     if constexpr (in_place) return result + job.in_images(piece) + c * job.images.plane();
     return scratch.totals.data() + c * job.most_pixels();

@@ -131,7 +131,7 @@ PF_INLINE void add_loop(const T* __restrict__ grad, int64_t apart, int64_t strid
     for (int64_t i = 0; i < n; ++i) sum[i] = added(i, i * stride);
   }
 }
-// Like add_loop, for any number of passes, four at a time.
+// Does the same as add_loop for any number of passes, four at a time.
 template <class T, class W>
 PF_INLINE void add_passes(const T* grad, int64_t apart, int64_t stride, const uint32_t* owner, uint32_t first,
                           int64_t passes, W* sum, int64_t n) {

@@ -36,15 +36,16 @@ struct Piece {
   int64_t image, first_row, rows;
 };
 
-// How the hidden pixels are found.
-// - by_runs: as runs of columns, which are the same in every row of a block. For hidden pixels, nothing is drawn,
+// The ways to find the hidden pixels:
+// - by_runs finds runs of columns, which are the same in every row of a block. For hidden pixels, nothing is drawn,
 // computed or read.
-// - by_blocks: block by block. The pass that hides a block is not read there. Backward only.
-// - by_owners: pixel by pixel, from a map of owners. Works for every layout, dtype and block size.
+// - by_blocks processes each block as a whole, and does not read the pass that hides the block. Only the backward uses
+// it.
+// - by_owners reads the owner of each pixel from a map. It works for every layout, dtype and block size.
 enum class Strategy { by_runs, by_blocks, by_owners };
 
-// Everything that a call needs to know about its tensors. The packed images are [draw, image, pass][channels + 2
-// planes].
+// The arguments of a call, and the sizes and strides of its tensors. The packed images are [draw, image, pass][channels
+// + 2 planes].
 struct Job {
   Images images;
   Grid grid;
@@ -54,14 +55,14 @@ struct Job {
   // The largest number of rows in a piece.
   int64_t most_rows;
   int64_t samples, passes;
-  // The owner number of the blocks that the first pass hides.
+  // The owner of the blocks that the first pass hides.
   int64_t first_pass;
   bool channels_last;
   Key key;
   double sigma;
-  // [draw, image, block]
+  // The owners of the blocks, [draw, image, block].
   const uint8_t* owners;
-  // [image]
+  // The ids of the images, [image].
   const int64_t* sample_ids;
 
   int64_t planes() const { return images.channels + 2; }
@@ -73,8 +74,8 @@ struct Job {
   int64_t most_pixels() const { return most_rows * images.width; }
   int64_t first_pixel(Piece piece) const { return piece.first_row * images.width; }
   int64_t pixels(Piece piece) const { return piece.rows * images.width; }
-  // in_images: where the piece begins in channel 0 of the images. in_packed: where it begins in channel 0 of its first
-  // pass in the packed images.
+  // in_images returns the position at which the piece begins in channel 0 of the images. in_packed returns the position
+  // at which it begins in the packed images, in channel 0 of its first pass.
   int64_t in_images(Piece piece) const { return piece.image * images.channels * images.plane() + first_pixel(piece); }
   int64_t in_packed(Piece piece, int64_t draw) const {
     return (draw * images.batch + piece.image) * passes * pass_stride() + first_pixel(piece) * pixel_stride();
@@ -145,7 +146,7 @@ class Noise {
  public:
   explicit Noise(const Job& job) : job_(job), numbers_(job.most_pixels() + 8), groups_(job.most_pixels() / 4 + 1) {}
 
-  // One number for every pixel.
+  // Draws a number for every pixel.
   const float* of_pixels(Piece piece, int64_t draw, int64_t channel) {
     if (job_.sigma == 0) return nullptr;
     const int64_t first = first_element(piece, channel), skip = first % 4;
@@ -154,7 +155,7 @@ class Noise {
     return numbers_.data() + skip;
   }
 
-  // Numbers for the visible runs only, without gaps. Every run consists of whole groups of four.
+  // Draws numbers for the visible runs only, without gaps. Every run consists of whole groups of four numbers.
   const float* of_runs(Piece piece, int64_t draw, int64_t channel, Strip strip) {
     if (job_.sigma == 0) return nullptr;
     const int64_t first = first_element(piece, channel);

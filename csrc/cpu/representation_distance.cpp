@@ -33,7 +33,7 @@ PF_FOR_EACH_PAIR(PF_LOOPS)
   }
 PF_FOR_EACH_PAIR(PF_WIDE_SLOPES)
 
-// float64 if any layer is float64, and float32 otherwise.
+// Returns float64 if any layer is float64, and float32 otherwise.
 ScalarType result_dtype(const std::vector<Tensor>& layers) {
   for (const Tensor& x : layers) {
     if (x.scalar_type() == ScalarType::Double) return ScalarType::Double;
@@ -104,7 +104,7 @@ std::vector<Tensor> representation_distance_backward(Tensor grad, std::vector<Te
 }
 
 // Returns the distance of one layer and its slope dd/du in the dtype of the arithmetic. The slope is written while the
-// row is still in the cache. purify_fast/ops/representation_distance.py uses it.
+// row is still in the cache. purify_fast/ops/representation_distance.py calls this function.
 std::tuple<Tensor, Tensor> representation_distance_keeping(Tensor student, Tensor teacher, int64_t kind) {
   const int64_t rows = student.size(0), n = row_size(student);
   const ScalarType dtype = wide_dtype(student.scalar_type());

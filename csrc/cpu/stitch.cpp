@@ -28,10 +28,10 @@ PF_CLONES void share_out(const uint16_t* __restrict__ row, const uint16_t* __res
   }
 }
 
-// The stitched images as runs of bytes. Each run comes from one pass: the part of a row of pixels that lies in one
-// block, for one channel. In channels_last a run contains all channels.
+// Divides the stitched images into runs of bytes. A run is the part of a row of pixels that lies in one block, for one
+// channel (in channels_last, for all channels). Each run is copied from one pass.
 struct Runs {
-  // `rows` counts the rows of runs in an image: those of every channel, or in channels_last those of all channels.
+  // `rows` is the number of rows of runs in an image. In channels_last, a row of runs has all channels.
   int64_t images, rows, height;
   // The size of a run.
   int64_t bytes;
@@ -75,7 +75,7 @@ Tensor stitch(Tensor images, Tensor owners, int64_t passes) {
   const auto* from = data<uint8_t>(images);
   auto* to = writable<uint8_t>(out);
   for_each_row(runs, owners, [&](int64_t image, int64_t row, const uint8_t* owner) {
-    // The start of the row in the first pass.
+    // `first` is the start of the row in the first pass.
     const uint8_t* first = from + image * passes * runs.image_bytes() + row * runs.row_bytes();
     uint8_t* run = to + image * runs.image_bytes() + row * runs.row_bytes();
     for (int64_t column = 0; column < runs.blocks.columns; ++column, first += runs.bytes, run += runs.bytes) {

@@ -34,7 +34,7 @@ MOMENTUM = 0.75
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
 #: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). FIRST_SHARE: the share of the coordinates that
 #: the first steps move. SPARSER: a later step moves the share of coordinates in which the best point differs from the
-#: image, divided by SPARSER. SHRINK: a shortened step is the step divided by SHRINK. SHORTEST: the smallest step is eps
+#: image, divided by SPARSER. SHRINK: a step is shortened by a division by SHRINK. SHORTEST: the smallest step is eps
 #: divided by SHORTEST.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
 #: If the number of changed coordinates falls below this share of the number at the last checkpoint, the step gets its
@@ -51,8 +51,8 @@ class APGD(EngineAttack):
         n_target_classes: the number of target classes of a targeted loss, each with a run. They are the wrong classes
             whose decision boundaries are nearest, by the model's linear approximation at the image. None: all wrong
             classes.
-        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. With fewer than 3
-            classes "margin" replaces "dlr", and with fewer than 4 classes "dlr_targeted".
+        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the
+            model has too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
         rho: a checkpoint halves the step of an image if at most this share of the steps since the last checkpoint
             raised the loss.
         leave_when_fallen: whether the attack of an image ends once the model itself has confirmed a misclassified
@@ -89,7 +89,7 @@ class APGD(EngineAttack):
         runs = self.restarts * (targets or 1)
         at_the_end = draws * (2 if draws > 1 else 1)
         # Before the runs the clean image is judged. Some losses need one more prediction, for the number of classes.
-        # Targets need the predictions that order them.
+        # A targeted attack needs the predictions that rank the target classes.
         before = context.judges(draws) + (loss in FEWEST_CLASSES)
         if targets is not None:
             before = context.judges(draws) + cost_of_borders(self.n_target_classes, context.num_classes, draws)
@@ -109,7 +109,11 @@ class APGD(EngineAttack):
                 AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
 
     def _goals(self, active: ActiveSet, objective: Objective) -> Goals:
-        """The target class of each run, int64 ``[B]``, or None; ValueError if the loss needs more classes."""
+        """Return the target classes of each run, int64 ``[B]``; a run without a target gets None.
+
+        Raises:
+            ValueError: the loss needs more classes than the model has.
+        """
         loss = objective.loss
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
@@ -125,7 +129,11 @@ apgd = as_function(
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """The checkpoints, and the number of steps before each: 22 % of all, then 3 % less each time, at least 6 %."""
+    """Return a dict from each checkpoint, a number of steps, to the number of steps since the previous checkpoint.
+
+    The first interval has 22 % of all steps. Each further interval is shorter by 3 % of all steps, but has at least 6 %
+    of them.
+    """
     length, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     marks, at = {}, length
     while at < steps:
@@ -136,7 +144,7 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 
 def checkpoints_l1(steps: int) -> dict[int, int]:
-    """The checkpoints for the l1 ball, in the form of `checkpoints`: after every 4 % of the steps."""
+    """Return the checkpoints for the l1 ball, in the form of `checkpoints`; they come after every 4 % of the steps."""
     length = max(int(0.04 * steps), 1)
     return dict.fromkeys(range(length, steps, length), length)
 
@@ -147,9 +155,10 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 
 
 def border(loss: str) -> float:
-    """The smallest value of a loss at a misclassified image; if targeted, at an image that is predicted as the target.
+    """Return the smallest value that a loss can have at a misclassified image.
 
-    The value is 0 for all losses except cross-entropy, because they are margins times a positive factor.
+    For a targeted loss it is the smallest value at an image that is predicted as the target. The value is 0 for all
+    losses except cross-entropy, because they are margins times a positive factor.
     """
     # At a misclassified image the true class has at most half of the probability, so the cross-entropy is at least
     # log 2.
@@ -164,7 +173,7 @@ class AutoPgd(RowSearch):
 
     Args:
         rho: a checkpoint halves a step if at most this share of the steps since the last checkpoint raised the loss.
-        claims: whether a misclassified point counts as a success. It does not count in a larger ball than the given.
+        claims: whether a misclassified point counts as a success. It does not count while the run is in a larger ball.
     """
 
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
@@ -287,7 +296,7 @@ class AutoPgdL1(AutoPgd):
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
         self.marks, self.step = checkpoints_l1(self.steps), self.rows.ball.eps.clone()
-        # A given share is that of the changed coordinates at the first point, divided by SPARSER.
+        # A given `share` is the share of changed coordinates at the first point, divided by SPARSER.
         self.changed = torch.ones_like(self.top_loss) if share is None else share * SPARSER
         self.share = torch.full_like(self.top_loss, FIRST_SHARE) if share is None else share
 

@@ -1,4 +1,4 @@
-"""This package's attacks for AttackBench (Cina et al., AAAI 2025), the package attackbenchlib.
+"""Adapts this package's attacks to AttackBench (Cina et al., AAAI 2025), which is the package attackbenchlib.
 
 AttackBench counts the queries of each image at the model's input, and stops an attack after a budget of queries.
 """

@@ -143,8 +143,8 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
 def differ(first: Tensor, second: Tensor) -> bool:
     """Tell whether two outputs of a model, logits ``[B, classes]``, differ by more than rounding.
 
-    Rounding errors grow with the logits, and a difference is important in relation to the spread of an image's logits.
-    So the limits are relative: logits that are all multiplied by 1e-8 give the same result.
+    Rounding errors grow with the logits, and a difference matters only if it is large compared with the spread of an
+    image's logits. So the limits are relative: logits that are all multiplied by 1e-8 give the same result.
     """
     if first.shape != second.shape:
         return True

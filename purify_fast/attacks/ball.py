@@ -1,4 +1,4 @@
-"""The set in which an attack may change an image: a ball around the image, within the box, the range of the pixels."""
+"""The set of points that an attack may try: the part of a ball around the image in the pixels' range (the box)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Ball:
         return {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
 
     def take(self, index: Tensor | slice) -> Ball:
-        """The balls of some of the images.
+        """Return the balls of some of the images.
 
         Args:
             index: an index or a slice of the images.
@@ -50,7 +50,7 @@ class Ball:
 def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
 ) -> Ball:
-    """Make the balls around images, after a check of the radius, a number or ``[B]``, and the norm (see `read_norm`).
+    """Check the radius ``eps``, a number or ``[B]``, and the norm (see `read_norm`), and make the balls around images.
 
     Returns:
         The ball. Its eps is on x's device, with the dtype float32, or float64 if x is float64.
@@ -91,7 +91,7 @@ def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
 
 
 def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
-    """A point drawn from a normal distribution around each image, projected onto its ball and the box.
+    """Draw a point from a normal distribution around each image, and project it onto the ball and the box.
 
     ``std`` is in image units. For ``seed`` and ``sample_ids`` see `sample_in_ball`.
     """
@@ -100,7 +100,7 @@ def normal_in_ball(x: Tensor, ball: Ball, std: float, *, seed: int = 0, sample_i
 
 
 def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor | None = None) -> Tensor:
-    """A point drawn uniformly from the ball around each image, clamped to the box.
+    """Draw a point uniformly from the ball around each image, and clamp it to the box.
 
     Args:
         x: images ``[B, ...]``.

@@ -53,7 +53,8 @@ class AttackResult:
         images: adversarial images, with the shape and dtype of the clean ones.
         health: the counts of faulty gradients and unmoved images; None if nothing was counted.
         warnings: texts that a reader of the result must know.
-        fell_to: the number of images on which each target and restart succeeded, by the name of target and restart.
+        fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
+            on which that run succeeded.
         stood_still: the number of images whose searches were all given up before they came nearer to a decision
             boundary, a number or a tensor []. That these images survive says nothing about the defence.
         proved: the number of images for which a complete search has proved that no point of the ball is misclassified,
@@ -126,13 +127,17 @@ class Attack(abc.ABC):
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """Return the attack's own ball or the context's; ValueError for a norm or a radius that is not allowed."""
+        """Return the norm and the radius of the ball; the context gives those that the attack does not set.
+
+        Raises:
+            ValueError: a norm or a radius that is not allowed.
+        """
         norm, eps = self._norm_and_radius(context)
         check_eps(eps, norm)
         return ThreatModel(norm, float(eps))
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
-        """Check the images, and make the attack's own ball or the context's around them.
+        """Check the images, and make the balls around them with the norm and the radius of `threat_model`.
 
         Raises:
             TypeError: x or y is no tensor.
@@ -143,7 +148,7 @@ class Attack(abc.ABC):
         return ball_around(x, eps, norm, context.clip_min, context.clip_max)
 
     def _norm_and_radius(self, context: AttackContext) -> tuple[Norm, Any]:
-        """The norm and the radius of the attack's own ball or the context's."""
+        """Return the norm and the radius; the context gives those that the attack does not set."""
         if not self.norms:
             raise NotImplementedError(f"{type(self).__name__} must define threat_model(context)")
         own: Any = self
@@ -165,7 +170,7 @@ class Attack(abc.ABC):
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
-        """Steps, draws, loss and targets without None; the margin replaces a loss that needs more classes."""
+        """Replace every option that is None by a value, and a loss that needs more classes by "margin"."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
@@ -198,7 +203,7 @@ class Attack(abc.ABC):
     # compiled, and compilation begins again inside the attack.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        """The images of `run`, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
+        """Return the images of `run`, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
         return self.run(model, x, y, **options).images
 
     def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
@@ -225,12 +230,12 @@ class Attack(abc.ABC):
     def revision(self) -> str | None:
         """The version of the attack's code; an evaluation uses a cached result only if the version is the same.
 
-        None: results of this attack are not cached, because nothing shows when its code has changed.
+        If the version is None, results of this attack are not cached, because nothing shows when its code has changed.
         """
         return self.code_version
 
     def identity(self) -> list[str]:
-        """Module and name of the attack's class, because two attacks may have the same revision."""
+        """Return the module and the name of the attack's class, because two classes may have the same revision."""
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
@@ -245,7 +250,7 @@ class Attack(abc.ABC):
 
 
 def times(restarts: int) -> str:
-    """The number of restarts as the end of an attack's name."""
+    """Return the end of an attack's name, which gives the number of restarts if there are several."""
     return f" x{restarts}" if restarts > 1 else ""
 
 
@@ -253,7 +258,7 @@ def times(restarts: int) -> str:
 
 
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:
-    """The forward passes per image of `worst_of_runs`."""
+    """Return the number of forward passes per image that `worst_of_runs` makes."""
     steps, draws, *_ = attack.decided(context)
     # Each run scores its last point, and with several draws also its best point. The count of unmoved images needs one
     # prediction of the clean image.
@@ -386,7 +391,7 @@ class EngineAttack(Attack):
 
 
 def targets_and_times(n_target_classes: int | None, restarts: int) -> str:
-    """The end of an attack's name: the number of targets, unless it is the usual number, and the restarts."""
+    """Return the end of an attack's name: the number of targets if it is not the usual number, and the restarts."""
     count = "all" if n_target_classes is None else n_target_classes
     return (f", {count} targets" if count != USUAL_TARGETS else "") + times(restarts)
 

@@ -32,7 +32,7 @@ def classifier_of(defence: HasClassifier) -> nn.Module:
 
 
 class BpdaModel(nn.Module):
-    """A purifier and a classifier as a model for any gradient attack, with the gradient of BPDA.
+    """A model that consists of a purifier and a classifier, and gives any gradient attack the gradient of BPDA.
 
     The forward pass is the same as that of the defence. The gradient at x is the classifier's gradient at purify(x),
     summed over the draws.

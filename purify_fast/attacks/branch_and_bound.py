@@ -50,7 +50,8 @@ DEEPEST = 0.5
 #: The next ReLU to split is chosen by the error of its relaxation at the minimizer, plus this weight times the width of
 #: the relaxation.
 WIDTH = 0.3
-#: The goal of a step is a bound above 0 by this share of the present bound's distance from 0.
+#: A step tries to raise the bound to GOAL times the absolute value of the present bound, plus twice the smallest bound
+#: that counts as a proof (see SAFE).
 GOAL = 0.05
 #: The steps that search a misclassified point are Polyak's steps with the goal 0, times this factor.
 LONG = 3.0
@@ -128,8 +129,8 @@ branch_and_bound = as_function(
 )
 
 
-#: The smallest and the largest values in each node: first of the pixels, ``[B, pixels]``, then of the inputs of each
-#: layer of ReLUs, ``[B, units]``.
+#: Pairs of the smallest and the largest values in each node. The first pair bounds the pixels, ``[B, pixels]``. Each
+#: further pair bounds the inputs of a layer of ReLUs, ``[B, units]``.
 _Boxes = list[tuple[Tensor, Tensor]]
 
 
@@ -155,12 +156,12 @@ class _Nodes(NamedTuple):
     unit: Tensor
 
     def take(self, index: Tensor) -> _Nodes:
-        """Some of the nodes, selected by an int64 or bool index."""
+        """Return some of the nodes, selected by an int64 or bool index."""
         return _Nodes(*(each[index] for each in self))
 
     @staticmethod
     def joined(parts: Sequence[_Nodes]) -> _Nodes:
-        """All nodes of several parts."""
+        """Join the nodes of several parts."""
         return _Nodes(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def halves(self) -> _Nodes:
@@ -250,7 +251,7 @@ class _Search:
     def least(
         self, boxes: _Boxes, functions: Affine, slopes: Tensor, prices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Lower bounds of linear functions of a layer's ReLUs, by CROWN's backward pass.
+        """Bound linear functions of the outputs of a layer's ReLUs from below, by CROWN's backward pass.
 
         Args:
             boxes: the boxes up to this layer.
@@ -258,11 +259,12 @@ class _Search:
                 if all nodes have the same functions.
             slopes: the slopes of the lines below those ReLUs whose inputs have both signs, ``[B, units]`` over all
                 layers of ``boxes``.
-            prices: the factors with which the inputs of ReLUs are subtracted, ``[B, units]``.
+            prices: the multiples of the ReLUs' inputs that are subtracted from the functions, ``[B, units]``; None:
+                nothing is subtracted.
 
         Returns:
-            The bounds ``[B, F]``; the weights of the functions for the pixels; and their weights for each layer's
-            ReLUs.
+            The bounds ``[B, F]``; the weights with which the relaxed functions depend on the pixels; and the weights
+            with which they depend on the outputs of each layer's ReLUs.
         """
         (weight, constant), weights = functions, []
         ends = slopes.shape[1]
@@ -332,7 +334,10 @@ class _Search:
         return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
 
     def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
-        """Search a misclassified point with the signs of each node, from the first points x, ``[B, pixels]``."""
+        """Search a misclassified point in each node, beginning at the points x, ``[B, pixels]``.
+
+        A point is in a node if the inputs of the split ReLUs have the signs of the node.
+        """
         (low, high), y, rival, safe = boxes[0], self.y[nodes.owner], nodes.rival, self.safe[nodes.owner]
         signs = nodes.signs.double().split(self.widths, 1)
         best, smallest = x, torch.full_like(safe, torch.inf)
@@ -375,6 +380,6 @@ def _above(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _smallest_areas(boxes: _Boxes) -> Tensor:
-    """The slopes of the lines below ReLUs with which the areas between both lines are smallest, ``[B, units]``."""
+    """Choose the slopes of the lines below ReLUs so that the areas between both lines are smallest, ``[B, units]``."""
     low, high = _of_all(boxes)
     return (high > -low).double()

@@ -1,4 +1,4 @@
-"""Carlini & Wagner (S&P 2017), l2: a search for the smallest misclassified change, by Adam on change and margin.
+"""Carlini & Wagner (S&P 2017), l2: a search for the smallest misclassified change. Adam minimizes
 
     |x' - x|^2 + c max(l_y - max_{j != y} l_j, 0),   x' = (tanh(w) + 1) / 2
 
@@ -82,7 +82,8 @@ class _CarliniWagnerSearch(NearestSearch):
         ball, wide = self.rows.ball, torch.promote_types(self.point.dtype, torch.float32)
         self.middle, self.half = (ball.clip_max + ball.clip_min) / 2, (ball.clip_max - ball.clip_min) / 2
         self.begin = torch.atanh((self.point.to(wide) - self.middle) / self.half * INSIDE)
-        # For each row: the present c, the largest c without a misclassified point, and the smallest c with a point.
+        # For each row: the present c, the largest c without a misclassified point, and the smallest c with a
+        # misclassified point.
         self.c = torch.full_like(self.distance, FIRST)
         self.low, self.high = torch.zeros_like(self.c), torch.full_like(self.c, torch.inf)
         each = self.steps // constants

@@ -1,4 +1,4 @@
-"""The exact gradient of a long loop in the memory of one step.
+"""Computes the exact gradient of a long loop with the memory of a single step.
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
@@ -107,7 +107,7 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _room(device: torch.device) -> int:
-    """The bytes of activations that may be kept."""
+    """Return how many bytes of activations may be kept."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # No activations are kept in a CUDA graph, because the graph would hold their memory as long as it exists. Also,
         # the free memory cannot be queried during a capture.
@@ -131,7 +131,7 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
     A storage that several tensors or several blocks share, such as a weight, is counted once.
 
     Attributes:
-        last: the bytes of the last block in storages that no earlier block has kept.
+        last: the bytes that autograd keeps for the last block; storages that an earlier block keeps are not counted.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,10 @@ class _Steps(torch.autograd.Function):
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """The gradients of x and of the other tensors, from the gradient of the i-th result; None for unwanted ones."""
+    """Return the gradients of x and of the other tensors, or None for a tensor that needs no gradient.
+
+    ``grad`` is the gradient of the i-th result.
+    """
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
     # The step does not take its parameters as arguments, so they cannot be replaced by leaves.

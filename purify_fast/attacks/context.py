@@ -18,7 +18,7 @@ from .arguments import check_at_least_one
 from .gradient_copy import GradientCopies
 from .signatures import check_names
 
-#: A radius in image units: one number, or one for each image, ``[B]``.
+#: A radius in image units: a number for all images, or ``[B]``, a number for each image.
 Radius = float | Tensor
 
 
@@ -67,7 +67,7 @@ class AttackContext:
         draws_differ: whether two predictions of the attacked model differ. If not, every attack takes one draw.
         judge_draws: number of fresh draws that confirm a success on a random model, which avoids a success by a lucky
             draw; None: the number of draws that a step averages.
-        judge_share: the share of these draws that must be misclassified.
+        judge_share: the share of these draws that must be misclassified for a success.
         seed: seed of all random numbers.
         begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball; None:
             random points.
@@ -118,7 +118,7 @@ class AttackContext:
         return cls(**{"resources": resources} | options)
 
     def predictions(self, draws: int) -> int:
-        """The number of predictions that together take ``draws`` draws."""
+        """Return the number of predictions that together make ``draws`` draws."""
         return -(-draws // self.votes)
 
     def judges(self, draws: int) -> int:

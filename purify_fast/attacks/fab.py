@@ -57,7 +57,7 @@ class FABT(EngineAttack):
         return f"FAB-T {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
-        # At its end a run scores two points, the last and the nearest across the border. The model judges the second.
+        # At its end a run scores its last point and its nearest point across the border. The model judges the nearest.
         steps, draws, _, targets = self.decided(context)
         runs, judges = self.restarts * (targets or 1), context.judges(draws)
         order = cost_of_borders(self.n_target_classes, context.num_classes, draws)

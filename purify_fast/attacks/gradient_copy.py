@@ -1,4 +1,4 @@
-"""Makes a fast copy of a model, from which attacks take gradients; it has folded BatchNorms, and uses bfloat16.
+"""Makes a fast copy of a model for the gradients of attacks; the copy folds BatchNorms and computes in bfloat16.
 
 No measured time decides whether a copy is used, so the same model is attacked in the same way on every machine of the
 same kind. Making a copy does not change the state of the random generators. So a resumed evaluation finds the same
@@ -41,12 +41,14 @@ from .attacked_model import gradient_to
 FEWEST_WEIGHTS = 250_000
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
-#: The largest error of a difference between two logits of the copy, as a share of the same difference in the model. If
-#: the difference is small, the share is of the median gap between the classes with the highest logits.
+#: A copy is used only if the error of each difference between two of its logits is at most this share of the model's
+#: difference. If the model's difference is small, the limit is this share of the median gap between the classes with
+#: the highest logits.
 TOLERANCE = 0.1
-#: The largest difference between the purified images of a copy and its model, averaged over the pixels, in image units.
+#: A copy is used only if its purified images differ from its model's purified images by at most this number, averaged
+#: over the pixels, in image units.
 PURIFIED_TOLERANCE = 0.03
-#: The smallest cosine between the input gradients of a copy and its model with which the copy is used.
+#: A copy is used only if the cosine between its input gradient and its model's input gradient is at least this number.
 LEAST_COSINE = 0.8
 #: The number of copies that are kept: an evaluation attacks several variants of one model, one after the other.
 REMEMBERED = 2
@@ -64,8 +66,8 @@ class GradientCopies:
     """
 
     def __init__(self) -> None:
-        #: By key: the copy of a model, or None; the model and its objects, referenced so that Python cannot reuse their
-        #: ids and addresses; and the values of its tensors at the time of the copy.
+        #: Each value is a tuple: the copy of a model, or None; the model and its objects, which are stored so that
+        #: Python cannot reuse their ids and addresses; and the values of its tensors at the time of the copy.
         self._copies: dict[Hashable, tuple[Classifier | None, tuple[Any, ...], list[Tensor]]] = {}
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
@@ -81,7 +83,7 @@ class GradientCopies:
         return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
-        """The copy of a model for images of a shape, from ``make`` if it is not known yet; None if it has no copy."""
+        """Return the copy of a model for images of this shape, or None; ``make`` makes a copy that is not known yet."""
         try:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)

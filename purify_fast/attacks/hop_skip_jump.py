@@ -99,11 +99,11 @@ hop_skip_jump = as_function("hop_skip_jump", HopSkipJump, NEAREST_OR_IMAGE, prec
 
 
 def _others(active: ActiveSet, left: Tensor, decided: Tensor) -> Tensor:
-    """For some images, the nearest image with a prediction other than their label; the image itself if there is none.
+    """Return for some images the nearest image that is predicted as another class than their label, or themselves.
 
     Args:
         active: the images.
-        left: the indices of the images for which it is searched, int64 ``[R]``.
+        left: the indices of the images for which the nearest image is searched, int64 ``[R]``.
         decided: the predicted class of each image, int64 ``[N]``.
     """
     flat = active.x.flatten(1).float()
@@ -186,7 +186,10 @@ class _HopSkipJumpSearch(NearestSearch):
         self.note(self.point, torch.ones_like(high, dtype=torch.bool))
 
     def _towards_image(self, share: Tensor) -> Tensor:
-        """Points at a share ``[R]`` of the distance from the image: on the straight line in l2, clamped in linf."""
+        """Move the points to a share ``[R]`` of their distance from the image.
+
+        In l2 they move on the straight line to the image. In linf their difference to the image is clamped.
+        """
         x, share = self.rows.x, per_image(share, self.point)
         if self.rows.ball.norm == "l2":
             return torch.where(share == 1, self.point, x + share.to(x.dtype) * (self.point - x))

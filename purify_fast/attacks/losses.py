@@ -33,7 +33,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / std(logits), [B]; so that all draws have the same weight if their gradients are averaged.
+    """margin / std(logits), [B]. All draws then have the same weight if their gradients are averaged.
 
     The standard deviation over the classes is treated as a constant. So the gradient has the direction of the margin's
     gradient, and never saturates.

@@ -75,7 +75,7 @@ class Objective:
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> Tensor:
-        """The score of images by fresh draws, `Gradient.score`."""
+        """Return the score of images by fresh draws, see `Gradient.score`."""
         loss, wrong = self._over_passes(self._judge, x, y)
         return torch.stack([self._mean(wrong), self._mean(loss)])
 
@@ -114,7 +114,7 @@ class Objective:
         return images, min(self.eot_iter, max(1, most // images))
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
-        """Sums over ``draws`` draws: the gradient, and if scored the losses and the number of misclassified draws."""
+        """Return sums over ``draws`` draws: the gradient, and with ``scored`` also what `_scored` returns."""
         # torch.compile decides whether gradients are recorded, so there is no check while it compiles.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -130,7 +130,7 @@ class Objective:
         return (gradient, *self._scored(logits.detach(), labels, losses.detach(), draws)) if scored else (gradient,)
 
     def _judge(self, x: Tensor, y: Tensor, draws: int, counted: bool = True) -> tuple[Tensor, ...]:
-        """Sums over ``draws`` draws: the losses, and if counted the number of misclassified draws."""
+        """Return sums over ``draws`` draws: the losses, and with ``counted`` the numbers of misclassified draws."""
         losses, logits, labels = self._losses(x, y, draws)
         return self._scored(logits, labels, losses, draws) if counted else (_summed(losses, draws),)
 
@@ -175,12 +175,12 @@ class Objective:
 
 
 def _summed(values: Tensor, draws: int) -> Tensor:
-    """Sums over the draws, ``[B]``, of values ``[draws * B]``."""
+    """Sum values ``[draws * B]`` over the draws, ``[B]``."""
     return values.view(draws, -1).sum(0) if draws > 1 else values
 
 
 def _even(images: int, most: int) -> int:
-    """The number of images in a pass, at most ``most``, so that all passes have about the same size."""
+    """Choose the number of images in a pass, at most ``most``, so that all passes have about the same size."""
     passes = -(-images // most)
     return -(-images // passes) if passes else most
 

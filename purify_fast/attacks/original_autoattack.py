@@ -46,7 +46,7 @@ def implementation() -> Any:
 
 
 def parts(version: str, classes: int) -> tuple[list[str], str | None]:
-    """The attacks of AutoAttack that can run with ``classes`` classes, and the attack that is replaced, or None.
+    """Return the attacks of AutoAttack that can run with ``classes`` classes, and the attack that cannot, or None.
 
     The DLR loss needs at least 3 classes, and its targeted form at least 4. An attack without enough classes is
     replaced by PGD on the margin.
@@ -170,7 +170,7 @@ class AutoAttack(Attack):
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """Search the images whose points fail by PGD on the margin, and return the points with the new successes."""
+        """Attack the images that have not fallen by PGD on the margin, and return the points with the new successes."""
         steps, draws, *_ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
         resources = replace(context.resources, counts_health=False, graphs=None)

@@ -90,8 +90,8 @@ def ascend(
     Args:
         objective: the loss that is maximized; its graphs capture the step.
         ball: the ball around each image.
-        state: the first state of `Ascent`, without eps. Without ``alpha`` the length of a step falls geometrically from
-            eps to eps / 100.
+        state: the first state of `Ascent`, without eps. If it has no ``alpha``, the length of a step falls
+            geometrically from eps to eps / 100.
         steps: the number of steps of the whole attack.
         first: the number of the first step to take, from 0.
         end: the number of the first step that is not taken; None: ``steps``.

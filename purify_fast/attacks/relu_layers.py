@@ -35,7 +35,7 @@ RELU = ("relu", "relu_")
 
 
 class Affine(NamedTuple):
-    """z = weight @ a + bias, float64; a ReLU follows each such layer of a network except the last."""
+    """The affine layer z = weight @ a + bias in float64; a ReLU follows each layer of a network except the last."""
 
     weight: Tensor
     bias: Tensor
@@ -80,7 +80,7 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     if most is not None and units > most:
         raise ValueError(f"model must have at most {most} ReLUs, got {units}")
     if not torch.allclose(forward(layers, x.flatten(1)), logits, rtol=1e-9, atol=1e-9):
-        raise _refused(model, "the matrices read from the model give other logits")
+        raise _refused(model, "the affine layers that were read from it do not reproduce its logits")
     return layers
 
 
@@ -102,7 +102,7 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
     Args:
         model: the model in float64.
         shape: the shape of an image.
-        widths: the number of pixels, and of units before each ReLU.
+        widths: the number of pixels, and then the number of inputs of each layer of ReLUs.
     """
     parts = []
     for first in range(0, max(widths) + 1, AT_ONCE):

@@ -84,9 +84,9 @@ class GradientHealth:
 def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     """The better of two points per image, and its score.
 
-    The better point is misclassified by more draws, or by as many draws and with a higher loss. The points have the
-    shape ``[B, ...]``; the scores have the shape ``[2, B]``, see `Gradient.score`. Of two equal points ``best`` is
-    returned.
+    The better point is misclassified by more draws, or by the same number of draws and with a higher loss. The points
+    have the shape ``[B, ...]``; the scores have the shape ``[2, B]``, see `Gradient.score`. If the points are equal,
+    ``best`` is returned.
     """
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
@@ -95,7 +95,7 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
 def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
     """Tell for which images a zero gradient is no fault, bool ``[B]``; None: for no image."""
     # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the third
-    # logit.
+    # highest logit.
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 

@@ -14,7 +14,10 @@ WIDTH = 116
 
 
 def parameters_of(*kinds: type) -> dict[str, inspect.Parameter]:
-    """The fields of dataclasses as keyword parameters, by name; of equal names, the first class's field is used."""
+    """Return the fields of dataclasses as keyword parameters, by name.
+
+    If several classes have a field of the same name, the field of the first class is used.
+    """
     found: dict[str, inspect.Parameter] = {}
     for kind in reversed(kinds):
         types = get_type_hints(kind)

@@ -29,10 +29,11 @@ from .context import AttackContext
 from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
 from .objective import Objective
 
-#: The authors' own number of queries.
+#: The number of queries in the authors' code.
 QUERIES = 5000
-#: The number of proposals per image that are tried in one batch, by the query from which on this number is used. At
-#: first every second proposal is accepted, and the next proposal should start from it. Later few are accepted.
+#: The keys are queries, the values are the numbers of proposals per image that are tried in one batch from this query
+#: on. At first every second proposal is accepted, and the next proposal should start from an accepted proposal. Later
+#: few are accepted.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: The number of queries for which random numbers are made at once.
 BLOCK = 64
@@ -48,8 +49,8 @@ FIRST_SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: In l2 and l1 the attack begins with a grid of TILES x TILES patterns.
 TILES = 5
-#: For l2 and for l1: the power in the norm of the patterns, and the power with which the pyramids of the patterns decay
-#: from their middle.
+#: Two powers for each norm: the power in the norm of the patterns, and the power with which the values of the patterns
+#: decrease from the middle of a pyramid.
 SHAPES = {"l2": (2, 2), "l1": (1, 4)}
 
 
@@ -240,7 +241,7 @@ class _SquareSearch:
 
 
 def side(query: int, height: int, width: int, least: int = 1) -> int:
-    """The edge in pixels of the squares at a query, counted from 0, in an image; at least ``least``."""
+    """Return the edge of the squares at a query, in pixels, at least ``least``; queries are counted from 0."""
     share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
     edge = max(round(math.sqrt(share * height * width)), least)
     if least > 1 and edge % 2 == 0:
@@ -251,7 +252,10 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
-    """Two opposite pyramids with norm 1, one above the other and side by side, float32 ``[2, edge, edge]``."""
+    """Return two patterns of norm 1, float32 ``[2, edge, edge]``, each with two opposite pyramids.
+
+    In the first pattern one pyramid is above the other. In the second pattern they are side by side.
+    """
     # The patterns are cached for each device, because a copy to the GPU in every query would wait for the GPU.
     power, decay = SHAPES[norm]
     half = torch.zeros(edge, edge)

@@ -56,7 +56,7 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The command that wrote the report in a folder. If the user names a model, a command that attacks it."""
+        """The command that wrote the report in a folder, or a command that attacks MODEL if the user gives it."""
         if self.model is not None:
             words = [self.model]
         elif (path := folder / RUN_FILE).is_file():
@@ -69,7 +69,7 @@ class Check(Command):
 
 
 def images_of(witnesses: Witnesses, device: str) -> DataSet:
-    """The clean images of a report as a data set. So the report's data set need not be on this machine."""
+    """The clean images of a report as a data set, so that the original data set need not be on this machine."""
     import torch
 
     from ..data import DataSet

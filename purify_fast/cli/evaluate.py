@@ -99,7 +99,7 @@ class Evaluate(DataCommand, Purification):
         return zoo_name(self.folder) if self.official is None else None
 
     def writes(self) -> None:
-        """None: the folder is created later, after the model was loaded, so that a wrong model creates no folder."""
+        """Return None, because `run` itself locks the folder of the report, after it has checked the options."""
 
     def report_folder(self) -> Path:
         """The folder of the report."""

@@ -60,7 +60,8 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-#: For each split: the decoded images, and the errors of images that were left out, by their numbers among the files.
+#: For each split, a pair: the decoded images, and the error of each image that was left out. The key of an error is the
+#: number of the image among the files.
 Cached = dict[str, tuple[StreamedImages, dict[int, str]]]
 
 

@@ -45,7 +45,7 @@ class StreamedImages:
 
     def __init__(self, path: str | Path, digest: str, device: torch.device | str = "cpu"):
         self.path, self.digest = Path(path), digest
-        # The device of a tensor has an index, unlike the device "cuda".
+        # Make a tensor, because its device has an index, such as cuda:0, even if ``device`` is "cuda".
         self.device = torch.empty(0, device=device).device
         try:
             array = np.load(self.path, mmap_mode="r")
@@ -96,7 +96,7 @@ class StreamedImages:
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """Facts that change when the file is written to. None if the file was removed, since nobody can then write."""
+        """Facts that change when the file is written to. None if it was removed, because then nobody can write it."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:
@@ -115,7 +115,7 @@ class StreamedImages:
 
 
 class ResizedImages(StreamedImages):
-    """Images that are resized whenever they are read: the shorter side bilinearly, and the center is cropped.
+    """Images that are resized bilinearly and cropped whenever they are read, as `load_dataset` describes.
 
     This saves memory. For example, AToP attacks CIFAR-10 at 256 x 256 pixels, which would need 9.8 GB, but the images
     at 32 x 32 need 0.15 GB.

@@ -88,7 +88,10 @@ def _tiny_imagenet(root: Path) -> Path:
 
 
 def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
-    """The folder of the smallest archive with large enough images: 160 or 320 pixels wide, or the original size."""
+    """The folder of imagenette's smallest archive whose images are large enough.
+
+    There are archives with images of 160 pixels, of 320 pixels, and of the original size.
+    """
     side = max(image_size or (0,))
     size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
     folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")

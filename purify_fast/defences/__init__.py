@@ -1,4 +1,4 @@
-"""Base classes of defences: control of random draws, aggregation, and a frozen classifier behind a purifier."""
+"""Base classes of defences, which control random draws, aggregate predictions, and freeze the classifier."""
 
 from .base import Defence
 from .stochastic import NoisyEnsemble, StochasticDefence, WithAggregation

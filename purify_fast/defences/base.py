@@ -71,7 +71,7 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
-        #: For each term of the loss, by its name, the training step from which it was used; empty without a training.
+        #: The training step from which each term of the loss was used, by the name of the term. Empty if untrained.
         self.acts_from_step: dict[str, int] = {}
         #: The settings of the adversarial bank, the file of attacked images that a training uses again: the number of
         #: variants of an image, and the share of a step's images that is attacked again. Empty without a bank.
@@ -268,7 +268,7 @@ class Defence(StochasticDefence):
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
-        """A weight of the part to pack; None if no part can be packed now.
+        """A weight of the part of the defence that `_pack` packs for a kernel; None if no part can be packed now.
 
         If the weights of the part change, this weight changes too. In training no part is packed, because packed
         weights are frozen.

@@ -24,8 +24,8 @@ from ..protocols import Classifier, DrawsSampleLogits
 class StochasticDefence(nn.Module):
     """A defence that draws noise for each of ``samples`` predictions. Subclasses define `sample_logits`.
 
-    Every call draws a new seed from PyTorch's global generator. Within `fixed_noise`, the seed is the caller's. Within
-    `deterministic`, nothing is drawn.
+    Every call draws a new seed from PyTorch's global generator. Within `fixed_noise`, the caller gives the seed.
+    Within `deterministic`, nothing is drawn.
 
     Several threads may call a defence at the same time. But while a thread is inside `fixed_noise`, `deterministic` or
     `noise_ids`, a call from another thread raises a RuntimeError.

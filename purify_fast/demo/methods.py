@@ -55,7 +55,8 @@ FOLDERS = {
 CARSO_MODELS = (STANDARD, BASE, CARSO_OBJECTIVE, CARSO_PIPELINE)
 ATOP_MODELS = (BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE)
 ARREST_MODELS = (FINETUNED, ARREST, CARSO_ON_ARREST)
-#: For each method: its models, whose images are shown, and models of other methods that its tables also contain.
+#: For each method, two tuples of models. The first has the models of the method, whose images are shown. The second has
+#: models of other methods that the tables of the method also contain.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CARSO": (CARSO_MODELS, ()),
     "AToP": (ATOP_MODELS, ()),
@@ -68,7 +69,8 @@ ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr
 _LOSSES: tuple[Loss, ...] = ("ce", "dlr")
 
 THROUGH_CARSO = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-# This is the paper's objective with clean images as target. Weight, learning rate and schedule were chosen on digits.
+# This config trains with the paper's objective, and with clean images as target. Weight, learning rate and schedule
+# were chosen on digits.
 ATOP_CONFIG = AtopConfig(
     attack=TrainingAttack(eps=EPS, steps=10),
     reconstruction_target="clean",
@@ -162,7 +164,8 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     """
     budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
     ce, dlr = ce_then_dlr()
-    # AutoAttack's standard version is only for deterministic models, so a random model is attacked in that mode.
+    # AutoAttack's standard version is only for deterministic models, so a random model is attacked in its mode
+    # without randomness.
     standard = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
     auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
     if name in ATOP_MODELS:

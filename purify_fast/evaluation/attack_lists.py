@@ -1,4 +1,4 @@
-"""The protocols: functions of the model and the ball that return a list of attacks.
+"""Defines the protocols, which are functions from the model and the ball to a list of attacks.
 
 To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first,
 because fallen images are not attacked again, so that expensive attacks get few images.
@@ -39,7 +39,8 @@ FIRST_STEPS = 10
 #: Steps of the targeted search of "fast" on many images. 100 steps found only 1 more image in 500, and took a fifth
 #: longer.
 FAST_STEPS = 60
-#: An attack of "fast" or "standard" stops when at most this share of all images may fall among the unsearched images.
+#: An attack of "fast" or "standard" stops early if, among the images that it has not searched yet, at most this share
+#: of all images could fall to it.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
 #: The numbers of images with the smallest margins that are searched again, because they decide the accuracy. NEAREST:
 #: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for the slowest attacks of
@@ -87,12 +88,12 @@ def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
 
 
 def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
-    """An attack on the images that withstood all earlier attacks."""
+    """Specify an attack on the images that withstood all earlier attacks."""
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
 def _nearest(attack: Attack, images: int, **options: Any) -> AttackSpec:
-    """An attack, from another random start, on the few images to which earlier attacks came nearest."""
+    """Specify an attack on the few images with the smallest margins, from another random start."""
     return _left(attack, nearest=images, seed=1, **options)
 
 
@@ -119,14 +120,14 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
         _nearest(FABT(give_up=True), NEAREST),
-        # Search the images nearest to falling from many starts, since they decide the accuracy.
+        # The images with the smallest margins decide the accuracy, so they are searched from many starts.
         *(_nearest(attack, FEWEST_NEAREST) for attack in (every, again, FABT(n_target_classes=None))),
         _nearest(Square(give_up=True), FEWEST_NEAREST),
     ]
 
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """For a random model: an attack with the gradients of the model without noise."""
+    """Specify, for a random model, an attack with the gradients of the model without noise."""
     if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
         return []
     return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
@@ -155,7 +156,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """For a small ReLU network in an L-inf ball: branch and bound, a complete search."""
+    """Specify branch and bound, a complete search, for a small ReLU network in an L-inf ball."""
     attack = BranchAndBound()
     if subject.is_random or ball.norm not in attack.norms:
         return []
@@ -167,7 +168,7 @@ def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
-    """The attacks that the model's class defines; for other random purifiers, Lee and Kim's PGD."""
+    """Return the attacks that the model's class defines, or Lee and Kim's PGD for other random purifiers."""
     model = subject.base_model
     if supports(model, OwnAttacks):
         return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
@@ -210,7 +211,7 @@ def _has_several_samples(subject: Subject) -> bool:
 
 
 def _head(model: Classifier, head: Head) -> AttackSpec:
-    """An attack with the gradients of another aggregation of the samples; the defence itself checks every success."""
+    """Specify an attack with the gradients of another aggregation; the defence itself checks every success."""
     seen = AttackersHead(cast(SampleLogits, model), head)
     return _left(APGD(loss="dlr_targeted"), f"APGD-T through the samples' {head}", gradients_from=seen)
 
@@ -238,7 +239,7 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """The notes of a report on its protocol: for "authors", whose evaluation is repeated; empty for other protocols.
+    """Return the notes of a report on its protocol: for "authors" a note says whose evaluation is repeated.
 
     Args:
         name: name of the protocol; None for a list of attacks.

@@ -33,9 +33,9 @@ class AttackedBatch:
     Args:
         images: the attacked images, ``[B, C, H, W]``.
         health: counts of `GradientHealth`, by name.
-        seconds: duration.
+        seconds: duration of the attack.
         warnings: warnings of the attack.
-        fallen: number of images on which each target and restart succeeded, by the name of target and restart.
+        fallen: a dict from the name of a target and restart to the number of images on which that run succeeded.
         fell: for each image in order, 1 if the attacked model misclassifies it now, otherwise 0.
         stood_still: number of images that no search brought nearer to a decision boundary.
         proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
@@ -83,7 +83,7 @@ class AttackRun:
         self.parts = self.index.split(most) if len(self.index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of the batches with these numbers that are not finished."""
+        """Return those of these numbers whose batches are not finished."""
         return [number for number in numbers if self.read(self.parts[number]) is None]
 
     def read(self, ids: Tensor) -> AttackedBatch | None:
@@ -154,20 +154,20 @@ class AttackRun:
         )
 
     def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
-        """For each attacked image, 1 if the model misclassifies it, otherwise 0."""
+        """Return a number for each attacked image: 1 if the model misclassifies it, otherwise 0."""
         subject = self.subject
         judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.resources.max_forward_batch))
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """All images, those in ``index`` attacked, and the sums of the other results over all batches.
+        """Make or read all batches. Return all images, attacked if they are in ``index``, and the summed results.
 
         Args:
             share: a function that makes the batches with the given numbers in several processes; None: this process
                 makes all batches.
             at_once: number of batches that are made in parallel before the rule decides; without a rule all are made in
-                parallel. Batches after the one at which the rule stops are ignored, so that the result equals that of a
-                single process.
+                parallel. Batches after the batch at which the rule stops the attack are ignored, so that the result
+                equals that of a single process.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
@@ -191,6 +191,6 @@ class AttackRun:
 
 
 def _no_evidence(batch: AttackedBatch) -> int:
-    """The number of images that withstood but are no evidence for other images; all if the attack lacked gradients."""
+    """Count the images whose survival says nothing about other images; all images if the attack lacked gradients."""
     usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
     return batch.stood_still if usable else len(batch.fell)

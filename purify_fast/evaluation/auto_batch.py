@@ -1,4 +1,4 @@
-"""``batch_size="auto"``: chooses by the available memory the number of images in each pass of the model.
+"""Chooses the number of images in each pass of the model by the available memory, for ``batch_size="auto"``.
 
 The batches of an attack always have the usual size, because the result of some attacks depends on the batch. The memory
 limits only the number of images, and of their draws, in a pass of the model. This changes no result of a deterministic
@@ -83,5 +83,5 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
         name = cache.key({"images at once": subject.data}, subject.model)
         kept: int = cache.values(name, lambda: {"images": images})["images"]
         images = min(images, kept)
-        logger.info("%d images go through the model at once", images)
+        logger.info("each pass of the model has at most %d images", images)
     subject.room = Room(images, device, yields=True)

@@ -1,4 +1,4 @@
-"""The cache of finished rows on disk, and of the finished batches of a row that is not complete yet.
+"""Caches finished rows on disk, and also the finished batches of a row that is not complete yet.
 
 A row is one attack of an evaluation. The file name of a row is a hash of everything on which the row depends. Every
 file has a checksum of its content (`purify_fast._sealed`). The content of a damaged file is computed again, with a

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-#: A claim is refuted if, under the claim, the probability of an accuracy at or below the measured accuracy is smaller
-#: than this.
+#: A claim is refuted if it gives the measured accuracy, together with all lower accuracies, a probability below this
+#: number.
 REFUTED = 0.01
 #: The largest number of images that a report names as necessary to refute a claim.
 MOST = 10**6
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:
-    """The exact binomial tail: the probability that at most ``left`` images are robust.
+    """Return the probability that at most ``left`` images are robust, by the exact binomial distribution.
 
     Args:
         left: a number of robust images, from 0 to ``images``.
@@ -33,7 +33,7 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
 
 
 def images_to_decide(left: float, claim: float) -> int | None:
-    """The number of images that would refute a claim if their robust accuracy were the same.
+    """Return the number of images that would refute a claim if the measured accuracy stayed the same on them.
 
     Args:
         left: the measured share of robust images, in [0, 1].

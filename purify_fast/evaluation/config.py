@@ -59,8 +59,8 @@ class EvaluateConfig:
             and use the fastest; "auto" does not if the process requires deterministic algorithms. The choice, and with
             it the last bits of a gradient, may differ from run to run.
         seed: seed of all random numbers.
-        curve: further radii, in image units, for a curve of robust accuracy over the radius. At each radius, those of
-            the attacks that set no radius attack the images that have not fallen at a smaller radius. They begin at the
+        curve: further radii, in image units, for a curve of robust accuracy over the radius. At each radius, the
+            attacks that set no radius search the images that have not fallen at a smaller radius. They begin at the
             best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255"; `Report.curve`
             has all of them.
         probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different

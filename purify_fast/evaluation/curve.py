@@ -102,11 +102,11 @@ class Curve:
     radii: Sequence[float]
 
     def specs_at(self, radius: float, norm: str) -> list[AttackSpec]:
-        """The attacks at a radius of the curve."""
+        """Return the attacks of the curve with this radius."""
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
 
     def costs(self, context: AttackContext) -> list[int | None]:
-        """The most forward passes per image for each radius; None if the number is unknown."""
+        """Return the largest number of forward passes per image for each radius; None if a number is unknown."""
         costs = [spec.resolved.cost(context) for spec in self.specs]
         return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
 
@@ -206,7 +206,7 @@ class Curve:
         return row
 
     def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
-        """The curve of a report: radii and accuracies, beginning with the clean images at radius 0.
+        """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images.
 
         Args:
             rows: rows of the report.

@@ -50,7 +50,7 @@ def forecast(
         gpu: a name in `purify_fast.speed.counting.GPUS`. The operations are counted, and their time on this GPU is
             computed by a model. None: this CPU, on which the time is measured.
         gpus: number of GPUs that share the batches.
-        seconds: for this CPU, twice the smallest duration of the last trial, if there are enough images.
+        seconds: for this CPU, more and more images are evaluated until a trial takes at least half of this time.
         config: see `evaluate`.
         attacks: see `evaluate`.
         **options: further arguments of `evaluate`.

@@ -18,11 +18,11 @@ from ..attacks import frozen
 from ..protocols import Classifier
 from .softening import Args, HoldingMode, Rule
 
-#: Increase this number whenever such a model computes something else than before. Cached rows with an older number are
-#: then made again.
+#: Increase this number whenever a model with these gradients computes another result than before. Cached rows with an
+#: older number are then made again.
 REVISION = 1
-#: The largest distance of a module's output from the range of its input with which the module is differentiated as the
-#: identity, as a share of the width of the range.
+#: A module is differentiated as the identity only if its output lies in the range of its input. The output may exceed
+#: this range at each end by at most this share of the width of the range.
 OUTSIDE = 0.1
 
 
@@ -73,8 +73,8 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
         x: a few images ``[B, C, H, W]``.
 
     Returns:
-        A list of groups, each with modules by name: the innermost such modules, and the outermost such modules if they
-        are different. The list is empty if there are no such modules.
+        A list of groups, each a dict of such modules by name. The first group has the innermost of these modules. If
+        the outermost of them are other modules, the second group has these. Without such modules the list is empty.
     """
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}

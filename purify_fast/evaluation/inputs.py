@@ -115,14 +115,14 @@ def _of_array(value: Any) -> Any:
 
 
 def _as_tensor(name: str, value: Any) -> str:
-    """The end of an error message: code that converts the input to a tensor; empty if it cannot be converted."""
+    """Return the end of an error message: code that converts the input to a tensor, or nothing if none is known."""
     if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
         return f": torch.stack({name}) makes a tensor of the list"
     return f": torch.as_tensor({name}) makes a tensor of the list" if isinstance(value, (list, tuple)) else ""
 
 
 def _as_labels(x: Tensor, y: Tensor) -> str:
-    """The end of an error message: code that converts the input to labels; empty if it cannot be converted."""
+    """Return the end of an error message: code that converts the input to labels, or nothing if none is known."""
     if y.shape == (len(x),):
         whole = not y.is_floating_point() or bool((y == y.round()).all())
         return "; y.long() makes them int64" if whole else ""
@@ -295,7 +295,7 @@ def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def _wanted(model: Any, given: Sequence[int]) -> str:
-    """The end of an error message: the images that the model accepts; empty if they are unknown."""
+    """Return the end of an error message: the images that the model accepts, or nothing if they are unknown."""
     shape = image_shape_of(model, given)
     if shape is not None and shape != tuple(given):
         return f": it was trained on {list(shape)}"
@@ -307,7 +307,7 @@ def _wanted(model: Any, given: Sequence[int]) -> str:
 
 
 def _first_output(model: Classifier, some: Tensor) -> Any:
-    """The model's output for a few images; an error about their shape is explained."""
+    """Return the model's output for a few images, and explain an error about their shape."""
     try:
         return model(some)
     except Exception as error:
@@ -363,7 +363,7 @@ def _described(output: Any) -> str:
 
 
 def _instead_of(output: Any) -> str:
-    """The end of an error message: a function that should replace the model; empty if it is unknown."""
+    """Return the end of an error message: a function to evaluate instead of the model, or nothing if none is known."""
     if isinstance(output, (tuple, list)):
         places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
         return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""

@@ -35,7 +35,7 @@ from .team import Task, Team
 
 #: The file with the first points of an attack, for the processes that share the attack.
 BEGIN = "begin.safetensors"
-#: The number of attacked images in each row, for the pictures.
+#: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8
 
 
@@ -48,7 +48,7 @@ class Outcome:
         index: indices of the attacked images, int64.
         sums: all images, attacked or not, with the sums of counts and time over the batches.
         settings: settings of the attack that are known only after its run.
-        found: further fields of the row, from the attack.
+        found: further fields of the row that come from the attack, by name.
     """
 
     spec: AttackSpec
@@ -124,7 +124,7 @@ class Measure:
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """The row of images that were found by an attack on a variant, judged by fresh draws of the deployed model.
+        """Judge the images of an attack on a variant by fresh draws of the deployed model, and make their row.
 
         Args:
             spec: the attack.
@@ -159,7 +159,7 @@ class Measure:
         return row
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
-        """The images that an attack searches, int64, in the order of the search.
+        """Return the indices of the images that an attack searches, int64, in the order of the search.
 
         Args:
             spec: the attack.
@@ -174,11 +174,15 @@ class Measure:
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
-        """Choose the images for an attack: images that the variant classifies correctly, or survivors; bool."""
+        """Return the images for an attack, bool ``[n]``.
+
+        These are the images in ``left`` if the attack takes only survivors, and otherwise the images that the variant
+        classifies correctly.
+        """
         return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
 
     def _most(self, spec: AttackSpec) -> int | None:
-        """The number of the present images that an attack may search; None: all."""
+        """Return how many of the present images an attack may search; None: all of them."""
         return None if spec.max_images is None else max(0, spec.max_images - self.subject.offset)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
@@ -423,7 +427,10 @@ class Measure:
         )
 
     def _examples(self, search: Outcome, judged: Judgement, given: np.ndarray) -> Examples | None:
-        """The images for a row: some or all of the fallen images; if none fell, some that withstood the attack."""
+        """Select the images that a row stores: some or all of the fallen images.
+
+        If no image fell, they are some of the images that withstood the attack.
+        """
         index, subject = search.index, self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
@@ -446,7 +453,7 @@ class Measure:
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:
-        """The model that the attack attacks."""
+        """Return the model that is attacked."""
         model = self.subject.base_model
         if spec.aggregation is not None:
             return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits

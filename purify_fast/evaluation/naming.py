@@ -76,7 +76,7 @@ def feasible(
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """Add a copy of each attack on the deployed model, under fixed noise, if the model has ``fixed_noise``."""
+    """After each attack on the deployed model, add the same attack under fixed noise, if there is ``fixed_noise``."""
     if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []

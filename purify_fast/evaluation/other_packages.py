@@ -38,9 +38,9 @@ class OtherAttack(abc.ABC):
 
     #: The package's name in reports.
     package: ClassVar[str]
-    #: The base class of the package's attacks: the first part of its module's name, and its own name.
+    #: The base class of the package's attacks: the first part of its module's name, and the name of the class.
     base: ClassVar[tuple[str, str]]
-    #: A template of the code that makes such an attack, with the name of its class and the radius.
+    #: A template of the code that makes such an attack. The name of its class and the radius are filled in.
     code: ClassVar[str]
 
     def __init__(self, attack: Any):
@@ -55,16 +55,16 @@ class OtherAttack(abc.ABC):
         return any((one.__module__.partition(".")[0], one.__name__) == cls.base for one in kind.__mro__)
 
     def line(self, eps: float = 8 / 255) -> str:
-        """The code that makes such an attack."""
+        """Return the code that makes such an attack with this radius."""
         return self.code.format(name=self.kind, eps=eps)
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raise ValueError for options with which the attack cannot run on the judged model or its true labels."""
+        """Raise ValueError if the attack's options do not allow an attack on the judged model with the true labels."""
 
     @abc.abstractmethod
     def ball(self) -> tuple[str | None, float | None]:
-        """The attack's own norm and radius, each None if the attack has none."""
+        """Return the attack's own norm and radius; a value that the attack does not have is None."""
 
     def check_ball(self, threat: ThreatModel) -> None:
         """Raise ValueError if the attack would search another ball than that of the evaluation."""
@@ -76,7 +76,7 @@ class OtherAttack(abc.ABC):
             raise ValueError(f"{self.name} has eps = {eps:.6g}, but the report's eps is {threat.eps:.6g}: {right}")
 
     def in_ball(self, threat: ThreatModel) -> str:
-        """The advice for an attack that would search another ball, as the end of an error message."""
+        """Return the end of an error message, which advises what to do if the attack would search another ball."""
         return f"write {self.line(threat.eps)}"
 
     def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
@@ -107,11 +107,11 @@ class OtherAttack(abc.ABC):
 
     @abc.abstractmethod
     def wrapped(self) -> list[Any]:
-        """The models that the attack has got from its user."""
+        """Return the models that the user gave to the attack."""
 
     @abc.abstractmethod
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
-        """The attacked images."""
+        """Attack the images, and return the attacked images."""
 
 
 class OfTorchattacks(OtherAttack):
@@ -147,7 +147,7 @@ class OfTorchattacks(OtherAttack):
         return [each.model for each in self._all()]
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
-        # In the copy of the attack, the judged model replaces every model that the attack has got from its user.
+        # In the copy of the attack, the judged model replaces every model that the user gave to the attack.
         mine = copy.deepcopy(self.attack, {id(each): model for each in self.wrapped()})
         mine.set_device(x.device)
         return mine(x, y)
@@ -265,7 +265,7 @@ def of_other_package(given: Any) -> OtherAttack | None:
 
     Raises:
         TypeError: given is a class instead of an object.
-        ValueError: the attack needs other images than in [0, 1], or other labels than the true labels.
+        ValueError: the attack needs images in another range than [0, 1], or other labels than the true labels.
     """
     for kind in (OfTorchattacks, OfFoolbox, OfArt):
         if isinstance(given, type):

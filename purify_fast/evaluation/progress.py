@@ -122,7 +122,7 @@ class CountedModel(nn.Module):
         return self
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
-        """The same counter around another model, the result of ``replace`` for the inner model."""
+        """Return the same counter around another model, which ``replace`` makes from the inner model."""
         return counted_model(replace(self.model), self.progress)
 
     def counted(self) -> int:

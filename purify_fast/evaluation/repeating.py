@@ -1,4 +1,4 @@
-"""The facts of a report that are needed to repeat the evaluation: the call, and the processor."""
+"""Writes down two facts that are needed to repeat an evaluation: the call of `evaluate`, and the processor."""
 
 from __future__ import annotations
 

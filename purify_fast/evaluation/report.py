@@ -1,4 +1,4 @@
-"""The report of an evaluation: its rows, each for one attack, the numbers computed from them, and its files."""
+"""Defines the report of an evaluation: it has a row for each attack, computes numbers from rows, and writes files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Report:
 
     Args:
         rows: the rows, in the order in which they were made.
-        notes: remarks of a sentence each, such as on attacks that could not be run.
+        notes: remarks, each a sentence, for example on attacks that could not be run.
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
             and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
             float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def attacks(self) -> list[str]:
-        """The labels of the rows in the order clean, attacks, worst, other threat models."""
+        """Return the labels of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
         return attack_names(self.rows)
 
     def row(self, attack: str, model: str | None = None) -> Row:
@@ -93,7 +93,7 @@ class Report:
 
     @property
     def headlines(self) -> dict[str, Row]:
-        """For each model, the attack row of lowest accuracy on the deployed model, in the report's threat model.
+        """Return, for each model, the row of lowest accuracy on the deployed model, in the report's threat model.
 
         Unreliable and non-adaptive attacks count too, because a fooled image is fooled, whatever the attack was.
         """
@@ -101,7 +101,7 @@ class Report:
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """For each model and threat model (None: the report's), the attack row of lowest accuracy.
+        """Return, for each model and threat model (None: that of the report), the attack row of lowest accuracy.
 
         A row that was judged on a variant, such as fixed noise, does not count, because nobody deploys this variant.
         """
@@ -119,7 +119,7 @@ class Report:
         return best
 
     def over_all(self, model: str, threat: str | None) -> Row | None:
-        """The ``worst`` row with the most images; None if there is no ``worst`` row."""
+        """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""
         mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
         return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
 
@@ -137,7 +137,7 @@ class Report:
         return rows[0]
 
     def attacks_like(self, row: Row) -> list[Row]:
-        """The attacks on which a ``worst`` row is based; for any other row the row itself.
+        """Return the attacks on which a ``worst`` row is based; for any other row, return the row itself.
 
         Args:
             row: a row of this report.
@@ -285,7 +285,7 @@ class Report:
         return markdown_table(*comparison(self.rows))
 
     def to_text(self, color: bool | None = None) -> str:
-        """The report for a terminal: title and table, or for several models only the comparison.
+        """Return the report as text for a terminal: title and table, or only the comparison of several models.
 
         Args:
             color: whether unreliable numbers are red. None: only if standard output is a terminal and NO_COLOR is not
@@ -411,7 +411,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """The part of a report's JSON that decides whether it may be replaced: two reports must be equal in this part."""
+    """Return a part of a report's JSON. A report may replace an earlier report only if both are equal in this part."""
     apart = ("date", "command", "call", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
@@ -419,7 +419,7 @@ def _identity(content: Mapping[str, Any]) -> Any:
 
 
 def _named(report: Report, words: list[str]) -> Report:
-    """The report with these words in brackets after each model's name; the same report if there are no words."""
+    """Return the report with these words in brackets after each model's name; without words, the same report."""
     if not words:
         return report
 

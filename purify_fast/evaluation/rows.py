@@ -16,7 +16,7 @@ from ..attacks import GradientHealth
 GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
 #: The report's words for the variants of a random model that have no randomness. Nobody deploys these variants.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
-#: The name of the curve of accuracy over the radius, after all attacks, among a report's curves.
+#: The key in `Report.curves` of the curve that shows the accuracy after all attacks over the radius.
 CURVE = "eps, every attack"
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
@@ -46,7 +46,7 @@ class Examples:
     index: np.ndarray | None = None
 
     def first(self, count: int) -> Examples:
-        """The first images, for the pictures."""
+        """Return the first ``count`` images, for the pictures."""
         arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
         return Examples(**arrays | {"index": None})
 
@@ -85,10 +85,11 @@ class Row:
             names.
         deterministic: whether two predictions of the model are equal; None if unknown.
         attacked: number of images that the attack got; None in a clean row.
-        fell_to: number of images on which each target and restart succeeded, by their name, if there are several.
+        fell_to: if there are several targets or restarts, a dict from the name of each to the number of images on which
+            it succeeded.
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not search, because it stopped before.
-        may_hold: the most of these images that would fall, at 95 % confidence.
+        may_hold: the largest number of these images that would fall, with 95 % confidence.
         proved: number of images that a complete search proved robust.
         warnings: texts that a reader must know.
         doubts: names of the alarms that make a ``worst`` row doubtful.
@@ -102,7 +103,7 @@ class Row:
         examples: some attacked images, for the pictures.
         margins: the true logit minus the largest other logit on the attacked images, averaged over the draws, float32
             ``[n]``; negative for misclassified images. None in a clean or ``worst`` row.
-        points: best points of the images that withstood, as long as a curve over the radius is made; None afterwards.
+        points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
     model: str
@@ -254,7 +255,7 @@ class Paired:
 
 
 def followed(rows: Sequence[Row]) -> str:
-    """Words for the gradients of attacks on a model itself, which continue "the attack along ..."."""
+    """Name the gradients that attacks on a model itself used, in words that a text can put after "the attack"."""
     by_bpda = {row.kind == "bpda" for row in rows}
     if True not in by_bpda:
         return "along the model's own gradients"
@@ -293,7 +294,7 @@ def model_names(rows: Sequence[Row]) -> list[str]:
 
 
 def attack_names(rows: Sequence[Row]) -> list[str]:
-    """The names of the rows in the order clean, attacks, worst, other threat models."""
+    """Return the names of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
     order = {"clean": 0, "worst": 2}
     ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
     return list(dict.fromkeys(row.attack for row in ordered))

@@ -72,7 +72,7 @@ CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
-    """A decorator of `evaluate`, which refuses the argument ``device``, and settings that belong into the config.
+    """Decorate `evaluate`, so that it refuses the argument ``device``, and settings that belong into the config.
 
     A KeyboardInterrupt is raised again with a message, and without the traceback of the attack, which does not help
     after Ctrl-C. A debugger finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a
@@ -297,7 +297,7 @@ def _how_judged(config: EvaluateConfig) -> list[str]:
 
 
 def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> AttackContext:
-    """The context of the attacks for ``config.predict``.
+    """Adapt the context of the attacks to ``config.predict``.
 
     With "worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
@@ -313,7 +313,11 @@ def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> Atta
 
 
 def _first_notes(model: Classifier, subject: Subject, name: str, protocol: ProtocolName | None) -> list[str]:
-    """Notes for the report. Training mode and probabilities are also logged now, since an evaluation may take hours."""
+    """Return the first notes for the report.
+
+    A warning about modules in training mode or about probabilities is also logged now, because an evaluation may take
+    hours.
+    """
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
@@ -343,7 +347,7 @@ def _freeze_others(
 def _protocol_or_attacks(
     protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
 ) -> tuple[ProtocolName | None, list[AttackSpec]]:
-    """The protocol and an empty list, or None and the specifications of the given attacks."""
+    """Return the protocol and an empty list, or None and the specifications of the given attacks."""
     if protocol is not None and attacks is not None:
         raise ValueError(
             f"protocol and attacks exclude each other, got protocol={protocol!r} and a list of attacks: leave one out"
@@ -440,10 +444,11 @@ class _Evaluation:
         _add_marks(
             self.measure.cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject
         )
-        rows = f", and {joined} row{'s' * (joined > 1)} along the gradients of other models joined" if joined else ""
+        added = f"{joined} rows were added" if joined > 1 else "a row was added"
+        rows = f", and {added} for attacks along the gradients of other models" if joined else ""
         self.report.notes.append(
-            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every search ran on "
-            f"every image and to its end{rows}"
+            f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every attack "
+            f"searched all images that had not fallen, and took all of its steps{rows}"
         )
         self.choose_attacks(further)
 
@@ -478,7 +483,7 @@ class _Evaluation:
     # -- the rows -----------------------------------------------------------------------------------------------------
 
     def costs(self) -> list[int | None]:
-        """The most forward passes of single images for each row; None if the number is unknown."""
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
         context, n = self.measure.context, len(self.measure.subject.y)
         asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]
@@ -579,7 +584,7 @@ class _Evaluation:
         return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
 
     def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
-        """The probes as functions; a function runs again with fewer images at once if memory runs out."""
+        """Return the probes as functions; if memory runs out, a function runs again with fewer images at once."""
         subject, context = self.measure.subject, self.measure.context
 
         def run(probe: Probe) -> Any:
@@ -590,7 +595,7 @@ class _Evaluation:
         return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
-        """The name of the probes' results in the cache, from the settings on which they depend, and ``more``."""
+        """Return the cache's name for the probes' results; it depends on the probes' settings and on ``more``."""
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
@@ -622,10 +627,10 @@ class _Evaluation:
         return asked
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
-        """The results of all probes; cached results are used only after the same attacks, on which they depend."""
+        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
         context, subject = self.measure.context, self.measure.subject
-        # True for those of the first images that withstood every attack on the deployed model; all False without an
-        # attack.
+        # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
+        # attack it is False for all images.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
         robust = evidence.robust(n)
         left = np.zeros(n, dtype=bool) if robust is None else robust

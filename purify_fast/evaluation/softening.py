@@ -1,4 +1,4 @@
-"""Gradients through a model's thresholds, masks, rounding, gates and detached parts, for any model.
+"""Lets gradients pass through the thresholds, masks, rounding, gates and detached parts of any model.
 
 Functions of PyTorch are replaced while the model's code runs. A comparison still returns its bool tensor, the mask. In
 addition its counterpart is stored, a floating-point tensor that is a smooth step of the difference. If the model uses
@@ -27,17 +27,18 @@ from .._tensors import per_image
 #: Increase this number whenever a softened model computes something else than before. Cached rows with an older number
 #: are then made again.
 REVISION = 2
-#: The slope of a softened comparison, for the difference divided by the size of the compared values. EXACT_SLOPE: if
-#: all values are exact. SOFT_SLOPE: at temperature 1; it is divided by the root of the temperature. A larger slope is
-#: closer to a hard threshold. With a tenth of these slopes, attacks find little.
+#: A softened comparison is a smooth step of the difference divided by the size of the compared values. These numbers
+#: are the slopes of the step. EXACT_SLOPE is used if all values are exact. SOFT_SLOPE is used at temperature 1; at
+#: another temperature it is divided by the root of the temperature. A larger slope is closer to a hard threshold. With
+#: a tenth of these slopes, attacks find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
 
 #: A function of PyTorch, or a formula that replaces it.
 Rule = Callable[..., Any]
 Args = tuple[Any, ...]
-#: The origin of a tensor of indices, such as a result of argmax: the values among which the indices were chosen, and
-#: the dimension of the choice; or the weights of all possible indices, and None.
+#: The origin of a tensor of indices, such as a result of argmax, as a pair: either the values among which the indices
+#: were chosen and the dimension of the choice, or the weights of all possible indices and None.
 Choice = tuple[Tensor, int | None]
 
 
@@ -47,7 +48,7 @@ def _names(text: str) -> frozenset[str]:
 
 #: Functions that saturate. Their first argument is divided by the temperature.
 _SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
-#: Functions whose gradient is zero, everywhere or outside of a range. It is replaced by the gradient of the identity.
+#: Functions whose gradient is zero, everywhere or outside of a range. The gradient of the identity replaces it.
 _FLAT = _names(
     "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
     "fake_quantize_per_channel_affine"
@@ -70,7 +71,7 @@ _STEPS: dict[str, Rule] = {
 }
 #: All functions that saturate or are flat, including those that are flat only for some arguments (see `_is_flat`).
 _SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
-#: Comparisons, with 1 for "greater" and -1 for "less".
+#: The names of comparisons. The value is 1 for "greater" and -1 for "less".
 _COMPARISONS = {
     **dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1),
     **dict.fromkeys(("lt", "le", "less", "less_equal"), -1),
@@ -89,7 +90,7 @@ _SHAPES = _names(
 _ARITHMETIC = _names(
     "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
 )
-#: For functions of masks: formulas with the counterparts of the masks.
+#: For each function of masks, a formula that is computed with the counterparts of the masks.
 _OF_MASKS: dict[str, Rule] = {
     "where": lambda mask, a, b: mask * a + (1 - mask) * b,
     "masked_fill": lambda x, mask, value: mask * value + (1 - mask) * x,
@@ -103,7 +104,7 @@ _OF_MASKS: dict[str, Rule] = {
 _LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
 #: Functions that can be called with counterparts, and that have an in-place form, such as ``add_``.
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
-#: Other names of PyTorch for the same functions, each with the name that is used here.
+#: Some functions have several names in PyTorch. The keys are such names, the values are the names that are used here.
 _SPELLINGS = {
     "invert": "not",
     "clip": "clamp",
@@ -218,7 +219,7 @@ class Softening(HoldingMode):
         return hard
 
     def _followed(self, name: str, func: Rule, hard: Tensor, args: Args, kwargs: dict[str, Any]) -> Tensor:
-        """The result of a function with a gradient; for a result that is not floating-point, its counterpart is stored.
+        """Return the result of a function with a useful gradient, or store a counterpart of a result that is not float.
 
         Args:
             name: plain name of the function.
@@ -275,7 +276,10 @@ class Softening(HoldingMode):
         return hard
 
     def let_through(self, values: Any) -> None:
-        """Replace the gradient of each value that is the result of a user's own ``autograd.Function``."""
+        """Let the gradient pass unchanged through each value that is the result of a user's own ``autograd.Function``.
+
+        With a temperature, this happens only where the function's own gradient is missing, zero or not finite.
+        """
         for value in values:
             if isinstance(value, (list, tuple)):
                 self.let_through(value)
@@ -290,7 +294,10 @@ class Softening(HoldingMode):
             self.beside[hard] = hard._version, soft
 
     def _kept(self, value: Any, kind: Any = (Tensor, tuple)) -> Any:
-        """The stored entry of a tensor, if it has type ``kind``; None without entry, or if the tensor has changed."""
+        """Return the stored entry of a tensor, if the entry has the type ``kind``.
+
+        Return None if there is no entry, or if the tensor has changed.
+        """
         if not isinstance(value, Tensor) or value.is_floating_point():
             return None
         version, kept = self.beside.get(value, (None, None))
@@ -302,7 +309,10 @@ class Softening(HoldingMode):
         return self._kept(value) is not None
 
     def _or_itself(self, value: Any) -> Any:
-        """The counterpart of an argument for a formula; without a counterpart the argument itself, a mask as float."""
+        """Return the counterpart of an argument for a formula. Without a counterpart, return the argument itself.
+
+        A mask without a counterpart is converted to float.
+        """
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._or_itself, value))
         soft, choice = self._kept(value, Tensor), self._kept(value, tuple)
@@ -315,7 +325,7 @@ class Softening(HoldingMode):
         return value if soft is None else soft
 
     def _soft(self, hard: Tensor, soft: Tensor | None) -> Tensor:
-        """The result of a function whose softened form is known."""
+        """Combine the result of a function, ``hard``, with its softened form."""
         if soft is None or soft.shape != hard.shape:
             return hard
         if not _floating(hard):
@@ -324,7 +334,7 @@ class Softening(HoldingMode):
         return _straight(hard, soft) if self.temperature is None else soft.to(hard.dtype)
 
     def _stepped(self, hard: Tensor, smooth: Any) -> Tensor:
-        """The result of a function with steps, with the gradient of its smooth formula."""
+        """Give the result of a function with steps the gradient of its smooth formula."""
         if not _follows(smooth) or smooth.shape != hard.shape:
             return hard
         straight = _straight(hard.to(smooth.dtype), smooth)
@@ -336,7 +346,7 @@ class Softening(HoldingMode):
     # -- comparisons --------------------------------------------------------------------------------------------------
 
     def _compared(self, a: Any, b: Any, sign: int = 1) -> Tensor | None:
-        """The softened form of ``a > b``; of ``a < b`` if ``sign`` is -1."""
+        """Return the softened form of ``a > b``, or of ``a < b`` if ``sign`` is -1."""
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
         if difference is None or not difference.requires_grad:
             return None
@@ -394,7 +404,7 @@ class Softening(HoldingMode):
         return near.squeeze(-2) if alone else near.movedim(-2, dim)
 
     def _reshaped(self, name: str, call: Rule, hard: Tensor, args: Args) -> Choice:
-        """The choice of indices whose tensor was selected from or reshaped."""
+        """Return the `Choice` of indices after a function has selected some of them or has reshaped their tensor."""
         choice = self._kept(args[0], tuple)
         source, dim = choice
         if dim is not None and name in _SLICES and _without(hard, dim) == _without(source, dim):
@@ -470,7 +480,10 @@ def _not_in_place(func: Rule) -> Rule:
 
 
 def _plain_name(func: Rule) -> str:
-    """The name of a function without underscores, "logical" and "bitwise"; an in-place function ends with ``_``."""
+    """Return the name of a function without outer underscores and without the prefixes "logical_" and "bitwise_".
+
+    The name of an in-place function ends with ``_``.
+    """
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     name = name.strip("_").removeprefix("logical_").removeprefix("bitwise_")
@@ -492,7 +505,7 @@ def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
 
 
 def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
-    """``hardtanh`` with the same middle of its range, and with the width of the range times the temperature."""
+    """Apply ``hardtanh`` with a range of the same middle, whose width is multiplied by the temperature."""
     middle, half = (max_val + min_val) / 2, (max_val - min_val) / 2
     return x.clamp(middle - temperature * half, middle + temperature * half)
 

@@ -1,4 +1,4 @@
-"""Specifications of attacks for an evaluation: `AttackSpec`, and `as_attack` for a user's function."""
+"""Specifies the attacks of an evaluation: `AttackSpec`, and `as_attack` for a user's function."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def as_attack(
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionAttack(Attack):
-    """A function as an attack; made by `as_attack`.
+    """An attack that calls a function; `as_attack` makes it.
 
     Args:
         eps: radius of the ball in image units; None: the radius of the evaluation.
@@ -107,7 +107,7 @@ class FunctionAttack(Attack):
         return self.row_name
 
     def draws(self, context: AttackContext) -> int:
-        """Always 1, because only the function itself can average over draws."""
+        """Return 1, because only the function itself can average over draws."""
         return 1
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
@@ -124,7 +124,7 @@ class FunctionAttack(Attack):
         return self.own_revision
 
     def identity(self) -> list[str]:
-        """Module and name of the function, or of the class of a callable object."""
+        """Return the module and the name of the function, or of the class of a callable object."""
         function: Any = self.function
         while isinstance(function, functools.partial):
             function = function.func
@@ -248,10 +248,11 @@ class AttackSpec:
         judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction,
             and is attacked if there is no target. Such a row does not count for the headline or for ``worst``, because
             it says nothing about the defence. Its label must begin with "as", and name the source.
-        until: a share of all images. The attack searches the images first to which earlier attacks came nearest. It
-            stops when at most this share of all images can still fall, at 95 % confidence
-            (`purify_fast.evaluation.stopping`). None, or a random model: every image is searched.
-        nearest: number of images to attack, those to which earlier attacks came nearest; None: all images.
+        until: a share of all images. The attack first searches the images with the smallest margins. It stops when at
+            most this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.stopping`). None,
+            or a random model: every image is searched.
+        nearest: number of images to attack; they are the images with the smallest margins after the earlier attacks.
+            None: all images.
         published: the publication of this attack, if its rule for a robust image differs from that of this package. The
             report then says so.
 
@@ -348,10 +349,10 @@ def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
-    8/255; at another eps the length has the same proportion to eps. The sign is taken of the mean over 20 draws. Two
-    things differ from the paper. The attack returns the best iterate instead of the last. And an image counts as robust
-    only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for every attack of an
-    evaluation. The field ``mean`` of the row counts single predictions.
+    8/255; at another eps the length has the same proportion to eps. The sign is taken of the mean gradient over 20
+    draws. Two things differ from the paper. The attack returns the best iterate instead of the last. And an image
+    counts as robust only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for every
+    attack of an evaluation. The field ``mean`` of the row counts single predictions.
 
     Args:
         eps: radius in image units.

@@ -41,7 +41,7 @@ BY_LOT = 4
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
-    """Images in the order in which they are searched.
+    """Sort images into the order in which they are searched.
 
     Args:
         index: indices of the images, int64 ``[n]``.
@@ -82,7 +82,7 @@ class StoppingRule:
 
     @property
     def may_hold(self) -> float:
-        """The most unsearched images that would fall, at the confidence `CONFIDENCE`."""
+        """The largest number of unsearched images that would fall, with the confidence `CONFIDENCE`."""
         if self.misses == 0:
             return float(self.unsearched)
         return self.unsearched * (1 - self._error ** (1 / self.misses))
@@ -130,7 +130,7 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     )
     return [
         f"the searches that ended early missed at most {sum(points):.2f} points, at 95 % confidence for each attack. "
-        "An attack begins with the images to which earlier attacks came nearest. It stops when so many in a row have "
-        f"withstood it that hardly any of the rest can fall. Images that were not searched: {each}. The protocol "
-        "strong searches every image"
+        "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a row "
+        "have withstood the attack that hardly any other image can fall. Images that were not searched: "
+        f"{each}. The protocol strong searches every image"
     ]

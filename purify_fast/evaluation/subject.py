@@ -1,4 +1,4 @@
-"""The subject, which is the model under evaluation with its images; its variants, its predictions, and checks of it."""
+"""Defines the subject of an evaluation, which is the model with its images, and checks the model."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ class Fault:
 
     Args:
         reason: a sentence with the problem and the advice.
-        repeats: whether the same call repeated gives the same logits, so that the fault is in other batches or blocks.
+        repeats: whether a repeated call gives the same logits. The fault is then seen only in other batches or blocks.
     """
 
     reason: str
     repeats: bool
 
 
-#: For each variant: its context manager; and the advice if two calls in a block differ, if two blocks with the same
-#: seed differ, or if the logits of an image depend on the batch.
+#: A tuple for each variant. The first element is its context manager. The others are the advice for three faults: two
+#: calls in a block differ, two blocks with the same seed differ, or the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
@@ -413,7 +413,7 @@ def _listed(modules: list[str]) -> str:
 
 
 def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """The modules in training mode that then compute differently, without duplicates."""
+    """Name the modules that are in training mode and compute differently in it, without duplicates."""
     return list(
         dict.fromkeys(
             f"{place} ({type(part).__name__})"
@@ -470,6 +470,6 @@ def _wholes(model: object) -> Iterator[nn.Module]:
 
 
 def _contents(copies: Accelerated) -> list[str]:
-    """Hashes that change with a copied classifier: its fingerprint, or a hash of its tensors without a fingerprint."""
+    """Return hashes that change with a copied classifier: its fingerprint, or else a hash of its tensors."""
     parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
     return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

@@ -1,4 +1,4 @@
-"""Surrogates of a model for adaptive attacks: its parts, softened copies, and copies with less noise or fewer samples.
+"""Makes surrogates for adaptive attacks: a model's parts, softened copies, copies with less noise or fewer samples.
 
 The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
 zero, but useless. A surrogate is a copy of the model without this problem, and images that are found on it are tried on
@@ -155,7 +155,9 @@ class FewerSamples(_Around):
 
 
 class Together(nn.Module):
-    """The mean of the log-probabilities of several parts, because an image that fools all parts also fools the model.
+    """A model whose logits are the mean log-probabilities of several parts of the attacked model.
+
+    An image that fools all parts also fools the attacked model.
 
     Args:
         parts: models with the same classes.

@@ -1,4 +1,4 @@
-"""An evaluation by several processes: all processes make the batches of attacks and the probes, the first the rest.
+"""Shares an evaluation among several processes: all make batches and probes, and the first does all other work.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
 batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
@@ -131,7 +131,7 @@ class Team:
     # -- agreement of all processes -----------------------------------------------------------------------------------
 
     def from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the result of ``make`` in the first process, in all processes.
+        """Call ``make`` in the first process, and return its result in all processes.
 
         Args:
             name: the name of the result in the store.
@@ -198,7 +198,7 @@ class Team:
                 progress.count(int(images))
 
     def results_of_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
-        """The results of functions, each of which is called by one of the processes.
+        """Call each function in one of the processes, and return the results.
 
         Args:
             task: a task with the numbers of the functions as its batches.
@@ -328,7 +328,7 @@ class Team:
         return _as_value(text)
 
     def _fail(self, error: BaseException) -> None:
-        """Send an error to the other processes; a process other than the first waits until the first has got it."""
+        """Send an error to the other processes; a process other than the first waits until the first has read it."""
         if self._ended or self.store.check([f"lost {self.rank}"]):
             return
         self.store.compare_set("failed", "", _as_text(sendable(error)))

@@ -36,7 +36,7 @@ from .subject import Subject
 #: together with the other files of the report.
 FILE = "report.witnesses.safetensors"
 FORMAT = 1
-#: The names of the tensors in the file with a value for each witness.
+#: The names of those tensors in the file that have a value for each witness.
 TOLD = ("of", "labels", "numbers", "margins", "attacks")
 #: The length of a witness's checksum, in characters.
 SHORT = 12
@@ -67,7 +67,7 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Witnesses:
-    """Adversarial images, a single one for each fallen image and threat model, with the clean images.
+    """A single adversarial image for each fallen image and threat model, with the clean images.
 
     Args:
         clean: the clean images without duplicates, float32 ``[M, C, H, W]`` in [0, 1].
@@ -116,13 +116,13 @@ class Witnesses:
         return outside
 
     def small(self, still_wrong: Callable[[Tensor], Tensor]) -> Witnesses:
-        """The same witnesses if their file is small enough; otherwise the witnesses with rounded changes.
+        """Return the same witnesses if their file is small enough; otherwise round their changes.
 
-        Only witnesses are rounded that are still misclassified and in the ball afterwards.
+        A witness is rounded only if it is then still misclassified and in the ball.
 
         Args:
-            still_wrong: a function of images like the witnesses, which tells which the model misclassifies, bool
-                ``[W]``.
+            still_wrong: a function that gets an image for each witness, and tells which of these images the model
+                misclassifies, bool ``[W]``.
         """
         packed = self._packed()
         if sum(map(len, (packed["clean"], packed["choice"], packed["away"]))) <= MOST_BYTES * self.adversarial.numel():
@@ -221,7 +221,7 @@ def _guesses(clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
 
 
 def _encoded(adversarial: np.ndarray, clean: np.ndarray, eps: np.ndarray) -> dict[str, Tensor]:
-    """Encode each pixel by the nearest of `_guesses`, and by the number of float32 values between both."""
+    """Encode each pixel by the nearest of `_guesses`, and by the number of float32 values up to the pixel."""
     away = (np.ascontiguousarray(adversarial).view(np.uint32)[None] - _guesses(clean, eps)).view(np.int32)
     choice = np.abs(away.astype(np.int64)).argmin(0)
     nearest = np.take_along_axis(away, choice[None], 0)[0]
@@ -412,14 +412,14 @@ def check_witnesses(
 def _compared(report: Mapping[str, str | None], now: Mapping[str, str | None]) -> tuple[str, bool | None]:
     """Tell whether a model is the report's model, in a sentence and as a bool."""
     if report["weights"] is None or now["weights"] is None:
-        return "the model cannot be compared with the report's: a function has no weights to compare", None
+        return "the model cannot be compared with the report's model, because a function has no weights", None
     if report["weights"] != now["weights"]:
-        return f"the model changed: its weights are {now['weights']}, the report's were {report['weights']}", False
+        return f"the model has other weights ({now['weights']}) than the report's model ({report['weights']})", False
     if report["fingerprint"] is None or now["fingerprint"] is None:
-        return "the model has the weights of the report's; nothing else of it can be compared", None
+        return "the model has the weights of the report's model; nothing else can be compared", None
     if report["fingerprint"] != now["fingerprint"]:
         return (
-            "the model has the weights of the report's, but its settings, its code or PyTorch's version differ",
+            "the model has the weights of the report's model, but its settings, its code or PyTorch's version differ",
             False,
         )
-    return "the model is the report's", True
+    return "the model is the report's model", True

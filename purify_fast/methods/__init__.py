@@ -1,1 +1,1 @@
-"""The methods: CARSO, AToP, ARREST and diffusion. None of them imports another."""
+"""The four methods of this package: CARSO, AToP, ARREST and diffusion. No method imports another method."""

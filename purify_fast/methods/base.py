@@ -1,4 +1,4 @@
-"""The base of all methods: published systems as recipes, the training of a purifier, and the saving of defences."""
+"""Defines what all methods share: recipes of published systems, the training of a purifier, and saving of defences."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ..training.task import Batch, Task, check_labels
 D = TypeVar("D", bound=Defence)
 R = TypeVar("R", bound="Recipe")
 
-#: Where a fact is from. "code": the authors' code. "paper": the paper. "second-hand": others, who read the paper or
-#: implemented it again. "inferred": a conclusion from facts of the other grades.
+#: The source of a fact. "code": the authors' code. "paper": the paper. "second-hand": a text or code of other people,
+#: who have read the paper. "inferred": a conclusion from facts of the other grades.
 Grade = Literal["code", "paper", "second-hand", "inferred"]
 
 
@@ -84,7 +84,7 @@ class Recipe:
         return self["data.image_shape"]
 
     def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
-        """Return the facts with a prefix; the keys of the result do not have the prefix.
+        """Return the facts whose keys begin with a prefix. The result has the keys without the prefix.
 
         Args:
             prefix: prefix of the keys, such as "loop".
@@ -217,7 +217,7 @@ class MethodTask(Task):
 
 
 class PurifierTask(MethodTask, Generic[D]):
-    """Trains the purifier of a defence. The classifier is frozen, except if a method's setting says otherwise.
+    """Trains the purifier of a defence. The classifier is frozen, unless a setting of the method makes it trainable.
 
     Args:
         defence: the defence to train.
@@ -229,7 +229,7 @@ class PurifierTask(MethodTask, Generic[D]):
         super().__init__(config)
         self.defence, self.origin = defence, origin
         self.model = defence
-        # the fingerprint is of the weights at the start, because a method may train the classifier too
+        # the fingerprint is taken before the training, because a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
         # a defence that has this precision already is not changed, because it may be compiled
         if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
@@ -246,7 +246,7 @@ class PurifierTask(MethodTask, Generic[D]):
         return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """Return all facts except the radius that decide which images an attack on the frozen classifier makes.
+        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier.
 
         Args:
             attack: the attack.
@@ -313,7 +313,7 @@ def rebuilt(
 
     Args:
         facts: the description.
-        given: a module of the user's own; None makes the module.
+        given: a module of the user's own, which is returned; None: the module is made.
         kinds: this package's classes, by the names that are saved.
         folder: folder of the saved description, for the message.
 

@@ -1,4 +1,4 @@
-"""The loading of saved defences of all methods."""
+"""Loads saved defences of all methods."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def load_defence(
             your own purifier, or a `DiffusionPurifier` with your own denoiser.
         process: fields of `purify_fast.methods.diffusion.Process` that replace the saved fields, such as ``t_star`` and
             ``steps``; only for a `DiffusionPurifier` or a denoiser.
-        check: whether another classifier is refused. Set it to False for a classifier that was fine-tuned or converted
-            after the defence was trained.
+        check: whether a classifier with other weights is refused. Set it to False for a classifier that was fine-tuned
+            or converted after the defence was trained.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -76,7 +76,8 @@ class _Dropout(nn.Module):
         rank, world = processes() if self.training else (0, 1)
         if world == 1:
             return F.dropout(x, 0.15, self.training)
-        # Draw the mask of a single process with the images of all processes, and use the part for this process.
+        # Draw the mask that a single process would draw for the images of all processes, and use the part for this
+        # process.
         whole = x.new_ones(world * len(x), *x.shape[1:])
         return x * F.dropout(whole, 0.15)[rank::world]
 

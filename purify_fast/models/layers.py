@@ -115,7 +115,9 @@ def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, l
 
 
 class Normalize(nn.Module):
-    """Normalizes images ``[B, C, H, W]``: (x - mean) / std for each channel. The state dict contains neither of them.
+    """Normalizes images ``[B, C, H, W]``: (x - mean) / std for each channel.
+
+    The state dict contains neither the mean nor the standard deviation.
 
     Args:
         mean: a number, or a number for each channel, in image units.

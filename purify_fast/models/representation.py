@@ -77,7 +77,7 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
     try:
         logits = classify()
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{want}: {error}") from error
+        raise ValueError(f"{want}, but the call failed: {error}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
         got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         holds_logits = isinstance(getattr(logits, "logits", None), Tensor)

@@ -24,9 +24,9 @@ from ..ops.dispatch.gradient import first_order, transformed
 from ..ops.group_norm_silu import group_norm_silu
 from .layers import Conv2d
 
-#: The number of channels in a group of the group normalization; a smaller width is a single group. The paper's network
-#: has 4 channels in a group at full size. With 16, the normalization took a tenth of the time on an AMD EPYC, in
-#: channels_last bfloat16.
+#: The number of channels in a group of the group normalization. If the width of the network is smaller than this
+#: number, a group has as many channels as the width. The paper's network has 4 channels in a group at full size. With
+#: 16, the normalization took a tenth of the time on an AMD EPYC, in channels_last bfloat16.
 GROUP = 16
 
 
@@ -176,7 +176,7 @@ def _pixels(h: Tensor, patch: int) -> Tensor:
 
 
 def _halved(h: Tensor) -> Tensor:
-    """Halve a map by means of 2 x 2 pixels. At odd sizes, the last row or column has means of fewer pixels."""
+    """Halve the size of a map by averages over 2 x 2 pixels. At odd sizes, the last averages have fewer pixels."""
     return F.avg_pool2d(h, 2, ceil_mode=True)
 
 

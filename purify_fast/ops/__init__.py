@@ -1,4 +1,4 @@
-"""Fused operations. Each module defines one op: its formula, its reference and its arguments."""
+"""Fused operations. Each module defines an op: it has the formula, a reference in PyTorch and the public function."""
 
 import types
 

@@ -1,16 +1,20 @@
 """Combines the logits l [B, K, C] of K samples into one prediction, in the log domain.
 
-    lse          q_i = logsumexp_k l_ki                                       the default: finite, same decision as peel
-    peel         log P_i = S_i - logsumexp_j S_j,   S = exp(q)                CARSO's P, arXiv 2306.06081, section 4.5
-    mean         mean_k l_ki
-    mean_sigmoid logit(mean_k sigmoid(l_ki))                                  CARSO's code, "prob"
-    vote         the number of samples whose largest logit is i               no gradient: attack lse instead
+    lse             q_i = logsumexp_k l_ki
+    peel            log P_i = S_i - logsumexp_j S_j,   S = exp(q)
+    mean            mean_k l_ki
+    mean_sigmoid    logit(mean_k sigmoid(l_ki))
+    vote            the number of samples whose largest logit is l_ki
+    peel_reference  logit(softmax_i(sum_k exp(l_ki)))
+    vote_reference  sum_k floor(l_ki / max_j l_kj)
 
-        peel_reference   logit(softmax_i(sum_k exp(l_ki))), as in CARSO's code: infinite from a margin of about 1.2 at K
-        = 8,
-                         and its gradients are NaN. Attacking it gives a meaningless result. For study only.
-        vote_reference   sum_k floor(l_ki / max_j l_kj), CARSO's code, "count": wrong for negative logits. For study
-        only.
+``lse`` is the default. It predicts the same class as ``peel``, and is always finite. ``peel`` is the logarithm of
+CARSO's P (arXiv 2306.06081, section 4.5). ``mean_sigmoid`` is the aggregation "prob" in CARSO's code. ``vote`` has no
+gradient, so attack ``lse`` in its place.
+
+The last two are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. If K = 8, it is infinite
+from a margin of about 1.2 on, and its gradients are then NaN, so an attack on it gives a meaningless result.
+``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
 
 Above q = 70, exp(q) is continued along its tangent. So S is finite (for logits up to 1e8 in float32), and the order of
 the classes is preserved.
@@ -79,23 +83,27 @@ def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
 
 
 def peel_reference(logits: Tensor) -> Tensor:
-    """CARSO's published head, [B, K, C] to [B, C].
+    """Compute ``peel`` as CARSO's code does: map logits [B, K, C] to [B, C]. This is for study only.
 
-    Where it saturates it is infinite and has no gradient. Study only.
+    Where the result saturates, it is infinite and has no gradient.
     """
     p = torch.softmax(torch.exp(wide(logits)).sum(1), 1)
     return torch.log(p / (1 - p))
 
 
 def vote_reference(logits: Tensor) -> Tensor:
-    """CARSO's published "count", [B, K, C] to [B, C]: wrong for negative logits, and its gradient is 0. Study only."""
+    """Compute "count" as CARSO's code does: map logits [B, K, C] to [B, C]. This is for study only.
+
+    The result is wrong for negative logits, and its gradient is 0.
+    """
     x = wide(logits)
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
 
-#: Method, shape, and the standard deviation of the logits. The shapes have few classes, or more classes than a vector
-#: has lanes and not a multiple of it. One example has logits for which peel uses the tangent, whose slope exp(70) is
-#: finite in two of the dtypes.
+#: The keys are the method, the shape, and the standard deviation of the logits. The values are the dtypes in which the
+#: example verifies kernels on a GPU. Some shapes have few classes. The others have more classes than a vector has
+#: lanes, and their number is not a multiple of the lanes. One example has logits for which peel uses the tangent, whose
+#: slope exp(70) is finite in two of the dtypes.
 EXAMPLES = {
     ("lse", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 10), 3.0): "fb",
@@ -142,7 +150,8 @@ BACKWARD = define_backward(
 )
 
 
-#: For ``lse`` and ``peel`` with at least SAVED_FROM classes, the forward saves [B, 3, C], and the backward is one pass.
+#: These CPU kernels are used for ``lse`` and ``peel`` with at least SAVED_FROM classes. SAVING returns the result, and
+#: three numbers for each image and class, [B, 3, C]. With these numbers, FROM_SAVED reads the logits only once.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
@@ -151,7 +160,8 @@ SAVED_FROM = 16
 _with_saved = differentiable(
     SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
 )
-# This may also call the reference, because the reference of vote has no graph for its gradient, which is 0.
+# For vote, this function is also used around the reference, because autograd has no gradient for the reference. This
+# function has one, which is 0.
 _aggregate = differentiable(
     lambda logits, method: OP(logits, method, variant=METHODS[method]),
     lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),

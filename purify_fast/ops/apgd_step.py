@@ -1,4 +1,4 @@
-"""A step of Auto-PGD: a projected gradient step (ascent), then momentum, then a second projection.
+"""Takes a step of Auto-PGD: a projected gradient step (ascent), then momentum, then a second projection.
 
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
@@ -29,7 +29,7 @@ NORMS = ("linf", "l2")
 def reference(
     x: Tensor, grad: Tensor, x_nat: Tensor, previous: Tensor, alpha: Tensor, eps: Tensor, momentum: float, *space: Any
 ) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha, eps: [B]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha and eps are [B]."""
     norm, lo, hi = space
     start, center = wide(x), wide(x_nat)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)

@@ -1,23 +1,28 @@
 """Contextual attention: rebuilds every position of a feature map from the patches that are known.
 
-F [C, H, W] are the features of one sample. p is a key and q is a query of the grid h x w = H/2 x W/2, in row-major
-order:
+F [C, H, W] are the features of one sample, and P are the pixels of F in even rows and columns. Each position of P, in
+the grid h x w = H/2 x W/2, is a query q and a key p. Positions are numbered in row-major order.
 
-    R[q, p]   product of the 3x3 patches (zero padded) of F's even pixels, P, around q and p
-    S         R[q, p] / max(|K_p|, 1e-4), K_p the key's patch; then twice X[q, p] + X[q-1, p-1] + X[q+1, p+1], zeros
-              outside, once with positions in row-major order, once in column-major order ("fuse")
-    A[q, p]   v_p softmax_p(scale v_p S[q, p]), v_p = 1 for a valid key; an invalid one has logit 0, and no share
-    y         1/4 the overlap-added 4x4 patches, stride 2, zero padded by 1, of F at p, in proportion A[q, p]
+    R[q, p]   inner product of two 3x3 patches of P: the patch around q, and the patch K_p around p
+    X[q, p]   R[q, p] / max(|K_p|, 1e-4)
+    S[q, p]   X after two passes of X[q, p] <- X[q, p] + X[q-1, p-1] + X[q+1, p+1]
+    A[q, p]   v_p softmax_p(scale v_p S[q, p])
+    y         1/4 of the sum of overlapping 4x4 patches: the patch at q is the sum over p of A[q, p] F's patch at p
+
+The 4x4 patches have stride 2 and padding 1. Everything outside the grid or the image is zero. The two passes are called
+"fuse". In the second pass, positions are numbered in column-major order. v_p is 1 for a valid key and 0 for an invalid
+key, which therefore has the logit 0 in the softmax and the weight 0 in A.
 
 Source: DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), except that every
-sample has its own keys. The patches are never built. With G = P'P, both positions shifted together, and zeros outside
-the grid,
+sample has its own keys. The patches are never built. Let G = P'P. If both positions of G and of A are shifted by the
+same offset o, and numbers outside the grid are zero, then
 
-    R[q, p] = sum over the 9 neighbours o of G[q+o, p+o]                               a ninth of the products
-    y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]   a quarter of them
+    R[q, p] = sum over the 9 offsets o in {-1, 0, 1} x {-1, 0, 1} of G[q+o, p+o]
+    y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]
 
-where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), and a' = 2a - 1. PyTorch computes the matrix products.
-The op computes the part between them, from G to U. Its sums are symmetric in o, so the backward uses the same sums.
+where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), and a' = 2a - 1. The first line needs a ninth of the
+products that patches would need, and the second a quarter. PyTorch computes the matrix products. The op computes the
+part between them, from G to U. Its sums are symmetric in o, so the backward uses the same sums.
 """
 
 from __future__ import annotations
@@ -37,7 +42,10 @@ _SMALLEST_NORM = 1e-4
 
 
 def _moved(x: Tensor, step: int, dim: int) -> Tensor:
-    """Shift x [B, ..., ...] along ``dim`` of both groups of dimensions: i gets the value of i + step (1 or -1)."""
+    """Shift x [B, ..., ...] by one position, along dimension ``dim`` of the queries and the same dimension of the keys.
+
+    The value at position i is then the value that was at i + step. step is 1 or -1.
+    """
     groups, size = x.dim() // 2, x.shape[dim]
     padding = [0] * (2 * x.dim())
     for d in (dim, dim + groups):
@@ -47,12 +55,12 @@ def _moved(x: Tensor, step: int, dim: int) -> Tensor:
 
 
 def _both(x: Tensor, dim: int) -> Tensor:
-    """Return x plus its neighbors before and after it along ``dim`` of both groups."""
+    """Return x plus x shifted by one position in each direction, along ``dim`` (see `_moved`)."""
     return x + _moved(x, -1, dim) + _moved(x, 1, dim)
 
 
 def _fuse_rows(x: Tensor) -> Tensor:
-    """Fuse in row-major order, [B, L, L]."""
+    """Return x [B, L, L] after the first pass of "fuse", with positions in row-major order."""
     return _both(x, 1)
 
 
@@ -62,13 +70,13 @@ def _turned(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _fuse_columns(x: Tensor, height: int, width: int) -> Tensor:
-    """Fuse in column-major order, [B, L, L]."""
+    """Return x [B, L, L] after the second pass of "fuse", with positions in column-major order."""
     turned = _turned(x, height, width)
     return _turned(turned + _moved(turned, 1, 1) + _moved(turned, -1, 1), width, height)
 
 
 def _patches(x: Tensor, height: int, width: int) -> Tensor:
-    """Sum over the nine neighbours, [B, L, L]."""
+    """Return the sums of x [B, L, L] over the nine offsets. For G, this is R."""
     return _both(_both(_grids(x, height, width), 1), 2).reshape(x.shape)
 
 
@@ -90,7 +98,8 @@ def reference(
         scale: factor of the scores before the softmax.
 
     Returns:
-        U ``[B, 4, L, L]``, by a and b, and A ``[B, L, L]``, for the backward. Queries are rows and keys are columns.
+        U ``[B, 4, L, L]``, where the second index is 2 a + b; and A ``[B, L, L]``, which the backward needs. Queries
+        are rows and keys are columns.
     """
     v = keep.to(correlation.dtype)[:, None]
     scores = _patches(correlation, height, width) * inverse[:, None]
@@ -122,7 +131,7 @@ RACED = ((8, 8, 96), (32, 32, 96))
 
 def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     pixels = normal(seed, ROWS, height * width, channels, scale=0.4)
-    # Any values are suitable as norms.
+    # The values need not be the norms of patches, because the op accepts any positive numbers.
     norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
     # Everything else between the products is float32.
@@ -147,7 +156,7 @@ OP = define_op(
     raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
     replaces_many=("",),
-    # The key is the dtype of the mask, and the number of pairs of pixels.
+    # Races distinguish calls by the dtype of the mask and by the number of pairs of pixels.
     size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
 BACKWARD = define_backward(
@@ -161,7 +170,7 @@ BACKWARD = define_backward(
     ),
     saved=_saved,
     constants=1,
-    # The sums are as large as the largest output.
+    # The sums in the backward are as large as its largest output, so their rounding errors are too.
     changes={"slack": 32.0},
     size_key=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )

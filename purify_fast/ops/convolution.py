@@ -78,7 +78,7 @@ def reference_weight_gradient(
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """Return the name of the layer's group. A backend is chosen per group, because its layers had similar timings."""
+    """Return the group of layers to which a layer belongs. Its layers had similar timings, so they use one backend."""
     if min(inputs, outputs) < FEW:
         return "few channels"
     return "strided" if max(stride) > 1 else "stride 1"
@@ -108,8 +108,8 @@ _TILED = (
     ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),
 )
-#: The shape of the images with channels last, the output channels, then kernel, stride, padding and dilation. Each of
-#: these four has a number for rows and a number for columns.
+#: Each example is a tuple of the images' shape (channels last), the number of output channels, the kernel, the stride,
+#: the padding and the dilation. The last four have a number for rows and a number for columns.
 EXAMPLES = (
     ((ROWS, 9, 8, 24), 24, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 7, 10, 3), 40, (5, 5), (1, 1), (2, 2), (1, 1)),
@@ -118,7 +118,8 @@ EXAMPLES = (
     ((ROWS, 6, 5, 1), 1, (1, 1), (2, 2), (0, 0), (1, 1)),
     *_TILED,
 )
-#: Layers of DeepFillv2's generator: input channels, side of the images, output channels, kernel, stride, dilation.
+#: These examples are layers of DeepFillv2's generator. A row below has the number of input channels, the side of the
+#: images, the number of output channels, the kernel, the stride and the dilation.
 RACED = tuple(
     ((ROWS, side, side, inputs), outputs, (kernel,) * 2, (stride,) * 2, (d * (kernel // 2),) * 2, (d, d))
     for inputs, side, outputs, kernel, stride, d in (
@@ -147,7 +148,7 @@ PROPERTIES: dict[str, Any] = {
 def _operands(*setting: Any) -> tuple[Tensor, ...]:
     """Make images, weights, bias, and random numbers in the shape of the result, which are used as its gradient."""
     shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
-    # Scaled so that the results have the size of the images, as in a network.
+    # The weights are scaled, so that the results are about as large as the numbers of the images, as in a network.
     scale = (math.prod(kernel) * shape[-1]) ** -0.5
     x, weight = normal(seed, *shape).to(dtype), normal(seed + 100, outputs, *kernel, shape[-1], scale=scale).to(dtype)
     size = output_size(shape[1:3], kernel, stride, padding, dilation)
@@ -244,7 +245,7 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
-#: The results of `_settings`, for arguments that can be distinguished as keys.
+#: The results of earlier calls of `_settings`, by the arguments of the call.
 _known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 
 
@@ -253,8 +254,8 @@ def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[i
 
     Raise ValueError if they are not as `conv2d` documents.
     """
-    # Layers pass tuples. While compiling the table is not used, because torch.compile would treat its values as
-    # variable.
+    # The table `_known` is used for tuples only, which layers pass. While compiling it is not used, because
+    # torch.compile would treat its values as variable.
     kept = all(type(one) is tuple for one in given) and not torch.compiler.is_compiling()
     if kept and given in _known:
         return _known[given]

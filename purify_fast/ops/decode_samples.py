@@ -1,4 +1,4 @@
-"""K reconstructions per image: a decoder maps latents from the prior, and the image's condition, to images.
+"""Makes K reconstructions of each image: a decoder maps K latents from the prior and the image's condition to images.
 
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
@@ -6,8 +6,11 @@ This is CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the 
 once per image. `decode_prior` accepts a decoder with folded and packed weights, which has a linear layer and transposed
 convolutions. It is a single op with Triton kernels:
 
-        a_bk = z_bk W_z + c_b          c is the condition's half of the first layer with the bias, once per image
+        a_bk = z_bk W_z + c_b
         a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
+
+Here c_b is the product of the condition with its half of the first layer's weights, plus the bias. It is computed once
+per image.
 
 The kernels (kernels/decode_samples.py) multiply bfloat16 numbers and add in float32. Activations between the layers are
 bfloat16. Those between the last two layers remain in registers.
@@ -47,9 +50,9 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
         biases: ``[channels out]`` of every transposed convolution.
 
     Returns:
-        A vector of weights and a vector of biases. The first has the weights of the layers, and then the transposed
-        weights for the gradients, from the last layer to the first. The second has no bias of the first layer. Padding
-        is zero.
+        A vector of weights and a vector of biases, both padded with zeros. The first has the weights of the layers, and
+        then the transposed weights for the gradients, from the last layer to the first. The second has the biases of
+        the transposed convolutions.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
@@ -121,7 +124,10 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
 def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """Return the input of every LeakyReLU, and then the image's logits, [B * K, C, H, W], in the weights' precision."""
+    """Return the inputs of all LeakyReLUs and, last, the logits of the images, in the dtype of the weights.
+
+    Each is [B * K, C, H, W] with its own C, H and W.
+    """
     channels, h, w = geometry.start
     dtype = weights.first.dtype
     z = latents(seed, ids, samples, geometry.latent_dim).to(dtype)
@@ -146,7 +152,7 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 def reference(
     condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
 ) -> Tensor:
-    """Compute the definition in the precision of ``packed``. Arguments as in the schema, sizes as `Geometry.numbers`.
+    """Compute the definition in the precision of ``packed``. ``numbers`` are the sizes that `Geometry.numbers` returns.
 
     ``condition`` is [B, H * W * C] of the first feature map, pixel by pixel, float32 (float64). Returns [B * K, C, H,
     W].
@@ -159,7 +165,7 @@ def reference(
 
 
 def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
-    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. The decoder runs again to compute it."""
+    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. This computes the feature maps again."""
     seed, ids, packed, biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
@@ -239,7 +245,7 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
     replaces_many=("",),
-    # The key is the dtype of the images, which is the last argument, and the size of the condition.
+    # Races distinguish calls by the dtype of the images, which is the last argument, and by the size of the condition.
     size_key=lambda condition, *others: (others[-1], condition.numel()),
 )
 BACKWARD = define_backward(
@@ -274,8 +280,9 @@ def decode_prior(
     """Draw K latents per image, and decode them with packed weights (see `purify_fast.methods.carso.PackedDecoder`).
 
     Args:
-        condition: ``[B, H * W * C]`` for a first feature map [C, H, W]: the condition's half of the linear layer with
-            its bias, pixel by pixel, float32 (float64 with float64 weights). Only this argument gets a gradient.
+        condition: ``[B, H * W * C]`` for a first feature map [C, H, W]: the product of the condition with its half of
+            the linear layer's weights, plus the bias, ordered by pixel and then by channel; float32 (float64 with
+            float64 weights). Only this argument gets a gradient.
         seed: int64 ``[1]``, on the condition's device.
         sample_ids: int64 ``[B]``, the global index of each image (see `philox`).
         packed: weights from `pack`. Their dtype, bfloat16, float32 or float64, is the precision of the products. On a
@@ -287,7 +294,8 @@ def decode_prior(
         squash: whether a sigmoid maps the images to (0, 1). If False, the op returns their logits.
         channels_last: whether the images are channels_last.
         dtype: dtype of the images, float32 (default) or bfloat16; float64 with float64 weights.
-        weights: ``unpack(packed, biases, geometry)``, if the caller has it. It is used if no kernel is.
+        weights: the result of ``unpack(packed, biases, geometry)``, if the caller has already computed it. It is needed
+            only if no kernel is used; None computes it then.
 
     Returns:
         Images ``[B, K, C, H, W]``. Sample k of an image has draw index k, for every K and every batch.

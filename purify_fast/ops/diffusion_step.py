@@ -1,4 +1,4 @@
-"""A step of a diffusion sampler: the next state, from the state, the network's prediction and noise, in one pass.
+"""Computes the next state of a diffusion sampler from the state, the network's prediction and noise, in one pass.
 
     x0  = clip(P x + Q m, -c, c)
     out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
@@ -82,7 +82,7 @@ def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) -> Tensor:
-    """Compute the definition in x's dtype. ``named``: seed, sample_ids, draws, step, and whether there is noise."""
+    """Compute the definition in x's dtype. ``named`` are seed, sample_ids, draws, step, and whether there is noise."""
     *name, noisy = named
     m, v = _parts(x, prediction)
     p, q, c, a, b, s, lo, hi = _each(coefficients, x)
@@ -209,7 +209,7 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In a graph, replace repeated tensors by views, because torch.compile rejects them in an autograd.Function."""
+    """Inside torch.compile, which rejects a tensor that is given twice, replace the second by a view."""
     if not torch.compiler.is_compiling():
         return given
     return tuple(

@@ -39,8 +39,8 @@ def _half(features: Tensor, dim: int) -> list[int]:
     return [size // 2 if i == dim else size for i, size in enumerate(features.shape)]
 
 
-#: The keys are the shape and the dimension of the halves, which is the last for rows of channels_last. The values are
-#: the dtypes in which the example verifies kernels on a GPU.
+#: The keys are the shape, and the dimension that is divided into halves (the last dimension for channels_last images).
+#: The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {
     ((ROWS, 6, 17, 15), 1): "",
     ((ROWS, 8, 8, 48), 3): "f",

@@ -10,8 +10,8 @@ means over the group:
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
 The kernel supports a single case: bfloat16 in channels_last, with a multiple of 16 channels per group, on a processor
-for which `purify_fast.ops.conv2d` has kernels. It computes only the gradient of x. If the weights need gradients,
-PyTorch's operators are used. GPUs have no kernel, because compilers fuse the definition there.
+with AVX512-BF16. It computes only the gradient of x. If the weights need gradients, PyTorch's operators are used. GPUs
+have no kernel, because compilers fuse the definition there.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def reference_backward(
     return of_x.view(x.shape).to(x.dtype).contiguous()
 
 
-#: The shape with channels last, the number of groups, and the number of rows of the shift (0 means no shift).
+#: Each example is a tuple of the shape with channels last, the number of groups, and the number of rows of the shift. 0
+#: rows mean no shift.
 EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),

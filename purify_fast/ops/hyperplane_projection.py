@@ -1,4 +1,4 @@
-"""The shortest move to a hyperplane within a box, for each row, in the l-infinity, l2 or l1 norm.
+"""Computes, for each row, the shortest move to a hyperplane within a box, in the l-infinity, l2 or l1 norm.
 
     d = argmin |d|_p,   <w, x + d> = b,   lo <= x + d <= hi
 
@@ -9,7 +9,7 @@ box in the direction of the move,
     d = sign(g w) m,   0 <= m <= room,   sum of |w| m = |g|
     linf:  m = min(t, room)
     l2:    m = min(t |w|, room)
-        l1:    m = room where |w| > t, the same fraction of room for all |w| = t, and 0 elsewhere
+    l1:    m = room where |w| > t, the same fraction of room where |w| = t, and 0 elsewhere
 
 The progress of a row towards the plane is a monotone function of t. It is piecewise linear (linf, l2) or a step
 function (l1). The reference sorts the breakpoints, and finds the piece that contains the solution. The kernels do not
@@ -46,7 +46,7 @@ def scale_of(peak: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype. b: [B]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype. b is [B]."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     start, normal = wide(x).flatten(1), wide(w).flatten(1)
@@ -72,7 +72,8 @@ def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
-    # The contribution of the coordinates at the border of the box, and the contribution per t of the others.
+    # `filled` is the contribution of the coordinates that have reached the border of the box. `rate` is the
+    # contribution of the other coordinates per unit of t.
     filled = gain.cumsum(1)
     rate = torch.where(full > 0, rate, 0.0).flip(1).cumsum(1).flip(1)
     reached = filled - gain + full * rate
@@ -110,7 +111,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
-    """Make planes nearby, further away and out of reach, and a normal with zeros, infinities and NaN."""
+    """Make planes that are near, far and outside the box, and a normal with zeros, infinities and NaN."""
     x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
     w[uniform(seed + 200, *shape) < 0.1] = 0
     w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])

@@ -1,4 +1,4 @@
-"""Noisy replay: if a sample's representation has drifted, it is trained on with noise, without an attack.
+"""Noisy replay: a sample whose representation has drifted is not attacked in this step; noise is added to it instead.
 
     out_b = clamp(x_b + u, lo, hi)   if drift_b > tau,    u = eps_b (2 r - 1), uniform in [-eps_b, eps_b)
             x_adv_b                  otherwise
@@ -26,7 +26,10 @@ from .philox import Stream, check_stream, philox
 def reference(
     x: Tensor, x_adv: Tensor, drift: Tensor, tau: Tensor, eps: Tensor, seed: Tensor, sample_ids: Tensor, *box: float
 ) -> Tensor:
-    """Compute the definition in float32 (float64 for float64), in x's dtype. drift, eps: [B]; tau: []."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype.
+
+    drift and eps are [B], and tau is [].
+    """
     clean = wide(x)
     r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
     noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(*box).to(x.dtype)

@@ -1,4 +1,4 @@
-"""A step of projected gradient descent (ascent on the attacker's loss). Each sample has its own step and radius.
+"""Takes a step of projected gradient descent (ascent on the attacker's loss). Each sample has its own step and radius.
 
     linf:  x <- clamp(x + alpha sign(g), x_nat - eps, x_nat + eps)
     l2:    x <- x_nat + d min(1, eps / |d|),   d = x + alpha g / |g| - x_nat
@@ -44,7 +44,10 @@ HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
 def direction(grad: Tensor, norm: int) -> Tensor:
-    """Return the unit step along ``grad``, [B, ...]: its sign, or grad / |grad| per sample; 0 without direction."""
+    """Return the unit step along ``grad``, [B, ...]: the sign of grad (linf), or grad / |grad| of each sample (l2).
+
+    The step of an element (linf) or of a sample (l2) is 0 if its gradient is zero or not finite.
+    """
     if NORMS[norm] == "linf":
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
     dims = list(range(1, grad.dim()))
@@ -57,12 +60,15 @@ def direction(grad: Tensor, norm: int) -> Tensor:
 
 
 def chosen(size: int, density: float) -> int:
-    """Return how many of the ``size`` coordinates an l1 step moves if there are no ties: rounded, and at least 1."""
+    """Return the number of coordinates, out of ``size``, that an l1 step moves if no two have the same |grad|."""
     return max(1, int(density * size + 0.5))
 
 
 def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: float = DENSITY) -> Tensor:
-    """Return the step of l1 norm 1 along the largest |grad| of coordinates that can move, [B, ...]; 0 if none can."""
+    """Return the step with l1 norm 1 in the coordinates that have the largest |grad| and can move, [B, ...].
+
+    A coordinate at the border of the box can move only inwards. If no coordinate can move, the step is 0.
+    """
     position, g = x.flatten(1), grad.flatten(1)
     usable = torch.isfinite(g.abs().amax(1, keepdim=True))
     stopped = ((position >= hi) & (g > 0)) | ((position <= lo) & (g < 0))
@@ -73,9 +79,9 @@ def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: flo
 
 
 def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """Project ``x`` onto the ball around ``x_nat`` and the box: one after the other (linf, l2), or both at once (l1).
+    """Project ``x`` onto the ball around ``x_nat`` and then onto the box (linf, l2), or onto both at once (l1).
 
-    eps: [B, 1, ...].
+    eps is [B, 1, ...].
     """
     dims = list(range(1, x.dim()))
     if NORMS[norm] == "linf":
@@ -104,7 +110,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
 
 
 def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, *space: float) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha, eps: [B]."""
+    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha and eps are [B]."""
     lo, hi, *_ = space
     start, g = wide(x), wide(grad)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)

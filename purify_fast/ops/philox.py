@@ -1,4 +1,4 @@
-"""The random number generator: Philox4x32-10 (Salmon et al., SC 2011). A number depends only on its seed and counter.
+"""Draws random numbers by Philox4x32-10 (Salmon et al., SC 2011). A number depends only on its seed and its counter.
 
     key     = (low word of seed, high word of seed)
     counter = (element index / 4, draw index, sample index, stream)
@@ -67,13 +67,16 @@ def words(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any
 def reference(
     seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
 ) -> Tensor:
-    """Compute the definition. Arguments as in `philox`, distribution by index. Returns [B, draws, numel]."""
+    """Compute the op's definition. Returns [B, draws, numel].
+
+    The arguments are those of `philox`, but the distribution is given by its index.
+    """
     draw = first_draw + torch.arange(draws, device=sample_ids.device)
     return drawn(seed, sample_ids, draw[None], numel, stream=stream, distribution=distribution)
 
 
 def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream: int, distribution: int) -> Tensor:
-    """Compute the definition for draws with these indices, int64 [1, draws] or [B, draws].
+    """Compute the op's definition for the draws with the indices ``draw``, int64 [1, draws] or [B, draws].
 
     Returns [B, draws, numel].
     """

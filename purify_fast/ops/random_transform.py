@@ -1,4 +1,4 @@
-"""The random transforms of AToP: add noise, clip, scale to [-1, 1], hide blocks, and add two planes for the generator.
+"""AToP's random transforms add noise, clip, scale to [-1, 1], hide blocks, and append two planes for the generator.
 
     z = clip(x + sigma n, 0, 1),   n ~ N(0, 1) from the Philox stream TRANSFORM_NOISE, element (c H + h) W + w
     t = (1 - m) (2 z - 1),         m = 1 where hidden, constant on blocks
@@ -209,9 +209,10 @@ def random_transform(
 
     Returns:
         ``packed [S B N, C + 2, H, W]`` and ``owners``. In packed, the pass varies fastest, then the image, then the
-        draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; ones; and m, which is
-        1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``. For RT1 and RT2, it is 1 for a
-        hidden block and 0 for the others. For RT3, it is the pass that hides the block (see `stitch`).
+        draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; a plane of ones; and
+        the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``. For RT1
+        and RT2, it is 1 for a hidden block and 0 for the others. For RT3, it is the index of the pass that hides the
+        block (see `stitch`).
 
     Raises:
         TypeError: if seed or sample_ids is not a tensor.

@@ -1,10 +1,10 @@
-"""Binary cross-entropy of reconstructions given as logits, summed per sample.
+"""Computes the binary cross-entropy of reconstructions that are given as logits, summed over each sample.
 
     loss_b = sum_p  max(l, 0) - l t + log(1 + exp(-|l|)) = sum_p -[ t log s + (1 - t) log(1 - s) ],   s = sigmoid(l)
 
-This is CARSO's reconstruction term (arXiv 2306.06081, section 4.3). Computed from the logits, it is accurate where
-log(sigmoid) is not. For targets inside (0, 1) the minimum is not 0 but the entropy of the pixels. Only the logits have
-a gradient:
+This is CARSO's reconstruction term (arXiv 2306.06081, section 4.3). It is computed from the logits, because
+log(sigmoid(l)) is inaccurate for large |l|. For targets inside (0, 1), the minimum is the entropy of the pixels, which
+is above 0. Only the logits have a gradient:
 
     dloss/dl = s - t
 """
@@ -57,7 +57,7 @@ BACKWARD = define_backward(
 )
 
 
-#: Returns the loss, and s - t in the dtype of the arithmetic.
+#: A CPU kernel that returns the loss, and s - t in the dtype of the arithmetic.
 SAVING = cpu_kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
 
 

@@ -1,4 +1,6 @@
-"""The distance between a student's flattened representation u and a frozen teacher's v, per sample and layer.
+"""Computes the distance between two flattened representations, u of a student and v of a frozen teacher.
+
+Each sample and each layer has a distance:
 
     c = u . v / (|u| |v|)
     abs_cosine    d = 1 - |c|             dd/dc = -sign(c)
@@ -104,14 +106,14 @@ def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
 
 
 def _variant(layers: int) -> str:
-    """Return the name under which a backend is chosen.
+    """Return the variant of a call. Calls with several layers are raced separately from calls with one layer.
 
-    With several layers the reference launches its operators for each.
+    The reason is that the reference launches its operators once for each layer.
     """
     return "several" if layers > 1 else ""
 
 
-#: The layers of one call. The last one has more numbers than one program processes.
+#: The shapes of one, two and three layers. Layers of 9,001 numbers have more numbers than one program processes.
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
 #: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU.
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
@@ -161,8 +163,8 @@ BACKWARD = define_backward(
 )
 
 
-#: Returns the distances of one layer [B], and dd/du in the student's shape and the dtype of the arithmetic. For a
-#: 16-bit student, dd/du has the size of the two layers that the backward would otherwise read.
+#: A CPU kernel that returns the distances of one layer [B], and dd/du in the student's shape and the dtype of the
+#: arithmetic. For 16-bit layers, dd/du has as many bytes as the two layers, which the backward would otherwise read.
 SAVING = cpu_kernel("representation_distance_keeping", "(Tensor student, Tensor teacher, int kind) -> (Tensor, Tensor)")
 
 

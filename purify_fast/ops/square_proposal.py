@@ -1,4 +1,4 @@
-"""The proposals of Square, a random search. Each proposal changes an image inside one or two random squares.
+"""Computes the proposals of the Square Attack, a random search. A proposal changes an image in one or two squares.
 
     linf:    z = clamp(x_nat + eps s, lo, hi)                                       in the window W, x elsewhere
     l2, l1:  d = x - x_nat,  h = s P + d / |d|_W,  u = max(eps^p - |d|^p, 0)        p = 2, 1
@@ -8,8 +8,8 @@
 
 Source: Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3. l1 is the version of
 AutoAttack, with the projection of `pgd_step`. W and V are square windows at random places. s is a random sign per
-channel. P is a pattern of length 1 in W. A norm with an index is the norm of one channel inside that window. So l2 and
-l1 move mass from V to W, and also use the part of the radius that is still unused.
+channel. P is a pattern of length 1 in W. |d|_W is the norm of one channel inside the window W. So l2 and l1 set the
+perturbation in the rest of V to 0, and give W the norm of both windows and the part of the radius that was unused.
 
 The caller passes the random numbers of a row, for several proposals at once: the places of W and V (row and column of
 each), the orientation of the pattern, and the signs of the channels. The place of a window is computed in float32 for
@@ -29,7 +29,8 @@ from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import Launcher, define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
-#: The number of random numbers of a proposal before the signs of the channels: two places and the orientation.
+#: Before the signs of the channels, a proposal has this number of random numbers: two places (two numbers each), and
+#: the orientation of the pattern.
 PLACES = 5
 #: This is added to lengths, so that they are never 0 in a division.
 TINY = 1e-12
@@ -149,9 +150,9 @@ RACED = tuple((norm, shape, draws, 7) for norm in NORMS for (shape,) in RGB for 
 def _arguments(
     norm: str, shape: tuple[int, ...], draws: int, edge: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor | float | None, ...]:
-    """Make points well inside their balls, and one outside.
+    """Make points that lie well inside their balls, and one point outside.
 
-    Near the border, the unused part of the radius would be only rounding error.
+    For a point near the border of its ball, the unused part of the radius would be only rounding error.
     """
     clean, offset = 0.25 + 0.5 * uniform(seed, *shape), 0.2 * (uniform(seed + 100, *shape) - 0.5)
     index = NORMS.index(norm)

@@ -1,4 +1,4 @@
-"""Images that are composed from the blocks of several passes. Each block comes from the pass that owns it.
+"""Composes images from the blocks of several passes. Each block is copied from the pass that owns it.
 
     out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
 
@@ -88,7 +88,7 @@ BACKWARD = define_backward(
 
 
 def _passes(count: int, results: int) -> int:
-    """Return the number of passes per image, from the numbers of all images and of the results; 1 without results."""
+    """Return the number of passes per image, which is ``count / results``; 1 if there are no results."""
     return count // results if results else 1
 
 
@@ -126,9 +126,15 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     samples, batch, rows, columns = owners.shape
     height, width = images.shape[2:]
     if rows < 1 or columns < 1 or height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(f"owners has {rows} x {columns} blocks, which must divide the images, {height} x {width}")
+        raise ValueError(
+            f"owners must have rows and columns that divide the height and width of images, {height} x {width}, got "
+            f"{rows} x {columns}"
+        )
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
-        raise ValueError(f"images has {images.shape[0]} images; owners needs a multiple of {samples} x {batch}")
+        raise ValueError(
+            f"images must have S * B * N images with N >= 1, where S * B is {samples} x {batch} as in owners, got "
+            f"{images.shape[0]}"
+        )
     if needs_gradient(images) and not OP.uses_reference(images.device, images.dtype, images.numel()):
         return _stitch(images, owners)
     return OP(images, owners, _passes(images.shape[0], samples * batch))

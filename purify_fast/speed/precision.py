@@ -64,7 +64,10 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_float32_by_default() -> Iterator[None]:
-    """Do the same as `float32_products()`, but nothing inside a block of `float32_products`. Also a decorator."""
+    """Compute float32 products in IEEE float32 within the block, if no block of `float32_products` surrounds it.
+
+    A surrounding block decides the precision itself. This function can also be used as a decorator.
+    """
     with contextlib.nullcontext() if _blocks else float32_products():
         yield
 

@@ -1,4 +1,4 @@
-"""The predicted cost of a run: time, memory, operators, bytes and FLOP."""
+"""Predict the cost of a run: its time, its memory, and its numbers of operators, bytes and FLOP."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class BankConfig:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """M and rho, for the run's log, the checkpoint and the saved model."""
+        """M and rho, which are written into the run's log, the checkpoint and the saved model."""
         return {"variants": self.variants, "refresh": self.refresh}
 
 
@@ -211,7 +211,7 @@ class AdversarialBank:
         shape = (images.count * images.views, places)
         self.bytes = math.prod(shape) * kind.itemsize
         with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
-            # the map duplicates the file's descriptor, so the lock lasts as long as the map
+            # the memory map duplicates the file's descriptor, so the lock is held as long as the map exists
             self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
         # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)
@@ -224,7 +224,7 @@ class AdversarialBank:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """M and rho, and the numbers ``made``, ``read`` and ``damaged`` of this process so far, for the run's log."""
+        """M and rho, and ``made``, ``read`` and ``damaged`` of this process so far. The run's log records them."""
         return {**self.config.facts, "made": self.made, "read": self.read, "damaged": self.damaged}
 
     def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
@@ -318,7 +318,7 @@ class Found:
     Args:
         steps: q, int8 ``[A, D]``.
         scale: s, float32 ``[A]``.
-        found: True for images of which a variant was read, bool ``[A]``.
+        found: True for images for which a variant was read, bool ``[A]``.
         made_by_this_step: True for variants that the same step made before the run was resumed, bool ``[A]``.
     """
 
@@ -363,7 +363,7 @@ class BankedStep:
             bank.keep(at, kind, self.seed, *(each.cpu().numpy() for each in quantized(x, made)))
             bank.made += len(x)
             return made
-        # an image's first number decides whether it is attacked again, and the second which variant is read
+        # each image has two numbers: the first decides if it is attacked again, and the second which variant is read
         draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
         found = bank.find(at, kind, self.seed, draws[:, 1])
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
@@ -415,7 +415,7 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
             "lower variants"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # only one run at a time makes a bank here, because two new banks must not count on the same room
+    # Only one run at a time may open a bank in this folder. Otherwise, two runs could both use the same free space.
     with FileLock(path.parent / ".lock"):
         _remove_unused(path, size, limit)
         file = os.fdopen(_allocated(path, size), "r+b")
@@ -471,7 +471,9 @@ def _allocated(path: Path, size: int) -> int:
         os.close(handle)
         if new:
             path.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB", str(path)) from error
+        advice = "Free space on this disk, pass another folder, or lower variants"
+        message = f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB. {advice}"
+        raise OSError(error.errno, message, str(path)) from error
     os.utime(path)
     return handle
 

@@ -1,4 +1,4 @@
-"""Listeners to a training: a log for TensorBoard, a progress bar, and the interface `Callback` for others."""
+"""Listeners to a training: a log for TensorBoard, a progress bar, and `Callback`, the base class for your own."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Callback(Protocol):
 
 
 class TensorBoardLog(Callback):
-    """Writes event files for TensorBoard: the metrics, learning rate and speed of every epoch, over the steps.
+    """Writes event files for TensorBoard, with the metrics, learning rate and speed of every epoch, over the steps.
 
     Args:
         folder: folder for the event files.

@@ -1,4 +1,4 @@
-"""Training of classifiers: on clean images, on PGD examples (Madry et al., ICLR 2018), and on cheaper examples."""
+"""Trains classifiers on clean images, on PGD examples (Madry et al., ICLR 2018), or on examples that cost less time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ClassifierTask(Task):
             with self._precision(x):
                 loss, metrics = self._cross_entropy(point, batch.y)
             yield Update("model", loss, metrics)
-            # the backward pass for the weights also computed the gradient of the images
+            # `fit` has run the backward pass of this loss, which also computes the gradient of the images
             assert point.grad is not None
             point = pgd_step(point.detach(), point.grad, x, alpha, attack.eps, lo=0.0, hi=1.0)
 

@@ -64,7 +64,7 @@ class TrainingAttack:
 
     def __post_init__(self) -> None:
         if (norm := read_norm(self.norm)) != self.norm:
-            # the dataclass is frozen
+            # a normal assignment would raise an error, because the dataclass is frozen
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
@@ -128,7 +128,7 @@ class TrainingAttack:
         )
 
     def of_validations(self) -> TrainingAttack:
-        """Return the attack on held-out images: this attack, or PGD-10 from a random start if this one has fewer steps.
+        """Return the attack on held-out images: this attack, or, if it has fewer than 10 steps, PGD-10.
 
         A model that overfits to an attack with few steps is robust against that attack only.
         """

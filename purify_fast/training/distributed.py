@@ -35,7 +35,7 @@ from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-#: How long a process that fails waits for the message that the first process failed too.
+#: If a process fails, it waits up to this time for the message that the first process failed too.
 PATIENCE = timedelta(seconds=10)
 #: Seconds within which all processes notice that an exchange failed.
 NOTICE = 3.0
@@ -43,7 +43,7 @@ NOTICE = 3.0
 GRACE = 20.0
 
 _AGAIN = "Start the same run again to continue from the last checkpoint; torchrun --max-restarts restarts it by itself"
-#: The beginning of gloo's errors: their place in gloo's source code. gloo raises plain RuntimeErrors.
+#: gloo raises plain RuntimeErrors, whose text begins with a file and a line of gloo's source code.
 _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 
 
@@ -98,7 +98,7 @@ class _Watch(_distributed.Heartbeat):
                 return
             self.count()
             quiet = [other for other in sorted(self.signs) if self.is_silent(other)]
-            # a process that is done may leave, and then no longer gives signs of life
+            # a process that has finished its training may end, and then no longer gives signs of life
             if quiet and all(sign.state != "done" for sign in self.signs.values()):
                 several = " (or the store that transmits the signs failed)" if len(quiet) > 1 else ""
                 self.lost = (
@@ -116,7 +116,7 @@ class _Watch(_distributed.Heartbeat):
             raise ProcessLost(self.lost)
 
     def missing(self) -> str:
-        """Name the processes that did not take part in the exchange; other processes that also wait are left out."""
+        """Name the processes that did not take part in the exchange. Processes that also wait are not named."""
         self.state = "waits"
         self.give_and_read()
         # the other processes need time to notice that the exchange failed
@@ -146,7 +146,8 @@ def heartbeat() -> Iterator[None]:
         yield
         return
     before, _watches = _watch, _watches + 1
-    # PyTorch's public functions give the store only to the code that makes the group, and the user may have made it
+    # A private function returns the store, because PyTorch has no public function for the store of a group that the
+    # user has made.
     store = dist.distributed_c10d._get_default_store().clone()
     _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
     watch.start()
@@ -176,7 +177,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # in the order of memory, each tensor flattens to a view, and one call can write all means back
+        # A tensor whose dimensions are in the order of memory flattens without a copy, and one call can write all means
+        # back.
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world
@@ -263,7 +265,7 @@ def torchrun_group() -> Iterator[None]:
         if rank == 0:
             store.set("failed", "yes")
             raise
-        # the wait fails if the first process still works, or if it has ended, and the store with it
+        # this wait fails if the first process still works, or if it has ended, because the store ends with it
         with contextlib.suppress(Exception):
             store.wait(["failed"], PATIENCE)
             # the first process needs time to print its error before torchrun notices that this process has ended

@@ -221,7 +221,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
 
 
 def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
-    """Return to the last checkpoint, or to the last good one, with a smaller learning rate.
+    """Return to the last checkpoint, or to the checkpoint at the last good validation, with a smaller learning rate.
 
     Raises:
         Diverged: on_nan is "stop", or the run has already backed off `BACK_OFFS` times.
@@ -313,7 +313,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
 
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
-    """Within the block, use what makes steps on a GPU faster: CUDA graphs, cuDNN's benchmark and fused optimizers.
+    """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster.
 
     On a CPU this changes nothing. Before the block, the task's weights must be on the device, and its optimizers must
     have the state with which the run is resumed.
@@ -338,7 +338,7 @@ def _check_batchnorm(model: nn.Module) -> None:
         everywhere = isinstance(module, (BatchNorm1d, BatchNorm2d, nn.SyncBatchNorm))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not everywhere:
             raise ValueError(
-                f"the model's module {name} is a BatchNorm over the images of one process, and must use those of all: "
-                "convert it with torch.nn.SyncBatchNorm.convert_sync_batchnorm (GPUs only), or use "
+                f"the model's module {name} is a BatchNorm over the images of one process, but must use those of all "
+                "processes: convert it with torch.nn.SyncBatchNorm.convert_sync_batchnorm (GPUs only), or use "
                 "purify_fast.models.layers.BatchNorm2d"
             )

@@ -69,7 +69,7 @@ class LossWatch:
         """
         raw = self.batches.get(step)
         if self.source.reproducible:
-            # closing the generator ends its reading ahead
+            # the generator may read further batches in a thread, which ends when the generator is closed
             with closing(self.source.epoch(*divmod(step, self.source.steps))) as batches:
                 raw = next(batches)
         if raw is None:

@@ -1,4 +1,4 @@
-"""The moving average of a model's weights over a training."""
+"""Computes a moving average of a model's weights over a training."""
 
 from __future__ import annotations
 

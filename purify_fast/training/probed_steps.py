@@ -1,4 +1,4 @@
-"""The forecast of a training's cost: a few steps are measured, and their cost is extrapolated to the whole run."""
+"""Predicts the cost of a training: measures a few steps, and extrapolates their cost to the whole run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run import Run
 from .sources import HeldOut, Images, held_out_source, step_seed, training_source
 from .task import Batch, Task
 
-#: Batch sizes at which the operations of a step are counted. The counts are extrapolated linearly to the run's batch.
+#: The operations of a step are counted at these two batch sizes, and extrapolated linearly to the run's batch size.
 COUNTED = (8, 16)
 
 
@@ -37,8 +37,9 @@ def forecast(
 ) -> Forecast:
     """Predict the cost of `purify_fast.training.fit` with the same arguments.
 
-    This takes steps with the task and changes its weights, so make a new task for `fit`. A delayed term of the loss
-    makes steps slower from its first step on, so steps are measured anew in each period between such first steps.
+    This takes steps with the task and changes its weights, so make a new task for `fit`. From the step in which a
+    delayed term of the loss begins, each step takes longer. So steps are measured at the start of the run, and again
+    for each step in which a term begins.
 
     Args:
         task: the training.
@@ -115,7 +116,7 @@ def _part(batch: Batch, size: int) -> Batch:
 
 
 def _timed(call: Callable[[], object], seconds: float) -> float:
-    """Return the median time of at least two calls. A first call is not timed."""
+    """Return the median time of at least two calls, which run for ``seconds``. One call before them is not timed."""
     call()
     times, began = list[float](), time.perf_counter()
     while len(times) < 2 or time.perf_counter() - began < seconds:

@@ -1,4 +1,4 @@
-"""The state of a run: its position, its checkpoints, its validations, and the means of its losses and metrics."""
+"""`Run` holds the state of a run: its position, checkpoints, validations, and the means of its losses and metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KERNELS = "kernels.json"
 
 #: A run has collapsed if its validation accuracy is below this share of its best validation accuracy.
 COLLAPSE = 0.5
-#: Number of images on which a task is tried before its training, to find the names of its metrics.
+#: Before a training, the task is run on this number of images, to find the names of its metrics.
 LOOK = 8
 
 
@@ -66,7 +66,8 @@ class Run:
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
-        rate: factor for the task's learning rate: 1 at first, and smaller each time that the run has backed off.
+        rate: factor for the task's learning rate. It is 1 at first, and is multiplied by 0.5 each time that the run
+            returns to a checkpoint because of on_nan or on_collapse.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Run:
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each loss and metric of the epoch over the steps that measured it; wait for the device."""
+        """Return the mean of each loss and metric over the epoch's steps that measured it. This waits for the GPU."""
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
     @torch.no_grad()
@@ -185,7 +186,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        # only the first process writes, so the processes need not agree on a moment
+        # the processes need not save at the same moment, because only the first writes
         if self.folder is not None and processes()[0] == 0:
             if self.bank is not None:
                 # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
@@ -305,7 +306,7 @@ class Run:
                 for name, value in self.measure(raw).items():
                     sums[name] = sums.get(name, torch.zeros((), device=value.device)) + size * value
                 count += size
-            # all processes use the means of the first, because rounding differs and they must agree on the best
+            # rounding differs between processes, so all use the means of the first: they must agree on the best
             means: dict[str, float] = from_first(lambda: {name: float(value) / count for name, value in sums.items()})
             self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
             chosen = self.config.keep_best
@@ -323,7 +324,10 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """Describe the differences between two runs' facts; empty if equal. ``there`` and ``here`` name the two runs."""
+    """Describe the differences between the facts of two runs, in a text that is empty if there are none.
+
+    ``there`` and ``here`` are the words for the two runs in this text.
+    """
     # JSON turns a checkpoint's tuples into lists
     saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))

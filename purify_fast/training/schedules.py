@@ -1,4 +1,4 @@
-"""The length of a run, the first steps of its delayed loss terms, and learning rates over the run.
+"""Computes the length of a run, the step in which each delayed loss term begins, and the learning rate of each step.
 
 Learning rates are functions of the progress of the run, or of the epoch. A function has no state that checkpoints would
 have to store. torch's schedulers are also unsuitable because published runs could not be repeated to the bit:
@@ -33,12 +33,12 @@ class RunLength:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
     @property
     def last_batch(self) -> int:
-        """Images of an epoch's last step; 0 for a loader."""
+        """The number of images in an epoch's last step; 0 for a loader."""
         return self.images_per_epoch - (self.steps_per_epoch - 1) * self.batch_size
 
     def images_before(self, step: int) -> int:

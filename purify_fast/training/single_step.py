@@ -23,7 +23,7 @@ from .task import Batch
 
 #: Radius of N-FGSM's uniform noise, in multiples of eps ("k" in the paper).
 NOISE = 2.0
-#: Radius, in multiples of eps, of the L-inf ball at a random corner of which the attack of NuAT begins.
+#: The attack of NuAT begins at a random corner of an L-inf ball with this radius, in multiples of eps.
 CORNER = 0.5
 
 
@@ -88,7 +88,7 @@ def nuclear_step(model: Classifier, batch: Batch, attack: TrainingAttack, weight
 
 def nuclear_norm(change: Tensor) -> Tensor:
     """Return the nuclear norm (sum of singular values) of a change of logits ``[B, classes]``, divided by B; scalar."""
-    # PyTorch cannot compute singular values in half precision, which would be too inexact anyway
+    # PyTorch cannot compute singular values in 16 bits, and they would be too inexact
     with torch.autocast(change.device.type, enabled=False):
         return torch.linalg.matrix_norm(change.float(), ord="nuc") / len(change)
 

@@ -18,13 +18,17 @@ from .bank import BankedImages
 from .config import FitConfig
 from .task import Task
 
-#: Batches of (images, labels) or (images, labels, indices), the same number of them in every epoch.
+#: An iterable of batches, where a batch is (images, labels) or (images, labels, indices). Every epoch must have the
+#: same number of batches.
 Batches: TypeAlias = Iterable[Any]
-#: A source's batch for a step: images uint8 or float ``[B, C, H, W]``, labels int64 ``[B]``, indices int64 ``[B]``.
+#: A batch as a source returns it: images, uint8 or float ``[B, C, H, W]``; labels, int64 ``[B]``; and the indices of
+#: the images, int64 ``[B]``.
 RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
-#: The images of `fit`: images that are divided into batches, batches, or a function from the epoch to its batches.
+#: The forms in which `fit` accepts images: a tensor or file of all images, which `fit` divides into batches; an
+#: iterable of batches; or a function that returns the batches of an epoch.
 Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
-#: The held-out images of `fit`: images and labels, or batches or a function as in `Images`.
+#: The forms in which `fit` accepts held-out images: a pair of images and labels; or batches or a function, as in
+#: `Images`.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
 #: Number of images in a validation batch, if the held-out images are not given as batches.
@@ -50,7 +54,7 @@ class InMemory:
     Args:
         x: images, uint8 ``[N, C, H, W]``.
         y: labels, int64 ``[N]``, on the same device.
-        config: batch size, seed, and the choice of an epoch's batches.
+        config: settings of the training, which determine the batches.
         rank: number of this process.
         world: number of processes.
         ids: indices of the images to use, int64; None for all.
@@ -197,7 +201,7 @@ def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig) 
 def held_out_source(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
 ) -> Source | None:
-    """Return the source of a run's held-out images, with all of them in every process; None if the run has none."""
+    """Return the source of a run's held-out images; None if the run has none. Every process gets all of them."""
     if validation is None and config.validation_share == 0:
         if config.keep_best != "off":
             raise ValueError(
@@ -205,7 +209,10 @@ def held_out_source(
             )
         return None
     if validation is not None and config.validation_share > 0:
-        raise ValueError(f"validation must be None if validation_share is above 0, got {config.validation_share}")
+        raise ValueError(
+            f"validation must be None if validation_share is above 0, got validation_share={config.validation_share} "
+            "and validation images: leave out one of them"
+        )
     ids = None
     if validation is None:
         # `training_source` has refused a validation_share with batches, so x is images

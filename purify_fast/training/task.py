@@ -59,7 +59,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Update:
-    """The loss for one optimizer in a step.
+    """One update of a step: an optimizer, and the loss that it lowers.
 
     Args:
         optimizer: name of the optimizer in `Task.optimizers`.
@@ -89,7 +89,8 @@ class Task:
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
         acts_from_step: result of `terms` for the run; `fit` sets it.
-        bank: settings of the adversarial bank, for the saved model; `fit` sets them. Empty without a bank.
+        bank: settings of the adversarial bank, which are written into the saved model; `fit` sets them. Empty without a
+            bank.
     """
 
     model: nn.Module

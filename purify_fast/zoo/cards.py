@@ -58,8 +58,8 @@ class Card:
         name: name of the model in the zoo.
         title: a sentence that says what the model is.
         method: the defence: "classifier", "CARSO", "AToP", "ARREST" or "diffusion".
-        study_only: whether the model is only for studies and not robust: a purifier that was trained with the paper's
-            objective.
+        study_only: whether the model is a purifier that was trained with the paper's objective. Such a purifier is not
+            robust, and is only for studies.
         data: name of the data set of its training, as in `purify_fast.data.load_dataset`.
         image_shape: shape (C, H, W) of its images.
         norm: norm of the ball in its training and its evaluation.

@@ -149,7 +149,7 @@ def detour(x):
 
 REFUSED = {
     "too many ReLUs": (sharp(0, 9, 301, 3), "at most 300 ReLUs, got 301"),
-    "residual": (Residual(), "the matrices read from the model give other logits"),
+    "residual": (Residual(), "do not reproduce its logits"),
     "SiLU": (nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.SiLU(), nn.Linear(4, 3)), "operation silu is not affine"),
     "rounding": (Behind(lambda x: torch.div(8 * x, 1, rounding_mode="floor") / 8), "the operation div is not affine"),
     "whole numbers": (Behind(lambda x: (8 * x).long() / 8), "is not affine"),

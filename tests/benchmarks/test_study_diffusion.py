@@ -141,7 +141,7 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
     assert told["PGD-200, then `strong`: every draw right, minus `digits-pgd-at` alone"].startswith("-75.0 ± 21.7")
     # the mean of its draws is right in 1, 1/2, 0, 0 of four images, as that of the classifier is
     assert told[f"{start}mean, minus `digits-pgd-at` alone"] == "+0.0 ± 0.0"
-    assert told["CPU seconds of PGD-200 an image"] == "2.0" and len(split[0]) == 7
+    assert told["CPU seconds of PGD-200 per image"] == "2.0" and len(split[0]) == 7
     assert sum("t_star 0.05" in line for line in lines) == 1
     (first, *_), missing = said(tmp_path), table(tmp_path / "elsewhere")
     assert re.search(r"^- `digits-diffpure`: .*PGD-200.* 37\.5 .*75\.0 ± 21\.7 %", first)

@@ -1,6 +1,7 @@
 """The number of a report: one criterion with and without an attack, what fell to probes, reasons, and claims."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -130,9 +131,7 @@ def test_what_fell_to_a_probe_is_not_left():
     # of the estimate nothing stands that the probes refute
     evidence = Evidence(rows[:2], probed(left=[1, 1, 1, 0], fell=[1, 0, 1, 1]))
     expected = outlook(evidence)
-    assert expected.sentences[0].startswith(
-        "the probes took 2 of the 3 images that the attacks had left of the first 4"
-    )
+    assert re.search(r"^3 of the first 4 images.*2 of these fell to the probes", expected.sentences[0])
     assert not any("by this estimate" in sentence for sentence in expected.sentences)
     assert expected.points == pytest.approx(2 / 3 * 0.25)
     assert outlook(Evidence(rows[:2], probed())).sentences[0].startswith("by this estimate")
@@ -284,17 +283,17 @@ def test_so_many_images_decide_and_one_less_do_not():
 @pytest.mark.parametrize(
     ("left", "n", "claim", "said"),
     [
-        (100, 200, "70", "claim of 70 % robust accuracy: refuted. If it were true, 100 or fewer of 200 images would"),
+        (100, 200, "70", "refuted. If it were true, the probability that 100 or fewer of 200 images are left would be"),
         (
             13,
             20,
             "70",
             "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
-            "it. If it were true, 13 or fewer of 20 images would be left with a probability of 39.2 % (exact binomial "
-            "test). With 65.0 % left of about 481 images the claim would be refuted.",
+            "it. If it were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
+            "binomial test). With 65.0 % left of about 481 images the claim would be refuted.",
         ),
-        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, 15 or fewer"),
-        (0, 4, "0", "0 or fewer of 4 images would be left with a probability of 100 % (exact binomial test). Only a"),
+        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, the probability"),
+        (0, 4, "0", "that 0 or fewer of 4 images are left would be 100 % (exact binomial test). Only a"),
     ],
 )
 def test_a_report_answers_a_claim(left, n, claim, said):

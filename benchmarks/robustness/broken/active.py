@@ -22,8 +22,8 @@ REVISION = 1
 #: the number of random corners that test if chance alone reaches the side of the planted corner. DRAWS is the number of
 #: predictions of a random model.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
-#: The points inside the ball have at most NEAR times its radius. On the way from the highest score of these points to
-#: the score of the corner, the border lies at the share BORDER.
+#: The points inside the ball have at most the distance NEAR times the radius from the image. The added row has its
+#: border between the highest score of these points and the score of the corner, at the share BORDER of the difference.
 NEAR, BORDER = 0.95, 0.9
 #: The short attack takes STEPS steps from each of STARTS random starts. If it finds less than the share LEAST of the
 #: planted corners, attacks on the model count as unreliable.

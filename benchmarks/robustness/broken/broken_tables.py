@@ -86,7 +86,10 @@ def _percent(share: float) -> str:
 
 
 def _numbers(each: dict[str, Result]) -> list[str]:
-    """Return table cells: number of images, clean accuracy, and robust accuracy under each judge, in percent."""
+    """Return the cells for a model: the number of images, the clean accuracy, and the robust accuracy under each judge.
+
+    The accuracies are in percent.
+    """
     first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
     row = [str(len(first["robust"])), _percent(first["clean"])]
     for judge in (ADAPTIVE, *ATTACKERS):
@@ -105,7 +108,7 @@ def _noticed(each: dict[str, Result]) -> list[str]:
     test = "-"
     if ACTIVE in each:
         one = each[ACTIVE]
-        reason = one.get("reason") or "no extra output separates its corner"
+        reason = one.get("reason") or "no extra output makes a corner adversarial"
         test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
         test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
     return [*cells, test]
@@ -174,7 +177,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return the table of the models that each method to notice a failed attack flags."""
+    """Return a table that compares the methods that detect failed attacks, by the models that each of them flags."""
     body = []
     ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
     flagged = {
@@ -197,7 +200,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return the table of the models that each sign flags, and of those that only this sign of a report flags."""
+    """Return a table that says, for each sign, how many models it flags, and which models no other sign flags too."""
     results = [(name, one) for name, each in every.items() for one in each.values()]
     flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
     body = []

@@ -24,7 +24,8 @@ IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
 #: The loss of an image is compared with the loss at POINTS random points. They are the image plus uniform noise, whose
 #: range has the width WIDTH in image units. An indicator fires if its value is above PASSES.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
-#: A loss is still rising if it has risen by more than FALLS times its range in the last LAST steps.
+#: A loss is still rising if, in the last LAST steps, its highest value so far has grown by more than FALLS times the
+#: range of the loss over all steps.
 LAST, FALLS = 10, 0.05
 #: The indicators in the order of the paper, without "transfer failure".
 INDICATORS = (

@@ -37,7 +37,10 @@ DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 @functools.cache
 def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
-    """Build a model. Return it with the other models whose gradients the adaptive attack uses, images and labels."""
+    """Build a model, and return three values: a tuple of models, the images and the labels.
+
+    The first of the models is attacked. The adaptive attack may use the gradients of the other models.
+    """
     entry = ENTRIES[name]
     images = load_dataset(entry.data, data)
     torch.manual_seed(0)

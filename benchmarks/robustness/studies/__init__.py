@@ -102,7 +102,7 @@ class Job:
     def asked(self) -> dict:
         """Return the settings as JSON values. An existing folder is used again only if its settings are equal to these.
 
-        The folder of the data and the device do not count.
+        The folder of the data and the device are left out, because a run may continue with others.
         """
         settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
         plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=vars)

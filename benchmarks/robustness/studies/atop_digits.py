@@ -1,8 +1,8 @@
 """A study of AToP's robustness on digits, with one change at a time, over several seeds.
 
 In the row "pipeline" a purifier was fine-tuned through the whole defence, on an adversarially trained classifier. This
-purifier corrects the image, and its first correction is zero. The names of the other rows say what they change. All
-rows are compared with the classifier without a defence.
+purifier adds a correction to the image. Before the training the correction is zero. The names of the other rows say
+what they change. All rows are compared with the classifier without a defence.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from .report_study import EPS, MakeJob, ReportStudy, images_of, train_classifier
 STANDARD, ROBUST = "standard classifier", "PGD-AT classifier"
 PRETRAINED, OBJECTIVE, PIPELINE = "AToP pre-trained only", "AToP, paper's objective", "AToP pipeline"
 ROBUST_PIPELINE = "AToP pipeline on PGD-AT"
-#: The classifier of each model. A classifier without a defence is its own classifier.
+#: The classifier of each model. For a classifier without a defence, this is the classifier itself.
 BASES = dict.fromkeys((STANDARD, PRETRAINED, OBJECTIVE, PIPELINE), STANDARD)
 BASES |= dict.fromkeys((ROBUST, ROBUST_PIPELINE), ROBUST)
 

@@ -34,7 +34,10 @@ PEEL = f"{EXACT}, through PeeL"
 
 
 def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", **options: object) -> list[AttackSpec]:
-    """Return APGD with cross-entropy, and then targeted APGD, on the model at z = 0. The classifier itself has no z."""
+    """Return two attacks: APGD with cross-entropy, and then targeted APGD.
+
+    They attack CARSO with the latent z = 0, in place of a random latent. A classifier without CARSO has no latent.
+    """
     variant = "random" if name == classifier else "deterministic"
     return [
         AttackSpec(

@@ -56,7 +56,7 @@ def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
 
 
 def images_of(job: Job) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a job. The first images of them are balanced over the classes, too."""
+    """Return the images and labels of a job. Their beginning is balanced over the classes too."""
     s = job.settings
     whole = data.load_dataset(s["dataset"], s["data"])
     count = min(s["budget"].images, s.get("first", s["budget"].images))
@@ -70,7 +70,7 @@ def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[An
 
 
 def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
-    """Attack images by the PGD of Lee and Kim, with exact gradients. Return the attacked images.
+    """Attack images by the PGD of Lee and Kim (`lee_kim_2023`), with exact gradients. Return the attacked images.
 
     A defence is attacked through a copy in bfloat16.
 
@@ -113,7 +113,7 @@ def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
 
 
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return texts with 1 for each right image and 0 for each wrong one: for each draw, and for the majority vote."""
+    """Return a text for each draw, and a text for the majority vote. A text has a 1 for each right image, else a 0."""
     in_bits = lambda right: "".join(str(int(one)) for one in right)  # noqa: E731
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
@@ -146,7 +146,7 @@ def reported(
 
 
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """Attack a purifier as the authors of such purifiers do. Their AutoAttack uses only the first images."""
+    """Run the attacks of the purifiers' authors. AutoAttack, which is one of them, attacks only the first images."""
     budget = job.settings["budget"]
     assert isinstance(model, AuthorsEvaluation)
     specs = [
@@ -218,7 +218,10 @@ class Diffusion(Study):
             data.load_dataset(name, chosen.data)
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        """Return the amounts of the attacks."""
+        """Return the numbers of images, draws and steps for the attacks.
+
+        ``--images`` and ``--strong-images`` replace the numbers of settings.yaml.
+        """
         own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
         usual = settings_of(self.name)[chosen.amount]
         given = {name: value for name, value in own.items() if value is not None}
@@ -245,7 +248,7 @@ class Diffusion(Study):
         return jobs
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Copy the rows of the results file into the jobs' folders, so that deleted folders do not repeat jobs."""
+        """Copy finished results into the folders of their jobs, so that no job runs again if its folder was deleted."""
         for job in self.jobs(chosen):
             for row in rows_of(folder):
                 if row["name"] == job.name and row["asked"] == job.asked() and not job.done(root):

@@ -114,12 +114,12 @@ def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
     lines[f"{after}: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
     lines[f"{after}: every draw right, minus `{name}` alone"] = difference(chain, alone.chain())
     seconds = found.seconds()
-    lines["CPU seconds of PGD-200 an image"] = "-" if seconds is None else f"{seconds:.1f}"
+    lines["CPU seconds of PGD-200 per image"] = "-" if seconds is None else f"{seconds:.1f}"
     return lines
 
 
 def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the tables of a data set: one of its models, and one of other diffusion processes if there are any.
+    """Return the tables of a data set. The first compares models, and a second may compare diffusion processes.
 
     Args:
         part: part of settings.yaml for the data set.
@@ -152,7 +152,7 @@ def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
         results: results with other processes than the purifier's own process.
         own: outcomes with the purifier's own process.
     """
-    told = {"its own": own}
+    told = {"the model's own": own}
     for result in results:
         words = ", ".join(f"{name} {value}" for name, value in result["process"].items() if value is not None)
         told[words] = Found([result])
@@ -161,7 +161,7 @@ def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
         seconds = one.seconds()
         columns = [share(one.rule("mean", "clean")), *(share(one.rule(rule)) for rule in ("mean", "all", "vote"))]
         body.append([words, *columns, "-" if seconds is None else f"{seconds:.1f}"])
-    head = ["process", "clean", "mean of the draws", "every draw right", "majority", "CPU seconds an image"]
+    head = ["process", "clean", "mean of the draws", "every draw right", "majority", "CPU seconds per image"]
     return [f"`{results[0]['model']}` with other processes, under {PGD}:", "", *markdown_table(head, body)]
 
 

@@ -78,7 +78,8 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        # The row of the attack with DLR counts both attacks, because it runs on the survivors of the cross-entropy.
+        # The row of the attack with DLR gives the result of both attacks, because DLR attacks only the images that the
+        # attack with cross-entropy did not break.
         "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
@@ -214,7 +215,7 @@ class DigitsStudy(Study):
         return self.write_table(results, folder, chosen.amount == "quick")
 
     def write_table(self, results: Sequence[dict], folder: Path, quick: bool) -> Path:
-        """Write the page ``NAME.md``. Differences are those from the base with the same seed."""
+        """Write the page ``NAME.md``. It shows the difference of each row to the base with the same seed."""
         rows: dict[str, dict[int, dict]] = {}
         for result in results:
             rows.setdefault(result["name"], {})[result["seed"]] = result

@@ -26,8 +26,8 @@ from torch import Tensor
 from purify_fast.attacks.relu_layers import Affine, forward
 
 #: A positive margin is a proof only if it is above this number, because HiGHS satisfies constraints only up to 1e-6. If
-#: a misclassified point has a margin between -TOLERANCE and 0, a point with a clearer margin is searched, which is
-#: misclassified in float32 too.
+#: a misclassified point has a margin between -TOLERANCE and 0, the search goes on for a point with a lower margin, so
+#: that the point is misclassified in float32 too.
 TOLERANCE = 1e-5
 #: A bound that HiGHS computes is made looser by this amount, because of rounding.
 SLACK = 1e-6
@@ -152,7 +152,8 @@ class Program:
         self.lower, self.upper = (end.numpy() for end in box)
         self.whole = np.zeros(len(self.lower))
         self.rows = LinearConstraint(sparse.csr_matrix((0, len(self.lower))), [], [])
-        #: For the units of the last layer that are not left out: their columns in the program, and their indices.
+        #: The columns in the program of those units of the last layer that are not left out (`columns`), and the
+        #: indices of these units in the layer (`kept`).
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:
@@ -185,7 +186,14 @@ class Program:
         return np.arange(first, first + len(lower))
 
     def _hold(self, terms: list[tuple[np.ndarray, np.ndarray]], low: np.ndarray, high: np.ndarray) -> None:
-        """Add constraints: the sum of the products of matrices and variables lies between two vectors."""
+        """Add linear constraints.
+
+        Args:
+            terms: pairs of columns and a matrix. The constraints bound the sum over the pairs of the matrix times the
+                variables in the columns.
+            low: lower bounds of the sum.
+            high: upper bounds of the sum.
+        """
         rows = np.zeros((len(low), len(self.lower)))
         for columns, matrix in terms:
             rows[:, columns] += matrix

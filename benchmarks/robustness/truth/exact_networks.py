@@ -20,7 +20,8 @@ from purify_fast.data import load_dataset, to_float
 
 from ..broken.entry import Step, cross_entropy, train
 
-#: TRAINING_IMAGES is the largest number of images on which a network is trained. IMAGES images of each are decided.
+#: TRAINING_IMAGES is the largest number of images on which a network is trained. For each network, IMAGES
+#: images are decided.
 TRAINING_IMAGES, IMAGES = 10_000, 250
 #: The weight of the divergence between the outputs in the loss of TRADES.
 BETA = 6.0

@@ -1,11 +1,11 @@
 """Make networks with a known answer: some hide an adversarial example, and others are robust by construction.
 
 **Networks that hide an adversarial example.** The training follows SoundnessBench (Zhou et al., arXiv 2412.03154). The
-networks are trained adversarially on other images, and the loss has three further terms. By the first term a random
-corner of an image's ball is misclassified by a small margin. By the second term all other points of the ball are
-classified correctly, such as the points that PGD found in the last updates. The paper's networks have thousands of
-units, and it stores the points of 300 steps. The networks here are perceptrons for digits with 64 inputs. At this size
-PGD would still find the corner. Therefore the third term, which is ours, raises the lead of the true class on the way
+networks are trained adversarially on other images, and the loss has three further terms. The first term makes a random
+corner of an image's ball misclassified by a small margin. The second term makes other points of the ball classified
+correctly, such as the points that PGD found in the last updates. SoundnessBench trains networks with thousands of
+units, and stores the points of 300 steps. The networks here are perceptrons for digits with 64 inputs. At this size
+PGD would still find the corner. Therefore we add the third term, which raises the lead of the true class on the way
 to the corner: the nearer a point is to the corner, the larger its lead must be. So gradients lead away from the corner.
 `GAPS` says by how much the lead grows.
 
@@ -52,7 +52,7 @@ CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort of the training.
+    """The amount of work in the training of networks that hide an adversarial example.
 
     Args:
         updates: number of updates of the weights.
@@ -112,7 +112,10 @@ def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Ball(NamedTuple):
-    """The balls around images: the lowest and highest pixels ``[networks, images, pixels]``, and the classes."""
+    """The balls around images: the lowest and the highest value of each pixel, and the classes of the images.
+
+    The values have the shape ``[networks, images, pixels]``, and the classes ``[networks, images]``.
+    """
 
     low: Tensor
     high: Tensor
@@ -216,7 +219,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
 
 
 def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Return the mean cross-entropy on the points that count, summed over the networks."""
+    """Return the mean cross-entropy of points, summed over the networks. ``counts`` is 0 for points to leave out."""
     logits = stack(points.flatten(1, 2)).flatten(0, 1)
     loss = F.cross_entropy(logits, y.repeat(1, points.shape[1]).flatten(), reduction="none").view(points.shape[:3])
     return loss.flatten(1).mean(1).sum() if counts is None else (loss * counts).flatten(1).mean(1).sum()

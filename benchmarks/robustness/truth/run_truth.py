@@ -39,7 +39,7 @@ LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
 
 def decided(part: Part, seconds: float) -> Row:
-    """Decide the images of a network. Return a letter for the verdict on each image, and one for the deciding step.
+    """Decide the images of a network. Return, for each image, a letter for the verdict and a letter for the last step.
 
     Args:
         part: network and its images.

@@ -16,9 +16,9 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 
 from . import Case, normal
 
-#: Number of images, number of samples of each image, and side of the images in pixels.
+#: A shape has the number of images, the number of samples of each image, and the side of the images in pixels.
 SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
-#: For each side: name of the preset, width of its condition, and width of its latent.
+#: The preset of the CARSO paper for images of each side: its name, and the widths of its condition and its latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
@@ -41,7 +41,7 @@ def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
 
 
 def macs(side: int) -> tuple[int, int, int]:
-    """Return the multiplications of a sample, the multiplications of a condition, and the number of weights."""
+    """Return the number of multiplications for a sample, that for a condition, and the number of weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
     first, weights = prod(start), latent * prod(start)
@@ -60,7 +60,8 @@ def case(batch: int, samples: int, side: int) -> Case:
         (batch, samples, 3, side, side),
         torch.bfloat16,
         *decoding(batch, samples, side),
-        # Images and weights have 2 bytes per element. The first map gets its part from the condition in float32.
+        # Images and weights have 2 bytes per element. In the first map, the part that the
+        # condition contributes is float32.
         {
             "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{sample}*B*K + 2*{image}*B"),
             "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{sample}*B*K + 2*{image}*B"),

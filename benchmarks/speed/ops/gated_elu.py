@@ -13,7 +13,8 @@ from purify_fast.ops import gated_elu
 
 from . import Case, kinds, normal
 
-# Each pair has the first convolution and a middle convolution: 256 px with 1 and 4 images, 128 px, and 32 px with 64.
+# Each pair of shapes has the output of the first convolution and the output of a convolution in the middle. The pairs
+# are for 1 image of 256 px, 4 images of 256 px, images of 128 px, and 64 images of 32 px.
 SHAPES = (
     (1, 48, 256, 256),
     (1, 192, 64, 64),

@@ -1,4 +1,7 @@
-"""Cases of the op noisy_replay: images and their adversarial examples. A quarter or all of them get noise again."""
+"""Cases of the op noisy_replay: images and their adversarial examples.
+
+In one variant a quarter of the images get noise in place of the attack, and in the other variant all images.
+"""
 
 from __future__ import annotations
 

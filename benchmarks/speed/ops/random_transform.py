@@ -11,7 +11,7 @@ from purify_fast.ops import random_transform
 
 from . import Case, kinds, uniform
 
-#: Shape of the images, and side of a block in pixels.
+#: Each entry has the shape of the images, and the side of a block in pixels.
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 KINDS = kinds("rt2", "rt3", "rt1")

@@ -1,4 +1,4 @@
-"""Cases of the op sample_latent, by batch size and latent dimension."""
+"""Cases of the op sample_latent. A shape has the batch size and the dimension of the latent."""
 
 from __future__ import annotations
 

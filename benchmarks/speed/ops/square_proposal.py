@@ -14,7 +14,7 @@ from purify_fast.ops import square_proposal
 
 from . import Case, kinds, uniform
 
-#: Shape of the images, and number of proposals for each image.
+#: Each entry has the shape of the images, and the number of proposals for each image.
 SHAPES = (((128, 3, 32, 32), 1), ((128, 3, 32, 32), 8), ((16, 3, 224, 224), 1))
 LARGE = (((64, 3, 224, 224), 8), ((1024, 3, 32, 32), 8), ((1024, 3, 32, 32), 1))
 KINDS = kinds("linf", "l2", "l1")

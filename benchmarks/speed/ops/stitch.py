@@ -13,7 +13,7 @@ from purify_fast.ops import random_transform, stitch
 from . import Case, normal
 
 PASSES = 4
-#: Shape of the stitched images, and side of a block in pixels.
+#: Each entry has the shape of the stitched images, and the side of a block in pixels.
 SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
 LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
 KINDS = ((torch.float32, "contiguous_format"), (torch.bfloat16, "channels_last"))

@@ -1,4 +1,8 @@
-"""The pipelines' benchmarks, a file each: what users run end to end, against a plain implementation."""
+"""Measure the pipelines, such as a whole prediction or a whole training step, with one module for each pipeline.
+
+A case of a pipeline compares several implementations of the same work, which are called contestants. "Ours" is the
+implementation by this package. "Plain" is an implementation in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ from purify_fast.training import Batch, Task
 
 @dataclass(frozen=True)
 class Job:
-    """A contestant, ready to run in its own process.
+    """The work of a contestant, ready to run in the contestant's process.
 
     Attributes:
-        run: the timed function.
-        result: returns numbers that must agree with those of the first contestant.
-        parts: parts of ``run`` by name, which are timed separately.
-        times: how often ``run`` does the work that other contestants do once.
+        run: function that is timed.
+        result: function that returns numbers, which must agree with those of the first contestant.
+        parts: functions that do a part of the work of ``run``, by name. They are timed separately.
+        times: number of times that one call of ``run`` does the work. The measured time is divided by this number.
     """
 
     run: Callable[[], object]
@@ -29,21 +33,22 @@ class Job:
     times: int = 1
 
 
-#: Makes a job for a device, small for a quick run.
+#: A function that makes a job for a device. Its second argument is True for a quick run, whose job is small.
 Make = Callable[[torch.device, bool], Job]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A column of a case.
+    """A compared implementation of a case.
 
     Attributes:
-        make: makes its job.
-        raised: whether glibc's allocator thresholds are raised.
-        tf32: whether a GPU rounds the operands of its float32 products to ten bits; by default float32 is IEEE's, as
-            this package's own evaluation and training have it.
-        less_work: whether it computes other things than ours, so that the FLOP of ours do not apply.
-        compared: whether its result must agree with the first contestant's; otherwise only its time and memory count.
+        make: function that makes the contestant's job.
+        raised: True to raise the thresholds of glibc's memory allocator, so that it keeps freed memory.
+        tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
+            float32, as evaluations and trainings of this package do.
+        less_work: True if the contestant does less or other work than ours. `Case.flops` does not apply to it.
+        compared: True if the result must agree with that of the first contestant. Otherwise only time and memory are
+            measured.
     """
 
     make: Make
@@ -55,11 +60,13 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. The first contestant is the standard of comparison; ``ours`` counts the work.
+    """The contestants on one input. Their results and speeds are compared with those of the first contestant.
 
     Attributes:
-        tolerance: relative L2 distance to the first contestant's result.
-        flops: FLOP of ours, in symbols that `performance` explains.
+        shape: description of the input, for the tables.
+        tolerance: largest allowed relative L2 distance between the results of a contestant and of the first contestant.
+        contestants: compared implementations, by name.
+        flops: formula of the FLOP of ours. docs/performance.md explains its symbols.
     """
 
     shape: str
@@ -69,13 +76,13 @@ class Case:
 
 
 def autocast(make: Make, device: torch.device, quick: bool) -> Job:
-    """The same job under `torch.autocast` to bfloat16."""
+    """Make a job that runs under `torch.autocast` to bfloat16."""
     job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
     return Job(cast(job.run), cast(job.result), times=job.times)
 
 
 def _made(make: Make, device: torch.device, quick: bool) -> Job:
-    """Make the job; in a quick run `torch.compile` does nothing, since it would take most of the time."""
+    """Make a job. In a quick run `torch.compile` is switched off, because compilation would take most of the time."""
     job = make(device, quick)
     if not quick:
         return job
@@ -84,15 +91,16 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
-    """The columns of a pipeline. Ours computes in bfloat16; the plain forms in float32 and in bfloat16.
+    """Return the usual contestants of a case. Ours computes in bfloat16, and plain in float32 and in bfloat16.
 
-    Only a machine with a GPU can race the plain form in TF32, which is PyTorch's own default for convolutions, and ours
-    with its attack's step in a CUDA graph.
+    On a machine with a GPU there are two further contestants: plain in TF32, which is PyTorch's default for
+    convolutions, and ours with the step of its attack as a CUDA graph.
 
     Args:
-        plain: makes a job for a device, quick or not; compiled if it gets the keyword ``compiled``.
-        ours: like ``plain``; with its attack's step captured if it gets the keyword ``captured``.
-        captured: whether ours has that keyword.
+        plain: function that makes a job of plain PyTorch. The keyword ``compiled=True`` compiles it.
+        ours: function that makes a job of this package, with the same keyword. The keyword ``captured=True`` captures
+            the step of the attack as a CUDA graph.
+        captured: True if ``ours`` accepts the keyword ``captured``.
     """
 
     def of(make: Callable[..., Job], **options: bool) -> Make:
@@ -113,14 +121,14 @@ def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool 
 
 
 def random_batch(device: torch.device, size: int, side: int, epochs: int) -> Batch:
-    """The same random images and labels in every call."""
+    """Return a batch of random images and labels, which are the same in every call."""
     source = torch.Generator().manual_seed(1)
     x, y = torch.rand(size, 3, side, side, generator=source), torch.randint(10, (size,), generator=source)
     return Batch(x.to(device), y.to(device), torch.arange(size, device=device), 7, 5, epochs)
 
 
 def optimizer_step(task: Task, batch: Batch) -> Tensor:
-    """Make a step of a training with the first optimizer; return the loss."""
+    """Do one training step with the first optimizer of a task, and return the loss."""
     loss, optimizer = task.training_step(batch)[0], next(iter(task.optimizers.values()))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -129,7 +137,7 @@ def optimizer_step(task: Task, batch: Batch) -> Tensor:
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
-    """Pipelines by name; each makes its cases by name, small cases for a quick run."""
+    """Return, for each pipeline, a function that makes its cases. With True it makes the small cases of a quick run."""
     from . import arrest_step, atop_finetune, carso_inference, carso_training, diffusion
 
     modules = (carso_inference, carso_training, atop_finetune, arrest_step, diffusion)

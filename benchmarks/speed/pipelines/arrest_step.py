@@ -1,8 +1,12 @@
-"""One step of ARREST's finetuning of a ResNet-18: the drift test, PGD-10, the loss on logits and representation.
+"""Measure one step of ARREST's finetuning of a ResNet-18.
 
-In the second half of the training every image is attacked. In the first half, every second image is replayed here,
-whatever its drift, which is still computed. A threshold on the drift would let contestants and runs attack different
-numbers of images, since weights and bfloat16 rounding move images across it.
+The step computes the drift of each image, attacks by PGD-10, and computes the loss on logits and representations. The
+drift is the distance between the representations of the student (the trained network) and the teacher (the network
+before the finetuning). In the first half of a training, images with a large drift are replayed, which means that they
+get random noise in place of the attack. In the second half every image is attacked.
+
+The case "half replayed" computes the drifts too, but replays every second image whatever its drift is. If a threshold
+decided, contestants would attack different numbers of images, because rounding moves some drifts across the threshold.
 """
 
 from __future__ import annotations
@@ -28,7 +32,11 @@ BATCH, EPOCHS = 64, 20
 
 
 def networks(device: torch.device, quick: bool) -> tuple[nn.Module, nn.Module, list[str]]:
-    """The classifier after some steps, its start, and the compared layers; a small classifier for a quick run."""
+    """Return a student, its teacher, and the names of the layers that the training step compares.
+
+    The teacher is the classifier at the start of the training. The student is the teacher with noise on its weights,
+    and stands for the classifier during the training. A quick run gets a small classifier.
+    """
     if quick:
         torch.manual_seed(0)
         start, layers = PreActResNet18(width=4).eval(), ["act"]
@@ -56,12 +64,12 @@ def batch_of(device: torch.device, quick: bool) -> Batch:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """Drifts: 1 for every second image, 0 for the others."""
+    """Return a drift for each image: 0 and 1 in turn."""
     return (torch.arange(len(x), device=x.device) % 2).float()
 
 
 class HalfReplayed(ArrestTask):
-    """Ours, with a fixed outcome of the drift test."""
+    """ARREST's task with fixed drifts. The true drifts are computed too, so that the step does the same work."""
 
     def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
         super().drift(x, of_teacher)
@@ -69,7 +77,7 @@ class HalfReplayed(ArrestTask):
 
 
 class _Split(nn.Module):
-    """Logits and the flattened map before pooling."""
+    """Wraps a ResNet-18, and returns its logits and the flattened map before pooling."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -85,7 +93,7 @@ class _Split(nn.Module):
 
 
 class PlainStep:
-    """The step in plain PyTorch: float32, contiguous, PGD by ``loss.backward()`` for every image."""
+    """The step in plain PyTorch, with contiguous float32 tensors. PGD attacks every image, by ``loss.backward()``."""
 
     def __init__(self, device: torch.device, quick: bool, replay: bool, compiled: bool):
         now, start, _ = networks(device, quick)

@@ -1,7 +1,8 @@
-"""One step of AToP's fine-tuning: FGSM on the classifier, RT2, DeepFillv2.
+"""Measure one step of AToP's fine-tuning, with FGSM on the classifier, the transform RT2 and the purifier DeepFillv2.
 
-The released notebooks do more than the step's gradients need. A plain form without that work is raced too, so that the
-table separates the gain of less work from that of kernels and bfloat16.
+There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, which is more
+than the gradients of the step need. "Lean" leaves out this further work. Ours leaves it out too. A comparison with
+"lean" therefore shows the gain by kernels and bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -31,37 +32,42 @@ from . import Case, Job, columns, optimizer_step, random_batch
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
-#: bfloat16 alone makes a distance of 0.01 to 0.02, with the signs that it turns in the attack.
+#: The largest allowed distance between two results. The rounding to bfloat16 alone makes a distance of 0.01 to 0.02,
+#: which includes its effect on the signs of gradients in the attack.
 TOLERANCE = 0.04
-#: Factor on the refined image, whose values are about 0.1.
+#: The factor by which `compared` multiplies the refined image. The values of this image are about 0.1.
 IMAGE = 10
 
 
 def sizes(quick: bool) -> tuple[int, int, int]:
-    """The number of images, their side, the generator's width. Smaller images would leave attention no valid key."""
+    """Return the number of images, their side in pixels, and the width of the generator.
+
+    In smaller images, no key of the attention would be far enough from the hidden blocks to be used.
+    """
     return (2, 64, 4) if quick else (BATCH, SIDE, 48)
 
 
 def generator(width: int) -> DeepFillGenerator:
-    """Random weights for which the image depends on its input, a third of it through the attention.
+    """Return a generator with random weights, whose output depends on its input, to a third through the attention.
 
-    With the published initialization a fresh generator paints mid-gray, so that all contestants would agree. Larger
-    weights amplify rounding so much that bfloat16 paints another image.
+    With the published initialization, an untrained generator would always return mid-gray, so that all contestants
+    would agree. With larger weights than these, rounding to bfloat16 would change the image completely.
     """
     made = DeepFillGenerator(5, width)
     for layer in made.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=1.8 / layer.weight[0].numel() ** 0.5)
-            nn.init.normal_(layer.bias, std=0.1)  # type: ignore[arg-type]  # it has one
+            # Every convolution of the generator has a bias.
+            nn.init.normal_(layer.bias, std=0.1)  # type: ignore[arg-type]
     return made
 
 
 def defence(device: torch.device, quick: bool) -> Atop:
-    """ResNet-18 with random weights behind the published generator; a narrow one for a quick run."""
+    """Return AToP with the published generator and an untrained ResNet-18. A quick run gets a narrow generator."""
     _, side, width = sizes(quick)
     torch.manual_seed(0)
     classifier = torchvision.models.resnet18(num_classes=10).eval()
-    # Otherwise the cross-entropy would be about log 10 for every image.
+    # Without this factor, the cross-entropy would be about log 10 for every image.
     classifier.fc.weight.data *= 10
     return Atop(classifier, generator(width), (3, side, side), block=side // 8).to(device)
 
@@ -76,13 +82,13 @@ def setting(precision: str) -> AtopConfig:
 
 
 def compared(reconstruction: Tensor, cross_entropy: Tensor, refined: Tensor) -> Tensor:
-    """The result on which contestants must agree: both losses and the refined image, scaled to similar sizes."""
+    """Return a vector on which contestants must agree: both losses, and the refined image, scaled to similar sizes."""
     image = refined.float().flatten() * (IMAGE / refined.numel() ** 0.5)
     return torch.cat([torch.stack([reconstruction.float(), cross_entropy.float()]), image]).detach()
 
 
 class PlainGate(nn.Module):
-    """A gated convolution in plain PyTorch: under autocast it stays in the dtype of its convolution."""
+    """A gated convolution in plain PyTorch. Under autocast, its result has the dtype of its convolution."""
 
     def __init__(self, layer: GatedConv):
         super().__init__()
@@ -94,7 +100,16 @@ class PlainGate(nn.Module):
 
 
 def weights(scores: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
-    """Attention ``[N, keys, queries]`` from scores of its shape: the fuse as two convolutions, then the softmax."""
+    """Compute the weights of the attention by a softmax over the keys.
+
+    Before the softmax, two convolutions add the scores of neighboring keys and queries, as DeepFillv2 does.
+
+    Args:
+        scores: scores ``[N, keys, queries]``. The result has the same shape.
+        valid: 1 for keys that the attention may use and 0 for other keys, ``[N, keys]``.
+        h: height of the grid of keys.
+        w: width of the grid of keys.
+    """
     n, keys = len(scores), h * w
     diagonal = torch.eye(3, device=scores.device, dtype=scores.dtype)[None, None]
     for a, b in ((h, w), (w, h)):
@@ -105,7 +120,7 @@ def weights(scores: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
 
 
 class ReleasedAttention(nn.Module):
-    """Contextual attention image by image: patches as the kernels of convolutions."""
+    """Contextual attention as in the released code. For each image, its patches are the kernels of convolutions."""
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         h, w = features.shape[2] // 2, features.shape[3] // 2
@@ -124,7 +139,7 @@ class ReleasedAttention(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Contextual attention of the whole batch at once: products of matrices."""
+    """Contextual attention by products of matrices, for all images of the batch together."""
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         h, w = features.shape[2] // 2, features.shape[3] // 2
@@ -151,7 +166,7 @@ class PlainStep:
                     setattr(block, name, PlainGate(layer))
         for layer in self.generator.modules():
             if isinstance(layer, Conv2d):
-                # The plain form consists of PyTorch's layers, with the weights that are there.
+                # The plain implementation uses PyTorch's layers. The change of the class leaves the weights unchanged.
                 layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)
         self.optimizer = self.adam(self.generator)
@@ -167,14 +182,14 @@ class PlainStep:
         return attack(self.f, self.batch.x, self.batch.y, EPS, EPS, 1, None, None)
 
     def mask(self, device: torch.device) -> Tensor:
-        """A mask for the batch, of an 8 x 8 grid's blocks, ``[8, 8]``."""
+        """Return a random mask for the whole batch, ``[8, 8]``. It hides 16 of the 64 blocks of an image."""
         return (torch.randperm(64, device=device) < 16).float().view(8, 8)
 
     def noise(self, x: Tensor) -> Tensor:
         return torch.randn_like(x)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The packed images and their masks."""
+        """Return the inputs of the generator, ``[B, 5, side, side]``, and the masks, ``[B, 1, side, side]``."""
         block = self.side // 8
         mask = self.mask(x.device).repeat_interleave(block, 0).repeat_interleave(block, 1)[None, None]
         visible = (2 * (x + SIGMA * self.noise(x)).clamp(0, 1) - 1) * (1 - mask)
@@ -189,7 +204,7 @@ class PlainStep:
         return F.cross_entropy(self.f((refined + 1) / 2), self.batch.y)
 
     def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction, cross-entropy, and the refined image."""
+        """Return the reconstruction loss, the cross-entropy, and the refined image."""
         coarse, refined = self.g(packed, mask)
         return self.reconstruction(x, coarse, refined), self.cross_entropy(refined), refined
 
@@ -201,14 +216,18 @@ class PlainStep:
         self.optimizer.step()
 
     def result(self) -> Tensor:
-        """The result under the noise and masks of ours."""
+        """Compute the compared result, with the noise and the masks that ours draws."""
         x, b = self.adversarial(), self.batch
         packed, _ = self.made.draw(x, noise=(torch.full((1,), b.seed, device=x.device), b.sample_ids))
         return compared(*self.losses(x, packed.contiguous(), packed[:, -1:].contiguous()))
 
 
 class ReleasedStep(PlainStep):
-    """The released step: two passes of the generator, an idle discriminator, noise and mask from the CPU."""
+    """The step of the released notebooks in plain PyTorch.
+
+    The generator runs twice. A discriminator is trained, but it does not change the gradients of the generator,
+    because its input is detached. Noise and masks are drawn on the CPU.
+    """
 
     attention = ReleasedAttention
 
@@ -229,7 +248,7 @@ class ReleasedStep(PlainStep):
         return torch.normal(0.0, 1.0, x.shape).to(x.device)
 
     def losses(self, x: Tensor, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same losses, with a pass of the generator for each of the two."""
+        """Return the same values as `PlainStep.losses`. Each of the two losses has a separate pass of the generator."""
         coarse, refined = self.g(packed, mask)
         return self.reconstruction(x, coarse, refined), self.cross_entropy(self.g(packed, mask)[1]), refined
 

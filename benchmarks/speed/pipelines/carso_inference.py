@@ -1,4 +1,4 @@
-"""One prediction of CARSO: K reconstructions per image, each classified, aggregated by logsumexp."""
+"""Measure one prediction of CARSO. It classifies K reconstructions of each image, and aggregates by logsumexp."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 def classifier() -> nn.Module:
-    """ResNet-18 for 32 x 32 images, with random weights and statistics."""
+    """Return a ResNet-18 for images of 32 x 32, with random weights and random statistics of its BatchNorms."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
-    # This is the form of robustness libraries for small images.
+    # Libraries for robustness change the ResNet-18 in the same way for small images.
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -32,7 +32,7 @@ def classifier() -> nn.Module:
 
 
 def defence(device: torch.device, quick: bool, samples: int = SAMPLES) -> Carso:
-    """CARSO around the classifier, at sizes of a 32 x 32 data set; a small model for a quick run."""
+    """Return CARSO around `classifier`, with sizes for images of 32 x 32. A quick run gets a small model."""
     if quick:
         torch.manual_seed(0)
         made = Carso(SmallCNN(3, 10, (8, 8), 4), ["conv2", "hidden"], (3, 8, 8), 8, 4, min(samples, 2), decoder_width=4)
@@ -46,7 +46,10 @@ def images(batch: int, made: Carso, device: torch.device) -> Tensor:
 
 
 class Plain(nn.Module):
-    """CARSO in plain PyTorch: float32, contiguous, `torch.vmap` over the samples, every BatchNorm a layer."""
+    """CARSO in plain PyTorch, with contiguous float32 tensors. `torch.vmap` runs over the samples.
+
+    No BatchNorm is folded.
+    """
 
     def __init__(self, made: Carso):
         super().__init__()
@@ -55,13 +58,18 @@ class Plain(nn.Module):
         self.made = made
 
     def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Decode a sample: latents ``[B, latent_dim]`` to image logits ``[B, C, H, W]``."""
+        """Decode the latents of a sample, ``[B, latent_dim]``, to image logits, ``[B, C, H, W]``."""
         decoder = self.made.decoder
         h = F.leaky_relu(decoder.adapter(torch.cat([z, condition], 1)), 0.2)
         return decoder.stack(h.unflatten(1, decoder.start))
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents ``[K, B, latent_dim]`` -> image logits ``[K, B, C, H, W]`` and logits ``[K, B, classes]``."""
+        """Return the image logits ``[K, B, C, H, W]`` and the logits ``[K, B, classes]`` of all samples.
+
+        Args:
+            x: images ``[B, C, H, W]``.
+            z: latents ``[K, B, latent_dim]``.
+        """
         condition = self.made.condition_encoder(self.made.representation(x))
 
         def one(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +80,7 @@ class Plain(nn.Module):
 
 
 def latents(made: Carso, batch: int, device: torch.device, seed: int = 2) -> Tensor:
-    """The same latents ``[K, B, latent_dim]`` in every call."""
+    """Return random latents ``[K, B, latent_dim]``, which are the same in every call."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(made.samples, batch, made.latent_dim, generator=generator).to(device)
 

@@ -1,4 +1,8 @@
-"""One optimiser step of CARSO's purifier with its attacks: with the paper's objective, and through the pipeline."""
+"""Measure one training step of CARSO's purifier, attacks included.
+
+The case "paper's objective" attacks the classifier. The case "pipeline step" attacks the whole defence. The contestant
+"bank" is ours with an adversarial bank, a file of attacked images that later steps use again.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,8 @@ from . import Case, Contestant, Job, columns, optimizer_step
 from .carso_inference import Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
-#: The bank's variants, the share that is made anew, the recipe's epochs, and the number of steps in a mean.
+#: The bank stores VARIANTS attacked variants of each image. In a step, the share REFRESH of the adversarial images is
+#: attacked again. A whole training has EPOCHS epochs. The time of a step with a bank is the mean over STEPS steps.
 VARIANTS, REFRESH, EPOCHS, STEPS = 4, 0.05, 200, 60
 
 
@@ -44,7 +49,10 @@ def batch_of(made, device: torch.device, quick: bool) -> Batch:
 def attack(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, alpha: float, steps: int, seed: int | None, ids
 ) -> Tensor:
-    """L-inf PGD in plain PyTorch, from a random start if there is a seed; weights accumulate gradients."""
+    """Attack images by L-inf PGD in plain PyTorch. With a seed, the attack starts at random points.
+
+    The backward pass also computes gradients of the weights, because plain code does not freeze the model.
+    """
     adversarial = x.clone()
     if seed is not None:
         adversarial = sample_in_ball(x, Ball(torch.full((len(x),), eps, device=x.device)), seed=seed, sample_ids=ids)
@@ -57,7 +65,7 @@ def attack(
 
 
 class PlainTraining:
-    """The two steps in plain PyTorch: float32, the attacks in turn, nothing frozen."""
+    """Both training steps in plain PyTorch, in float32. The attacks run one after the other, and no part is frozen."""
 
     def __init__(self, target: str, device: torch.device, quick: bool, compiled: bool):
         made = defence(device, quick, samples=1)
@@ -145,10 +153,14 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
 
 
 def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
-    """The published step with a bank, the mean of `STEPS` steps: a full one, or as in a run that fills it.
+    """Make the job of a step with the paper's objective and a bank. Its time is the mean over `STEPS` steps.
 
-    In a run of `EPOCHS`, the steps are spread evenly over the epochs, and a variant is missing with the probability
-    that no earlier epoch has asked for it.
+    Args:
+        device: device of the training.
+        quick: True for a quick run.
+        whole_run: False for steps with a full bank. True for steps that are spread evenly over a training of `EPOCHS`
+            epochs, which begins with an empty bank. An image then has no variants in the bank with the probability that
+            no earlier epoch has made any.
     """
     made = defence(device, quick, samples=1)
     task, batch = CarsoTask(made, setting("classifier", quick, "bfloat16")), batch_of(made, device, quick)
@@ -176,7 +188,7 @@ def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
         return loss
 
     def result() -> Tensor:
-        # An image has the same place in every step, so this step fills the bank.
+        # The measured steps use the same images, so this step fills the bank for them.
         made.train()
         return task.training_step(at(batch.seed))[0].detach()
 

@@ -1,8 +1,9 @@
-"""A prediction behind a diffusion process of 100 steps, K = 8, and its exact gradient to the images.
+"""Measure a prediction of a diffusion purifier, and its exact gradient with respect to the images.
 
-A third case is the reverse SDE. DiffPure's authors take its gradient by torchsde's adjoint (NVlabs/DiffPure at 985703f,
-runners/diffpure_sde.py, lines 233 to 238). That gradient differs from the exact one, and its noise comes from torchsde:
-the race compares only times and memory. Without torchsde the contestant is missing.
+The purifier has a process of 100 steps and K = 8 samples of each image. The third case is the gradient through the
+reverse SDE. DiffPure's authors compute this gradient by torchsde's adjoint method (NVlabs/DiffPure at 985703f,
+runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde. So only its
+time and memory are compared. If torchsde is not installed, this contestant is left out.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from .carso_inference import classifier
 
 IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
 SEED = 3
-#: The tolerance, since bfloat16 rounds every step: after 100 steps the gradient of PyTorch's autocast is 0.12 from that
-#: of float32, with a cosine of 0.993.
+#: The largest allowed relative distances between results. They are large because bfloat16 rounds every step. After 100
+#: steps, the gradient under PyTorch's autocast has the distance 0.12 and the cosine 0.993 to the gradient in float32.
 PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
 
 
 def denoiser(width: int) -> UNet:
-    """Random weights for which the prediction depends on the state: a fresh network always predicts 0."""
+    """Return a denoiser with random weights. The last layers also get random weights, because they are 0 at first.
+
+    If they were 0, the denoiser would always predict 0.
+    """
     torch.manual_seed(0)
     made = UNet(3, width, patch=2)
     for layer in made.modules():
@@ -46,12 +50,12 @@ def denoiser(width: int) -> UNet:
 
 
 def defence(device: torch.device, quick: bool, sde: bool = False) -> DiffusionPurifier:
-    """ResNet-18 behind a U-Net for 32 x 32 images; small networks for a quick run.
+    """Return a purifier for images of 32 x 32, with a U-Net as denoiser and a ResNet-18 as classifier.
 
     Args:
         device: device of the networks.
-        quick: whether the networks are small.
-        sde: whether the process is the reverse SDE without clipping, in place of DDPM.
+        quick: True for small networks and images.
+        sde: True for the reverse SDE without clipping as process. False for DDPM.
     """
     side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
     network = denoiser(width)
@@ -67,16 +71,23 @@ def images(made: DiffusionPurifier, device: torch.device) -> Tensor:
 
 
 def loss(logits: Tensor) -> Tensor:
-    """Cross-entropy to class 0, summed over the images, so that an image's gradient is that of the image alone."""
+    """Return the cross-entropy with class 0, summed over the images.
+
+    With a sum, the gradient of an image does not depend on the number of images.
+    """
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), reduction="sum")
 
 
 class Plain:
-    """The process in plain PyTorch: the networks in a loop, noise by `torch.randn_like`.
+    """The defence in plain PyTorch: a loop over the steps of the process, followed by the classifier.
 
     Args:
-        keep: whether autograd keeps all activations; otherwise every step is a `torch.utils.checkpoint`.
-        sde: whether the process is the reverse SDE.
+        device: device of the networks.
+        quick: True for small networks and images.
+        compiled: True to compile the denoiser and the classifier.
+        keep: True if autograd stores all activations. False if `torch.utils.checkpoint` computes each step again in
+            the backward pass.
+        sde: True for the reverse SDE as process. False for DDPM.
     """
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool, sde: bool):
@@ -90,13 +101,24 @@ class Plain:
         self.denoise, self.classify = compile(self.made.denoiser.module), compile(self.made.classifier)
 
     def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
-        """A step from the denoised image, clipped by DDPM, and the state."""
+        """Return the state after step ``i``.
+
+        Args:
+            x: state before the step.
+            z: noise of the step.
+            i: number of the step.
+        """
         p, q, limit, image, state, noise, _, _ = self.numbers[i]
         predicted = self.denoise(x, torch.full((len(x),), self.times[i], device=x.device))
         return image * (p * x + q * predicted).clamp(-limit, limit) + state * x + noise * z
 
     def __call__(self, x: Tensor, noise: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """The mean logits of K processes; the noise is a function of the state and the step."""
+        """Return the mean of the logits over the K samples.
+
+        Args:
+            x: images ``[B, C, H, W]`` in [0, 1].
+            noise: function that returns the noise, from the state and the number of the step.
+        """
         x = (2 * x - 1).repeat_interleave(self.made.samples, 0)
         x = self.numbers[0][4] * x + self.numbers[0][5] * noise(x, 0)
         for i in range(1, self.count + 1):
@@ -105,7 +127,7 @@ class Plain:
         return self.classify((x + 1) / 2).unflatten(0, (-1, self.made.samples)).mean(1)
 
     def fixed(self, x: Tensor, i: int) -> Tensor:
-        """The noise that ours draws under `fixed_noise`."""
+        """Return the noise that ours draws under `fixed_noise`, so that the results can be compared."""
         names = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         draws = torch.arange(len(x), device=x.device) % self.made.samples
         only_noise = torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0], device=x.device)
@@ -127,7 +149,7 @@ def _plain(
 ) -> Job:
     plain = Plain(device, quick, compiled, keep, sde)
     call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
-    # It uses neither the package's convolutions nor its other kernels.
+    # Use only PyTorch's operators, because the denoiser is a network of this package.
     call = use_backend("reference")(call)
     return Job(lambda: call(fresh), lambda: call(plain.fixed))
 
@@ -158,7 +180,7 @@ def _ours(
 
 
 class ReverseSDE(nn.Module):
-    """The reverse SDE in the form that torchsde solves, over the time 1 - t, with flat states ``[B, C * H * W]``.
+    """The reverse SDE as torchsde expects it: the time is 1 - t, and the states are flat, ``[B, C * H * W]``.
 
     Args:
         made: defence whose denoiser and schedule are used.
@@ -171,7 +193,7 @@ class ReverseSDE(nn.Module):
         self.made = made
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """The drift: beta (y / 2 + score)."""
+        """Return the drift of the SDE, beta (y / 2 + score)."""
         schedule, t = self.made.process.schedule, 1 - s
         beta, sigma = schedule.rate(t).float(), (1 - schedule.alpha_bar(t)).sqrt().float()
         x = y.unflatten(1, self.made.image_shape)
@@ -179,12 +201,12 @@ class ReverseSDE(nn.Module):
         return (beta * (x / 2 - predicted.float() / sigma)).flatten(1)
 
     def g(self, s: Tensor, y: Tensor) -> Tensor:
-        """The diffusion: the square root of beta."""
+        """Return the diffusion coefficient of the SDE, which is the square root of beta."""
         return self.made.process.schedule.rate(1 - s).sqrt().float().expand_as(y)
 
 
 def _adjoint(device: torch.device, quick: bool) -> Job:
-    """DiffPure's gradient, by torchsde's ``sdeint_adjoint`` with Euler's method."""
+    """Make the job of DiffPure's gradient, which torchsde's ``sdeint_adjoint`` computes with Euler's method."""
     made = defence(device, quick, sde=True)
     ((start, steps),) = made.process.rounds
     kept = float(made.process.schedule.alpha_bar(torch.tensor(start)))
@@ -205,7 +227,7 @@ def _adjoint(device: torch.device, quick: bool) -> Job:
 
 
 def _sde() -> dict[str, Contestant]:
-    """The columns of the reverse SDE's gradient: the checkpointed loop, torchsde's adjoint, and ours."""
+    """Return the contestants for the gradient through the reverse SDE: plain, torchsde's adjoint, and ours."""
     plain = columns(
         partial(_plain, gradient=True, keep=False, sde=True), partial(_ours, gradient=True, sde=True), False
     )
@@ -224,11 +246,12 @@ def _sde() -> dict[str, Contestant]:
 
 
 def _gradients() -> dict[str, Contestant]:
-    """The columns of a gradient: the plain loop keeps all activations; the checkpointed loop those of a step.
+    """Return the contestants for the gradient through DDPM, which differ in the activations that they store.
 
-    Ours keeps as many as fit into a quarter of the free memory or, if its name says so, those of a single step. Every
-    contestant keeps its memory during the race. So the forms in float32 that would need the most memory are left out:
-    with them, too little remained for the activations of ours.
+    "Plain" stores the activations of all steps, and "plain, checkpointed" those of a single step. "Ours" stores as many
+    as fit into a quarter of the free memory, and "ours, each step again" those of a single step. Every contestant
+    occupies its memory while the others are timed. Therefore plain in float32, which needs the most memory, is measured
+    only with checkpoints. Otherwise too little memory would remain for the activations of ours.
     """
     forms = {
         keep: columns(partial(_plain, gradient=True, keep=keep), partial(_ours, gradient=True), captured=False)

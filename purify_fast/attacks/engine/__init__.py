@@ -1,6 +1,7 @@
-"""Code that the strong attacks share: the set of images still attacked, the check of successes, the nearest borders.
+"""Code that the strong attacks share.
 
-An attack searches on a fast copy of the model, if there is one. The model itself checks every success of the search in
-its own precision, and a random model by fresh draws. An image with a confirmed success "has fallen", and is removed
-from the batch.
+It holds the set of the images that are still attacked, checks successes, and finds the nearest decision boundaries. An
+attack searches on a fast copy of the model, if a copy exists. Every success of the search is checked on the model
+itself, in its own precision. If the model is random, the check takes fresh draws. An image with a confirmed success
+"has fallen", and is removed from the batch.
 """

@@ -44,7 +44,7 @@ class NearestSearch(RowSearch):
         return gradient if draws == 1 else gradient._replace(image=gradient.image / draws)
 
     def note(self, point: Tensor, across: Tensor) -> None:
-        """Remember a point of each row if it is nearer than all before; ``across``, bool ``[R]``: it is across."""
+        """Remember each row's point if ``across``, bool ``[R]``, is True and the point is nearer than all before."""
         far = length_of(self.rows, point - self.rows.x).to(self.distance.dtype)
         nearer = across & (far < self.distance)
         self.nearest = torch.where(per_image(nearer, point), point, self.nearest)

@@ -10,10 +10,10 @@ captured. So a shrinking batch only takes sizes of a fixed list, and rows of fal
 image of a large model, or with many draws, takes longer than a new batch size. Such a batch shrinks by every row of a
 fallen image.
 
-A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), such as
-steps towards the ninth target class, or the last of 5,000 squares. The progress per step hardly ever rises again. So a
-row can be given up if it would not reach its border even at several times its recent pace. This rule is empirical: it
-also gives up a search that made no progress for a while, although such a search might succeed later.
+A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), for example
+on steps towards the ninth target class, or on the last of 5,000 squares. The progress per step hardly ever rises again.
+So a row can be given up if it would not reach its border even at several times its recent pace. This rule is empirical:
+it also gives up a search that made no progress for a while, although such a search might succeed later.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ SMALLEST, FINER_FROM = 16, 128
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
 #: A run with fewer steps never gives rows up.
 FEWEST_STEPS = 50
-#: After EARLY_SHARE of the steps, a row is given up if its distance to the border is more than GAINS times the largest
-#: gain, which is the distance that a row of the same attack came nearer after that share. The rule is used once the
-#: gains of FEWEST_GAINS rows are known.
+#: The gain of a row is the distance by which it came nearer to its border after EARLY_SHARE of the steps. At this step
+#: a row is given up if its distance to the border is more than GAINS times the largest gain of earlier rows of the same
+#: attack. The rule is used once the gains of FEWEST_GAINS rows are known.
 EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
 #: the device once.
@@ -156,7 +156,7 @@ class Rows:
     run: Tensor
 
     def take(self, index: Tensor) -> Rows:
-        """Some of the rows, selected by an int64 index."""
+        """Return some of the rows, selected by an int64 index."""
         values = (getattr(self, field.name) for field in fields(self))
         taken: Any = (value.take(index) if isinstance(value, Ball) else value[index] for value in values)
         return Rows(*taken)
@@ -179,7 +179,7 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
 
 @dataclass
 class Gains:
-    """How much nearer the rows of an attack came to their borders after the attack's first steps.
+    """Records by how much the rows of an attack came nearer to their borders after the first steps (their gains).
 
     Args:
         largest: the largest gain of a row, in the unit of the loss or distance.
@@ -190,12 +190,15 @@ class Gains:
     rows: int = 0
 
     def see(self, gained: Tensor) -> None:
-        """Remember the largest gain if it is among these gains of rows, ``[R]``. This waits for the device."""
+        """Update the largest gain with the gains of some rows, ``[R]``. This waits for the device."""
         if len(gained):
             self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
 
     def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Tell which rows are too far from their borders by `GAINS`, bool ``[R]``; None: too few gains are known."""
+        """Tell which rows are farther from their borders than `GAINS` times the largest gain, bool ``[R]``.
+
+        The result is None while too few gains are known.
+        """
         if self.rows < FEWEST_GAINS:
             return None
         return missing.isfinite() & (missing > GAINS * self.largest)
@@ -271,7 +274,7 @@ class PaceMonitor:
 
 
 def some_of(lost: Tensor | None) -> Tensor | None:
-    """``lost``, bool ``[R]``, or None if no element is True. This waits for the device."""
+    """Return ``lost``, bool ``[R]``, or None if no element is True. This waits for the device."""
     return lost if lost is not None and bool(lost.any()) else None
 
 
@@ -297,7 +300,8 @@ class ActiveSet:
         tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
             before it was given up.
         gains: the gains of the rows after their first steps.
-        fell_to: the number of images on which each target and restart succeeded, by the name of target and restart.
+        fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
+            on which that run succeeded.
         health: counts faulty gradients and unmoved images in all searches; None: nothing is counted.
     """
 
@@ -412,7 +416,7 @@ Goals = Sequence[Tensor | None]
 def waves(
     active: ActiveSet, goals: Goals, restarts: int, context: AttackContext, at_image: bool = False
 ) -> Iterator[Rows]:
-    """The rows of an attack in groups that are searched one after the other, the waves.
+    """Yield the rows of an attack in groups ("waves") that are searched one after the other.
 
     A wave has only images that have not fallen in earlier waves. The first wave has a single run, because most images
     fall to any run. A later wave has as many rows as fit into a batch. On a CPU it has complete runs. On a GPU it may
@@ -470,20 +474,20 @@ def waves(
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
-    """The ``count`` wrong classes of highest logit, in descending order, each int64 ``[B]``; None: all."""
+    """Return the ``count`` wrong classes of highest logit (None: all), in descending order, each int64 ``[B]``."""
     classes = logits.shape[1]
     wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
     return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
 
 
 def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
-    """The forward passes per image of `nearest_borders`, for a model with ``classes`` classes."""
+    """Return the number of forward passes per image that `nearest_borders` makes, for ``classes`` classes."""
     searched = min(max(count or classes, CANDIDATES), classes - 1)
     return 1 + (searched * draws if searched > 1 else 0)
 
 
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
-    """The classes whose borders are nearest to each image, by the linear approximation at the clean image.
+    """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
     The distance to a border is the difference of the two logits, divided by the norm of its gradient. MALT orders
     target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the norm is the

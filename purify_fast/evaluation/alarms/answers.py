@@ -1,7 +1,7 @@
 """Tests whether a model's predictions are consistent.
 
-They should be the same later, in other batches and while gradients are recorded, and should change as its gradients
-predict.
+The predictions should be the same later, in other batches and while gradients are recorded. After a small step of the
+images, the logits should change as the model's gradients predict.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def in_parts(model: Classifier, most: int) -> Classifier:
 
 
 class Before:
-    """The predictions and the state of a model before the attacks, which are compared with those after the attacks."""
+    """Stores a model's predictions and state before the attacks, and compares them with those after the attacks."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
@@ -64,7 +64,7 @@ class Before:
         return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
-        """The largest share of changed predictions over several repetitions."""
+        """Repeat the predictions several times, and return the largest share that has changed."""
         return max(share(self.predicted, self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
     def state_changed(self) -> bool:
@@ -76,7 +76,7 @@ class Before:
 
 
 def quiet(subject: Subject) -> Variant:
-    """The variant in which a model always predicts the same; "random" if it has no other variant."""
+    """Return the variant in which a model always predicts the same, or "random" if there is no such variant."""
     if not (subject.is_random and supports(subject.base_model, FixedNoise)):
         return "random"
     fault = subject.fault("fixed")
@@ -89,19 +89,19 @@ def is_repeatable(subject: Subject) -> bool:
 
 
 def share(a: Tensor, b: Tensor) -> float:
-    """The share of the entries that differ."""
+    """Return the share of the entries in which a and b differ."""
     return float((a != b).float().mean())
 
 
 def batch_changes(subject: Subject, x: Tensor) -> float | None:
-    """The share of predictions that differ between a batch, the reversed batch, a larger batch and single images.
+    """Measure the share of predictions that change if the images are in reverse order, in a larger batch, or alone.
 
     Args:
         subject: the model with its images.
         x: the first images of the subject, which are predicted.
 
     Returns:
-        The largest share; None for a random model whose noise cannot be fixed.
+        The largest of the three shares; None for a random model whose noise cannot be fixed.
     """
     model, x = subject.model, x[: subject.batch_size]
     if not is_repeatable(subject):
@@ -124,7 +124,7 @@ def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> flo
         points: images ``[B, C, H, W]``.
 
     Returns:
-        The largest share over the points; None for a random model whose noise cannot be fixed.
+        The share at the points where it is largest; None for a random model whose noise cannot be fixed.
     """
     if not is_repeatable(subject):
         return None
@@ -221,7 +221,7 @@ def _signs(x: Tensor, seed: int) -> Tensor:
 
 
 def _changes(subject: Subject, x: Tensor, y: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The predicted and the measured change of every image's margin along a step."""
+    """Return how every image's margin changes along a step, as the gradient predicts and as measured."""
     ahead, behind = _margin(subject, x + step, y), _margin(subject, x - step, y)
     return (gradient * step).flatten(1).sum(1), (ahead - behind) / 2
 

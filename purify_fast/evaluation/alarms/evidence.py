@@ -1,6 +1,7 @@
-"""The evidence from attacks and probes for the alarms, the alarms' findings, and the outlook.
+"""Three data classes: the evidence for the alarms, the finding of an alarm, and the outlook.
 
-The outlook is an estimate of how much another attack would lower the accuracy.
+The evidence consists of the results of attacks and probes. The outlook is an estimate of how much another attack would
+lower the accuracy.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one alarm, a line of the table "Can this number be believed?" of a report.
+    """The result of one alarm, which is a line in the table "Can this number be believed?" of a report.
 
     Args:
         alarm: name of the alarm.
@@ -77,7 +78,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence about one model, for the alarms.
+    """The evidence about one model, which the alarms judge.
 
     Args:
         rows: the clean rows and the rows of attacks, in the order in which they were made, without ``worst`` rows.
@@ -119,7 +120,7 @@ class Evidence:
 
     @property
     def images(self) -> int:
-        """The number of all images."""
+        """Return the number of all images of the evaluation."""
         return max((row.n for row in self.rows), default=0)
 
     @property
@@ -139,7 +140,7 @@ class Evidence:
     def blind(self) -> str:
         """The reason why short attacks with the model's gradients could not succeed; empty if there is no such reason.
 
-        The reason is missing or unusable gradients.
+        Such a reason is that the gradients are missing or unusable.
         """
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):
@@ -153,7 +154,7 @@ class Evidence:
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Each attack, with a mask of the images that it got and that fell to it, bool ``[n]``."""
+        """Return each attack with a mask, bool ``[n]``, which is True for the attacked images that fell to it."""
         clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
@@ -214,8 +215,8 @@ def outlook(evidence: Evidence) -> Outlook | None:
         among = int(robust[:asked].sum())
         points = taken / among * float(left.mean())
         text = (
-            f"the probes took {taken} of the {among} images that the attacks had left of the first {asked}, so the "
-            "attacks alone cannot say how much more would fall"
+            f"{among} of the first {asked} images withstood the attacks, but {taken} of these fell to the probes, so "
+            "the attacks alone cannot say how many more images would fall"
         )
     return Outlook(points, (text, *(sentence for _, sentence in known)))
 
@@ -224,7 +225,7 @@ Fallen = Sequence[tuple[Row, np.ndarray]]
 
 
 def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
-    """The share of images that only the last attack found; 0 if it is the first attack of its kind."""
+    """Return the share of images that only the last attack found; 0 if this attack is the first of its kind."""
     row, mask = fallen[-1]
     if len(fallen) == 1:
         return 0.0, f"only one attack ran ({row.attack}), so there is no estimate of what another attack would find"

@@ -14,7 +14,7 @@ MOST_WITHOUT = 0.05
 
 
 def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
-    """The signs, in words, that a model's gradients do not lead to its adversarial images; empty without signs.
+    """Describe the signs that a model's gradients do not lead to its adversarial images; the list may be empty.
 
     Args:
         asked: the probes' measurements before the attacks.
@@ -26,13 +26,14 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     elif isinstance(asked.cosine, str):
         signs.append("gradients are missing or not finite")
     elif asked.cosine < WRONG_GRADIENTS:
-        signs.append(f"the model does not change as its gradients say (cosine {asked.cosine:.2f})")
+        signs.append(f"the model does not change as its gradients predict (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
     # On a random model some images fall to every further attack by chance. So only the surrogate with the most images
     # counts there, instead of the sum over all surrogates.
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
         signs.append(
-            f"{missed} of {n} images withstand short attacks with the model's own gradients, but fall to others"
+            f"{missed} of {n} images withstand short attacks with the model's own gradients, but fall to short attacks "
+            "with other gradients"
         )
     return signs

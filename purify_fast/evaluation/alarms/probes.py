@@ -95,7 +95,7 @@ class Probes:
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
 
     def curves(self) -> dict[str, list[list[float]]]:
-        """The curves that are not empty, by the name of their setting."""
+        """Return the curves that are not empty, by the name of the setting that varies along the curve."""
         named = {"steps": self.steps, "EOT draws": self.eot}
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
@@ -116,7 +116,7 @@ class Probe(NamedTuple):
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
-    """An upper estimate of the forward passes of single images in the probes."""
+    """Estimate, rather too high, how many forward passes of single images the probes make."""
     draws, judges, targets = _effort(subject, context)
     passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
     passes += (1 + USUAL_SURROGATES) * (targets * STEPS * draws + judges)
@@ -126,14 +126,14 @@ def cost(subject: Subject, context: AttackContext) -> int:
 
 
 def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
-    """For a short attack: the draws per step, the draws that judge an image, and the number of target classes."""
+    """Return the numbers of a short attack: draws per step, draws that judge an image, and target classes."""
     if subject.is_random:
         return min(4, context.predictions(context.eot_iter)), JUDGES, TARGETS_OF_RANDOM
     return 1, 1, TARGETS
 
 
 def probes_before(before: Before, model: Classifier) -> list[Probe]:
-    """The probes before the attacks of the report; the longest is first.
+    """Return the probes that run before the attacks of the report; the longest probe comes first.
 
     Args:
         before: the model's predictions before the attacks.
@@ -190,7 +190,10 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 def _sweep(
     before: Before, model: Classifier, context: AttackContext
 ) -> tuple[Curve, list[int], dict[str, list[int]], dict[str, str]]:
-    """The fields ``steps``, ``fell``, ``copies`` and ``absent`` of `Probes`; fallen images are not attacked again."""
+    """Measure the fields ``steps``, ``fell``, ``copies`` and ``absent`` of `Probes`.
+
+    Each attack skips the images that fell to an earlier attack.
+    """
     short = _Short(before, model, context)
     right = standing = short.right(short.x, short.y)
     steps: Curve = []
@@ -214,7 +217,7 @@ def _sweep(
 
 
 def _over_draws(before: Before, model: Classifier, draws: int, context: AttackContext) -> float:
-    """The accuracy after a short attack that averages ``draws`` draws per step."""
+    """Measure the accuracy after a short attack that averages ``draws`` draws per step."""
     everything = torch.ones(len(before.x), dtype=torch.bool, device=before.x.device)
     return _share(_Short(before, model, context).robust(everything, eot_iter=draws))
 
@@ -266,7 +269,7 @@ class _Short:
 
 
 def _near(context: AttackContext, x: Tensor) -> Tensor:
-    """The images plus noise of at most half the radius.
+    """Add noise to the images, of at most half the radius.
 
     A defence may behave differently on such images than on clean images, which it can recognize by their few different
     pixel values.

@@ -64,7 +64,7 @@ class Advice(NamedTuple):
     efforts: tuple[str, ...] = ()
 
     def written(self, tried: Collection[str]) -> str:
-        """The advice in words, without the efforts that were tried."""
+        """Write the advice in words; attacks that already ran are left out."""
         left = [EFFORTS[effort] for effort in self.efforts if effort not in tried]
         return f"{self.look}; {', or '.join(left) or WRITTEN_FOR_IT}" if self.efforts else self.look
 
@@ -134,7 +134,7 @@ ALARMS: dict[Alarm, Judge] = {}
 
 
 def findings(evidence: Evidence) -> list[Finding]:
-    """The findings of all alarms, in order.
+    """Run all alarms, and return their findings in order.
 
     A robust accuracy of 0 cannot be too high, even if an attack has failed. So if every image has fallen, "unreliable"
     becomes "noted", except if the model's predictions themselves are inconsistent.
@@ -258,7 +258,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
 
 
 def _of_counted(evidence: Evidence) -> Outcome:
-    """The outcome of the counts of attacks with the model's own gradients."""
+    """Judge the gradients by the counts of the attacks with the model's own gradients."""
     counted = evidence.with_counted_gradients()
     if not counted:
         return Outcome("not asked", "")
@@ -280,7 +280,7 @@ def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other or shorter attacks."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
     if not outcomes:
-        text = evidence.blind() or "nothing but attacks along the model's own gradients was tried"
+        text = evidence.blind() or "only attacks along the model's own gradients were tried"
         return Outcome("not asked", text)
     gravest = min(outcomes, key=lambda each: ("unreliable", "noted", "passed").index(each.verdict))
     same = [each.measured for each in outcomes if each.verdict == gravest.verdict]
@@ -288,9 +288,9 @@ def missed_images(evidence: Evidence) -> Outcome:
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
-    """The outcome of images that fell only to attacks without the model's own gradients.
+    """Judge how many images fell only to attacks without the model's own gradients.
 
-    None if there were no such attacks, or no attacks with the model's own gradients.
+    The result is None if there were no such attacks, or no attacks with the model's own gradients.
     """
     fallen = evidence.fallen()
     own = [mask for row, mask in fallen if row.own_gradients and row.health is not None]
@@ -315,9 +315,9 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
 
 
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
-    """The outcome of images that withstood all attacks but fell to a short attack before them.
+    """Judge how many images withstood all attacks of the report, but fell to a short attack of the probes.
 
-    None without such short attacks, or if no image withstood all attacks.
+    The result is None if there were no such short attacks, or if no image withstood all attacks.
     """
     probes = evidence.probes
     if probes is None or not any(probes.left):

@@ -74,8 +74,8 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
         "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        # For each attack: the number of images that fell to it; for every attack, the number of images that fell to
-        # both; and the number of images that fell to no other attack.
+        # A line for each attack: its name; the number of images that fell to it; for every attack, the number of images
+        # that fell to both attacks; and the number of images that fell to no other attack.
         "overlap": [
             (row.attack, one.sum(), [(one & other).sum() for other in fell], (one & alone).sum())
             for row, one in zip(whole, fell, strict=False)
@@ -94,7 +94,7 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
 
 
 def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any]]:
-    """The points of a curve by rising setting, with horizontal positions from 0 to 1, and with standard errors."""
+    """Return the points of a curve, each with its horizontal position from 0 to 1 and its standard error."""
     if not points:
         return []
     settings, accuracies = np.array(points).T
@@ -112,10 +112,10 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
 
 
 def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
-    """The attack whose images are shown, and the number of images that fell to it.
+    """Return the attack whose images are shown, and the number of images that fell to it.
 
-    It is the attack on the deployed model to which most images fell, because images of a weaker attack would make the
-    model look better than it is.
+    This attack is the attack on the deployed model to which most images fell, because images of a weaker attack would
+    make the model look better than it is.
     """
     fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
@@ -150,7 +150,9 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
 
 @torch.no_grad()
 def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
-    """The predicted classes of the clean images, and columns with the defence's images of the attacked images.
+    """Return the predicted classes of the clean images, and columns of images that the defence makes.
+
+    The defence makes the images of a column from the attacked images.
 
     A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. The transformed images come from
     ``transformed(x)``. The purified images come from ``purify(x)`` or ``reconstruct(x)``, with the shape

@@ -211,4 +211,4 @@ def table_of_findings(findings: Sequence[Finding]) -> Table:
         verdict = Cell("", (), unreliable=True, red=True) if doubt else finding.verdict
         measured = f"{finding.measured}. What to do: {finding.advice}" if finding.advice else finding.measured
         body.append([finding.model, finding.alarm, verdict, measured, finding.row or "-"])
-    return Table(["model", "sign", "verdict", "measured", "row that tells"], body)
+    return Table(["model", "sign", "verdict", "measured", "shown by"], body)

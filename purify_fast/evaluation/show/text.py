@@ -1,4 +1,4 @@
-"""Renders the templates in this folder, which contain the sentences of a report, and has the functions they call."""
+"""Renders the templates of this folder, which contain a report's sentences; has functions that the templates call."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def settings_told(row: Row) -> dict[str, Any]:
 
 
 def about_variants(rows: Sequence[Row]) -> list[str]:
-    """A sentence on the lowest accuracy of each variant of a random model without randomness."""
+    """Return, for each variant without randomness of a random model, a sentence on its lowest accuracy."""
     apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
     lowest = [
         min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))

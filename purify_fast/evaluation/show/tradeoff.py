@@ -137,7 +137,7 @@ def _check_percent(name: str, value: float) -> float:
 
 
 def check_pair(name: str, values: Iterable[float]) -> tuple[float, float]:
-    """The pair (standard, robust) as floats; ValueError with ``name`` if the values are not two percentages."""
+    """Return the pair (standard, robust) as floats; if it is not two percentages, a ValueError names ``name``."""
     try:
         standard, robust = values
     except (TypeError, ValueError):
@@ -146,7 +146,7 @@ def check_pair(name: str, values: Iterable[float]) -> tuple[float, float]:
 
 
 def check_curve(name: str, points: Iterable[Iterable[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """The standard and robust accuracies of a curve, by rising standard accuracy; ValueError with ``name``."""
+    """Return the standard and robust accuracies of a curve, sorted by standard accuracy; errors begin with ``name``."""
     pairs = sorted(check_pair(f"{name}[{i}]", point) for i, point in enumerate(points))
     if len(pairs) < 2:
         raise ValueError(f"{name} must have at least 2 points (standard %, robust %), got {pairs!r}")

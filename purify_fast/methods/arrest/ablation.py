@@ -1,4 +1,6 @@
-"""An ablation of ARREST: classifiers are trained without its parts, with each part and with both, and are attacked.
+"""Runs an ablation of ARREST: trains classifiers without its two parts, with each and with both, and attacks them.
+
+The parts are the distillation and the noisy replay.
 
 Finished classifiers and attacks are stored, so an interrupted ablation can be resumed by the same call.
 """
@@ -96,7 +98,7 @@ def ablate(
         ValueError: settings are out of range or would have no effect, or the folder holds a run with other settings.
         ModuleNotFoundError: AutoAttack or scipy is missing.
     """
-    # scipy, AutoAttack and all settings are checked here, so that nothing can stop a later step
+    # scipy, AutoAttack and all settings are checked before the first training, so that no error stops a later step
     ar_point_dist(((0, 1), (1, 0)), (0, 1))
     if what.autoattack:
         implementation()
@@ -105,7 +107,7 @@ def ablate(
         start = make()
         Teacher(start, [representation_before_pooling(start)], images.image_shape, pooled=True)
     n = min(what.images, len(images.y_test))
-    # the table must state the numbers of images that there are
+    # if the data set has fewer images, the table must state the smaller numbers
     what = replace(what, images=n, autoattack=min(what.autoattack, n))
     attack, out = config.attack, Path(out)
     scratch = {STANDARD: 0.0, **{f"{SCRATCH}, eps x {s:g}": s for s in sorted(what.shares)}, SCRATCH: 1.0}
@@ -151,7 +153,7 @@ def ablate(
     return write(out, results, list(scratch), attack, what)
 
 
-#: Clean and robust accuracy on the same images, in percent, and their standard errors.
+#: Four numbers in percent: the clean and the robust accuracy on the same images, and then their standard errors.
 Accuracies = tuple[float, float, float, float]
 
 

@@ -25,11 +25,11 @@ class ArrestConfig:
         distillation_weight: lambda, weight of the distillation (port: 50); 0: no distillation.
         distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".
-        pooled: whether the representation of maps and tokens is their mean over all positions (port). The paper uses
-            maps before pooling (according to the port). True is not possible for vectors.
+        pooled: whether maps and tokens are averaged over all positions before they are compared (port). The paper
+            compares the maps before pooling (according to the port). True is not possible for vectors.
         replay: whether to use noisy replay.
-        angle: phi, threshold of the replay as an angle in degrees (port: 30). tau is the distance of two vectors with
-            this angle.
+        angle: phi, threshold of the replay as an angle in degrees (port: 30). tau is then the distance of two vectors
+            with this angle between them.
         tau: threshold of the replay as a distance, in place of ``angle``; required for the distance "l2". None: the
             distance that belongs to ``angle``.
         replay_share: share of the epochs, from the start of the run, in which examples are replayed (port: half).
@@ -91,7 +91,7 @@ class ArrestConfig:
 
     @property
     def threshold(self) -> float:
-        """tau, the drift above which an example is replayed."""
+        """The drift above which an example is replayed, tau."""
         if self.tau is not None:
             return self.tau
         return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
@@ -113,15 +113,17 @@ class AblationConfig:
         weights: lambdas of the distillation.
         angles: thresholds of the replay as angles phi, in degrees.
         taus: thresholds of the replay as distances.
-        shares: shares of eps. For each, a further classifier is trained from scratch with this radius. Together with
-            the standard classifier and the one at eps, these classifiers define the reference curve.
+        shares: fractions of eps. For each fraction, a classifier is trained from scratch with this part of eps as its
+            radius. Together with the standard classifier and the classifier that is trained from scratch with eps,
+            these classifiers define the reference curve.
         standard_epochs: epochs of the standard classifier.
         scratch_epochs: epochs of adversarial training from scratch.
         attack_steps: steps of the final PGD attacks, with cross-entropy and then with DLR.
         images: number of held-out images to attack, from the first on.
-        autoattack: number of these images to attack by AutoAttack (standard) too, from the first on, if they withstood
-            PGD; 0: no AutoAttack. SUM and the other trade-offs are those of the paper: of clean accuracy and accuracy
-            under AutoAttack, on these images. Without AutoAttack, they use the accuracy under PGD.
+        autoattack: number of these images, from the first on, for AutoAttack (standard), which attacks those of them
+            that withstood PGD; 0: no AutoAttack. As in the paper, SUM and the other trade-offs compare the clean
+            accuracy with the accuracy under AutoAttack, on these images. Without AutoAttack, they use the accuracy
+            under PGD.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -141,6 +143,6 @@ class AblationConfig:
         check_types(self)
         for name in ("weights", "angles", "taus", "shares"):
             values = getattr(self, name)
-            # the names of the classifiers have numbers with six digits
+            # a classifier's name contains its number with six digits, and two classifiers must not have the same name
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different in six digits, got {values}")

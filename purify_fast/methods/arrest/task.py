@@ -94,7 +94,7 @@ class ArrestTask(MethodTask):
             self._reader = Representation(model, self.layers, image_shape)
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
-        # the attacked model may be a copy that is faster
+        # in bfloat16 or with `compile`, the attacks use a copy of the model, which is faster
         self.attacked = model
         if self.dtype != torch.float32 or compile:
             self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
@@ -130,14 +130,20 @@ class ArrestTask(MethodTask):
             return self.distance(self.forward(x)[1], of_teacher)
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
-        """Attack the images with the indices ``rows`` by PGD on the cross-entropy; None: all. Others are unchanged."""
+        """Attack the images with the indices ``rows``, or all images if it is None, by PGD on the cross-entropy.
+
+        The other images are returned unchanged.
+        """
         if isinstance(self.attacked, InferenceCopy):
             self.attacked.refresh(self.classifier)
         adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return x_in, and the share of replayed examples. Replayed examples are attacked only with CUDA graphs."""
+        """Return x_in, and the share of the examples that are replayed.
+
+        If the attack is captured as a CUDA graph, replayed examples are attacked too (see `attacks_all_rows`).
+        """
         attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
         if not self.config.replays(batch.epoch, batch.epochs):
             return self.attack(batch, attack), batch.x.new_zeros(())
@@ -177,7 +183,8 @@ class ArrestTask(MethodTask):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # An earlier batch may have left perturbed weights, if a loop adds the gradients of several batches in a step.
+        # If a loop adds up the gradients of several batches before a step, the weights are still perturbed from the
+        # batch before.
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
@@ -189,7 +196,7 @@ class ArrestTask(MethodTask):
     # -- adversarial weight perturbation ------------------------------------------------------------------------------
 
     def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Move each weight matrix up the gradient of the loss, by gamma times its norm. `before_step` moves it back."""
+        """Add gamma |W| g / |g| to each weight matrix W, where g is the loss's gradient. `before_step` removes it."""
         buffers = [(b, b.clone()) for b in self.classifier.buffers()]
         weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
         gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
@@ -217,7 +224,7 @@ class ArrestTask(MethodTask):
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # alpha is the length of the step itself, so that a run with alpha None can be resumed with this alpha
+        # alpha None is replaced by the number that it means, so that a run can be resumed with either
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
         return {"task": self.name, **settings(self.config), **facts}
@@ -226,7 +233,7 @@ class ArrestTask(MethodTask):
         check_classifier(self.classifier, shape, classes)
 
     def validate(self, batch: Batch) -> Metrics:
-        """Return cross-entropy and accuracy under the training's attack, or under PGD-10 if that has fewer steps.
+        """Return cross-entropy and accuracy under the training's attack, or under PGD-10 if the attack has fewer steps.
 
         Args:
             batch: held-out images.

@@ -1,4 +1,4 @@
-"""AToP: the defence, its purifiers and its training."""
+"""AToP: this package has the defence, its purifiers and its training."""
 
 from __future__ import annotations
 

@@ -22,15 +22,15 @@ class AtopConfig:
             gradients (own).
         attack: the attack. Its norm and eps set the ball (official: linf, eps 8/255). Its other settings are for PGD,
             and must have their defaults if attack_method is not "pgd".
-        reconstruction_target: the image that the purifier is trained to rebuild. "adversarial": its own input before
-            the transform (released notebooks, one pass). "clean": the clean image from a transform of the clean image,
-            in a second pass with the same noise and mask (the logged run).
+        reconstruction_target: the image that the purifier is trained to rebuild. "adversarial": the adversarial image,
+            from the transformed adversarial image (released notebooks; one pass of the purifier). "clean": the clean
+            image, from the transformed clean image, in a second pass with the same noise and mask (the logged run).
         cls_weight: weight lambda of the classifier's cross-entropy (official: 0.05; 0.1 on ImageNette).
-        cls_delay: length of the start of the training in which the cross-entropy has weight 0 (official: 2 epochs,
-            which the notebooks end after 625 steps of 8 images each).
+        cls_delay: length of the first part of the training, in which the cross-entropy has weight 0 (official: 2
+            epochs; the notebooks end an epoch after 625 steps of 8 images each).
         cls_delay_unit: unit of cls_delay: "epochs", "steps" or "images".
         classifier_range: range of the purified images in the cross-entropy. "unit": [0, 1], as in predictions.
-            "doubled": [-1, 1], as in the released notebooks, although their classifier was trained on [0, 1].
+            "doubled": [-1, 1], as in the released notebooks, although the classifier there was trained on [0, 1].
         reconstruction_weight: weight of the L1 terms, or of the purifier's own ``original_loss`` (official: 1).
         gan_weight: weight of the purifier's GAN term, L_G (official: 1).
         discriminator_width: channels of the discriminator's first layer (official: 64).
@@ -38,8 +38,8 @@ class AtopConfig:
             is cut off, so the discriminator has no effect. With False, there is no discriminator.
         gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
             refined images in the hole, and the transformed images elsewhere (pre-training).
-        masks: pixels that are hidden from the purifier in the training. "blocks": the defence's blocks. "free_form": a
-            box and brush strokes, without noise, as in DeepFillv2's training
+        masks: pixels that are hidden from the purifier in the training. "blocks": blocks, as in the defence.
+            "free_form": a box and brush strokes, as in DeepFillv2's training, which adds no noise
             (`purify_fast.methods.atop.deepfill_training`). "free_form" needs a training without attacks.
         precision: "float32" (official), which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU
             rounds the factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or
@@ -93,7 +93,8 @@ class AtopConfig:
             )
         for name in ("steps", "alpha", "relative_alpha", "random_start", "start_std"):
             if self.attack_method != "pgd" and getattr(attack, name) != getattr(default, name):
-                raise ValueError(f"{name} needs attack_method='pgd', got {name}={getattr(attack, name)}")
+                value = getattr(attack, name)
+                raise ValueError(f"{name}={value} needs attack_method='pgd', got attack_method={self.attack_method!r}")
 
     @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:

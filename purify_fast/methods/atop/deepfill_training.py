@@ -1,8 +1,8 @@
-"""Parts of DeepFillv2's training: the discriminator SN-PatchGAN, and the free-form holes in the images.
+"""Defines two parts of DeepFillv2's training: the discriminator SN-PatchGAN, and the free-form holes in the images.
 
-The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch, from which the names of the
-discriminator's tensors are. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins with a
-DeepFillv2 generator that was trained in this way on Places2.
+The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch. The discriminator's tensors have
+the names that this implementation uses. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins
+with a DeepFillv2 generator that was trained in this way on Places2.
 
 The hole of an image is a box and brush strokes; there is no noise. The sizes are from the authors' repository for
 images of 256 x 256 (code: `configs/train.yaml`, `utils/misc.py`), and here they are scaled with the image. The box is
@@ -64,7 +64,7 @@ class SpectralConv(nn.Conv2d):
         return F.normalize(self.weight.detach().flatten(1) @ self._right(u), dim=0, eps=1e-12)
 
     def forward(self, input: Tensor) -> Tensor:
-        # the eight bits of bfloat16's mantissa are too few for sigma
+        # sigma is not computed in bfloat16, whose mantissa of eight bits is too inexact
         with without_autocast(input.device):
             # autograd needs a copy, because the buffer may change before the backward pass
             u = self.weight_u.clone()
@@ -79,8 +79,8 @@ class SpectralConv(nn.Conv2d):
 def patch_depth(image_size: Sequence[int]) -> int:
     """Return the largest depth of `PatchDiscriminator`, up to 6, whose output still has at least 2 x 2 patches.
 
-    This is 6 for images of 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, and 3 for 16 x 16. The paper has only 256 x
-    256.
+    This is 6 for images of 128 x 128 and larger, 4 for 32 x 32 and 28 x 28, and 3 for 16 x 16. The paper only uses
+    images of 256 x 256.
 
     Args:
         image_size: (H, W).
@@ -128,7 +128,7 @@ class PatchDiscriminator(nn.Module):
 
 #: The largest number of strokes in an image, and of segments in a stroke.
 STROKES, SEGMENTS = 3, 11
-# The random numbers of an image: 4 for the box, 1 for the number of strokes, and for each stroke 6, and 3 per segment.
+# An image needs 4 random numbers for the box, 1 for the number of strokes, 6 for each stroke, and 3 for each segment.
 _NUMBERS = 4 + 1 + STROKES * (6 + 3 * SEGMENTS)
 _ANGLE, _ANGLE_RANGE = 2 * math.pi / 5, 2 * math.pi / 15
 
@@ -144,7 +144,7 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
     Returns:
         The masks, float32 ``[B, 1, H, W]``: 1 where an image is hidden, 0 elsewhere.
     """
-    # [B, numbers, 1, 1]
+    # the random numbers, [B, numbers, 1, 1]
     u = philox(seed, ids, _NUMBERS, stream=Stream.MASK)[:, 0, :, None, None]
     height, width = size
     rows = torch.arange(height, device=u.device, dtype=torch.float32)[None, :, None]
@@ -162,7 +162,7 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
         head, tail = of_stroke[:, :6].unbind(1), of_stroke[:, 6:].unflatten(1, (SEGMENTS, 3)).unbind(1)
         segments = 4 + (head[0] * (SEGMENTS - 3)).floor()
         row, col = head[1] * height, head[2] * width
-        # half of a width of 12 to 40 pixels, for a height of 256
+        # this is half of the stroke's width, which is 12 to 40 pixels in an image with a height of 256
         half = (12 + 28 * head[3]) * height / 512
         low, high = _ANGLE - head[4] * _ANGLE_RANGE, _ANGLE + head[5] * _ANGLE_RANGE
         for i, (turn, away, phase) in enumerate(part.unbind(1) for part in tail):
@@ -174,7 +174,7 @@ def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
             next_row = (row + length * angle.sin()).clamp(0, height)
             next_col = (col + length * angle.cos()).clamp(0, width)
             down, right = next_row - row, next_col - col
-            # the position on the segment that is nearest to each pixel, from 0 at its start to 1 at its end
+            # for each pixel, `share` is the nearest position on the segment, from 0 at its start to 1 at its end
             share = (((rows - row) * down + (cols - col) * right) / (down**2 + right**2).clamp(min=1e-6)).clamp(0, 1)
             near = torch.hypot(rows - row - share * down, cols - col - share * right) <= half
             hidden = hidden | (near & (k < strokes) & (i < segments))

@@ -51,8 +51,8 @@ class Atop(Defence):
         image_shape: (C, H, W).
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
         sigma: standard deviation of the noise of rt2 and rt3, in image units (paper: 0.25).
-        block: side of a hidden block in pixels. None: the common divisor of height and width that is nearest to an
-            eighth of the height (paper: 32 for images of 256; here also 4 for images of 32 and 28).
+        block: side of a hidden block in pixels (paper: 32 for images of 256 x 256). None: the common divisor of height
+            and width that is nearest to an eighth of the height, which is 4 for images of 32 x 32 and of 28 x 28.
         mask_ratio: share of the blocks that rt1 and rt2 hide; the number of blocks is rounded down (paper: 0.25).
         num_passes: N, number of passes of rt3, which must divide the number of blocks (paper: 4).
         samples: S, draws of noise and mask per prediction (paper: 1).
@@ -116,7 +116,7 @@ class Atop(Defence):
 
     @torch.no_grad()
     def _dry_run(self) -> None:
-        """Run the defence on two blank images, so that parts that do not fit raise an error at construction."""
+        """Run the defence on two blank images, so that a wrong classifier or purifier raises an error immediately."""
         blank = torch.full((2, *self.image_shape), 0.5, device=self._noise_seed.device)
         with evaluation_mode(self), self.fixed_noise(0):
             images = self.purify(blank)
@@ -201,18 +201,20 @@ class Atop(Defence):
 
     @torch.no_grad()
     def transformed(self, x: Tensor) -> Tensor:
-        """Return the purifier's input in [0, 1], ``[B, S, C, H, W]``, with grey hidden blocks; of rt3 the first pass.
+        """Return the purifier's input, scaled to [0, 1], ``[B, S, C, H, W]``. Hidden blocks are grey.
+
+        With rt3, only the input of the first pass is returned.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
         """
         packed, owners = self.draw(x)
-        # [S, B, N, C + 2, H, W]
+        # the purifier's inputs, [S, B, N, C + 2, H, W]
         passes = packed.unflatten(0, (*owners.shape[:2], -1))
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`), with and without its faults.
+        """Return the attacks of the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`).
 
         `purify_fast.methods.atop.released_evaluation` has the sources.
 

@@ -26,7 +26,7 @@ from ...models.layers import Conv2d
 from ...ops.contextual_attention import contextual_attention, key_validity
 from ...ops.gated_elu import gated_elu
 
-#: Names of two tensors in checkpoints: the weight of the first layer, [width, in_channels, 5, 5], and a constant.
+#: The names of two tensors in checkpoints: the first layer's weight, [width, in_channels, 5, 5], and a constant tensor.
 FIRST, CONSTANT = "stage1.conv1.conv.weight", "stage2.contextual_attention.fuse_weight"
 
 
@@ -69,7 +69,7 @@ def _upsample(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _to_image(inputs: int, channels: int) -> nn.Sequential:
-    """Return the plain convolution before the tanh, with bias 0: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
+    """Return the convolution before the tanh, which has no gate: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
     conv = Conv2d(inputs, channels, 3, 1, 1)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(OrderedDict(conv=conv))
@@ -87,7 +87,7 @@ def _up(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class _Attention(nn.Module):
-    """Contextual attention on a map of a quarter of the image's size. Checkpoints store the constant fuse_weight."""
+    """Contextual attention on a map whose sides are a quarter of the image's. Checkpoints store its fuse_weight too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class DeepFillGenerator(nn.Module):
 
     ``forward(packed, mask) -> (coarse, refined)``:
 
-        packed: ``[B, C + 2, H, W]``: the transformed image in [-1, 1], 0 where hidden; a plane of ones; the mask.
+        packed: ``[B, C + 2, H, W]``: the transformed image in [-1, 1], 0 where hidden; a plane of ones; and the mask.
         mask: ``[B, 1, H, W]``, 1 where hidden, 0 elsewhere.
         coarse, refined: whole images ``[B, C, H, W]`` in [-1, 1]; refined is the purified image.
 
@@ -246,12 +246,15 @@ class DeepFillGenerator(nn.Module):
             torch.save({"G": self.state_dict()}, temporary)
 
 
-#: Factor of the base image in a residual generator, so that atanh is finite.
+#: A residual generator multiplies the image that it corrects by this factor, so that atanh of the image is finite.
 KEPT = 0.95
 
 
 class _SmallAttention(nn.Module):
-    """Contextual attention on a map of half the image's size. A key is valid if none of its 4 x 4 pixels is hidden."""
+    """Contextual attention on a map whose sides are half of the image's.
+
+    A key stands for 4 x 4 pixels of the image, and is valid if none of them is hidden.
+    """
 
     def __init__(self, channels: int):
         super().__init__()

@@ -159,10 +159,10 @@ class MaskedAutoencoder(nn.Module):
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (h // self.patch, w // self.patch)), self.patch)
 
     def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """Return DMAE's loss: the mean squared error over all patches, hidden and visible.
+        """Return DMAE's loss: the mean squared error of the pixels in all patches, hidden and visible.
 
-        The error is that of the pixels. The paper normalizes the pixels of each patch, but here the prediction is an
-        image.
+        The paper normalizes the pixels of each patch before it computes the error. Here, they are not normalized,
+        because the prediction is an image.
 
         Args:
             images: images ``[B, C, H, W]``, of which the last is used.

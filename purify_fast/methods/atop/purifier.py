@@ -1,4 +1,4 @@
-"""A common interface to all purifiers: two-stage generators, autoencoders, and modules of users."""
+"""Gives all purifiers the same interface: generators with two stages, autoencoders, and modules of users."""
 
 from __future__ import annotations
 

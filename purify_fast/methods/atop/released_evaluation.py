@@ -8,8 +8,8 @@ The source is `evaluate.ipynb` of glin2022/atop at 9fa1e91; numbers in brackets 
 - No noise is added (94), although the generator was fine-tuned on noisy images.
 - The generator's input is in [0, 1] (94), although the generator was fine-tuned on [-1, 1] (line 147 of
   Finetuning-AToP/cifar-miss-gau-adv.ipynb).
-- Every prediction draws a random order of the blocks (77) and hides the part of it that has the number of the batch
-  (84). There are only four parts of 16 blocks, so no block is hidden in the last sixty batches.
+- Every prediction orders the blocks at random (77), divides them into four parts of 16 blocks, and hides part i in
+  batch i (84). So no block is hidden in the last sixty batches.
 - The version standard is for deterministic models, and does not average gradients over draws (144). The repository's
   copy of torchattacks runs 10 steps of APGD and FAB, where AutoAttack's authors run 100. The notebook imports the
   package torchattacks, whose version it does not state.
@@ -36,7 +36,7 @@ from ...ops.random_transform import random_transform
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"
 LOG = 'as the training log of glin2022/atop, column "BPDA": PGD-20'
 TABLES = 'as tables 7 and 8 of AToP\'s paper, "BPDA": PGD-1000'
-#: Number of parts into which the notebook divides the random order of the blocks. Each of the first batches hides one.
+#: The notebook divides the randomly ordered blocks into this number of parts, and hides part i in batch i.
 PARTS = 4
 #: Number of images in a batch of the notebook.
 BATCH = 8

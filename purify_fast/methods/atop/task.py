@@ -1,4 +1,4 @@
-"""AToP's training: the pre-training, the training with the paper's objective, and the training through the pipeline.
+"""Trains AToP's purifier: the pre-training, the training by the paper's objective, and training through the pipeline.
 
 Let x' be the adversarial image, t a random transform of x' (in [-1, 1]) with the mask m, and (x1, x2) = g(t, m) the
 coarse and the refined image. The purifier's loss, with a frozen classifier f, is
@@ -70,7 +70,7 @@ class Passes:
     """The results of the purifier for a batch.
 
     Args:
-        loss: the loss without its GAN term.
+        loss: the purifier's loss without the GAN term.
         metrics: detached scalars.
         target: the target of the reconstruction for each input, in [-1, 1], ``[T, C, H, W]``.
         refined: the refined images of the purifier, with gradients, ``[T, C, H, W]``.
@@ -91,8 +91,8 @@ class Inputs:
 
     Args:
         rebuild: the images that the purifier should rebuild, ``[B, C, H, W]`` in [0, 1].
-        packed: the purifier's inputs: T inputs for the reconstruction, and T more for the cross-entropy if it needs
-            other images.
+        packed: the purifier's inputs: T inputs for the reconstruction, and T further inputs for the cross-entropy if
+            it needs other images.
         count: T.
         owners: the owners that `Atop.draw` returns.
         cls_weight: lambda; 0 during cls_delay.
@@ -153,7 +153,7 @@ def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, image
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
     if given.cls_weight > 0:
-        # [S, B, C, H, W]
+        # `purified` is [S, B, C, H, W]
         purified = defence.join(images[-1][-count:], given.owners)
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1

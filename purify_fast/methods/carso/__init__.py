@@ -1,4 +1,4 @@
-"""CARSO: the defence and its training."""
+"""CARSO: this package has the defence and its training."""
 
 from __future__ import annotations
 

@@ -23,15 +23,15 @@ class CarsoConfig:
         attack_target: target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
             defence with exact gradients (own).
         attack: the attack. Paper: linf, eps 8/255 for color images and 0.3 for MNIST, 40 steps of length 0.01 (chosen
-            for eps 8/255). alpha None is own. Half of the attacked images in the training with "classifier" have
-            half of eps (paper); if alpha is given, it is the same for them.
+            for eps 8/255). Alpha None is this package's choice. In the training with "classifier", half of the attacked
+            images have half of eps (paper). If alpha is given, it is the same for all attacked images.
         eps_mode: "paper" uses eps unchanged. "official_code" divides eps by the mean of the defence's std, because the
             official code attacks unnormalized images with the radius for normalized images.
         adversarial_fraction: share of each batch that is attacked, divided evenly among four attacks (paper: 0.5, on
             CIFAR-10).
         allow_no_adversarial: whether to train even if adversarial_fraction of a batch is less than four images, so
-            that none is attacked. The official TinyImageNet run did so.
-        kl_delay: length of the start of the run in which the KL term has weight 0 (paper: 0.125 of the epochs).
+            that no image is attacked. This happens in the official TinyImageNet run.
+        kl_delay: length of the first part of the run, in which the KL term has weight 0 (paper: 0.125 of the epochs).
             Afterwards its weight rises linearly, for a third of this length. Both lengths are rounded up to whole
             units. The weight is still 0 in the first unit after the delay: with a delay of 1 epoch, it is 0 in the
             first two epochs and full from the third on. With 0, it is full from the first step on.
@@ -124,7 +124,7 @@ class CarsoConfig:
         return self.kl_delay, self.kl_delay_unit
 
 
-# The cache is for the steps of an epoch, which all have the same settings.
+# The result is cached, because all steps of an epoch have the same settings.
 @functools.lru_cache(maxsize=8)
 def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:
     """Return the settings of one epoch, with eps in image units.

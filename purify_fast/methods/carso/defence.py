@@ -69,9 +69,10 @@ class Carso(Defence):
             up to eight times this number. No effect on ``v1``.
         encoder_depth: blocks per pre-encoder. No effect on ``v1``.
         mean: mean by which the posterior encoder normalizes its input, a number or a list with a number per channel.
-        std: standard deviation for this, in the same form, above 0.
-        decoder: (start, layers) of the decoder; layers are `Deconvolution` or their fields. None: `decoder_plan` with
-            image_shape and decoder_width. `published_decoder` returns the decoders of the paper.
+        std: standard deviation by which the posterior encoder normalizes its input, in the same form, above 0.
+        decoder: (start, layers): the shape (C, h, w) of the decoder's first map, and its layers, each a `Deconvolution`
+            or its fields. None: `decoder_plan` for image_shape and decoder_width. `published_decoder` returns the
+            decoders of the paper.
         version: ``v4`` for versions 4 to 6 of the paper, or ``v1`` for the first version, for 28 x 28 images.
 
     Raises:
@@ -133,7 +134,7 @@ class Carso(Defence):
         self.decoder = decoder_kind(latent_dim, cond_dim, self.image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
-        # this layout makes the whole pipeline about 2 times faster on a CPU, and transposed convolutions 3 times
+        # on a CPU, this layout makes the whole pipeline about 2 times as fast, and transposed convolutions 3 times
         for part in (self.condition_encoder, self.posterior_encoder, self.decoder):
             part.to(memory_format=torch.channels_last)
         self._ready()
@@ -241,7 +242,7 @@ class Carso(Defence):
         return self.fast.packed(condition, seed, ids.expand(len(condition)), draws * self.samples)
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of q(z | x, c), each ``[B, latent_dim]``. Only the training needs them.
+        """Return mean and log-variance of the posterior q(z | x, c), each ``[B, latent_dim]``, for the training.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].

@@ -1,4 +1,4 @@
-"""The networks of CARSO's conditional variational autoencoder, for any image size and any layers of the classifier.
+"""Defines the networks of CARSO's conditional variational autoencoder, for any image size and any classifier layers.
 
 The source is arXiv 2306.06081, section 4.2. The networks include those of the paper's CIFAR-10 and TinyImageNet
 systems; the sizes for other images are this package's own choice.
@@ -116,7 +116,7 @@ class PosteriorEncoder(nn.Module):
         self.log_variance = nn.Linear(size, latent_dim)
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
-        """Return the layers for the image, the layers for image and condition, and the output size of the latter."""
+        """Return the layers that read the image, the layers after them that also read c, and their output size."""
         channels, h, w = image_shape
         first, second = conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1)
         size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
@@ -170,10 +170,11 @@ class Deconvolution:
 
 
 def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
-    """Return start shape and layers of a decoder for images of ``image_shape``, similar to the paper's two decoders.
+    """Return the shape of the first map and the layers of a decoder that is similar to the paper's two decoders.
 
-    From the image back to the start, every layer halves height and width (rounded up), until both are at most 4, and
-    doubles the channels from ``width`` to at most ``8 width``. The last layer is 3 x 3 with stride 1.
+    The sizes are computed from the image back to the first map. With each layer, height and width are halved (rounded
+    up), until both are at most 4, and the channels are doubled, from ``width`` to at most ``8 width``. The last layer
+    is 3 x 3 with stride 1.
 
     Args:
         image_shape: (C, H, W).
@@ -188,13 +189,14 @@ def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     return (min(width << depth, 8 * width), h, w), layers
 
 
-#: For each image shape with a published decoder: the side of the start, the output padding of all layers except the
-#: last, and the kernel of the last. The sides of the maps are 3 - 5 - 9 - 17 - 33 - 32 and 4 - 8 - 16 - 32 - 64 - 64.
+#: The keys are the image shapes for which a decoder was published. The values are the side of the first map, the output
+#: padding of all layers except the last, and the kernel of the last layer. The sides of the maps are
+#: 3 - 5 - 9 - 17 - 33 - 32 for the first decoder, and 4 - 8 - 16 - 32 - 64 - 64 for the second.
 PUBLISHED: dict[Shape, tuple[int, int, int]] = {(3, 32, 32): (3, 0, 2), (3, 64, 64): (4, 1, 3)}
 
 
 def published_decoder(image_shape: Shape) -> Plan:
-    """Return start shape and layers of the paper's decoder for 3 x 32 x 32 (CIFAR) or 3 x 64 x 64 (TinyImageNet).
+    """Return the first map's shape and the layers of the paper's decoder for CIFAR or TinyImageNet.
 
     Args:
         image_shape: (C, H, W).
@@ -334,7 +336,7 @@ class PosteriorEncoderV1(PosteriorEncoder):
 
 
 def decoder_plan_v1(channels: int, inputs: int) -> Plan:
-    """Return start shape and layers of the first version's decoder: ``inputs`` numbers to ``channels`` x 28 x 28."""
+    """Return the first map's shape and the layers of version 1's decoder, from ``inputs`` numbers to 28 x 28 images."""
     return (inputs, 1, 1), [
         Deconvolution(inputs // 2, 4, 1, 0),
         Deconvolution(inputs // 4, 4, 2, 1),
@@ -363,7 +365,7 @@ class DecoderV1(Decoder):
         return self.stack(h.flatten(0, 1).unflatten(1, self.start))
 
 
-#: For each version of the method, its condition encoder, posterior encoder and decoder.
+#: The classes of the condition encoder, the posterior encoder and the decoder, by the version of the method.
 NETWORKS: dict[str, tuple[Any, ...]] = {
     "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
     "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
@@ -400,7 +402,7 @@ class PackedDecoder(nn.Module):
         layers: list[Any] = list(decoder.stack)
         if decoder.normalizes:
             start = decoder.start
-            # [C, h, w, latent_dim + cond_dim]
+            # `joint` is [C, h, w, latent_dim + cond_dim]
             joint = decoder.adapter.weight.double().unflatten(0, start)
             shift = decoder.adapter.bias.double().view(start)
         else:
@@ -477,9 +479,10 @@ class PackedDecoder(nn.Module):
 
 
 def kernel_decodes(device: torch.device) -> bool:
-    """Tell whether a kernel may decode on ``device``: not inside torch.compile, which fuses the plain layers.
+    """Tell whether `PackedDecoder` should be used on ``device``. If not, the decoder's own layers are run.
 
-    For some dtypes and batch sizes there may still be no kernel. Then `decode_prior` runs the layers.
+    It is not used inside torch.compile, which fuses the layers. For some dtypes and batch sizes, `decode_prior` has no
+    kernel, and runs the layers itself.
 
     Args:
         device: device of the latents.

@@ -28,12 +28,12 @@ from ...protocols import NamesRepresentation
 from .networks import PUBLISHED, Decoder, Deconvolution, published_decoder
 
 PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
-#: For each of `PARTS`, its tensors by their official names.
+#: The tensors of each file in `PARTS`, by their official names.
 Tensors = dict[str, dict[str, Tensor]]
 
 
 def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensors:
-    """Return the tensors of a version 4 system for each official file, by official names; they share memory."""
+    """Return the tensors of a version 4 system for each official file, by their official names. They are not copied."""
     state: Tensors = {
         "repr_compressors": condition_encoder.get_submodule("layers").state_dict(),
         "repr_fcn_compressor": condition_encoder.get_submodule("joint").state_dict(prefix="1."),
@@ -41,7 +41,7 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
     }
     stack = list(decoder.get_submodule("stack").children())
     for i, module in enumerate(stack):
-        # the names of this package count modules, and a layer has three modules; the official names count layers
+        # this package numbers modules, of which a layer has three; the official names number layers
         layer, part = divmod(i, 3)
         middle = "" if module is stack[-1] else f"{part}."
         state["decoder"] |= module.state_dict(prefix=f"{layer + 1}.{middle}")
@@ -49,7 +49,10 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
 
 
 def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
-    """Return mean and std of the classifier's normalization: of a `Normalize`, or of attributes as in RobustBench."""
+    """Return the mean and std by which a classifier normalizes images.
+
+    They are read from its `Normalize` module, or from its attributes, as models of RobustBench have them.
+    """
     for module in classifier.children():
         if isinstance(module, Normalize):
             return module.arguments
@@ -75,7 +78,10 @@ def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
 def read_official(
     classifier: nn.Module, directory: str | Path, stem: str | None, layers: Sequence[str] | None
 ) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors of a system's files, and the arguments of a fitting `Carso`; see `Carso.from_official`."""
+    """Return the tensors in a system's files, and the arguments with which `Carso` can hold these tensors.
+
+    `Carso.from_official` documents the arguments.
+    """
     paths = _paths(Path(directory), stem)
     encoder, joint, decoder = (read_weights(path) for path in paths.values())
     blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]

@@ -42,9 +42,9 @@ class CarsoRecipe(Recipe):
         """Return the settings of the training.
 
         Args:
-            official_code: reproduce the authors' code in two respects. It scales eps (`CarsoConfig.eps_mode`). And each
-                process rounds its number of attacked images down, so TinyImageNet is trained without any adversarial
-                example.
+            official_code: reproduce the authors' code in two respects. The code scales eps (`CarsoConfig.eps_mode`).
+                And in the code, each process rounds its number of attacked images down, so TinyImageNet is trained
+                without any adversarial example.
         """
         config: CarsoConfig = super().config(official_code)
         if not official_code:

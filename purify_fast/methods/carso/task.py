@@ -57,9 +57,10 @@ def kl_weight(position: float, delay: float) -> float:
 def balanced_batch(
     classifier: Callable[[Tensor], Tensor], batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> Tensor:
-    """Return the balanced batch [clean | PGD weak | PGD strong | FGSM weak | FGSM strong] on a classifier.
+    """Return the balanced batch: clean images, and images that PGD and FGSM made on a classifier.
 
-    The weak attacks have half of eps. With a bank, the variants in the bank are used, and other images are attacked.
+    The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
+    With an adversarial bank, images are read from the bank if it has them, and the others are attacked.
 
     Every process does this with its own share of the batch, like the official code. Let n be `atom_size` of the whole
     batch. If the number of processes divides n, the processes attack the same images as a single process would.
@@ -137,12 +138,12 @@ def published_step(
     reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
     kl = kl.mean()
     mean_kl = kl.detach().clone()
-    # this is the mean over all processes, so that all compare the same number with free_bits
+    # the mean over all processes is used, so that every process compares the same number with free_bits
     average_([mean_kl])
     kl_term = torch.where(mean_kl < config.free_bits, config.free_bits, kl)
     delay, unit = config.kl_delay_of(batch.epochs)
     beta = config.beta * kl_weight(batch.progress_in(unit), delay)
-    # gradients are averaged over the images and the processes; the factor makes this the sum over all images
+    # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl_term) * images
     return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}

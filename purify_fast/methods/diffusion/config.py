@@ -26,8 +26,8 @@ class DiffusionConfig:
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
         prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
         last_time: the last time for which the denoiser is trained, as a share of the process (paper: 1). A purifier
-            only uses times up to its t*. A small denoiser that is trained only up to t* removes this noise better
-            (own).
+            only uses times up to its t*, the time up to which it adds noise. A small denoiser removes this noise better
+            if it is trained only up to t* (own).
         denoising_weight: weight of the first training's loss in the second training, where it is added to the
             cross-entropy (own). No effect in the other trainings.
         ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999); 0: no moving average.

@@ -9,9 +9,9 @@ With one round and no guidance, this is DiffPure (Nie et al., "Diffusion Models 
 t*, it is the gradual noise of Lee & Kim (ICCV 2023, arXiv 2303.09051). With a single step, it is the one-shot denoising
 of Carlini et al. (ICLR 2023, arXiv 2206.10550).
 
-The gradient is exact for any number of steps. Its memory is that of one step, or of as many steps as fit: the other
-steps are computed again in the backward pass, with the same noise, which is drawn from a seed and never stored
-(`purify_fast.attacks.checkpointed_steps`).
+The gradient is exact for any number of steps. The activations of a single step are stored, or of more steps if they fit
+into the memory. The other steps are computed again in the backward pass, with the same noise, which is drawn from a
+seed and never stored (`purify_fast.attacks.checkpointed_steps`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
-#: A function of a state of the reverse process, the state of the forward process at the same time, and a bool: whether
-#: a reverse process begins.
+#: A function that is called with three arguments: a state of the reverse process, the state of the forward process at
+#: the same time, and True if the reverse process begins with this state.
 Visit = Callable[[Tensor, Tensor, bool], None]
 #: Surrogates divide the number of steps, or the number of steps with a gradient of the denoiser, by this factor.
 FEWER = 4
@@ -124,7 +124,7 @@ class DiffusionPurifier(Defence):
             self.num_classes = count_classes(lambda: self.classify(blank).flatten(0, 1), self.image_shape, 2)
             times: Any = self._times
             times = times.view(torch.float64)[-1].expand(len(blank))
-            # the denoiser may have random numbers of its own, such as dropout in evaluation mode
+            # the denoiser may draw random numbers itself, such as for dropout in evaluation mode
             self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
 
     def _make_table(self) -> None:
@@ -137,7 +137,8 @@ class DiffusionPurifier(Defence):
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
         rows = {"_rows": torch.arange(2 * len(self.begins))}
-        # the buffers are the bits of the numbers as int64, because a conversion of the defence would round floats
+        # each float64 number is stored as an int64 number with the same bits, because floats would be rounded when a
+        # user converts the defence to another dtype
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
         for name, tensor in rows.items():
             self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
@@ -249,8 +250,8 @@ class DiffusionPurifier(Defence):
             checkpointed_steps,
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
-            # the process draws its noise from a seed, so only dropout in training mode and the denoiser may draw from
-            # generators
+            # The process draws its noise from a seed. torch's generators are used only by dropout in training mode, or
+            # by a denoiser that draws random numbers itself.
             preserve_rng_state=self.training or self._denoiser_draws,
         )
         if visit is None:
@@ -307,11 +308,11 @@ class DiffusionPurifier(Defence):
         skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
         few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
-        # a process with a single step is nearly the same as one_shot, for every solver
+        # `few` is left out if it has a single step, because it is then nearly the same as `one`, for every solver
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Return published attacks on such purifiers (`purify_fast.protocols.OwnAttacks`).
+        """Return published attacks on purifiers by diffusion (`purify_fast.protocols.OwnAttacks`).
 
         `purify_fast.methods.diffusion.own_attacks` has the sources.
 
@@ -325,7 +326,9 @@ class DiffusionPurifier(Defence):
         return strong_attacks(self, norm, eps)
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the evaluation by the authors of such purifiers (`purify_fast.protocols.AuthorsEvaluation`).
+        """Return the attacks of the evaluations by the authors of DiffPure and GDMP.
+
+        See `purify_fast.protocols.AuthorsEvaluation`.
 
         `purify_fast.methods.diffusion.released_evaluation` has the sources.
 
@@ -346,7 +349,7 @@ class DiffusionPurifier(Defence):
 
     @property
     def _network(self) -> Denoiser:
-        """The network for predictions: the denoiser, or its bfloat16 copy if the defence is accelerated and frozen."""
+        """The network that predictions use. This is the denoiser, or its bfloat16 copy if accelerated and frozen."""
         fast = self.fast
         return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
 

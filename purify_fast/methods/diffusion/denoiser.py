@@ -1,4 +1,4 @@
-"""A common interface to all denoisers: this package's U-Net, the U-Net of diffusers, and modules of users."""
+"""Gives all denoisers the same interface: this package's U-Net, the U-Net of diffusers, and modules of users."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..base import answer_of, description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}
-#: The kind of a denoiser that was saved without a classifier.
+#: The ``kind`` in the file of a denoiser that was saved without a classifier.
 ALONE = "Denoiser"
 #: The class of diffusers' network, which can be made again from its ``config``.
 DIFFUSERS = "UNet2DModel"
@@ -35,14 +35,20 @@ def _diffusers_model() -> Any:
 
 
 def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
-    """Describe a denoiser by JSON values from which it can be made again; a user's module only by its class's name."""
+    """Describe a denoiser by JSON values from which it can be made again.
+
+    A module of the user's own is described only by the name of its class.
+    """
     if type(denoiser).__name__ == DIFFUSERS:
         return {"kind": DIFFUSERS, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
     return description(denoiser, DENOISERS)
 
 
 def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str | Path) -> nn.Module:
-    """Make the denoiser of a saved description, or return ``given`` if it has this description; or raise ValueError."""
+    """Make the denoiser of a saved description. If ``given`` is a module with this description, return it instead.
+
+    Raise ValueError if ``given`` has another description.
+    """
     if given is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])
     return rebuilt(facts, given, DENOISERS, folder)
@@ -111,7 +117,7 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     if scheduler is None or not (network / "config.json").is_file():
         raise FileNotFoundError(f"{folder} must have config.json and scheduler_config.json, like diffusers' pipelines")
     process = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8"))
-    # Two types of diffusers are not supported: with "learned", the network predicts the variance itself, and with
+    # Two variances of diffusers are not supported. With "learned", the network predicts the variance itself. With
     # "fixed_large_log", diffusers takes the square root of a logarithm.
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
     found = []
@@ -215,7 +221,7 @@ class Denoiser(nn.Module):
             x: noisy images ``[B, C, H, W]``.
             t: times in the units of the module, float64 ``[B]``.
         """
-        # the eight bits of bfloat16's mantissa cannot distinguish a thousand values of the time
+        # the time is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand times
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
@@ -225,13 +231,13 @@ class Denoiser(nn.Module):
         return [*self.parameters(), *self.buffers()]
 
     def bfloat16_copy(self) -> Denoiser:
-        """Return a frozen copy for an autocast to bfloat16, with bfloat16 weights in convolutions and linear layers."""
+        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights. It is run under autocast."""
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
                 if type(layer) is nn.Conv2d:
-                    # this class computes the same, and uses this package's convolution on a CPU where that is faster
+                    # on a CPU, this class computes the same by this package's convolution, if that is faster
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)

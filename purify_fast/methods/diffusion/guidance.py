@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from ..._tensors import without_autocast
 
 Guidance = Literal["mse", "ssim"]
-#: Constants of SSIM: the window's side and standard deviation in pixels, and terms that avoid division by 0.
+#: Constants of SSIM: the window's side, its standard deviation in pixels, and two terms that avoid a division by 0.
 WINDOW, DEVIATION, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
 
 

@@ -1,16 +1,16 @@
 """Attacks on purifiers by diffusion, which the protocol "strong" runs in addition to its other attacks.
 
 Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak's
-attack (arXiv 2411.16598) is based on the fact that noise hides low frequencies least, and optimizes filters. Here, a
-single fixed filter is applied to the gradient g:
+attack (arXiv 2411.16598) uses the fact that noise hides low frequencies least, and optimizes filters that prefer them.
+Here, a single fixed filter is applied to the gradient g:
 
     g_low = F^-1 (m F g)
 
 m is 1 for frequencies up to a quarter of the highest frequency in each direction, and otherwise 0. The purifier itself
 decides if the images that this attack finds are misclassified.
 
-DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss of the intermediate states, whose
-gradient does not have to pass through all steps:
+DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss that compares intermediate states.
+The gradient of this loss does not have to pass through all steps:
 
     L = L_cls + w mean over t of mean (x_t - x'_t)^2,   x_t the noised image, x'_t the state of the reverse process
 
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from ...attacks import APGD
 from ...evaluation import AttackSpec, lee_kim_2023
 
-#: The highest frequency of the filtered gradient in each direction, as a share of the highest of the image.
+#: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
 KEPT = 0.25
 #: Number of draws over which a step averages the gradient.
 DRAWS = 20

@@ -52,11 +52,11 @@ class Table(NamedTuple):
 
     #: The coefficients of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
     coefficients: Tensor
-    #: The coefficients that add noise to an image up to the row's time, for guidance, ``[n, 8]``.
+    #: The coefficients with which guidance adds noise to the input image, up to the time of the row, ``[n, 8]``.
     targets: Tensor
     #: The times in the denoiser's units, ``[n]``.
     times: Tensor
-    #: The factor w of the guidance, ``[n]``; with learned variances, w divided by the variance.
+    #: The factor w of the guidance, ``[n]``. With learned variances, this is w without its factor, the variance.
     weights: Tensor
 
 
@@ -73,7 +73,8 @@ class Process:
             probability flow) or ``one_shot`` (the image that is predicted at t*).
         t_star: time up to which noise is added, as a share of the process. Several times define several rounds; each
             round purifies the result of the round before.
-        steps: number of the solver's steps, one number for all rounds or one for each round; None: every training step.
+        steps: number of the solver's steps: one number for all rounds, or a number for each round. None: a step for
+            each training step.
         eta: parameter of ddim: with 0 it adds no noise, and with 1 the same noise as ddpm.
         variance: variance of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
         clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1]. If
@@ -139,7 +140,7 @@ class Process:
 
     @property
     def rounds(self) -> list[tuple[float, int | None]]:
-        """The t* and number of steps of each round."""
+        """The time t* and the number of steps of each round."""
         starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
         if not starts or len(counts) != len(starts):
@@ -159,7 +160,7 @@ class Process:
         return self.times or ("continuous" if self.schedule.is_continuous else "index")
 
     def table(self) -> tuple[Table, list[bool]]:
-        """Return the table of all rounds, and for each row whether it begins a round, and so only adds noise."""
+        """Return the table of all rounds, and a bool for each row: True if the row begins a round by adding noise."""
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)

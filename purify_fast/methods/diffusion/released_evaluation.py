@@ -1,4 +1,4 @@
-"""The authors' evaluations of purification by diffusion: the protocol "authors", for a comparison with their numbers.
+"""Repeats the authors' evaluations of purification by diffusion, to compare with their numbers: the protocol "authors".
 
 The authors of DiffPure (NVlabs/DiffPure at 985703f) use AutoAttack, version rand (lines 24 and 25 of
 run_scripts/cifar10/run_cifar_rand_inf.sh), with the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
@@ -37,7 +37,7 @@ PATHS = 10
 
 
 class AdjointGradient(nn.Module):
-    """A purifier with one round and one draw of the reverse SDE, whose gradient is from the adjoint SDE.
+    """A purifier with one round and one draw of the reverse SDE. Its gradient is computed by the adjoint SDE.
 
     Args:
         defence: a `DiffusionPurifier` with the solver ``vp_sde`` and one round.
@@ -120,7 +120,7 @@ class _Adjoint(torch.autograd.Function):
         defence, process = ctx.defence, ctx.defence.process
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
-        # each step of the adjoint SDE begins at the time at which the step of the SDE ended
+        # the adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         rows, _ = process.denoising(t)

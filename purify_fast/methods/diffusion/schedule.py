@@ -1,4 +1,4 @@
-"""Noise schedules of diffusion models. The time t runs from 0, the image, to 1, only noise.
+"""Defines the noise schedules of diffusion models. The time t runs from 0 (the image) to 1 (only noise).
 
     x_t = alpha x_0 + sigma z,   alpha^2 = alpha_bar(t),   sigma^2 = 1 - alpha_bar(t),   z ~ N(0, I)
 
@@ -33,16 +33,16 @@ USUAL_STEPS = 1000
 MOST_STEPS = 10_000
 #: Upper bound for the betas of a cosine schedule.
 LARGEST_BETA = 0.999
-#: The last time of a process in continuous time, because the score at 0 is infinite (NVlabs/DiffPure,
-#: runners/diffpure_sde.py:228).
+#: A reverse process in continuous time ends at this time and not at 0, because the score at 0 is infinite
+#: (NVlabs/DiffPure, runners/diffpure_sde.py:228).
 END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
-# The cache avoids a copy to the device in every training step.
+# The result is cached, so that it is not copied to the device in every training step.
 @functools.lru_cache(maxsize=16)
 def _products(schedule: Schedule, device: torch.device) -> Tensor:
-    """Return alpha_bar for the image, which is 1, and for all training steps, float64 ``[N + 1]``."""
+    """Return alpha_bar at the time 0, where it is 1, and at the times of all training steps, float64 ``[N + 1]``."""
     with torch.inference_mode(False):
         return torch.cat([torch.ones(1, dtype=torch.float64), (1 - schedule.betas).cumprod(0)]).to(device)
 

@@ -1,4 +1,4 @@
-"""The three trainings of a denoiser: on clean images, through the whole purification, and by distillation.
+"""Trains a denoiser in one of three ways: on clean images, through the whole purification, or by distillation.
 
 On clean images, the loss of an image x in [-1, 1] is
 
@@ -27,9 +27,8 @@ a gradient and clipped to [-1, 1]. So all states on a trajectory of the teacher'
 image at the end of this trajectory. The method is from Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv 2303.01469,
 algorithm 2. Their intervals are those of another schedule, and their distance for large images is LPIPS.
 
-An ordinary denoiser predicts the mean of all images that may have become x_t, and so does a single step with the
-velocity of flow matching on straight lines (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts
-a single image.
+An ordinary denoiser predicts the mean of all images that may have become x_t. A single step of flow matching on
+straight lines predicts it too (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts one image.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def products_in(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within the block, matrix products are in the precision of the training.
+    """Within the block, compute matrix products in the precision of the training.
 
     Args:
         precision: precision of the training.
@@ -99,7 +98,7 @@ def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: 
     """Return the loss of one batch of clean images, float32.
 
     Args:
-        denoiser: x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction with the shape of x_t.
+        denoiser: a module from x_t ``[B, C, H, W]`` and times ``[B]`` to a prediction with the shape of x_t.
         batch: the images.
         process: process with the schedule, the predicted quantity and the units of time.
         config: settings with the last time and the precision.

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_map_only
 from ..._tensors import last_channels, memory_format
 
 HALVES = (torch.bfloat16, torch.float16)
-#: The number of samples of an example. A dimension whose size is a multiple of this number is taken for the dimension
-#: of the samples.
+#: The number of samples of an example. If the size of a tensor's dimension is a multiple of this number, the dimension
+#: is assumed to be that of the samples.
 ROWS = 3
 #: Image shapes for ops whose examples differ only in the shape. In the kernels for losses and for steps in a norm, the
-#: last two shapes have more numbers than one program processes. Each shape has its `Example.gpu`: the dtypes for which
-#: kernels are verified with it on a GPU.
+#: last two shapes have more numbers than one program processes. The letters are the dtypes for which kernels are
+#: verified with this shape on a GPU (`Example.gpu`).
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
 #: The shape of the images for races.
 RGB = (((ROWS, 3, 32, 32),),)
@@ -45,8 +45,8 @@ class Example:
         variant: setting for which the op's backend is chosen separately, if there is one.
         summed: whether the results are sums over the samples.
         jumps: whether the result jumps where a number changes its sign. Rounding can change the sign of some numbers,
-            so the error of a single number has no bound. Errors are then root mean squares, and a tenth of the result's
-            is allowed.
+            so the error of a single number has no bound. If True, the root mean square of the error is compared, and
+            may be up to a tenth of the root mean square of the result.
         gpu: dtypes in which the example verifies the op's kernel on a GPU, where kernels are compiled for each dtype
             and setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of
             its dtypes. They cover every kernel in float32 and in a 16-bit dtype. They cover every setting, layout and
@@ -90,7 +90,7 @@ def batch_dimension(tensor: Tensor) -> int | None:
     """Return the dimension of the samples or passes; None for seeds, settings and parameters (the weights)."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
-    # The shape of owners is [draws, samples, ...].
+    # The second dimension is that of the samples in the tensor of owners, [draws, samples, ...].
     return 0 if tensor.shape[0] % ROWS == 0 else 1
 
 

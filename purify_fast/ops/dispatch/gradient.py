@@ -42,7 +42,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Like ``once_differentiable``, but without its overhead if no second derivative is recorded.
+    """Do the same as torch's ``once_differentiable``, but without its overhead if no second derivative is recorded.
 
     Args:
         backward: a function's ``backward(ctx, *grads)``.
@@ -146,8 +146,8 @@ def may_save(x: Tensor) -> bool:
 
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
-    """Return True if a saving kernel replaces an op's forward.
+    """Return True if the forward of an op is computed by the CPU kernel that also saves numbers for the backward.
 
-    This requires that a kernel is used for its backward too.
+    This is so only if the op's backward, ``backward``, is computed by a kernel too.
     """
     return may_save(x) and not backward.uses_reference(x.device, x.dtype, x.numel(), variant)

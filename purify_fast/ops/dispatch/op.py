@@ -1,4 +1,4 @@
-"""The parts of an op: its handle, its definition, its kernels, and the examples that verify and race them."""
+"""`Definition` describes an op: its handle, reference and kernels, and the examples that verify and race kernels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def call_of(name: str, device: torch.device, style: Style) -> Call:
 
 
 def size_of(bits: int) -> str:
-    """Return the size for a bit length of a number of elements. It is empty for 0 bits, which mean every size."""
+    """Return the name of a call's size, from the bit length of its number of elements. For 0, return an empty text."""
     return next(name for name, end in SIZES.items() if bits < end) if bits else ""
 
 
@@ -77,18 +77,18 @@ class Definition:
         reference: the definition, in PyTorch.
         available: the backends that exist here, by device type; the kernel is last.
         examples: inputs that verify its kernels.
-        raced: inputs that race its kernels: a few samples of realistic shapes.
+        raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
         sources: the files from which its kernel is built, by device type.
         launch: function that starts its Triton kernel, or None.
         replaces_many: variants for which forward and backward together replace at least a dozen launches of the
             reference; ``""`` means an op without variants. Without races, a GPU uses the kernel for these variants.
-        compiler_fuses: those of these variants whose reference compilers fuse too. Inside compiled graphs they use the
-            reference.
+        compiler_fuses: the variants in ``replaces_many`` whose reference can be fused by a compiler too. Inside
+            compiled graphs, the reference is used for these variants.
         size_key: function that returns, from the kernel's arguments, the dtype and the number of elements by which
             races distinguish calls.
         differentiable: whether the public function has gradients, by a ``torch.autograd.Function`` around the op. The
-            op itself never records any. With False the public function has no gradients either, and its documentation
-            says that.
+            op itself never records gradients. If False, the public function has no gradients either, and its
+            documentation says this.
         served: the backend that was chosen for each call so far.
     """
 

@@ -2,9 +2,9 @@
 
 Two kinds of files have the results, in the same form: the user's file for this machine (`records`), and the package's
 ``races.json``, for machines that were measured with the benchmarks. The user's file has priority. It has hashes of the
-ops' sources, and entries for other sources are ignored. From ``races.json``, a machine with the same device is used, or
-else a machine with the same instruction set. For a CPU without either, the first machine is used, because a kernel that
-was faster on one CPU is faster on most.
+ops' sources, and entries for other sources are ignored. ``races.json`` has the results of several machines. The results
+of a machine with the same device are used, or else those of a machine with the same instruction set. If there is no
+such machine, a CPU uses the results of the first CPU, because a kernel that was faster on one CPU is faster on most.
 
 A file has an entry for each op. The entry's ``cells`` give the fastest backend of eager calls and inside graphs: for
 each measured combination of variant, dtype and size; for each variant; and, under an empty name, for the whole op. A
@@ -103,7 +103,7 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
 
 
 def winners(op: Definition, device: torch.device) -> list[dict[str, Any]]:
-    """Return the cells of an op's entries. The first cells that match a call are used."""
+    """Return the cells of each entry of an op, in the order in which the entries are searched for a call."""
     return [entry.get("cells", {}) for entry, _ in entries_of(op, device)]
 
 
@@ -118,7 +118,7 @@ def winner(op: Definition, call: Call) -> Winner | None:
 
 
 def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
-    """Return the calls of an op that were raced separately: those named in the first entry that has any."""
+    """Return the calls of an op that were raced separately, from the first entry that names such calls."""
     for entry, _ in entries_of(op, device):
         cells = entry.get("cells", {})
         raced = [call_of(name, device, style) for name in cells if name and style in cells[name]]

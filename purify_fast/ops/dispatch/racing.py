@@ -84,7 +84,7 @@ class Race:
         example: a few samples of realistic shapes.
         dtype: dtype of the call.
         size: ``small``, ``medium`` or ``large``.
-        times: how often the samples of the example are repeated.
+        times: the number of times that the samples of the example are repeated.
     """
 
     op: str
@@ -114,11 +114,11 @@ class Row:
         dtype: name of the dtype, without ``torch.``.
         size: ``small``, ``medium`` or ``large``.
         style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
-        elements: number of elements of the tensor that `size_key` chooses.
+        elements: number of elements of the tensor that `Definition.size_key` chooses.
         reference_us: microseconds per call of the reference.
         kernel_us: microseconds per call of the kernel.
         launches: number of operators that the reference launches, while the kernel launches one or a few.
-        megabytes: size of the arguments and results, counted once each.
+        megabytes: size of all arguments and results together.
     """
 
     example: str
@@ -180,7 +180,10 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Return the seconds of each call: the minimum of a few alternating runs, to reduce the effect of other work."""
+    """Return the seconds of each call. The calls are run in turn a few times, and the shortest time of each is used.
+
+    This reduces the effect of other work on the machine.
+    """
     repeats, runs = [], 5
     for call in calls:
         call()
@@ -192,7 +195,10 @@ def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[flo
 
 
 def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bool) -> list[float]:
-    """Time reference and kernel like `fastest`, again while the result would change whether the kernel ``serves``."""
+    """Time the reference and the kernel like `fastest`. Repeat this while the result would change the backend in use.
+
+    ``serves`` tells whether the kernel is in use.
+    """
     times = fastest(calls, device)
     for _ in range(ATTEMPTS - 1):
         if level(times[0] / times[1], serves) == serves:
@@ -204,7 +210,7 @@ def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bo
 def level(ratio: float, serves: bool) -> bool:
     """Return True if a kernel with this relative speed should be used.
 
-    A kernel in use (``serves``) may be a bit slower.
+    A kernel that is already in use (``serves``) may be a bit slower than the reference (`LEVEL`).
     """
     return ratio >= (LEVEL if serves else 1 / LEVEL)
 
@@ -233,7 +239,10 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """Compile a call between a product and a sum, which the compiler may fuse with code that it can trace."""
+    """Compile a call together with a product before it and a sum after it.
+
+    The compiler can fuse these two with the reference, but not with a kernel.
+    """
     first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
     def surrounded(*given: Any) -> list[Tensor]:
@@ -340,7 +349,10 @@ def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
 
 
 def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
-    """Choose from the rows of an op's races which backend computes its calls on a device. Also return what changes."""
+    """Choose the backend for each call of an op on a device, from the rows of the op's races.
+
+    Return the op's entry for the user's file, and the calls whose backend changes.
+    """
     by_call: dict[Call, list[Row]] = {}
     for row in rows:
         by_call.setdefault(row.call(device), []).append(row)
@@ -386,7 +398,10 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[Race, bool]]:
-    """Return all races, and for each whether to compile. The most important races come first, in case the time ends."""
+    """Return all races, each with True if it is run inside a compiled graph, and False if it is run eagerly.
+
+    The most important races come first, because the time may end before the last.
+    """
     order = {"medium": 0, "large": 1, "small": 2}
     every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
     # Compiling takes seconds, so one example and one size per variant and dtype represent the graphs of every size.

@@ -123,7 +123,7 @@ def files_digest(paths: tuple[Path, ...]) -> str:
     return hashlib.blake2b(b"".join(map(_content_digest, paths)), digest_size=8).hexdigest()
 
 
-# A dozen ops share one extension with a size of megabytes.
+# The digest is cached, because a dozen ops share one extension with a size of megabytes.
 @functools.cache
 def _content_digest(path: Path) -> bytes:
     try:

@@ -80,17 +80,17 @@ def second_argument(_, x: torch.Tensor, *__) -> tuple[torch.dtype, int]:
 
 
 def like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    """The fake of an op whose result is like its first argument, but contiguous."""
+    """Compute the fake of an op whose result has the shape and dtype of its first argument, and is contiguous."""
     return x.new_empty(x.shape)
 
 
 def like_second(_: torch.Tensor, x: torch.Tensor, *__: Any) -> torch.Tensor:
-    """The fake of an op whose result is like its second argument, but contiguous."""
+    """Compute the fake of an op whose result has the shape and dtype of its second argument, and is contiguous."""
     return x.new_empty(x.shape)
 
 
 class Op(Definition):
-    """A registered op, and the choice of the backend that computes its calls."""
+    """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, the first of which is a tensor, and run it.
@@ -117,7 +117,7 @@ class Op(Definition):
             return forced
         if torch.compiler.is_compiling():
             return _in_graph(self.name, call.device.type, call.device.index, call.variant, call.dtype)
-        # Every eager call comes here, so this is a single look-up.
+        # Every eager call runs this line, so it must be fast: the backend is looked up in a dict.
         return self.served.get(call) or self._choose(call)
 
     def _choose(self, call: Call) -> Backend:
@@ -222,10 +222,11 @@ def define_op(
         fake: function that returns outputs with the right shapes and dtypes. The default output is like the first
             argument, but contiguous.
         examples: small inputs that verify and test kernels.
-        raced: a few samples of realistic shapes, with which kernels are raced; the examples by default.
+        raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; by default, the
+            examples.
         triton: launcher with the op's signature, imported at the first call. It never gets float64.
         replaces_many: see `Definition`, also for the following arguments.
-        compiler_fuses: those of these variants that compilers fuse too.
+        compiler_fuses: the variants in ``replaces_many`` whose reference can be fused by a compiler too.
         size_key: function that returns the dtype and the size by which races distinguish calls.
         differentiable: whether the public function has gradients.
     """

@@ -1,8 +1,9 @@
-"""The kernels of a run: the kernels in use when a run begins remain in use until it ends, in all of its processes.
+"""Keeps the choice of kernels the same during a run: the kernels in use at its start are used until it ends.
 
-Kernels differ from their references in the last bits. So the first process reads the races that choose between them
-once, when a run begins (`kernels_now`). They apply to the whole run, even if kernels are raced on the machine in the
-meantime (`keep_kernels`). A training stores them in its folder, and reads them from there when it is resumed.
+A kernel and its reference differ in the last bits. So the first process reads the results of the races once, when a run
+begins (`kernels_now`). All processes use these results for the whole run, even if kernels are raced on the machine in
+the meantime (`keep_kernels`). A training stores the results in its folder, and reads them from there when it is
+resumed.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def tell_changes(begun: dict[str, Any], now: dict[str, Any]) -> None:
         )
     elif raced := differing("races"):
         logger.warning(
-            "this run continues with the kernels with which it began. Today other kernels would be chosen for %s: to "
-            "use those, begin a run in another folder",
+            "this run continues with the kernels with which it began. A new run would use other kernels for %s: to use "
+            "those, begin a run in another folder",
             raced,
         )

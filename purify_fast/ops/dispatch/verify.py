@@ -46,7 +46,8 @@ MODES = ("first_use", "off")
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-#: The allowed error of a result that jumps (`Example.jumps`), relative to the result. Both are root mean squares.
+#: If a result jumps (`Example.jumps`), the root mean square of its error may be at most this multiple of the root mean
+#: square of the result.
 JUMPS = 0.1
 #: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
@@ -121,7 +122,10 @@ class Verdict(Deviation):
 
 
 def _part(call: Call) -> Call:
-    """Return the calls that are verified together with a call: on a GPU only those of its variant and dtype."""
+    """Return the part of the op to which a call belongs: all calls that are verified together with it.
+
+    On a GPU, these are the calls of the same variant and dtype; on a CPU, they are all calls of the op.
+    """
     whole = call.device.type == "cpu" or call.dtype is None
     return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
 
@@ -276,7 +280,7 @@ def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
 
 
 def _read(device: torch.device) -> dict[str, Verdict]:
-    """Return the verdicts by part, from this process and from the disk."""
+    """Return the verdicts of this process and those on the disk, by the name of the part (see `_part_name`)."""
     path, verdicts = str(records.file_of("verified", device)), {}
     for name, entry in records.read("verified", device).get("ops", {}).items():
         try:
@@ -287,13 +291,19 @@ def _read(device: torch.device) -> dict[str, Verdict]:
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """Return the verdicts by part on the current kernels of these ops. This verifies nothing."""
+    """Return the saved verdicts on the current kernels of these ops, by the name of the part. Verify no kernel.
+
+    A part of an op is a set of calls that are verified together (see `_part`).
+    """
     by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
     return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
 
 
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Return the worst verdict on the parts of each op: on a wrong kernel, or else the largest error in relation."""
+    """Return the worst verdict on the parts of each op.
+
+    The worst verdict is that on a wrong kernel. If no kernel is wrong, it is the verdict with the largest ``share``.
+    """
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
         worst.setdefault(name.partition(" ")[0], verdict)
@@ -301,7 +311,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """Return the verdict on the kernel of a call. Without a verdict, verify it now, in one process at a time."""
+    """Return the verdict on the kernel of a call. If there is none, verify the kernel now; other processes wait."""
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(records.file_of("verified", device))
 

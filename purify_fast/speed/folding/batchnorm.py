@@ -288,7 +288,10 @@ class FoldedPairs:
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """For every element of every weight, in the order of memory, the index of its channel among all channels."""
+        """Yield, for each weight, the index of the output channel of each element, in the order of the memory.
+
+        The indices count the channels of all weights.
+        """
         begin = 0
         for weight in self._layouts:
             channels = torch.arange(begin, begin + len(weight), dtype=torch.int32)

@@ -1,8 +1,8 @@
 """Count the operators for which the host waits for the device.
 
 On a GPU, such an operator stops the host until the device has finished its work, and it cannot be part of a CUDA graph.
-The operators can be counted on any device. To make a tensor from Python numbers also counts, because on a GPU the
-numbers are copied to the device, and the host waits for this copy.
+The operators can be counted on any device. A tensor that is made from Python numbers also counts, because on a
+GPU the numbers are copied to the device, and the host waits for this copy.
 """
 
 from __future__ import annotations

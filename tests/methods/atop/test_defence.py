@@ -270,9 +270,9 @@ def test_what_does_not_fit_is_refused_at_once():
     with pytest.raises(ValueError, match="Linear"):
         defence(nn.Linear(3, 3))
     for classifier, said in (
-        (SmallCNN(1, image_size=(8, 8)), r"\[B, 1, 16, 16\] to logits \[B, C\]: "),
+        (SmallCNN(1, image_size=(8, 8)), r"\[B, 1, 16, 16\] to logits \[B, C\], but the call failed: "),
         (nn.Identity(), r"to logits \[B, C\].* \[2, 1, 16, 16\]"),
-        (nn.MaxPool2d(2, return_indices=True), r"to logits \[B, C\]: "),
+        (nn.MaxPool2d(2, return_indices=True), r"to logits \[B, C\], but the call failed: "),
     ):
         with pytest.raises(ValueError, match=rf"the classifier must map .*{said}"):
             defence(classifier=classifier)

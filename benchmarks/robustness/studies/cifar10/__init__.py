@@ -70,5 +70,5 @@ class Cifar10(Study):
         return jobs(chosen.data, self.budget(chosen), usable_device(chosen.device), chosen.base)
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write the table of the study, or of its rows on a given base."""
+        """Write the page of the study. With ``--base``, write the page of the rows that have this base."""
         return write(root, folder, self.budget(chosen), chosen.base)

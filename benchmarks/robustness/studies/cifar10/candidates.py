@@ -1,4 +1,6 @@
-"""TRADES, and candidates for better defences on CIFAR-10. A candidate is a method that could surpass the base.
+"""TRADES, and candidates for better defences on CIFAR-10.
+
+A candidate is a method that could be more robust than the base, the adversarially trained classifier of the study.
 
 Each candidate is a row of the table, even if it does not help. The defences start from the purifier with the paper's
 objective, and are trained through the pipeline. The mixture of two classifiers is not trained. No setting is chosen on
@@ -65,7 +67,7 @@ class Candidate:
         source: authors and publication of the method.
         loss: name of the loss.
         joint: True to train the classifier too.
-        late: True if the condition reads only the last stage of the classifier.
+        late: True if CARSO reads only the last stage of the classifier.
     """
 
     source: str
@@ -76,8 +78,8 @@ class Candidate:
 
 #: The candidates by the names of their rows.
 CANDIDATES = {
-    "CARSO pipeline, joint": Candidate("purifier and classifier trained together (own)", joint=True),
-    "CARSO pipeline, late layers": Candidate("the condition of the last stage alone (own)", late=True),
+    "CARSO pipeline, joint": Candidate("purifier and classifier are trained together (our own idea)", joint=True),
+    "CARSO pipeline, late layers": Candidate("the condition comes from the last stage alone (our own idea)", late=True),
     "CARSO pipeline, TRADES": Candidate("the loss of Zhang et al., ICML 2019, arXiv 1901.08573", loss="trades"),
     "CARSO pipeline, distilled": Candidate(
         "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv 1905.09747",
@@ -96,8 +98,8 @@ class CandidateTask(CarsoTask):
 
     Args:
         defence: trained defence.
-        config: settings of a training through the pipeline. For "distilled" their targets must be the probabilities of
-            the classifier.
+        config: settings of a training through the pipeline. For the loss "distilled", the setting ``targets`` must be
+            "classifier".
         origin: fingerprint of the purifier at the start.
         loss: "trades" uses the loss of TRADES, with the predictions of the whole defence. The other names use the loss
             of the config.
@@ -131,8 +133,8 @@ class Mixed(nn.Module):
     """A mixture of two models. Its logits are the logarithm of a weighted mean of the models' probabilities.
 
     A robust model is usually more confident when it is right than when it is wrong. Here a power of its normalized
-    logits increases this difference, so that the accurate model decides mostly where the robust model is unsure. The
-    constants of the class are our own choice.
+    logits increases this difference, so that the accurate model decides mostly where the robust model is unsure. We
+    chose the constants of this class ourselves.
 
     Args:
         accurate: model with the higher clean accuracy.

@@ -96,7 +96,14 @@ def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> Arre
 
 
 def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
-    """Return the settings of AFT if ``weight`` is 0 and ``angle`` is None, and otherwise those of ARREST."""
+    """Return the settings of a finetuning by ARREST.
+
+    Args:
+        budget: amounts of the training.
+        weight: weight lambda of the distillation. 0 leaves the distillation out.
+        angle: threshold phi of the noisy replay. None leaves the replay out. With neither part, ARREST is AFT, plain
+            adversarial finetuning.
+    """
     return ArrestConfig(
         attack=attack_of(budget),
         distillation_weight=weight,
@@ -158,7 +165,10 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Train a classifier adversarially, from random weights, a model of the zoo or the base, as the settings say."""
+    """Train a classifier adversarially.
+
+    The setting ``how`` says whether it starts from random weights, from a model of the zoo, or from the base.
+    """
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
         # Continue the training of the base with a second cycle of the learning rate.
@@ -197,7 +207,7 @@ def take_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
-    """Train ARREST for a short time with a pair of lambda and phi, and evaluate it on held-out training images."""
+    """Finetune by ARREST for a short time, with given lambda and phi. Evaluate it on held-out training images."""
     images, budget = images_of(job), job.settings["budget"]
     model = trained_classifier(job, root, study.STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
@@ -222,7 +232,7 @@ def chosen(job: Job, root: Path) -> tuple[float, float]:
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
-    """Train AFT, or ARREST with the chosen lambda and phi, from the standard classifier."""
+    """Finetune the standard classifier by ARREST with the chosen lambda and phi, or by AFT (see `finetuning`)."""
     images, budget = images_of(job), job.settings["budget"]
     weight, angle = chosen(job, root) if job.name == study.ARREST_EMA else (0.0, None)
     model = trained_classifier(job, root, study.STANDARD)
@@ -263,7 +273,10 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Copy the weights of the purifier with the paper's objective, where their shapes fit. Return its fingerprint."""
+    """Copy weights from the purifier that was trained with the paper's objective, where the shapes are equal.
+
+    Return the fingerprint of the defence from which they are copied.
+    """
     before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
     there = defence.state_dict()
     own = {
@@ -278,8 +291,8 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """Train CARSO with the paper's objective, or continue its training through the pipeline.
 
-    The training through the pipeline is that of the study's own row, of a candidate, or of the best candidate. If the
-    best candidate is the mixture, nothing is trained.
+    The training through the pipeline belongs to one of CARSO's rows, to a candidate, or to the best candidate. If the
+    best candidate is the mixture of two classifiers, nothing is trained.
     """
     name = best(job, root) if job.name == study.BEST else job.name
     if name == study.MIXED:
@@ -309,14 +322,17 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
-    """Return the costs of the mixture. It is not trained, so its training costs are the sum of those of its parts."""
+    """Return the costs of the mixture. Its training costs are the sum of those of its two classifiers."""
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     flop = 1e9 * sum(part["training_gflop"] for part in parts)
     return costs(model_of(job, root, study.MIXED), images_of(job), flop)
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
-    """Train AToP, whose generator corrects images: by pre-training, with the paper's objective, or in the pipeline."""
+    """Train AToP with a generator that corrects images.
+
+    The row decides whether it is pre-trained, trained with the paper's objective, or trained through the pipeline.
+    """
     images, budget = images_of(job), job.settings["budget"]
     base = load_classifier(job.folder(root, study.BEHIND[job.name]))
     torch.manual_seed(job.seed)

@@ -168,7 +168,7 @@ class Results:
             stem: name of the results.
         """
         order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
-        # Put rows last that this version does not know, and bases at other shares of eps.
+        # Put the rows last that this version does not know, and the bases that were trained at other shares of eps.
         order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
         for seed in sorted({seed for _, seed in self.reports}):
@@ -344,8 +344,8 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
         counts: number of images of each protocol.
 
     Returns:
-        A line for each evaluated row of `AS_AUTHORS`. It has the accuracies under both, and their paired difference
-        (the main protocol minus the authors' attacks) with its standard error.
+        A line for each evaluated row of `AS_AUTHORS`. It has the accuracies under both groups of attacks, and
+        their paired difference (the main protocol minus the authors' attacks) with its standard error.
     """
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:

@@ -92,7 +92,7 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
     Args:
         results: results of the study.
         budget: amounts of the study.
-        elsewhere: rows in the table of a given base. They do not count as missing here.
+        elsewhere: rows that another page shows. They do not count as missing here.
     """
     counts = budget.judging
     wanted = [name for name in (*study.rows(budget), study.BEST) if name not in elsewhere]
@@ -161,7 +161,7 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
 
 
 def write_tables(folder: Path, name: str, results: Results, budget: Budget, **more: Any) -> Path:
-    """Write the page of the study, or of its rows on a given base.
+    """Write the page of the study, or the page of the rows whose base is a given model of the zoo.
 
     Args:
         folder: folder of the page.
@@ -237,7 +237,7 @@ def picture(points: dict[str, Point], path: Path) -> bool:
         axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
-    text = "of 100 photos (CIFAR-10, L-inf 8/255): gray, recognized; green, still recognized when attacked"
+    text = "number of photos that are recognized, of 100: gray without an attack, green under attack (L-inf 8/255)"
     axis.set_xlabel(text, fontsize=9.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     style.save(figure, path)
