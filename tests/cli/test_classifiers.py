@@ -184,7 +184,7 @@ def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(t
     made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
     assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
     assert torch.equal(made.model.fc.weight, network.fc.weight)
-    with pytest.raises(ValueError, match="weights must .* 2000 classes .* IMAGENET1K_V1 .* 1000 classes"):
+    with pytest.raises(ValueError, match=r"weights must .* 2000 classes .* IMAGENET1K_V1 .* 1000 classes"):
         build_foreign("torchvision:resnet18", 3, 2000, mean, std, weights="IMAGENET1K_V1")
 
 

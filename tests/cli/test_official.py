@@ -88,7 +88,7 @@ def test_refusals(words, message, run, tmp_path, monkeypatch, published):
 
 
 def test_files_that_do_not_fit_are_named(published):
-    with pytest.raises(ValueError, match="recipe must be one of cifar10, cifar100, tiny_imagenet, .*'carso/mnist_v1'"):
+    with pytest.raises(ValueError, match=r"recipe must be one of cifar10, cifar100, tiny_imagenet, .*'carso/mnist_v1'"):
         recipe("carso/mnist_v1").load(published)
     save_file({"init_conv.weight": torch.zeros(1)}, published / "other.safetensors")
     # the one that is called as its authors call it

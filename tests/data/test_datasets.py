@@ -134,7 +134,7 @@ def test_refused_with_num_classes(tmp_path):
     with pytest.raises(ValueError, match=r"y_train\[2\] is 2: .*0 \.\. 1"):
         data.load_dataset(path, num_classes=2)
     path = saved(tmp_path, **arrays(classes=1))
-    with pytest.raises(ValueError, match="y_train and y_test must .* two classes.* 0$"):
+    with pytest.raises(ValueError, match=r"y_train and y_test must .* two classes.* 0$"):
         data.load_dataset(path)
 
 

@@ -179,7 +179,7 @@ def test_labels_of_held_out_shards_must_be_known(tmp_path):
     root = sharded(tmp_path / "shards", folder(tmp_path / "pets"))
     image = (tmp_path / "pets" / "val" / "cat" / "000.jpg").read_bytes()
     shard(root / "val" / "val-0000.tar", [("a.jpg", image), ("a.cls", b"5")])
-    with pytest.raises(ValueError, match="val has labels above 1, .*train"):
+    with pytest.raises(ValueError, match=r"val has labels above 1, .*train"):
         data.load_dataset(root, image_size=(8, 8))
 
 

@@ -255,9 +255,7 @@ def test_memory_decides_what_is_streamed(tmp_path, monkeypatch):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/.* train/"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"is not an image folder: it lacks val/ and test/.* train/"):
         data.load_dataset(tmp_path)
     folder(tmp_path / "a")
     (tmp_path / "a" / "val" / "cow").mkdir()
@@ -288,7 +286,7 @@ def test_refused(tmp_path):
 def test_a_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
     folder(tmp_path)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
-    with pytest.raises(OSError, match="need 3360 bytes.* has 9 bytes free"):
+    with pytest.raises(OSError, match=r"need 3360 bytes.* has 9 bytes free"):
         data.load_dataset(tmp_path)
 
 

@@ -234,5 +234,5 @@ def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
 
 def test_download_of_what_has_no_official_files_is_refused():
     for name in ("digits", "my.npz"):
-        with pytest.raises(ValueError, match="download=True is only for .* mnist, fashion_mnist.*, got "):
+        with pytest.raises(ValueError, match=r"download=True is only for .* mnist, fashion_mnist.*, got "):
             data.load_dataset(name, download=True)

@@ -174,7 +174,7 @@ def test_build_classifier():
     assert build_classifier("preact_resnet18", (3, 16, 24), 3, width=8).arguments["width"] == 8
     with pytest.raises(ValueError, match=r"classifier must be one of small_cnn, .* got 'resnet'"):
         build_classifier("resnet", (1, 16, 16), 3)
-    with pytest.raises(ValueError, match="depth must.* small_cnn.* 10$"):
+    with pytest.raises(ValueError, match=r"depth must.* small_cnn.* 10$"):
         build_classifier("small_cnn", (1, 16, 16), 3, depth=10)
 
 

@@ -118,5 +118,5 @@ def test_layers_as_a_text_and_a_single_logit_are_refused():
         Representation(net, "layer1", (3, 8, 8))
     with pytest.raises(ValueError, match=r"layers must be .* '0': write \['0'\]"):
         Carso(net, "0", (3, 8, 8))
-    with pytest.raises(ValueError, match="classifier .* at least two classes.* single logit"):
+    with pytest.raises(ValueError, match=r"classifier .* at least two classes.* single logit"):
         Representation(net, ["0"], (3, 8, 8))

@@ -577,7 +577,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path, make, settings, options, messa
 def test_a_loader_is_refused(tmp_path):
     x, y = images()
     batches = [(x[:16], y[:16])]
-    with pytest.raises(ValueError, match="bank needs x .*loader"):
+    with pytest.raises(ValueError, match=r"bank needs x .*loader"):
         fit(TASKS["carso"](), batches, None, FitConfig(1), bank=BankConfig(folder=tmp_path))
 
 

@@ -269,9 +269,9 @@ def test_a_run_gives_up_after_five_times_and_says_what_it_needs(tmp_path):
     config = FitConfig(**CONFIG, on_collapse="back_off")
     with pytest.raises(Diverged, match=r"training collapsed.* at 0\.03125 of the learning rate"):
         fit(Collapsing(1, limit=0.0), *images(), config, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="on_collapse 'back_off'.* folder=None"):
+    with pytest.raises(ValueError, match=r"on_collapse 'back_off'.* folder=None"):
         fit(Collapsing(1, limit=0.0), *images(), config, progress=False)
-    with pytest.raises(ValueError, match="on_collapse 'back_off'.*validation_share"):
+    with pytest.raises(ValueError, match=r"on_collapse 'back_off'.*validation_share"):
         fit(Collapsing(1, limit=0.0), *images(), FitConfig(3, 16, on_collapse="back_off"), tmp_path, progress=False)
 
 
@@ -280,5 +280,5 @@ def test_a_task_that_measures_no_accuracy_is_refused(tmp_path):
         def validate(self, batch):
             return {"loss": torch.tensor(1.0)}
 
-    with pytest.raises(ValueError, match="on_collapse 'back_off' needs .*accuracy; this training measures loss"):
+    with pytest.raises(ValueError, match=r"on_collapse 'back_off' needs .*accuracy; this training measures loss"):
         fit(Silent(1, 0.0), *images(), FitConfig(**CONFIG, on_collapse="back_off"), tmp_path, progress=False)

@@ -98,7 +98,7 @@ def test_a_run_that_diverges_at_once_begins_anew_and_gives_up_after_five_times(t
     with caplog.at_level(logging.WARNING, "purify_fast"), pytest.raises(Diverged, match="the loss of step 0"):
         fit(Fragile(0), *images(), FitConfig(1, 16, on_nan="back_off"), tmp_path, progress=False)
     assert caplog.text.count("from step 0 with") == 5
-    with pytest.raises(ValueError, match="on_nan 'back_off'.* folder=None"):
+    with pytest.raises(ValueError, match=r"on_nan 'back_off'.* folder=None"):
         fit(Fragile(0), *images(), FitConfig(1, 16, on_nan="back_off"), progress=False)
 
 

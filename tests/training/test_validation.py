@@ -153,7 +153,7 @@ def test_a_best_by_what_is_not_measured_is_refused():
             pytest.fail("it was trained before it was refused")
 
     config = FitConfig(1, 16, validation_share=0.2, keep_best="accuracy")
-    with pytest.raises(ValueError, match="keep_best 'accuracy' needs .*accuracy; this training measures loss"):
+    with pytest.raises(ValueError, match=r"keep_best 'accuracy' needs .*accuracy; this training measures loss"):
         fit(Silent(SmallCNN(1, 2, (8, 8), 4), ClassifierConfig()), *images(100), config, progress=False)
 
 

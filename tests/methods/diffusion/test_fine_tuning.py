@@ -163,6 +163,6 @@ def test_what_cannot_be_fine_tuned(tmp_path):
         tmp_path,
         progress=False,
     )
-    with pytest.raises(ValueError, match="training 'diffusion', .* 'diffusion through the purification'"):
+    with pytest.raises(ValueError, match=r"training 'diffusion', .* 'diffusion through the purification'"):
         task = PurificationTask(purifier(), DiffusionConfig(attack=ATTACK))
         fit(task, x, y, FitConfig(1, 16), tmp_path, progress=False)
