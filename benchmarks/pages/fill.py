@@ -149,23 +149,31 @@ def value(study: str, model: str, key: str, results: Path) -> str:
         results: the folder ``benchmarks/results``.
 
     Raises:
-        KeyError: the results contain no such number.
+        ValueError: the results contain no such number.
     """
     if study == "cpu":
         for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES):
             if (f"{row['pipeline']}, {row['case']}", row["contestant"]) == (model, key):
                 return row["speed_up"]
-        raise KeyError(f"{study}: no {key} of {model}")
+        raise ValueError(_unknown_value(study, model, key, f"results/cpu/{sheets.PIPELINES}"))
     folder = results / "studies"
     if (folder / f"{study}.json").is_file():
+        place = f"results/studies/{study}.json"
         rows = json.loads((folder / f"{study}.json").read_text())
         found = [row[key] for row in rows if row["name"] == model and key in row]
     else:
+        place = f"results/studies/{study}/report.json"
         rows = json.loads((folder / study / "report.json").read_text())["rows"]
         found = [row["accuracy"] for row in rows if (row["model"], row["attack"]) == (model, key)]
     if not found:
-        raise KeyError(f"{study}: no {key} of {model}")
+        raise ValueError(_unknown_value(study, model, key, place))
     return f"{100 * statistics.fmean(found):.1f}"
+
+
+def _unknown_value(study: str, model: str, key: str, place: str) -> str:
+    """Return the message of an error: a comment in a page names a number that the results do not contain."""
+    comment = f"<!-- value: {study}/{model}/{key} -->"
+    return f"{comment} names no number in {place}: correct the comment, or run the study again"
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:
@@ -179,7 +187,7 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
         The new text, and the names of the tables whose results are missing.
 
     Raises:
-        ValueError: a block has no name or no end.
+        ValueError: a block has no name or no end, or the results do not contain a number that the page names.
     """
     missing: list[str] = []
     whole = len(_TABLE.findall(text)) + len(_VALUE.findall(text))

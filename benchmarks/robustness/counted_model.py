@@ -1,4 +1,4 @@
-"""Count the work that an attack requires of a model: images in forward passes, and gradients to images."""
+"""Count the work that an attack requires of a model: images in forward passes, and images in gradient computations."""
 
 from __future__ import annotations
 

@@ -159,7 +159,10 @@ def agree(
 
 
 def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Return the seconds of all calls, one after the other. On a GPU they are measured by CUDA events."""
+    """Run the calls one after the other, and return the seconds that they take together.
+
+    On a GPU, CUDA events measure this time.
+    """
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)

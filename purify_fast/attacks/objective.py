@@ -175,7 +175,7 @@ class Objective:
 
 
 def _summed(values: Tensor, draws: int) -> Tensor:
-    """Sum values ``[draws * B]`` over the draws, ``[B]``."""
+    """Sum values ``[draws * B]`` over the draws. The result is ``[B]``."""
     return values.view(draws, -1).sum(0) if draws > 1 else values
 
 

@@ -75,7 +75,14 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
         from ..training.checkpoint import last_checkpoint
 
         options = (last_checkpoint(folder) or {"facts": {}})["facts"]
-    eps = number(str(options.get("eps", 0)))
+    text = str(options.get("eps", 0))
+    try:
+        eps = number(text)
+    except ValueError as error:
+        raise ValueError(
+            f"eps in {folder} must be a number or a fraction such as 8/255, got {text!r}: correct {RUN_FILE}, or give "
+            "--eps"
+        ) from error
     return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 
 

@@ -124,12 +124,14 @@ class Measure:
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """Judge the images of an attack on a variant by fresh draws of the deployed model, and make their row.
+        """Let the deployed model classify, with fresh draws, the images that an attack on a variant returned.
+
+        Return the row of this result.
 
         Args:
             spec: the attack.
             left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
-            left_deployed: bool ``[n]``, True for images that no earlier row has fooled on the deployed model.
+            left_deployed: bool ``[n]``, True for images that have not fallen on the deployed model in an earlier row.
         """
         alive, standing = self._alive(spec, spec.variant, left), self._alive(spec, "random", left_deployed)
         attacked = self.settings_of(spec)

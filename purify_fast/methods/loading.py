@@ -76,8 +76,8 @@ def load_defence(
     own_classifier, weights = facts.get("own_classifier", False), weights_fingerprint(classifier)
     if check and not own_classifier and weights != facts["classifier"]:
         raise ValueError(
-            f"classifier: its weights ({weights}) differ from those that {folder} was trained for "
-            f"({facts['classifier']}). Pass check=False if this is intended"
+            f"classifier must have the weights that {folder} was trained for ({facts['classifier']}), got {weights}: "
+            "give the classifier of that training. In Python, load_defence(..., check=False) allows another one"
         )
     defence: Carso | Atop | DiffusionPurifier
     if kind == "Atop":

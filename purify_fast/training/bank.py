@@ -180,7 +180,7 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and the folder of the file.
-        attacks: the attacks on the images. None, for a training without such attacks, is refused.
+        attacks: the attacks of a training whose attacked classifier never changes. None is refused.
         images: the images whose variants are stored.
         batch_size: images of a step, of all processes together.
 

@@ -164,7 +164,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
     lines += ["", *markdown_table(["model", "signs of `standard`", "indicators (Pintor et al.)", "active test"], body)]
     lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
     lines += ["", *_who_notices(every)]
-    for title, honest, why in (("honest model", True, []), ("model flagged rightly", False, ["why"])):
+    for title, honest, why in (("honest model", True, []), ("model with a fault", False, ["why"])):
         rows = [
             [name, *_numbers(each), *([ENTRIES[name].why] if why else [])]
             for name, each in every.items()
@@ -195,7 +195,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
         counts = [f"{len(flagged[judge] & group)} of {len(group)}" for group in groups]
         others = set[str]().union(*(names for other, names in flagged.items() if other != judge))
         body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - others) or "-"])
-    groups_told = ["defences", "those that AutoAttack overestimates", "honest models", "models flagged rightly"]
+    groups_told = ["defences", "those that AutoAttack overestimates", "honest models", "models with a fault"]
     return markdown_table(["method", *groups_told, "only by this method"], body)
 
 
@@ -212,7 +212,7 @@ def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
             for test in (lambda entry: entry.paper, lambda entry: entry.honest, lambda entry: entry.why)
         ]
         body.append([sign, *map(str, counts), "; ".join(alone) or "-"])
-    return markdown_table(["sign", "defences", "honest models", "models flagged rightly", "only by this sign"], body)
+    return markdown_table(["sign", "defences", "honest models", "models with a fault", "only by this sign"], body)
 
 
 def table(results: Path) -> list[str]:

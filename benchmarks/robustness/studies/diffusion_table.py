@@ -190,18 +190,18 @@ def said(results: Path) -> list[str]:
             exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
             if exact is None:
                 continue
-            text = f"- `{name}`: after PGD-200 through every step {share(exact)} % of single predictions are right"
+            text = f"- `{name}`: after PGD-200 through every step, {share(exact)} % of single predictions are right"
             if weakest is not None:
                 shown = f"{share(weakest)} % of {len(weakest)} images"
-                text += f". After the weakest attack of its authors {shown} are right"
+                text += f". After the weakest attack of such purifiers' authors, {shown} are right"
             chain = one.chain()
             if chain is not None:
-                text += f". After `strong` {share(chain)} % of {len(chain)} images are right in every draw"
+                text += f". After `strong`, {share(chain)} % of {len(chain)} images are right in every draw"
             lines.append(f"{text}.")
         kept = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
         if kept is not None:
             lines.append(
-                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200 "
+                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200, "
                 f"{share(kept)} % of {len(kept)} images of {dataset} are right."
             )
     return lines or [f"Not run yet: {COMMAND} writes the numbers."]

@@ -48,7 +48,7 @@ def sizes(quick: bool) -> tuple[int, int, int]:
 
 
 def generator(width: int) -> DeepFillGenerator:
-    """Return a generator with random weights, whose output depends on its input, to a third through the attention.
+    """Return a generator with random weights. Its output depends on its input, also through the attention.
 
     With the published initialization, an untrained generator would always return mid-gray, so that all contestants
     would agree. With larger weights than these, rounding to bfloat16 would change the image completely.

@@ -190,5 +190,8 @@ class Schedule:
         kept = self.alpha_bar(t)
         enough = ((1 - kept) / kept).sqrt() >= 2 * sigma
         if not sigma > 0 or not bool(enough.any()):
-            raise ValueError(f"sigma must be above 0 and at most the noise at t = 1, got {sigma}")
+            most = float(((1 - kept[-1]) / kept[-1]).sqrt()) / 2
+            raise ValueError(
+                f"sigma must be above 0 and at most {most:.4g}, the noise at t = 1 for images in [0, 1], got {sigma}"
+            )
         return float(t[enough.int().argmax()])

@@ -183,7 +183,10 @@ class Steps:
         return values if self.captured is None else {name: value.clone() for name, value in values.items()}
 
     def _ask(self, graphs: StepGraphs) -> None:
-        """If there is a graph of the step, or it can be captured now, use the graph. Otherwise count the launches."""
+        """Use the graph of the step, if there is one or if the step can be captured now.
+
+        Otherwise set `launched`, in which later steps count their launches. It is None if they need not be counted.
+        """
         found = graphs.find(self.function, self._first)
         if not isinstance(found, Captured):
             self.launched = found

@@ -224,7 +224,7 @@ def test_saved_and_read_back(purifier, tmp_path):
     assert purify_fast.load_defence(tmp_path, made.classifier, purifier=given).arguments == made.arguments
     with pytest.raises(ValueError, match=r"holds .*, got .*'residual': True"):
         purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, width=2, residual=True))
-    with pytest.raises(ValueError, match="classifier: its weights"):
+    with pytest.raises(ValueError, match="classifier must have the weights"):
         purify_fast.load_defence(tmp_path, SmallCNN(width=4))
 
 

@@ -204,7 +204,7 @@ def test_saved_with_its_own_classifier_only_if_that_was_trained(tmp_path, joint)
         with made.deterministic(), loaded.deterministic():
             assert torch.equal(made(x), loaded(x))
     else:
-        with pytest.raises(ValueError, match="its weights"):
+        with pytest.raises(ValueError, match="classifier must have the weights"):
             purify_fast.load_defence(tmp_path / "saved", other)
 
 
