@@ -1,7 +1,7 @@
 """The shape of the sources: functions of at most 100 lines, calls that name their arguments.
 
-An exception is written where it is made, as a comment directly above what it excuses: ``# long because ...`` above a
-function, ``# positional because ...`` above a call.
+A comment directly above an exception gives the reason: ``# This function is long because ...`` above a function, and
+``# The arguments are positional because ...`` above a call.
 """
 
 import ast
@@ -31,10 +31,10 @@ PYTHON = sorted(path for pattern in ("purify_fast/**/*.py", "kernels/*.py") for 
 
 
 def excused(lines: list[str], line: int, why: str) -> bool:
-    """Whether the comment directly above ``line`` (counted from 1) gives the reason ``why`` asks for."""
+    """Return True if the comment directly above ``line`` (counted from 1) says why the code is ``why``."""
     above = line - 2
     while above >= 0 and lines[above].lstrip().startswith("#"):
-        if lines[above].lstrip().startswith(f"# {why} because "):
+        if f" {why} because " in lines[above]:
             return True
         above -= 1
     return False

@@ -178,8 +178,8 @@ Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, cons
   STD_TORCH_CHECK(groups > 0 && channels % (groups * lanes) == 0,
                   "group_norm_silu: the channels per group must be a multiple of 16; there are ", channels,
                   " channels in ", groups, " groups");
-  STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels,
-                  "group_norm_silu: weight and bias must have ", channels, " numbers, one per channel");
+  STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels, "group_norm_silu: weight and bias must have ",
+                  channels, " numbers, one per channel");
   const Tensor w = dense(weight, ScalarType::Float), b = dense(bias, ScalarType::Float);
   std::optional<Tensor> moved;
   if (shift.has_value()) {

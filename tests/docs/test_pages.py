@@ -71,7 +71,7 @@ def test_values_are_read_from_the_studies():
     text = "keeps " + " % of ".join(f"<!-- value: {name} -->1.0<!-- end -->" for name in names)
     filled, missing = fill.filled(text, RESULTS)
     assert "-->77.9<!-- end -->" in filled and "-->30.9<!-- end -->" in filled and not missing
-    with pytest.raises(ValueError, match="carso_mnist/CARSO pipeline/such attack .*report.json"):
+    with pytest.raises(ValueError, match=r"carso_mnist/CARSO pipeline/such attack .*report.json"):
         fill.filled("<!-- value: carso_mnist/CARSO pipeline/such attack --><!-- end -->", RESULTS)
     speed, _ = fill.filled("<!-- value: cpu/carso_inference, prediction/ours --><!-- end -->", RESULTS)
     assert "-->4.40<!-- end -->" in speed

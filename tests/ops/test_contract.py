@@ -487,7 +487,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         [
             (
                 {"input": torch.zeros(2, 4, 9, 8)},
-                r"input must be \[B, C, H, W\] and weight \[O, C, K, L\], .*2, 4, 9, 8",
+                r"input must be \[B, C, H, W\] and weight \[O, C, K, L\] .*2, 4, 9, 8",
             ),
             ({"input": torch.zeros(9, 8)}, r"got \[9, 8\] and \[10, 6, 3, 3\]"),
             ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),

@@ -34,7 +34,7 @@ def atop(**settings):
     ("settings", "epochs", "message"),
     [
         # 3 steps an epoch of 4 images
-        ({"cls_delay": 2, "cls_delay_unit": "epochs"}, 2, r"cls_delay is 2 epochs, .* 2 epochs of 3 steps of 4 images"),
+        ({"cls_delay": 2, "cls_delay_unit": "epochs"}, 2, r"cls_delay is 2 epochs, .*2 epochs of 3 steps of 4 images"),
         ({"cls_delay": 6, "cls_delay_unit": "steps"}, 2, "cls_delay is 6 steps, .* begin in step 7"),
         ({"cls_delay": 21, "cls_delay_unit": "images"}, 2, "begin in step 7; .* ends after step 6"),
         ({}, 1, r"cls_delay is 10000 images, .* set cls_weight to 0 to train without the term"),

@@ -258,9 +258,7 @@ def _gradients() -> dict[str, Contestant]:
         for keep in (False, True)
     }
     half = ("plain, bfloat16", "torch.compile of plain, bfloat16")
-    checkpointed = {
-        label.replace("plain", "plain, checkpointed", 1): forms[False][label] for label in ("plain", *half)
-    }
+    checkpointed = {label.replace("plain", "plain, checkpointed", 1): forms[False][label] for label in ("plain", *half)}
     again = columns(partial(_plain, gradient=True), partial(_ours, gradient=True, keep=0), captured=False)
     ours = ("ours", "ours, compiled")
     return (
