@@ -38,7 +38,7 @@ def test_carsos_sentences_follow_the_numbers():
         return result
 
     text = sentences("CARSO", reports((3, 2), (7, 1), False), Budget())
-    assert "seems to withstand 87.5 ± 11.7 % of 8 images" in text and "unreliable" in text
+    assert "seems to classify 87.5 ± 11.7 % of 8 images correctly" in text and "unreliable" in text
     assert "87.5 ± 11.7 %: +50.0 ± 17.7 points against its base (n = 8, paired), significantly better." in text
     assert "12.5 ± 11.7 %: -12.5 ± 11.7 points against its base (n = 8, paired), not significant." in text
     text = sentences("CARSO", reports((8, 8), (0, 0), True), Budget())
@@ -54,26 +54,26 @@ def test_atops_sentences_follow_the_numbers():
     assert "25.0 ± 15.3 % when only its classifier is attacked, and 12.5 ± 11.7 % when the whole defence" in before
     better = "+75.0 ± 15.3 points against the purifier before AToP (n = 8, paired), significantly better."
     same = "+0.0 ± 0.0 points against the purifier before AToP (n = 8, paired), not significant."
-    assert f"only its classifier is attacked, it withstands 100.0 ± 0.0 %: {better}" in objective
-    assert f"the whole defence is attacked, it withstands 12.5 ± 11.7 %: {same}" in objective
-    assert "only its classifier is attacked, it withstands 62.5 ± 17.1 %: " in pipeline
-    assert f"the whole defence is attacked, it withstands 87.5 ± 11.7 %: {better}" in pipeline
+    assert f"only its classifier is attacked, its accuracy is 100.0 ± 0.0 %: {better}" in objective
+    assert f"the whole defence is attacked, its accuracy is 12.5 ± 11.7 %: {same}" in objective
+    assert "only its classifier is attacked, its accuracy is 62.5 ± 17.1 %: " in pipeline
+    assert f"the whole defence is attacked, its accuracy is 87.5 ± 11.7 %: {better}" in pipeline
 
 
 def test_arrests_sentences_follow_the_numbers():
     rows = zip(COMPARED, ((0, 0), (4, 3), (5, 2), (6, 6), (6, 4)), strict=True)
     reports = {name: report(name, worst=worst, **{AUTOATTACK: auto}) for name, (worst, auto) in rows}
     scratch, finetuned, whole, carso_on_it, _ = sentences("ARREST", reports, Budget()).splitlines()
-    assert "Under PGD it withstands 50.0 ± 17.7 %. Under AutoAttack it withstands 37.5 ± 17.1 %. On" in scratch
+    assert "Under PGD, its accuracy is 50.0 ± 17.7 %. Under AutoAttack, its accuracy is 37.5 ± 17.1 %. On" in scratch
     assert "25.0 ± 15.3 %: -12.5 ± 11.7 points against the base (n = 8, paired), not significant." in finetuned
     assert "75.0 ± 15.3 %: +37.5 ± 17.1 points against the base (n = 8, paired), significantly better." in whole
     assert "of the clean images: +0.0 ± 0.0 points against ARREST" in carso_on_it
-    assert "Under AutoAttack it withstands 50.0 ± 17.7 %: -25.0 ± 15.3 points against ARREST" in carso_on_it
+    assert "Under AutoAttack, its accuracy is 50.0 ± 17.7 %: -25.0 ± 15.3 points against ARREST" in carso_on_it
     # a sum needs one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
     lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
-    parts = ("87.5 ± 11.7 % of the clean images", "Under PGD it withstands 25.0 ± 15.3 %.")
-    parts += ("Under AutoAttack it withstands 50.0 ± 25.0 %", "On the 4 images of AutoAttack")
+    parts = ("87.5 ± 11.7 % of the clean images", "Under PGD, its accuracy is 25.0 ± 15.3 %.")
+    parts += ("Under AutoAttack, its accuracy is 50.0 ± 25.0 %", "On the 4 images of AutoAttack")
     assert all(part in each for each in lines[:4] for part in (*parts, "its sum is 125.0 and its NRR 60.0."))
 
 

@@ -426,7 +426,7 @@ def tests(context: Context) -> Outcome:
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
         # Pytest ends with status 0 if all tests passed, with 1 if some failed, and with 5 if there was no test to run.
         if status not in (0, 1, 5):
-            raise RuntimeError(f"pytest ended with exit status {status}; its output is in the section's log")
+            raise RuntimeError(f"pytest ended with exit status {status}; its output is in {path.with_suffix('.log')}")
     outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}
     why: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}, "left out": {}}
     for test, line in outcomes.items():

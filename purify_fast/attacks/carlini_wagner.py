@@ -40,7 +40,7 @@ class CarliniWagner(EngineAttack):
     The attack supports only the norm "l2".
 
     Args:
-        steps: steps of Adam for each c; None: 1000, in an evaluation too.
+        steps: steps of Adam for each c; None: 1000. The ``steps`` of an `EvaluateConfig` do not change this.
         constants: the number of values of c that are tried, one after the other.
 
     Raises:

@@ -32,7 +32,8 @@ class DeepFool(EngineAttack):
     """DeepFool: the first run begins at the image itself, every other run at a random point in the ball.
 
     Args:
-        steps: the most steps of a run; None: 50, as in its authors' code, in an evaluation too.
+        steps: the most steps of a run; None: 50, as in its authors' code. The ``steps`` of an `EvaluateConfig` do not
+            change this.
         n_target_classes: the number of wrong classes whose borders are searched: the classes of highest logit on the
             image. A step takes a gradient for each class. None: all classes, as in the paper; the authors' code has 9.
 

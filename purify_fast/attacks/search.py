@@ -42,7 +42,10 @@ class GradientHealth:
     counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
-        """Add to the counts, under the names of `count`; ``gradients`` counts one gradient for each image and step."""
+        """Add amounts to the counts. Their names are those that `count` accepts.
+
+        The count ``gradients`` has one gradient for each image and step.
+        """
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
 

@@ -36,8 +36,8 @@ DEPTH = 2
 ROUNDING = 1e-4
 #: The most characters of the reason why a surrogate is missing.
 REASON = 160
-#: The standard deviation, in radii, of random points that are then projected onto the ball. Gradients are compared at
-#: these points too, most of which lie at the border of the ball.
+#: The standard deviation of random points, as a multiple of the radius. The points are projected onto the ball, so most
+#: of them lie at its border. Gradients are compared at these points too.
 FAR = 100.0
 
 

@@ -239,7 +239,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert "Trained with seed 1:" in page and page.count("- CARSO pipeline minus PGD-AT, `fast`: ") == 2
     # the second image of all, and the third of every other one, withstood the first protocol alone
     count = len(names.rows(BUDGET)) + 1
-    assert re.search(rf"`strong` .*`fast` in 0 of {count} rows\. .*: standard -1; PGD-AT -2;", page)
+    assert re.search(rf"In 0 of {count} rows, .*`strong` and after `fast`\. .*: standard -1; PGD-AT -2;", page)
     others = [name for name in names.TRIED if name != candidates.MIXED]
     assert f"Candidates that are not judged yet: {'; '.join(others)}.\n" in page
     assert "Not attacked by the official AutoAttack yet: CARSO pipeline; TRADES; ARREST, moving average.\n" in page

@@ -142,7 +142,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
-    """Return the defence of another row, with another number of draws in a prediction.
+    """Return the defence of another row, with a different number of samples in a prediction.
 
     The job's settings are ``base``, ``start`` (the name of the other row) and ``samples``.
     """

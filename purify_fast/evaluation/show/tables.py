@@ -35,7 +35,7 @@ class Cell:
     Args:
         text: the main text.
         remarks: the remarks after the main text.
-        unreliable: whether the word for unreliable stands after the remarks.
+        unreliable: whether the word or mark for an unreliable number follows the remarks.
         red: whether the cell is red.
     """
 

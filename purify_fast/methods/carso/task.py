@@ -242,7 +242,9 @@ def training_loss(
 
 
 class CarsoTask(PurifierTask[Carso]):
-    """The training of a defence's purifier, for `purify_fast.training.fit`. ``joint`` also trains the classifier.
+    """The training of a defence's purifier, for `purify_fast.training.fit`.
+
+    If ``config.joint`` is True, the defence's copy of the classifier is trained too.
 
     Args:
         defence: the defence to train.

@@ -107,7 +107,11 @@ class DiffusionPurifier(Defence):
         module = copy.deepcopy(denoiser).requires_grad_(False)
         self.denoiser = Denoiser(module, self.image_shape, whole_times=self.process.told == "index")
         if self.process.learns_variances and not self.denoiser.learns_variances:
-            raise ValueError("variance 'learned' needs a denoiser that gives twice as many channels as the images have")
+            channels = self.image_shape[0]
+            raise ValueError(
+                f"variance 'learned' needs a denoiser that returns {2 * channels} channels, twice as many as the images "
+                f"have, got {channels}: choose variance 'small' or 'large'"
+            )
         self._make_table()
         self.arguments: dict[str, Any] = {
             "image_shape": list(self.image_shape),

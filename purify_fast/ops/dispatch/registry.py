@@ -102,7 +102,7 @@ class Op(Definition):
 
     def uses_reference(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
         """Return True if the public function should call the reference directly. `size_key` returns dtype and size."""
-        # The size of a traced call may change later, so the size does not matter.
+        # A traced call may have another size later, so the backend must not depend on the size.
         bits = 0 if torch.compiler.is_compiling() or type(size) is not int else size.bit_length()
         return self.serving(Call(device, variant, dtype, bits)) == "reference"
 

@@ -81,9 +81,11 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     if not more:
         return ""
     others = [f"{name} {change:+d}" for name, change in more.items() if change]
-    text = f"On the same {counts.strong:,} images, as many are right after `strong` as after `{counts.main}` in "
-    text += f"{len(more) - len(others)} of {len(more)} rows."
-    return text + (f" The differences in the other rows: {'; '.join(others)}." if others else "")
+    text = f"`strong` attacks the first {counts.strong:,} test images. In {len(more) - len(others)} of {len(more)} "
+    text += f"rows, the number of right images among these {counts.strong:,} is the same after `strong` and after "
+    text += f"`{counts.main}`."
+    rest = f" In the other rows, `strong` leaves more (+) or fewer (-) right: {'; '.join(others)}."
+    return text + (rest if others else "")
 
 
 def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
