@@ -5,6 +5,7 @@ A comment directly above an exception gives the reason: ``# This function is lon
 """
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def excused(lines: list[str], line: int, why: str) -> bool:
     """Return True if the comment directly above ``line`` (counted from 1) says why the code is ``why``."""
     above = line - 2
     while above >= 0 and lines[above].lstrip().startswith("#"):
-        if f" {why} because " in lines[above]:
+        if re.match(rf"\s*# \w+( \w+)? (is|are) {why} because ", lines[above]):
             return True
         above -= 1
     return False

@@ -37,12 +37,12 @@ ROOT = RESULTS.parents[1]
 
 # The body of a block must not contain the begin of another block. Otherwise, if an end marker is damaged, all text up
 # to the end of the next block would be replaced.
-_BODY = r"((?!<!-- (?:table|value): ).)*?"
+_BODY = r"(?:(?!<!-- (?:table|value): ).)*?"
 _TABLE = re.compile(rf"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n){_BODY}(?P<end><!-- end -->)", re.S)
 _VALUE = re.compile(
     rf"(?P<begin><!-- value: (?P<study>[^/>]+)/(?P<model>[^/>]+)/(?P<key>[^>]+?) -->){_BODY}(?P<end><!-- end -->)", re.S
 )
-_BEGIN = re.compile(r"<!-- (?:table|value): ")
+_BEGIN = re.compile(r"<!-- (?:table|value): .*")
 #: The beginnings of the names of compared implementations, with the words that pages use for them.
 NAMES = {"ours": "", "bank, whole run": ", with a bank, mean of 200 epochs", "bank": ", with a full bank"}
 
@@ -87,10 +87,9 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
         body.append(line)
     # In a shape, the text after the semicolon explains names of cases. It is cut off because the page explains them.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
-    measured = any(map(memory, rows))
-    more = ", most memory beyond the loaded networks, share of the processor's matrix rate" if measured else ""
-    first = "the first line" if measured else "the plain form"
-    return [f"{machines(rows)}. Milliseconds (speedup over {first}){more}.", "", *markdown_table(["", *heads], body)]
+    more = ", most memory beyond the loaded networks, share of the processor's matrix rate"
+    what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
+    return [f"{machines(rows)}. {what}.", "", *markdown_table(["", *heads], body)]
 
 
 #: The function that makes the lines of each table.
@@ -190,9 +189,13 @@ def filled(text: str, results: Path) -> tuple[str, list[str]]:
         ValueError: a block has no name or no end, or the results do not contain a number that the page names.
     """
     missing: list[str] = []
-    whole = len(_TABLE.findall(text)) + len(_VALUE.findall(text))
-    if whole != len(_BEGIN.findall(text)):
-        raise ValueError("a <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK --> has no <!-- end -->: add it")
+    complete = {block.start() for pattern in (_TABLE, _VALUE) for block in pattern.finditer(text)}
+    for begin in _BEGIN.finditer(text):
+        if begin.start() not in complete:
+            raise ValueError(
+                f"{begin[0]!r} must be <!-- table: NAME --> or <!-- value: STUDY/MODEL/ATTACK -->, followed by an "
+                "<!-- end --> of its own"
+            )
 
     def of_table(found: re.Match[str]) -> str:
         body = table(found["name"], results)
@@ -282,7 +285,7 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
     """
     text = page.read_text()
     named = [name for names in _NAMED.findall(text) for name in re.split(r"[,\s]+", names)]
-    named += [found[1] for found in _TABLE.findall(text)]
+    named += [found["name"] for found in _TABLE.finditer(text)]
     known = {number for name in named for number in _measured(name, results)}
     known |= {number for line in _EXCUSED.findall(text) for number in re.split(r"[^\d.]+", line)}
     for pattern in (_CODE, _TABLE, _VALUE, _COMMENT, _SPAN, _LINK, _ADDRESS, _VERSION):

@@ -557,7 +557,7 @@ def picture(rows: list[Row], path: Path) -> bool:
     axes.axhline(0, color=style.PLAIN, linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("forward passes per image", fontsize=9.5)
-    axes.set_ylabel("difference to AutoAttack, points (above 0: leaves more)", fontsize=9.5)
+    axes.set_ylabel("accuracy minus AutoAttack's, in points", fontsize=9.5)
     axes.legend(fontsize=8.5, frameon=False)
     style.save(figure, path)
     return True

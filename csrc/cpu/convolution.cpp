@@ -21,8 +21,8 @@ struct Parallel {
 const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
 Tensor images_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::BFloat16, "convolution: ", name,
-                  " must be bfloat16 and have four dimensions; it has ", x.dim());
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "convolution: ", name, " must be bfloat16");
+  STD_TORCH_CHECK(x.dim() == 4, "convolution: ", name, " must have four dimensions; it has ", x.dim());
   return dense(x);
 }
 using Two = std::vector<int64_t>;

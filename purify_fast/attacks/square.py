@@ -3,8 +3,8 @@
 Each proposal changes one square of an image, and is accepted if it raises the margin. The random numbers of an image
 depend only on the seed and its id, so that the result does not depend on the batches. Three things are not in the
 paper. Few late proposals raise the margin, so several are tried in one batch, and the best is taken. For a random
-model, the margin is the mean over several draws, and fresh draws decide whether an image has fallen. The margin of the
-present point is drawn again from time to time, because otherwise a lucky draw would block all better proposals. And the
+model, the margin is the mean over several draws, fresh draws decide whether an image has fallen, and the margin of the
+present point is drawn again from time to time, because otherwise a lucky draw would block all better proposals. The
 search of an image can be given up if the decision boundary (its "border") is out of reach.
 """
 

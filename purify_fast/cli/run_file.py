@@ -80,8 +80,7 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
         eps = number(text)
     except ValueError as error:
         raise ValueError(
-            f"eps in {folder} must be a number or a fraction such as 8/255, got {text!r}: correct {RUN_FILE}, or give "
-            "--eps"
+            f"eps in {folder} must be a number or a fraction such as 8/255, got {text!r}: give the radius by --eps"
         ) from error
     return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 

@@ -35,7 +35,10 @@ Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 
 
 class Conv2d(nn.Conv2d):
-    """torch's Conv2d, which calls `purify_fast.ops.conv2d` on a CPU. That op has a faster kernel for bfloat16."""
+    """torch's Conv2d, which calls `purify_fast.ops.conv2d` where that op has a kernel (AVX512-BF16 without AMX).
+
+    It does so for one group and zero padding.
+    """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Where no kernel exists, as on GPUs and on CPUs with AMX, the checks of `conv2d` would only take time: 9 us in

@@ -491,8 +491,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
     The distance to a border is the difference of the two logits, divided by the norm of its gradient. MALT orders
     target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the norm is the
-    dual of the ball's norm. Only images that have not fallen are ranked, and only the `CANDIDATES` classes of highest
-    logit. Each class takes a gradient.
+    dual of the ball's norm. Only images that have not fallen are ranked, and only the `CANDIDATES` wrong classes
+    of highest logit, or ``count`` if that is more. Each class takes a gradient.
 
     Args:
         active: the images.

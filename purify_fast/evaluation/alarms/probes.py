@@ -56,8 +56,8 @@ class Probes:
             clean images and near them.
         eot: curve over the number of draws averaged per step; empty for a deterministic model.
         fell: for each image, 1 if it fell to the short attacks with the model's own gradients, otherwise 0.
-        copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it fell only to the
-            gradients of this surrogate, otherwise 0.
+        copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it withstood the
+            model's own gradients and all earlier surrogates, and fell to this surrogate; otherwise 0.
         absent: by name of a missing surrogate: the reason why it is missing.
         left: for each image, whether it withstood every attack of the report.
         batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.

@@ -62,7 +62,7 @@ class CarsoConfig:
         weight_decay: decoupled weight decay.
 
     Raises:
-        ValueError: a setting is out of range or would have no effect; the message names it.
+        ValueError: a setting is out of range or excludes another one; the message names it.
     """
 
     attack_target: Literal["classifier", "pipeline"] = "classifier"
