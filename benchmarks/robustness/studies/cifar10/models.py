@@ -10,7 +10,7 @@ trained too. All other trainings use bfloat16.
 
 The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
 training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen on
-training images that were held out from the search. Nothing is chosen on test images.
+training images on which the search did not train. Nothing is chosen on test images.
 """
 
 from __future__ import annotations
