@@ -37,7 +37,8 @@ class FABT(EngineAttack):
     A point outside the ball is not a success.
 
     Args:
-        steps: steps of a run; None: 100, as in its authors' code. The ``steps`` of an `EvaluateConfig` do not change this.
+        steps: steps of a run; None: 100, as in its authors' code. The ``steps`` of an `EvaluateConfig` do not change
+            this.
         n_target_classes: the number of target classes, each with a run. They are the wrong classes whose borders are
             nearest, by the model's linear approximation at the image. None: all wrong classes.
 

@@ -32,8 +32,9 @@ class GradientHealth:
     """Gradient health: the counts that show whether an attack had usable gradients.
 
     All gradients of an attack are counted. A gradient is non-finite if any of its elements is non-finite. It is zero if
-    all of its elements are zero and the image is not misclassified yet. An image is unmoved if the clean image
-    is classified correctly and the last point of the run equals its first point. The counts remain on the device until a property is read.
+    all of its elements are zero and the image is not misclassified yet. An image is unmoved if the clean image is
+    classified correctly and the last point of the run equals its first point. The counts remain on the device until a
+    property is read.
 
     Args:
         counts: numbers or tensors [] under the names of `count`; empty at first.

@@ -68,7 +68,7 @@ def train(job: Job, folder: Path, root: Path) -> dict:
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
-    """Attack the trained defence of another row, with a different number of samples (purified images) in a prediction."""
+    """Attack the trained defence of another row, with another number of samples (purified images) per prediction."""
     return _attacked(with_samples(job, root), job)
 
 

@@ -109,8 +109,8 @@ class DiffusionPurifier(Defence):
         if self.process.learns_variances and not self.denoiser.learns_variances:
             channels = self.image_shape[0]
             raise ValueError(
-                f"variance 'learned' needs a denoiser that returns {2 * channels} channels, twice as many as the images "
-                f"have, got {channels}: choose variance 'small' or 'large'"
+                f"variance 'learned' needs a denoiser that returns {2 * channels} channels, twice as many as the "
+                f"images have, got {channels}: choose variance 'small' or 'large'"
             )
         self._make_table()
         self.arguments: dict[str, Any] = {
