@@ -170,11 +170,16 @@ def evaluate(
             deterministic model; ``out`` is a file; or several processes have different arguments.
         ConnectionError: the first of several processes does not respond.
         KeyboardInterrupt: Ctrl-C, with a message that says how to continue, and without the traceback of the attack.
-        TypeError: images or labels are neither tensors nor arrays, eps is not a number, an element of ``attacks`` is
-            not an attack, or a ``device`` is given.
+        TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
+            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device`` is
+            given.
         ModuleNotFoundError: an attack needs AutoAttack's package, and it is not installed.
     """
     check_folder("out", out)
+    if not isinstance(config, EvaluateConfig):
+        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
+    if base is not None and not callable(base):
+        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = images_together(config.batch_size, config.memory)

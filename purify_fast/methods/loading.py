@@ -57,7 +57,8 @@ def load_defence(
             or converted after the defence was trained.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file is missing, or the classifier is neither given nor in the folder.
+        TypeError: the classifier is not a module.
         ValueError: the file is damaged or holds no defence; the classifier is another one; a purifier is required but
             not given; or the denoiser was not trained for the process.
     """
@@ -69,7 +70,15 @@ def load_defence(
         raise ValueError(f"purifier must be None, got a module: {folder} holds a {kind!r}, which includes its purifier")
     if process is not None and kind in ("Atop", "Carso"):
         raise ValueError(f"process must be None, got {process!r}: {folder} holds a {kind!r}, which has no process")
-    classifier = load_classifier(Path(folder) / "classifier") if classifier is None else classifier
+    if classifier is None:
+        if not (Path(folder) / "classifier").is_dir():
+            raise FileNotFoundError(
+                f"classifier must be the classifier that {folder} was trained for: the folder holds the defence "
+                f"without it ({Path(folder) / 'classifier'} is missing)"
+            )
+        classifier = load_classifier(Path(folder) / "classifier")
+    elif not isinstance(classifier, nn.Module):
+        raise TypeError(f"classifier must be a module, such as load_classifier(folder) returns, got {classifier!r}")
     if kind == ALONE:
         # the denoiser was trained without a classifier, so it fits any classifier
         check, kind, state = False, "DiffusionPurifier", {f"denoiser.module.{name}": state[name] for name in state}

@@ -120,7 +120,7 @@ class _Normalized(torch.autograd.Function):
         return BACKWARD(grad.permute(0, 2, 3, 1), *given).permute(0, 3, 1, 2), None, None, None, None, None
 
 
-def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None) -> None:
+def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float) -> None:
     """Raise TypeError or ValueError if an argument of `group_norm_silu` does not match its documentation."""
     named = {"x": x, "weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
     for name, tensor in named.items():
@@ -135,7 +135,7 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor |
     channels = x.shape[1]
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels == 0 or channels % groups:
         raise ValueError(
-            f"groups must be a whole number, at least 1, that divides the {channels} channels, got {groups}"
+            f"groups must be a whole number, at least 1, that divides the {channels} channels, got {groups!r}"
         )
     if weight.shape != (channels,) or bias.shape != (channels,):
         shapes = f"{list(weight.shape)} and {list(bias.shape)}"
@@ -144,6 +144,8 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor |
         raise ValueError(f"weight and bias must be float32 or {x.dtype}, got {weight.dtype} and {bias.dtype}")
     if shift is not None and shift.shape not in ((1, channels), (x.shape[0], channels)):
         raise ValueError(f"shift must be [B, C] = {[x.shape[0], channels]} or [1, C], got {list(shift.shape)}")
+    if not isinstance(eps, (int, float, torch.SymFloat)) or not eps >= 0:
+        raise ValueError(f"eps must be a number, at least 0, got {eps!r}")
 
 
 def group_norm_silu(
@@ -170,7 +172,7 @@ def group_norm_silu(
     The kernel has first-order gradients of x only. PyTorch's operators are used if another tensor needs a gradient, and
     inside transforms of ``torch.func``. The kernel computes the statistics and all intermediate results in float32.
     """
-    _check(x, groups, weight, bias, shift)
+    _check(x, groups, weight, bias, shift, eps)
     numbers = (weight, bias) if shift is None else (weight, bias, shift)
     if (
         x.dtype != torch.bfloat16

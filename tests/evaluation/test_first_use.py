@@ -168,6 +168,18 @@ def test_a_setting_outside_the_config_is_refused_with_the_call_that_is_meant(tri
         purify_fast.evaluate(*trio, eps=0.1, seed=1, steps=3)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"config": {"protocol": "fast"}}, r"config must be an EvaluateConfig.* got \{'protocol': 'fast'\}"),
+        ({"base": "digits"}, "base must be a module or a function .* got 'digits'"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(trio, argument, message):
+    with pytest.raises(TypeError, match=message):
+        purify_fast.evaluate(*trio, eps=0.1, **argument)
+
+
 def test_images_of_another_shape_are_named_with_what_the_model_takes():
     """That is known for this package's models."""
     small = purify_fast.zoo.load("digits-pgd-at")

@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._validation import AtLeast0, Share, check_counts, check_types
+from ..._validation import AtLeast0, Share, check_counts, check_number, check_types
 from ...ops.diffusion_step import STEPS
 from .guidance import Guidance
 from .schedule import Schedule, Times
@@ -108,6 +108,11 @@ class Process:
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         check_types(self)
+        starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
+        for start in starts:
+            check_number("t_star", start)
+        if not starts:
+            raise ValueError("t_star must be a number or a tuple of numbers, one for each round, got ()")
         counts = [n for _, n in self.rounds if n is not None]
         for count in counts:
             check_counts(steps=count)
@@ -143,7 +148,7 @@ class Process:
         """The time t* and the number of steps of each round."""
         starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
-        if not starts or len(counts) != len(starts):
+        if len(counts) != len(starts):
             raise ValueError(
                 f"steps must be one number, or one for each t_star, got steps={self.steps} and t_star={self.t_star}"
             )

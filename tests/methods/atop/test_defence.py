@@ -1,6 +1,7 @@
 """AToP's defence: the transforms as it uses them, its contract as a module, files."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -216,6 +217,10 @@ def test_bfloat16_trains_with_a_discriminator(transform):
 def test_saved_and_read_back(purifier, tmp_path):
     made = defence(purifier, samples=2, transform="rt3", aggregation="mean_softmax")
     made.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"classifier must be .*{re.escape(str(tmp_path))} was trained for"):
+        purify_fast.load_defence(tmp_path)
+    with pytest.raises(TypeError, match="classifier must be a module.* got 'zoo:digits-pgd-at'"):
+        purify_fast.load_defence(tmp_path, "zoo:digits-pgd-at")
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training
     with made.fixed_noise(1), loaded.fixed_noise(1):

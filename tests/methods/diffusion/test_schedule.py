@@ -188,6 +188,13 @@ def test_what_a_process_refuses(message):
     assert message in str(caught.value)
 
 
+def test_t_star_is_a_number_or_a_tuple_of_numbers():
+    with pytest.raises(TypeError, match="t_star must be a number.* got '0.1'"):
+        Process(t_star="0.1")
+    with pytest.raises(ValueError, match=r"t_star must be .* got \(\)"):
+        Process(t_star=())
+
+
 def test_what_a_schedule_refuses():
     with pytest.raises(ValueError, match=r"last_beta must be below 0.01 for 10 steps, got 0.02"):
         Schedule(steps=10)
