@@ -219,7 +219,7 @@ def test_saved_and_read_back(purifier, tmp_path):
     made.save(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"classifier must be .*{re.escape(str(tmp_path))} was trained for"):
         purify_fast.load_defence(tmp_path)
-    with pytest.raises(TypeError, match="classifier must be a module.* got 'zoo:digits-pgd-at'"):
+    with pytest.raises(TypeError, match=r"classifier must be a module.* got 'zoo:digits-pgd-at'"):
         purify_fast.load_defence(tmp_path, "zoo:digits-pgd-at")
     loaded = purify_fast.load_defence(tmp_path, made.classifier)
     assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training

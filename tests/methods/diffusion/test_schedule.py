@@ -189,7 +189,7 @@ def test_what_a_process_refuses(message):
 
 
 def test_t_star_is_a_number_or_a_tuple_of_numbers():
-    with pytest.raises(TypeError, match="t_star must be a number.* got '0.1'"):
+    with pytest.raises(TypeError, match=r"t_star must be a number.* got '0.1'"):
         Process(t_star="0.1")
     with pytest.raises(ValueError, match=r"t_star must be .* got \(\)"):
         Process(t_star=())
