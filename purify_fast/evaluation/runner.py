@@ -176,10 +176,7 @@ def evaluate(
         ModuleNotFoundError: an attack needs AutoAttack's package, and it is not installed.
     """
     check_folder("out", out)
-    if not isinstance(config, EvaluateConfig):
-        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
-    if base is not None and not callable(base):
-        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
+    _check_kinds(config, base)
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = images_together(config.batch_size, config.memory)
@@ -347,6 +344,14 @@ def _freeze_others(
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.sample_images()[:1])
     return others
+
+
+def _check_kinds(config: object, base: object) -> None:
+    """Raise a TypeError if an argument of `evaluate` is of another kind than documented."""
+    if not isinstance(config, EvaluateConfig):
+        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
+    if base is not None and not callable(base):
+        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
 
 
 def _protocol_or_attacks(

@@ -172,7 +172,7 @@ def group_norm_silu(
     The kernel has first-order gradients of x only. PyTorch's operators are used if another tensor needs a gradient, and
     inside transforms of ``torch.func``. The kernel computes the statistics and all intermediate results in float32.
     """
-    _check(x, groups, weight, bias, shift, eps)
+    _check(x, groups, weight, bias, shift, eps=eps)
     numbers = (weight, bias) if shift is None else (weight, bias, shift)
     if (
         x.dtype != torch.bfloat16
