@@ -170,8 +170,12 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     classes = model.num_classes if isinstance(model, Defence) else facts["num_classes"]
     shape = image_shape_of(model, images.image_shape) or images.image_shape
     if tuple(shape) != images.image_shape:
-        hint = f"; --size {shape[1]} {shape[2]} resizes the images" if shape[0] == images.image_shape[0] else ""
-        raise ValueError(f"images are {_size(images.image_shape)}, but {what} was trained on {_size(shape)}{hint}")
+        fits = shape[0] == images.image_shape[0]
+        hint = f", or resize these images by --size {shape[1]} {shape[2]}" if fits else ""
+        raise ValueError(
+            f"images of {images.name} are {_size(images.image_shape)}, but {what} was trained on {_size(shape)}: "
+            f"choose the data set of its training by --data{hint}"
+        )
     if images.num_classes > classes:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
 

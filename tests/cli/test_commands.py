@@ -155,7 +155,7 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
         assert message in printed and "with --layers" in printed and instead in printed
     other = ["train", "carso", *folder, "--data", "digits", "--device", "cpu"]
     assert cli.main(other) == 2
-    assert "images are 1x16x16, but the classifier in" in capsys.readouterr().err
+    assert " are 1x16x16, but the classifier in" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ REFUSED = {
     "recipe carso/cifar": "recipe must be one of",
     "evaluate nowhere": "model.safetensors is missing",
     "evaluate {saved} --data {bars} --device gpu --eps 0.1": "--device gpu cannot be used here",
-    "evaluate {saved} --data {bars} --device cpu --eps 0.1": "images are 1x16x16, but the model in {saved} was",
+    "evaluate {saved} --data {bars} --device cpu --eps 0.1": " are 1x16x16, but the model in {saved} was",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
@@ -112,7 +112,7 @@ def test_a_radius_in_levels_of_255(run, line, eps):
 
 def test_images_of_more_channels_or_classes(run, bars, tmp_path):
     for sizes, message in (
-        ({"in_channels": 3, "num_classes": 2}, "images are 1x16x16, but the model in {} was trained on 3x16x16"),
+        ({"in_channels": 3, "num_classes": 2}, " are 1x16x16, but the model in {} was trained on 3x16x16: choose"),
         ({"in_channels": 1, "num_classes": 3}, None),
     ):
         save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")
