@@ -108,11 +108,6 @@ class Process:
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         check_types(self)
-        starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
-        for start in starts:
-            check_number("t_star", start)
-        if not starts:
-            raise ValueError("t_star must be a number or a tuple of numbers, one for each round, got ()")
         counts = [n for _, n in self.rounds if n is not None]
         for count in counts:
             check_counts(steps=count)
@@ -147,6 +142,10 @@ class Process:
     def rounds(self) -> list[tuple[float, int | None]]:
         """The time t* and the number of steps of each round."""
         starts = self.t_star if isinstance(self.t_star, tuple) else (self.t_star,)
+        if not starts:
+            raise ValueError("t_star must be a number or a tuple of numbers, one for each round, got ()")
+        for start in starts:
+            check_number("t_star", start)
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
         if len(counts) != len(starts):
             raise ValueError(
