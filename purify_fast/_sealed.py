@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ._files import atomic
@@ -53,10 +53,13 @@ def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         ValueError: the file is damaged or has another format. The message does not contain the file's name.
     """
+    # Open the file only once, because another process may replace it at any time. safetensors.safe_open opens it twice.
+    data = path.read_bytes()
     try:
-        with safe_open(path, "pt") as file:
-            checksum, _, text = (file.metadata() or {})[_ENTRY].partition(" ")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        tensors = load(data)
+        # The file is the header's length in 8 bytes, the header in JSON, and the tensors.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        checksum, _, text = header["__metadata__"][_ENTRY].partition(" ")
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"the file is cut off or damaged, or another program wrote it ({error!r})") from error
     if checksum != _checksum(text, tensors):

@@ -98,10 +98,11 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
     """
     damaged: dict[Path, str] = {}
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
-        if not path.is_file():
-            continue
+        # Do not ask first whether the file exists: another process may rename it between the question and the answer.
         try:
             tree = read_tree(path)
+        except FileNotFoundError:
+            continue
         except ValueError as error:
             damaged[path] = str(error)
             continue
