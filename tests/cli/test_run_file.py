@@ -18,7 +18,6 @@ COMMANDS = [
     ["train generator", "--residual", "--betas", "0.4", "0.9", "--weight-decay=-1"][:5],
     ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
     ["train arrest", "--eps", "0.3", "--tau", "0.01", "--no-replay"],
-    ["ablate", "arrest", "--weights", "1", "5", "--angles"],
     ["evaluate", "runs/a folder", "--protocol", "rand", "--eps", "0.1"],
     ["demo", "--quick", "--seed", "3"],
 ]
