@@ -58,7 +58,6 @@ REFUSED = {
         ({"gan_weight": 0.5}, "gan_weight needs gan_grad=True.* got gan_weight=0.5"),
         ({"reconstruction_target": "x"}, "reconstruction_target must be one of adversarial, clean"),
         ({"steps": 7}, "steps=7 needs attack_method='pgd'"),
-        ({"masks": "free_form"}, "masks='free_form' is for pre-training"),
         ({"attack_method": "none", "alpha": 0.1}, "alpha=0.1 needs attack_method='pgd', got attack_method='none'"),
     ],
     diffusion: [

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics, Update
 from ..base import PurifierTask, cross_entropy_of, noise_of
 from .config import AtopConfig
-from .deepfill_training import PatchDiscriminator, hide_free_form, patch_depth
+from .deepfill_training import PatchDiscriminator, patch_depth
 from .defence import Atop
 
 
@@ -123,11 +124,7 @@ def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     adversarial = attacked(defence, batch, config, graphs) if classifies_others or not rebuilds_clean else batch.x
     rebuild = batch.x if rebuilds_clean else adversarial
     seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
-    if config.masks == "free_form":
-        seen = rebuild.to(defence.purifier_dtype)
-        packed, owners = hide_free_form(seen, seed, batch.sample_ids, shared=defence.shared_mask)
-    else:
-        packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
+    packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
     count = len(packed)
     if classifies_others:
         # the second pass has the same noise and mask
@@ -311,6 +308,10 @@ class AtopTask(PurifierTask[Atop]):
         deceived = generator_loss(self.discriminator, one_pass)
         metrics = {**one_pass.metrics, "deceived": deceived.detach()}
         return one_pass.loss + self.config.gan_weight * deceived, metrics
+
+    def describe(self) -> dict[str, Any]:
+        # an earlier version had this setting, and wrote it into its checkpoints
+        return {**super().describe(), "masks": "blocks"}
 
     def frozen_attacks(self) -> FrozenAttacks | None:
         config, attack = self.config, self.config.attack
