@@ -172,6 +172,8 @@ class MethodTask(Task):
     name: ClassVar[str]
     #: The published schedules by name: functions of the epoch, the number of epochs and the highest learning rate.
     published: ClassVar[Mapping[str, Callable[[int, int, float], float]]] = {}
+    #: The name of the initial weights. A run is resumed only with the same name.
+    origin: str
     average: AveragedModel | None = None
     averaged: nn.Module
 
@@ -192,6 +194,9 @@ class MethodTask(Task):
         if decay > 0:
             self.average = moving_average(module, decay, warm_up)
             self.model = nn.ModuleDict({name: self.model, "average": self.average})
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": self.name, **settings(self.config), "origin": self.origin}
 
     @property
     def result(self) -> nn.Module:
@@ -241,8 +246,7 @@ class PurifierTask(MethodTask, Generic[D]):
         return self.defence
 
     def describe(self) -> dict[str, Any]:
-        facts = {"defence": self.defence.arguments, "classifier": self.classifier}
-        return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
+        return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
         """Return the facts, except the radius, that determine the images of an attack on the frozen classifier.
