@@ -44,11 +44,8 @@ class HasClassifier(Protocol):
     classifier: nn.Module
 
 
-@runtime_checkable
-class Purifier(Purifies, Protocol):
+class Purifier(Purifies, HasClassifier, Protocol):
     """A purifier in front of a classifier, with the attribute ``classifier``."""
-
-    classifier: nn.Module
 
 
 @runtime_checkable

@@ -82,9 +82,7 @@ def commands(data: Path, inputs: Path) -> list[Command]:
     carso = ("--layers", "conv2", "--cond-dim", "8", "--latent-dim", "4", "--samples", "2", "--decoder-width", "2")
     # a bank in the caches would have what other runs attacked
     bank = ("--bank", "4", "--bank-refresh", "0.2", "--bank-folder", f"{OUT}/bank")
-    rows = ("--standard-epochs", "3", "--scratch-epochs", "2", "--attack-steps", "3", "--images", "16")
     atop = ("train", "atop", *base, *images, "--init", str(inputs / "train generator"), "--eps", "0.1")
-    ablate = ("ablate", *images, *rows, *attack, "--width", "2", "--epochs", "2", *FAST)
     return [
         Command("train classifier", ("train", "classifier", *images, "--width", "4", "--epochs", "16", *attack, *FAST)),
         Command("train carso", ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST)),
@@ -104,7 +102,6 @@ def commands(data: Path, inputs: Path) -> list[Command]:
             ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few, "--batch-size", "2"),
             program=tuple(TORCHRUN),
         ),
-        Command("ablate", ablate),
         Command("demo", ("demo", "--quick"), program=(sys.executable, __file__, "small")),
         Command("tune", ("tune", "--device", "cpu", "--ops", *RACED, "--minutes", "10"), out=""),
     ]
@@ -525,7 +522,7 @@ def cycle(folder: Path) -> int:
     torch.set_num_threads(1)
     inputs = folder / "steady inputs"
     for command in commands(folder / "data.npz", inputs):
-        if command.name in ("demo", "ablate", "tune", "evaluate, 2 processes"):
+        if command.name in ("demo", "tune", "evaluate, 2 processes"):
             continue
         out = inputs / command.name
         if command.name != "evaluate":

@@ -31,7 +31,7 @@ def test_every_listed_name_is_there(name):
 def test_the_settings_of_every_training_come_without_pytorch():
     code = (
         "import sys, purify_fast\n"
-        "from purify_fast.methods.arrest import AblationConfig, ArrestConfig\n"
+        "from purify_fast.methods.arrest import ArrestConfig\n"
         "from purify_fast.methods.atop import AtopConfig\n"
         "from purify_fast.methods.carso import CarsoConfig\n"
         "from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack\n"

@@ -110,7 +110,7 @@ def test_on_a_full_disk_the_lock_holds_without_its_holders_name(tmp_path, monkey
 def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
     from purify_fast import cli
 
-    for words in (["train", "classifier", "--out"], ["ablate", "--out"], ["demo", "--out"]):
+    for words in (["train", "classifier", "--out"], ["demo", "--out"]):
         assert cli.main([*words, str(tmp_path / "run")]) == 2
         assert f"process {holder.pid} on" in capsys.readouterr().err
     (tmp_path / "model").mkdir()

@@ -1,4 +1,4 @@
-"""``purify-fast train classifier``, ``purify-fast train arrest`` and ``purify-fast ablate arrest``."""
+"""``purify-fast train classifier`` and ``purify-fast train arrest``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import tyro
-
-from ..methods.arrest import AblationConfig, ArrestConfig
+from ..methods.arrest import ArrestConfig
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand
-from .run_file import write_run_file
 from .saved_models import is_named, named_classifier, trained_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
@@ -182,35 +179,3 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
         wanted = {"task": "arrest", **settings(self.method), **loop_facts(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)
         refuse_another(self.out, {name: checkpoint["facts"].get(name) for name in wanted}, wanted)
-
-
-@dataclass(frozen=True)
-class Ablate(FreshClassifier):
-    """Compare the parts of ARREST: train a classifier with each part, attack it, and write a table and a plot.
-
-    The parts are adversarial training, finetuning, distillation and noisy replay. --weights lists values of lambda, and
-    --angles (phi) or --taus (tau) lists thresholds of the replay. --epochs is for the finetuning; the standard
-    classifier has --standard-epochs, and the training from scratch has --scratch-epochs. An interrupted command
-    continues if it is run again.
-
-    Args:
-        what: Method whose parts are compared.
-        out: Folder for the table, the plot, and a folder for each trained classifier.
-    """
-
-    called: ClassVar[str] = "ablate"
-
-    what: tyro.conf.Positional[Literal["arrest"]] = "arrest"
-    out: Path = Path("runs/ablation")
-    rows: AblationConfig = field(default_factory=AblationConfig)
-    method: ArrestConfig = field(default_factory=ArrestConfig)
-    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
-
-    def run(self) -> None:
-        from ..methods.arrest import ablate
-
-        images = self.load_data()
-        written = ablate(lambda: self.fresh(images), images, self.method, self.rows, loop=self.loop, out=self.out)
-        write_run_file(self, self.out)
-        print(written[0].read_text())
-        print(f"written: {' and '.join(map(str, written))}; the folders beside them contain the classifiers")

@@ -15,7 +15,6 @@ import torch
 
 from .._tensors import weights_fingerprint
 from ..attacks import PGD, AutoAttack
-from ..attacks.losses import Loss
 from ..evaluation import AttackSpec, EvaluateConfig, Report
 from ..methods.arrest import ArrestConfig, ArrestTask
 from ..methods.atop import Atop, AtopConfig, AtopTask
@@ -66,7 +65,6 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 PEEL = "through PeeL, as its authors attack it"
 ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr, through everything"
-_LOSSES: tuple[Loss, ...] = ("ce", "dlr")
 
 THROUGH_CARSO = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
 # This config trains with the paper's objective, and with clean images as target. Weight, learning rate and schedule
@@ -194,8 +192,8 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     else:
         attacks = [ce, dlr]
         if name == BASE and constant_step:
-            steady = {loss: f"PGD-{budget.steps} {loss}, constant step" for loss in _LOSSES}
-            attacks += [AttackSpec(PGD(loss=loss, alpha=EPS / 10), label=label) for loss, label in steady.items()]
+            for pgd in (PGD(alpha=EPS / 10), PGD(loss="dlr", alpha=EPS / 10)):
+                attacks.append(AttackSpec(pgd, label=f"PGD-{budget.steps} {pgd.loss}, constant step"))
         if name != STANDARD:
             attacks.append(auto)
     config = EvaluateConfig(steps=steps, eot_iter=budget.eot, seed=workspace.seed)

@@ -135,20 +135,19 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read_recipes(kind: type[R], file: Path) -> dict[str, R]:
+def read_recipes(kind: type[R], method: str) -> dict[str, R]:
     """Read the recipes of a method. The keys of the result are their names without the method.
 
     Args:
         kind: the method's class of recipes.
-        file: a JSON file in the method's folder. A fact is a list of value, grade, source and, if it differs, the value
-            in the authors' code. A fraction is a text such as "8/255".
+        method: name of the method's folder, which has ``recipes.json``. A fact in this file is a list of value, grade,
+            source and, if it differs, the value in the authors' code. A fraction is a text such as "8/255".
     """
-    systems = json.loads(file.read_text(encoding="utf-8"))
+    systems = json.loads((Path(__file__).parent / method / "recipes.json").read_text(encoding="utf-8"))
     recipes = {}
     for name, system in systems.items():
         facts = {key: Fact(_number(value), *rest) for key, (value, *rest) in system["facts"].items()}
-        whole_name = f"{file.parent.name}/{name}"
-        recipes[name] = kind(whole_name, system["title"], facts, tuple(system["not_reproduced"]))
+        recipes[name] = kind(f"{method}/{name}", system["title"], facts, tuple(system["not_reproduced"]))
     return recipes
 
 
@@ -173,6 +172,8 @@ class MethodTask(Task):
     name: ClassVar[str]
     #: The published schedules by name: functions of the epoch, the number of epochs and the highest learning rate.
     published: ClassVar[Mapping[str, Callable[[int, int, float], float]]] = {}
+    #: The name of the initial weights. A run is resumed only with the same name.
+    origin: str
     average: AveragedModel | None = None
     averaged: nn.Module
 
@@ -193,6 +194,9 @@ class MethodTask(Task):
         if decay > 0:
             self.average = moving_average(module, decay, warm_up)
             self.model = nn.ModuleDict({name: self.model, "average": self.average})
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": self.name, **settings(self.config), "origin": self.origin}
 
     @property
     def result(self) -> nn.Module:
@@ -242,8 +246,7 @@ class PurifierTask(MethodTask, Generic[D]):
         return self.defence
 
     def describe(self) -> dict[str, Any]:
-        facts = {"defence": self.defence.arguments, "classifier": self.classifier}
-        return {"task": self.name, **settings(self.config), **facts, "origin": self.origin}
+        return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
         """Return the facts, except the radius, that determine the images of an attack on the frozen classifier.

@@ -18,7 +18,6 @@ COMMANDS = [
     ["train generator", "--residual", "--betas", "0.4", "0.9", "--weight-decay=-1"][:5],
     ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
     ["train arrest", "--eps", "0.3", "--tau", "0.01", "--no-replay"],
-    ["ablate", "arrest", "--weights", "1", "5", "--angles"],
     ["evaluate", "runs/a folder", "--protocol", "rand", "--eps", "0.1"],
     ["demo", "--quick", "--seed", "3"],
 ]
@@ -104,3 +103,12 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     (out / "checkpoint.safetensors").unlink()
     code, printed = run("evaluate", out, *few)
     assert code == 2 and f"--eps must be given, such as --eps 8/255: {out} does not say its radius" in printed
+
+
+def test_a_file_of_an_earlier_version_may_hold_the_only_masks_that_are_left(run, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("command: train generator\nmasks: blocks\nsigma: 0.5\n")
+    assert parsed(["train generator", "--config", str(path)]).sigma == 0.5
+    path.write_text("command: train generator\nmasks: free_form\n")
+    code, printed = run("train", "generator", "--config", path)
+    assert code == 2 and "must contain only options of `purify-fast train generator`, got --masks" in printed

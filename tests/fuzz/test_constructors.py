@@ -16,7 +16,7 @@ from purify_fast.cli import _KINDS
 from purify_fast.cli.parsing import Refused, parse
 from purify_fast.cli.run_file import run_file, values
 from purify_fast.evaluation import AttackSpec
-from purify_fast.methods.arrest import AblationConfig, ArrestConfig
+from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.diffusion import Process, Schedule
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = {
     kind.__name__: kind
     for kind in (
-        AblationConfig,
         ArrestConfig,
         AtopConfig,
         CarsoConfig,

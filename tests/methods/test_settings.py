@@ -3,7 +3,7 @@
 import pytest
 from small_models import configured
 
-from purify_fast.methods.arrest import AblationConfig, ArrestConfig
+from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import Atop, AtopConfig, SmallGenerator
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.methods.diffusion import DiffusionConfig
@@ -48,14 +48,6 @@ REFUSED = {
         ({"norm": "l2"}, "replay needs norm 'linf', .*got 'l2'"),
         ({"distance": "l2"}, "distance='l2' needs tau"),
     ],
-    AblationConfig: [
-        ({"standard_epochs": 0}, "standard_epochs must be at least 1, got 0"),
-        ({"autoattack": -1}, "autoattack must be at least 0, got -1"),
-        ({"weights": (5.0, 5.0000001)}, r"weights must be different in six digits, got \(5.0, 5.0000001\)"),
-        ({"angles": (1.0, 1.0)}, r"angles must be different in six digits, got \(1.0, 1.0\)"),
-        ({"weights": (0.0,)}, "each of weights must be above 0 and finite, got 0.0"),
-        ({"shares": (1.0,)}, r"each of shares must be in \(0, 1\), got 1.0"),
-    ],
     atop: [
         ({"attack_method": "cw"}, "attack_method must be one of fgsm, pgd, none, got 'cw'"),
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
@@ -66,7 +58,6 @@ REFUSED = {
         ({"gan_weight": 0.5}, "gan_weight needs gan_grad=True.* got gan_weight=0.5"),
         ({"reconstruction_target": "x"}, "reconstruction_target must be one of adversarial, clean"),
         ({"steps": 7}, "steps=7 needs attack_method='pgd'"),
-        ({"masks": "free_form"}, "masks='free_form' is for pre-training"),
         ({"attack_method": "none", "alpha": 0.1}, "alpha=0.1 needs attack_method='pgd', got attack_method='none'"),
     ],
     diffusion: [

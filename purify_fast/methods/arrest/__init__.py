@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .ablation import ablate as ablate
-    from .config import AblationConfig as AblationConfig
     from .config import ArrestConfig as ArrestConfig
     from .task import ArrestTask as ArrestTask
     from .task import Teacher as Teacher

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Annotated, Literal
 
-from ..._validation import AtLeast0, Count, Positive, Precision, Range, Share, ShareBelow1, check_types
+from ..._validation import AtLeast0, Precision, Range, Share, ShareBelow1, check_types
 from ...training.config import TrainingAttack
 
 
@@ -100,49 +100,3 @@ class ArrestConfig:
         """Tell whether examples may be replayed in an epoch, counted from 0."""
         # the product is rounded, because 0.07 * 100 is slightly above 7 in floating point
         return self.replay and epoch < round(self.replay_share * epochs, 9)
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """The settings of an ablation. This package has chosen every default; none is from a paper.
-
-    A classifier is trained and attacked for each lambda alone, for each threshold of the replay alone, and for each
-    pair of a lambda and a threshold.
-
-    Args:
-        weights: lambdas of the distillation.
-        angles: thresholds of the replay as angles phi, in degrees.
-        taus: thresholds of the replay as distances.
-        shares: fractions of eps. For each fraction, a classifier is trained from scratch with this part of eps as its
-            radius. Together with the standard classifier and the classifier that is trained from scratch with eps,
-            these classifiers define the reference curve.
-        standard_epochs: epochs of the standard classifier.
-        scratch_epochs: epochs of adversarial training from scratch.
-        attack_steps: steps of the final PGD attacks, with cross-entropy and then with DLR.
-        images: number of held-out images to attack, from the first on.
-        autoattack: number of these images, from the first on, for AutoAttack (standard), which attacks those of them
-            that withstood PGD; 0: no AutoAttack. As in the paper, SUM and the other trade-offs compare the clean
-            accuracy with the accuracy under AutoAttack, on these images. Without AutoAttack, they use the accuracy
-            under PGD.
-
-    Raises:
-        ValueError: a setting is out of range; the message names it.
-    """
-
-    weights: tuple[Positive, ...] = (50.0,)
-    angles: tuple[float, ...] = (30.0,)
-    taus: tuple[float, ...] = ()
-    shares: tuple[Annotated[float, Range(0, 1, above=True, below=True)], ...] = (0.5,)
-    standard_epochs: Count = 100
-    scratch_epochs: Count = 100
-    attack_steps: Count = 50
-    images: Count = 1000
-    autoattack: Annotated[int, Range(0)] = 0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("weights", "angles", "taus", "shares"):
-            values = getattr(self, name)
-            # a classifier's name contains its number with six digits, and two classifiers must not have the same name
-            if len({f"{value:g}" for value in values}) < len(values):
-                raise ValueError(f"{name} must be different in six digits, got {values}")

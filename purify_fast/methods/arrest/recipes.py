@@ -7,7 +7,6 @@ ARREST has no official code. "FAT" is a re-implementation by readers of the pape
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -51,4 +50,4 @@ class ArrestRecipe(Recipe):
         return ArrestTask(classifier, self.config(official_code), self.image_shape)
 
 
-RECIPES = read_recipes(ArrestRecipe, Path(__file__).with_name("recipes.json"))
+RECIPES = read_recipes(ArrestRecipe, "arrest")

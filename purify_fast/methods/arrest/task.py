@@ -36,7 +36,7 @@ from ...speed.folding.inference_copy import (
     convert_to_channels_last,
     prepare_for_inference,
 )
-from ...training.config import TrainingAttack, settings
+from ...training.config import TrainingAttack
 from ...training.distributed import average_
 from ...training.schedules import RunLength, arrest_published
 from ...training.task import Batch, Metrics, check_classifier
@@ -226,8 +226,7 @@ class ArrestTask(MethodTask):
         attack = self.config.attack
         # alpha None is replaced by the number that it means, so that a run can be resumed with either
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
-        facts |= {"structure": structure_fingerprint(self.classifier), "origin": self.origin}
-        return {"task": self.name, **settings(self.config), **facts}
+        return {**super().describe(), **facts, "structure": structure_fingerprint(self.classifier)}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.classifier, shape, classes)

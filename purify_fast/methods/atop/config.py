@@ -38,9 +38,6 @@ class AtopConfig:
             is cut off, so the discriminator has no effect. With False, there is no discriminator.
         gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
             refined images in the hole, and the transformed images elsewhere (pre-training).
-        masks: pixels that are hidden from the purifier in the training. "blocks": blocks, as in the defence.
-            "free_form": a box and brush strokes, as in DeepFillv2's training, which adds no noise
-            (`purify_fast.methods.atop.deepfill_training`). "free_form" needs a training without attacks.
         precision: "float32" (official), which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU
             rounds the factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or
             "bfloat16", which trains the accelerated defence (own).
@@ -65,7 +62,6 @@ class AtopConfig:
     discriminator_width: Count = 64
     gan_grad: bool = False
     gan_fake: Literal["refined", "pasted"] = "refined"
-    masks: Literal["blocks", "free_form"] = "blocks"
     precision: Precision = "float32"
     schedule: Literal["constant", "one_cycle"] = "constant"
     learning_rate: AtLeast0 = 1e-4
@@ -82,11 +78,6 @@ class AtopConfig:
         attack, default = self.attack, type(self).attack
         if self.attack_method != "none" and not attack.eps > 0:
             raise ValueError(f"eps must be above 0, got {attack.eps}; attack_method='none' trains without attacks")
-        if self.masks == "free_form" and (self.attack_method != "none" or self.cls_weight > 0):
-            raise ValueError(
-                "masks='free_form' is for pre-training and needs attack_method='none' and cls_weight=0, got "
-                f"{self.attack_method!r} and {self.cls_weight}"
-            )
         if self.attack_method == "none" and self.attack_target == "pipeline":
             raise ValueError(
                 "attack_target='pipeline' needs an attack, got attack_method='none': set it to 'fgsm' or 'pgd'"
@@ -101,8 +92,7 @@ class AtopConfig:
         """Return settings for the pre-training of a generator, by a hinge GAN and L1 on clean images.
 
         Both losses have weight 1, and there is no cross-entropy. This is DeepFillv2's training in AToP's repository
-        (code: `train see in Finetuning-AToP.py`, `configs/train.yaml`), but with the defence's transform. With
-        ``masks="free_form"``, the hidden pixels are those of that training too: a box and brush strokes, without noise.
+        (code: `train see in Finetuning-AToP.py`, `configs/train.yaml`), but with the defence's transform.
 
         Args:
             changes: fields with other values.

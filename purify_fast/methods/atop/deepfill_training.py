@@ -1,18 +1,12 @@
-"""Defines two parts of DeepFillv2's training: the discriminator SN-PatchGAN, and the free-form holes in the images.
+"""The discriminator of DeepFillv2's training, SN-PatchGAN.
 
 The source is Yu et al., ICCV 2019, in the implementation nipponjo/deepfillv2-pytorch. The discriminator's tensors have
 the names that this implementation uses. Spectral normalization is defined as in Miyato et al., ICLR 2018. AToP begins
 with a DeepFillv2 generator that was trained in this way on Places2.
-
-The hole of an image is a box and brush strokes; there is no noise. The sizes are from the authors' repository for
-images of 256 x 256 (code: `configs/train.yaml`, `utils/misc.py`), and here they are scaled with the image. The box is
-128 pixels high and wide, less up to 16 pixels at each side. There are 1 to 3 strokes of 4 to 11 segments, which zigzag
-and are 12 to 40 pixels wide.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -23,7 +17,6 @@ from torch.nn import functional as F
 from ..._tensors import without_autocast
 from ..._validation import Range, check_counts
 from ...models.layers import LeakyReLU
-from ...ops.philox import Stream, philox
 
 WIDTHS = (1, 2, 4, 4, 4, 4)
 
@@ -124,78 +117,3 @@ class PatchDiscriminator(nn.Module):
         for block in self.children():
             x = block(x)
         return x.flatten(1)
-
-
-#: The largest number of strokes in an image, and of segments in a stroke.
-STROKES, SEGMENTS = 3, 11
-# An image needs 4 random numbers for the box, 1 for the number of strokes, 6 for each stroke, and 3 for each segment.
-_NUMBERS = 4 + 1 + STROKES * (6 + 3 * SEGMENTS)
-_ANGLE, _ANGLE_RANGE = 2 * math.pi / 5, 2 * math.pi / 15
-
-
-def free_form_masks(size: tuple[int, int], seed: Tensor, ids: Tensor) -> Tensor:
-    """Draw a hole for each image, from a box and brush strokes.
-
-    Args:
-        size: (H, W) of the images.
-        seed: seed of the random numbers, int64 ``[1]``.
-        ids: ids of the images, int64 ``[B]``; equal ids have equal holes.
-
-    Returns:
-        The masks, float32 ``[B, 1, H, W]``: 1 where an image is hidden, 0 elsewhere.
-    """
-    # the random numbers, [B, numbers, 1, 1]
-    u = philox(seed, ids, _NUMBERS, stream=Stream.MASK)[:, 0, :, None, None]
-    height, width = size
-    rows = torch.arange(height, device=u.device, dtype=torch.float32)[None, :, None]
-    cols = torch.arange(width, device=u.device, dtype=torch.float32)[None, None, :]
-    boxes = []
-    for axis, place in enumerate((rows, cols)):
-        side, most = size[axis] // 2, size[axis] // 16
-        margin = (u[:, 2 + axis] * (most + 1)).floor()
-        first = (u[:, axis] * (size[axis] - side)).floor() + margin
-        boxes.append((place >= first) & (place < first + side - 2 * margin))
-    hidden = boxes[0] & boxes[1]
-    radius = math.hypot(height, width) / 8
-    strokes = (u[:, 4] * STROKES).floor() + 1
-    for k, of_stroke in enumerate(u[:, 5:].chunk(STROKES, 1)):
-        head, tail = of_stroke[:, :6].unbind(1), of_stroke[:, 6:].unflatten(1, (SEGMENTS, 3)).unbind(1)
-        segments = 4 + (head[0] * (SEGMENTS - 3)).floor()
-        row, col = head[1] * height, head[2] * width
-        # this is half of the stroke's width, which is 12 to 40 pixels in an image with a height of 256
-        half = (12 + 28 * head[3]) * height / 512
-        low, high = _ANGLE - head[4] * _ANGLE_RANGE, _ANGLE + head[5] * _ANGLE_RANGE
-        for i, (turn, away, phase) in enumerate(part.unbind(1) for part in tail):
-            angle = low + (high - low) * turn
-            if i % 2 == 0:
-                angle = 2 * math.pi - angle
-            normal = torch.sqrt(-2 * torch.log1p(-away)) * torch.cos(2 * math.pi * phase)
-            length = (radius + radius / 2 * normal).clamp(0, 2 * radius)
-            next_row = (row + length * angle.sin()).clamp(0, height)
-            next_col = (col + length * angle.cos()).clamp(0, width)
-            down, right = next_row - row, next_col - col
-            # for each pixel, `share` is the nearest position on the segment, from 0 at its start to 1 at its end
-            share = (((rows - row) * down + (cols - col) * right) / (down**2 + right**2).clamp(min=1e-6)).clamp(0, 1)
-            near = torch.hypot(rows - row - share * down, cols - col - share * right) <= half
-            hidden = hidden | (near & (k < strokes) & (i < segments))
-            row, col = next_row, next_col
-    return hidden[:, None].float()
-
-
-def hide_free_form(x: Tensor, seed: Tensor, ids: Tensor, shared: bool = False) -> tuple[Tensor, Tensor]:
-    """Hide free-form holes of images, and return the same kind of tensors as `Atop.draw`.
-
-    Args:
-        x: images ``[B, C, H, W]`` in [0, 1].
-        seed: seed of the random numbers, int64 ``[1]``.
-        ids: ids of the images, int64 ``[B]``.
-        shared: whether all images have the hole of the first image, as in the released code.
-
-    Returns:
-        The images in [-1, 1] with 0 in the hole, a plane of ones, and the mask, ``[B, C + 2, H, W]``; and the owners,
-        int64 ``[1, B, 1, 1]``, which are 0 because there is only one pass.
-    """
-    height, width = x.shape[2:]
-    mask = free_form_masks((height, width), seed, ids[:1].expand(len(x)) if shared else ids).to(x.dtype)
-    packed = torch.cat([(2 * x - 1) * (1 - mask), torch.ones_like(mask), mask], 1)
-    return packed, torch.zeros((1, len(x), 1, 1), dtype=torch.int64, device=x.device)

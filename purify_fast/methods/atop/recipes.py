@@ -8,7 +8,6 @@ The paper's sections on the method could not be read first-hand. So nearly all f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -56,4 +55,4 @@ class AtopRecipe(Recipe):
         return AtopTask(defence, self.config(official_code))
 
 
-RECIPES = read_recipes(AtopRecipe, Path(__file__).with_name("recipes.json"))
+RECIPES = read_recipes(AtopRecipe, "atop")

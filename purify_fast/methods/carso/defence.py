@@ -170,7 +170,10 @@ class Carso(Defence):
         self.check_images(x)
         condition = self._run_part(self.condition, x)
         if z is None and self.decodes_in_one_kernel():
-            return self._in_one_kernel(condition, draws)
+            self.prepare_replay()
+            assert self.fast is not None
+            seed, ids = self.noise(len(x), x.device)
+            return self.fast.packed(condition, seed, ids.expand(len(x)), draws * self.samples)
         if z is None:
             z = self.prior_latents(x.shape[0], x.device, draws)
         elif z.dim() != 3 or z.shape[0] not in (1, x.shape[0]) or z.shape[2] != self.latent_dim:
@@ -233,13 +236,6 @@ class Carso(Defence):
         if self.noise_is_off or not self.computes_in_bfloat16 or self._weight_to_pack() is None:
             return False
         return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
-
-    def _in_one_kernel(self, condition: Tensor, draws: int) -> Tensor:
-        """Return the images that the kernel decodes, ``[B, draws K, C, H, W]``."""
-        self.prepare_replay()
-        assert self.fast is not None
-        seed, ids = self.noise(len(condition), condition.device)
-        return self.fast.packed(condition, seed, ids.expand(len(condition)), draws * self.samples)
 
     def posterior(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the posterior q(z | x, c), each ``[B, latent_dim]``, for the training.

@@ -124,4 +124,4 @@ class CarsoRecipe(Recipe):
         return CarsoTask(defence, self.config(official_code))
 
 
-RECIPES = read_recipes(CarsoRecipe, Path(__file__).with_name("recipes.json"))
+RECIPES = read_recipes(CarsoRecipe, "carso")

@@ -9,7 +9,6 @@ denoisers themselves, so these recipes have no training.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -43,4 +42,4 @@ class DiffusionRecipe(Recipe):
         return DiffusionPurifier(denoiser, classifier, **options)
 
 
-RECIPES = read_recipes(DiffusionRecipe, Path(__file__).with_name("recipes.json"))
+RECIPES = read_recipes(DiffusionRecipe, "diffusion")

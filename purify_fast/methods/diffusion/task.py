@@ -46,7 +46,6 @@ from ..._validation import Precision
 from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
 from ...speed.graphs.step_graphs import StepGraphs
-from ...training.config import settings
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
 from ..base import MethodTask, PurifierTask, answer_of, cross_entropy_of, noise_of
@@ -202,8 +201,7 @@ class DiffusionTask(MethodTask):
         return {"loss": 0}
 
     def describe(self) -> dict[str, Any]:
-        facts = {"structure": structure_fingerprint(self.denoiser), "origin": self.origin}
-        return {"task": self.name, **settings(self.config), **facts}
+        return {**super().describe(), "structure": structure_fingerprint(self.denoiser)}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         weight = first_tensor(self.denoiser)

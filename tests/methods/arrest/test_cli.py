@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -107,22 +106,3 @@ def test_a_folder_with_another_run_is_refused_before_anything_is_trained(standar
     assert run(other, "--width", "4", "--standard-epochs", "1") == 2
     assert "holds a run of the training 'classifier', but this is the training 'arrest'" in said(capsys)
     assert sorted(path.name for path in out.iterdir()) == before and not (other / "standard").exists()
-
-
-def test_ablate_writes_its_table(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    state = np.random.RandomState(0)
-    y = np.arange(32) % 2
-    x = (state.randint(0, 100, (32, 8, 8)) + 150 * (y[:, None, None] == (np.arange(8) < 4)[None, :, None])).astype("u1")
-    np.savez(tmp_path / "bars.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
-    few = ["--epochs", "1", "--standard-epochs", "1", "--scratch-epochs", "1", "--batch-size", "16", "--width", "4"]
-    few += ["--attack-steps", "2", "--images", "8", "--eps", "0.1", "--alpha", "0.05", "--steps", "2"]
-    command = ["ablate", "arrest", "--data", str(tmp_path / "bars.npz"), "--device", "cpu", "--out"]
-    lists = ["--weights", "5", "--angles", "20", "--taus", "0.5", "--shares", "0.3"]
-    assert cli.main([*command, str(tmp_path / "o"), *few, *lists]) == 0
-    text = said(capsys)
-    for name in ("AT from scratch, eps x 0.3", "ARREST, lambda 5, phi 20", "ARREST, lambda 5, tau 0.5"):
-        assert f"| {name} | " in text
-    assert f"written: {tmp_path / 'o' / 'ablation.md'} and {tmp_path / 'o' / 'ablation.png'}" in text
-    assert (tmp_path / "o" / "ablation.png").is_file()
-    assert type(load_classifier(tmp_path / "o" / "ARREST_lambda_5_phi_20")) is SmallCNN
