@@ -107,9 +107,6 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     name = kind.called
     options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
     options.pop("version", None)
-    if options.get("masks") == "blocks":
-        # An earlier version had this option, and wrote it into every file of AToP.
-        del options["masks"]
     command = options.pop("command", name)
     if command != name:
         raise ValueError(f"--config {path} was written by `purify-fast {command}`; this is `purify-fast {name}`")

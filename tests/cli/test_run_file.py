@@ -103,12 +103,3 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     (out / "checkpoint.safetensors").unlink()
     code, printed = run("evaluate", out, *few)
     assert code == 2 and f"--eps must be given, such as --eps 8/255: {out} does not say its radius" in printed
-
-
-def test_a_file_of_an_earlier_version_may_hold_the_only_masks_that_are_left(run, tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("command: train generator\nmasks: blocks\nsigma: 0.5\n")
-    assert parsed(["train generator", "--config", str(path)]).sigma == 0.5
-    path.write_text("command: train generator\nmasks: free_form\n")
-    code, printed = run("train", "generator", "--config", path)
-    assert code == 2 and "must contain only options of `purify-fast train generator`, got --masks" in printed

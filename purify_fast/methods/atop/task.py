@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,28 @@ class Passes:
     packed: Tensor
 
 
-def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
-    """Run the attack, the transform and the purifier on a batch, and compute the losses.
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of the purifier in a step.
+
+    Args:
+        rebuild: the images that the purifier should rebuild, ``[B, C, H, W]`` in [0, 1].
+        packed: the purifier's inputs: T inputs for the reconstruction, and T further inputs for the cross-entropy if
+            it needs other images.
+        count: T.
+        owners: the owners that `Atop.draw` returns.
+        cls_weight: lambda; 0 during cls_delay.
+    """
+
+    rebuild: Tensor
+    packed: Tensor
+    count: int
+    owners: Tensor
+    cls_weight: float
+
+
+def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Inputs:
+    """Attack and transform the images of a batch.
 
     The L1 terms and the cross-entropy may need different images. Then the purifier has twice as many inputs. While
     lambda is 0, the inputs that only the cross-entropy needs are not computed.
@@ -98,34 +117,59 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
         config: the settings of the training.
         graphs: captures the attack's step in a CUDA graph; None captures nothing.
     """
-    # lambda is 0 during cls_delay
     weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuilds_clean = config.reconstruction_target == "clean"
     classifies_others = weight > 0 and config.attack_method != "none" and rebuilds_clean
     adversarial = attacked(defence, batch, config, graphs) if classifies_others or not rebuilds_clean else batch.x
     rebuild = batch.x if rebuilds_clean else adversarial
-    noise = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device), batch.sample_ids
-    packed, owners = defence.draw(rebuild, noise=noise)
-    count, samples = len(packed), len(owners)
+    seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
+    packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
+    count = len(packed)
     if classifies_others:
         # the second pass has the same noise and mask
-        packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
-    images = defence.stages(packed)
-    target = (2 * rebuild - 1).to(images[-1].dtype)
+        packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
+    return Inputs(rebuild, packed, count, owners, weight)
+
+
+def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, images: tuple[Tensor, ...]) -> Passes:
+    """Compute the losses of the purifier's images.
+
+    Args:
+        defence: the defence whose purifier is trained.
+        batch: the images.
+        config: the settings of the training.
+        given: the purifier's inputs.
+        images: the images of each stage of the purifier.
+    """
+    count, samples = given.count, len(given.owners)
+    target = (2 * given.rebuild - 1).to(images[-1].dtype)
     # the inputs are ordered by sample, then by image, then by pass
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
     reconstruction = defence.purifier.original_loss([image[:count] for image in images], target).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
-    if weight > 0:
+    if given.cls_weight > 0:
         # `purified` is [S, B, C, H, W]
-        purified = defence.join(images[-1][-count:], owners)
+        purified = defence.join(images[-1][-count:], given.owners)
         if config.classifier_range == "doubled":
             purified = 2 * purified - 1
         cross_entropy, accuracy = cross_entropy_of(defence.classify(purified).flatten(0, 1), batch.y.repeat(samples))
-        loss = loss + weight * cross_entropy
+        loss = loss + given.cls_weight * cross_entropy
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    return Passes(loss, metrics, target, refined=images[-1][:count], packed=packed[:count])
+    return Passes(loss, metrics, target, refined=images[-1][:count], packed=given.packed[:count])
+
+
+def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
+    """Run the attack, the transform and the purifier on a batch.
+
+    Args:
+        defence: the defence whose purifier is trained.
+        batch: the images.
+        config: the settings of the training.
+        graphs: captures the attack's step in a CUDA graph; None captures nothing.
+    """
+    given = inputs(defence, batch, config, graphs)
+    return losses(defence, batch, config, given, defence.stages(given.packed))
 
 
 def training_loss(
@@ -263,10 +307,6 @@ class AtopTask(PurifierTask[Atop]):
         deceived = generator_loss(self.discriminator, one_pass)
         metrics = {**one_pass.metrics, "deceived": deceived.detach()}
         return one_pass.loss + self.config.gan_weight * deceived, metrics
-
-    def describe(self) -> dict[str, Any]:
-        # an earlier version had this setting, and wrote it into its checkpoints
-        return {**super().describe(), "masks": "blocks"}
 
     def frozen_attacks(self) -> FrozenAttacks | None:
         config, attack = self.config, self.config.attack
