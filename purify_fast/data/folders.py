@@ -402,21 +402,14 @@ class EncodedImages(StreamedImages):
         digest: hash of the images, which `purify_fast._tensors.digest` uses in place of the images.
         resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
         workers: number of threads that decode.
-        device: device of the images that are read.
     """
 
+    device = torch.device("cpu")
+
     def __init__(
-        self,
-        files: Sequence[Path | Member],
-        size: tuple[int, int],
-        digest: str,
-        *,
-        resize: bool,
-        workers: int,
-        device: torch.device | str = "cpu",
+        self, files: Sequence[Path | Member], size: tuple[int, int], digest: str, *, resize: bool, workers: int
     ):
         self.files, self.size, self.resize, self.workers = files, size, resize, workers
-        self.device = torch.empty(0, device=device).device
         self.shape = torch.Size((len(files), 3, *size))
         self.digest = f"{digest} at {size[0]} x {size[1]}"
 

@@ -74,9 +74,8 @@ def find_official(
         call = f"from purify_fast.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True{size})"
         how = f'give download=True (--download), or get it with: python -c "{call}"'
         if name == "tiny_imagenet":
-            how = (
-                f"get it with: curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root} (torchvision cannot download it)"
-            )
+            archive = Path(TINY).name
+            how = f"get it with: curl -LO {TINY} && unzip -q {archive} -d {root}; torchvision cannot download it"
         elif download:
             how = "the download has failed; remove damaged files, and try again"
         raise FileNotFoundError(

@@ -120,8 +120,6 @@ def fit(
             raise ValueError(f"{name} 'back_off' needs a folder for the checkpoint to return to, got folder=None")
     source = training_source(task, x, y, config)
     held_out = held_out_source(task, x, y, config, validation)
-    if held_out is None and config.on_collapse == "back_off":
-        raise ValueError("on_collapse 'back_off' needs held-out images: pass validation, or a validation_share above 0")
     run = Run(task, config, source, held_out, folder, bank=bank)
     if processes()[1] > 1:
         task.model.train()

@@ -203,10 +203,9 @@ def held_out_source(
 ) -> Source | None:
     """Return the source of a run's held-out images; None if the run has none. Every process gets all of them."""
     if validation is None and config.validation_share == 0:
-        if config.keep_best != "off":
-            raise ValueError(
-                f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation"
-            )
+        for name in ("keep_best", "on_collapse"):
+            if (value := getattr(config, name)) != "off":
+                raise ValueError(f"{name} {value!r} needs held-out images: pass validation_share or validation")
         return None
     if validation is not None and config.validation_share > 0:
         raise ValueError(
