@@ -48,8 +48,7 @@ class Conv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
             return super()._conv_forward(input, weight, bias)
-        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return conv2d(input, weight, bias, **settings)
+        return conv2d(input, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
 
 class LeakyReLU(nn.Module):

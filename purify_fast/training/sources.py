@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sized
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ def make_sources(
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept)
+        source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # None is refused there
         task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
@@ -212,10 +212,9 @@ def make_sources(
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must be (images, labels) or batches, got images without labels")
     at_once = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
-    if held is not None:
-        return source, InMemory(x, y, at_once, 0, 1, held)
-    if isinstance(validation, tuple):
-        return source, InMemory(*validation, at_once, 0, 1)
+    if held is not None or isinstance(validation, tuple):
+        images, labels = cast(Any, validation if held is None else (x, y))
+        return source, InMemory(images, labels, at_once, 0, 1, held)
     if validation is not None:
         return source, Loader(validation, at_once, device)
     for name in ("keep_best", "on_collapse"):
