@@ -214,7 +214,7 @@ def make_sources(
     at_once = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
-        return source, InMemory(images, labels, at_once, 0, 1, held)
+        return source, InMemory(images, labels, at_once, 0, 1, ids=held)
     if validation is not None:
         return source, Loader(validation, at_once, device)
     for name in ("keep_best", "on_collapse"):
