@@ -97,17 +97,6 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def _bug() -> int:
-    """Print the traceback of an unexpected error and how to report it, and return the exit status."""
-    traceback.print_exc()
-    print(
-        f"purify-fast: this is an error in purify_fast {__version__}, unless the lines above end in your own code. "
-        "Please report it with the lines above, the command line and the output of `purify-fast info --all`.",
-        file=sys.stderr,
-    )
-    return 1
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command of the program ``purify-fast``.
 
@@ -134,7 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except Exception as error:
         if not ran_out_of_memory(error):
-            return _bug()
+            traceback.print_exc()
+            print(
+                f"purify-fast: this is an error in purify_fast {__version__}, unless the lines above end in your own "
+                "code. Please report it with the lines above, the command line and the output of "
+                "`purify-fast info --all`.",
+                file=sys.stderr,
+            )
+            return 1
         where = str(error).splitlines()[0] if str(error) else "of this machine"
         advice = "give a smaller --batch-size; `evaluate` also accepts --batch-size auto"
         print(f"purify-fast: not enough memory: {where}; {advice}", file=sys.stderr)

@@ -63,9 +63,7 @@ class Check(Command):
             words = ["--config", str(path)]
         else:
             raise FileNotFoundError(f"{folder} contains no {RUN_FILE}, which would name the model: give MODEL")
-        command = parse(Evaluate, words)
-        assert isinstance(command, Evaluate)
-        return command
+        return parse(Evaluate, words)
 
 
 def images_of(witnesses: Witnesses, device: str) -> DataSet:

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import (
@@ -33,6 +33,8 @@ from .command import Command
 from .evaluate import Evaluate
 from .run_file import number, options_of, with_options
 from .training import FollowsRecipe
+
+C = TypeVar("C", bound=Command)
 
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
@@ -149,7 +151,7 @@ def _refuse_ignored(command: Command, given: set[str]) -> None:
             raise ValueError(message.format(given=", ".join(odd)))
 
 
-def parse(kind: type[Command], arguments: list[str]) -> Command:
+def parse(kind: type[C], arguments: list[str]) -> C:
     """Make a command of a class from the words after the command's name.
 
     Args:
@@ -176,6 +178,6 @@ def parse(kind: type[Command], arguments: list[str]) -> Command:
     if options:
         default = with_options(default, options)
         _refuse_ignored(default, set(in_file))
-    command = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=default)
+    command: C = cli(kind, arguments, prog=f"purify-fast {kind.called}", default=default)
     _refuse_ignored(command, given)
     return command

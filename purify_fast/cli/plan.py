@@ -58,9 +58,7 @@ def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
         read: function that makes a command from its words.
     """
     begin = next((i for i, word in enumerate(words) if word in ("train", "evaluate")), len(words))
-    plan = parse(Plan, words[:begin])
-    assert isinstance(plan, Plan)
-    return replace(plan, run_planned=read(words[begin:]) if begin < len(words) else None)
+    return replace(parse(Plan, words[:begin]), run_planned=read(words[begin:]) if begin < len(words) else None)
 
 
 def of_training(command: Training, gpu: str | None, gpus: int) -> Forecast:

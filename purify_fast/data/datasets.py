@@ -117,8 +117,7 @@ def load_dataset(
             only when it is read. The pixels are the same.
         cache: folder for the decoded images of an image folder and the index of its shards; None: ``.purify_fast`` in
             the image folder.
-        workers: number of processes for decode="once", or threads for decode="each_time"; 0: only this process; None:
-            the number of CPUs.
+        workers: number of threads that decode the images of a folder; 0 counts as 1; None: the number of CPUs.
         on_bad_image: "refuse": if images of a folder cannot be decoded, an error names them. "skip": they are left out,
             and a warning names them.
         follow_links: whether symbolic links in an image folder may point to places outside the folder.

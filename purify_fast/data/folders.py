@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +24,6 @@ import torch
 from filelock import BaseFileLock, FileLock
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
@@ -45,7 +45,7 @@ FORMAT = 1
 NAMED = 10
 #: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-#: Number of images that a process decodes at a time.
+#: Number of images for each thread that are decoded ahead and kept in memory.
 CHUNK = 32
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
@@ -100,7 +100,12 @@ def read_folder(
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = cpus if workers is None else workers
     if decode_once:
-        cached = _decoded_once(root, source, splits, image_size, count)
+        place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
+        cached = _opened(place, source, splits)
+        if cached is None:
+            with _locked(place):
+                # Another process may have written the cache in the meantime.
+                cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=count)
     else:
         size = first_size(splits["train"].files) if image_size is None else image_size
         how: dict[str, Any] = {"resize": image_size is not None, "workers": count}
@@ -128,29 +133,11 @@ def read_folder(
     return x, y, len(classes)
 
 
-def _decoded_once(
-    root: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, workers: int
-) -> Cached:
-    """The decoded images from the cache in a folder. If the cache is missing, the images are decoded first."""
-    place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
-    cached = _opened(place, source, splits)
-    if cached is None:
-        with _locked(place):
-            # Another process may have written the cache in the meantime.
-            cached = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=workers)
-    return cached
-
-
 # ---- the files of an image folder
 
 
 def _file(image: Path | Member) -> Path:
     return image.shard if isinstance(image, Member) else image
-
-
-def _is_image(path: str) -> bool:
-    name = os.path.basename(path)
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def _classes_in(folder: Path) -> list[str]:
@@ -208,9 +195,9 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     if unknown:
         raise ValueError(f"{folder} has the classes {', '.join(unknown[:NAMED])}, which train lacks")
     numbered = {name: label for label, name in enumerate(classes)}
-    listed = make_dataset(folder, numbered, is_valid_file=_is_image, allow_empty=True)
+    listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True)
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
-    samples = sorted((label, Path(path)) for path, label in listed)
+    samples = sorted((label, Path(path)) for path, label in listed if not os.path.basename(path).startswith("."))
     labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
     empty = [name for label, name in enumerate(classes) if label not in labels]
     if every and empty:
@@ -333,7 +320,7 @@ def decode(
         size: height and width of the images in the file.
         resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
         out: path of the file to write.
-        workers: number of processes that decode; 0: only this process.
+        workers: number of threads that decode.
         title: text of the progress bar.
 
     Returns:
@@ -344,16 +331,12 @@ def decode(
     """
     bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
     failed: dict[int, str] = {}
-    images = _decoded(files, size if resize else None, workers)
     with bar, out.open("wb") as file:
         _write_header(file, len(files), size)
-        for number, (path, image) in enumerate(zip(files, images, strict=True)):
+        for number, image in enumerate(_decoded(files, size, resize=resize, workers=workers)):
             bar.update()
             if isinstance(image, str):
                 failed[number] = image
-            elif image.shape[1:] != size:
-                got = " x ".join(map(str, image.shape[1:]))
-                raise ValueError(f"{path} has {got} pixels, but others have {size[0]} x {size[1]}: {GIVE_SIZE}")
             else:
                 file.write(image.tobytes())
         file.seek(0)
@@ -367,26 +350,22 @@ def _write_header(file: BinaryIO, count: int, size: tuple[int, int]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _decoded(files: Sequence[Path | Member], size: tuple[int, int] | None, workers: int) -> Iterator[np.ndarray | str]:
-    """Yield the image or the error of each file, in order. Only a limited number of images is decoded ahead."""
-    workers = min(workers, len(files) // CHUNK)
-    loader: DataLoader[Path | Member] = DataLoader(
-        # A list can be used as a data set.
-        files,  # type: ignore[arg-type]
-        CHUNK,
-        num_workers=workers,
-        collate_fn=functools.partial(_images, size=size),
-        # A spawned process would import the user's script again. A fork is safe here, because it only calls Pillow.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # DataLoader draws a seed for its processes. With this generator, the draw does not change PyTorch's generator.
-        generator=torch.Generator(),
-    )
-    for images in loader:
-        yield from images
+def _decoded(
+    files: Sequence[Path | Member], size: tuple[int, int], *, resize: bool, workers: int
+) -> Iterator[np.ndarray | str]:
+    """Yield the image or the error of each file, in order. Only a limited number of images is decoded ahead.
 
-
-def _images(files: Sequence[Path | Member], size: tuple[int, int] | None) -> list[np.ndarray | str]:
-    return [_image(path, size) for path in files]
+    The arguments are those of `decode`. Pillow lets other threads run while it decodes an image.
+    """
+    threads, target = max(workers, 1), size if resize else None
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(files), CHUNK * threads):
+            part = files[first : first + CHUNK * threads]
+            for path, image in zip(part, pool.map(_image, part, repeat(target)), strict=True):
+                if not isinstance(image, str) and image.shape[1:] != size:
+                    got = " x ".join(map(str, image.shape[1:]))
+                    raise ValueError(f"{path} has {got} pixels, but others have {size[0]} x {size[1]}: {GIVE_SIZE}")
+                yield image
 
 
 def _image(path: Path | Member, size: tuple[int, int] | None) -> np.ndarray | str:
@@ -422,38 +401,23 @@ class EncodedImages(StreamedImages):
         size: height and width of the images that are read.
         digest: hash of the images, which `purify_fast._tensors.digest` uses in place of the images.
         resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
-        workers: number of threads that decode; 0: only the calling thread.
-        device: device of the images that are read.
+        workers: number of threads that decode.
     """
 
+    device = torch.device("cpu")
+
     def __init__(
-        self,
-        files: Sequence[Path | Member],
-        size: tuple[int, int],
-        digest: str,
-        *,
-        resize: bool,
-        workers: int,
-        device: torch.device | str = "cpu",
+        self, files: Sequence[Path | Member], size: tuple[int, int], digest: str, *, resize: bool, workers: int
     ):
         self.files, self.size, self.resize, self.workers = files, size, resize, workers
-        self.device = torch.empty(0, device=device).device
         self.shape = torch.Size((len(files), 3, *size))
         self.digest = f"{digest} at {size[0]} x {size[1]}"
 
     def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         images = torch.empty((len(ids), *self.shape[1:]), dtype=torch.uint8) if out is None else out
-        with contextlib.ExitStack() as stack:
-            each = stack.enter_context(ThreadPoolExecutor(self.workers)).map if self.workers > 1 else map
-            for row, image in enumerate(each(self._read_one, ids.tolist())):
-                images[row] = torch.from_numpy(image)
+        files = [self.files[number] for number in ids.tolist()]
+        for row, image in enumerate(_decoded(files, self.size, resize=self.resize, workers=self.workers)):
+            if isinstance(image, str):
+                raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and start again")
+            images[row] = torch.from_numpy(image)
         return images
-
-    def _read_one(self, number: int) -> np.ndarray:
-        image = _image(self.files[number], self.size if self.resize else None)
-        if isinstance(image, str):
-            raise ValueError(f"an image cannot be decoded: {image}; replace it, or remove it and start again")
-        if image.shape[1:] != self.size:
-            got, wanted = (" x ".join(map(str, size)) for size in (image.shape[1:], self.size))
-            raise ValueError(f"{self.files[number]} has {got} pixels, but others have {wanted}: {GIVE_SIZE}")
-        return image

@@ -110,7 +110,13 @@ def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, 
                 elif ending == LABEL:
                     content = shard.extractfile(member)
                     assert content is not None
-                    labels[key] = _label(content.read(), f"{path}:{member.name}")
+                    text = content.read().strip()
+                    if not text.isdigit():
+                        raise ValueError(
+                            f"{path}:{member.name} must contain a label, which is a number of at least 0, "
+                            f"got {text[:40]!r}"
+                        )
+                    labels[key] = int(text)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar file: {error}") from error
     if images.keys() != labels.keys():
@@ -119,12 +125,3 @@ def _samples(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, 
         raise ValueError(f"{path}: {lacking.lstrip('/')!r} has no {what}. The form of shards is {FORM}")
     for key, member in images.items():
         yield member.name, member.offset_data, member.size, labels[key]
-
-
-def _label(text: bytes, where: str) -> int:
-    try:
-        if (label := int(text)) >= 0:
-            return label
-    except ValueError:
-        pass
-    raise ValueError(f"{where} must contain a label, which is a number of at least 0, got {text[:40]!r}")

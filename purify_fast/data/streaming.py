@@ -123,12 +123,12 @@ class ResizedImages(StreamedImages):
     Args:
         images: the stored images, uint8 ``[N, C, H, W]``. They are kept on the CPU.
         size: height and width of the images that are read.
-        device: device of the images that are read.
     """
 
-    def __init__(self, images: Tensor, size: tuple[int, int], device: torch.device | str = "cpu"):
+    device = torch.device("cpu")
+
+    def __init__(self, images: Tensor, size: tuple[int, int]):
         self._stored, self.size = images.cpu(), size
-        self.device = torch.empty(0, device=device).device
         self.shape = torch.Size((*images.shape[:2], *size))
         self.digest = f"{digest(self._stored)} at {size[0]} x {size[1]}"
 

@@ -60,9 +60,12 @@ def find_official(
         lock = FileLock(root / f".{name}.lock")
     try:
         with lock:
-            if name == "tiny_imagenet":
-                return _tiny_imagenet(root)
-            return _imagenette(root, download, image_size) if name == "imagenette" else _arrays(name, root, download)
+            if name in READERS:
+                return _arrays(name, root, download)
+            folder = _imagenette(root, download, image_size) if name == "imagenette" else root / "tiny-imagenet-200"
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder.name} is missing")
+            return folder
     except ModuleNotFoundError:
         raise
     # A damaged file may raise any error.
@@ -71,20 +74,14 @@ def find_official(
         call = f"from purify_fast.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True{size})"
         how = f'give download=True (--download), or get it with: python -c "{call}"'
         if name == "tiny_imagenet":
-            how = f"get it with: curl -LO {TINY} && unzip -q {Path(TINY).name} -d {root}"
+            archive = Path(TINY).name
+            how = f"get it with: curl -LO {TINY} && unzip -q {archive} -d {root}; torchvision cannot download it"
         elif download:
             how = "the download has failed; remove damaged files, and try again"
         raise FileNotFoundError(
             f"no data set {name!r}: {how}. Looked for {npz.absolute()} (x_train, y_train, x_test, y_test), and for the "
             f"official files in {root.absolute()} as torchvision lays them out: {str(error) or repr(error)}"
         ) from error
-
-
-def _tiny_imagenet(root: Path) -> Path:
-    folder = root / "tiny-imagenet-200"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder.name} is missing, which torchvision cannot download")
-    return folder
 
 
 def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
@@ -95,9 +92,7 @@ def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) 
     side = max(image_size or (0,))
     size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
     folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")
-    if not folder.is_dir():
-        if not download:
-            raise FileNotFoundError(f"{folder.name} is missing")
+    if download and not folder.is_dir():
         datasets.Imagenette(root, size=size, download=True)
     return folder
 

@@ -63,12 +63,11 @@ class ForeignClassifier(nn.Module):
         self.spec = spec
         self.arguments: dict[str, Any] = {"spec": spec, "in_channels": in_channels, "num_classes": num_classes}
         self.repeated = 1
-        self.normalize: nn.Module = nn.Identity()
+        self.normalize: Normalize | nn.Identity = nn.Identity()
         if library in LIBRARIES:
             check_library_name(spec)
-            normalize = Normalize(mean, std, in_channels)
-            self.normalize = normalize
-            self.arguments |= normalize.arguments
+            self.normalize = Normalize(mean, std, in_channels)
+            self.arguments |= self.normalize.arguments
         if library == "torchvision":
             # The import takes 1.7 seconds, and most classifiers do not need torchvision.
             from torchvision import models

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._process import processes
+from .._tensors import last_channels
 from .._validation import check_counts
 from ..ops.convolution import OP, conv2d
 
@@ -47,8 +48,7 @@ class Conv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:
             return super()._conv_forward(input, weight, bias)
-        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return conv2d(input, weight, bias, **settings)
+        return conv2d(input, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
 
 class LeakyReLU(nn.Module):
@@ -171,7 +171,7 @@ def batch_norm_everywhere(
     """
     if x.device.type in BY_TORCH:
         # The functions of torch accept only contiguous and channels_last tensors.
-        x = x if _is_channels_last(x) else x.contiguous()
+        x = x if last_channels(x) else x.contiguous()
         return _NormalizeByTorch.apply(x, weight, bias, running, world)
     with torch.no_grad():
         mean, variance, count = moments_everywhere(x, world)
@@ -262,7 +262,7 @@ class _NormalizeByTorch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, counts = ctx.saved_tensors
-        grad = grad if _is_channels_last(grad) else grad.contiguous()
+        grad = grad if last_channels(grad) else grad.contiguous()
         # The arguments are positional because the function has no names for them in Python.
         sum_dy, sum_dy_xmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean, inverse, weight, True, True, True
@@ -275,7 +275,3 @@ class _NormalizeByTorch(torch.autograd.Function):
             grad, x, mean, inverse, weight.to(mean.dtype), sum_dy, sum_dy_xmu, counts[:, 0].to(torch.int32)
         )
         return grad_x, grad_weight, grad_bias, None, None
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)

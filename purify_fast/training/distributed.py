@@ -226,7 +226,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def torchrun_group() -> Iterator[None]:
-    """Within the block, the process group of torchrun's environment exists; without torchrun, nothing happens.
+    """Within the block, the process group of torchrun's environment exists.
 
     All processes except the first print nothing. If all processes fail, only the first reports its exception. All
     processes leave the block together.
@@ -234,9 +234,6 @@ def torchrun_group() -> Iterator[None]:
     Raises:
         ValueError: WORLD_SIZE is set without the rest of torchrun's environment.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        yield
-        return
     whole, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

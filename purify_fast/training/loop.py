@@ -37,7 +37,7 @@ from .distributed import average_, from_first, heartbeat, report_missing_process
 from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, held_out_source, step_seed, training_source
+from .sources import HeldOut, Images, make_sources, step_seed
 from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
@@ -118,10 +118,7 @@ def fit(
     for name in ("on_nan", "on_collapse"):
         if folder is None and getattr(config, name) == "back_off":
             raise ValueError(f"{name} 'back_off' needs a folder for the checkpoint to return to, got folder=None")
-    source = training_source(task, x, y, config)
-    held_out = held_out_source(task, x, y, config, validation)
-    if held_out is None and config.on_collapse == "back_off":
-        raise ValueError("on_collapse 'back_off' needs held-out images: pass validation, or a validation_share above 0")
+    source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
     if processes()[1] > 1:
         task.model.train()

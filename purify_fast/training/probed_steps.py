@@ -17,7 +17,7 @@ from ..speed.run_cost import Forecast
 from .config import FitConfig
 from .loop import train_step
 from .run import Run
-from .sources import HeldOut, Images, held_out_source, step_seed, training_source
+from .sources import HeldOut, Images, make_sources, step_seed
 from .task import Batch, Task
 
 #: The operations of a step are counted at these two batch sizes, and extrapolated linearly to the run's batch size.
@@ -55,8 +55,8 @@ def forecast(
     Raises:
         ValueError: the images cannot be trained on, as in `fit`.
     """
-    held_out = held_out_source(task, x, y, config, validation)
-    run = Run(task, config, training_source(task, x, y, config), held_out)
+    source, held_out = make_sources(task, x, y, config, validation)
+    run = Run(task, config, source, held_out)
     begins = sorted({0, *(step for step in run.terms.values() if 0 < step < run.total)})
     cost, time_taken, memory = Cost(0, 0, 0), 0.0, 0.0
     for begin, end in zip(begins, [*begins[1:], run.total], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sized
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -181,50 +181,46 @@ class Loader:
 Source: TypeAlias = InMemory | Loader
 
 
-def training_source(task: Task, x: Images, y: Tensor | None, config: FitConfig) -> Source:
-    """Check a run's training images, and return their source."""
-    if not isinstance(x, (Tensor, StreamedImages)):
-        if y is not None:
-            raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
-        if config.validation_share > 0:
-            raise ValueError(
-                f"validation_share must be 0 if x is a loader or a function, got {config.validation_share}: pass the "
-                "held-out images as validation"
-            )
-        return Loader(x, config, next(task.model.parameters()).device)
-    ids = held_out(len(x), config.validation_share, config.seed)[0] if config.validation_share > 0 else None
-    source = InMemory(x, y, config, *processes(), ids)  # type: ignore[arg-type]  # None is refused there
-    task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
-    return source
-
-
-def held_out_source(
+def make_sources(
     task: Task, x: Images, y: Tensor | None, config: FitConfig, validation: HeldOut | None
-) -> Source | None:
-    """Return the source of a run's held-out images; None if the run has none. Every process gets all of them."""
-    if validation is None and config.validation_share == 0:
-        if config.keep_best != "off":
-            raise ValueError(
-                f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation"
-            )
-        return None
-    if validation is not None and config.validation_share > 0:
+) -> tuple[Source, Source | None]:
+    """Check a run's images, and return the source of the training images and that of the held-out images.
+
+    The second is None if the run has no held-out images. Every process gets all held-out images.
+    """
+    device, share = next(task.model.parameters()).device, config.validation_share
+    held: Tensor | None = None
+    source: Source
+    if isinstance(x, (Tensor, StreamedImages)):
+        kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
+        source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # None is refused there
+        task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+    elif y is not None:
+        raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
+    elif share > 0:
         raise ValueError(
-            f"validation must be None if validation_share is above 0, got validation_share={config.validation_share} "
-            "and validation images: leave out one of them"
+            f"validation_share must be 0 if x is a loader or a function, got {share}: pass the held-out images as "
+            "validation"
         )
-    ids = None
-    if validation is None:
-        # `training_source` has refused a validation_share with batches, so x is images
-        images: Any = x
-        validation, ids = (images, y), held_out(len(images), config.validation_share, config.seed)[1]
+    else:
+        source = Loader(x, config, device)
+    if validation is not None and share > 0:
+        raise ValueError(
+            f"validation must be None if validation_share is above 0, got validation_share={share} and validation "
+            "images: leave out one of them"
+        )
     if isinstance(validation, (Tensor, StreamedImages)):
         raise ValueError("validation must be (images, labels) or batches, got images without labels")
-    config = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
-    if isinstance(validation, tuple):
-        images, labels = validation
-        return InMemory(images, labels, config, 0, 1, ids=ids)
-    return Loader(validation, config, next(task.model.parameters()).device)
+    at_once = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
+    if held is not None or isinstance(validation, tuple):
+        images, labels = cast(Any, validation if held is None else (x, y))
+        return source, InMemory(images, labels, at_once, 0, 1, ids=held)
+    if validation is not None:
+        return source, Loader(validation, at_once, device)
+    for name in ("keep_best", "on_collapse"):
+        if (value := getattr(config, name)) != "off":
+            raise ValueError(f"{name} {value!r} needs held-out images: pass validation_share or validation")
+    return source, None
 
 
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:

@@ -190,7 +190,7 @@ from purify_fast import data
 from purify_fast.data import folders
 original, calls = folders._image, []
 def slow(path, size):
-    # it does not end before it is killed, nor a process of its own before that
+    # it does not end before it is killed
     calls.append(path)
     parent = os.getppid()
     while len(calls) > 10 and os.getppid() == parent:
@@ -215,7 +215,7 @@ def test_a_kill_leaves_nothing_that_is_read_later(tmp_path, workers):
     while not list(place.glob(".x_*.npy")) and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=600)  # its end of the pipe: no process that decoded lives on, and none holds the lock
+    process.communicate(timeout=600)  # its end of the pipe: no process lives on that holds the lock
     assert process.returncode == -signal.SIGKILL and list(place.glob(".x_*.npy"))  # killed while it wrote
     assert np.array_equal(data.load_dataset(tmp_path).x_train.numpy(), np.stack(made["train"]))
     left = sorted(path.name.split("-")[0] for path in place.iterdir())
