@@ -425,26 +425,26 @@ def _opened(path: Path, size: int, limit: int) -> BinaryIO:
 
 def _remove_unused(path: Path, size: int, limit: int) -> None:
     """Make room for a bank of ``size`` bytes: remove other banks in its folder, the least recently used first."""
-    others = sorted(
-        (other for other in path.parent.glob("*.bank") if other != path), key=lambda one: one.stat().st_mtime
-    )
-    sizes = {other: other.stat().st_size for other in others}
-    # No run can open a file between this check and the removal, because that needs the lock of the folder.
-    unused = [other for other in others if _is_unused(other)]
-    excess = size + sum(sizes.values()) - limit
-    removable = sum(sizes[other] for other in unused)
-    if excess > removable:
-        in_use = sum(sizes.values()) - removable
+    facts = {other: _size_and_use(other) for other in path.parent.glob("*.bank") if other != path}
+    others = sorted(facts, key=lambda other: facts[other][1])
+    sizes = {other: facts[other][0] for other in others}
+    in_use = sum(sizes[other] for other in others if not _is_unused(other))
+    if size + in_use > limit:
         raise ValueError(
             f"gigabytes is {limit / 1e9:.3g}, but the adversarial bank needs {size / 1e9:.3g} GB, and other runs use "
             f"{in_use / 1e9:.3g} GB of banks in {path.parent}. Raise gigabytes, pass another folder, or wait until "
             "these runs have ended"
         )
-    for other in unused:
-        if excess > 0:
-            other.unlink()
-            excess -= sizes[other]
-            logger.warning("removed the adversarial bank %s to make room: it was the least recently used", other)
+    total = size + sum(sizes.values())
+    for other in others:
+        if total <= limit:
+            break
+        # no run can open the file between the check and the removal, because that needs the lock of the folder
+        if _is_unused(other):
+            with contextlib.suppress(OSError):
+                other.unlink()
+                total -= sizes[other]
+                logger.warning("removed the adversarial bank %s to make room: it was the least recently used", other)
 
 
 def _is_unused(path: Path) -> bool:
@@ -453,8 +453,8 @@ def _is_unused(path: Path) -> bool:
         with path.open("r+b") as file:
             return lock_file(file.fileno(), shared=False)
     except OSError:
-        # the file belongs to another user
-        return False
+        # another process removed the file, or the file belongs to another user
+        return not path.exists()
 
 
 def _allocated(path: Path, size: int) -> int:
@@ -476,3 +476,12 @@ def _allocated(path: Path, size: int) -> int:
         raise OSError(error.errno, message, str(path)) from error
     os.utime(path)
     return handle
+
+
+def _size_and_use(path: Path) -> tuple[int, float]:
+    """Return the size of a file in bytes and the time of its last use; zeros if another process removed it."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return 0, 0.0
+    return facts.st_size, facts.st_mtime
