@@ -114,7 +114,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
-    "diffusion": diffusion_table.table,
     "diffusion_said": diffusion_table.said,
 }
 #: The page whose sentences may contain numbers that are in no results file.

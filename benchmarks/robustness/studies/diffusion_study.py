@@ -34,9 +34,8 @@ from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim
 from purify_fast.protocols import Accelerates, AuthorsEvaluation, FixedNoise, supports
 from purify_fast.training import load_classifier
 
-from ...options import at_least_one
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
-from .diffusion_table import rows_of, tables_of
+from .diffusion_table import in_words, rows_of, tables_of
 
 #: The groups of attacks on a purifier (GROUPS), on a classifier alone (CLASSIFIER), and on CARSO and AToP (BESIDE). The
 #: fastest groups come first.
@@ -112,9 +111,13 @@ def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
     return torch.stack([torch.cat([model(part).argmax(1) for part in x.split(batch)]) for _ in range(draws)])
 
 
+def in_bits(right: Tensor) -> str:
+    """Return a text with a 1 for each right image, and a 0 for each other image."""
+    return "".join(str(int(one)) for one in right)
+
+
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return a text for each draw, and a text for the majority vote. A text has a 1 for each right image, else a 0."""
-    in_bits = lambda right: "".join(str(int(one)) for one in right)  # noqa: E731
+    """Return a text of bits for each draw, and a text for the majority vote."""
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
 
@@ -170,9 +173,8 @@ def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict
         stand_in = [short(lee_kim_2023(job.settings["eps"]))] if budget.quick else None
         rows = reported(model, x[:few][standing], y[:few][standing], job, stand_in)
         worst = next((row for row in rows if row["kind"] == "worst"), rows[-1])
-        after[standing] = torch.tensor([right == "1" for right in map(str, map(int, worst["robust"]))])
-    bits = ["".join(str(int(one)) for one in each) for each in (standing, after)]
-    return {"before": bits[0], "after": bits[1]}
+        after[standing] = torch.tensor([right == "1" for right in worst["robust"]])
+    return {"before": in_bits(standing), "after": in_bits(after)}
 
 
 def short(spec: AttackSpec) -> AttackSpec:
@@ -201,48 +203,29 @@ class Diffusion(Study):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         super().arguments(parser)
-        settings = settings_of(self.name)
-        every, usual = list(settings["data_sets"]), settings["default"]
+        every = list(settings_of(self.name)["data_sets"])
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
-        images = "number of images of each data set, for PGD-200 and the authors' attacks; default: "
-        parser.add_argument("--images", type=at_least_one, help=f"{images}{usual['images']}")
-        few = f"number of the first images that the protocol strong attacks; default: {usual['strong_images']}"
-        parser.add_argument("--strong-images", type=at_least_one, help=few)
-        parser.add_argument(
-            "--until", choices=GROUPS, default=GROUPS[-1], help="last group of attacks to run; default: all groups"
-        )
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         super().check(chosen, results)
         for name in chosen.data_sets:
             data.load_dataset(name, chosen.data)
 
-    def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        """Return the numbers of images, draws and steps for the attacks.
-
-        ``--images`` and ``--strong-images`` replace the numbers of settings.yaml.
-        """
-        own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
-        usual = settings_of(self.name)[chosen.amount]
-        given = {name: value for name, value in own.items() if value is not None}
-        return SimpleNamespace(**usual | given, quick=chosen.amount == "quick")
-
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
-        settings, budget, jobs = settings_of(self.name), self.budget(chosen), []
-        wanted = GROUPS[: GROUPS.index(chosen.until) + 1]
+        settings, quick, jobs = settings_of(self.name), chosen.amount == "quick", []
         for dataset in chosen.data_sets:
             part = settings["data_sets"][dataset]
+            budget = SimpleNamespace(**part["amounts"] | settings[chosen.amount], quick=quick)
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
             groups = {"purifiers": GROUPS, "classifiers": CLASSIFIER, "beside": BESIDE}
             asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
-            asked = [each for each in asked if each[2] in wanted]
             asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
                 own = {"model": model, "process": process, "group": group}
                 if model in part["beside"] and "beside_images" in part:
                     own["first"] = part["beside_images"]
-                words = [model, *([] if process is None else [in_words(process)]), group]
+                words = [model, *([in_words(process)] if process else []), group]
                 needs = (f"{model} exact",) if group == "strong" else ()
                 jobs.append(Job(" ".join(words), 0, attack, needs, common | own))
         return jobs
@@ -262,24 +245,14 @@ class Diffusion(Study):
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """Write ``diffusion.json`` with the outcomes of all images, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
-        fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
-        # Keep existing rows of the data sets and groups that were not requested.
-        later = GROUPS[GROUPS.index(chosen.until) + 1 :]
-        kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets or row["group"] in later]
-        rows = [*kept, *fresh.values()]
+        fresh = [job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)]
+        kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets]
+        rows = [*kept, *fresh]
         write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
         settings = settings_of(self.name)
-        parts = {name: settings["data_sets"][name] for name in settings["data_sets"]}
-        tables = {
-            name: tables_of(part, [row for row in rows if row["dataset"] == name])
-            for name, part in parts.items()
-            if any(row["dataset"] == name for row in rows)
-        }
-        counts = {name: max(row["images"] for row in rows if row["dataset"] == name) for name in tables}
-        quick, draws = chosen.amount == "quick", self.budget(chosen).draws
+        parts = settings["data_sets"]
+        found = {name: [row for row in rows if row["dataset"] == name] for name in parts}
+        tables = {name: tables_of(parts[name], own) for name, own in found.items() if own}
+        counts = {name: max(row["images"] for row in found[name]) for name in tables}
+        quick, draws = chosen.amount == "quick", settings[chosen.amount]["draws"]
         return write_page(folder, self.name, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)
-
-
-def in_words(process: dict[str, Any]) -> str:
-    """Describe the settings in which a process differs from the purifier's own process."""
-    return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)

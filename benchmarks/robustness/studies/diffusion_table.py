@@ -22,7 +22,7 @@ COMMAND = "`python -m benchmarks study diffusion`"
 PGD = "PGD-200, EOT 20, exact"
 
 
-def bits(text: str) -> np.ndarray:
+def bits(text: Sequence[str]) -> np.ndarray:
     """Convert a text of 0 and 1 to an array of numbers."""
     return np.array([int(one) for one in text], dtype=float)
 
@@ -67,7 +67,7 @@ class Found:
     def authors(self) -> dict[str, np.ndarray]:
         """Return the outcomes of the authors' attacks, by the labels of the attacks."""
         rows = self.groups.get("authors", {"rows": []})["rows"]
-        return {row["attack"]: bits("".join(str(int(one)) for one in row["robust"])) for row in rows}
+        return {row["attack"]: bits(row["robust"]) for row in rows}
 
     def seconds(self) -> float | None:
         """Return the processor seconds of PGD for one image."""
@@ -83,16 +83,15 @@ def share(robust: np.ndarray | None) -> str:
 
 
 def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
-    """Return the paired difference of two outcomes on the images that both have, in percentage points."""
+    """Return the paired difference of two outcomes, with its standard error, in percentage points.
+
+    The difference is taken on the images that both outcomes have.
+    """
     if robust is None or other is None:
         return "-"
     few = min(len(robust), len(other))
-    return share_of_points(robust[:few] - other[:few])
-
-
-def share_of_points(apart: np.ndarray) -> str:
-    """Return the mean of paired differences with its standard error, in percentage points."""
-    return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / len(apart) ** 0.5:.1f}"
+    apart = robust[:few] - other[:few]
+    return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / few**0.5:.1f}"
 
 
 def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
@@ -154,8 +153,7 @@ def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
     """
     told = {"the model's own": own}
     for result in results:
-        words = ", ".join(f"{name} {value}" for name, value in result["process"].items() if value is not None)
-        told[words] = Found([result])
+        told[in_words(result["process"])] = Found([result])
     body = []
     for words, one in told.items():
         seconds = one.seconds()
@@ -165,16 +163,9 @@ def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
     return [f"`{results[0]['model']}` with other processes, under {PGD}:", "", *markdown_table(head, body)]
 
 
-def table(results: Path) -> list[str]:
-    """Return the lines of the tables for docs/diffusion.md.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
-    page = results / "studies" / "diffusion.md"
-    if not page.is_file():
-        return [f"Not run yet: {COMMAND} writes the numbers."]
-    return page.read_text().strip().splitlines()
+def in_words(process: dict[str, Any]) -> str:
+    """Describe the settings in which a process differs from the purifier's own process."""
+    return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)
 
 
 def said(results: Path) -> list[str]:
