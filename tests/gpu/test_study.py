@@ -12,6 +12,7 @@ from benchmarks.robustness.studies.cifar10 import models
 from benchmarks.robustness.studies.cifar10 import study as names
 
 pytestmark = pytest.mark.gpu
+#: The jobs, each after the jobs that it needs.
 WANTED = (
     names.BASE,
     names.STANDARD,
@@ -30,16 +31,14 @@ def test_jobs_run_on_the_device(tmp_path):
     np.savez(tmp_path / "cifar10.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
     quick = names.budget_of("quick")
     budget = replace(quick, training=replace(quick.training, train_images=32))
-    root, seen = tmp_path / "runs", []
-    for job in cifar10.jobs(str(tmp_path), budget, str(DEVICE)):
-        if job.name not in WANTED:
-            continue
+    root = tmp_path / "runs"
+    listed = {job.name: job for job in cifar10.jobs(str(tmp_path), budget, str(DEVICE)) if job.seed == 0}
+    for name in WANTED:
+        job = listed[name]
         assert job.ready(root), f"{job.name} needs {job.needs}"
         folder = job.folder(root)
         folder.mkdir(parents=True)
         (folder / RESULT).write_text(json.dumps(job.work(job, folder, root)))
-        seen.append(job.name)
-    assert sorted(seen) == sorted(WANTED)
     job = cifar10.jobs(str(tmp_path), budget, str(DEVICE))[0]
     for name in (names.BASE, names.CARSO, names.GENERATOR):
         model = models.model_of(job, root, name)

@@ -7,10 +7,9 @@ the results file, the number in the folder is used.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
 from ....options import Unfit
-from .. import ASKED, RESULT, Job, folder_of, result_of
+from .. import ASKED, RESULT, folder_of, result_of
 from . import study
-from .job_list import trainings
 from .study import Budget, Judging
 
 #: The names of the results. The file STEM.json has the numbers, and the folder STEM has reports and pictures. GIVEN is
@@ -121,43 +119,19 @@ class Results:
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """Return these results, completed by lines of earlier results.
+        """Return these results, completed by lines and reports of earlier results.
 
-        If both have a line, the line of these results is used as a whole. Two kinds of earlier lines are left out, with
-        a message on stderr. The first are lines of models whose training began with a model that was trained again
-        since then. The second are lines of a best candidate with a seed above 0 that is not the best candidate of the
-        first seed.
+        If both have a line, the line of these results is used as a whole. A message on stderr names the models that
+        were trained again, because the user must remove the lines of models whose training began with them.
 
         Args:
             earlier: earlier results of the same budget.
         """
-        both = self.lines.keys() & earlier.lines.keys()
-        # The hours come from the log of the training, so a model with other hours was trained again.
-        anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
-        gone = {
-            (name, seed)
-            for name, seed in earlier.lines.keys() - self.lines.keys()
-            # The name of the best candidate's row is not that of its model, so use the name of the model.
-            if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
-        }
-        for name, seed in sorted(gone):
-            print(
-                f"{name}, seed {seed}: left out, because its training began with a model that was trained again",
-                file=sys.stderr,
-            )
-        lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
-        chosen = lines.get((study.BEST, 0), {}).get("model")
-        others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
-        for _, seed in sorted(others):
-            print(f"{study.BEST}, seed {seed}: left out, because the best candidate is now {chosen}", file=sys.stderr)
-        gone |= others
-        for name, seed in sorted(both):
-            if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
-                print(f"{name}, seed {seed}: replaced by new results without {', '.join(lost)}", file=sys.stderr)
-        return Results(
-            {key: line for key, line in lines.items() if key not in gone},
-            {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
-        )
+        for name, seed in sorted(self.lines.keys() & earlier.lines.keys()):
+            # The hours come from the log of the training, so a model with other hours was trained again.
+            if self.lines[name, seed].get("hours") != earlier.lines[name, seed].get("hours"):
+                print(f"{name}, seed {seed}: trained again; remove results that began with it", file=sys.stderr)
+        return Results(earlier.lines | self.lines, earlier.reports | self.reports)
 
     def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
         """Write the numbers, and the report on all models.
@@ -226,21 +200,6 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
         raise OtherBudget(
             f"the folder {folder} has results of another budget, which would be lost: move these results away first"
         )
-
-
-@functools.cache
-def _needs() -> dict[str, tuple[str, ...]]:
-    """Return, for each row, the names of the rows that its training needs."""
-    every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
-    return {job.name: tuple(name for name, _ in job.needed()) for job in every}
-
-
-def _began_with(name: str) -> Iterator[str]:
-    """Yield a row, and all rows with which its training began, directly or indirectly."""
-    name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
-    yield name
-    for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
-        yield from _began_with(earlier)
 
 
 def _report_file(seed: int) -> str:
