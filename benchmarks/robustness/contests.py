@@ -58,7 +58,7 @@ from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
-from .studies import carso_resnet18
+from .studies.carso import resnet18
 
 #: The names of the results file, and of the file with the table for docs/evaluation.md. The names in the next line are
 #: those of the contests on robust networks.
@@ -292,7 +292,7 @@ def _digits(name: str, images: int | None = None, random: bool = False) -> Conte
 
 def _resnet18(folder: Path | None) -> Subject:
     images = load_dataset("cifar10", folder)
-    return Subject(carso_resnet18.classifier(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
+    return Subject(resnet18(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
 
 
 def _network(name: str, count: int, first: int = 0) -> Contest:

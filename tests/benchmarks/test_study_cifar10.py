@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_a_training_stays_the_same_job_when_more_images_are_judged():
 
 
 def test_lambda_and_phi_are_chosen_on_held_out_images_with_the_first_seed(tmp_path):
-    training = names.Training(weights=(1.0, 5.0), angles=(10.0, 30.0))
+    training = SimpleNamespace(weights=(1.0, 5.0), angles=(10.0, 30.0))
     for pair, accuracy in {(1, 10): 0.3, (1, 30): 0.4, (5, 10): 0.5, (5, 30): 0.2}.items():
         fact(tmp_path, names.search_name(*pair), validation_accuracy=accuracy)
     for seed in (0, 1):
@@ -256,7 +257,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_given"])
 def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path):
-    budget, results = names.Budget(), {}
+    budget, results = names.budget_of("default"), {}
     for stem in ("cifar10", "cifar10_given"):
         results[stem] = results_of_study.Results.read(RESULTS / "studies", budget, stem)
     given = {row for row, _ in results["cifar10_given"].lines}
@@ -298,7 +299,7 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
     # neither a folder without any result nor another budget changes what is there
     with pytest.raises(NothingJudged, match="empty"):
         cifar10.write(tmp_path / "empty", results, BUDGET)
-    longer = replace(BUDGET, training=replace(BUDGET.training, base_epochs=2))
+    longer = replace(BUDGET, training=SimpleNamespace(**vars(BUDGET.training) | {"base_epochs": 2}))
     with pytest.raises(results_of_study.OtherBudget, match=re.escape(str(results))):
         cifar10.write(other, results, longer)
     job = next(job for job in cifar10.jobs("nowhere", longer) if job.name == names.BASE)

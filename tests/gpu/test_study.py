@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_jobs_run_on_the_device(tmp_path):
     labels = np.arange(80) % 10
     np.savez(tmp_path / "cifar10.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
     quick = names.budget_of("quick")
-    budget = replace(quick, training=replace(quick.training, train_images=32))
+    budget = replace(quick, training=SimpleNamespace(**vars(quick.training) | {"train_images": 32}))
     root = tmp_path / "runs"
     listed = {job.name: job for job in cifar10.jobs(str(tmp_path), budget, str(DEVICE)) if job.seed == 0}
     for name in WANTED:

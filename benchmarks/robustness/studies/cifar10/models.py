@@ -19,6 +19,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -46,7 +47,6 @@ from purify_fast.training.config import TrainingAttack
 from .. import Job
 from . import study
 from .candidates import Candidate, CandidateTask, Mixed, TradesTask
-from .study import Training
 
 
 def images_of(job: Job) -> data.DataSet:
@@ -83,19 +83,19 @@ def trained_classifier(job: Job, root: Path, name: str) -> nn.Module:
     return load_classifier(job.folder(root, name)).to(job.settings["device"])
 
 
-def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
+def attack_of(budget: SimpleNamespace, share: float = 1.0) -> TrainingAttack:
     """Return the PGD attack of all trainings. The length of a step is 2.5 eps divided by the number of steps."""
     eps = share * study.EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
-def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
+def adversarial(budget: SimpleNamespace, share: float = 1.0, awp: bool = False) -> ArrestConfig:
     """Return the settings of adversarial training with PGD from random weights."""
     rate = {"learning_rate": 0.1, "schedule": "one_cycle", "awp_gamma": budget.awp_gamma if awp else 0.0}
     return replace(finetuning(budget, 0.0, None), attack=attack_of(budget, share), **rate)
 
 
-def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
+def finetuning(budget: SimpleNamespace, weight: float, angle: float | None) -> ArrestConfig:
     """Return the settings of a finetuning by ARREST.
 
     Args:

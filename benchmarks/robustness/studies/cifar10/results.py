@@ -55,14 +55,10 @@ class SeedFolders:
         """Return the result of a job, or raise FileNotFoundError if the job is not finished."""
         return result_of(self.root, name, self.seed)
 
-    def report(self, name: str, protocol: str) -> Report:
-        """Return the report of a protocol on a model."""
-        path = folder_of(self.root, study.judged_name(name, protocol), self.seed) / "report.json"
-        return Report.from_json(path.read_text())
-
-    def judged(self, names: Sequence[str], protocol: str) -> list[str]:
-        """Return those of the rows whose models were evaluated by a protocol."""
-        return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
+    def judged(self, name: str, protocol: str) -> Report | None:
+        """Return the report of a protocol on a row's model, or None if there is none yet."""
+        folder = folder_of(self.root, study.judged_name(name, protocol), self.seed)
+        return Report.from_json((folder / "report.json").read_text()) if (folder / RESULT).is_file() else None
 
     def log(self, model: str) -> list[dict[str, Any]]:
         """Return the log of the training of a row's model, a dictionary for each epoch.
@@ -209,7 +205,7 @@ def _report_file(seed: int) -> str:
 
 def _amounts(budget: Budget) -> dict[str, Any]:
     """Return the amounts that must be equal for all results in one table. Seeds and shares of eps may differ."""
-    plain = {"training": asdict(budget.training), "judging": asdict(budget.judging)}
+    plain = {"training": vars(budget.training), "judging": asdict(budget.judging)}
     return json.loads(json.dumps(plain))
 
 
@@ -246,9 +242,10 @@ def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         folders = SeedFolders(root, seed)
-        for name in folders.judged(names, main):
-            results.lines[name, seed] = _row_line(folders, name, budget)
-            results.reports[name, seed] = folders.report(name, main)
+        for name in names:
+            if (report := folders.judged(name, main)) is not None:
+                results.lines[name, seed] = _row_line(folders, name, budget)
+                results.reports[name, seed] = report
     for line in [*_candidate_lines(SeedFolders(root)), *_authors_lines(SeedFolders(root), budget.judging)]:
         results.lines[line["name"], 0] = line
     return results
@@ -259,21 +256,22 @@ def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]
     counts = budget.judging
     judged = folders.needed(study.judged_name(name, counts.main))
     facts = folders.needed(study.trained_as(judged["model"], folders.seed))
-    protocols = [protocol for protocol in counts.protocols() if folders.judged([name], protocol)]
-    rows = {protocol: folders.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
+    found = {protocol: folders.judged(name, protocol) for protocol in counts.protocols()}
+    reports = {protocol: report for protocol, report in found.items() if report is not None}
+    rows = {protocol: report.headlines[judged["model"]] for protocol, report in reports.items()}
     line = {"name": name, "seed": folders.seed, "model": judged["model"], "clean": judged["clean"]}
     line |= {protocol: row.accuracy for protocol, row in rows.items()}
     if unreliable := [protocol for protocol, row in rows.items() if not row.reliable]:
         line["unreliable"] = unreliable
-    if "strong" in protocols and counts.main != "strong":
-        right = [first(folders.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main)]
+    if "strong" in reports and counts.main != "strong":
+        right = [first(reports[protocol], counts.strong).sum() for protocol in ("strong", counts.main)]
         line["strong_more"] = int(right[0] - right[1])
     if (official := folders.result(study.judged_name(name, "official"))) is not None:
         line["official"] = official["official"]["share"]
         line["beside_official"] = {
-            protocol: float(first(folders.report(name, protocol), counts.official).mean())
+            protocol: float(first(reports[protocol], counts.official).mean())
             for protocol in counts.beside_official()
-            if protocol in protocols
+            if protocol in reports
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
     line["hours"] = round(folders.hours(judged["model"], budget.training.batch_size), 3)
@@ -309,11 +307,12 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:
         models = study.TRAINED_AS[name], study.BEHIND[study.TRAINED_AS[name]]
-        if not folders.judged([name], study.AUTHORS) or len(folders.judged(models, counts.main)) < len(models):
+        report, *others = folders.judged(name, study.AUTHORS), *(folders.judged(it, counts.main) for it in models)
+        if report is None or None in others:
             continue
         judged = folders.needed(study.judged_name(name, study.AUTHORS))
-        whole, classifier = (first(folders.report(it, counts.main), counts.authors).astype(float) for it in models)
-        gained = whole - first(folders.report(name, study.AUTHORS), counts.authors)
+        whole, classifier = (first(other, counts.authors).astype(float) for other in others if other is not None)
+        gained = whole - first(report, counts.authors)
         lines.append(
             {
                 "name": name,

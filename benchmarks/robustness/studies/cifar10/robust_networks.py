@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 from ....options import one_of
 from ... import pack_zoo
 from .. import Job, run
 from .models import train_base
-from .study import Training
+from .study import budget_of
 
 #: The network of the zoo with which the trainings start. Therefore one pass over the images is enough.
 BASE = "cifar10-pgd-at-w16"
@@ -39,8 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(chosen: argparse.Namespace) -> Path:
     """Train a network, and return the folder with the stored network."""
+    budget = SimpleNamespace(**vars(budget_of("default").training) | {"base_epochs": 1})
     how = NETWORKS[chosen.name] | {"begin": BASE}
-    settings = {"data": chosen.data, "device": chosen.device, "budget": Training(base_epochs=1), "how": how}
+    settings = {"data": chosen.data, "device": chosen.device, "budget": budget, "how": how}
     job = Job(chosen.name, 0, train_base, settings=settings)
     run([job], chosen.out, workers=1)
     folder = job.folder(chosen.out) / "zoo"
