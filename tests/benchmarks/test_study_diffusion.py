@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from benchmarks.robustness.studies import RESULT, run, settings_of
-from benchmarks.robustness.studies.diffusion_study import (
+from benchmarks.robustness.studies.diffusion import (
     CLASSIFIER,
     GROUPS,
     Diffusion,
+    difference,
     found_by_pgd,
     images_of,
     predictions,
     rows_of,
+    said,
+    share,
     told,
 )
-from benchmarks.robustness.studies.diffusion_table import difference, said, share
 from benchmarks.robustness.studies.run_study import RESULTS
 from purify_fast import zoo
 from purify_fast.evaluation import lee_kim_2023

@@ -16,7 +16,7 @@ from .arrest_mnist import ArrestMnist
 from .atop import AtopDigits, AtopMnist
 from .carso import CarsoDigits, CarsoMnist, CarsoResnet18
 from .cifar10 import Cifar10
-from .diffusion_study import Diffusion
+from .diffusion import Diffusion
 
 EVERY = (CarsoDigits, CarsoMnist, CarsoResnet18, Cifar10, AtopDigits, AtopMnist, ArrestMnist, Diffusion)
 STUDIES: dict[str, Study] = {study.name: study() for study in EVERY}
