@@ -31,16 +31,9 @@ def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
     """Return the settings of the finetuning of a model."""
     b = budget
     attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
-    return ArrestConfig(
-        attack=attack,
-        optimizer="adamw",
-        schedule="one_cycle",
-        learning_rate=b.learning_rate,
-        weight_decay=b.weight_decay,
-        angle=b.angle,
-        distillation_weight=b.weight if name == ARREST else 0.0,
-        replay=name == ARREST,
-    )
+    whole = name == ARREST
+    weight = b.weight if whole else 0.0
+    return ArrestConfig(attack=attack, angle=b.angle, distillation_weight=weight, replay=whole, **b.finetuning)
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:

@@ -19,7 +19,6 @@ such a short time, would be broken.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -40,10 +39,8 @@ from purify_fast.training.config import TrainingAttack
 
 from . import Job, Work
 from .digits import DigitsStudy, attacked, ball_of, count, effort, train_base, with_samples, zero_attacks
-from .report_study import EPS, MakeJob, ReportStudy, images_of, train_classifier
+from .report_study import MakeJob, ReportStudy, images_of, train_classifier
 
-#: The sizes of CARSO. The number of samples, K = 4, is that of the paper's first version on MNIST.
-SIZES = {"cond_dim": 64, "latent_dim": 16, "samples": 4, "decoder_width": 8}
 CLASSIFIER, EXACT, PIPELINE = "classifier", "CARSO, paper's objective", "CARSO pipeline"
 #: The column of the model `EXACT` under attacks through PeeL, the output that CARSO's authors attack.
 PEEL = f"{EXACT}, through PeeL"
@@ -57,23 +54,55 @@ RESNET, RECONSTRUCTION = "ResNet-18", "CARSO, reconstruction alone"
 DRAWS = "PGD ce, EOT 4, K draws"
 
 
-def fitted(
-    folder: Path, defence: Carso, config: CarsoConfig, images: data.DataSet, fitting: FitConfig, start: bool = True
-) -> dict:
+def train_stage(job: Job, folder: Path, defence: Carso, images: data.DataSet, stage: dict, start: bool) -> dict:
     """Train and save a defence, and return the metrics of the last epoch.
 
     Args:
+        job: job with the seed.
         folder: folder of the saved defence.
-        defence: defence with new weights or, if ``start`` is False, with the weights of an earlier training.
-        config: settings of the training.
+        defence: trained defence.
         images: data set with the training images.
-        fitting: settings of the training loop.
+        stage: settings of the training: ``epochs``, ``batch_size``, ``eps``, ``norm`` and ``steps`` of the attack, and
+            options of `CarsoConfig`. ``images`` is the number of the first images that are used; the default is all.
         start: True if the weights of the purifier are new.
     """
-    task = CarsoTask(defence, config, "scratch" if start else weights_fingerprint(defence))
-    last = fit(task, images.x_train, images.y_train, fitting, folder)
+    options = dict(stage)
+    fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
+    n = options.pop("images", len(images.x_train))
+    attack = TrainingAttack(eps=options.pop("eps"), norm=options.pop("norm", "linf"), steps=options.pop("steps"))
+    origin = "scratch" if start else weights_fingerprint(defence)
+    task = CarsoTask(defence, CarsoConfig(attack=attack, **options), origin)
+    last = fit(task, images.x_train[:n], images.y_train[:n], fitting, folder)
     defence.save(folder)
     return last
+
+
+class CarsoReports(ReportStudy):
+    """A study of CARSO whose purifier is trained in two stages. The second stage goes through the pipeline.
+
+    Attributes:
+        first: name of the first stage's training.
+        layers: layers of the classifier that CARSO reads.
+    """
+
+    first: str
+    layers: tuple[str, ...]
+
+    def classifier(self, job: Job, root: Path) -> nn.Module:
+        """Return the classifier that CARSO protects."""
+        return load_classifier(job.folder(root, CLASSIFIER))
+
+    def train(self, job: Job, folder: Path, root: Path) -> dict:
+        """Train the purifier. The setting ``stage`` is the name of the stage in settings.yaml."""
+        budget, images, start = job.settings["budget"], images_of(job), job.name == self.first
+        torch.manual_seed(job.seed)
+        classifier = self.classifier(job, root)
+        if start:
+            defence = Carso(classifier, self.layers, images.image_shape, **budget.defence)
+        else:
+            defence = load_defence(job.folder(root, self.first), classifier)
+        stage = getattr(budget, job.settings["stage"]) | {"eps": self.eps}
+        return train_stage(job, folder, defence, images, stage, start)
 
 
 def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", **options: object) -> list[AttackSpec]:
@@ -104,34 +133,18 @@ def pgd_with_draws(budget: SimpleNamespace, **options: object) -> list[AttackSpe
     ]
 
 
-def train_on_mnist(job: Job, folder: Path, root: Path) -> dict:
-    """Train CARSO with the paper's objective, or continue this training through the pipeline."""
-    budget, images, start = job.settings["budget"], images_of(job), job.name == EXACT
-    place = job.folder(root, CLASSIFIER)
-    if start:
-        torch.manual_seed(job.seed)
-        defence = Carso(load_classifier(place), setting.LAYERS, images.image_shape, **SIZES)
-        config, epochs = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=40)), budget.objective_epochs
-    else:
-        defence = load_defence(job.folder(root, EXACT), load_classifier(place))
-        config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7))
-        epochs = budget.pipeline_epochs
-    return fitted(folder, defence, config, images, FitConfig(epochs, 128, job.seed), start)
-
-
-class CarsoMnist(ReportStudy):
+class CarsoMnist(CarsoReports):
     """The study of CARSO on MNIST, attacked as its authors do and with exact gradients."""
 
-    name = "carso_mnist"
-    samples = SIZES["samples"]
+    name, first, layers = "carso_mnist", EXACT, setting.LAYERS
     models: ClassVar[dict[str, str | None]] = {CLASSIFIER: CLASSIFIER, PEEL: EXACT, EXACT: EXACT, PIPELINE: PIPELINE}
     bases: ClassVar[dict[str, str]] = dict.fromkeys(models, CLASSIFIER)
 
     def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
         return [
             job(CLASSIFIER, train_classifier, epochs=budget.base_epochs),
-            job(EXACT, train_on_mnist, CLASSIFIER),
-            job(PIPELINE, train_on_mnist, CLASSIFIER, EXACT),
+            job(EXACT, self.train, CLASSIFIER, stage="objective"),
+            job(PIPELINE, self.train, CLASSIFIER, EXACT, stage="pipeline"),
         ]
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
@@ -171,19 +184,17 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     """
     s, images, start = job.settings, setting.digits(), "start" not in job.settings
     base = load_classifier(job.folder(root, s["base"]))
-    ball = ball_of(job)
-    if not start:
-        defence, batch_size, quick_epochs = load_defence(job.folder(root, s["start"]), base), 128, 1
-        attack = TrainingAttack(**{"steps": 7, **ball, **s.get("attack", {})})
-        options = {"attack_target": "pipeline", "learning_rate": 4e-3, **s.get("config", {})}
-    else:
+    if start:
         torch.manual_seed(job.seed)
-        defence, batch_size = Carso(base, s.get("layers", setting.LAYERS), images.image_shape, **setting.SIZES), 64
-        # A quick run has three epochs, because with fewer epochs the KL term would never take part.
-        quick_epochs = 3
-        attack, options = TrainingAttack(steps=20, **ball), s.get("config", {})
-    fitting = FitConfig(quick_epochs if s["quick"] else s["epochs"], batch_size, job.seed)
-    last = fitted(folder, defence, CarsoConfig(attack=attack, **options), images, fitting, start)
+        defence = Carso(base, s.get("layers", setting.LAYERS), images.image_shape, **setting.SIZES)
+        stage = {"batch_size": 64, "steps": 20}
+    else:
+        defence = load_defence(job.folder(root, s["start"]), base)
+        stage = {"batch_size": 128, "steps": 7, "attack_target": "pipeline", "learning_rate": 4e-3}
+    # A quick run starts with three epochs, because with fewer epochs the KL term would never take part.
+    epochs = (3 if start else 1) if s["quick"] else s["epochs"]
+    stage |= {"epochs": epochs, **ball_of(job), **s.get("attack", {}), **s.get("config", {})}
+    last = train_stage(job, folder, defence, images, stage, start)
     result = _attacked(defence, job) | {"parameters": count(defence)}
     return result | {"kl": last["kl"]} if start else result
 
@@ -233,37 +244,24 @@ def resnet18() -> nn.Module:
     return model.eval()
 
 
-def train_on_cifar10(job: Job, folder: Path, root: Path) -> dict:
-    """Train the purifier without the KL term, or fine-tune the trained purifier through the pipeline."""
-    budget, images, start = job.settings["budget"], images_of(job), job.name == RECONSTRUCTION
-    shared = {"attack": TrainingAttack(eps=RESNET_EPS, steps=5), "precision": "bfloat16"}
-    torch.manual_seed(job.seed)
-    if start:
-        # `mean` and `std` are those of CIFAR-10.
-        colors = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
-        sizes = {"cond_dim": 256, "latent_dim": 64, "samples": 8}
-        defence = Carso(resnet18(), RESNET_LAYERS, images.image_shape, **sizes, **colors)
-        config, n, batch = CarsoConfig(beta=0.0, **shared), budget.train_images, 64
-    else:
-        defence = load_defence(job.folder(root, RECONSTRUCTION), resnet18())
-        config = CarsoConfig(attack_target="pipeline", reconstruction_weight=1e-3, learning_rate=1e-3, **shared)
-        n, batch = budget.pipeline_images, 32
-    few = replace(images, x_train=images.x_train[:n], y_train=images.y_train[:n])
-    return fitted(folder, defence, config, few, FitConfig(1, min(batch, n), job.seed), start)
-
-
-class CarsoResnet18(ReportStudy):
+class CarsoResnet18(CarsoReports):
     """The study of CARSO with the ResNet-18 of another package, on CIFAR-10."""
 
-    name, dataset = "carso_resnet18", "cifar10"
+    name, dataset, first = "carso_resnet18", "cifar10", RECONSTRUCTION
     models: ClassVar[dict[str, str | None]] = {RESNET: None, RECONSTRUCTION: RECONSTRUCTION, PIPELINE: PIPELINE}
     eps, layers = RESNET_EPS, RESNET_LAYERS
     #: The network is large enough to use all cores, so its jobs run one after the other.
     workers, threads = 1, 0
     sizes: ClassVar[dict[str, int]] = {"batch_size": 100, "max_forward_batch": 32}
 
+    def classifier(self, job: Job, root: Path) -> nn.Module:
+        return resnet18()
+
     def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
-        return [job(RECONSTRUCTION, train_on_cifar10), job(PIPELINE, train_on_cifar10, RECONSTRUCTION)]
+        return [
+            job(RECONSTRUCTION, self.train, stage="reconstruction"),
+            job(PIPELINE, self.train, RECONSTRUCTION, stage="pipeline"),
+        ]
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
         if name == RESNET:

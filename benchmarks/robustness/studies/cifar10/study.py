@@ -125,18 +125,10 @@ CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
 #: The subfolder of a training with the weights without the moving average.
 LIVE = "without_average"
-#: The classifier behind each defence.
-BEHIND = {
-    CARSO: BASE,
-    CARSO_PIPELINE: BASE,
-    CARSO_ARREST: ARREST_EMA,
-    GENERATOR: BASE,
-    ATOP: BASE,
-    ATOP_PIPELINE: BASE,
-    ATOP_ZERO: BASE,
-    ATOP_STANDARD: STANDARD,
-    **dict.fromkeys(CANDIDATES, BASE),
-}
+#: The classifier behind each defence. The defences are in the order of the table.
+BEHIND = dict.fromkeys(
+    (CARSO, CARSO_PIPELINE, CARSO_ARREST, GENERATOR, ATOP, ATOP_PIPELINE, ATOP_ZERO, ATOP_STANDARD, *CANDIDATES), BASE
+) | {CARSO_ARREST: ARREST_EMA, ATOP_STANDARD: STANDARD}
 #: The row of a report for the worst case over all attacks. It has the robust accuracy.
 WORST = "worst"
 #: The row of the best candidate, evaluated on test images.

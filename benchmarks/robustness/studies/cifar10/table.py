@@ -104,17 +104,6 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
     return sentences
 
 
-def reached_by(line: dict[str, Any], counts: Judging) -> Point:
-    """Return the position of a model in the pictures.
-
-    Args:
-        line: numbers of the model.
-        counts: number of images of each protocol.
-    """
-    clean, robust = line["clean"], line[counts.main]
-    return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
-
-
 def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> Path:
     """Write the page of the study, its numbers, reports and pictures into ``folder``, for all evaluated models.
 
@@ -142,8 +131,7 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
     results.save(folder, budget, stem)
     if base is not None:
         return write_tables(folder, stem, results, budget, base=base)
-    reached = {name: reached_by(results.lines[name, 0], budget.judging) for name in names}
-    plot(reached, budget, folder / stem / "tradeoff.png")
+    plot({name: results.lines[name, 0] for name in names}, budget, folder / stem / "tradeoff.png")
     given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
     return write_tables(folder, stem, results, budget, given=given)
 
@@ -164,18 +152,20 @@ def write_tables(folder: Path, name: str, results: Results, budget: Budget, **mo
     return write_page(folder, name, functions, budget=budget, **given, **more)
 
 
-#: The position of a model in a picture: clean accuracy and robust accuracy in percent, and their standard errors.
-Point = tuple[float, float, float, float]
-
-
-def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
+def plot(lines: dict[str, dict[str, Any]], budget: Budget, path: Path) -> None:
     """Draw robust accuracy against clean accuracy, with a curve of the bases that were trained at shares of eps.
 
     Args:
-        points: position of each model, by the name of its row.
+        lines: numbers of each model, by the name of its row.
         budget: amounts of the study.
         path: path of the PNG file.
     """
+    counts = budget.judging
+    points = {}
+    for name, line in lines.items():
+        clean, robust = line["clean"], line[counts.main]
+        errors = _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
+        points[name] = (100 * clean, 100 * robust, *errors)
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
