@@ -18,7 +18,7 @@ such a short time, would be broken.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -229,18 +229,15 @@ def resnet18() -> nn.Module:
     Raises:
         ModuleNotFoundError: pyautoattack is not installed.
     """
-    spec = importlib.util.find_spec("pyautoattack")
-    if spec is None or not spec.submodule_search_locations:
+    try:
+        module = importlib.import_module("pyautoattack.examples.resnet")
+    except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "the ResNet-18 is part of the package pyautoattack, which is missing: pip install 'purify-fast[eval]'"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "examples"
-    source = importlib.util.spec_from_file_location("pyautoattack_example_resnet", folder / "resnet.py")
-    assert source is not None and source.loader is not None
-    module = importlib.util.module_from_spec(source)
-    source.loader.exec_module(module)
+        ) from error
     model = module.ResNet18()
-    model.load_state_dict(torch.load(folder / "model_test.pt", weights_only=True, map_location="cpu"))
+    weights = Path(str(module.__file__)).with_name("model_test.pt")
+    model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
     return model.eval()
 
 
