@@ -23,6 +23,8 @@ from benchmarks.robustness.studies.cifar10.study import budget_of
 from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
+from purify_fast.methods.atop import Atop, SmallGenerator
+from purify_fast.models.classifiers import SmallCNN
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,6 +139,16 @@ def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch, fork
     assert lines_of(capsys.readouterr().out) == rows and not (tmp_path / "results").exists()
     with pytest.raises(ValueError, match=r"'base' with other settings \(quick: True there, False now"):
         program.main([*arguments[:2], *options])
+
+
+@pytest.mark.parametrize("sigma, mask_ratio, row", [(0.0, 0.0, "clean"), (0.0, 0.25, "clean, deterministic")])
+def test_atop_without_noise_and_masks_is_attacked_as_a_deterministic_model(sigma, mask_ratio, row, monkeypatch):
+    asked = []
+    monkeypatch.setattr(atop, "attacked", lambda *given: asked.append(given[3]) or {"gradients": "healthy"})
+    generator = SmallGenerator(1, residual=True)
+    defence = Atop(SmallCNN(), generator, (1, 16, 16), sigma=sigma, mask_ratio=mask_ratio)
+    job = Job("pipeline", 0, atop.train_on_digits, settings={"quick": True, "autoattack": False})
+    assert atop._attacked(defence, job) == {"gradients": "healthy"} and asked[1]["clean_zero"] == row
 
 
 def chosen(*words: str):

@@ -130,7 +130,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
         AttackSpec(PGD(loss="ce", eot_iter=eot), survivors_only=True, label=labels[1]),
         AttackSpec(PGD(loss="dlr", eot_iter=eot), survivors_only=True, label=labels[2]),
     ]
-    zero, rows = zero_attacks(model.sigma > 0 or model.missing > 0, quick, auto)
+    zero, rows = zero_attacks(model.sigma > 0 or model.mask_ratio > 0, quick, auto)
     keys = {key if key == "autoattack" else f"{key}_zero": label for key, label in rows.items()}
     parts = [
         attacked(model, job, attacks, {"clean": "clean", "pgd": labels[2]}),
