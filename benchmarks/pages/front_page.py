@@ -11,7 +11,7 @@ from .. import style
 from ..kept import rows_of
 from ..robustness import contests
 from ..robustness.broken import broken_tables
-from ..robustness.studies import diffusion_table
+from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed.sheets import PIPELINES, ROWS, ops_speedups, read_csv
 
@@ -130,8 +130,8 @@ def diffusion_sentence(results: Path) -> list[str]:
     Args:
         results: folder of the committed results.
     """
-    name, rows = "digits-diffpure", diffusion_table.rows_of(results / "studies")
-    found = diffusion_table.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
+    name, rows = "digits-diffpure", diffusion.rows_of(results / "studies")
+    found = diffusion.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
     draws, strict, theirs = found.rule("mean"), found.rule("all"), found.authors()
     if draws is None or strict is None or not theirs:
         return []

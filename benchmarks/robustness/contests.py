@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
-from purify_fast.attacks import Attack, AttackContext, Resources, frozen
+from purify_fast.attacks import AttackContext, Resources, frozen
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.engine.row_batches import Judge, has_fallen
 from purify_fast.attacks.gradient_copy import GradientCopies
@@ -58,7 +59,7 @@ from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
-from .studies import carso_resnet18
+from .studies.carso import resnet18
 
 #: The names of the results file, and of the file with the table for docs/evaluation.md. The names in the next line are
 #: those of the contests on robust networks.
@@ -166,18 +167,12 @@ class Protocol:
     steps: int = Amount.steps
     seed: int = 0
 
-    def attacks(self, subject: Subject, amount: Amount) -> list[tuple[AttackSpec, Attack]]:
-        """Return the specifications and the attacks of the protocol, with options reduced to an amount."""
-        whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
+    def reduced(self, spec: AttackSpec, amount: Amount) -> AttackSpec:
+        """Return an attack whose options are at most those of an amount."""
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
-        listed = []
-        for spec in protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps)):
-            if (spec.variant, spec.target, spec.aggregation) != ("random", None, None):
-                raise ValueError(f"the protocol {self.name} may only have attacks on the deployed model; it has {spec}")
-            given = {name: getattr(spec.resolved, name, None) for name in most}
-            less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
-            listed.append((spec, replace(spec.resolved, **less)))
-        return listed
+        given = {name: getattr(spec.resolved, name, None) for name in most}
+        less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
+        return replace(spec, attack=replace(spec.resolved, **less))
 
     def code(self, random: bool, amount: Amount) -> list[str]:
         """Return descriptions of the attacks. Results of attacks with other descriptions are outdated.
@@ -186,16 +181,15 @@ class Protocol:
             random: True if two predictions of the model differ.
             amount: numbers of steps and queries.
         """
-        x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
-        with torch.random.fork_rng([]):
-            attacks = self.attacks(Subject(revisions.AnyModel(random), x, y, 0.1, random), amount)
-        seeds = [f"seed {self.seed}"] if self.seed else []
-        return revisions.of_attacks(attacks) + revisions.added(self.name, random) + seeds
+        attacks = revisions.of_protocol(self.name, random, change=partial(self.reduced, amount=amount))
+        return attacks + ([f"seed {self.seed}"] if self.seed else [])
 
     def __call__(self, subject: Subject, amount: Amount) -> Tensor:
+        whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
+        specs = protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps))
+        specs = [self.reduced(spec, amount) for spec in specs]
+        steps = min(amount.steps, self.steps)
         if not subject.random:
-            specs = [replace(spec, attack=one) for spec, one in self.attacks(subject, amount)]
-            steps = min(amount.steps, self.steps)
             config = EvaluateConfig(seed=self.seed, batch_size=BATCH, steps=steps, probes=False)
             how: dict[str, Any] = {"eps": subject.eps, "config": config, "attacks": specs, "progress": False}
             report = evaluate(subject.model, subject.x, subject.y, **how)
@@ -206,7 +200,7 @@ class Protocol:
             draws_differ=subject.random,
             eot_iter=amount.draws,
             judge_draws=JUDGES,
-            steps=min(amount.steps, self.steps),
+            steps=steps,
             resources=Resources(
                 batch_size=BATCH,
                 max_forward_batch=2 * BATCH if subject.random else None,
@@ -214,10 +208,10 @@ class Protocol:
             ),
         )
         attacked = AttackSequence(subject.model, subject.x, subject.y, context)
-        for spec, one in self.attacks(subject, amount):
+        for spec in specs:
             attacked.context = replace(context, seed=spec.seed, gradients_from=spec.gradients_from)
             with frozen(subject.model if spec.gradients_from is None else spec.gradients_from):
-                attacked.run(one)
+                attacked.run(spec.resolved)
         return misclassified(subject, attacked.images)
 
 
@@ -292,7 +286,7 @@ def _digits(name: str, images: int | None = None, random: bool = False) -> Conte
 
 def _resnet18(folder: Path | None) -> Subject:
     images = load_dataset("cifar10", folder)
-    return Subject(carso_resnet18.classifier(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
+    return Subject(resnet18(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
 
 
 def _network(name: str, count: int, first: int = 0) -> Contest:
@@ -498,9 +492,8 @@ def sign_test(one: str, other: str) -> float:
         one: a text with "1" for each image that is right after the first attack, and "0" for each other image.
         other: the same text for the second attack.
     """
-    only = [sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one))]
-    tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1))
-    return min(1.0, 2 * tail / 2 ** sum(only))
+    better, worse = (sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one)))
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def robust_markdown(rows: list[Row]) -> list[str]:
@@ -601,7 +594,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=options.at_least_one, help=images)
     rounds = "number of runs of every attack; default: 1"
     parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
-    parser.add_argument("--redo", action="store_true", help="also repeat finished runs")
     options.add_out(parser, "/studies")
 
 
@@ -626,14 +618,11 @@ def main(chosen: argparse.Namespace) -> str:
 
     for name in chosen.names or contests:
         if name not in contests:
-            raise Unfit(
-                f"the contest {name!r} does not exist with --robust: remove --robust"
-                if chosen.robust
-                else f"the contest {name!r} exists only with --robust: add --robust"
-            )
+            where = "without --robust: remove --robust" if chosen.robust else "with --robust: add --robust"
+            raise Unfit(f"the contest {name!r} exists only {where}")
         contestants = {who: one for who, one in contests[name].contestants.items() if who in chosen.contestants}
         known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
-        known = [row for row in known if row["amount"] == asdict(amount) and not chosen.redo]
+        known = [row for row in known if row["amount"] == asdict(amount)]
         done = [row for row in known if len(row["seconds"]) >= amount.rounds and is_current(row, contests[name])]
         if not contestants or (not chosen.robust and len(done) == len(contestants)):
             continue

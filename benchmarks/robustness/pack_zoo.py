@@ -33,8 +33,8 @@ from ..options import Unfit
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
 
-#: The largest size of a model (LARGEST) and of all models of the zoo together (ALL), in bytes.
-LARGEST, ALL = 3_000_000, 20_000_000
+#: The largest size of a model in bytes.
+LARGEST = 3_000_000
 #: The protocols whose accuracies are in a card, each with the share of the images that it attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
 #: The protocols for a purifier by diffusion, whose predictions are random. "votes" attacks and evaluates the majority
@@ -108,27 +108,20 @@ def store_in_bfloat16(source: Path, out: Path) -> None:
     save_model(out, facts["kind"], facts["arguments"], stored, **extra)
 
 
-def check_sizes(sources: dict[str, Path], models: Path) -> None:
-    """Check that the models are small enough for the zoo.
+def check_size(source: Path) -> None:
+    """Check that a model is small enough for the zoo.
 
     Args:
-        sources: folders of the stored models, by the names of the models.
-        models: folder of the zoo.
+        source: folder of the stored model.
 
     Raises:
-        Unfit: a model is larger than `LARGEST`, or the zoo would be larger than `ALL`.
+        Unfit: the model is larger than `LARGEST`.
     """
-    total = sum(size_of(path.parent) for path in models.glob(f"*/{MODEL}") if path.parent.name not in sources)
-    for source in sources.values():
-        size = size_of(source)
-        if size > LARGEST:
-            raise Unfit(
-                f"the model in {source} has {size:,} bytes. A model of the zoo may have at most {LARGEST:,}: give a "
-                "smaller model."
-            )
-        total += size
-    if total > ALL:
-        raise Unfit(f"the zoo would have {total:,} bytes. It may have at most {ALL:,}: pack fewer models.")
+    if (size := size_of(source)) > LARGEST:
+        raise Unfit(
+            f"the model in {source} has {size:,} bytes. A model of the zoo may have at most {LARGEST:,}: give a "
+            "smaller model."
+        )
 
 
 def pack(source: Path, card: Card, models: Path) -> None:
@@ -331,7 +324,8 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
         name: source if source == models / name else prepare(source, chosen.out / name / "model")
         for name, source in sources.items()
     }
-    check_sizes(folders, models)
+    for folder in folders.values():
+        check_size(folder)
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for path in models.glob(f"*/{FILE}"):
         # If a classifier is replaced, check that the other defences of the zoo fit the new classifier.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from purify_fast.attacks import Attack
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import stopping
 from purify_fast.evaluation.attack_lists import protocol_attacks
@@ -53,44 +53,40 @@ class AnyPurifier(AnyModel):
         return strong_attacks(self, norm, eps)
 
 
-def of_attacks(attacks: list[tuple[AttackSpec, Attack]]) -> list[str]:
+def of_attacks(specs: Iterable[AttackSpec]) -> list[str]:
     """Return a description of each attack: its label, options and revision, and the images that it attacks.
 
     Args:
-        attacks: pairs of an attack's specification and the attack with its final options.
+        specs: specifications of the attacks with their final options.
     """
     words = []
-    for spec, attack in attacks:
+    for spec in specs:
+        attack = spec.resolved
         until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
         nearest = "" if spec.nearest is None else f" {spec.nearest} nearest"
         words.append(f"{spec.label or ''} {attack!r} {attack.revision()}{until}{nearest}".strip())
     return words
 
 
-def of_protocol(name: str, random: bool, diffusion: bool = False) -> list[str]:
+def of_protocol(
+    name: str, random: bool, diffusion: bool = False, change: Callable[[AttackSpec], AttackSpec] = lambda spec: spec
+) -> list[str]:
     """Return the descriptions of the attacks that a protocol runs on every model.
 
     Args:
         name: name of the protocol.
         random: True if two predictions of the model differ.
         diffusion: True for a purifier by diffusion.
+        change: function that changes the options of an attack.
     """
     x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
     with torch.random.fork_rng([]):
         model = AnyPurifier(random) if diffusion else AnyModel(random)
         subject = Subject(model, x, y, batch_size=2, n_eval=2, seed=0)
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
-    return of_attacks([(spec, spec.resolved) for spec in specs]) + added(name, random)
-
-
-def added(name: str, random: bool) -> list[str]:
-    """Return the revision of the surrogates if the protocol may add attacks through surrogates of the model.
-
-    Args:
-        name: name of the protocol.
-        random: True if two predictions of the model differ.
-    """
-    return [f"surrogates {REVISION}"] if name == "strong" or (name == "standard" and random) else []
+    # The protocol may add attacks through surrogates of the model. Then the revision of the surrogates counts too.
+    surrogates = name == "strong" or (name == "standard" and random)
+    return of_attacks(map(change, specs)) + ([f"surrogates {REVISION}"] if surrogates else [])
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop_mnist, over_seeds, run, run_study
-from benchmarks.robustness.studies.cifar10.study import Budget, Training
+from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop, over_seeds, run, run_study
+from benchmarks.robustness.studies.cifar10.study import budget_of
 from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
+from purify_fast.methods.atop import Atop, SmallGenerator
+from purify_fast.models.classifiers import SmallCNN
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +35,7 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
     jobs = [
         Job("last", 0, work, ("first/of all", "bad")),
         Job("bad", 0, work, ("first/of all",), {"fail": True}),
-        Job("first/of all", 0, work, settings={"budget": Training(), "data": "here"}),
+        Job("first/of all", 0, work, settings={"budget": SimpleNamespace(width=16), "data": "here"}),
     ]
     with pytest.raises(RuntimeError, match="no luck"):
         run(jobs, tmp_path, workers=1)
@@ -44,9 +47,9 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
     assert got[0]["saw"] == ["first/of all", "bad"] and got[1]["seed"] == 0 and got[2]["minutes"] >= 0
     log = (tmp_path / "log").read_text()
     assert log.splitlines() == ["first/of all 0", "bad 0", "bad 0", "last 0"]
-    moved = replace(jobs[2], settings={"budget": Training(), "data": "there"})  # the same data, moved
+    moved = replace(jobs[2], settings={"budget": SimpleNamespace(width=16), "data": "there"})  # the same data, moved
     assert run([*jobs[:2], moved], tmp_path, workers=1) == got and (tmp_path / "log").read_text() == log
-    other = replace(jobs[2], settings={"budget": Training(width=4)})
+    other = replace(jobs[2], settings={"budget": SimpleNamespace(width=4)})
     with pytest.raises(ValueError, match=r"'first/of all' with other settings \(budget: .*16.* there, .*4.* now\)"):
         run([*jobs[:2], other], tmp_path)
     assert (tmp_path / "log").read_text() == log
@@ -138,6 +141,16 @@ def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch, fork
         program.main([*arguments[:2], *options])
 
 
+@pytest.mark.parametrize("sigma, mask_ratio, row", [(0.0, 0.0, "clean"), (0.0, 0.25, "clean, deterministic")])
+def test_atop_without_noise_and_masks_is_attacked_as_a_deterministic_model(sigma, mask_ratio, row, monkeypatch):
+    asked = []
+    monkeypatch.setattr(atop, "attacked", lambda *given: asked.append(given[3]) or {"gradients": "healthy"})
+    generator = SmallGenerator(1, residual=True)
+    defence = Atop(SmallCNN(), generator, (1, 16, 16), sigma=sigma, mask_ratio=mask_ratio)
+    job = Job("pipeline", 0, atop.train_on_digits, settings={"quick": True, "autoattack": False})
+    assert atop._attacked(defence, job) == {"gradients": "healthy"} and asked[1]["clean_zero"] == row
+
+
 def chosen(*words: str):
     parser = program.argparse.ArgumentParser()
     run_study.arguments(parser)
@@ -164,8 +177,9 @@ def test_other_budgets_some_rows_or_fewer_seeds_leave_the_committed_table_alone(
 
 
 def test_wider_networks_keep_their_proportions():
-    wider = Budget().of_width(32).training
-    assert (wider.width, wider.large_width) == (32, 56) and Budget().of_width(16) == Budget()
+    usual = budget_of("default")
+    wider = usual.of_width(32).training
+    assert (wider.width, wider.large_width) == (32, 56) and usual.of_width(16) == usual
 
 
 def test_rows_bring_their_needs():
@@ -233,12 +247,12 @@ def quick(tmp_path, capsys, monkeypatch, forking, short_signs):
 @pytest.mark.slow
 def test_atop_on_mnist_end_to_end(quick):
     rows, text, report = quick("atop_mnist")
-    assert all(len(rows[label]) == len(atop_mnist.BASES) for label in ("clean", "then PGD-2 dlr, EOT 2", "worst"))
+    assert all(len(rows[label]) == len(atop.BASES) for label in ("clean", "then PGD-2 dlr, EOT 2", "worst"))
     weak = next(label for label in rows if label.startswith("weak protocol"))
     assert "not adaptive" in weak and [cell == "-" for cell in rows[weak]] == [
-        name == base for name, base in atop_mnist.BASES.items()
+        name == base for name, base in atop.BASES.items()
     ]
-    assert f"| {atop_mnist.PIPELINE} | then PGD-2 ce, EOT 2 | 2 | " in text and "/20 |" in text
+    assert f"| {atop.PIPELINE} | then PGD-2 ce, EOT 2 | 2 | " in text and "/20 |" in text
     assert text.count("(n = 20, paired)") == 3
     for name in report.models:  # each attack goes on from where the one before it ended
         taken = [report.row(label, name).accuracy for label in report.attacks if label.startswith(("PGD", "then PGD"))]
@@ -257,7 +271,7 @@ def test_carso_on_mnist_end_to_end(quick):
 
 
 @pytest.mark.slow
-def test_arrest_on_mnist_end_to_end(quick, tmp_path):
+def test_arrest_on_mnist_end_to_end(quick):
     pytest.importorskip("pyautoattack")
     rows, text, report = quick("arrest_mnist")
     labels = ("clean", "PGD-2 ce", "then PGD-2 dlr", "then AutoAttack standard, first 4", "worst")
@@ -266,7 +280,6 @@ def test_arrest_on_mnist_end_to_end(quick, tmp_path):
     for name in report.models:
         clean, worst = (100 * report.row(row, name).accuracy for row in ("clean", "worst"))
         assert f"| {name} | {clean + worst:.1f} | " in text
-    assert (tmp_path / "runs" / "arrest_mnist" / "tradeoff.png").is_file()
     budget = run_study.STUDIES["arrest_mnist"].budget(chosen("arrest_mnist"))
     for name, whole in ((arrest_mnist.FINETUNED, False), (arrest_mnist.ARREST, True)):
         config = arrest_mnist.config(budget, name)

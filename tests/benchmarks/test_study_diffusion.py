@@ -9,31 +9,33 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.robustness.studies import RESULT, run
-from benchmarks.robustness.studies.diffusion_study import (
+from benchmarks.robustness.studies import RESULT, run, settings_of
+from benchmarks.robustness.studies.diffusion import (
     CLASSIFIER,
     GROUPS,
     Diffusion,
+    difference,
     found_by_pgd,
     images_of,
     predictions,
     rows_of,
+    said,
+    share,
     told,
 )
-from benchmarks.robustness.studies.diffusion_table import difference, said, share, table
+from benchmarks.robustness.studies.run_study import RESULTS
 from purify_fast import zoo
 from purify_fast.evaluation import lee_kim_2023
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def chosen(*data_sets, amount="default", **counts):
-    counts = {"images": None, "strong_images": None, "until": "strong"} | counts
-    return argparse.Namespace(data="nowhere", data_sets=list(data_sets), amount=amount, **counts)
+def chosen(*data_sets, amount="default"):
+    return argparse.Namespace(data="nowhere", data_sets=list(data_sets), amount=amount)
 
 
 def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
-    jobs, groups = Diffusion().jobs(chosen("digits", images=40, strong_images=20)), {}
+    jobs, groups = Diffusion().jobs(chosen("digits")), {}
     for job in jobs:
         assert (job.settings["budget"].images, job.settings["budget"].strong_images) == (40, 20)
         if job.settings["process"] is None:
@@ -47,12 +49,19 @@ def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
     assert {job.settings["model"] for job in jobs} <= set(zoo.list())
     order = [GROUPS.index(job.settings["group"]) for job in jobs]
     assert order == sorted(order) and sum(job.settings["process"] is not None for job in jobs) == 7
-    cheap = [job for job in jobs if job.settings["group"] in ("exact", "fixed")]
-    assert [job.name for job in Diffusion().jobs(chosen("digits", until="fixed"))] == [job.name for job in cheap]
     colour = {job.settings["model"]: job.settings.get("first") for job in Diffusion().jobs(chosen("cifar10"))}
     assert colour["cifar10-carso-pipeline-w16"] == 20 and colour["cifar10-diffpure-w16"] is None
-    usual = Diffusion().jobs(chosen("digits"))[0].settings["budget"]
-    assert (usual.images, usual.strong_images, usual.steps, usual.eot, usual.draws) == (100, 50, 200, 20, 10)
+    usual = Diffusion().jobs(chosen("cifar10"))[0].settings["budget"]
+    assert (usual.images, usual.strong_images, usual.steps, usual.eot, usual.draws) == (100, 10, 200, 20, 10)
+    quick = Diffusion().jobs(chosen("cifar10", amount="quick"))[0].settings["budget"]
+    assert (quick.images, quick.strong_images) == (6, 3)
+
+
+def test_the_committed_rows_are_those_of_the_command():
+    """A run on a new machine takes them all from the results, and attacks nothing again."""
+    every = list(settings_of("diffusion")["data_sets"])
+    asked = {(job.name, job.settings["dataset"]): job.asked() for job in Diffusion().jobs(chosen(*every))}
+    assert {(row["name"], row["dataset"]): row["asked"] for row in rows_of(RESULTS)} == asked
 
 
 def test_the_attack_is_lee_and_kims_and_each_rule_counts_the_same_predictions():
@@ -63,11 +72,11 @@ def test_the_attack_is_lee_and_kims_and_each_rule_counts_the_same_predictions():
 
 
 def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy():
-    (job,) = [job for job in Diffusion().jobs(chosen("digits", images=10)) if job.name == "digits-diffpure exact"]
+    (job,) = [job for job in Diffusion().jobs(chosen("digits")) if job.name == "digits-diffpure exact"]
     budget = vars(job.settings["budget"]) | {"steps": 20, "eot": 10}
     settings = job.settings | {"budget": argparse.Namespace(**budget)}
     job = replace(job, settings=settings)
-    x, y = images_of(job)
+    x, y = (part[:10] for part in images_of(job))
     model = zoo.load("digits-diffpure")
     found = found_by_pgd(model, x, y, settings)
     assert model.fast is None and (found - x).abs().max() <= 0.1 + 1e-6 and found.min() >= 0 and found.max() <= 1
@@ -98,10 +107,7 @@ def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(t
     # with the runs gone, the results' file says what is done
     study.begin(tmp_path / "again", tmp_path / "results", asked)
     assert all(job.done(tmp_path / "again") for job in jobs)
-    # a later call for the cheap groups keeps the rows of the others
-    study.after_each(tmp_path / "again", tmp_path / "results", chosen("digits", amount="quick", until="exact"))
-    assert {row["name"] for row in rows_of(tmp_path / "results")} == set(names)
-    other = chosen("digits", amount="quick", images=7)
+    other = chosen("digits")
     study.begin(tmp_path / "other", tmp_path / "results", other)
     assert not any(job.done(tmp_path / "other") for job in study.jobs(other))
 
@@ -109,7 +115,7 @@ def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(t
 def test_the_tables_say_what_the_jobs_found(tmp_path):
     study, asked = Diffusion(), chosen("digits")
     clean = {"draws": ["1111", "1110"], "vote": "1111"}
-    row = {"attack": "as somebody", "kind": "authors", "robust": [1, 1, 1, 0], "mean": 0.75, "n": 4}
+    row = {"attack": "as somebody", "kind": "authors", "robust": "1110", "mean": 0.75, "n": 4}
     groups = {
         "exact": {"clean": clean, "attacked": {"draws": ["1100", "1000"], "vote": "1100"}},
         "strong": {"before": "1000", "after": "0000"},
@@ -128,7 +134,7 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
         job.folder(tmp_path).mkdir(parents=True)
         (job.folder(tmp_path) / RESULT).write_text(json.dumps(found))
     study.after_each(tmp_path, tmp_path / "studies", asked)
-    lines = table(tmp_path)
+    lines = (tmp_path / "studies" / "diffusion.md").read_text().splitlines()
     assert "digits, 4 images, L-inf eps 0.1:" in lines
     split = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     told = {name: first for name, first, *_ in split}
@@ -143,9 +149,9 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
     assert told[f"{start}mean, minus `digits-pgd-at` alone"] == "+0.0 ± 0.0"
     assert told["CPU seconds of PGD-200 per image"] == "2.0" and len(split[0]) == 7
     assert sum("t_star 0.05" in line for line in lines) == 1
-    (first, *_), missing = said(tmp_path), table(tmp_path / "elsewhere")
+    (first, *_), missing = said(tmp_path), said(tmp_path / "elsewhere")
     assert re.search(r"^- `digits-diffpure`: .*PGD-200.* 37\.5 .*75\.0 ± 21\.7 %", first)
-    assert missing == said(tmp_path / "elsewhere") and "python -m benchmarks study diffusion" in missing[0]
+    assert "python -m benchmarks study diffusion" in missing[0]
 
 
 def test_differences_are_paired_on_the_first_images():

@@ -52,65 +52,52 @@ class Power:
         return self.planted > 0 and self.found < LEAST * self.planted
 
 
-class Features(nn.Module):
-    """A module that maps images to the input of the model's last linear layer, ``[B, d]``.
-
-    Args:
-        model: classifier, images to logits.
-        x: images, which are used to find the last linear layer.
-
-    Raises:
-        ValueError: the model calls no linear layer, or its last linear layer is not called once for all images.
-    """
-
-    def __init__(self, model: nn.Module, x: Tensor):
-        super().__init__()
-        self.model, self.last = model, _last_linear(model, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        given: list[Tensor] = []
-        handle = self.last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-        try:
-            self.model(x)
-        finally:
-            handle.remove()
-        return given[-1]
-
-
-def _last_linear(model: nn.Module, x: Tensor) -> nn.Module:
-    called: list[tuple[nn.Module, torch.Size]] = []
+def linear_inputs(model: nn.Module, x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """Return the linear layers that a model calls for images, each with its input. Their order is that of the calls."""
+    called: list[tuple[nn.Module, Tensor]] = []
     linear = {module for module in model.modules() if isinstance(module, nn.Linear)}
-    handles = [each.register_forward_pre_hook(lambda m, inputs: called.append((m, inputs[0].shape))) for each in linear]
+    handles = [each.register_forward_pre_hook(lambda m, inputs: called.append((m, inputs[0]))) for each in linear]
     try:
         model(x)
     finally:
         for handle in handles:
             handle.remove()
+    return called
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the input of the model's last linear layer, ``[B, d]``."""
+    return linear_inputs(model, x)[-1][1]
+
+
+def obstacle(model: nn.Module, x: Tensor) -> str:
+    """Return the reason why no point can be planted in a model, or ""."""
+    called = linear_inputs(model, x)
     if not called:
-        raise ValueError("the model calls no linear layer")
-    last, shape = called[-1]
-    if len(shape) != 2 or shape[0] != len(x) or sum(module is last for module, _ in called) > 1:
-        raise ValueError("the last linear layer is not called once with one row for each image")
-    return last
+        return "the model calls no linear layer"
+    last, given = called[-1]
+    if given.dim() != 2 or len(given) != len(x) or sum(module is last for module, _ in called) > 1:
+        return "the last linear layer is not called once with one row for each image"
+    return ""
 
 
 class Planted(nn.Module):
     """A classifier with two logits: 0, and the score of a point by the added row of weights of the nearest image.
 
     Args:
-        features: module that maps images to features.
+        model: classifier, images to logits.
         centers: images in the centers of the balls, ``[N, C, H, W]``.
         rows: added rows of weights for each image, ``[N, d]``, and their offsets ``[N]``.
     """
 
-    def __init__(self, features: Features, centers: Tensor, rows: tuple[Tensor, Tensor]):
+    def __init__(self, model: nn.Module, centers: Tensor, rows: tuple[Tensor, Tensor]):
         super().__init__()
-        self.features, self.centers, self.rows = features, centers.flatten(1), rows
+        self.model, self.centers, self.rows = model, centers.flatten(1), rows
 
     def forward(self, x: Tensor) -> Tensor:
         at = torch.cdist(x.detach().flatten(1), self.centers, p=float("inf")).argmin(1)
         row, offset = (part[at] for part in self.rows)
-        score = (self.features(x) * row).sum(1) + offset
+        score = (features(self.model, x) * row).sum(1) + offset
         return torch.stack([torch.zeros_like(score), score], 1)
 
 
@@ -157,22 +144,20 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         x = x[model(x).argmax(1) == y][:PLANTED]
         if len(x) == 0:
             return Power(reason="no image is classified correctly")
-        try:
-            features = Features(model, x)
-        except ValueError as error:
-            return Power(reason=str(error))
-        random = not torch.equal(features(x), features(x))
+        if reason := obstacle(model, x):
+            return Power(reason=reason)
+        random = not torch.equal(features(model, x), features(model, x))
         draws = DRAWS if random else 1
 
         def mean(images: Tensor) -> Tensor:
-            return torch.stack([features(images) for _ in range(draws)]).mean(0)
+            return torch.stack([features(model, images) for _ in range(draws)]).mean(0)
 
         targets, rows = corners(x), []
         for image, corner in zip(x, mean(targets), strict=True):
             noise = torch.rand(INSIDE - 1, *image.shape, generator=generator) * 2 - 1
             points = torch.cat([image[None], (image + NEAR * eps * noise).clamp(0, 1)])
             rows.append(row_of(mean(points), corner))
-        planted = Planted(features, x, (torch.stack([row for row, _ in rows]), torch.stack([off for _, off in rows])))
+        planted = Planted(model, x, (torch.stack([row for row, _ in rows]), torch.stack([off for _, off in rows])))
 
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5

@@ -7,7 +7,7 @@ of Pintor et al., or the active test. A result is the outcome of one judge on on
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from purify_fast.evaluation.alarms.signs import ALARMS
@@ -126,10 +126,10 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
                 f"`{judge}` judged {asked} defences. It found the weakness of {found}, flagged {flagged} and missed "
                 f"{missed}.",
             ]
-    gaps = {name: overestimated(each, OFFICIAL) for name, each in broken.items()}
-    more = {name: gap for name, gap in gaps.items() if gap is not None and gap > CLOSE}
+    gaps = {name: overestimated(each, OFFICIAL) or 0 for name, each in broken.items()}
+    more = {name: gap for name, gap in gaps.items() if gap > CLOSE}
     if more:
-        worst = max(more, key=lambda name: more[name])
+        worst = max(more, key=more.__getitem__)
         lines += [
             "",
             f"AutoAttack overestimates the robust accuracy of {len(more)} defences by more than 2 points. "
@@ -161,7 +161,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
     lines += _score(broken)
     body = [[name, *_noticed(each)] for name, each in every.items()]
     lines += ["", "The findings of each method on each model:"]
-    lines += ["", *markdown_table(["model", "signs of `standard`", "indicators (Pintor et al.)", "active test"], body)]
+    lines += ["", *markdown_table(["model", *WAYS.values()], body)]
     lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
     lines += ["", *_who_notices(every)]
     for title, honest, why in (("honest model", True, []), ("model with a fault", False, ["why"])):
@@ -176,41 +176,38 @@ def markdown(results: Sequence[Result]) -> list[str]:
     return [*lines, "", *_signs(every)]
 
 
+#: The methods that detect failed attacks, with their names in tables.
+WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
+
+
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
     """Return a table that compares the methods that detect failed attacks, by the models that each of them flags."""
+    asked = {judge: {name for name, each in every.items() if judge in each} for judge in WAYS}
+    flagged = {judge: {name for name in names if every[name][judge]["unreliable"]} for judge, names in asked.items()}
+    defences, *others = _groups(every)
+    groups = [defences, {name for name in defences if (overestimated(every[name], OFFICIAL) or 0) > CLOSE}, *others]
     body = []
-    ways = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
-    flagged = {
-        judge: {name for name, each in every.items() if judge in each and each[judge]["unreliable"]} for judge in ways
-    }
-    more = {name: overestimated(each, OFFICIAL) for name, each in every.items()}
-    for judge, words in ways.items():
-        asked = {name for name, each in every.items() if judge in each}
-        groups = (
-            {name for name in asked if ENTRIES[name].paper},
-            {name for name in asked if ENTRIES[name].paper and (more[name] or 0) > CLOSE},
-            {name for name in asked if ENTRIES[name].honest},
-            {name for name in asked if ENTRIES[name].why},
-        )
-        counts = [f"{len(flagged[judge] & group)} of {len(group)}" for group in groups]
-        others = set[str]().union(*(names for other, names in flagged.items() if other != judge))
-        body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - others) or "-"])
-    groups_told = ["defences", "those that AutoAttack overestimates", "honest models", "models with a fault"]
-    return markdown_table(["method", *groups_told, "only by this method"], body)
+    for judge, words in WAYS.items():
+        counts = [f"{len(flagged[judge] & group)} of {len(asked[judge] & group)}" for group in groups]
+        elsewhere = set[str]().union(*(names for other, names in flagged.items() if other != judge))
+        body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - elsewhere) or "-"])
+    heads = ["defences", "those that AutoAttack overestimates", "honest models", "models with a fault"]
+    return markdown_table(["method", *heads, "only by this method"], body)
+
+
+def _groups(names: Iterable[str]) -> list[set[str]]:
+    """Divide models into defences, honest models, and models with a fault."""
+    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in names}
+    return [{name for name, kind in kinds.items() if kind[i]} for i in range(3)]
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
     """Return a table that says, for each sign, how many models it flags, and which models no other sign flags too."""
-    results = [(name, one) for name, each in every.items() for one in each.values()]
-    flags = [(name, one["unreliable"]) for name, one in results if one["judge"] in (STANDARD, STRONG)]
+    reports = [(name, each[judge]) for name, each in every.items() for judge in each if judge in (STANDARD, STRONG)]
     body = []
     for sign in (alarm.name for alarm in ALARMS):
-        flagged = {name for name, alarms in flags if sign in alarms}
-        alone = dict.fromkeys(name for name, alarms in flags if alarms == [sign])
-        counts = [
-            sum(bool(test(ENTRIES[name])) for name in flagged)
-            for test in (lambda entry: entry.paper, lambda entry: entry.honest, lambda entry: entry.why)
-        ]
+        counts = map(len, _groups({name for name, one in reports if sign in one["unreliable"]}))
+        alone = dict.fromkeys(name for name, one in reports if one["unreliable"] == [sign])
         body.append([sign, *map(str, counts), "; ".join(alone) or "-"])
     return markdown_table(["sign", "defences", "honest models", "models with a fault", "only by this sign"], body)
 

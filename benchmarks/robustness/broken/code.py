@@ -54,11 +54,11 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         return [f"active test {active.REVISION}"]
     if judge == OFFICIAL:
         spec = AttackSpec(AutoAttack(version="rand" if entry.random else "standard"))
-        return revisions.of_attacks([(spec, spec.resolved)])
+        return revisions.of_attacks([spec])
     if judge == ADAPTIVE:
         specs = adaptive.specs(entry, [None] * 10)
         follows = [str(part.follows) for part in adaptive.chain(entry)]
-        return [*revisions.of_attacks([(spec, spec.resolved) for spec in specs]), *follows]
+        return [*revisions.of_attacks(specs), *follows]
     # Include the revision of surrogates and the limits of the signs: a protocol also attacks surrogates of the model if
     # it finds signs of masked gradients.
     return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]

@@ -147,8 +147,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks broken``."""
     options.add_names(parser, ENTRIES, "--only", "models that are evaluated")
     options.add_names(parser, JUDGES, "--judges", "methods that evaluate them")
-    redo = "repeat the finished results of these methods"
-    parser.add_argument("--redo", nargs="+", choices=JUDGES, default=(), help=redo)
     images = "largest number of images for a model; default: all images"
     parser.add_argument("--images", type=options.at_least_one, help=images)
     options.add_minutes(parser)
@@ -164,7 +162,7 @@ def main(chosen: argparse.Namespace) -> str:
     def is_done(name: str, judge: str) -> bool:
         known = kept.get((name, judge), {})
         as_asked = known.get("settings") == settings_of(name, judge, chosen)
-        return as_asked and known.get("code") == code(name, judge) and judge not in chosen.redo
+        return as_asked and known.get("code") == code(name, judge)
 
     asked = [(name, judge) for judge in chosen.judges for name in chosen.only]
     work = sorted((at for at in asked if not is_done(*at)), key=order)

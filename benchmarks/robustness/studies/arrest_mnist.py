@@ -10,10 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from torch import nn
-
 from purify_fast.attacks import PGD, AutoAttack
-from purify_fast.evaluation import AttackSpec, Report, Tradeoff, plot_tradeoff
+from purify_fast.evaluation import AttackSpec, Report, Tradeoff
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.config import TrainingAttack
@@ -33,16 +31,9 @@ def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
     """Return the settings of the finetuning of a model."""
     b = budget
     attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
-    return ArrestConfig(
-        attack=attack,
-        optimizer="adamw",
-        schedule="one_cycle",
-        learning_rate=b.learning_rate,
-        weight_decay=b.weight_decay,
-        angle=b.angle,
-        distillation_weight=b.weight if name == ARREST else 0.0,
-        replay=name == ARREST,
-    )
+    whole = name == ARREST
+    weight = b.weight if whole else 0.0
+    return ArrestConfig(attack=attack, angle=b.angle, distillation_weight=weight, replay=whole, **b.finetuning)
 
 
 def finetune(job: Job, folder: Path, root: Path) -> dict:
@@ -61,7 +52,8 @@ class ArrestMnist(ReportStudy):
     """The study of ARREST on MNIST, compared with adversarial training from scratch and with finetuning."""
 
     name = "arrest_mnist"
-    models: ClassVar[dict[str, str | None]] = {name: name for name in (STANDARD, SCRATCH, FINETUNED, ARREST)}
+    bases: ClassVar[dict[str, str]] = {name: name for name in (STANDARD, SCRATCH, FINETUNED, ARREST)}
+    models: ClassVar[dict[str, str | None]] = {**bases}
 
     def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
         pgd = {"steps": budget.training_steps, "alpha": alpha(budget)}
@@ -71,9 +63,6 @@ class ArrestMnist(ReportStudy):
             job(FINETUNED, finetune, STANDARD),
             job(ARREST, finetune, STANDARD),
         ]
-
-    def model(self, job: Job, root: Path, name: str) -> nn.Module:
-        return load_classifier(job.folder(root, name))
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
         b = budget
@@ -89,13 +78,11 @@ class ArrestMnist(ReportStudy):
     def auto_label(self, budget: SimpleNamespace) -> str:
         return f"then AutoAttack standard, first {budget.autoattack}"
 
-    def page(self, reports: dict[str, Report], budget: SimpleNamespace, pictures: Path) -> dict[str, Any]:
-        auto, sums, points = self.auto_label(budget), {}, {}
+    def page(self, reports: dict[str, Report], budget: SimpleNamespace) -> dict[str, Any]:
+        auto, sums = self.auto_label(budget), {}
         for name, report in reports.items():
             clean, worst = report.row("clean"), report.row("worst")
+            first = float(clean.robust[: budget.autoattack].mean())
             both = Tradeoff(100 * clean.accuracy, 100 * worst.accuracy)
-            first = Tradeoff(100 * float(clean.robust[: budget.autoattack].mean()), 100 * report.row(auto).accuracy)
-            sums[name] = both, first
-            points[name] = (*both, 100 * clean.standard_error, 100 * worst.standard_error)
-        plot_tradeoff(pictures / "tradeoff.png", points, title="MNIST, eps 0.3: clean and worst of PGD")
+            sums[name] = both, Tradeoff(100 * first, 100 * report.row(auto).accuracy)
         return {"sums": sums, "auto": auto}

@@ -14,7 +14,7 @@ from purify_fast.data import balanced_subset, load_dataset, to_float
 from purify_fast.methods.diffusion import DiffusionPurifier
 
 from ... import style
-from .diffusion_study import found_by_pgd, predictions
+from .diffusion import found_by_pgd, predictions
 
 PATH = Path(__file__).parents[3] / "docs" / "pictures" / "diffusion.png"
 MODEL, SEED = "digits-diffpure", 0

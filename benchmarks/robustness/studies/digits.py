@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,34 +33,9 @@ AUTO = "AutoAttack"
 SEEDS, ABLATION_SEEDS = 3, 1
 
 
-class Effort(NamedTuple):
-    """The amounts of the attacks.
-
-    Args:
-        images: number of attacked images.
-        steps: number of steps of PGD.
-        auto_steps: number of steps of AutoAttack.
-        queries: number of queries of AutoAttack's Square.
-        draw_steps: number of steps of PGD on CARSO with its randomness.
-        first_steps: number of steps of the first PGD on AToP with its randomness. It uses one draw per step.
-        eot: number of draws per step of the later PGDs on AToP.
-    """
-
-    images: int = 500
-    steps: int = 100
-    auto_steps: int = 100
-    queries: int = 1000
-    draw_steps: int = 40
-    first_steps: int = 20
-    eot: int = 4
-
-
-QUICK = Effort(40, 4, 4, 20, 2, 2, 2)
-
-
-def effort(quick: bool) -> Effort:
-    """Return the amounts of the attacks, or those of a quick run."""
-    return QUICK if quick else Effort()
+def effort(quick: bool) -> SimpleNamespace:
+    """Return the amounts of the attacks, or those of a quick run, which settings.yaml explains."""
+    return SimpleNamespace(**settings_of("digits")["quick" if quick else "default"])
 
 
 def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
@@ -89,29 +65,28 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     return attacks, rows
 
 
+def ball_of(job: Job) -> dict[str, Any]:
+    """Return the radius and the norm of a job's attacks."""
+    return {"eps": job.settings.get("eps", EPS), "norm": job.settings.get("norm", "linf")}
+
+
 def attacked(
     model: nn.Module,
-    seed: int,
+    job: Job,
     attacks: Sequence[AttackSpec],
     rows: dict[str, str],
-    quick: bool,
-    eps: float = EPS,
-    norm: str = "linf",
 ) -> dict:
     """Attack a model. Return the accuracies, and whether the attacks had usable gradients.
 
     Args:
         model: attacked classifier or defence.
-        seed: seed of the attacks.
+        job: job with the seed of the attacks, and with the settings ``quick`` and, optionally, ``eps`` and ``norm``.
         attacks: list of attacks.
         rows: label of the report's row for each key of the result.
-        quick: True for a quick run.
-        eps: radius.
-        norm: norm of the radius.
     """
-    n, steps, *_ = effort(quick)
-    config = EvaluateConfig(steps=steps, n_eval=3, seed=seed)
-    report = setting.attacked(model, n, list(attacks), eps=eps, config=config, norm=norm, progress=False)
+    amount, ball = effort(job.settings["quick"]), ball_of(job)
+    config = EvaluateConfig(steps=amount.steps, n_eval=3, seed=job.seed)
+    report = setting.attacked(model, amount.images, list(attacks), config=config, progress=False, **ball)
     healthy = all(r.reliable for r in report.rows if r.kind not in ("autoattack", "worst"))
     return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
 
@@ -122,21 +97,20 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps``, ``standard`` and ``rank``. If
     ``rank`` is True, the layers are ranked too.
     """
-    s = job.settings
-    norm, eps = s.get("norm", "linf"), s.get("eps", EPS)
+    s, ball = job.settings, ball_of(job)
     digits = setting.digits()
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
-    trained = 0.0 if s.get("standard") else eps
-    config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, eps=trained, norm=norm))
+    trained = ball | ({"eps": 0.0} if s.get("standard") else {})
+    config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, **trained))
     epochs = 2 if s["quick"] else s["epochs"]
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)
     attacks, rows = zero_attacks(False, s["quick"])
-    result = attacked(model, job.seed, attacks, rows, s["quick"], eps=eps, norm=norm)
+    result = attacked(model, job, attacks, rows)
     if s.get("rank"):
         images = digits.x_test.float() / 255
-        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, eps=eps, norm=norm)
+        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, **ball)
         result["layers"] = [vars(score) for score in ranking]
     return result | {"parameters": count(model)}
 

@@ -73,10 +73,8 @@ def rank_layers(
         seed: seed of the attack.
 
     Raises:
-        ValueError: unknown layers, or fewer than 4 images.
+        ValueError: unknown layers.
     """
-    if len(x) < 4:
-        raise ValueError(f"x must have at least 4 images; it has {len(x)}. Pass more images.")
     # Copy the classifier, so that no hooks remain on the caller's model.
     classifier = copy.deepcopy(classifier).eval()
     read = Representation(classifier, tuple(layers), tuple(x.shape[1:]))  # type: ignore[arg-type]

@@ -12,13 +12,21 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from purify_fast import data
+from purify_fast import data, load_defence
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
 from purify_fast.evaluation.rows import Row, worst_rows
 from purify_fast.evaluation.show import tables
 from purify_fast.evaluation.show.tables import draws, percent
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit, save_classifier
+from purify_fast.training import (
+    ClassifierConfig,
+    ClassifierTask,
+    FitConfig,
+    Task,
+    fit,
+    load_classifier,
+    save_classifier,
+)
 from purify_fast.training.config import TrainingAttack
 
 from . import Job, Study, result_of, settings_of, write_page
@@ -65,6 +73,7 @@ class ReportStudy(Study):
 
     Attributes:
         models: for each column of the table, the name of the training that the column needs. None if it needs none.
+        bases: for each column of the table, the name of the training of its classifier.
         eps: L-inf radius of the attacks, in image units.
         threads: number of threads of each job.
         sizes: batch sizes of `evaluate`.
@@ -72,6 +81,7 @@ class ReportStudy(Study):
 
     dataset = "mnist"
     models: ClassVar[dict[str, str | None]]
+    bases: ClassVar[dict[str, str]]
     eps = EPS
     threads = 1
     sizes: ClassVar[dict[str, int]] = {"batch_size": 250, "max_forward_batch": 1000}
@@ -81,15 +91,17 @@ class ReportStudy(Study):
         raise NotImplementedError
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
-        """Return the attacked model of a column of the table."""
-        raise NotImplementedError
+        """Return the attacked model of a column of the table: a classifier, or a defence with its classifier."""
+        trained, base = self.models[name], self.bases[name]
+        classifier = load_classifier(job.folder(root, base))
+        return classifier if trained == base else load_defence(job.folder(root, trained), classifier)
 
     def attacks(self, name: str, budget: SimpleNamespace) -> dict[str, list[AttackSpec]]:
         """Return the attacks on a model, in groups that run separately. The labels are the same for all models."""
         raise NotImplementedError
 
-    def page(self, reports: dict[str, Report], budget: SimpleNamespace, pictures: Path) -> dict[str, Any]:
-        """Return further variables for the page's template. More pictures may be written into ``pictures``."""
+    def page(self, reports: dict[str, Report], budget: SimpleNamespace) -> dict[str, Any]:
+        """Return further variables for the page's template."""
         return {}
 
     def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
@@ -144,11 +156,10 @@ class ReportStudy(Study):
         facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values()) if name is not None}
         whole = merge(reports.values())
         whole.save(folder / self.name)
-        shown = self.page(reports, budget, folder / self.name)
 
         def single_predictions(row: Row) -> str:
             return tables.single_predictions(whole.rows, row)
 
         functions = (draws, percent, single_predictions)
         given = {"study": self, "whole": whole, "reports": reports, "facts": facts, "b": budget}
-        return write_page(folder, self.name, functions, **given, **shown)
+        return write_page(folder, self.name, functions, **given, **self.page(reports, budget))

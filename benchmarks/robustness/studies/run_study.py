@@ -13,13 +13,10 @@ from ... import RESULTS as ALL
 from ...options import at_least_one
 from . import Study, run
 from .arrest_mnist import ArrestMnist
-from .atop_digits import AtopDigits
-from .atop_mnist import AtopMnist
-from .carso_digits import CarsoDigits
-from .carso_mnist import CarsoMnist
-from .carso_resnet18 import CarsoResnet18
+from .atop import AtopDigits, AtopMnist
+from .carso import CarsoDigits, CarsoMnist, CarsoResnet18
 from .cifar10 import Cifar10
-from .diffusion_study import Diffusion
+from .diffusion import Diffusion
 
 EVERY = (CarsoDigits, CarsoMnist, CarsoResnet18, Cifar10, AtopDigits, AtopMnist, ArrestMnist, Diffusion)
 STUDIES: dict[str, Study] = {study.name: study() for study in EVERY}

@@ -50,13 +50,11 @@ class Decision:
     Args:
         verdict: `ROBUST`, `FALLS` (if there is an adversarial example), or `UNDECIDED`.
         how: the last step that was tried: `BOUND`, `POINT` or `MILP`.
-        seconds: processor time of the decision in seconds.
         point: adversarial example, flat, float64. It is None if there is none.
     """
 
     verdict: str
     how: str
-    seconds: float
     point: Tensor | None = None
 
 
@@ -261,19 +259,16 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
         eps: L-inf radius on images in [0, 1].
         seconds: approximate time limit of the program. An image that needs more time is undecided.
     """
-    begin, flat = time.process_time(), x.double().flatten()
+    flat = x.double().flatten()
     box = (flat - eps).clamp(0, 1), (flat + eps).clamp(0, 1)
-
-    def decided(verdict: str, how: str, point: Tensor | None = None) -> Decision:
-        return Decision(verdict, how, time.process_time() - begin, point)
 
     bounds, ahead = hidden_bounds(layers, box), lead(layers, y)
     least = lowest(layers[:-1], ahead, bounds, box)
     if least.min() > TOLERANCE:
-        return decided(ROBUST, BOUND)
+        return Decision(ROBUST, BOUND)
     point = search(layers, box, y)
     if point is not None:
-        return decided(FALLS, POINT, point)
+        return Decision(FALLS, POINT, point)
     until, proved = time.monotonic() + seconds, True
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
@@ -288,10 +283,10 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
                 tried = torch.from_numpy(found.x[: len(flat)]).clamp(*box)
                 least_margin = float(margins(layers, tried[None], y).min())
                 if least_margin <= -TOLERANCE:
-                    return decided(FALLS, MILP, tried)
+                    return Decision(FALLS, MILP, tried)
                 point = tried if least_margin <= 0 else point
         else:
             proved &= found.status == OPTIMAL and found.mip_dual_bound + bias > TOLERANCE
     if point is not None:
-        return decided(FALLS, MILP, point)
-    return decided(ROBUST if proved else UNDECIDED, MILP)
+        return Decision(FALLS, MILP, point)
+    return Decision(ROBUST if proved else UNDECIDED, MILP)

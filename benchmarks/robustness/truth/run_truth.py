@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from .. import revisions
 from ..counted_model import CountedModel
 from . import exact
 from .exact_networks import NETWORKS
-from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Amount, Part, Setting, hidden, identity, parts_of
+from .subjects import CONSTRUCTED, HIDDEN, QUICK, SUBJECTS, Part, Setting, hidden, identity, parts_of
 from .truth_tables import CONTESTANTS, FALLS, FALLS_IN_FLOAT64, FILE, ROBUST, UNDECIDED, WRONG, Row, key, markdown, read
 
 #: The number of images in a batch, which is the default of AutoAttack.
@@ -46,7 +45,7 @@ def decided(part: Part, seconds: float) -> Row:
         seconds: approximate time limit for an image.
     """
     layers = affine_layers(part.model, part.x.shape[1:])
-    verdicts, how, spent = "", "", [0.0]
+    verdicts, how = "", ""
     for x, y, predicted in zip(part.x, part.y.tolist(), part.model(part.x).argmax(1).tolist(), strict=True):
         if predicted != y:
             verdicts, how = verdicts + WRONG, how + "-"
@@ -57,9 +56,7 @@ def decided(part: Part, seconds: float) -> Row:
             point = projected(x[None], decision.point.float().view_as(x)[None], ball_around(x[None], part.eps))
             letter = FALLS_IN_FLOAT64 if int(part.model(point).argmax()) == y else letter
         verdicts, how = verdicts + letter, how + decision.how[0]
-        spent.append(decision.seconds)
-    times = {"median_seconds": statistics.median(spent[1:] or spent), "longest_seconds": max(spent)}
-    return {"verdicts": [verdicts], "how": [how], **times}
+    return {"verdicts": [verdicts], "how": [how]}
 
 
 def write(out: Path, kind: str, row: Row) -> None:
@@ -81,7 +78,7 @@ def find(setting: Setting, name: str) -> None:
     """Compute the truth about a subject. Do nothing if it is already known for these networks.
 
     Args:
-        setting: folders, and amount of work.
+        setting: folders and amounts.
         name: name of the subject in `SUBJECTS`.
     """
     parts, begin = parts_of(setting, name), time.process_time()
@@ -89,7 +86,7 @@ def find(setting: Setting, name: str) -> None:
     if any(row.items() <= known.items() for known in read(setting.out)["truth"]):
         return
     if name in NETWORKS:
-        row |= decided(parts[0], setting.amount.seconds)
+        row |= decided(parts[0], setting.seconds)
     elif name == CONSTRUCTED:
         row |= {"verdicts": [ROBUST * len(part.y) for part in parts]}
     else:
@@ -102,7 +99,7 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
     """Let a contestant attack the networks of a subject. Networks that the same attacks have attacked are skipped.
 
     Args:
-        setting: folders, and amount of work.
+        setting: folders and amounts.
         name: name of the subject in `SUBJECTS`.
         who: name of the contestant in `CONTESTANTS`.
         seed: seed of the evaluation.
@@ -138,7 +135,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(chosen: argparse.Namespace) -> str:
     """Compute the rows that are missing or outdated, and return the tables."""
     out = options.out_of(chosen, chosen.quick, "cpu")
-    setting, names = Setting(out, chosen.data, QUICK if chosen.quick else Amount()), []
+    setting, names = Setting(out, chosen.data, **(QUICK if chosen.quick else {})), []
     for name in chosen.names:
         try:
             parts_of(setting, name)

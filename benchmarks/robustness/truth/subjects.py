@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,10 +32,12 @@ SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]
 
 
 @dataclass(frozen=True)
-class Amount:
-    """The numbers of images and networks, and the effort.
+class Setting:
+    """The folders, the numbers of images and networks, and the effort.
 
     Args:
+        out: folder of the results.
+        data: folder of MNIST.
         images: number of images that are decided for each network of `NETWORKS`.
         seconds: time limit for an image. An image that needs more time is undecided.
         hidden: number of networks for each gap.
@@ -42,29 +45,13 @@ class Amount:
         constructed: number of networks that are robust by construction.
     """
 
+    out: Path
+    data: Path | None
     images: int = IMAGES
     seconds: float = 60.0
     hidden: int = planted.EACH
     effort: planted.Effort = field(default_factory=planted.Effort)
     constructed: int = planted.CONSTRUCTED
-
-
-QUICK = Amount(4, 5.0, 1, planted.Effort(updates=2, window=2, starts=1, others=2, batch=4), 1)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The folders, and the amount of work.
-
-    Args:
-        out: folder of the results.
-        data: folder of MNIST.
-        amount: numbers of images and networks.
-    """
-
-    out: Path
-    data: Path | None
-    amount: Amount
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -78,22 +65,31 @@ class Setting:
             save_file({name: one.contiguous() for name, one in (self.kept | tensors).items()}, temporary)
 
 
+#: The amounts of a trial.
+QUICK: dict[str, Any] = {
+    "images": 4,
+    "seconds": 5.0,
+    "hidden": 1,
+    "effort": planted.Effort(updates=2, window=2, starts=1, others=2, batch=4),
+    "constructed": 1,
+}
+
+
 @functools.cache
 def parts_of(setting: Setting, name: str) -> list[Part]:
     """Return the networks of a subject with their images. Networks without saved weights are trained.
 
     Args:
-        setting: folders, and amount of work.
+        setting: folders and amounts.
         name: name of the subject in `SUBJECTS`.
 
     Raises:
         ValueError: the data set does not exist.
     """
-    amount = setting.amount
     if name in NETWORKS:
         network, shared = NETWORKS[name], f"{name}/"
         known = {key.removeprefix(shared): one for key, one in setting.kept.items() if key.startswith(shared)}
-        x, y = network.images("test", amount.images, setting.data)
+        x, y = network.images("test", setting.images, setting.data)
         if known:
             model = network.build()
             model.load_state_dict(known)
@@ -102,11 +98,11 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
             setting.keep({shared + key: one for key, one in model.state_dict().items()})
         return [Part(model.eval().requires_grad_(False), x, y, network.eps)]
     if name == CONSTRUCTED:
-        return [planted.constructed(seed) for seed in range(amount.constructed)]
-    first, whole = list(HIDDEN).index(name) * amount.hidden, hidden(setting)
+        return [planted.constructed(seed) for seed in range(setting.constructed)]
+    first, whole = list(HIDDEN).index(name) * setting.hidden, hidden(setting)
     images = whole.x.unflatten(2, (1, 8, 8))
     every = [Part(*one, planted.EPS) for one in zip(whole.models(), images, whole.y, strict=True)]
-    return every[first : first + amount.hidden]
+    return every[first : first + setting.hidden]
 
 
 @functools.cache
@@ -114,8 +110,8 @@ def hidden(setting: Setting) -> planted.Hidden:
     """Return the networks of all gaps. They are trained together if there are no saved weights."""
     kept, layers = setting.kept, range(len(planted.WIDTHS) - 1)
     if "hidden/corner" not in kept:
-        gaps = torch.tensor(list(HIDDEN.values())).repeat_interleave(setting.amount.hidden)
-        made = planted.train(gaps, setting.amount.effort)
+        gaps = torch.tensor(list(HIDDEN.values())).repeat_interleave(setting.hidden)
+        made = planted.train(gaps, setting.effort)
         tensors = {"x": made.x, "y": made.y, "corner": made.corner}
         tensors |= {f"weight.{i}": made.stack.weights[i] for i in layers}
         tensors |= {f"bias.{i}": made.stack.biases[i] for i in layers}

@@ -122,7 +122,9 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
 
 
 def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None) -> list[Job]:
-    """Return all jobs. Each model is evaluated directly after its training, so that the table grows row by row.
+    """Return all jobs. Those that evaluate models come first, and are run as soon as the models are trained.
+
+    So the table grows row by row.
 
     Args:
         path: folder of CIFAR-10.
@@ -137,16 +139,8 @@ def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None
         def job(name: str, work: Work, *needs: str | tuple[str, int], seed: int = seed, **more: object) -> Job:
             return Job(name, seed, work, needs, shared | more, threads=0)
 
-        waiting = judgings(job, seed, budget, base is not None)
-        for training in trainings(job, seed, budget) if base is None else trainings_on_given(job, seed):
-            ordered.append(training)
-            there = {job.name for job in ordered if job.seed == seed}
-            for judging in list(waiting):
-                if there.issuperset(judging.needs):
-                    waiting.remove(judging)
-                    ordered.append(judging)
-                    there.add(judging.name)
-        ordered += waiting
+        ordered += judgings(job, seed, budget, base is not None)
+        ordered += trainings(job, seed, budget) if base is None else trainings_on_given(job, seed)
     return ordered
 
 

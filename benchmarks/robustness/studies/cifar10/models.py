@@ -19,6 +19,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -43,19 +44,15 @@ from purify_fast.training import (
 )
 from purify_fast.training.config import TrainingAttack
 
-from .. import Job
+from .. import Job, settings_of
 from . import study
 from .candidates import Candidate, CandidateTask, Mixed, TradesTask
-from .study import Training
 
 
 def images_of(job: Job) -> data.DataSet:
     """Return the training images that the budget allows, and all test images, on the device of the job."""
     whole, n = data.load_dataset("cifar10", job.settings["data"]), job.settings["budget"].train_images
-    images = data.DataSet(
-        whole.x_train[:n], whole.y_train[:n], whole.x_test, whole.y_test, name="cifar10", num_classes=whole.num_classes
-    )
-    return images.to(job.settings["device"])
+    return replace(whole, x_train=whole.x_train[:n], y_train=whole.y_train[:n]).to(job.settings["device"])
 
 
 def held_out(job: Job, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,19 +80,19 @@ def trained_classifier(job: Job, root: Path, name: str) -> nn.Module:
     return load_classifier(job.folder(root, name)).to(job.settings["device"])
 
 
-def attack_of(budget: Training, share: float = 1.0) -> TrainingAttack:
+def attack_of(budget: SimpleNamespace, share: float = 1.0) -> TrainingAttack:
     """Return the PGD attack of all trainings. The length of a step is 2.5 eps divided by the number of steps."""
     eps = share * study.EPS
     return TrainingAttack(eps=eps, steps=budget.steps, relative_alpha=2.5)
 
 
-def adversarial(budget: Training, share: float = 1.0, awp: bool = False) -> ArrestConfig:
+def adversarial(budget: SimpleNamespace, share: float = 1.0, awp: bool = False) -> ArrestConfig:
     """Return the settings of adversarial training with PGD from random weights."""
     rate = {"learning_rate": 0.1, "schedule": "one_cycle", "awp_gamma": budget.awp_gamma if awp else 0.0}
     return replace(finetuning(budget, 0.0, None), attack=attack_of(budget, share), **rate)
 
 
-def finetuning(budget: Training, weight: float, angle: float | None) -> ArrestConfig:
+def finetuning(budget: SimpleNamespace, weight: float, angle: float | None) -> ArrestConfig:
     """Return the settings of a finetuning by ARREST.
 
     Args:
@@ -340,27 +337,17 @@ def train_atop(job: Job, folder: Path, root: Path) -> dict:
     defence = Atop(base, SmallGenerator(3, residual=True), images.image_shape, transform="rt2", sigma=sigma)
     defence.to(job.settings["device"])
     if job.name == study.GENERATOR:
-        config = AtopConfig.pretraining(learning_rate=1e-3, schedule="one_cycle", gan_weight=0.1)
+        config = AtopConfig.pretraining(**settings_of("cifar10_atop")["pretraining"])
         task, epochs = AtopTask(defence, config), budget.generator_epochs
     else:
         before = load_defence(
             job.folder(root, study.GENERATOR), load_classifier(job.folder(root, study.BEHIND[study.GENERATOR]))
         )
         defence.purifier.load_state_dict(before.purifier.state_dict())
-        config = AtopConfig(cls_delay=budget.atop_delay_images)
-        if job.name not in (study.ATOP, study.ATOP_STANDARD):
-            config = replace(
-                config,
-                attack_method="pgd",
-                attack_target="pipeline",
-                attack=attack_of(budget),
-                cls_weight=1.0,
-                reconstruction_weight=0.1,
-                cls_delay=0,
-                learning_rate=1e-3,
-                schedule="one_cycle",
-                precision="bfloat16",
-            )
+        if job.name in (study.ATOP, study.ATOP_STANDARD):
+            config = AtopConfig(cls_delay=budget.atop_delay_images)
+        else:
+            config = AtopConfig(attack=attack_of(budget), **settings_of("cifar10_atop")["pipeline"])
         task, epochs = AtopTask(defence, config, weights_fingerprint(before.purifier)), budget.pipeline_epochs
     facts = _fitted(job, folder, task, defence, epochs, images)
     save_whole(defence, folder)

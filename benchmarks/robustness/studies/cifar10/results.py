@@ -7,10 +7,9 @@ the results file, the number in the folder is used.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
 from ....options import Unfit
-from .. import ASKED, RESULT, Job, folder_of, result_of
+from .. import ASKED, RESULT, folder_of, result_of
 from . import study
-from .job_list import trainings
 from .study import Budget, Judging
 
 #: The names of the results. The file STEM.json has the numbers, and the folder STEM has reports and pictures. GIVEN is
@@ -57,14 +55,10 @@ class SeedFolders:
         """Return the result of a job, or raise FileNotFoundError if the job is not finished."""
         return result_of(self.root, name, self.seed)
 
-    def report(self, name: str, protocol: str) -> Report:
-        """Return the report of a protocol on a model."""
-        path = folder_of(self.root, study.judged_name(name, protocol), self.seed) / "report.json"
-        return Report.from_json(path.read_text())
-
-    def judged(self, names: Sequence[str], protocol: str) -> list[str]:
-        """Return those of the rows whose models were evaluated by a protocol."""
-        return [name for name in names if self.result(study.judged_name(name, protocol)) is not None]
+    def judged(self, name: str, protocol: str) -> Report | None:
+        """Return the report of a protocol on a row's model, or None if there is none yet."""
+        folder = folder_of(self.root, study.judged_name(name, protocol), self.seed)
+        return Report.from_json((folder / "report.json").read_text()) if (folder / RESULT).is_file() else None
 
     def log(self, model: str) -> list[dict[str, Any]]:
         """Return the log of the training of a row's model, a dictionary for each epoch.
@@ -121,43 +115,19 @@ class Results:
         return [name for name in names if (name, seed) in self.lines]
 
     def over(self, earlier: Results) -> Results:
-        """Return these results, completed by lines of earlier results.
+        """Return these results, completed by lines and reports of earlier results.
 
-        If both have a line, the line of these results is used as a whole. Two kinds of earlier lines are left out, with
-        a message on stderr. The first are lines of models whose training began with a model that was trained again
-        since then. The second are lines of a best candidate with a seed above 0 that is not the best candidate of the
-        first seed.
+        If both have a line, the line of these results is used as a whole. A message on stderr names the models that
+        were trained again, because the user must remove the lines of models whose training began with them.
 
         Args:
             earlier: earlier results of the same budget.
         """
-        both = self.lines.keys() & earlier.lines.keys()
-        # The hours come from the log of the training, so a model with other hours was trained again.
-        anew = {key for key in both if self.lines[key].get("hours") != earlier.lines[key].get("hours")}
-        gone = {
-            (name, seed)
-            for name, seed in earlier.lines.keys() - self.lines.keys()
-            # The name of the best candidate's row is not that of its model, so use the name of the model.
-            if any((first, seed) in anew for first in _began_with(earlier.lines[name, seed].get("model", name)))
-        }
-        for name, seed in sorted(gone):
-            print(
-                f"{name}, seed {seed}: left out, because its training began with a model that was trained again",
-                file=sys.stderr,
-            )
-        lines = {key: line for key, line in (earlier.lines | self.lines).items() if key not in gone}
-        chosen = lines.get((study.BEST, 0), {}).get("model")
-        others = {key for key, line in lines.items() if key[0] == study.BEST and chosen not in (None, line["model"])}
-        for _, seed in sorted(others):
-            print(f"{study.BEST}, seed {seed}: left out, because the best candidate is now {chosen}", file=sys.stderr)
-        gone |= others
-        for name, seed in sorted(both):
-            if lost := sorted(earlier.lines[name, seed].keys() - self.lines[name, seed].keys()):
-                print(f"{name}, seed {seed}: replaced by new results without {', '.join(lost)}", file=sys.stderr)
-        return Results(
-            {key: line for key, line in lines.items() if key not in gone},
-            {key: report for key, report in (earlier.reports | self.reports).items() if key not in gone},
-        )
+        for name, seed in sorted(self.lines.keys() & earlier.lines.keys()):
+            # The hours come from the log of the training, so a model with other hours was trained again.
+            if self.lines[name, seed].get("hours") != earlier.lines[name, seed].get("hours"):
+                print(f"{name}, seed {seed}: trained again; remove results that began with it", file=sys.stderr)
+        return Results(earlier.lines | self.lines, earlier.reports | self.reports)
 
     def save(self, folder: Path, budget: Budget, stem: str = STEM) -> None:
         """Write the numbers, and the report on all models.
@@ -228,21 +198,6 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
         )
 
 
-@functools.cache
-def _needs() -> dict[str, tuple[str, ...]]:
-    """Return, for each row, the names of the rows that its training needs."""
-    every = trainings(lambda name, work, *needs, **_: Job(name, 0, work, needs), 0, Budget())
-    return {job.name: tuple(name for name, _ in job.needed()) for job in every}
-
-
-def _began_with(name: str) -> Iterator[str]:
-    """Yield a row, and all rows with which its training began, directly or indirectly."""
-    name = {study.tried_name(row): row for row in study.TRIED}.get(name, name)
-    yield name
-    for earlier in [study.TRAINED_AS[name]] if name in study.TRAINED_AS else _needs().get(name, ()):
-        yield from _began_with(earlier)
-
-
 def _report_file(seed: int) -> str:
     """Return the file name of the report on all models of a seed."""
     return f"report-{seed}.json" if seed > 0 else "report.json"
@@ -250,7 +205,7 @@ def _report_file(seed: int) -> str:
 
 def _amounts(budget: Budget) -> dict[str, Any]:
     """Return the amounts that must be equal for all results in one table. Seeds and shares of eps may differ."""
-    plain = {"training": asdict(budget.training), "judging": asdict(budget.judging)}
+    plain = {"training": vars(budget.training), "judging": asdict(budget.judging)}
     return json.loads(json.dumps(plain))
 
 
@@ -287,9 +242,10 @@ def collect(root: Path, budget: Budget, names: Sequence[str]) -> Results:
     results, main = Results(), budget.judging.main
     for seed in range(budget.seeds):
         folders = SeedFolders(root, seed)
-        for name in folders.judged(names, main):
-            results.lines[name, seed] = _row_line(folders, name, budget)
-            results.reports[name, seed] = folders.report(name, main)
+        for name in names:
+            if (report := folders.judged(name, main)) is not None:
+                results.lines[name, seed] = _row_line(folders, name, budget)
+                results.reports[name, seed] = report
     for line in [*_candidate_lines(SeedFolders(root)), *_authors_lines(SeedFolders(root), budget.judging)]:
         results.lines[line["name"], 0] = line
     return results
@@ -300,21 +256,22 @@ def _row_line(folders: SeedFolders, name: str, budget: Budget) -> dict[str, Any]
     counts = budget.judging
     judged = folders.needed(study.judged_name(name, counts.main))
     facts = folders.needed(study.trained_as(judged["model"], folders.seed))
-    protocols = [protocol for protocol in counts.protocols() if folders.judged([name], protocol)]
-    rows = {protocol: folders.report(name, protocol).headlines[judged["model"]] for protocol in protocols}
+    found = {protocol: folders.judged(name, protocol) for protocol in counts.protocols()}
+    reports = {protocol: report for protocol, report in found.items() if report is not None}
+    rows = {protocol: report.headlines[judged["model"]] for protocol, report in reports.items()}
     line = {"name": name, "seed": folders.seed, "model": judged["model"], "clean": judged["clean"]}
     line |= {protocol: row.accuracy for protocol, row in rows.items()}
     if unreliable := [protocol for protocol, row in rows.items() if not row.reliable]:
         line["unreliable"] = unreliable
-    if "strong" in protocols and counts.main != "strong":
-        right = [first(folders.report(name, protocol), counts.strong).sum() for protocol in ("strong", counts.main)]
+    if "strong" in reports and counts.main != "strong":
+        right = [first(reports[protocol], counts.strong).sum() for protocol in ("strong", counts.main)]
         line["strong_more"] = int(right[0] - right[1])
     if (official := folders.result(study.judged_name(name, "official"))) is not None:
         line["official"] = official["official"]["share"]
         line["beside_official"] = {
-            protocol: float(first(folders.report(name, protocol), counts.official).mean())
+            protocol: float(first(reports[protocol], counts.official).mean())
             for protocol in counts.beside_official()
-            if protocol in protocols
+            if protocol in reports
         }
     line |= {key: facts[key] for key in ("parameters", "inference_gflop", "training_gflop")}
     line["hours"] = round(folders.hours(judged["model"], budget.training.batch_size), 3)
@@ -350,11 +307,12 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:
         models = study.TRAINED_AS[name], study.BEHIND[study.TRAINED_AS[name]]
-        if not folders.judged([name], study.AUTHORS) or len(folders.judged(models, counts.main)) < len(models):
+        report, *others = folders.judged(name, study.AUTHORS), *(folders.judged(it, counts.main) for it in models)
+        if report is None or None in others:
             continue
         judged = folders.needed(study.judged_name(name, study.AUTHORS))
-        whole, classifier = (first(folders.report(it, counts.main), counts.authors).astype(float) for it in models)
-        gained = whole - first(folders.report(name, study.AUTHORS), counts.authors)
+        whole, classifier = (first(other, counts.authors).astype(float) for other in others if other is not None)
+        gained = whole - first(report, counts.authors)
         lines.append(
             {
                 "name": name,

@@ -7,43 +7,11 @@ compared, and on which most of them are built.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Literal
 
 from .. import settings_of
 from .candidates import CANDIDATES, ELIGIBLE, MIXED
-
-
-@dataclass(frozen=True)
-class Training:
-    """The amounts of each training. The defaults are for a CPU, and attacks take half as many steps as with --full."""
-
-    width: int = 16
-    #: Width of the larger base, which then has at least as many parameters as base and purifier together.
-    large_width: int = 28
-    #: Epochs of the larger base, whose training then needs as much compute as the base and the purifier together.
-    large_epochs: int = 8
-    #: Epochs of the longer base, whose training then needs as much compute as the base and the purifier together.
-    long_epochs: int = 24
-    standard_epochs: int = 15
-    base_epochs: int = 15
-    arrest_epochs: int = 6
-    search_epochs: int = 1
-    objective_epochs: int = 5
-    pipeline_epochs: int = 2
-    generator_epochs: int = 2
-    #: Number of training images after which the cross-entropy takes part in AToP with the paper's objective. It is the
-    #: number of images in two epochs of the authors.
-    atop_delay_images: int = 10_000
-    #: Number of the first images that are used for training. The images after them decide which candidate is best.
-    train_images: int = 49000
-    steps: int = 5
-    carso_steps: int = 20
-    batch_size: int = 128
-    ema_decay: float = 0.995
-    awp_gamma: float = 0.005
-    weights: tuple[float, ...] = (5.0, 50.0)
-    angles: tuple[float, ...] = (10.0, 30.0)
-    samples: int = 4
 
 
 @dataclass(frozen=True)
@@ -96,14 +64,14 @@ class Budget:
     """The amounts of the whole study.
 
     Attributes:
-        training: amounts of each training.
+        training: amounts of each training, which settings.yaml explains.
         judging: amounts of the evaluation of each model.
         shares: further bases are trained at these shares of eps. In the picture they form a curve, together with the
             standard classifier and the base.
         seeds: number of seeds with which the rows of `COMPARED` are trained.
     """
 
-    training: Training = Training()
+    training: SimpleNamespace
     judging: Judging = Judging()
     shares: tuple[float, ...] = (0.5,)
     seeds: int = 2
@@ -120,13 +88,13 @@ class Budget:
         """
         amount = self.training
         large = -(-amount.large_width * width // amount.width)
-        return replace(self, training=replace(amount, width=width, large_width=large))
+        return replace(self, training=SimpleNamespace(**vars(amount) | {"width": width, "large_width": large}))
 
 
 def budget_of(amount: str) -> Budget:
     """Return the budget with a name in settings.yaml."""
     other = dict(settings_of("cifar10")[amount])
-    training, judging = Training(**other.pop("training", {})), Judging(**other.pop("judging", {}))
+    training, judging = SimpleNamespace(**other.pop("training")), Judging(**other.pop("judging", {}))
     return Budget(training, judging, **other)
 
 
@@ -157,18 +125,10 @@ CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
 #: The subfolder of a training with the weights without the moving average.
 LIVE = "without_average"
-#: The classifier behind each defence.
-BEHIND = {
-    CARSO: BASE,
-    CARSO_PIPELINE: BASE,
-    CARSO_ARREST: ARREST_EMA,
-    GENERATOR: BASE,
-    ATOP: BASE,
-    ATOP_PIPELINE: BASE,
-    ATOP_ZERO: BASE,
-    ATOP_STANDARD: STANDARD,
-    **dict.fromkeys(CANDIDATES, BASE),
-}
+#: The classifier behind each defence. The defences are in the order of the table.
+BEHIND = dict.fromkeys(
+    (CARSO, CARSO_PIPELINE, CARSO_ARREST, GENERATOR, ATOP, ATOP_PIPELINE, ATOP_ZERO, ATOP_STANDARD, *CANDIDATES), BASE
+) | {CARSO_ARREST: ARREST_EMA, ATOP_STANDARD: STANDARD}
 #: The row of a report for the worst case over all attacks. It has the robust accuracy.
 WORST = "worst"
 #: The row of the best candidate, evaluated on test images.

@@ -12,7 +12,6 @@ from typing import Any
 
 from purify_fast.evaluation import Tradeoff, plot_tradeoff
 
-from .... import style
 from ....options import Unfit
 from .. import write_page
 from . import study
@@ -89,43 +88,20 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
 
 
 def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> list[str]:
-    """Return a sentence for each part of the study that is not finished.
+    """Return a sentence for each seed whose models are not all evaluated.
 
     Args:
         results: results of the study.
         budget: amounts of the study.
         elsewhere: rows that another page shows. They do not count as missing here.
     """
-    counts = budget.judging
-    wanted = [name for name in (*study.rows(budget), study.BEST) if name not in elsewhere]
-    official = [name for name in study.OFFICIAL if counts.official > 0 and "official" not in (results.line(name) or {})]
-    judged = results.judged(wanted)
-    strong = [name for name in judged if counts.strong > 0 and "strong" not in results.lines[name, 0]]
-    missing = {
-        "Not judged yet": [name for name in wanted if name not in judged],
-        "Not attacked by `strong` yet": strong,
-        "Candidates that are not judged yet": [
-            name for name in study.TRIED if results.line(study.tried_name(name)) is None
-        ],
-        "Not attacked by the official AutoAttack yet": official,
-    }
-    for seed in range(1, budget.seeds):
-        there = results.judged(study.COMPARED, seed)
-        missing[f"With seed {seed} not judged yet"] = [
-            name for name in study.COMPARED if name not in there and name not in elsewhere
-        ]
-    return [f"{what}: {'; '.join(names)}." for what, names in missing.items() if names]
-
-
-def reached_by(line: dict[str, Any], counts: Judging) -> Point:
-    """Return the position of a model in the pictures.
-
-    Args:
-        line: numbers of the model.
-        counts: number of images of each protocol.
-    """
-    clean, robust = line["clean"], line[counts.main]
-    return 100 * clean, 100 * robust, _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
+    sentences = []
+    for seed in range(budget.seeds):
+        wanted = study.COMPARED if seed else [*study.rows(budget), study.BEST]
+        missing = [name for name in wanted if (name, seed) not in results.lines and name not in elsewhere]
+        if missing:
+            sentences.append(f"Not judged yet, seed {seed}: {'; '.join(missing)}.")
+    return sentences
 
 
 def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> Path:
@@ -155,9 +131,7 @@ def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> 
     results.save(folder, budget, stem)
     if base is not None:
         return write_tables(folder, stem, results, budget, base=base)
-    reached = {name: reached_by(results.lines[name, 0], budget.judging) for name in names}
-    plot(reached, budget, folder / stem / "tradeoff.png")
-    picture(reached, folder / stem / "photos.png")
+    plot({name: results.lines[name, 0] for name in names}, budget, folder / stem / "tradeoff.png")
     given = {name for name, _ in Results.read(folder, budget, GIVEN).lines}
     return write_tables(folder, stem, results, budget, given=given)
 
@@ -178,18 +152,20 @@ def write_tables(folder: Path, name: str, results: Results, budget: Budget, **mo
     return write_page(folder, name, functions, budget=budget, **given, **more)
 
 
-#: The position of a model in a picture: clean accuracy and robust accuracy in percent, and their standard errors.
-Point = tuple[float, float, float, float]
-
-
-def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
+def plot(lines: dict[str, dict[str, Any]], budget: Budget, path: Path) -> None:
     """Draw robust accuracy against clean accuracy, with a curve of the bases that were trained at shares of eps.
 
     Args:
-        points: position of each model, by the name of its row.
+        lines: numbers of each model, by the name of its row.
         budget: amounts of the study.
         path: path of the PNG file.
     """
+    counts = budget.judging
+    points = {}
+    for name, line in lines.items():
+        clean, robust = line["clean"], line[counts.main]
+        errors = _error(clean, counts.clean), _error(robust, counts.protocols()[counts.main])
+        points[name] = (100 * clean, 100 * robust, *errors)
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
@@ -200,47 +176,3 @@ def plot(points: dict[str, Point], budget: Budget, path: Path) -> None:
     # because its point would cover that of the base.
     shown = {name: value for name, value in points.items() if name not in (study.GENERATOR, study.NO_EMA)}
     plot_tradeoff(path, shown, line, reference_name="trained at shares of eps", title="CIFAR-10, L-inf 8/255")
-
-
-#: The bars of the simpler picture: the label of each bar, and the name of its row.
-BARS = (
-    ("A: a network trained on clean photos", study.STANDARD),
-    ("B: the same, trained on attacked photos", study.BASE),
-    ("ARREST, from A", study.ARREST_EMA),
-    ("CARSO before B, paper's objective", study.CARSO),
-    ("CARSO before B, trained through the pipeline", study.CARSO_PIPELINE),
-    ("AToP before B, trained through the pipeline", study.ATOP_PIPELINE),
-)
-
-
-def picture(points: dict[str, Point], path: Path) -> bool:
-    """Draw how many of 100 photos each model recognizes, with and without an attack.
-
-    Args:
-        points: position of each model, by the name of its row.
-        path: path of the PNG file.
-
-    Returns:
-        True if the picture was drawn, and False if matplotlib is not installed.
-    """
-    bars = [(title, name) for title, name in BARS if name in points]
-    figure = style.new_figure(figsize=(9, 1 + 0.52 * len(bars)))
-    if figure is None:
-        return False
-    axis = figure.add_subplot()
-    for line, (title, name) in enumerate(bars):
-        clean, robust = points[name][:2]
-        axis.barh(line, clean, height=0.62, color="#e3e6ea")
-        axis.barh(line, robust, height=0.62, color=style.OURS)
-        axis.text(101, line, f"{robust:.0f} of {clean:.0f}", va="center", color=style.INK)
-        axis.text(-1, line, title, va="center", ha="right", color=style.INK, fontsize=9.5)
-    if study.BASE in points:
-        # Draw a line at the robust accuracy of the base, because a useful defence must be better.
-        axis.axvline(points[study.BASE][1], color=style.INK, linewidth=0.8, linestyle=":")
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 100), yticks=[], xticks=range(0, 101, 20))
-    text = "number of photos that are recognized, of 100: gray without an attack, green under attack (L-inf 8/255)"
-    axis.set_xlabel(text, fontsize=9.5)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    style.save(figure, path)
-    return True

@@ -8,6 +8,9 @@ PGD-200 attacks with exact gradients, averaged over 20 random predictions. Then 
 the first images that PGD did not break. Ten predictions of each attacked image are saved. So one attack gives four
 numbers: the accuracy of one prediction, the mean over ten, the share of images that are right in all ten, and the
 accuracy of the majority vote.
+
+The module also makes the tables of the study, and sentences for docs/diffusion.md. There an outcome is an array with a
+number for each image: 1 if the image is right after the attack, 0 if it is wrong, or the share of right predictions.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import contextlib
 import copy
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,12 +36,12 @@ from purify_fast.attacks import PGD, AutoAttack, LeavingPGD
 from purify_fast.attacks.base import run_alone
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate, lee_kim_2023
+from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.protocols import Accelerates, AuthorsEvaluation, FixedNoise, supports
 from purify_fast.training import load_classifier
 
-from ...options import at_least_one
+from ... import kept
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
-from .diffusion_table import rows_of, tables_of
 
 #: The groups of attacks on a purifier (GROUPS), on a classifier alone (CLASSIFIER), and on CARSO and AToP (BESIDE). The
 #: fastest groups come first.
@@ -46,6 +51,8 @@ GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", 
 ROWS = 200
 #: The fields of a report's row that are saved in the results file.
 FACTS = ("attack", "kind", "robust", "mean", "n")
+#: The name of the group "exact" in tables.
+PGD_EXACT = "PGD-200, EOT 20, exact"
 
 
 def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
@@ -112,9 +119,13 @@ def predictions(model: nn.Module, x: Tensor, draws: int, batch: int) -> Tensor:
     return torch.stack([torch.cat([model(part).argmax(1) for part in x.split(batch)]) for _ in range(draws)])
 
 
+def in_bits(right: Tensor) -> str:
+    """Return a text with a 1 for each right image, and a 0 for each other image."""
+    return "".join(str(int(one)) for one in right)
+
+
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return a text for each draw, and a text for the majority vote. A text has a 1 for each right image, else a 0."""
-    in_bits = lambda right: "".join(str(int(one)) for one in right)  # noqa: E731
+    """Return a text of bits for each draw, and a text for the majority vote."""
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
 
@@ -170,9 +181,8 @@ def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict
         stand_in = [short(lee_kim_2023(job.settings["eps"]))] if budget.quick else None
         rows = reported(model, x[:few][standing], y[:few][standing], job, stand_in)
         worst = next((row for row in rows if row["kind"] == "worst"), rows[-1])
-        after[standing] = torch.tensor([right == "1" for right in map(str, map(int, worst["robust"]))])
-    bits = ["".join(str(int(one)) for one in each) for each in (standing, after)]
-    return {"before": bits[0], "after": bits[1]}
+        after[standing] = torch.tensor([right == "1" for right in worst["robust"]])
+    return {"before": in_bits(standing), "after": in_bits(after)}
 
 
 def short(spec: AttackSpec) -> AttackSpec:
@@ -193,6 +203,151 @@ def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
     return named | facts | {"images": len(x), "cpu_seconds": round(spent, 1)}
 
 
+def bits(text: Sequence[str]) -> np.ndarray:
+    """Convert a text of 0 and 1 to an array of numbers."""
+    return np.array([int(one) for one in text], dtype=float)
+
+
+def rows_of(folder: Path) -> Sequence[dict[str, Any]]:
+    """Return the rows of the study in a folder of results, or an empty list if there is no results file."""
+    return kept.rows_of(folder / "diffusion.json")
+
+
+class Found:
+    """The outcomes of a model under several attacks. An outcome is None if its job is not finished.
+
+    Args:
+        results: results of the jobs of the model.
+    """
+
+    def __init__(self, results: Sequence[dict[str, Any]]):
+        self.groups = {result["group"]: result for result in results}
+
+    def rule(self, rule: str, when: str = "attacked", group: str = "exact") -> np.ndarray | None:
+        """Return an outcome of several random predictions of each image.
+
+        Args:
+            rule: "first" counts the first prediction, "mean" the share of right predictions, "all" whether all
+                predictions are right, and "vote" whether the majority is right.
+            when: "clean" or "attacked".
+            group: group of attacks.
+        """
+        if group not in self.groups:
+            return None
+        of = self.groups[group][when]
+        if rule == "vote":
+            return bits(of["vote"])
+        draws = np.stack([bits(one) for one in of["draws"]])
+        return {"first": draws[0], "mean": draws.mean(0), "all": draws.min(0)}[rule]
+
+    def chain(self) -> np.ndarray | None:
+        """Return the outcome of the first images after PGD and then the protocol `strong`."""
+        return bits(self.groups["strong"]["after"]) if "strong" in self.groups else None
+
+    def authors(self) -> dict[str, np.ndarray]:
+        """Return the outcomes of the authors' attacks, by the labels of the attacks."""
+        rows = self.groups.get("authors", {"rows": []})["rows"]
+        return {row["attack"]: bits(row["robust"]) for row in rows}
+
+    def seconds(self) -> float | None:
+        """Return the processor seconds of PGD for one image."""
+        exact = self.groups.get("exact")
+        return None if exact is None else exact["cpu_seconds"] / exact["images"]
+
+
+def share(robust: np.ndarray | None) -> str:
+    """Return the mean of an outcome with its standard error, in percent."""
+    if robust is None:
+        return "-"
+    return f"{100 * robust.mean():.1f} ± {100 * robust.std() / len(robust) ** 0.5:.1f}"
+
+
+def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
+    """Return the paired difference of two outcomes, with its standard error, in percentage points.
+
+    The difference is taken on the images that both outcomes have.
+    """
+    if robust is None or other is None:
+        return "-"
+    few = min(len(robust), len(other))
+    apart = robust[:few] - other[:few]
+    return f"{100 * apart.mean():+.1f} ± {100 * apart.std() / few**0.5:.1f}"
+
+
+def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
+    """Return the table's cells for a model, by the names of the lines.
+
+    Args:
+        found: outcomes of the model.
+        alone: outcomes of the adversarially trained classifier without a purifier.
+        name: name of this classifier.
+    """
+    lines = {"clean: mean of the draws": share(found.rule("mean", "clean"))}
+    lines |= {label: f"{share(left)} ({len(left)})" for label, left in found.authors().items()}
+    rules = {"first": "one draw", "mean": "mean of the draws", "all": "every draw right", "vote": "majority"}
+    lines |= {f"{PGD_EXACT}: {words}": share(found.rule(rule)) for rule, words in rules.items()}
+    lines[f"{PGD_EXACT}: mean, minus `{name}` alone"] = difference(found.rule("mean"), alone.rule("mean"))
+    lines[f"{PGD_EXACT}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
+    chain = found.chain()
+    after = "PGD-200, then `strong`"
+    lines[f"{after}: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
+    lines[f"{after}: every draw right, minus `{name}` alone"] = difference(chain, alone.chain())
+    seconds = found.seconds()
+    lines["CPU seconds of PGD-200 per image"] = "-" if seconds is None else f"{seconds:.1f}"
+    return lines
+
+
+def tables_of(part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the tables of a data set. The first compares models, and a second may compare diffusion processes.
+
+    Args:
+        part: part of settings.yaml for the data set.
+        rows: results on the data set.
+    """
+    names = [*part["purifiers"], *part["classifiers"], *part["beside"]]
+    found = {name: Found([row for row in rows if row["model"] == name and row["process"] is None]) for name in names}
+    alone = part["alone"]
+    columns = {name: cells(one, found[alone], alone) for name, one in found.items() if one.groups}
+    lines = list(dict.fromkeys(line for column in columns.values() for line in column))
+    # Put clean accuracy first, then the authors' attacks, and then the attacks with exact gradients.
+    lines.sort(key=lambda line: 0 if line.startswith("clean") else 1 if line.startswith("as ") else 2)
+    body = [[line, *(column.get(line, "-") for column in columns.values())] for line in lines]
+    most = max(row["images"] for row in rows)
+    head = {name: f"`{name}`" for name in columns}
+    for row in rows:
+        if row["images"] < most and row["model"] in head:
+            head[row["model"]] = f"`{row['model']}`, {row['images']} images"
+    tables = [markdown_table(["%", *head.values()], body)]
+    others = [row for row in rows if row["process"] is not None]
+    if others:
+        tables.append(of_processes(others, found[part["processes_of"]]))
+    return tables
+
+
+def of_processes(results: Sequence[dict[str, Any]], own: Found) -> list[str]:
+    """Return the table of a purifier with different diffusion processes.
+
+    Args:
+        results: results with other processes than the purifier's own process.
+        own: outcomes with the purifier's own process.
+    """
+    found_by_process = {"the model's own": own}
+    for result in results:
+        found_by_process[in_words(result["process"])] = Found([result])
+    body = []
+    for words, one in found_by_process.items():
+        seconds = one.seconds()
+        columns = [share(one.rule("mean", "clean")), *(share(one.rule(rule)) for rule in ("mean", "all", "vote"))]
+        body.append([words, *columns, "-" if seconds is None else f"{seconds:.1f}"])
+    head = ["process", "clean", "mean of the draws", "every draw right", "majority", "CPU seconds per image"]
+    return [f"`{results[0]['model']}` with other processes, under {PGD_EXACT}:", "", *markdown_table(head, body)]
+
+
+def in_words(process: dict[str, Any]) -> str:
+    """Describe the settings in which a process differs from the purifier's own process."""
+    return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)
+
+
 class Diffusion(Study):
     """The study of diffusion purifiers, under the attacks of their authors and under exact gradients."""
 
@@ -201,48 +356,29 @@ class Diffusion(Study):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         super().arguments(parser)
-        settings = settings_of(self.name)
-        every, usual = list(settings["data_sets"]), settings["default"]
+        every = list(settings_of(self.name)["data_sets"])
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
-        images = "number of images of each data set, for PGD-200 and the authors' attacks; default: "
-        parser.add_argument("--images", type=at_least_one, help=f"{images}{usual['images']}")
-        few = f"number of the first images that the protocol strong attacks; default: {usual['strong_images']}"
-        parser.add_argument("--strong-images", type=at_least_one, help=few)
-        parser.add_argument(
-            "--until", choices=GROUPS, default=GROUPS[-1], help="last group of attacks to run; default: all groups"
-        )
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
         super().check(chosen, results)
         for name in chosen.data_sets:
             data.load_dataset(name, chosen.data)
 
-    def budget(self, chosen: argparse.Namespace) -> SimpleNamespace:
-        """Return the numbers of images, draws and steps for the attacks.
-
-        ``--images`` and ``--strong-images`` replace the numbers of settings.yaml.
-        """
-        own = {name: getattr(chosen, name, None) for name in ("images", "strong_images")}
-        usual = settings_of(self.name)[chosen.amount]
-        given = {name: value for name, value in own.items() if value is not None}
-        return SimpleNamespace(**usual | given, quick=chosen.amount == "quick")
-
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
-        settings, budget, jobs = settings_of(self.name), self.budget(chosen), []
-        wanted = GROUPS[: GROUPS.index(chosen.until) + 1]
+        settings, quick, jobs = settings_of(self.name), chosen.amount == "quick", []
         for dataset in chosen.data_sets:
             part = settings["data_sets"][dataset]
+            budget = SimpleNamespace(**part["amounts"] | settings[chosen.amount], quick=quick)
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
             groups = {"purifiers": GROUPS, "classifiers": CLASSIFIER, "beside": BESIDE}
             asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
-            asked = [each for each in asked if each[2] in wanted]
             asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
                 own = {"model": model, "process": process, "group": group}
                 if model in part["beside"] and "beside_images" in part:
                     own["first"] = part["beside_images"]
-                words = [model, *([] if process is None else [in_words(process)]), group]
+                words = [model, *([in_words(process)] if process else []), group]
                 needs = (f"{model} exact",) if group == "strong" else ()
                 jobs.append(Job(" ".join(words), 0, attack, needs, common | own))
         return jobs
@@ -262,24 +398,43 @@ class Diffusion(Study):
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """Write ``diffusion.json`` with the outcomes of all images, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
-        fresh = {job.name: job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)}
-        # Keep existing rows of the data sets and groups that were not requested.
-        later = GROUPS[GROUPS.index(chosen.until) + 1 :]
-        kept = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets or row["group"] in later]
-        rows = [*kept, *fresh.values()]
+        fresh = [job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)]
+        rows = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets] + fresh
         write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
         settings = settings_of(self.name)
-        parts = {name: settings["data_sets"][name] for name in settings["data_sets"]}
-        tables = {
-            name: tables_of(part, [row for row in rows if row["dataset"] == name])
-            for name, part in parts.items()
-            if any(row["dataset"] == name for row in rows)
-        }
-        counts = {name: max(row["images"] for row in rows if row["dataset"] == name) for name in tables}
-        quick, draws = chosen.amount == "quick", self.budget(chosen).draws
+        parts = settings["data_sets"]
+        found = {name: [row for row in rows if row["dataset"] == name] for name in parts}
+        tables = {name: tables_of(parts[name], own) for name, own in found.items() if own}
+        counts = {name: max(row["images"] for row in found[name]) for name in tables}
+        quick, draws = chosen.amount == "quick", settings[chosen.amount]["draws"]
         return write_page(folder, self.name, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)
 
 
-def in_words(process: dict[str, Any]) -> str:
-    """Describe the settings in which a process differs from the purifier's own process."""
-    return ", ".join(f"{name} {value}" for name, value in process.items() if value is not None)
+def said(results: Path) -> list[str]:
+    """Return a list item with sentences on the numbers of each purifier.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+    """
+    rows, lines = rows_of(results / "studies"), []
+    for dataset, part in settings_of("diffusion")["data_sets"].items():
+        for name in part["purifiers"]:
+            one = Found([row for row in rows if row["model"] == name and row["process"] is None])
+            exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
+            if exact is None:
+                continue
+            text = f"- `{name}`: after PGD-200 through every step, {share(exact)} % of single predictions are right"
+            if weakest is not None:
+                shown = f"{share(weakest)} % of {len(weakest)} images"
+                text += f". After the weakest attack of such purifiers' authors, {shown} are right"
+            chain = one.chain()
+            if chain is not None:
+                text += f". After `strong`, {share(chain)} % of {len(chain)} images are right in every draw"
+            lines.append(f"{text}.")
+        alone = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
+        if alone is not None:
+            lines.append(
+                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200, "
+                f"{share(alone)} % of {len(alone)} images of {dataset} are right."
+            )
+    return lines or ["Not run yet: `python -m benchmarks study diffusion` writes the numbers."]
