@@ -15,7 +15,7 @@ from typing import Any
 from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
-from .alarms import Finding, Outlook
+from .alarms import Finding
 from .rows import CURVE, Paired, Row, attack_names, model_names, one_draw
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
@@ -42,7 +42,6 @@ class Report:
             evaluation: ``date`` of the first `save`, ``command`` or ``call``, ``model`` (a hash of weights and code)
             and ``processor``.
         findings: the results of the alarms, which test whether the numbers are reliable.
-        outlooks: the expected gain of a stronger attack on each model.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
         threats: the threat model of each model, if they differ (`merge`).
         witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
@@ -53,7 +52,6 @@ class Report:
     notes: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    outlooks: list[Outlook] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     threats: dict[str, str] = field(default_factory=dict)
     witnesses: Witnesses | None = field(default=None, compare=False)
@@ -224,7 +222,6 @@ class Report:
             "headlines": {m: {"attack": row.attack, "accuracy": row.accuracy} for m, row in self.headlines.items()},
             "notes": self.notes,
             "findings": [asdict(finding) for finding in self.findings],
-            "outlooks": [asdict(outlook) for outlook in self.outlooks],
             "curves": self.curves,
             "threats": self.threats,
             "rows": [row.to_dict() for row in self.rows],
@@ -245,9 +242,6 @@ class Report:
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
-            outlooks=[
-                Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content.get("outlooks", [])
-            ],
             **{name: content[name] for name in ("notes", "about", "curves", "threats") if name in content},
         )
 
@@ -375,7 +369,6 @@ def merge(reports: Iterable[Report]) -> Report:
     for report in together:
         merged.rows += report.rows
         merged.findings += report.findings
-        merged.outlooks += report.outlooks
         merged.curves |= report.curves
         merged.notes += [note for note in report.notes if note not in merged.notes]
         merged.threats |= report.threats
@@ -430,7 +423,6 @@ def _named(report: Report, words: list[str]) -> Report:
         report,
         rows=[replace(row, model=name(row.model)) for row in report.rows],
         findings=[replace(finding, model=name(finding.model)) for finding in report.findings],
-        outlooks=[replace(outlook, model=name(outlook.model)) for outlook in report.outlooks],
         curves={name(model): curves for model, curves in report.curves.items()},
         threats={name(model): threat for model, threat in report.threats.items()},
     )

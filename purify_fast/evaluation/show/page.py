@@ -73,7 +73,6 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "lowest": report.headlines.get(name),
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
-        "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
         # A line for each attack: its name; the number of images that fell to it; for every attack, the number of images
         # that fell to both attacks; and the number of images that fell to no other attack.
         "overlap": [
