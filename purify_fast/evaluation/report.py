@@ -108,13 +108,11 @@ class Report:
             # Among equal accuracies, prefer the row over all attacks, then a reliable row.
             return row.accuracy, row.kind != "worst", not row.reliable
 
-        best: dict[tuple[str, str | None], Row] = {}
+        best: dict[tuple[str, str | None], list[Row]] = {}
         for row in self.rows:
             if row.deployed and (row.is_attack or row.kind == "worst"):
-                before = best.get((row.model, row.threat))
-                if before is None or order(row) < order(before):
-                    best[row.model, row.threat] = row
-        return best
+                best.setdefault((row.model, row.threat), []).append(row)
+        return {place: min(rows, key=order) for place, rows in best.items()}
 
     def over_all(self, model: str, threat: str | None) -> Row | None:
         """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""

@@ -597,7 +597,7 @@ class _Evaluation:
         def run(probe: Probe) -> Any:
             at_once = subject.room.limit(context.resources.max_forward_batch)
             resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return probe.run(replace(context, resources=resources))
+            return probe(replace(context, resources=resources))
 
         return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
@@ -621,8 +621,7 @@ class _Evaluation:
                 probes = self.probes(before)
                 task = Task(PROBES, subject.offset, subject.data, b"", [*range(len(probes))])
                 values = team.results_of_parts(task, self.runs(probes), progress)
-                measured = [*zip(probes, values, strict=True)]
-                return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
+                return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
         asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
         progress.next_row()

@@ -146,12 +146,13 @@ class Evidence:
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Return each attack with a mask, bool ``[n]``, which is True for the attacked images that fell to it."""
+        """Return each attack with a mask of all images, which is True for the attacked images that fell to it."""
         clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
         for row in self.attacks():
+            robust = np.pad(row.robust, (0, len(right) - row.n), constant_values=True)
             given = left if row.of_survivors else right
-            fallen.append((row, given[: row.n] & ~row.robust))
-            left[: row.n] &= row.robust
+            fallen.append((row, given & ~robust))
+            left &= robust
         return fallen
