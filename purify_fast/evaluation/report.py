@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -16,7 +17,7 @@ from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
 from .alarms import Finding
-from .rows import CURVE, Paired, Row, attack_names, model_names, one_draw
+from .rows import CURVE, Paired, Row, one_draw
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
@@ -63,12 +64,14 @@ class Report:
     @property
     def models(self) -> list[str]:
         """The names of the models, in order."""
-        return model_names(self.rows)
+        return list(dict.fromkeys(row.model for row in self.rows))
 
     @property
     def attacks(self) -> list[str]:
         """Return the labels of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
-        return attack_names(self.rows)
+        order = {"clean": 0, "worst": 2}
+        ordered = sorted(self.rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
+        return list(dict.fromkeys(row.attack for row in ordered))
 
     def row(self, attack: str, model: str | None = None) -> Row:
         """The row of an attack.
@@ -274,7 +277,7 @@ class Report:
 
     def comparison(self) -> list[str]:
         """The lines of a Markdown table with a line for each attack and a column for each model."""
-        return markdown_table(*comparison(self.rows))
+        return markdown_table(*comparison(self))
 
     def to_text(self, color: bool | None = None) -> str:
         """Return the report as text for a terminal: title and table, or only the comparison of several models.
@@ -297,8 +300,8 @@ class Report:
         named = ("threat", "dataset", "protocol", "predict", "precision")
         words = [about[name] for name in named if name in about]
         name = ", ".join(["earlier", *words]).replace("/", "_")
-        number = next(number for number in itertools.count(1) if not (folder / _numbered(name, number)).exists())
-        place = folder / _numbered(name, number)
+        names = itertools.chain([name], (f"{name}, {number}" for number in itertools.count(2)))
+        place = next(folder / each for each in names if not (folder / each).exists())
         place.mkdir()
         for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
             path.replace(place / path.name)
@@ -377,8 +380,8 @@ def merge(reports: Iterable[Report]) -> Report:
         merged.about = {key: value for key, value in shared if all(r.about.get(key) == value for r in together)}
     if "threat" in merged.about:
         merged.threats = {}
-    names = [(row.model, row.attack) for row in merged.rows]
-    double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
+    counts = Counter((row.model, row.attack) for row in merged.rows)
+    double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:
         raise ValueError(
             f"merged rows must differ in model or attack, got several rows {', '.join(double)}: give the models "
@@ -395,10 +398,6 @@ def _options_of_report(folder: Path) -> list[Path]:
     except (OSError, UnicodeDecodeError):
         return []
     return [path] if "command: evaluate" in written.splitlines() else []
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}, {number}"
 
 
 def _identity(content: Mapping[str, Any]) -> Any:

@@ -61,13 +61,6 @@ def test_a_number_without_gradients_is_not_to_be_believed(report):
     assert "Do not believe" not in html_page(Report([row("PGD", [1, 0])]))
 
 
-def test_who_fell_to_what(report):
-    attacks = report.rows[1:3]
-    page = html_page(Report(attacks))
-    # of the two images that fell to each attack, one fell to the other
-    assert page.count(">50</td>") == 2 and "1 image fell to APGD alone" in page
-
-
 def test_the_page_says_whether_the_number_can_be_believed(report):
     report.row("worst").doubts = ["missed images"]
     report.row("worst").reliable = False
