@@ -45,7 +45,8 @@ BARE = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Types of values that contain no other values.
 _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-_SIMPLE = frozenset((bool, int, float, complex, str, bytes, type(None), *_IN_TORCH))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), *_IN_TORCH)
+_SIMPLE = frozenset(_PLAIN)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
@@ -255,7 +256,7 @@ class _Identities(_Walk):
             return (kind.__qualname__, getattr(value, "training", None)), children(value)
         if isinstance(value, (dict, list, tuple, set, frozenset)):
             return kind.__qualname__, children(value)
-        if isinstance(value, (*_SIMPLE, enum.Enum)):
+        if isinstance(value, (*_PLAIN, enum.Enum)):
             return value, ()
         if isinstance(value, slice):
             # A slice cannot be hashed before Python 3.12.
