@@ -184,7 +184,8 @@ class _Walk:
     def add(self, value: Any) -> None:
         """Visit a value and everything inside it."""
         kind = type(value)
-        if kind in _SIMPLE or (kind is tuple and _is_simple(value)):
+        # A tuple of plain values, such as the sizes of a kernel, is plain too.
+        if kind in _SIMPLE or (kind is tuple and _SIMPLE.issuperset(map(type, value))):
             self.values.append(value)
         elif id(value) in self._numbers:
             self.values.append(("seen", self._numbers[id(value)]))
@@ -196,18 +197,9 @@ class _Walk:
             self.values.append((mark, len(inside)))
             for name, part in inside:
                 self.path.append((value, name))
-                for each in (name, part):
-                    # Most values are plain. Skip the call for them to save time.
-                    if type(each) in _SIMPLE:
-                        self.values.append(each)
-                    else:
-                        self.add(each)
+                self.add(name)
+                self.add(part)
                 self.path.pop()
-
-
-def _is_simple(value: tuple[Any, ...]) -> bool:
-    """Tell whether a tuple contains only plain values, such as the sizes of a kernel."""
-    return _SIMPLE.issuperset(map(type, value))
 
 
 # -- the key by identity ----------------------------------------------------------------------------------------------
@@ -520,9 +512,6 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
-                # Skip plain values and tuples of them, such as the size of a kernel, to save time.
-                if type(value) in _SIMPLE or (type(value) is tuple and _is_simple(value)):
-                    continue
                 place = ".".join(filter(None, (outer, path, name)))
                 for inner, part in [(place, value)] if isinstance(value, nn.Module) else used_modules(value, place):
                     if id(part) not in known:
