@@ -136,6 +136,11 @@ def images(row: Row) -> str:
     return f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n)
 
 
+def draws(row: Row) -> str:
+    """The number of draws that the attack averaged per step."""
+    return str(row.settings.get("eot_iter", "-"))
+
+
 def single_predictions(rows: Sequence[Row], row: Row) -> str:
     """The share of correct single predictions after an attack and the attacks before it, in percent."""
     share = row.accuracy if row.n_eval == 1 else one_draw(rows, row)
@@ -154,7 +159,7 @@ _CELLS: dict[str, Callable[[Sequence[Row], Row], str | Cell]] = {
     "model": lambda rows, row: row.model,
     "attack": lambda rows, row: row.attack,
     "variant": lambda rows, row: row.describe_variant(),
-    "EOT": lambda rows, row: str(row.settings.get("eot_iter", "-")),
+    "EOT": lambda rows, row: draws(row),
     "n": lambda rows, row: images(row),
     "accuracy": lambda rows, row: percent_always(row),
     "one draw": single_predictions,
