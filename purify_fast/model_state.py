@@ -19,12 +19,11 @@ import dataclasses
 import dis
 import enum
 import functools
-import inspect
+import linecache
 import logging
 import random
 import sys
 import threading
-import tokenize
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -45,10 +44,9 @@ BARE = frozenset(vars(nn.Module()))
 #: The dictionaries of hooks that run in a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Types of values that contain no other values.
-_NUMBERS = (bool, int, float, complex)
-PLAIN = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-_SIMPLE = frozenset(PLAIN)
-_VALUES = (*PLAIN, enum.Enum)
+_IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), *_IN_TORCH)
+_SIMPLE = frozenset(_PLAIN)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
@@ -186,7 +184,8 @@ class _Walk:
     def add(self, value: Any) -> None:
         """Visit a value and everything inside it."""
         kind = type(value)
-        if kind in _SIMPLE or (kind is tuple and _is_simple(value)):
+        # A tuple of plain values, such as the sizes of a kernel, is plain too.
+        if kind in _SIMPLE or (kind is tuple and _SIMPLE.issuperset(map(type, value))):
             self.values.append(value)
         elif id(value) in self._numbers:
             self.values.append(("seen", self._numbers[id(value)]))
@@ -198,22 +197,9 @@ class _Walk:
             self.values.append((mark, len(inside)))
             for name, part in inside:
                 self.path.append((value, name))
-                for each in (name, part):
-                    # Most values are plain. Skip the call for them to save time.
-                    if type(each) in _SIMPLE:
-                        self.values.append(each)
-                    else:
-                        self.add(each)
+                self.add(name)
+                self.add(part)
                 self.path.pop()
-
-
-def _is_simple(value: tuple[Any, ...]) -> bool:
-    """Tell whether a tuple contains only plain values, such as the sizes of a kernel."""
-    # Most values of a model are such tuples, and a loop is faster than a generator.
-    for part in value:  # noqa: SIM110
-        if type(part) not in _SIMPLE:
-            return False
-    return True
 
 
 # -- the key by identity ----------------------------------------------------------------------------------------------
@@ -262,7 +248,7 @@ class _Identities(_Walk):
             return (kind.__qualname__, getattr(value, "training", None)), children(value)
         if isinstance(value, (dict, list, tuple, set, frozenset)):
             return kind.__qualname__, children(value)
-        if isinstance(value, _VALUES):
+        if isinstance(value, (*_PLAIN, enum.Enum)):
             return value, ()
         if isinstance(value, slice):
             # A slice cannot be hashed before Python 3.12.
@@ -315,11 +301,11 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
     modules, functions and objects. A class lists in ``not_dependencies`` the attributes that do not affect its
     predictions. The seed of a torch.Generator is hashed, but not its state.
 
-    The user's functions, the methods of the user's classes, and the functions that they read as global variables are
-    hashed by their source text, comments included. Other code, such as a function of an imported module, is hashed by
-    its name only: pass another ``revision`` after you edit such code. Installed packages are hashed by name and
-    version. PyTorch, NumPy and Python's own modules are hashed by name only; `evaluate` stores PyTorch's version with
-    each result. A function without source text cannot be compared.
+    For the user's functions, the methods of the user's classes, and the functions that they read as global variables,
+    the whole source file is hashed, comments included. In a notebook, the file is the cell. Other code, such as a
+    function of an imported module, is hashed by its name only: pass another ``revision`` after you edit such code.
+    Installed packages are hashed by name and version. PyTorch, NumPy and Python's own modules are hashed by name only;
+    `evaluate` stores PyTorch's version with each result. A function without source text cannot be compared.
 
     A generator of NumPy or of Python's ``random`` does not show its seed, and `evaluate` does not set its seed. A
     stored result could then come from other random draws. So a model that contains such a generator has no fingerprint.
@@ -426,22 +412,21 @@ class _Values(_Walk):
         return inside
 
     def _function(self, function: FunctionType) -> tuple[Any, Children]:
-        library = _is_library(_package(function))
-        if library and _is_found_by_name(function):
-            return _name(function), ()
         inside = [*around(function), *defaults(function), *_by_name(vars(function).items())]
-        # The methods that Python generates for dataclasses and named tuples have no source text. Their names are
+        if _is_library(_package(function)):
+            # The name is enough, except for lambdas and inner functions, such as "scaled.<locals>.forward".
+            return _name(function), inside if "<" in function.__qualname__ else ()
+        code = function.__code__
+        linecache.checkcache(code.co_filename)
+        source = "".join(linecache.getlines(code.co_filename))
+        # The methods that Python generates for dataclasses and named tuples have no source file. Their names are
         # enough, because the fields of the class decide their code.
-        made = function.__code__.co_filename == "<string>" and function.__name__ in vars(object)
-        if library or made:
-            return _name(function), inside
-        try:
-            text = inspect.getsource(function.__code__)
-        except (OSError, TypeError, SyntaxError, tokenize.TokenError) as error:
-            raise self._cannot_compare(function) from error
-        # Several lambdas in the same line differ in their columns. Python 3.10 does not know the columns.
-        columns = [position[2:] for position in getattr(function.__code__, "co_positions", list)()]
-        mark = _name(function), text, columns if function.__name__ == "<lambda>" else None
+        if not source and not (code.co_filename == "<string>" and function.__name__ in vars(object)):
+            raise self._cannot_compare(function)
+        # The positions tell apart functions of the same name in a file. Python 3.10 knows only the lines, not the
+        # columns, so it does not tell apart several lambdas in a line.
+        places = list(getattr(code, "co_positions", code.co_lines)())
+        mark = _name(function), text_hash(source).hexdigest(), places
         return mark, [*inside, *read_globals(function)]
 
     def _object(self, value: Any) -> Children:
@@ -504,14 +489,6 @@ def _name(value: Any) -> str:
     return f"{package} {version}: {name}" if _is_library(package) else str(name)
 
 
-def _is_found_by_name(function: FunctionType) -> bool:
-    """Tell whether a library's function can be imported by its name, unlike a lambda or an inner function."""
-    place: Any = sys.modules.get(function.__module__)
-    for name in function.__qualname__.split("."):
-        place = getattr(place, name, None)
-    return place is function
-
-
 # -- modules among the parts ------------------------------------------------------------------------------------------
 
 
@@ -535,9 +512,6 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
-                # Skip plain values and tuples of them, such as the size of a kernel, to save time.
-                if type(value) in _SIMPLE or (type(value) is tuple and _is_simple(value)):
-                    continue
                 place = ".".join(filter(None, (outer, path, name)))
                 for inner, part in [(place, value)] if isinstance(value, nn.Module) else used_modules(value, place):
                     if id(part) not in known:

@@ -105,9 +105,9 @@ class OtherAttack(abc.ABC):
         inside = lengths <= threat.eps * (1 + ROUNDED)
         return torch.where(per_image(inside, x), images.to(x.dtype), x)
 
-    @abc.abstractmethod
     def wrapped(self) -> list[Any]:
-        """Return the models that the user gave to the attack."""
+        """Return the models that the user gave to the attack; none if the attack gets its model when it runs."""
+        return []
 
     @abc.abstractmethod
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
@@ -171,10 +171,6 @@ class OfFoolbox(OtherAttack):
 
     def in_ball(self, threat: ThreatModel) -> str:
         return f'take the attack for that norm, or call evaluate(..., norm="{self.ball()[0]}")'
-
-    def wrapped(self) -> list[Any]:
-        """An empty list, because the attack gets its model when it runs."""
-        return []
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
         from foolbox.criteria import Misclassification

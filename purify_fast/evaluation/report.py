@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -15,8 +16,8 @@ from typing import Any
 from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
-from .alarms import Finding, Outlook
-from .rows import CURVE, Paired, Row, attack_names, model_names, one_draw
+from .alarms import Finding
+from .rows import CURVE, Paired, Row, one_draw
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
@@ -42,7 +43,6 @@ class Report:
             evaluation: ``date`` of the first `save`, ``command`` or ``call``, ``model`` (a hash of weights and code)
             and ``processor``.
         findings: the results of the alarms, which test whether the numbers are reliable.
-        outlooks: the expected gain of a stronger attack on each model.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
         threats: the threat model of each model, if they differ (`merge`).
         witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
@@ -53,7 +53,6 @@ class Report:
     notes: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    outlooks: list[Outlook] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     threats: dict[str, str] = field(default_factory=dict)
     witnesses: Witnesses | None = field(default=None, compare=False)
@@ -65,12 +64,14 @@ class Report:
     @property
     def models(self) -> list[str]:
         """The names of the models, in order."""
-        return model_names(self.rows)
+        return list(dict.fromkeys(row.model for row in self.rows))
 
     @property
     def attacks(self) -> list[str]:
         """Return the labels of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
-        return attack_names(self.rows)
+        order = {"clean": 0, "worst": 2}
+        ordered = sorted(self.rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
+        return list(dict.fromkeys(row.attack for row in ordered))
 
     def row(self, attack: str, model: str | None = None) -> Row:
         """The row of an attack.
@@ -110,13 +111,11 @@ class Report:
             # Among equal accuracies, prefer the row over all attacks, then a reliable row.
             return row.accuracy, row.kind != "worst", not row.reliable
 
-        best: dict[tuple[str, str | None], Row] = {}
+        best: dict[tuple[str, str | None], list[Row]] = {}
         for row in self.rows:
             if row.deployed and (row.is_attack or row.kind == "worst"):
-                before = best.get((row.model, row.threat))
-                if before is None or order(row) < order(before):
-                    best[row.model, row.threat] = row
-        return best
+                best.setdefault((row.model, row.threat), []).append(row)
+        return {place: min(rows, key=order) for place, rows in best.items()}
 
     def over_all(self, model: str, threat: str | None) -> Row | None:
         """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""
@@ -224,7 +223,6 @@ class Report:
             "headlines": {m: {"attack": row.attack, "accuracy": row.accuracy} for m, row in self.headlines.items()},
             "notes": self.notes,
             "findings": [asdict(finding) for finding in self.findings],
-            "outlooks": [asdict(outlook) for outlook in self.outlooks],
             "curves": self.curves,
             "threats": self.threats,
             "rows": [row.to_dict() for row in self.rows],
@@ -245,9 +243,6 @@ class Report:
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
-            outlooks=[
-                Outlook(**values | {"sentences": tuple(values["sentences"])}) for values in content.get("outlooks", [])
-            ],
             **{name: content[name] for name in ("notes", "about", "curves", "threats") if name in content},
         )
 
@@ -282,7 +277,7 @@ class Report:
 
     def comparison(self) -> list[str]:
         """The lines of a Markdown table with a line for each attack and a column for each model."""
-        return markdown_table(*comparison(self.rows))
+        return markdown_table(*comparison(self))
 
     def to_text(self, color: bool | None = None) -> str:
         """Return the report as text for a terminal: title and table, or only the comparison of several models.
@@ -305,8 +300,8 @@ class Report:
         named = ("threat", "dataset", "protocol", "predict", "precision")
         words = [about[name] for name in named if name in about]
         name = ", ".join(["earlier", *words]).replace("/", "_")
-        number = next(number for number in itertools.count(1) if not (folder / _numbered(name, number)).exists())
-        place = folder / _numbered(name, number)
+        names = itertools.chain([name], (f"{name}, {number}" for number in itertools.count(2)))
+        place = next(folder / each for each in names if not (folder / each).exists())
         place.mkdir()
         for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
             path.replace(place / path.name)
@@ -375,7 +370,6 @@ def merge(reports: Iterable[Report]) -> Report:
     for report in together:
         merged.rows += report.rows
         merged.findings += report.findings
-        merged.outlooks += report.outlooks
         merged.curves |= report.curves
         merged.notes += [note for note in report.notes if note not in merged.notes]
         merged.threats |= report.threats
@@ -386,8 +380,8 @@ def merge(reports: Iterable[Report]) -> Report:
         merged.about = {key: value for key, value in shared if all(r.about.get(key) == value for r in together)}
     if "threat" in merged.about:
         merged.threats = {}
-    names = [(row.model, row.attack) for row in merged.rows]
-    double = [f"{model}: {attack}" for model, attack in dict.fromkeys(names) if names.count((model, attack)) > 1]
+    counts = Counter((row.model, row.attack) for row in merged.rows)
+    double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:
         raise ValueError(
             f"merged rows must differ in model or attack, got several rows {', '.join(double)}: give the models "
@@ -404,10 +398,6 @@ def _options_of_report(folder: Path) -> list[Path]:
     except (OSError, UnicodeDecodeError):
         return []
     return [path] if "command: evaluate" in written.splitlines() else []
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}, {number}"
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
@@ -430,7 +420,6 @@ def _named(report: Report, words: list[str]) -> Report:
         report,
         rows=[replace(row, model=name(row.model)) for row in report.rows],
         findings=[replace(finding, model=name(finding.model)) for finding in report.findings],
-        outlooks=[replace(outlook, model=name(outlook.model)) for outlook in report.outlooks],
         curves={name(model): curves for model, curves in report.curves.items()},
         threats={name(model): threat for model, threat in report.threats.items()},
     )

@@ -217,10 +217,8 @@ class Row:
 
     def describe_variant(self) -> str:
         """The word for the variant of the model that was judged, such as "deterministic", "random" or "fixed noise"."""
-        if not self.deployed:
-            return VARIANTS_APART[self.variant]
-        words = {True: "deterministic", False: "random", None: "as it is"}
-        return words[self.deterministic]
+        as_deployed = {True: "deterministic", False: "random", None: "as it is"}
+        return VARIANTS_APART.get(self.variant, as_deployed[self.deterministic])
 
     def results(self) -> dict[str, Any]:
         """The results of the attack that the report's page shows, without empty results."""
@@ -286,18 +284,6 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     # correct draws, and all other images count 0. So mean minus accuracy is the part of the images that fell to this
     # attack.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
-
-
-def model_names(rows: Sequence[Row]) -> list[str]:
-    """The names of the models, in order."""
-    return list(dict.fromkeys(row.model for row in rows))
-
-
-def attack_names(rows: Sequence[Row]) -> list[str]:
-    """Return the names of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
-    order = {"clean": 0, "worst": 2}
-    ordered = sorted(rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
-    return list(dict.fromkeys(row.attack for row in ordered))
 
 
 def joined(row: Row, following: Row | None) -> Row:

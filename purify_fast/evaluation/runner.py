@@ -37,7 +37,7 @@ from ..ops import keep_kernels, kernels_now
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from .alarms import Evidence, Probes, findings, outlook, probe, signs_of_masking
+from .alarms import Evidence, Probes, findings, probe, signs_of_masking
 from .alarms.answers import PROBED, Before
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
@@ -555,7 +555,7 @@ class _Evaluation:
     # -- alarms: tests whether the numbers are reliable ---------------------------------------------------------------
 
     def conclude(self, asked: Probes | None) -> None:
-        """Add the alarms' findings, the probes' curves and the outlook to the report, and mark doubtful rows.
+        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
 
         Args:
             asked: results of the probes before the attacks; None: there are no probes.
@@ -574,9 +574,6 @@ class _Evaluation:
             count_fallen(report.rows, probes.fallen(), float(self.measure.context.eps))
             report.curves[name] = report.curves.get(name, {}) | probes.curves()
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
-        expected = outlook(evidence)
-        if expected is not None:
-            report.outlooks = [replace(expected, model=name)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
         # If no attack counted gradients, the row is still reliable if the probes could use the model's gradients.
@@ -600,7 +597,7 @@ class _Evaluation:
         def run(probe: Probe) -> Any:
             at_once = subject.room.limit(context.resources.max_forward_batch)
             resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return probe.run(replace(context, resources=resources))
+            return probe(replace(context, resources=resources))
 
         return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
@@ -624,8 +621,7 @@ class _Evaluation:
                 probes = self.probes(before)
                 task = Task(PROBES, subject.offset, subject.data, b"", [*range(len(probes))])
                 values = team.results_of_parts(task, self.runs(probes), progress)
-                measured = [*zip(probes, values, strict=True)]
-                return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
+                return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
         asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
         progress.next_row()

@@ -284,7 +284,11 @@ class Softening(HoldingMode):
             if isinstance(value, (list, tuple)):
                 self.let_through(value)
             elif isinstance(value, Tensor) and isinstance(value.grad_fn, BackwardCFunction):
-                _let_through(value.grad_fn, self.temperature is None)
+                function = value.grad_fn._forward_cls
+                if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
+                    # The backward pass takes the method `backward` from this class, so another class gives another
+                    # gradient.
+                    value.grad_fn._forward_cls = _with_gradient(function, self.temperature is None)
 
     # -- counterparts -------------------------------------------------------------------------------------------------
 
@@ -510,22 +514,15 @@ def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float 
     return x.clamp(middle - temperature * half, middle + temperature * half)
 
 
-def _let_through(node: Any, always: bool) -> None:
-    """Replace the backward of a user's ``autograd.Function`` by the identity, for an input with the output's shape.
+@functools.lru_cache(maxsize=64)
+def _with_gradient(function: Any, always: bool) -> type:
+    """Make a subclass of a user's ``autograd.Function`` with the identity's gradient for inputs of the output's shape.
 
     Args:
-        node: node of the graph, such as the ``grad_fn`` of the function's result.
+        function: the user's class.
         always: whether every gradient is replaced. If not, only a gradient is replaced that is missing, zero or not
             finite.
     """
-    function = node._forward_cls
-    if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
-        # The backward pass takes the method `backward` from this class, so another class gives another gradient.
-        node._forward_cls = _with_gradient(function, always)
-
-
-@functools.lru_cache(maxsize=64)
-def _with_gradient(function: Any, always: bool) -> type:
     by_vjp = function.vjp is not torch.autograd.Function.vjp
     own = function.vjp if by_vjp else function.backward
 

@@ -124,8 +124,7 @@ class Witnesses:
             still_wrong: a function that gets an image for each witness, and tells which of these images the model
                 misclassifies, bool ``[W]``.
         """
-        packed = self._packed()
-        if sum(map(len, (packed["clean"], packed["choice"], packed["away"]))) <= MOST_BYTES * self.adversarial.numel():
+        if sum(map(len, self._packed().values())) <= MOST_BYTES * self.adversarial.numel():
             return self
         clean = self.clean[self.of]
         steps = ((self.adversarial - clean) / STEP).round()

@@ -213,22 +213,6 @@ def test_a_model_that_answers_otherwise_while_gradients_are_recorded_is_noticed(
     assert (verdict, row) == ("unreliable", "probe: the images with gradients recorded")
 
 
-@pytest.mark.slow
-def test_the_outlook_says_what_a_stronger_attack_would_take():
-    weak = judged(robust(), [PGD(steps=1, random_start=False)], probes=True)
-    (outlook,) = weak.outlooks
-    strong = judged(
-        robust(),
-        [*DIRECT, AttackSpec(APGD(steps=20, n_target_classes=None, loss="margin_targeted"), survivors_only=True)],
-    )
-    assert 0 <= strong.outlooks[0].points <= 0.1 and len(strong.outlooks[0].sentences) >= 3
-    assert "only one attack ran" in outlook.sentences[1]
-    assert "What it would take to go lower" in weak.to_markdown()
-    # three attacks that each find images of their own leave some unseen
-    several = judged(robust(), [AttackSpec(PGD(steps=2, loss=loss), label=loss) for loss in ("ce", "margin", "dlr")])
-    assert any("fell to one attack only" in sentence for sentence in several.outlooks[0].sentences)
-
-
 def rounds_to(levels):
     """Rounding with the identity's gradient: a step of a few levels, which gradients do not see."""
     return Around(lambda self, x: self.net(x + ((x * levels).round() / levels - x).detach()))

@@ -4,7 +4,7 @@ The verdict of an alarm is "passed" (there is no sign), "noted" (there is a sign
 (the robust accuracy is doubtful) or "not asked" (nothing was measured that could show a sign); see `STATES`.
 """
 
-from .evidence import STATES, Evidence, Finding, Outlook, Verdict, outlook
+from .evidence import STATES, Evidence, Finding, Verdict
 from .masking import signs_of_masking
 from .probes import Probes, probe
 from .signs import findings
@@ -13,11 +13,9 @@ __all__ = [
     "STATES",
     "Evidence",
     "Finding",
-    "Outlook",
     "Probes",
     "Verdict",
     "findings",
-    "outlook",
     "probe",
     "signs_of_masking",
 ]

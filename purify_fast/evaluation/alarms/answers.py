@@ -203,8 +203,9 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
         without = float((~(flat.isfinite().all(1) & flat.any(1))).float().mean())
         cosines: list[float] = []
         for length in SMALL:
-            changes = [_changes(subject, x, y, length * _signs(x, seed), gradient) for seed in range(DIRECTIONS)]
-            promised, measured = zip(*changes, strict=True)
+            steps = [length * _signs(x, seed) for seed in range(DIRECTIONS)]
+            promised = [(gradient * step).flatten(1).sum(1) for step in steps]
+            measured = [(_margin(subject, x + step, y) - _margin(subject, x - step, y)) / 2 for step in steps]
             a, b = torch.cat(promised).double(), torch.cat(measured).double()
             if not bool(a.isfinite().all() and b.isfinite().all()):
                 return "not finite", without
@@ -218,12 +219,6 @@ def _signs(x: Tensor, seed: int) -> Tensor:
     """Random signs for each image, shape of x."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-
-
-def _changes(subject: Subject, x: Tensor, y: Tensor, step: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how every image's margin changes along a step, as the gradient predicts and as measured."""
-    ahead, behind = _margin(subject, x + step, y), _margin(subject, x - step, y)
-    return (gradient * step).flatten(1).sum(1), (ahead - behind) / 2
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:

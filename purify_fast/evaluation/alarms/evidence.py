@@ -1,8 +1,4 @@
-"""Three data classes: the evidence for the alarms, the finding of an alarm, and the outlook.
-
-The evidence consists of the results of attacks and probes. The outlook is an estimate of how much another attack would
-lower the accuracy.
-"""
+"""Two data classes: the evidence for the alarms (results of attacks and probes), and the finding of an alarm."""
 
 from __future__ import annotations
 
@@ -129,13 +125,9 @@ class Evidence:
         robust = self.robust(self.images)
         if robust is None:
             return False
-        robust[self.fallen_to_probes] = False
+        if self.probes is not None:
+            robust[self.probes.fallen()] = False
         return not robust.any()
-
-    @property
-    def fallen_to_probes(self) -> list[int]:
-        """The numbers of the images that withstood every attack but fell to a probe."""
-        return [] if self.probes is None else self.probes.fallen()
 
     def blind(self) -> str:
         """The reason why short attacks with the model's gradients could not succeed; empty if there is no such reason.
@@ -154,143 +146,13 @@ class Evidence:
         return np.logical_and.reduce(masks) if masks else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Return each attack with a mask, bool ``[n]``, which is True for the attacked images that fell to it."""
+        """Return each attack with a mask of all images, which is True for the attacked images that fell to it."""
         clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
         for row in self.attacks():
+            robust = np.pad(row.robust, (0, len(right) - row.n), constant_values=True)
             given = left if row.of_survivors else right
-            fallen.append((row, given[: row.n] & ~row.robust))
-            left[: row.n] &= row.robust
+            fallen.append((row, given & ~robust))
+            left &= robust
         return fallen
-
-
-# -- the outlook ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """An estimate of how much one more attack of the same kinds would lower the accuracy.
-
-    Args:
-        points: the expected loss of accuracy, between 0 and 1; the largest of several estimates.
-        sentences: the estimates, in words.
-        model: the model's name.
-    """
-
-    points: float
-    sentences: tuple[str, ...]
-    model: str = ""
-
-
-def outlook(evidence: Evidence) -> Outlook | None:
-    """Estimate how much one more attack would find, from the attacks on all images.
-
-    Args:
-        evidence: rows and probes of the model.
-
-    Returns:
-        The estimate; None if there was no attack on all images, or if every image fell.
-    """
-    full = evidence.images
-    fallen = [(row, mask) for row, mask in evidence.fallen() if row.n == full]
-    if not fallen:
-        return None
-    robust = np.logical_and.reduce([row.robust for row, _ in fallen])
-    if not robust.any():
-        return None
-    signs = [_last_gain(fallen, full), _unseen(fallen, full), _margins(fallen, robust), _steps(evidence, robust)]
-    known = [sign for sign in signs if sign is not None]
-    points = min(max(points for points, _ in known), float(robust.mean()))
-    left = robust.copy()
-    left[evidence.fallen_to_probes] = False
-    text = (
-        f"by this estimate, one more attack of these kinds would lower the accuracy of {100 * robust.mean():.1f} % by "
-        f"about {100 * points:.1f} points"
-    )
-    taken, asked = int(robust.sum() - left.sum()), 0 if evidence.probes is None else evidence.probes.n
-    if taken:
-        # Some images withstood every attack but fell to the probes, so the attacks are no basis for an estimate. The
-        # probes are expected to find the same share among all remaining images.
-        among = int(robust[:asked].sum())
-        points = taken / among * float(left.mean())
-        text = (
-            f"{among} of the first {asked} images withstood the attacks, but {taken} of these fell to the probes, so "
-            "the attacks alone cannot say how many more images would fall"
-        )
-    return Outlook(points, (text, *(sentence for _, sentence in known)))
-
-
-Fallen = Sequence[tuple[Row, np.ndarray]]
-
-
-def _last_gain(fallen: Fallen, n: int) -> tuple[float, str]:
-    """Return the share of images that only the last attack found; 0 if this attack is the first of its kind."""
-    row, mask = fallen[-1]
-    if len(fallen) == 1:
-        return 0.0, f"only one attack ran ({row.attack}), so there is no estimate of what another attack would find"
-    gain = int((mask & ~np.logical_or.reduce([m for _, m in fallen[:-1]])).sum())
-    text = f"the last attack ({row.attack}) found {gain} image{'' if gain == 1 else 's'} that no other attack found"
-    # Two attacks are of the same kind if attack and loss are the same, also with other random starts or steps.
-    kinds = [(each.kind, each.settings.get("loss")) for each, _ in fallen]
-    if kinds[-1] not in kinds[:-1]:
-        return 0.0, f"{text}; it was the first of its kind, so this says nothing about another attack of this kind"
-    return gain / n, text
-
-
-def _unseen(fallen: Fallen, n: int) -> tuple[float, str] | None:
-    """Estimate how many more images would fall to further attacks.
-
-    The estimate is Chao's lower bound (1984), f1 (f1 - 1) / (2 (f2 + 1)), where f1 images were found by exactly one
-    attack, and f2 images by exactly two attacks.
-    """
-    whole = [(row, mask) for row, mask in fallen if not row.of_survivors]
-    if len(whole) < 3:
-        return None
-    times = np.sum([mask for _, mask in whole], 0)
-    once, twice = int((times == 1).sum()), int((times == 2).sum())
-    unseen = once * (once - 1) / (2 * (twice + 1))
-    return unseen / n, (
-        f"{once} images fell to one attack only and {twice} to two; by these counts, about {unseen:.0f} more would "
-        "fall to further attacks of these kinds"
-    )
-
-
-def _margins(fallen: Fallen, robust: np.ndarray) -> tuple[float, str] | None:
-    """Estimate the gain of one more attack from the margins of the remaining images.
-
-    The margins are compared with their decrease by the last attack with gradients.
-    """
-    measured = [row.margins for row, _ in fallen if row.margins is not None and row.health is not None]
-    if len(measured) < 2:
-        return None
-    before = np.minimum.reduce(measured[:-1])[robust]
-    last = measured[-1][robust]
-    nearest = np.minimum(before, last)
-    gained = np.maximum(before - last, 0)
-    if not np.isfinite(nearest).all():
-        return None
-    # For each image, the probability that one more attack lowers its margin to 0 is estimated by a share of images:
-    # those on which the last attack lowered the margin by at least this image's margin.
-    chance = (gained[None, :] >= np.maximum(nearest, 1e-12)[:, None]).mean(1)
-    points = float(chance.sum() / len(robust))
-    return points, (
-        "on the images that are left, the true logit is larger than every other logit by "
-        f"{float(np.median(nearest)):.2g} in the median; the last attack with gradients lowered this difference by "
-        f"{float(np.median(gained)):.2g}"
-    )
-
-
-def _steps(evidence: Evidence, robust: np.ndarray) -> tuple[float, str] | None:
-    """Estimate the gain of more steps from the probes; None without probes or without usable gradients."""
-    if evidence.probes is None or evidence.blind():
-        return None
-    (a, before), (b, after) = evidence.probes.steps[-2:]
-    gain = max(0.0, before - after)
-    # A difference of a single image may be chance.
-    gains = gain * evidence.probes.n >= 1.5
-    means = "further steps still find more" if gains else "further steps find hardly any more"
-    return (
-        gain * float(robust.mean()) if gains else 0.0,
-        f"a short PGD leaves {100 * before:.0f} % after {a:.0f} steps and {100 * after:.0f} % after {b:.0f}: {means}",
-    )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ USUAL_SURROGATES = 3
 TARGETS, TARGETS_OF_RANDOM = 2, 1
 
 Curve = list[tuple[float, float]]
+#: A function that measures something by short attacks. It does not depend on the other measurements.
+Probe = Callable[[AttackContext], Any]
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,6 @@ class Probes:
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
-class Probe(NamedTuple):
-    """A measurement by short attacks, which is independent of the other measurements.
-
-    Args:
-        kind: "sweep": the curve over the steps, and the images that fall to the model's own gradients and to the
-            gradients of surrogates. "draws": the accuracy after an attack that averages several draws per step.
-        value: number of draws.
-        run: a function of the attacks' context that makes the measurement.
-    """
-
-    kind: Literal["sweep", "draws"]
-    value: int
-    run: Callable[[AttackContext], Any]
-
-
 def cost(subject: Subject, context: AttackContext) -> int:
     """Estimate, rather too high, how many forward passes of single images the probes make."""
     draws, judges, targets = _effort(subject, context)
@@ -140,24 +127,21 @@ def probes_before(before: Before, model: Classifier) -> list[Probe]:
         model: the attacked model, in a wrapper that counts images.
     """
     draws = DRAWS if before.subject.is_random else ()
-    return [
-        Probe("sweep", 1, partial(_sweep, before, model)),
-        *(Probe("draws", n, partial(_over_draws, before, model, n)) for n in draws),
-    ]
+    return [partial(_sweep, before, model), *(partial(_over_draws, before, model, n) for n in draws)]
 
 
-def asked_before(before: Before, context: AttackContext, measured: Sequence[tuple[Probe, Any]]) -> Probes:
+def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]) -> Probes:
     """Collect the measurements before the attacks.
 
     Args:
         before: the model's predictions before the attacks.
         context: the settings of the attacks.
-        measured: the probes of `probes_before`, each with its measurement.
+        measured: the results of `probes_before`.
     """
     subject, x, y = before.subject, before.x, before.y
     some = slice(subject.batch_size)
-    ((steps, fell, copies, absent),) = [found for probe, found in measured if probe.kind == "sweep"]
-    eot = [(float(probe.value), found) for probe, found in measured if probe.kind == "draws"]
+    (steps, fell, copies, absent), *by_draws = measured
+    eot = [(float(draws), share) for draws, share in zip(DRAWS, by_draws, strict=False)]
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
     return Probes(len(x), steps, cosine, without, eot=eot, fell=fell, copies=copies, absent=absent)
 

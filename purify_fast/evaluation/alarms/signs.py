@@ -7,7 +7,7 @@ write its function in this file with an `Alarm` as its decorator. The alarms run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -298,13 +298,9 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     if not own or not others:
         return None
     full = max(row.n for row, _ in fallen)
-
-    def any_of(masks: Iterable[np.ndarray]) -> np.ndarray:
-        return np.logical_or.reduce([np.pad(mask, (0, full - len(mask))) for mask in masks])
-
-    by_own = any_of(own)
-    more = {name: mask & ~by_own[: len(mask)] for name, mask in others.items()}
-    count = int(any_of(more.values()).sum())
+    by_own = np.logical_or.reduce(own)
+    more = {name: mask & ~by_own for name, mask in others.items()}
+    count = int(np.logical_or.reduce(list(more.values())).sum())
     best = max(more, key=lambda name: int(more[name].sum()))
     text = (
         f"{count} of {full} images withstood every attack along the model's own gradients and fell to an attack "

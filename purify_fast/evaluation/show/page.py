@@ -58,12 +58,6 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
     rows = [row for row in report.rows if row.model == name]
     own = [row for row in rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
-    attacks = [row for row in own if row.is_attack]
-    # Only attacks on the same images are compared. Attacks on survivors got fewer images, so they are left out.
-    most = [row for row in attacks if row.n == max(each.n for each in attacks)]
-    whole = [row for row in most if not row.of_survivors]
-    fell = [~row.robust for row in whole] if len(whole) > 1 else []
-    alone = np.sum(fell, 0) == 1
     shown, count = pictured_row(evidence)
     examples = None if shown is None else shown.examples
     return {
@@ -73,13 +67,6 @@ def _model(report: Any, name: str, defence: Classifier | None) -> dict[str, Any]
         "lowest": report.headlines.get(name),
         "counted": evidence.with_counted_gradients(),
         "findings": [finding for finding in report.findings if finding.model == name],
-        "outlook": next((outlook for outlook in report.outlooks if outlook.model == name), None),
-        # A line for each attack: its name; the number of images that fell to it; for every attack, the number of images
-        # that fell to both attacks; and the number of images that fell to no other attack.
-        "overlap": [
-            (row.attack, one.sum(), [(one & other).sum() for other in fell], (one & alone).sum())
-            for row, one in zip(whole, fell, strict=False)
-        ],
         "first": [(row.attack, int(mask.sum())) for row, mask in evidence.fallen() if row.of_survivors],
         "curves": [
             (what, _curve(points, PROBED))

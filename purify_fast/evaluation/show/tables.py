@@ -12,12 +12,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..alarms import Finding
-from ..rows import Row, attack_names, model_names, one_draw
+from ..rows import Row, one_draw
 
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
@@ -191,16 +191,16 @@ def short_table(rows: Sequence[Row]) -> Table:
     return Table(["images" if name == "n" else name for name in head], body)
 
 
-def comparison(rows: Sequence[Row]) -> Table:
-    """A table with a line for each attack and a column for each model."""
-    models = model_names(rows)
-    by_name = {(row.attack, row.model): row for row in rows}
+def comparison(report: Any) -> Table:
+    """A table with a line for each attack of a `purify_fast.evaluation.Report`, and a column for each model."""
+    by_name = {(row.attack, row.model): row for row in report.rows}
 
     def cell(attack: str, model: str) -> str | Cell:
         row = by_name.get((attack, model))
         return "-" if row is None else replace(warning(row), text=percent_always(row))
 
-    return Table(["attack", *models], [[attack, *(cell(attack, m) for m in models)] for attack in attack_names(rows)])
+    body = [[attack, *(cell(attack, model) for model in report.models)] for attack in report.attacks]
+    return Table(["attack", *report.models], body)
 
 
 def table_of_findings(findings: Sequence[Finding]) -> Table:

@@ -83,11 +83,10 @@ def fill(text: str, mark: str = "") -> str:
 def facts(report: Report) -> list[tuple[str, str]]:
     """The known facts that are needed to repeat an evaluation, by name."""
     images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
-    named = {name: report.about.get(name, "") for name in ("date", "command", "call")}
-    named |= {"images": images, "seed": report.about.get("seed", "")}
-    named |= {name: report.about.get(name, "") for name in ("model", "processor", "claim")}
+    known = report.about | {"images": images}
     words = {"call": "call in Python", "model": "hash of the model", "claim": "claimed, %"}
-    return [(words.get(name, name), value) for name, value in named.items() if value]
+    names = ("date", "command", "call", "images", "seed", "model", "processor", "claim")
+    return [(words.get(name, name), known[name]) for name in names if known.get(name)]
 
 
 # -- the headline -----------------------------------------------------------------------------------------------------

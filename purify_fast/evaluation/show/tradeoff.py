@@ -9,9 +9,10 @@ Pictures need matplotlib and adjustText, from the extra ``demo``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,18 +170,16 @@ def interpolate(x: np.ndarray, y: np.ndarray) -> Any:
     return PchipInterpolator(x, y)
 
 
-def linear_delta(
-    reference_x: np.ndarray, reference_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, stacklevel: int = 3
-) -> float:
+def linear_delta(reference_x: np.ndarray, reference_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:
     """The mean of the test's y minus the reference's y over the common interval of x; x must rise strictly."""
     low, high = max(reference_x[0], test_x[0]), min(reference_x[-1], test_x[-1])
     ranges = f"reference {reference_x[0]:g} to {reference_x[-1]:g}, test {test_x[0]:g} to {test_x[-1]:g}"
     if low >= high:
-        warnings.warn(f"the curves have no interval in common ({ranges}): the result is NaN", stacklevel=stacklevel)
+        warnings.warn(f"the curves have no interval in common ({ranges}): the result is NaN", stacklevel=3)
         return math.nan
     share = (high - low) / (max(reference_x[-1], test_x[-1]) - min(reference_x[0], test_x[0]))
     if share < 0.75:
-        warnings.warn(f"the curves share only {100 * share:.0f} % of their range ({ranges})", stacklevel=stacklevel)
+        warnings.warn(f"the curves share only {100 * share:.0f} % of their range ({ranges})", stacklevel=3)
     reference, test = interpolate(reference_x, reference_y), interpolate(test_x, test_y)
     return float(test.integrate(low, high) - reference.integrate(low, high)) / float(high - low)
 
@@ -260,14 +259,11 @@ def plot_tradeoff(
     # The axes extend beyond 0 and 100 only by the size of the marks.
     low, high = np.maximum(low - room, -0.4 * room), np.minimum(high + room, 100 + 0.4 * room)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    _lines_of_equal_sum(axes, low, high)
-    traced = _draw_reference(axes, x, y, reference_name) if len(x) else np.empty((0, 2))
-    for i, (center, error) in enumerate(zip(at, errors, strict=True)):
-        if error.any():
-            # An error of 0 is left out, because a bar of length 0 would still have caps.
-            xerr, yerr = (value or None for value in error)
-            axes.errorbar(*center, xerr=xerr, yerr=yerr, color=_color(i), capsize=2.5, lw=1.1, zorder=3)
-        axes.plot(*center, "o", ms=7.5, color=_color(i), mec="white", mew=0.9, zorder=4)
+    across, up = np.linspace(low, high, 100).T
+    equal_sums = axes.contour(across, up, across + up[:, None], colors="#e4e4e4", linewidths=0.8, zorder=1)
+    axes.clabel(equal_sums, fmt="SUM %g", fontsize=7, colors="#9a9a9a")
+    if len(x):
+        _draw_reference(axes, x, y, reference_name)
     axes.set_xlabel("standard accuracy, %")
     axes.set_ylabel("robust accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
@@ -275,7 +271,7 @@ def plot_tradeoff(
     axes.tick_params(color="#888888", labelsize=9)
     if title:
         axes.set_title(title, fontsize=11, pad=18)
-    _name_points(axes, list(shown), at, errors, traced)
+    _draw_points(axes, shown)
     with atomic(Path(path)) as temporary:
         figure.savefig(temporary, dpi=150)
     return True
@@ -295,56 +291,32 @@ def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
     return *check_pair(what, given[:2]), *(float(error) for error in errors)
 
 
-def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> np.ndarray:
-    """Draw the reference curve with its points; return points on the curve, ``[points, 2]``."""
+def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> None:
+    """Draw the reference curve with its points."""
     along = np.linspace(x[0], x[-1], 400)
-    traced = np.stack([along, interpolate(x, y)(along)], 1)
-    axes.plot(*traced.T, color=_GRAY, lw=1.6, zorder=2)
+    axes.plot(along, interpolate(x, y)(along), color=_GRAY, lw=1.6, zorder=2, label=name)
     axes.plot(x, y, "o", ms=4.5, color="white", mec=_GRAY, mew=1.4, zorder=2.5)
-    axes.plot([], [], "o-", color=_GRAY, lw=1.6, ms=4.5, mfc="white", mew=1.4, label=name)
     axes.legend(loc="lower left", frameon=False, fontsize=8)
-    return traced
 
 
-def _lines_of_equal_sum(axes: Any, low: np.ndarray, high: np.ndarray) -> None:
-    """Draw lines of equal SUM, with their values at the right or the upper edge."""
-    from matplotlib.ticker import MaxNLocator
-
-    for total in MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low.sum(), high.sum()):
-        axes.plot([low[0], high[0]], [total - low[0], total - high[0]], color="#e4e4e4", lw=0.8, zorder=1)
-        right, top = total - high[0], total - high[1]
-        style = {"fontsize": 7, "color": "#9a9a9a", "annotation_clip": False, "textcoords": "offset points"}
-        if low[1] <= right < high[1]:
-            axes.annotate(f"SUM {total:g}", (high[0], right), (3, 0), va="center", **style)
-        elif low[0] <= top < high[0]:
-            axes.annotate(f"SUM {total:g}", (top, high[1]), (0, 3), ha="center", **style)
-
-
-def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.ndarray, traced: np.ndarray) -> None:
-    """Write each name near its point, without overlap with points, error bars, the curve and other names."""
+def _draw_points(axes: Any, shown: Mapping[str, tuple[float, ...]]) -> None:
+    """Draw each model's point and error bars, and write its name near the point, without overlap with other names."""
     from adjustText import adjust_text
 
-    if not names:
+    if not shown:
         return
+    texts = []
+    for (name, (x, y, x_error, y_error)), color in zip(shown.items(), itertools.cycle(_COLORS), strict=False):
+        style = {"ms": 7.5, "mec": "white", "mew": 0.9, "elinewidth": 1.1}
+        axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=color, zorder=4, **style)
+        texts.append(axes.text(x, y, name, fontsize=8.5, color=color, zorder=5, in_layout=False))
     # The figure is drawn once, so that the position of every point in pixels is known.
     axes.figure.canvas.draw()
-    texts = [
-        axes.text(*point, name, fontsize=8.5, color=_color(i), zorder=5)
-        for i, (name, point) in enumerate(zip(names, at, strict=True))
-    ]
-    for text in texts:
-        text.set_in_layout(False)
-    # adjust_text moves names away from points. So an error bar is represented by nine points, and the curve by every
-    # twentieth of its points. A fixed number of iterations, instead of a time limit, always gives the same picture.
-    # With these forces the names of twenty models do not overlap.
-    along = np.linspace(-1, 1, 9)[:, None, None] * errors
-    bars = [(at + along * axis).reshape(-1, 2) for axis in (np.array([1, 0]), np.array([0, 1]))]
-    x, y = np.concatenate([*bars, traced[::20]]).T
+    # A fixed number of iterations, instead of a time limit, always gives the same picture. With these forces the names
+    # of twenty models do not overlap.
     legend = axes.get_legend()
     adjust_text(
         texts,
-        x=x,
-        y=y,
         ax=axes,
         objects=None if legend is None else [legend],
         iter_lim=ROUNDS,
@@ -353,7 +325,3 @@ def _name_points(axes: Any, names: Sequence[str], at: np.ndarray, errors: np.nda
         force_explode=(0.2, 0.8),
         arrowprops={"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "zorder": 2.8},
     )
-
-
-def _color(i: int) -> str:
-    return _COLORS[i % len(_COLORS)]

@@ -215,7 +215,6 @@ def _only(merged: Report, model: str) -> Report:
         [row for row in merged.rows if row.model == model],
         about=merged.about,
         findings=[finding for finding in merged.findings if finding.model == model],
-        outlooks=[outlook for outlook in merged.outlooks if outlook.model == model],
         curves={name: curves for name, curves in merged.curves.items() if name == model},
     )
 
