@@ -512,6 +512,9 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
+                # Skip plain values and tuples of them to save time: every step of a training asks for these modules.
+                if type(value) in _SIMPLE or (type(value) is tuple and _SIMPLE.issuperset(map(type, value))):
+                    continue
                 place = ".".join(filter(None, (outer, path, name)))
                 for inner, part in [(place, value)] if isinstance(value, nn.Module) else used_modules(value, place):
                     if id(part) not in known:
