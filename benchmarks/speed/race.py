@@ -71,7 +71,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             job = chosen.make(device, quick)
             commands = {
                 "result": lambda: job.result().double().cpu().numpy(),
-                "time": lambda: seconds([job.run], device) / job.times,
+                "time": lambda: seconds([job.run], device),
                 "flops": lambda: counted(job.run)[2],
                 "memory": lambda: allocated(job.run, device),
                 "rate": lambda: _matrix_rate(device, effort.matrix),
@@ -207,7 +207,7 @@ def race(
             "p20": f"{1e3 * quantile(runs, 1):.2f}",
             "p80": f"{1e3 * quantile(runs, 4):.2f}",
             "speed_up": f"{first / median:.2f}",
-            "share_of_matrix_rate": "" if case.contestants[label].less_work else f"{flops / median / rate:.3f}",
+            "share_of_matrix_rate": f"{flops / median / rate:.3f}" if case.contestants[label].compared else "",
         }
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
         row |= numbers if right.get(label) else dict.fromkeys(numbers, "")

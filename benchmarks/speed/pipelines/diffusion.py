@@ -235,10 +235,8 @@ def _sde() -> dict[str, Contestant]:
     adjoint = {}
     if find_spec("torchsde"):
         adjoint = {
-            "torchsde's adjoint": Contestant(_adjoint, True, less_work=True, compared=False),
-            "torchsde's adjoint, bfloat16": Contestant(
-                partial(autocast, _adjoint), True, less_work=True, compared=False
-            ),
+            "torchsde's adjoint": Contestant(_adjoint, True, compared=False),
+            "torchsde's adjoint, bfloat16": Contestant(partial(autocast, _adjoint), True, compared=False),
         }
     kept = {"plain": "plain, checkpointed", "plain, bfloat16": "plain, checkpointed, bfloat16"}
     first = {shown: plain[label] for label, shown in kept.items()}
