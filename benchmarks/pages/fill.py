@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import RESULTS
-from ..gpu import instructions, launches, roofline
+from ..gpu import launches
 from ..kept import machines
 from ..options import Unfit
 from ..prose import wrapped
@@ -43,22 +43,12 @@ _VALUE = re.compile(
     rf"(?P<begin><!-- value: (?P<study>[^/>]+)/(?P<model>[^/>]+)/(?P<key>[^>]+?) -->){_BODY}(?P<end><!-- end -->)", re.S
 )
 _BEGIN = re.compile(r"<!-- (?:table|value): .*")
-#: The beginnings of the names of compared implementations, with the words that pages use for them.
-NAMES = {"ours": "", "bank, whole run": ", with a bank, mean of 200 epochs", "bank": ", with a full bank"}
 
 
 def every_page() -> list[Path]:
     """Return the paths of all Markdown pages that people write: in the root, in examples and in docs."""
     project = sorted(ROOT.glob("*.md"))
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def shown(contestant: str) -> str:
-    """Return the name of a compared implementation on a page."""
-    for name, words in NAMES.items():
-        if contestant.startswith(name):
-            return f"**purify_fast{words}{contestant[len(name) :]}**"
-    return contestant
 
 
 def pipelines(results: Path, *wanted: str) -> list[str]:
@@ -80,7 +70,8 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
     body = []
     for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        line = [shown(contestant)]
+        ours = contestant.startswith("ours")
+        line = [f"**purify_fast{contestant.removeprefix('ours')}**" if ours else contestant]
         for pipeline, case, _ in cases:
             row = times.get((pipeline, case, contestant))
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
@@ -108,9 +99,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
     "performance_devices": performance.devices,
     "measured": performance.chapters,
-    "instructions": instructions.table,
     "launches": launches.table,
-    "roofline": roofline.table,
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,

@@ -43,9 +43,8 @@ GPUS = {
 }
 #: The share of a GPU's rate of FLOP that convolutions are assumed to reach.
 SHARE = 0.6
-#: Seconds per launch. EAGER: the host launches an operator and its backward pass. REPLAYED: the device starts a kernel
-#: of a captured graph.
-EAGER, REPLAYED = 9e-6, 1.3e-6
+#: Seconds in which the host launches an operator and its backward pass.
+EAGER = 9e-6
 
 
 class _NoModules(SimpleNamespace):
@@ -130,11 +129,6 @@ class Cost(NamedTuple):
     launches: float
     bytes: float
     flop: float
-
-    def line(self, other: Cost, share: float) -> Cost:
-        """Interpolate bytes and FLOP linearly between this cost (share 0) and another (share 1)."""
-        moved, flop = (a + (b - a) * share for a, b in ((self.bytes, other.bytes), (self.flop, other.flop)))
-        return Cost(other.launches, moved, flop)
 
     def plus(self, other: Cost) -> Cost:
         """The cost of both calls, one after the other."""
