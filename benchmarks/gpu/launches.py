@@ -37,7 +37,6 @@ from ..speed import sheets
 FILE = "launches.csv"
 SHAPE, EPS = (1, 16, 16), 0.1
 Served = Literal["references", "by rule", "by rule, captured", "all kernels"]
-CPU = torch.device("cpu")
 #: The module of contextual attention. It is imported by name, because `purify_fast.ops` has a function of that name.
 attention = import_module("purify_fast.ops.contextual_attention")
 
@@ -164,15 +163,11 @@ def count(make: Callable[[], Any], by: Served) -> int:
     return launches.count + replays.replayed
 
 
-def measured() -> list[dict[str, Any]]:
-    """Return a row of the results file for each training."""
-    return [{"training": name, **{by: count(make, by) for by in get_args(Served)}} for name, make in TRAININGS.items()]
-
-
 def write(results: Path) -> Path:
     """Count the operators, and write ``launches.csv`` into the folder of results. Return the path of the file."""
     path = results / FILE
-    sheets.write_csv(path, measured())
+    rows = [{"training": name, **{by: count(make, by) for by in get_args(Served)}} for name, make in TRAININGS.items()]
+    sheets.write_csv(path, rows)
     return path
 
 

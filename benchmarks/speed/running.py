@@ -173,8 +173,7 @@ def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
         parser: parser of the command.
         known: names of the ops or pipelines that can be measured.
     """
-    which = f"names to measure; default: all. Names: {', '.join(known)}"
-    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(known), help=which)
+    options.add_names(parser, known, what="names to measure")
     options.add_device(parser)
     options.add_out(parser, "/<device>")
 
