@@ -141,10 +141,12 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
     budget = context.budget()
     with float32_products():
         budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
-    return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows))
+    # Only the section `verdicts` has the column "passed".
+    wrong = {row["part"]: row["case"] for row in rows if str(row.get("passed")) == "False"}
+    return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows), wrong)
 
 
-def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] | None = None) -> Outcome:
+def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) -> Outcome:
     """Return the outcome of a section.
 
     Args:
@@ -153,8 +155,9 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] |
         some: True if at least one row was measured. Otherwise the section has failed.
         wrong: messages about wrong results. If there are any, the section has failed.
     """
-    errors = {**(budget.failed or {}), **(wrong or {})}
-    summary += f", {len(wrong or {})} wrong, {len(budget.failed or {})} with an error, {len(budget.left_out)} left out"
+    failed = budget.failed or {}
+    errors = failed | wrong
+    summary += f", {len(wrong)} wrong, {len(failed)} with an error, {len(budget.left_out)} left out"
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
@@ -248,13 +251,7 @@ def verdicts(context: Context) -> Outcome:
         verdict = verify.verdict_of(op, Call(context.device))
         return {"op": op.name, **asdict(verdict), "passed": verdict.passed}
 
-    outcome = measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
-    rows = sheets.rows_of(context.out / VERDICTS)
-    wrong = {row["op"]: row["case"] for row in rows if row["passed"] != "True"}
-    outcome.summary += f"; {len(wrong)} kernels wrong, {sum(float(row['seconds']) for row in rows):.0f} s"
-    outcome.details["errors"].update(wrong)
-    outcome.state = FAILED if wrong else outcome.state
-    return outcome
+    return measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
 
 
 def _subject(context: Context) -> contests.Subject:
