@@ -67,10 +67,7 @@ SOURCES = (
     "kernels/*.py",
     "csrc/**/*",
     "benchmarks/**/*.py",
-    "tests/gpu/*.py",
-    "tests/conftest.py",
-    "tests/cuda_launches.py",
-    "tests/training/torch_functions.py",
+    "tests/**/*.py",
     "setup.py",
 )
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
@@ -340,11 +337,10 @@ def training_steps(context: Context) -> Outcome:
     return measured(context, STEPS, work)
 
 
-def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
+def _one_replay(context: Context, race: racing.Race) -> dict:
     """Time the replays of a kernel, of its reference, and of the reference under `torch.compile`."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
-    row = racing.run_race(race, context.device)[0]
     torch._dynamo.reset()
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     calls = {
@@ -359,25 +355,17 @@ def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
     with torch.no_grad(), use_backend("reference"):
         replays = [racing.replayed(call, context.device, capture) for call in calls.values()]
         times = dict(zip(calls, racing.fastest(replays, context.device), strict=True))
-    share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
-    about = {"op": race.op, "example": race.example.name, "variant": race.example.variant, "dtype": row.dtype}
-    return {
-        **about,
-        "elements": row.elements,
-        "megabytes": row.megabytes,
-        **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
-        "share_of_copy": f"{share:.3f}" if share else "",
-    }
+    named = dict(zip(("op", "example", "variant", "dtype", "size"), (race.op, *race.key), strict=True))
+    return named | {f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()}
 
 
 def replays(context: Context) -> Outcome:
     """Time replays of each kernel on large tensors, by variant and layout, in bfloat16 if the op supports it."""
-    copied = limits.read(context.out).get((timing.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
     for op in _with_kernels(context.device):
         for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):
             if race.size == size:
-                work[race.words()] = partial(_one_replay, context, race, copied)
+                work[race.words()] = partial(_one_replay, context, race)
     return measured(context, REPLAYS, work)
 
 

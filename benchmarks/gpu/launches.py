@@ -46,22 +46,18 @@ def _batch() -> Batch:
     return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
 
 
-def _small() -> SmallCNN:
-    return SmallCNN(width=4)
-
-
 def _arrest(steps: int) -> ArrestTask:
     attack = TrainingAttack(eps=EPS, steps=steps, alpha=EPS / min(4, steps))
-    return ArrestTask(_small(), ArrestConfig(attack=attack), SHAPE)
+    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack), SHAPE)
 
 
 def _carso(target: str, steps: int) -> CarsoTask:
-    made = Carso(_small(), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
     return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=steps)))
 
 
 def _atop(target: str, steps: int) -> AtopTask:
-    defence = Atop(_small(), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    defence = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     attack, method = TrainingAttack(eps=EPS, steps=steps), "fgsm" if target == "classifier" else "pgd"
     return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 

@@ -241,8 +241,8 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
         measured.append((op, case.variant, style))
         columns = dict.fromkeys(("runs", "device", "threads", "torch", "triton", "GB_per_s"), "1")
         times = dict.fromkeys((f"{kind}_us" for kind in timing.CONTESTANTS), "1")
-        row = dict(zip(running.KEY, running.key(op, case, direction, style, "cpp"), strict=True))
-        return row | times | columns | {"ratio": "1.000", "verdict": "best"}
+        row = dict(zip(running.KEY, running.key(op, case, direction, style), strict=True))
+        return row | times | columns | {"backend": "cpp", "ratio": "1.000", "verdict": "best"}
 
     monkeypatch.setattr(timing, "measure", fake)
     running.run_ops(["apgd_step"], CPU, True, tmp_path)

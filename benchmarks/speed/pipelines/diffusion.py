@@ -246,17 +246,12 @@ def _gradients() -> dict[str, Contestant]:
     occupies its memory while the others are timed. Therefore plain in float32, which needs the most memory, is measured
     only with checkpoints. Otherwise too little memory would remain for the activations of ours.
     """
-    forms = {
-        keep: columns(partial(_plain, gradient=True, keep=keep), partial(_ours, gradient=True), captured=False)
-        for keep in (False, True)
-    }
-    half = ("plain, bfloat16", "torch.compile of plain, bfloat16")
-    checkpointed = {label.replace("plain", "plain, checkpointed", 1): forms[False][label] for label in ("plain", *half)}
-    again = columns(partial(_plain, gradient=True), partial(_ours, gradient=True, keep=0), captured=False)
-    ours = ("ours", "ours, compiled")
+    stored = columns(partial(_plain, gradient=True), partial(_ours, gradient=True), captured=False)
+    again = columns(partial(_plain, gradient=True, keep=False), partial(_ours, gradient=True, keep=0), captured=False)
+    half, ours = ("plain, bfloat16", "torch.compile of plain, bfloat16"), ("ours", "ours, compiled")
     return (
-        checkpointed
-        | {label: forms[True][label] for label in (*half, *ours)}
+        {label.replace("plain", "plain, checkpointed", 1): again[label] for label in ("plain", *half)}
+        | {label: stored[label] for label in (*half, *ours)}
         | {f"{label}, each step again": again[label] for label in ours}
     )
 
