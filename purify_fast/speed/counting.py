@@ -130,6 +130,11 @@ class Cost(NamedTuple):
     bytes: float
     flop: float
 
+    def line(self, other: Cost, share: float) -> Cost:
+        """Interpolate bytes and FLOP linearly between this cost (share 0) and another (share 1)."""
+        moved, flop = (a + (b - a) * share for a, b in ((self.bytes, other.bytes), (self.flop, other.flop)))
+        return Cost(other.launches, moved, flop)
+
     def plus(self, other: Cost) -> Cost:
         """The cost of both calls, one after the other."""
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
