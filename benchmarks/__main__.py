@@ -10,7 +10,7 @@ from typing import Any
 
 from purify_fast._files import FolderInUse
 
-from .gpu import gpu_check, instructions, roofline
+from .gpu import gpu_check
 from .options import Unfit, add_device
 from .pages import fill
 from .robustness import contests, pack_zoo
@@ -39,10 +39,8 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "robust_networks": (robust_networks, "train a robust network for the comparison of attacks"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
-    "instructions": (instructions, "count the machine instructions of the GPU kernels; needs no GPU"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "diffusion_picture": (diffusion_picture, "draw an image that is noised, denoised step by step and purified"),
-    "roofline": (roofline, "model the time of an attack's step on an H100, from counted work"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=add_device),
         "put the kernel choices that purify-fast tune made on this machine into the package",

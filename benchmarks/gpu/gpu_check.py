@@ -53,10 +53,6 @@ from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 
 #: A section is killed this many seconds after its time limit, on a GPU and in a rehearsal.
 GRACE = (20.0, 5.0)
-#: The names of the sections in each part.
-PARTS = {
-    part: [name for name, section in SECTIONS.items() if section.part == part] for part in ("tests", "ops", "pipelines")
-}
 #: The time limit of each part in seconds, on a GPU and in a rehearsal.
 TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
 
@@ -143,9 +139,8 @@ def table(results: dict[str, dict | None]) -> list[str]:
 
 def page(results: dict[str, dict | None], mark: dict) -> str:
     """Return the report as Markdown: the table of the sections, the omitted work, and the failures."""
-    there = {name: result for name, result in results.items() if result is not None}
     template, today = Path(__file__).with_name("gpu_check.md.jinja"), datetime.date.today().isoformat()
-    return rendered(template, mark=mark, today=today, table=table(results), results=there)
+    return rendered(template, mark=mark, today=today, table=table(results), results=results)
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
@@ -178,10 +173,10 @@ def why_no_device() -> str:
     return f"the driver names {torch.cuda.device_count()} devices; {built}"
 
 
-def _begin(name: str, out: Path, mark: dict, redo: bool) -> None:
+def _begin(name: str, out: Path, mark: dict) -> None:
     """Record that a section has begun, and remove its outdated results."""
     begun = out / "gpu_check" / f"{name}.begun"
-    if redo or not begun.exists() or json.loads(begun.read_text()) != mark:
+    if not begun.exists() or json.loads(begun.read_text()) != mark:
         for file in SECTIONS[name].files:
             (out / file).unlink(missing_ok=True)
         for path in (out / "gpu_check").glob(f"{name}.outcomes*"):
@@ -199,27 +194,26 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
     """Run those of the chosen sections that are not complete. Return True if none of the chosen sections failed."""
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began, dry = fingerprint(device, chosen.dry), time.monotonic(), chosen.dry
-    total = chosen.total or sum(TOTALS[part][dry] for part in chosen.parts or PARTS)
+    total = sum(TOTALS[part][dry] for part in chosen.parts)
     paths = {name: out / "gpu_check" / f"{name}.json" for name in SECTIONS}
     results = {name: done(path, mark) for name, path in paths.items()}
-    asked = chosen.only or [name for part in chosen.parts or PARTS for name in PARTS[part]]
-    wanted = [name for name in SECTIONS if name in asked and (chosen.redo or not complete(results[name]))]
+    asked = [name for name, section in SECTIONS.items() if section.part in chosen.parts and name in chosen.only]
+    wanted = [name for name in asked if not complete(results[name])]
     for name in (progress := tqdm(wanted, unit="section", file=sys.stderr)):
         progress.set_description(name)
         left = total - (time.monotonic() - began) - GRACE[dry]
-        limit = min(chosen.seconds or SECTIONS[name].limits[dry], left)
+        limit = min(SECTIONS[name].limits[dry], left)
         if limit < 5:
             text = f"{name}: left out, because the time limit of {total:.0f} s for all sections is reached"
             progress.write(text, file=sys.stderr)
             continue
-        _begin(name, out, mark, chosen.redo)
-        built = done(paths["extension"], mark)
+        _begin(name, out, mark)
+        built = results["extension"]
         if built and built["details"].get("path"):
             os.environ["PURIFY_FAST_EXTENSION"] = built["details"]["path"]
-        results[name] = run_section(name, Context(out, device, dry, limit, chosen.data)) | {
-            "fingerprint": mark,
-            "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        }
+        date = datetime.datetime.now().isoformat(timespec="seconds")
+        outcome = run_section(name, Context(out, device, dry, limit, chosen.data))
+        results[name] = outcome | {"fingerprint": mark, "date": date}
         write_text(paths[name], json.dumps(results[name], indent=1) + "\n")
         write_text(out / "gpu_check.md", page(results, mark))
     write_text(out / "gpu_check.md", page(results, mark))
@@ -231,25 +225,13 @@ def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks gpu_check``."""
-    parts, sections = ", ".join(PARTS), ", ".join(SECTIONS)
-    which = f"parts to run; default: all, one after the other. Parts: {parts}"
-    parser.add_argument("parts", nargs="*", metavar="part", type=options.one_of(PARTS), help=which)
-    parser.add_argument(
-        "--dry",
-        action="store_true",
-        help="rehearse every section on the CPU; the numbers mean nothing",
-    )
+    options.add_names(parser, TOTALS, "parts", "parts to run, one after the other")
+    dry = "rehearse every section on the CPU; the numbers mean nothing"
+    parser.add_argument("--dry", action="store_true", help=dry)
     parser.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/<device>")
-    only = f"run only these sections. Sections: {sections}"
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[], metavar="section", help=only)
-    parser.add_argument("--redo", action="store_true", help="also repeat finished sections")
-    seconds = "time limit of each section in seconds; the default depends on the section"
-    parser.add_argument("--seconds", type=options.seconds, help=seconds)
-    total = "time limit of all sections together in seconds; default: 540 for each part"
-    parser.add_argument("--total", type=options.seconds, help=total)
-    parser.add_argument(
-        "--data", type=Path, help="folder with CIFAR-10, or path of an .npz file; default: the current folder"
-    )
+    options.add_names(parser, SECTIONS, "--only", "sections of these parts to run")
+    data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"
+    parser.add_argument("--data", type=Path, help=data)
 
 
 def main(chosen: argparse.Namespace) -> bool:

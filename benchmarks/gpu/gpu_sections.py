@@ -67,10 +67,7 @@ SOURCES = (
     "kernels/*.py",
     "csrc/**/*",
     "benchmarks/**/*.py",
-    "tests/gpu/*.py",
-    "tests/conftest.py",
-    "tests/cuda_launches.py",
-    "tests/training/torch_functions.py",
+    "tests/**/*.py",
     "setup.py",
 )
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
@@ -141,10 +138,12 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
     budget = context.budget()
     with float32_products():
         budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
-    return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows))
+    # Only the section `verdicts` has the column "passed".
+    wrong = {row["part"]: row["case"] for row in rows if str(row.get("passed")) == "False"}
+    return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows), wrong)
 
 
-def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] | None = None) -> Outcome:
+def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) -> Outcome:
     """Return the outcome of a section.
 
     Args:
@@ -153,8 +152,9 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str] |
         some: True if at least one row was measured. Otherwise the section has failed.
         wrong: messages about wrong results. If there are any, the section has failed.
     """
-    errors = {**(budget.failed or {}), **(wrong or {})}
-    summary += f", {len(wrong or {})} wrong, {len(budget.failed or {})} with an error, {len(budget.left_out)} left out"
+    failed = budget.failed or {}
+    errors = failed | wrong
+    summary += f", {len(wrong)} wrong, {len(failed)} with an error, {len(budget.left_out)} left out"
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
@@ -248,13 +248,7 @@ def verdicts(context: Context) -> Outcome:
         verdict = verify.verdict_of(op, Call(context.device))
         return {"op": op.name, **asdict(verdict), "passed": verdict.passed}
 
-    outcome = measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
-    rows = sheets.rows_of(context.out / VERDICTS)
-    wrong = {row["op"]: row["case"] for row in rows if row["passed"] != "True"}
-    outcome.summary += f"; {len(wrong)} kernels wrong, {sum(float(row['seconds']) for row in rows):.0f} s"
-    outcome.details["errors"].update(wrong)
-    outcome.state = FAILED if wrong else outcome.state
-    return outcome
+    return measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
 
 
 def _subject(context: Context) -> contests.Subject:
@@ -343,11 +337,10 @@ def training_steps(context: Context) -> Outcome:
     return measured(context, STEPS, work)
 
 
-def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
+def _one_replay(context: Context, race: racing.Race) -> dict:
     """Time the replays of a kernel, of its reference, and of the reference under `torch.compile`."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
-    row = racing.run_race(race, context.device)[0]
     torch._dynamo.reset()
     compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
     calls = {
@@ -362,25 +355,17 @@ def _one_replay(context: Context, race: racing.Race, copied: float) -> dict:
     with torch.no_grad(), use_backend("reference"):
         replays = [racing.replayed(call, context.device, capture) for call in calls.values()]
         times = dict(zip(calls, racing.fastest(replays, context.device), strict=True))
-    share = 1e6 * row.megabytes / times["kernel"] / copied if copied else 0.0
-    about = {"op": race.op, "example": race.example.name, "variant": race.example.variant, "dtype": row.dtype}
-    return {
-        **about,
-        "elements": row.elements,
-        "megabytes": row.megabytes,
-        **{f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()},
-        "share_of_copy": f"{share:.3f}" if share else "",
-    }
+    named = dict(zip(("op", "example", "variant", "dtype", "size"), (race.op, *race.key), strict=True))
+    return named | {f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()}
 
 
 def replays(context: Context) -> Outcome:
     """Time replays of each kernel on large tensors, by variant and layout, in bfloat16 if the op supports it."""
-    copied = limits.read(context.out).get((timing.environment(context.device)["device"], limits.COPY), 0.0)
     size, work = "small" if context.dry else "large", {}
     for op in _with_kernels(context.device):
         for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):
             if race.size == size:
-                work[race.words()] = partial(_one_replay, context, race, copied)
+                work[race.words()] = partial(_one_replay, context, race)
     return measured(context, REPLAYS, work)
 
 

@@ -37,7 +37,6 @@ from ..speed import sheets
 FILE = "launches.csv"
 SHAPE, EPS = (1, 16, 16), 0.1
 Served = Literal["references", "by rule", "by rule, captured", "all kernels"]
-CPU = torch.device("cpu")
 #: The module of contextual attention. It is imported by name, because `purify_fast.ops` has a function of that name.
 attention = import_module("purify_fast.ops.contextual_attention")
 
@@ -47,22 +46,18 @@ def _batch() -> Batch:
     return Batch(x, torch.arange(16) % 10, torch.arange(16), 7, 0, 10)
 
 
-def _small() -> SmallCNN:
-    return SmallCNN(width=4)
-
-
 def _arrest(steps: int) -> ArrestTask:
     attack = TrainingAttack(eps=EPS, steps=steps, alpha=EPS / min(4, steps))
-    return ArrestTask(_small(), ArrestConfig(attack=attack), SHAPE)
+    return ArrestTask(SmallCNN(width=4), ArrestConfig(attack=attack), SHAPE)
 
 
 def _carso(target: str, steps: int) -> CarsoTask:
-    made = Carso(_small(), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
+    made = Carso(SmallCNN(width=4), ["conv2", "hidden"], SHAPE, 8, 4, 2, decoder_width=2)
     return CarsoTask(made, CarsoConfig(attack_target=target, attack=TrainingAttack(eps=EPS, steps=steps)))
 
 
 def _atop(target: str, steps: int) -> AtopTask:
-    defence = Atop(_small(), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
+    defence = Atop(SmallCNN(width=4), SmallGenerator(1, width=2), SHAPE, block=4, sigma=0.1)
     attack, method = TrainingAttack(eps=EPS, steps=steps), "fgsm" if target == "classifier" else "pgd"
     return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 
@@ -164,15 +159,11 @@ def count(make: Callable[[], Any], by: Served) -> int:
     return launches.count + replays.replayed
 
 
-def measured() -> list[dict[str, Any]]:
-    """Return a row of the results file for each training."""
-    return [{"training": name, **{by: count(make, by) for by in get_args(Served)}} for name, make in TRAININGS.items()]
-
-
 def write(results: Path) -> Path:
     """Count the operators, and write ``launches.csv`` into the folder of results. Return the path of the file."""
     path = results / FILE
-    sheets.write_csv(path, measured())
+    rows = [{"training": name, **{by: count(make, by) for by in get_args(Served)}} for name, make in TRAININGS.items()]
+    sheets.write_csv(path, rows)
     return path
 
 

@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import RESULTS
-from ..gpu import instructions, launches, roofline
+from ..gpu import launches
 from ..kept import machines
 from ..options import Unfit
 from ..prose import wrapped
@@ -43,22 +43,12 @@ _VALUE = re.compile(
     rf"(?P<begin><!-- value: (?P<study>[^/>]+)/(?P<model>[^/>]+)/(?P<key>[^>]+?) -->){_BODY}(?P<end><!-- end -->)", re.S
 )
 _BEGIN = re.compile(r"<!-- (?:table|value): .*")
-#: The beginnings of the names of compared implementations, with the words that pages use for them.
-NAMES = {"ours": "", "bank, whole run": ", with a bank, mean of 200 epochs", "bank": ", with a full bank"}
 
 
 def every_page() -> list[Path]:
     """Return the paths of all Markdown pages that people write: in the root, in examples and in docs."""
     project = sorted(ROOT.glob("*.md"))
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def shown(contestant: str) -> str:
-    """Return the name of a compared implementation on a page."""
-    for name, words in NAMES.items():
-        if contestant.startswith(name):
-            return f"**purify_fast{words}{contestant[len(name) :]}**"
-    return contestant
 
 
 def pipelines(results: Path, *wanted: str) -> list[str]:
@@ -80,7 +70,8 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
     body = []
     for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        line = [shown(contestant)]
+        ours = contestant.startswith("ours")
+        line = [f"**purify_fast{contestant.removeprefix('ours')}**" if ours else contestant]
         for pipeline, case, _ in cases:
             row = times.get((pipeline, case, contestant))
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
@@ -108,9 +99,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
     "performance_devices": performance.devices,
     "measured": performance.chapters,
-    "instructions": instructions.table,
     "launches": launches.table,
-    "roofline": roofline.table,
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
@@ -150,28 +139,22 @@ def value(study: str, model: str, key: str, results: Path) -> str:
         ValueError: the results contain no such number.
     """
     if study == "cpu":
-        for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES):
-            if (f"{row['pipeline']}, {row['case']}", row["contestant"]) == (model, key):
-                return row["speed_up"]
-        raise ValueError(_unknown_value(study, model, key, f"results/cpu/{sheets.PIPELINES}"))
-    folder = results / "studies"
-    if (folder / f"{study}.json").is_file():
-        place = f"results/studies/{study}.json"
-        rows = json.loads((folder / f"{study}.json").read_text())
+        place = f"cpu/{sheets.PIPELINES}"
+        own = [row for row in sheets.read_csv(results / place) if f"{row['pipeline']}, {row['case']}" == model]
+        found = [float(row["speed_up"]) for row in own if row["contestant"] == key and row["ms"]]
+    elif (results / f"studies/{study}.json").is_file():
+        place = f"studies/{study}.json"
+        rows = json.loads((results / place).read_text())
         found = [row[key] for row in rows if row["name"] == model and key in row]
     else:
-        place = f"results/studies/{study}/report.json"
-        rows = json.loads((folder / study / "report.json").read_text())["rows"]
+        place = f"studies/{study}/report.json"
+        rows = json.loads((results / place).read_text())["rows"]
         found = [row["accuracy"] for row in rows if (row["model"], row["attack"]) == (model, key)]
     if not found:
-        raise ValueError(_unknown_value(study, model, key, place))
-    return f"{100 * statistics.fmean(found):.1f}"
-
-
-def _unknown_value(study: str, model: str, key: str, place: str) -> str:
-    """Return the message of an error: a comment in a page names a number that the results do not contain."""
-    comment = f"<!-- value: {study}/{model}/{key} -->"
-    return f"{comment} names no number in {place}: correct the comment, or run the study again"
+        comment = f"<!-- value: {study}/{model}/{key} -->"
+        raise ValueError(f"{comment} names no number in results/{place}: correct the comment, or run the study again")
+    mean = statistics.fmean(found)
+    return f"{mean:.2f}" if study == "cpu" else f"{100 * mean:.1f}"
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:
@@ -331,7 +314,6 @@ def check(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks report``."""
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of results; default: benchmarks/results/*")
     parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; check that README and docs agree with the results"
@@ -344,16 +326,10 @@ def main(chosen: argparse.Namespace) -> bool | None:
         problems = check(RESULTS)
         print("\n".join(problems) or "README and docs agree with the results files, and their local links are valid.")
         return not problems
-    try:
-        for path in chosen.folders or sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
-            print(*sheets.report(path), sep="\n")
-    except FileNotFoundError as error:
-        raise Unfit(str(error)) from error
+    for folder in sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
+        sheets.report(folder)
     if chosen.count:
         print(launches.write(RESULTS))
-    # The pages show only the committed results, so do not write them for results in other folders.
-    if any(RESULTS not in path.resolve().parents for path in chosen.folders):
-        return None
     front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
     publish()
     return None

@@ -77,15 +77,12 @@ def counted() -> list[str]:
 
 def _rates(folder: Path, rows: list[dict], races: list[dict]) -> dict[str, tuple[float | None, float | None]]:
     """Return bytes/s of a copy and FLOP/s of a product for each device. A rate that was not measured is None."""
-    measured = limits.read(folder)
-    raced = {
-        device: max(1e9 * float(row["matrix_GFLOP_per_s"]) for row in races if row["device"] == device)
-        for device in {row["device"] for row in races}
-    }
-    return {
-        device: (measured.get((device, limits.COPY)), measured.get((device, limits.PRODUCT)) or raced.get(device))
-        for device in dict.fromkeys(row["device"] for row in (*rows, *races))
-    }
+    measured, rates = limits.read(folder), {}
+    for device in dict.fromkeys(row["device"] for row in (*rows, *races)):
+        raced = [1e9 * float(row["matrix_GFLOP_per_s"]) for row in races if row["device"] == device]
+        product = measured.get((device, limits.PRODUCT)) or max(raced, default=None)
+        rates[device] = measured.get((device, limits.COPY)), product
+    return rates
 
 
 def _measured_on(rows: list[dict]) -> str:

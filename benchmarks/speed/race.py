@@ -14,7 +14,8 @@ import multiprocessing
 import statistics
 import time
 import traceback
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 
@@ -71,7 +72,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             job = chosen.make(device, quick)
             commands = {
                 "result": lambda: job.result().double().cpu().numpy(),
-                "time": lambda: seconds([job.run], device) / job.times,
+                "time": lambda: seconds([job.run], device),
                 "flops": lambda: counted(job.run)[2],
                 "memory": lambda: allocated(job.run, device),
                 "rate": lambda: _matrix_rate(device, effort.matrix),
@@ -143,13 +144,10 @@ def race(
     """
     effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
     together = device.type == "cuda"
-    if together:
-        # A short pause is enough on a GPU, because the other contestants have no spinning threads.
-        effort = replace(effort, pause=0.02)
+    # A short pause is enough on a GPU, because the other contestants have no spinning threads.
+    pause = 0.02 if together else effort.pause
     processes: dict[str, _Process] = {}
-    right, times, rates = {}, {}, []
-    shares: dict[str, list[float]] = {}
-    most: dict[str, int] = {}
+    right: dict[str, bool] = {}
 
     def prepare(label: str) -> None:
         processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
@@ -164,10 +162,8 @@ def race(
         for label in order if together else ():
             prepare(label)
         for label in order:
-            if not together and (label in needed or time.monotonic() < end):
+            if not together:
                 prepare(label)
-            if label not in processes:
-                continue
             left = math.inf if label in needed else end - time.monotonic()
             try:
                 result = torch.from_numpy(processes[label].answer("result", left))
@@ -178,21 +174,21 @@ def race(
             truth = result if truth is None else truth
             distance = float((result - truth).norm() / truth.norm())
             right[label] = not case.contestants[label].compared or distance <= case.tolerance
-            times[label] = []
+        times: dict[str, list[float]] = {label: [] for label in processes}
+        rates, shares = [], defaultdict(list)
         flops = processes["ours"].ask("flops")
         processes["ours"].ask("parts")
         for _ in range(effort.runs):
             for label, process in processes.items():
-                time.sleep(effort.pause)
+                time.sleep(pause)
                 times[label].append(process.ask("time"))
                 # Time the parts directly after the whole, because the speed of the machine changes over time.
                 if label == "ours":
                     for part, spent in process.ask("parts").items():
-                        shares.setdefault(part, []).append(spent / times[label][-1])
-            time.sleep(effort.pause)
+                        shares[part].append(spent / times[label][-1])
+            time.sleep(pause)
             rates.append(processes["ours"].ask("rate"))
-        for label, process in processes.items():
-            most[label] = process.ask("memory")
+        most = {label: process.ask("memory") for label, process in processes.items()}
     finally:
         for process in processes.values():
             process.end(at_once=len(right) < len(processes))
@@ -207,12 +203,13 @@ def race(
             "p20": f"{1e3 * quantile(runs, 1):.2f}",
             "p80": f"{1e3 * quantile(runs, 4):.2f}",
             "speed_up": f"{first / median:.2f}",
-            "share_of_matrix_rate": "" if case.contestants[label].less_work else f"{flops / median / rate:.3f}",
+            "share_of_matrix_rate": f"{flops / median / rate:.3f}" if case.contestants[label].compared else "",
         }
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
         row |= numbers if right.get(label) else dict.fromkeys(numbers, "")
-        verdict = "left out" if label not in right else "right" if right[label] else "wrong"
-        verdict = verdict if case.contestants[label].compared else "not compared"
+        verdict = {None: "left out", False: "wrong", True: "right"}[right.get(label)]
+        if label in right and not case.contestants[label].compared:
+            verdict = "not compared"
         row |= {"verdict": verdict, "parts": parts if label == "ours" else ""}
         row["peak_MB"] = f"{most[label] / 1e6:.0f}" if right.get(label) else ""
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}

@@ -26,7 +26,7 @@ from . import limits, pipelines, race, sheets, timing
 from .ops import Case, registry
 
 #: The columns that together identify a row of ops.csv.
-KEY = ("op", "variant", "shape", "dtype", "direction", "style", "backend")
+KEY = ("op", "variant", "shape", "dtype", "direction", "style")
 
 
 def device_class(device: torch.device) -> str:
@@ -84,17 +84,11 @@ def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: boo
     return rows
 
 
-def key(op: str, case: Case, direction: str, style: str, backend: str = "") -> tuple[str, ...]:
-    return op, *case.named.values(), direction, style, backend
+def key(op: str, case: Case, direction: str, style: str) -> tuple[str, ...]:
+    return op, *case.named.values(), direction, style
 
 
-def run_ops(
-    names: list[str],
-    device: torch.device,
-    quick: bool,
-    out: Path,
-    budget: Budget | None = None,
-) -> None:
+def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
     """Measure ops, and write ops.csv after every row. Existing rows of other ops are kept.
 
     Args:
@@ -112,29 +106,18 @@ def run_ops(
     kept = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path)}
     if not budget.resume:
         kept = {at: row for at, row in kept.items() if at[0] not in names}
-    order = {key(*row[1:])[:-1]: i for i, row in enumerate(_rows(ops, list(ops), False))}
-    backends = {}
-    for name in names:
-        try:
-            backends[name] = timing.backend_of(name, device)
-        except RuntimeError as error:
-            # Without a kernel for this op, the other ops can still be measured.
-            if budget.failed is None:
-                raise
-            budget.failed[name] = str(error)
-    names = list(backends)
+    order = {key(*row[1:]): i for i, row in enumerate(_rows(ops, list(ops), False))}
     bandwidth = limits.read(out).get((timing.environment(device)["device"], limits.COPY))
-    work = [row for row in _rows(ops, names, quick) if key(*row[1:], backends[row[1]]) not in kept]
-    if budget.seconds < math.inf:
-        # Within a time limit, measure the first case of every op first, and eager calls before graphs.
-        work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
+    work = [row for row in _rows(ops, names, quick) if key(*row[1:]) not in kept]
+    # Measure the first case of every op first, and eager calls before graphs, because a time limit may end the run.
+    work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
 
     def run(rank: int, *row) -> None:
         contestants = timing.CONTESTANTS
         if device.type == "cuda" and rank == 0:
             contestants = (*contestants[:2], timing.AUTOTUNED, *contestants[2:])
-        kept[key(*row, backends[row[0]])] = timing.measure(*row, device, effort, contestants, bandwidth)
-        sheets.write_csv(path, [kept[at] for at in sorted(kept, key=lambda at: order.get(at[:-1], len(order)))])
+        kept[key(*row)] = timing.measure(*row, device, effort, contestants, bandwidth)
+        sheets.write_csv(path, [kept[at] for at in sorted(kept, key=lambda at: order.get(at, len(order)))])
 
     try:
         budget.go([(" ".join(filter(None, key(*row[1:]))), lambda row=row: run(*row)) for row in work], "row")

@@ -15,11 +15,11 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch.racing import IN_GRAPHS
+from purify_fast.ops.dispatch.racing import IN_GRAPHS, LEVEL
 
 from .. import style
 from ..prose import rendered
-from .timing import AUTOTUNED, CONTESTANTS, LEAST, STYLES
+from .timing import AUTOTUNED, CONTESTANTS, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
@@ -171,28 +171,21 @@ def markdown(rows: list[dict]) -> str:
         cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
         cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
         body.append(cells)
-    values = {"rows": rows, "gpu": gpu, "least": LEAST, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
+    values = {"rows": rows, "gpu": gpu, "least": LEVEL, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
     return rendered(PAGES / "ops.md.jinja", (measured_on, verdicts_table), **values)
 
 
-def report(folder: Path) -> list[Path]:
-    """Write the pages of ops.csv and pipelines.csv into the folder of these files. Return the paths of the pages.
+def report(folder: Path) -> None:
+    """Write the pages of ops.csv and pipelines.csv into the folder of these files.
 
     Args:
         folder: folder of a device's results.
-
-    Raises:
-        FileNotFoundError: the folder contains neither of the two files.
     """
-    pages = []
-    for file, page, write in ((ROWS, TABLE, markdown), (PIPELINES, PIPELINES_TABLE, pipelines_markdown)):
-        if rows := rows_of(folder / file):
-            write_text(folder / page, write(rows))
-            pages.append(folder / page)
-    if not pages:
-        raise FileNotFoundError(f"{folder} contains neither {ROWS} nor {PIPELINES}: give a folder of results")
-    plot_pipelines(rows, folder / PIPELINES_PLOT)
-    return pages
+    if ops := rows_of(folder / ROWS):
+        write_text(folder / TABLE, markdown(ops))
+    if raced := rows_of(folder / PIPELINES):
+        write_text(folder / PIPELINES_TABLE, pipelines_markdown(raced))
+        plot_pipelines(raced, folder / PIPELINES_PLOT)
 
 
 def ops_speedups(path: Path) -> tuple[int, float, float]:
@@ -236,21 +229,20 @@ def parts(row: dict) -> list[tuple[str, float]]:
     return [(name, float(share)) for name, share in pairs]
 
 
-def plot_pipelines(rows: list[dict], path: Path) -> bool:
+def plot_pipelines(rows: list[dict], path: Path) -> None:
     """Draw the speed of each contestant relative to the first one. A dashed line marks the best torch.compile.
+
+    Nothing is drawn if matplotlib is not installed.
 
     Args:
         rows: rows of pipelines.csv.
         path: path of the PNG file.
-
-    Returns:
-        True if the picture was drawn, and False if there are no rows or if matplotlib is not installed.
     """
     cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
     heights = [len(group) + 1.2 for group in cases.values()]
-    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8)) if cases else None
+    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
     if figure is None:
-        return False
+        return
     most = max(float(row["speed_up"]) for group in cases.values() for row in group)
     panels = figure.subplots(len(cases), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
     for axes, ((pipeline, case), group) in zip(panels[:, 0], cases.items(), strict=True):
@@ -265,7 +257,6 @@ def plot_pipelines(rows: list[dict], path: Path) -> bool:
     text = "speed relative to the first implementation (dashed line: the fastest form of torch.compile)"
     panels[-1, 0].set_xlabel(text, fontsize=8.5)
     style.save(figure, path)
-    return True
 
 
 def _colour(contestant: str) -> str:

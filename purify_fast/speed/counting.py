@@ -43,9 +43,8 @@ GPUS = {
 }
 #: The share of a GPU's rate of FLOP that convolutions are assumed to reach.
 SHARE = 0.6
-#: Seconds per launch. EAGER: the host launches an operator and its backward pass. REPLAYED: the device starts a kernel
-#: of a captured graph.
-EAGER, REPLAYED = 9e-6, 1.3e-6
+#: Seconds in which the host launches an operator and its backward pass.
+EAGER = 9e-6
 
 
 class _NoModules(SimpleNamespace):

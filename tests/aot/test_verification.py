@@ -12,9 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("keys of compiled kernels need a process without TRITON_INTERPRET=1", pytrace=False)
 
 import torch  # noqa: E402
+from ahead import Device, name_of, recorded  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from benchmarks.gpu.ahead import Device, name_of, recorded  # noqa: E402
 from purify_fast import EvaluateConfig, evaluate  # noqa: E402
 from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402

@@ -94,7 +94,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
         assert math.isclose(float(made["ratio"]), best / float(made["ours_us"]), rel_tol=0.05)
     before = (tmp_path / sheets.TABLE).read_text()
     (tmp_path / sheets.TABLE).unlink()
-    program.main(["report", str(tmp_path)])
+    sheets.report(tmp_path)
     assert (tmp_path / sheets.TABLE).read_text() == before
     monkeypatch.setattr(timing, "STYLES", ("eager",))
     program.main(["ops", "reconstruction_loss", "--quick", "--out", str(tmp_path)])  # the other op's rows stay

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.pages import fill, performance
 from benchmarks.speed import limits, pipelines, sheets
@@ -55,7 +54,7 @@ def test_formulas_count_bytes_as_tensors_do():
 
 
 def test_limits_are_the_larger_of_moving_and_computing():
-    case = Case((2,), torch.float32, tuple, tuple, {"forward": ("4*n", "n*n")}, symbols={"n": 1000})
+    case = Case(tuple, tuple, {"forward": ("4*n", "n*n")}, symbols={"n": 1000})
     assert performance.limit(case, "forward", None, 1e9) is None
     assert performance.limit(case, "forward", 1e9, 1e12) == (4e-6, "bytes")
     assert performance.limit(case, "forward", 1e9, 1e10) == (1e-4, "FLOP")

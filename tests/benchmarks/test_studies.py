@@ -304,9 +304,3 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
         running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
     rows = {(row["pipeline"], row["case"], row["ms"]) for row in sheets.read_csv(tmp_path / sheets.PIPELINES)}
     assert rows == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}
-
-
-def test_report_of_an_empty_folder_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["report", str(tmp_path)])
-    assert re.search(r"error: .*ops\.csv.*pipelines\.csv", capsys.readouterr().err)

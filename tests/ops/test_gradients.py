@@ -20,8 +20,6 @@ from purify_fast.ops.dispatch.registry import Op, define_op
 
 #: An op that is not registered under the name of its function, and that is raced by a benchmark of its own.
 CONVOLUTION = Case(
-    (2, 8, 6, 6),
-    torch.float32,
     lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
     lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),
     {},
@@ -94,7 +92,7 @@ def test_an_op_without_its_autograd_function_is_refused(form, message, monkeypat
     name, function = broken(form)
     monkeypatch.setitem(REGISTRY, name, ops_registry.REGISTRY[name])
     monkeypatch.setattr(ops, name, function, raising=False)
-    case = Case((3,), torch.float32, lambda: (torch.ones(3),), function, {}, {})
+    case = Case(lambda: (torch.ones(3),), function, {})
     monkeypatch.setattr(sys.modules[__name__], "smallest", lambda _: case)
     with pytest.raises(AssertionError, match=message):
         test_gradients_pass_through_the_op_as_through_its_definition(name, monkeypatch)

@@ -2,15 +2,15 @@
 
 A module has a tuple SHAPES. It may have larger shapes for GPUs in LARGE, with the largest first. Its function
 ``case(shape, dtype, variant)`` is called with every shape, and with every pair of a dtype and a variant in KINDS. An op
-without variants has no KINDS. A function ``cases(shapes)`` replaces these calls if only some pairs are measured at some
-shapes.
+without variants has no KINDS. A function ``chosen(shapes)`` returns the arguments of these calls if only some pairs are
+measured at some shapes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 
@@ -46,28 +46,28 @@ class Case:
     """The inputs of an op at one shape, and the least work that the op requires.
 
     Attributes:
-        shape: shape that the tables show.
-        dtype: dtype of the data.
         inputs: function that makes the input tensors on torch's default device. In the style "graph" the first input
             is the result of a multiplication.
         call: public function of the op.
         work: formulas of the bytes and of the FLOP for each direction. Every input is read once, and every output is
             written once. A formula may use ``symbols``, the number n of elements, and the bytes s of an element.
-        variant: name of the op's variant, or "" for an op without variants.
         differentiable: positions of the inputs that get a gradient.
         symbols: values of the symbols in the formulas.
         slack: factor on the usual tolerance when results are compared.
+        shape: shape that the tables show. `registry` sets this field and the next two.
+        dtype: dtype of the data.
+        variant: name of the op's variant, or "" for an op without variants.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     inputs: Callable[[], tuple[Tensor, ...]]
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     work: Mapping[str, tuple[str, str]]
-    variant: str = ""
     differentiable: tuple[int, ...] = ()
     symbols: Mapping[str, int] = field(default_factory=dict)
     slack: float = 1.0
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    variant: str = ""
 
     @property
     def named(self) -> dict[str, str]:
@@ -114,10 +114,12 @@ def uniform(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def _cases(name: str, kind: str) -> list[Case]:
     module = import_module(f".{name}", __name__)
     shapes = getattr(module, "LARGE", module.SHAPES) if kind == "cuda" else module.SHAPES
-    if hasattr(module, "cases"):
-        return module.cases(shapes)
-    every = getattr(module, "KINDS", [(dtype,) for dtype in DTYPES])
-    return [module.case(shape, *one) for one in every for shape in shapes]
+    if hasattr(module, "chosen"):
+        every = module.chosen(shapes)
+    else:
+        every = [(shape, *kind) for kind in getattr(module, "KINDS", zip(DTYPES, strict=True)) for shape in shapes]
+    named = ("shape", "dtype", "variant")
+    return [replace(module.case(*one), **dict(zip(named, one, strict=False))) for one in every]
 
 
 def registry(kind: str = "cpu") -> dict[str, Callable[[], list[Case]]]:

@@ -16,8 +16,6 @@ KINDS = kinds("linf", "l2")
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     alpha, eps = (2 / 255, 8 / 255) if norm == "linf" else (0.1, 0.5)
     return Case(
-        shape,
-        dtype,
         lambda: (
             uniform(*shape, dtype=dtype),
             normal(*shape, dtype=dtype, scale=1e-3),
@@ -26,5 +24,4 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
         ),
         lambda x, grad, nat, previous: apgd_step(x, grad, nat, previous, alpha, eps, 0.75, norm),
         {"forward": ("5*n*s", {"linf": "18*n", "l2": "27*n"}[norm])},
-        norm,
     )

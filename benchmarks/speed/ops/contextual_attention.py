@@ -28,13 +28,10 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
         return values, uniform(batch, cells, dtype=torch.float32) > 0.25
 
     return Case(
-        shape,
-        dtype,
         inputs,
         contextual_attention,
         # Forward has one product between pixels, and four products with the weights. Backward has twice as many.
         {"forward": ("8*B*C*L*s", "10*B*C*L*L"), "backward": ("12*B*C*L*s", "20*B*C*L*L")},
-        variant,
         (0,),
         {"B": batch, "C": channels, "L": cells},
     )

@@ -6,7 +6,6 @@ bfloat16 and channels_last. They unpack the weights once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 
 import torch
@@ -16,31 +15,12 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 
 from . import Case, normal
 
-#: A shape has the number of images, the number of samples of each image, and the side of the images in pixels.
-SHAPES = ((512, 8, 32), (8, 8, 32), (64, 8, 32), (2048, 8, 32), (256, 8, 64))
+SHAPES = ((512, 8, 3, 32, 32), (8, 8, 3, 32, 32), (64, 8, 3, 32, 32), (2048, 8, 3, 32, 32), (256, 8, 3, 64, 64))
 #: The preset of the CARSO paper for images of each side: its name, and the widths of its condition and its latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
-def decoding(batch: int, samples: int, side: int) -> tuple[Callable, Callable]:
-    """Return the function that makes the inputs and the decoder, and the function that is timed."""
-    _, width, latent = SIZES[side]
-    shape = (3, side, side)
-    decoders: list[PackedDecoder] = []
-
-    def inputs() -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        decoders[:] = [PackedDecoder(Decoder(latent, width, shape, *published_decoder(shape)).eval())]
-        return normal(batch, width, dtype=torch.float32), torch.tensor([7]), torch.arange(batch)
-
-    def call(condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
-        images = decoders[0](condition, seed, ids, samples, channels_last=True, dtype=torch.bfloat16)
-        return images.flatten(0, 1)
-
-    return inputs, call
-
-
-def macs(side: int) -> tuple[int, int, int]:
+def multiplications(side: int) -> tuple[int, int, int]:
     """Return the number of multiplications for a sample, that for a condition, and the number of weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
@@ -53,24 +33,34 @@ def macs(side: int) -> tuple[int, int, int]:
     return total, condition * first, weights
 
 
-def case(batch: int, samples: int, side: int) -> Case:
-    sample, image, weights = macs(side)
-    pixels, first = 3 * side * side, image // SIZES[side][1]
+def case(shape: tuple[int, ...], dtype: torch.dtype, preset: str) -> Case:
+    batch, samples, *_, side = shape
+    _, width, latent = SIZES[side]
+    image, decoders = (3, side, side), list[PackedDecoder]()
+    of_sample, of_condition, weights = multiplications(side)
+    pixels, first = prod(image), of_condition // width
+
+    def inputs() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        decoders[:] = [PackedDecoder(Decoder(latent, width, image, *published_decoder(image)).eval())]
+        return normal(batch, width, dtype=torch.float32), torch.tensor([7]), torch.arange(batch)
+
+    def call(condition: Tensor, seed: Tensor, ids: Tensor) -> Tensor:
+        return decoders[0](condition, seed, ids, samples, channels_last=True, dtype=dtype).flatten(0, 1)
+
     return Case(
-        (batch, samples, 3, side, side),
-        torch.bfloat16,
-        *decoding(batch, samples, side),
-        # Images and weights have 2 bytes per element. In the first map, the part that the
-        # condition contributes is float32.
+        inputs,
+        call,
+        # Images and weights have 2 bytes per element. In the first map, the part that the condition contributes is
+        # float32.
         {
-            "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{sample}*B*K + 2*{image}*B"),
-            "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{sample}*B*K + 2*{image}*B"),
+            "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{of_sample}*B*K + 2*{of_condition}*B"),
+            "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{of_sample}*B*K + 2*{of_condition}*B"),
         },
-        SIZES[side][0],
         differentiable=(0,),
         symbols={"B": batch, "K": samples},
     )
 
 
-def cases(shapes: tuple) -> list[Case]:
-    return [case(*shape) for shape in shapes]
+def chosen(shapes: tuple) -> list[tuple]:
+    return [(shape, torch.bfloat16, SIZES[shape[-1]][0]) for shape in shapes]

@@ -5,10 +5,7 @@ On a CPU there are 128 images of the size of CIFAR-10, and 8 images of 256 x 256
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from torch import Tensor
 
 from purify_fast.ops import diffusion_step
 
@@ -21,19 +18,12 @@ KINDS = kinds("fixed", "learned", "noiseless")
 COEFFICIENTS = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
 
 
-def call(x: Tensor, prediction: Tensor, *named: Tensor, noisy: bool) -> Tensor:
-    names = ("coefficients", "seed", "sample_ids", "draws", "step")
-    return diffusion_step(x, prediction, **dict(zip(names, named, strict=True)), noisy=noisy)
-
-
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     b, c, *sides = shape
     halves = 2 if variant == "learned" else 1
     # A normal number takes 45 operations, see `philox`.
     normals = 0 if variant == "noiseless" else 45
     return Case(
-        shape,
-        dtype,
         lambda: (
             normal(*shape, dtype=torch.float32),
             normal(b, halves * c, *sides, dtype=dtype),
@@ -43,12 +33,20 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(b) % 2,
             torch.tensor([7]),
         ),
-        partial(call, noisy=variant != "noiseless"),
+        lambda x, prediction, coefficients, seed, ids, draws, step: diffusion_step(
+            x,
+            prediction,
+            coefficients=coefficients,
+            seed=seed,
+            sample_ids=ids,
+            draws=draws,
+            step=step,
+            noisy=variant != "noiseless",
+        ),
         {
             "forward": ("(8 + N*s)*n", f"({normals} + 10*N)*n" if normals else "10*N*n"),
             "backward": ("(12 + 2*N*s)*n", f"({normals} + 10*N)*n" if halves == 2 else "10*N*n"),
         },
-        variant,
         differentiable=(0, 1),
         symbols={"N": halves},
     )

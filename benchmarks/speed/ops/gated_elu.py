@@ -31,12 +31,9 @@ KINDS = ((torch.float32, ""), *kinds("channels_last"))
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     return Case(
-        shape,
-        dtype,
         lambda: (normal(*shape, dtype=dtype, scale=2.0, layout=variant),),
         gated_elu,
         {"forward": ("3*n*s", "10*n"), "backward": ("5*n*s", "20*n")},
-        variant,
         (0,),
         {"n": math.prod(shape) // 2},
     )

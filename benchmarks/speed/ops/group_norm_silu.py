@@ -5,8 +5,6 @@ The maps have full, half and quarter size. Some of them are concatenations with 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from purify_fast.ops import group_norm_silu
@@ -22,23 +20,13 @@ WIDTH = 16
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     channels = shape[1]
-    call = partial(_of_tensors, groups=channels // WIDTH)
     return Case(
-        shape,
-        dtype,
         lambda: (
             normal(*shape, dtype=dtype, layout=variant),
             *(normal(channels, dtype=torch.float32) for _ in range(2)),
             normal(1, channels, dtype=torch.float32),
         ),
-        call,
+        lambda x, weight, bias, shift: group_norm_silu(x, channels // WIDTH, weight, bias, shift),
         {"forward": ("2*n*s", "30*n"), "backward": ("3*n*s", "45*n")},
-        variant,
         (0,),
     )
-
-
-def _of_tensors(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor, groups: int
-) -> torch.Tensor:
-    return group_norm_silu(x, groups, weight, bias, shift)

@@ -23,8 +23,6 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     # The drifts are uniform in [0, 1), so a threshold of 0.75 selects a quarter of the images.
     threshold = 0.75 if variant == "quarter" else -1.0
     return Case(
-        shape,
-        dtype,
         lambda: (
             uniform(*shape, dtype=dtype),
             uniform(*shape, dtype=dtype, seed=1),
@@ -36,6 +34,5 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
         # Only one of the two images is read. A replayed element needs a uniform number (27 operations, see `philox`)
         # and five more operations.
         {"forward": ("2*n*s", "32*r")},
-        variant,
         symbols={"r": pixels // 4 if variant == "quarter" else pixels},
     )

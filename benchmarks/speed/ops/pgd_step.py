@@ -16,8 +16,6 @@ KINDS = kinds("linf", "l2", "l1")
 def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     alpha, eps = {"linf": (2 / 255, 8 / 255), "l2": (0.1, 0.5), "l1": (1.0, 12.0)}[norm]
     return Case(
-        shape,
-        dtype,
         lambda: (
             uniform(*shape, dtype=dtype),
             normal(*shape, dtype=dtype, scale=1e-3),
@@ -26,5 +24,4 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
         lambda x, grad, nat: pgd_step(x, grad, nat, alpha, eps, norm),
         # The formula of l1 omits the search for its two thresholds.
         {"forward": ("4*n*s", {"linf": "8*n", "l2": "14*n", "l1": "16*n"}[norm])},
-        norm,
     )

@@ -14,8 +14,6 @@ LARGE = ((4096, 3, 64, 64), (1024, 3, 32, 32))
 
 def case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     return Case(
-        shape,
-        dtype,
         lambda: (normal(*shape, dtype=dtype, scale=3.0), uniform(*shape, dtype=dtype)),
         reconstruction_loss,
         {"forward": ("2*n*s", "8*n"), "backward": ("3*n*s", "5*n")},

@@ -15,8 +15,6 @@ LARGE = ((262144, 192), (4096, 128))
 def case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     b, d = shape
     return Case(
-        shape,
-        dtype,
         lambda: (
             normal(b, d, dtype=dtype),
             normal(b, d, dtype=dtype, scale=0.5),

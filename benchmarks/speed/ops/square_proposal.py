@@ -14,29 +14,26 @@ from purify_fast.ops import square_proposal
 
 from . import Case, kinds, uniform
 
-#: Each entry has the shape of the images, and the number of proposals for each image.
-SHAPES = (((128, 3, 32, 32), 1), ((128, 3, 32, 32), 8), ((16, 3, 224, 224), 1))
-LARGE = (((64, 3, 224, 224), 8), ((1024, 3, 32, 32), 8), ((1024, 3, 32, 32), 1))
+#: A shape has the number of images, the number of proposals for each image, and the size of the images.
+SHAPES = ((128, 1, 3, 32, 32), (128, 8, 3, 32, 32), (16, 1, 3, 224, 224))
+LARGE = ((64, 8, 3, 224, 224), (1024, 8, 3, 32, 32), (1024, 1, 3, 32, 32))
 KINDS = kinds("linf", "l2", "l1")
 
 
-def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, norm: str) -> Case:
-    shape, draws = sizes
-    eps, edge = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm], shape[2] // 8 + 1
+def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
+    count, draws, *size = shape
+    eps, edge = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm], size[1] // 8 + 1
 
     def inputs() -> tuple[torch.Tensor, ...]:
-        numbers = uniform(shape[0], draws, 5 + shape[1], dtype=torch.float32, seed=2)
-        images = uniform(*shape, dtype=dtype), uniform(*shape, dtype=dtype, seed=1)
+        numbers = uniform(count, draws, 5 + size[0], dtype=torch.float32, seed=2)
+        images = uniform(count, *size, dtype=dtype), uniform(count, *size, dtype=dtype, seed=1)
         # Make the pattern on the measured device, which need not be the default device.
         return (*images, numbers, *([] if norm == "linf" else [pattern(edge, norm, numbers.device)]))
 
     return Case(
-        (shape[0], draws, *shape[1:]),
-        dtype,
         inputs,
         lambda x, nat, numbers, *shapes: square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
         # The formula of l1 omits the search for its shift.
         {"forward": ("(2 + T)*n*s", {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm])},
-        norm,
-        symbols={"n": math.prod(shape), "T": draws},
+        symbols={"n": math.prod(shape) // draws, "T": draws},
     )

@@ -13,28 +13,23 @@ from purify_fast.ops import random_transform, stitch
 from . import Case, normal
 
 PASSES = 4
-#: Each entry has the shape of the stitched images, and the side of a block in pixels.
-SHAPES = (((8, 3, 256, 256), 32), ((64, 3, 32, 32), 4))
-LARGE = (((128, 3, 256, 256), 32), ((1024, 3, 32, 32), 4))
+#: The shapes of the stitched images.
+SHAPES = ((8, 3, 256, 256), (64, 3, 32, 32))
+LARGE = ((128, 3, 256, 256), (1024, 3, 32, 32))
 KINDS = ((torch.float32, "contiguous_format"), (torch.bfloat16, "channels_last"))
 
 
-def case(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, layout: str) -> Case:
-    shape, block = sizes
-
+def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         b, *image = shape
         images = normal(b * PASSES, *image, dtype=dtype, layout=layout)
         x, seed, ids = torch.zeros(shape), torch.tensor([1234567890123]), torch.arange(b)
-        return images, random_transform(x, seed, ids, sigma=0.0, block=block, num_passes=PASSES)[1]
+        return images, random_transform(x, seed, ids, sigma=0.0, block=shape[2] // 8, num_passes=PASSES)[1]
 
     return Case(
-        shape,
-        dtype,
         inputs,
         stitch,
         {"forward": ("2*n*s", "0"), "backward": ("(1 + N)*n*s", "0")},
-        layout,
         differentiable=(0,),
         symbols={"N": PASSES},
     )

@@ -24,13 +24,11 @@ class Job:
         run: function that is timed.
         result: function that returns numbers, which must agree with those of the first contestant.
         parts: functions that do a part of the work of ``run``, by name. They are timed separately.
-        times: number of times that one call of ``run`` does the work. The measured time is divided by this number.
     """
 
     run: Callable[[], object]
     result: Callable[[], Tensor]
     parts: dict[str, Callable[[], object]] = field(default_factory=dict)
-    times: int = 1
 
 
 #: A function that makes a job for a device. Its second argument is True for a quick run, whose job is small.
@@ -46,15 +44,13 @@ class Contestant:
         raised: True to raise the thresholds of glibc's memory allocator, so that it keeps freed memory.
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
-        less_work: True if the contestant does less or other work than ours. `Case.flops` does not apply to it.
-        compared: True if the result must agree with that of the first contestant. Otherwise only time and memory are
-            measured.
+        compared: True if the result must agree with that of the first contestant. Otherwise the contestant does other
+            work than ours, so that `Case.flops` does not apply to it. Only its time and memory are measured.
     """
 
     make: Make
     raised: bool
     tf32: bool = False
-    less_work: bool = False
     compared: bool = True
 
 
@@ -78,7 +74,7 @@ class Case:
 def autocast(make: Make, device: torch.device, quick: bool) -> Job:
     """Make a job that runs under `torch.autocast` to bfloat16."""
     job, cast = make(device, quick), torch.autocast(device.type, torch.bfloat16)
-    return Job(cast(job.run), cast(job.result), times=job.times)
+    return Job(cast(job.run), cast(job.result))
 
 
 def _made(make: Make, device: torch.device, quick: bool) -> Job:
@@ -87,7 +83,7 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
     if not quick:
         return job
     eager = torch.compiler.set_stance("force_eager")
-    return Job(eager(job.run), eager(job.result), job.parts, job.times)
+    return Job(eager(job.run), eager(job.result), job.parts)
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:

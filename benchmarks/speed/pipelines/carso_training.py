@@ -1,17 +1,12 @@
 """Measure one training step of CARSO's purifier, attacks included.
 
-The case "paper's objective" attacks the classifier. The case "pipeline step" attacks the whole defence. The contestant
-"bank" is ours with an adversarial bank, a file of attacked images that later steps use again.
+The case "paper's objective" attacks the classifier. The case "pipeline step" attacks the whole defence.
 """
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,17 +17,13 @@ from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import balanced_batch, kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.speed import StepGraphs
-from purify_fast.training import BankConfig, Batch
-from purify_fast.training.bank import AdversarialBank, BankedImages
+from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Contestant, Job, columns, optimizer_step
+from . import Case, Job, columns, optimizer_step
 from .carso_inference import Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
-#: The bank stores VARIANTS attacked variants of each image. In a step, the share REFRESH of the adversarial images is
-#: attacked again. A whole training has EPOCHS epochs. The time of a step with a bank is the mean over STEPS steps.
-VARIANTS, REFRESH, EPOCHS, STEPS = 4, 0.05, 200, 60
 
 
 def setting(target: str, quick: bool, precision: str = "float32") -> CarsoConfig:
@@ -152,50 +143,6 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
     return Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})
 
 
-def _banked(device: torch.device, quick: bool, whole_run: bool) -> Job:
-    """Make the job of a step with the paper's objective and a bank. Its time is the mean over `STEPS` steps.
-
-    Args:
-        device: device of the training.
-        quick: True for a quick run.
-        whole_run: False for steps with a full bank. True for steps that are spread evenly over a training of `EPOCHS`
-            epochs, which begins with an empty bank. An image then has no variants in the bank with the probability that
-            no earlier epoch has made any.
-    """
-    made = defence(device, quick, samples=1)
-    task, batch = CarsoTask(made, setting("classifier", quick, "bfloat16")), batch_of(made, device, quick)
-    made.accelerate()
-    attacks = task.frozen_attacks()
-    assert attacks is not None
-    folder, size, steps = tempfile.TemporaryDirectory(), len(batch.x), 2 if quick else STEPS
-    images = BankedImages(size, made.image_shape, "random")
-    bank = AdversarialBank(BankConfig(VARIANTS, REFRESH, Path(folder.name)), attacks, images, size)
-    chance, taken = torch.Generator().manual_seed(0), 0
-
-    def at(seed: int) -> Batch:
-        return replace(batch, seed=seed, step=taken, bank=bank.at_step(taken, seed, batch.sample_ids))
-
-    def run() -> Tensor:
-        nonlocal taken
-        made.train()
-        for number in range(steps):
-            taken += 1
-            if whole_run:
-                before = (number + 0.5) * EPOCHS / steps - 0.5
-                missing = torch.rand(size, generator=chance) < (1 - attacks.attacks[0].share) ** before
-                bank.records["number"][missing.numpy()] = 0
-            loss = optimizer_step(task, at(batch.seed + taken))
-        return loss
-
-    def result() -> Tensor:
-        # The measured steps use the same images, so this step fills the bank for them.
-        made.train()
-        return task.training_step(at(batch.seed))[0].detach()
-
-    weakref.finalize(run, folder.cleanup)
-    return Job(run, result, times=steps)
-
-
 def cases(quick: bool) -> dict[str, Case]:
     every = {}
     for name, target, with_what, work in (
@@ -203,9 +150,5 @@ def cases(quick: bool) -> dict[str, Case]:
         ("pipeline step", "pipeline", "K = 1", "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)"),
     ):
         shape = f"{16 if quick else BATCH} images, PGD-{setting(target, quick).attack.steps}, {with_what}"
-        contestants = columns(partial(_plain, target=target), partial(_ours, target=target))
-        if target == "classifier":
-            contestants["bank"] = Contestant(partial(_banked, whole_run=False), True, less_work=True)
-            contestants["bank, whole run"] = Contestant(partial(_banked, whole_run=True), True, less_work=True)
-        every[name] = Case(shape, 0.03, contestants, work)
+        every[name] = Case(shape, 0.03, columns(partial(_plain, target=target), partial(_ours, target=target)), work)
     return every

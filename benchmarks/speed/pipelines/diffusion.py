@@ -94,9 +94,7 @@ class Plain:
         self.made, self.keep = defence(device, quick, sde), keep
         self.x = images(self.made, device)
         table, noises = self.made.process.table()
-        self.numbers = table.coefficients.tolist()
-        self.times = table.times.tolist()
-        self.count = len(noises) - 1
+        self.numbers, self.times, self.count = table.coefficients.tolist(), table.times.tolist(), len(noises) - 1
         compile = partial(torch.compile, dynamic=False, disable=not compiled)
         self.denoise, self.classify = compile(self.made.denoiser.module), compile(self.made.classifier)
 
@@ -228,21 +226,16 @@ def _adjoint(device: torch.device, quick: bool) -> Job:
 
 def _sde() -> dict[str, Contestant]:
     """Return the contestants for the gradient through the reverse SDE: plain, torchsde's adjoint, and ours."""
-    plain = columns(
-        partial(_plain, gradient=True, keep=False, sde=True), partial(_ours, gradient=True, sde=True), False
-    )
-    again = partial(_ours, gradient=True, keep=0, sde=True)
-    adjoint = {}
+    plain = partial(_plain, gradient=True, keep=False, sde=True)
+    ours = partial(_ours, gradient=True, sde=True)
+    every = {
+        "plain, checkpointed": Contestant(plain, False),
+        "plain, checkpointed, bfloat16": Contestant(partial(autocast, plain), True),
+    }
     if find_spec("torchsde"):
-        adjoint = {
-            "torchsde's adjoint": Contestant(_adjoint, True, less_work=True, compared=False),
-            "torchsde's adjoint, bfloat16": Contestant(
-                partial(autocast, _adjoint), True, less_work=True, compared=False
-            ),
-        }
-    kept = {"plain": "plain, checkpointed", "plain, bfloat16": "plain, checkpointed, bfloat16"}
-    first = {shown: plain[label] for label, shown in kept.items()}
-    return first | adjoint | {"ours": plain["ours"], "ours, each step again": Contestant(again, True)}
+        every["torchsde's adjoint"] = Contestant(_adjoint, True, compared=False)
+        every["torchsde's adjoint, bfloat16"] = Contestant(partial(autocast, _adjoint), True, compared=False)
+    return every | {"ours": Contestant(ours, True), "ours, each step again": Contestant(partial(ours, keep=0), True)}
 
 
 def _gradients() -> dict[str, Contestant]:
@@ -253,17 +246,12 @@ def _gradients() -> dict[str, Contestant]:
     occupies its memory while the others are timed. Therefore plain in float32, which needs the most memory, is measured
     only with checkpoints. Otherwise too little memory would remain for the activations of ours.
     """
-    forms = {
-        keep: columns(partial(_plain, gradient=True, keep=keep), partial(_ours, gradient=True), captured=False)
-        for keep in (False, True)
-    }
-    half = ("plain, bfloat16", "torch.compile of plain, bfloat16")
-    checkpointed = {label.replace("plain", "plain, checkpointed", 1): forms[False][label] for label in ("plain", *half)}
-    again = columns(partial(_plain, gradient=True), partial(_ours, gradient=True, keep=0), captured=False)
-    ours = ("ours", "ours, compiled")
+    stored = columns(partial(_plain, gradient=True), partial(_ours, gradient=True), captured=False)
+    again = columns(partial(_plain, gradient=True, keep=False), partial(_ours, gradient=True, keep=0), captured=False)
+    half, ours = ("plain, bfloat16", "torch.compile of plain, bfloat16"), ("ours", "ours, compiled")
     return (
-        checkpointed
-        | {label: forms[True][label] for label in (*half, *ours)}
+        {label.replace("plain", "plain, checkpointed", 1): again[label] for label in ("plain", *half)}
+        | {label: stored[label] for label in (*half, *ours)}
         | {f"{label}, each step again": again[label] for label in ours}
     )
 

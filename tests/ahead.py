@@ -2,7 +2,7 @@
 
 A case has the arguments of a launcher. The launcher is called, and the kernels that it launches are compiled instead of
 run, with the same block sizes, warps and types of arguments. All sizes and pointers are multiples of 16, as they are
-for large tensors. tests/aot tests the machine code, and `python -m benchmarks instructions` counts its instructions.
+for large tensors.
 """
 
 from __future__ import annotations
