@@ -26,8 +26,6 @@ from .deepfool import deepfool as deepfool
 from .fab import FABT as FABT
 from .fab import fab_t as fab_t
 from .heads import AttackersHead as AttackersHead
-from .hop_skip_jump import HopSkipJump as HopSkipJump
-from .hop_skip_jump import hop_skip_jump as hop_skip_jump
 from .original_autoattack import AutoAttack as AutoAttack
 from .pgd import FGSM as FGSM
 from .pgd import PGD as PGD

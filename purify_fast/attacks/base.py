@@ -329,8 +329,7 @@ class EngineAttack(Attack):
         give_up: whether the search of an image stops if it would not succeed even at several times its recent pace.
             Attacks with gradients check this after 40, 60 and 80 % of the steps, if there are 50 or more. Square checks
             it from query 500 on. Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``.
-            Square ignores it with several draws. DeepFool, C&W and HopSkipJump raise ValueError, because their pace is
-            not steady.
+            Square ignores it with several draws. DeepFool and C&W raise ValueError, because their pace is not steady.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.

@@ -13,7 +13,7 @@ import numpy as np
 from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
-GRADIENT_FREE = ("square", "hop_skip_jump", "branch_and_bound")
+GRADIENT_FREE = ("square", "branch_and_bound")
 #: The report's words for the variants of a random model that have no randomness. Nobody deploys these variants.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The key in `Report.curves` of the curve that shows the accuracy after all attacks over the radius.

@@ -43,7 +43,6 @@ class Stream(enum.IntEnum):
     REPLAY_NOISE = 5
     AUGMENTATION = 6
     SQUARES = 7
-    HOPS = 8
     DIFFUSION = 9
     DIFFUSION_TRAINING = 10
     LOTS = 11

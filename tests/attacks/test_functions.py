@@ -24,7 +24,6 @@ FUNCTIONS = {
     "square": (attacks.Square, {"precision": "float32"}),
     "carlini_wagner": (attacks.CarliniWagner, {"precision": "float32", "norm": "l2"}),
     "deepfool": (attacks.DeepFool, {"precision": "float32"}),
-    "hop_skip_jump": (attacks.HopSkipJump, {"precision": "float32"}),
     "stadv": (attacks.StAdv, {"steps": 20, "keep_best": False}),
     "branch_and_bound": (attacks.BranchAndBound, {}),
 }

@@ -45,7 +45,6 @@ CONFIGS = {
         attacks.BranchAndBound,
         attacks.DeepFool,
         attacks.CarliniWagner,
-        attacks.HopSkipJump,
         Process,
         Schedule,
     )
