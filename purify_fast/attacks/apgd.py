@@ -22,7 +22,7 @@ from ..ops.apgd_step import apgd_step
 from .ball import projected
 from .base import USUAL_TARGETS, Decided, EngineAttack, as_function, targets_and_times, times
 from .context import AttackContext
-from .engine.row_batches import ActiveSet, Goals, Rows, RowSearch, cost_of_borders, nearest_borders, waves
+from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, nearest_borders, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Objective
 from .search import better_of, forgiven
@@ -99,25 +99,17 @@ class APGD(EngineAttack):
         return super().may_end_early(context) and self.threat_model(context).norm != "l1"
 
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        steps = self.decided(context).steps
-        goals = self._goals(active, objective)
+        steps, loss = self.decided(context).steps, objective.loss
+        if loss in FEWEST_CLASSES:
+            check_classes(loss, active.logits.shape[1])
+        # A run without a target has None instead of target classes.
+        goals = nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
         by_pace = self.give_up and self.leave_when_fallen
         for rows in waves(active, goals, self.restarts, context):
             if active.ball.norm == "l1":
                 run_from_larger(objective, active, rows, steps)
             else:
                 AutoPgd(objective, active, rows, steps, rho=self.rho, give_up=by_pace).run()
-
-    def _goals(self, active: ActiveSet, objective: Objective) -> Goals:
-        """Return the target classes of each run, int64 ``[B]``; a run without a target gets None.
-
-        Raises:
-            ValueError: the loss needs more classes than the model has.
-        """
-        loss = objective.loss
-        if loss in FEWEST_CLASSES:
-            check_classes(loss, active.logits.shape[1])
-        return nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
 
 
 apgd = as_function(
@@ -152,17 +144,6 @@ def checkpoints_l1(steps: int) -> dict[int, int]:
 def changed_share(point: Tensor, x: Tensor) -> Tensor:
     """The share of the coordinates in which points differ from their images, ``[R]``."""
     return (point != x).flatten(1).float().mean(1)
-
-
-def border(loss: str) -> float:
-    """Return the smallest value that a loss can have at a misclassified image.
-
-    For a targeted loss it is the smallest value at an image that is predicted as the target. The value is 0 for all
-    losses except cross-entropy, because they are margins times a positive factor.
-    """
-    # At a misclassified image the true class has at most half of the probability, so the cross-entropy is at least
-    # log 2.
-    return math.log(2) if loss == "ce" else 0.0
 
 
 class AutoPgd(RowSearch):
@@ -240,7 +221,10 @@ class AutoPgd(RowSearch):
         """Remove the rows of fallen images, and the rows that are given up."""
         share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0], self.rows.run)
         self.score = torch.stack([share, self.score[1]])
-        lost = self.out_of_reach(step, border(self.objective.loss) - self.top_loss)
+        # The border is the smallest value that a loss can have at a misclassified image. It is 0 for all margins. In
+        # the cross-entropy it is log 2, because the true class then has at most half of the probability.
+        border = math.log(2) if self.objective.loss == "ce" else 0.0
+        lost = self.out_of_reach(step, border - self.top_loss)
         if lost is None and not fell:
             return
         kept, given_up = self.active.rows_to_keep(self.rows.owner, lost), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,15 +78,13 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """
     check_classes("dlr_targeted", logits.shape[1])
     top = logits.topk(4, 1).values
-    gap = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
-    return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return margin_targeted(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 #: Loss: the losses that need only the true labels. ApgdLoss: all losses, including the targeted losses, which also take
 #: a target class for each image.
 Loss = Literal["ce", "margin", "scaled_margin", "dlr"]
 ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "margin_targeted"]
-AnyLoss = TypeVar("AnyLoss", Loss, ApgdLoss)
 
 LOSSES = {"ce": cross_entropy, "margin": margin, "scaled_margin": scaled_margin, "dlr": dlr}
 TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
@@ -102,7 +100,7 @@ def check_classes(loss: str, classes: int) -> None:
         raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
 
 
-def usable_loss(loss: AnyLoss, num_classes: int) -> AnyLoss:
+def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
     """The loss itself, or "margin" if the loss needs more than ``num_classes`` classes.
 
     Args:

@@ -28,7 +28,7 @@ from .base import NORMS, Attack, AttackResult, as_function, cost_of_ascents, tim
 from .context import AttackContext
 from .losses import Loss
 from .objective import Objective
-from .search import GradientHealth, Search, noted, remembers
+from .search import GradientHealth, Search, noted
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1
@@ -58,7 +58,7 @@ class Ascent:
         return self.objective.model
 
     def __call__(self, state: State) -> State:
-        if remembers(state):
+        if "nonfinite" in state or "best" in state:
             now = self.objective.gradient(state["point"], state["y"])
             new, image = noted(self.objective, state, state["point"], now), now.image
         else:

@@ -103,11 +103,6 @@ def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
     return None if objective.loss == "ce" else gradient.wrong == 1
 
 
-def remembers(memory: State) -> bool:
-    """Tell whether the memory of a search has entries that `noted` updates from the scores of points."""
-    return "nonfinite" in memory or "best" in memory
-
-
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
     """The new values of `Search.memory` after one more point, computed without waiting for the device.
 

@@ -241,7 +241,7 @@ class Defence(StochasticDefence):
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
         parts = tuple(getattr(self, name) for name in self.compiled_parts)
-        fast = Accelerated.make(self.classifier, self.image_shape, settings, self.representation, parts)
+        fast = Accelerated(self.classifier, self.image_shape, settings, self.representation, parts)
         self._update_packed(fast)
         return fast
 

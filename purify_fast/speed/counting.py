@@ -71,16 +71,6 @@ def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> 
     return 2 * math.prod(grad) * math.prod(kernel) * input[3]
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """The formulas for the FLOP of this package's convolutions, whose tensors have the channels last."""
-    ops = torch.ops.purify_fast
-    return {
-        ops.convolution: _forward,
-        ops.convolution_input_gradient: _input_gradient,
-        ops.convolution_weight_gradient: _weight_gradient,
-    }
-
-
 class Flops(FlopCounterMode):
     """PyTorch's counter of FLOP without its hooks on modules, which count for each module separately.
 
@@ -88,7 +78,14 @@ class Flops(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_formulas())
+        # This package's convolutions have tensors with the channels last.
+        ops = torch.ops.purify_fast
+        formulas = {
+            ops.convolution: _forward,
+            ops.convolution_input_gradient: _input_gradient,
+            ops.convolution_weight_gradient: _weight_gradient,
+        }
+        super().__init__(display=False, custom_mapping=formulas)
         self.mod_tracker = _NoModules(parents={"Global"})  # type: ignore[assignment]
 
     @property

@@ -51,18 +51,14 @@ class NearestSearch(RowSearch):
         self.distance = torch.where(nearer, far, self.distance)
 
     def ended(self, step: int, ends_across: bool = False) -> bool:
-        """Shrink the batch if it may shrink after this number of steps, and tell whether no row is left."""
-        if self.shrinks_after(step):
-            self.shrink(step, ends_across)
-        return len(self.point) == 0
-
-    def shrink(self, step: int, ends_across: bool = False) -> None:
-        """Remove the rows of fallen images, and the rows that are given up.
+        """Remove the rows of fallen images and the rows that are given up, and tell whether no row is left.
 
         Args:
-            step: the number of steps that were taken.
+            step: the number of steps that were taken. The batch shrinks only after some of them.
             ends_across: whether the search of a row ends at the first point across the border, even outside the ball.
         """
+        if not self.shrinks_after(step):
+            return len(self.point) == 0
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
         judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
@@ -81,14 +77,11 @@ class NearestSearch(RowSearch):
         kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
         if kept is not None:
             self.take(kept)
+        return len(self.point) == 0
 
     def finish(self) -> None:
         """Remember the last points if they are nearest, and try the nearest points of all rows."""
         self.note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
-        self._end()
-
-    def _end(self) -> None:
-        """Try the nearest points of all rows; the search of every row has reached its end."""
         self.active.tried.index_fill_(0, self.rows.owner, True)
         self._try(self.rows, self.nearest)
 

@@ -11,7 +11,6 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -274,66 +273,55 @@ class InferenceCopy(nn.Module):
             torch._foreach_copy_(targets, sources)
 
 
-@dataclass(eq=False)
 class Accelerated:
-    """The inference copies of a defence's frozen parts.
+    """The inference copies of a defence's frozen parts, with their current weights.
 
-    This object is not a module, so that its copies are not saved or trained with the defence. Use `make` to make it. If
-    the defence is moved or its weights change, the copies do not change.
+    This object is not a module, so that its copies are not saved or trained with the defence. If the defence is moved
+    or its weights change, the copies do not change.
 
     Args:
+        classifier: module from images ``[B, *image_shape]`` in [0, 1] to logits.
+        image_shape: shape (C, H, W) of an image.
+        settings: the arguments ``dtype``, ``fold`` and ``compile`` of `InferenceCopy`.
+        reader: the reader of the representation, for a defence that uses a representation.
+        parts: functions of tensors ``[B, ...]``, which are compiled if ``compile`` is True.
+
+    Attributes:
         dtype: dtype of the matrix products, float32 or bfloat16.
         classifier: copy of the classifier, for the purified images.
-        reader: copy that returns the representation, for a defence that uses a representation.
+        reader: copy that returns the representation; None without a representation.
         regions: compiled functions of the defence, by name.
         packed: weights in the layout of a kernel, for a defence with such a kernel.
         packed_from: identifies the weights that were packed; None if they may have changed since.
+
+    Raises:
+        ValueError: `prepare_for_inference` refuses the arguments.
     """
 
     #: A captured step does not depend on this attribute (`purify_fast.model_state`), which changes with every training
     #: step.
     not_dependencies = frozenset({"packed_from"})
 
-    dtype: torch.dtype
-    classifier: InferenceCopy
-    reader: Representation | None = None
-    regions: dict[str, CompiledRegion] = field(default_factory=dict)
-    packed: Any = None
-    packed_from: int | None = None
-
-    def __post_init__(self) -> None:
-        self.device = first_tensor(self.classifier).device
-
-    @classmethod
+    # The copies are made outside inference mode even if the caller is in it, because attacks differentiate through
+    # them.
     @torch.inference_mode(False)
-    def make(
-        cls,
+    def __init__(
+        self,
         classifier: nn.Module,
         image_shape: tuple[int, ...],
         settings: Mapping[str, Any],
         reader: Representation | None = None,
         parts: tuple[Callable[..., Tensor], ...] = (),
-    ) -> Accelerated:
-        """Make copies of ``classifier`` and ``reader`` with their current weights.
-
-        The copies are made outside inference mode even if the caller is in it, because attacks differentiate through
-        the copies.
-
-        Args:
-            classifier: module from images ``[B, *image_shape]`` in [0, 1] to logits.
-            image_shape: shape (C, H, W) of an image.
-            settings: the arguments ``dtype``, ``fold`` and ``compile`` of `InferenceCopy`.
-            reader: the reader of the representation, or None.
-            parts: functions of tensors ``[B, ...]``, which are compiled if ``compile`` is True.
-
-        Raises:
-            ValueError: `prepare_for_inference` refuses the arguments.
-        """
-        if reader is not None:
-            reader = copy.deepcopy(reader)
-            prepare_for_inference(reader.model, image_shape, settings["dtype"], settings["fold"])
-        regions = {part.__name__: CompiledRegion(part) for part in parts} if settings["compile"] else {}
-        return cls(settings["dtype"], InferenceCopy(classifier, image_shape, **settings), reader, regions)
+    ):
+        self.dtype: torch.dtype = settings["dtype"]
+        self.classifier = InferenceCopy(classifier, image_shape, **settings)
+        self.reader = copy.deepcopy(reader)
+        if self.reader is not None:
+            prepare_for_inference(self.reader.model, image_shape, self.dtype, settings["fold"])
+        self.regions = {part.__name__: CompiledRegion(part) for part in parts} if settings["compile"] else {}
+        self.packed: Any = None
+        self.packed_from: int | None = None
+        self.device = first_tensor(self.classifier).device
 
     def to(self, device: torch.device) -> None:
         """Move the copies."""
