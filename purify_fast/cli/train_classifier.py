@@ -41,7 +41,7 @@ class FreshClassifier(DataCommand):
     def fresh(self, images: DataSet) -> nn.Module:
         """Make the classifier on the device of the images. Raises a ValueError if its name or a size is not allowed."""
         from ..data import statistics
-        from ..models.classifiers import build_classifier
+        from ..models.classifiers import CLASSIFIERS, build_classifier
 
         sizes: dict[str, Any] = {name: getattr(self, name) for name in ("width", "depth", "activation")}
         if is_named(self.model):
@@ -51,6 +51,11 @@ class FreshClassifier(DataCommand):
                         f"--{name} is only for networks of this package, got {value}: {self.model} has a fixed size"
                     )
             return named_classifier(self.model, None, images)
+        if self.model not in CLASSIFIERS:
+            raise ValueError(
+                f"--model must be one of {', '.join(CLASSIFIERS)}, or torchvision:NAME, timm:NAME or "
+                f"package.module:function, got {self.model!r}"
+            )
         mean, std = statistics(images.x_train)
         model = build_classifier(self.model, images.image_shape, images.num_classes, mean=mean, std=std, **sizes)
         return model.to(images.y_train.device)

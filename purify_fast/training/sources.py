@@ -226,7 +226,11 @@ def make_sources(
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
     """Raise ValueError for images and labels that cannot be trained on; the message says what is required."""
     if x.dtype != torch.uint8 or len(x.shape) != 4:
-        advice = ": images in [0, 1] are (255 * x).round().to(torch.uint8)" if x.dtype.is_floating_point else ""
+        advice = (
+            ": give (255 * x).round().byte(), or x.round().byte() if x is in 0..255"
+            if x.dtype.is_floating_point
+            else ""
+        )
         raise ValueError(f"x must be uint8 [N, C, H, W], got {x.dtype} {list(x.shape)}{advice}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__

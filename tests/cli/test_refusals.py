@@ -37,7 +37,7 @@ REFUSED = {
     "PyTorch has no such device)",
     "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
-    "train classifier --data {bars} --model resnet": "classifier must be one of small_cnn, preact_resnet18",
+    "train classifier --data {bars} --model resnet": "--model must be one of small_cnn, preact_resnet18",
     "train classifier --data {bars} --model fully_connected --width 3": "fully_connected, which has no width; it is 3",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train classifier --eps a/b": "must be a number or a fraction such as 8/255, got 'a/b'",
