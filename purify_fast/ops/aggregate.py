@@ -139,7 +139,7 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
     triton=Launcher("aggregate", "forward"),
-    replaces_many=("peel", "mean_sigmoid", "vote"),
+    few_launches=("lse", "mean"),
     compiler_fuses=("peel", "mean_sigmoid", "vote"),
 )
 BACKWARD = define_backward(

@@ -50,7 +50,6 @@ OP = define_op(
     examples=step_examples(_arguments, NORMS, IMAGES, ON_GPU),
     raced=step_examples(_arguments, NORMS, RGB, {}),
     triton=Launcher("apgd_step", "forward"),
-    replaces_many=("linf", "l2"),
     compiler_fuses=("linf",),
     differentiable=False,
 )

@@ -155,7 +155,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES),
     raced=examples(_arguments, RACED),
     triton=Launcher("contextual_attention", "forward"),
-    replaces_many=("",),
     # Races distinguish calls by the dtype of the mask and by the number of pairs of pixels.
     size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )

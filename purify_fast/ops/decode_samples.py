@@ -244,7 +244,6 @@ OP = define_op(
     triton=Launcher("decode_samples", "forward"),
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
-    replaces_many=("",),
     # Races distinguish calls by the dtype of the images, which is the last argument, and by the size of the condition.
     size_key=lambda condition, *others: (others[-1], condition.numel()),
 )

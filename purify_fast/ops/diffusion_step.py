@@ -167,7 +167,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
     triton=Launcher("diffusion_step", "forward"),
-    replaces_many=("fixed", "learned", "noiseless"),
     compiler_fuses=("noiseless",),
     size_key=lambda x, prediction, *_: (prediction.dtype, x.numel()),
 )

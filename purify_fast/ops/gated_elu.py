@@ -62,7 +62,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     raced=examples(_arguments, RACED),
     triton=Launcher("gated_elu", "forward"),
-    replaces_many=("",),
     compiler_fuses=("",),
 )
 BACKWARD = define_backward(

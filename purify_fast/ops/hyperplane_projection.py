@@ -128,7 +128,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
     triton=Launcher("hyperplane_projection", "forward"),
-    replaces_many=NORMS,
     differentiable=False,
 )
 

@@ -51,7 +51,6 @@ OP = define_op(
     examples=examples(_arguments, IMAGES, exact=True),
     raced=examples(_arguments, RGB, exact=True),
     triton=Launcher("noisy_replay", "forward"),
-    replaces_many=("",),
     differentiable=False,
 )
 

@@ -170,7 +170,6 @@ OP = define_op(
     examples=step_examples(step_arguments, NORMS, IMAGES, ON_GPU),
     raced=step_examples(step_arguments, NORMS, RGB, {}),
     triton=Launcher("pgd_step", "forward"),
-    replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
     differentiable=False,
 )

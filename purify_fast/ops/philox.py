@@ -140,7 +140,6 @@ OP = define_op(
         **PROPERTIES,
     ),
     raced=examples(_arguments, [(distribution, (ROWS, 3, 1024)) for distribution in DISTRIBUTIONS], **PROPERTIES),
-    replaces_many=("",),
     # The size is the number of values that a call draws.
     size_key=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
     differentiable=False,

@@ -159,7 +159,6 @@ OP = define_op(
     ),
     raced=examples(_arguments, RACED),
     triton=Launcher("random_transform", "forward"),
-    replaces_many=("",),
 )
 BACKWARD = define_backward(
     OP,

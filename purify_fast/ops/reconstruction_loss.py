@@ -46,7 +46,6 @@ OP = define_op(
     examples=examples(_arguments, IMAGES),
     raced=examples(_arguments, RGB),
     triton=Launcher("reconstruction_loss", "forward"),
-    replaces_many=("",),
     compiler_fuses=("",),
 )
 BACKWARD = define_backward(

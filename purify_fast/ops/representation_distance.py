@@ -147,7 +147,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
     raced=examples(_arguments, RACED, variant=_raced_apart),
     triton=Launcher("representation_distance", "forward"),
-    replaces_many=("", "several"),
     compiler_fuses=("",),
     size_key=_size_key,
 )

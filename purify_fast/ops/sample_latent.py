@@ -57,7 +57,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     raced=examples(_arguments, RACED),
     triton=Launcher("sample_latent", "forward"),
-    replaces_many=("",),
 )
 BACKWARD = define_backward(
     OP,

@@ -175,7 +175,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, exact=lambda norm, *_: norm == "linf", variant=lambda norm, *_: norm),
     raced=examples(_arguments, RACED, variant=lambda norm, *_: norm),
     triton=Launcher("square_proposal", "forward"),
-    replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
     # The size is the number of elements of the result.
     size_key=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),

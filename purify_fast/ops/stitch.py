@@ -76,7 +76,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES, exact=True),
     raced=examples(_arguments, RACED, exact=True),
     triton=Launcher("stitch", "forward"),
-    replaces_many=("",),
 )
 BACKWARD = define_backward(
     OP,

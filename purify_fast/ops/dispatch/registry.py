@@ -22,20 +22,17 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ... import _library, kernels
+from ... import _library
 from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, SIZES, Backend, Call, Definition, first_argument
 from .races import Winner
-
-KERNELS = Path(kernels.__path__[0])
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
@@ -208,10 +205,7 @@ def define_op(
     examples: list[Example],
     raced: list[Example] | None = None,
     triton: Callable | None = None,
-    replaces_many: tuple[str, ...] = (),
-    compiler_fuses: tuple[str, ...] = (),
-    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
-    differentiable: bool = True,
+    **facts: Any,
 ) -> Op:
     """Register the op ``purify_fast::name``.
 
@@ -225,10 +219,7 @@ def define_op(
         raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; by default, the
             examples.
         triton: launcher with the op's signature, imported at the first call. It never gets float64.
-        replaces_many: see `Definition`, also for the following arguments.
-        compiler_fuses: the variants in ``replaces_many`` whose reference can be fused by a compiler too.
-        size_key: function that returns the dtype and the size by which races distinguish calls.
-        differentiable: whether the public function has gradients.
+        **facts: ``few_launches``, ``compiler_fuses``, ``size_key`` and ``differentiable``; see `Definition`.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -236,19 +227,13 @@ def define_op(
     # Without no_grad, autograd would trace the fallback.
     plain = torch.no_grad()(reference)
     available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
-    definition = Path(reference.__code__.co_filename)
-    extension = (Path(_library.path),) if _library.path else ()
-    sources = {"cpu": (definition, *extension), "cuda": (definition, *extension)}
     if _library.has_kernel(qualified, "CPU"):
         available["cpu"] += ("cpp",)
     else:
         torch.library.impl(qualified, "CPU", plain)
+    if triton is not None:
+        available["cuda"] += ("triton",)
     torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
-    available["cuda"] += ("triton",) if triton is not None else ()
-    if isinstance(triton, Launcher):
-        # All files are included, because kernels call functions of other kernels, and definitions call other
-        # definitions.
-        sources["cuda"] = (*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py")))
     REGISTRY[name] = Op(
         name=name,
         handle=getattr(torch.ops.purify_fast, name).default,
@@ -256,12 +241,8 @@ def define_op(
         available=available,
         examples=examples,
         raced=raced or examples,
-        sources=sources,
         launch=triton,
-        replaces_many=replaces_many,
-        compiler_fuses=compiler_fuses,
-        size_key=size_key,
-        differentiable=differentiable,
+        **facts,
     )
     return REGISTRY[name]
 
@@ -310,7 +291,7 @@ def define_backward(
         examples=[derived(example) for example in op.examples],
         raced=[derived(example) for example in op.raced],
         triton=Launcher(op.launch.module, "backward") if isinstance(op.launch, Launcher) else None,
-        replaces_many=op.replaces_many,
+        few_launches=op.few_launches,
         compiler_fuses=op.compiler_fuses,
         size_key=size_key,
     )
