@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .._tensors import check_one_device, per_image
 from .dispatch.examples import IMAGES, RGB, examples, normal, uniform
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
+from .dispatch.registry import define_backward, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -45,7 +45,6 @@ OP = define_op(
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
     examples=examples(_arguments, IMAGES),
     raced=examples(_arguments, RGB),
-    triton=Launcher("reconstruction_loss", "forward"),
     compiler_fuses=("",),
 )
 BACKWARD = define_backward(

@@ -31,7 +31,7 @@ from torch import Tensor
 from .._tensors import check_one_device, last_channels, per_image
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .dispatch.registry import define_backward, define_op, wide
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
 LEAST_NORMS = 1e-30
@@ -126,8 +126,7 @@ RACED = tuple(
 )
 
 
-def _raced_apart(kind: str, layers: tuple[tuple[int, ...], ...]) -> str:
-    return _variant(len(layers))
+VARIANT: dict[str, Any] = {"variant": lambda kind, layers: _variant(len(layers))}
 
 
 def _arguments(
@@ -144,9 +143,8 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     # A different order of the sums changes the cosine by a few ulp. The cosine is ten times as large as the distance.
-    examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
-    raced=examples(_arguments, RACED, variant=_raced_apart),
-    triton=Launcher("representation_distance", "forward"),
+    examples=examples(_arguments, EXAMPLES, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0, **VARIANT),
+    raced=examples(_arguments, RACED, **VARIANT),
     compiler_fuses=("",),
     size_key=_size_key,
 )

@@ -370,10 +370,8 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
 
 def known_rows(op: Op, device: torch.device) -> list[Row]:
     """Return the rows in the user's file that are valid for the op's current kernel."""
-    entry = races.read(device).get("ops", {}).get(op.name, {})
-    mine = entry.get("sources") == op.code_hash(device.type)
     try:
-        return [Row(**row) for row in entry.get("rows", [])] if mine else []
+        return [Row(**row) for row in races.own_entry(op, device).get("rows", [])]
     except TypeError:
         # The file comes from a version whose rows have other fields.
         return []
@@ -384,10 +382,9 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
     They have no effect until all races are finished. If the process is killed, the next run continues with them.
     """
-    digest, entry = op.code_hash(device.type), races.read(device).get("ops", {}).get(op.name, {})
     every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
-    own = entry if entry.get("sources") == digest else {}
-    races.write(device, {op.name: {**own, "sources": digest, "rows": [asdict(row) for row in every]}}, facts)
+    now = {"sources": op.code_hash(device.type), "rows": [asdict(row) for row in every]}
+    races.write(device, {op.name: races.own_entry(op, device) | now}, facts)
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[Race]:
