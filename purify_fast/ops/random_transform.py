@@ -35,14 +35,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_PASSES = 255
 
 
+def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, samples: int) -> Tensor:
+    """Return normal numbers, [S, B, C, H, W]."""
+    numel = x.shape[1] * x.shape[2] * x.shape[3]
+    drawn = philox(seed, sample_ids, numel, stream=Stream.TRANSFORM_NOISE, distribution="normal", draws=samples)
+    return drawn.transpose(0, 1).unflatten(2, x.shape[1:])
+
+
 def _noisy(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, samples: int) -> Tensor:
     """Return x + sigma n, [S, B, C, H, W], or [1, B, C, H, W] without noise."""
     clean = wide(x)[None]
-    if sigma == 0:
-        return clean
-    numel = math.prod(x.shape[1:])
-    drawn = philox(seed, sample_ids, numel, stream=Stream.TRANSFORM_NOISE, distribution="normal", draws=samples)
-    return clean + sigma * drawn.transpose(0, 1).unflatten(2, x.shape[1:]).to(clean.dtype)
+    return clean if sigma == 0 else clean + sigma * _noise(x, seed, sample_ids, samples).to(clean.dtype)
 
 
 def _ranks(seed: Tensor, ids: Tensor, blocks: int, samples: int) -> Tensor:

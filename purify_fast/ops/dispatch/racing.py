@@ -276,9 +276,11 @@ def run_race(race: Race, device: torch.device, capture: Capture | None = None) -
         seconds = {"eager": _settled(contestants, device, serves)}
         if capture is not None:
             seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
+    times = {style: [round(1e6 * one, 3) for one in both] for style, both in seconds.items()}
+    megabytes = round(moved / 1e6, 3)
     return [
-        Row(*race.key, style, elements, *(round(1e6 * one, 3) for one in both), megabytes=round(moved / 1e6, 3))
-        for style, both in seconds.items()
+        Row(*race.key, style, elements, reference_us=reference, kernel_us=kernels, megabytes=megabytes)
+        for style, (reference, kernels) in times.items()
     ]
 
 
