@@ -148,7 +148,7 @@ def _philox(
     tl.store(out_ptr + row.to(tl.int64) * numel + element, out, mask=element < numel)
 
 
-def philox(
+def forward(
     seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
 ) -> Tensor:
     """Draw [B, draws, numel], int32 bits or float32, as defined by `purify_fast.ops.philox.reference`."""

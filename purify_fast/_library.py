@@ -43,22 +43,17 @@ def _load() -> None:
     path = _find()
     if path is None:
         load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
-        logger.info("the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
     elif not os.environ.get("PURIFY_FAST_EXTENSION") and is_stale(Path(path), SOURCES):
         load_error = ImportError(f"{path} was built from other C++ sources than those in {SOURCES}: {BUILD_HINT}")
-        logger.warning("the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
     else:
         try:
             torch.ops.load_library(path)
         # The pure-Python package must work in spite of an extension that cannot be loaded.
         except Exception as error:
-            load_error = error
-            logger.warning(
-                "%s cannot be loaded, so PyTorch computes the operations of the compiled CPU kernels: %s; %s",
-                path,
-                error,
-                BUILD_HINT,
-            )
+            load_error = ImportError(f"{path} cannot be loaded: {error}; {BUILD_HINT}")
+    if load_error is not None:
+        level = logging.INFO if path is None else logging.WARNING
+        logger.log(level, "the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
 
 
 def loaded() -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -32,6 +32,21 @@ def check_one_device(**tensors: Tensor) -> None:
     if any(device != devices[0] for device in devices):
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"tensors must be on one device, got {places}")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise an error unless all arguments are floating-point tensors on one device. The keywords are their names.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: a dtype is not floating point, or the devices differ.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    check_one_device(**tensors)
 
 
 def check_alike(**tensors: Tensor) -> None:
@@ -122,8 +137,7 @@ def first_tensor(module: nn.Module) -> Tensor:
     Returns:
         The tensor; for a module without floating-point tensors, a float32 zero on the CPU.
     """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
+    return next(_floating(module), torch.zeros(()))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -137,10 +151,11 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     Returns:
         The dtype; float32 for a module without floating-point tensors.
     """
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.float32
+    return next((tensor.dtype for tensor in _floating(module)), torch.float32)
+
+
+def _floating(module: nn.Module) -> Iterator[Tensor]:
+    return filter(Tensor.is_floating_point, itertools.chain(module.parameters(), module.buffers()))
 
 
 class Digested(Protocol):

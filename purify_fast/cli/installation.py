@@ -53,7 +53,7 @@ def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
     This function verifies no kernel.
     """
     raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
-    unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.replaces_many, ""))]
+    unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))]
     served: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     for call in raced or unraced:

@@ -30,12 +30,10 @@ from torch.nn import functional as F
 
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
+from .dispatch.registry import define_backward, define_op, second_argument, wide
 
 #: The methods that have a kernel. The kernels identify them by index.
 METHODS = ("lse", "peel", "mean", "mean_sigmoid", "vote")
-#: The published forms, which are unsafe to attack.
-UNSAFE = ("peel_reference", "vote_reference")
 #: exp(70) = 2.5e30, so float32 has eight decades above it for the tangent and for sums over classes.
 TANGENT = 70.0
 
@@ -100,6 +98,8 @@ def vote_reference(logits: Tensor) -> Tensor:
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
 
+#: The published forms, which are unsafe to attack.
+UNSAFE = {"peel_reference": peel_reference, "vote_reference": vote_reference}
 #: The keys are the method, the shape, and the standard deviation of the logits. The values are the dtypes in which the
 #: example verifies kernels on a GPU. Some shapes have few classes. The others have more classes than a vector has
 #: lanes, and their number is not a multiple of the lanes. One example has logits for which peel uses the tangent, whose
@@ -138,8 +138,7 @@ OP = define_op(
     fake=lambda logits, method: wide(logits).new_empty((logits.shape[0], logits.shape[2])),
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
-    triton=Launcher("aggregate", "forward"),
-    replaces_many=("peel", "mean_sigmoid", "vote"),
+    few_launches=("lse", "mean"),
     compiler_fuses=("peel", "mean_sigmoid", "vote"),
 )
 BACKWARD = define_backward(
@@ -192,12 +191,10 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
-    if method == "peel_reference":
-        return peel_reference(logits)
-    if method == "vote_reference":
-        return vote_reference(logits)
+    if method in UNSAFE:
+        return UNSAFE[method](logits)
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS + UNSAFE)}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join((*METHODS, *UNSAFE))}, got {method!r}")
     index = METHODS.index(method)
     differentiated = needs_gradient(logits)
     if OP.uses_reference(logits.device, logits.dtype, logits.numel(), method) and not (

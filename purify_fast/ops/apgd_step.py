@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._tensors import per_image
 from .dispatch.examples import IMAGES, RGB, ROWS
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import define_op, wide
 from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
 #: There is no l1, because its steps follow a different rule, which adapts the fraction of the coordinates that move.
@@ -49,8 +49,6 @@ OP = define_op(
     reference=reference,
     examples=step_examples(_arguments, NORMS, IMAGES, ON_GPU),
     raced=step_examples(_arguments, NORMS, RGB, {}),
-    triton=Launcher("apgd_step", "forward"),
-    replaces_many=("linf", "l2"),
     compiler_fuses=("linf",),
     differentiable=False,
 )

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from .._tensors import check_one_device, last_channels, without_autocast
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
-from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .dispatch.registry import define_backward, define_op, wide
 
 _SMALLEST_NORM = 1e-4
 
@@ -57,11 +57,6 @@ def _moved(x: Tensor, step: int, dim: int) -> Tensor:
 def _both(x: Tensor, dim: int) -> Tensor:
     """Return x plus x shifted by one position in each direction, along ``dim`` (see `_moved`)."""
     return x + _moved(x, -1, dim) + _moved(x, 1, dim)
-
-
-def _fuse_rows(x: Tensor) -> Tensor:
-    """Return x [B, L, L] after the first pass of "fuse", with positions in row-major order."""
-    return _both(x, 1)
 
 
 def _turned(x: Tensor, height: int, width: int) -> Tensor:
@@ -103,7 +98,8 @@ def reference(
     """
     v = keep.to(correlation.dtype)[:, None]
     scores = _patches(correlation, height, width) * inverse[:, None]
-    weights = v * torch.softmax(scale * v * _fuse_columns(_fuse_rows(scores), height, width), 2)
+    # The inner call of _both is the first pass of "fuse", with positions in row-major order.
+    weights = v * torch.softmax(scale * v * _fuse_columns(_both(scores, 1), height, width), 2)
     x = _grids(weights, height, width)
     by_row = [x + _moved(x, step, 1) for step in (-1, 1)]
     by_both = [x + _moved(x, step, 2) for x in by_row for step in (-1, 1)]
@@ -118,7 +114,7 @@ def reference_backward(
     by_row = [x[:, i] + x[:, i + 1] + _moved(x[:, i], 1, 2) + _moved(x[:, i + 1], -1, 2) for i in (0, 2)]
     x = 0.25 * (by_row[0] + by_row[1] + _moved(by_row[0], 1, 1) + _moved(by_row[1], -1, 1)).reshape(weights.shape)
     x = scale * weights * (x - (weights * x).sum(2, keepdim=True))
-    x = _fuse_rows(_fuse_columns(x, height, width))
+    x = _both(_fuse_columns(x, height, width), 1)
     to_inverse = (x * _patches(correlation, height, width)).sum(1)
     return _patches(x * inverse[:, None], height, width), to_inverse
 
@@ -154,8 +150,6 @@ OP = define_op(
     ),
     examples=examples(_arguments, EXAMPLES),
     raced=examples(_arguments, RACED),
-    triton=Launcher("contextual_attention", "forward"),
-    replaces_many=("",),
     # Races distinguish calls by the dtype of the mask and by the number of pairs of pixels.
     size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
@@ -249,16 +243,6 @@ def _attend_backward(
 _whole = differentiable(_attend, _attend_backward, lambda inputs, outputs: (*outputs[1:], *inputs[2:]), constants=5)
 
 
-def _whole_serves(features: Tensor, pairs: int, gradient: bool) -> bool:
-    """Return True if the kernels of the whole function are used.
-
-    They are used if the op's kernels would be used in both directions.
-    """
-    if not WHOLE or not may_save(features) or OP.uses_reference(features.device, features.dtype, pairs):
-        return False
-    return not gradient or not BACKWARD.uses_reference(features.device, features.dtype, pairs)
-
-
 def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -> Tensor:
     """Rebuild a feature map from its valid patches, weighted by similarity (see the module's docstring).
 
@@ -294,10 +278,12 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     check_one_device(features=features, valid=valid)
 
     last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
-    if _whole_serves(features, pairs, gradient):
-        with without_autocast(features.device):
-            return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
+    plain = OP.uses_reference(features.device, features.dtype, pairs)
+    whole = WHOLE and may_save(features) and not plain
     with without_autocast(features.device):
+        # The kernels of the whole function are used if the op's kernels would be used in both directions.
+        if whole and not (gradient and BACKWARD.uses_reference(features.device, features.dtype, pairs)):
+            return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
         # [B, C, h, a, w, b]
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))
         # Each memory layout uses the matrix products that need no transposed copy.
@@ -309,7 +295,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         correlation = pixels @ pixels.mT
         inverse, keep = _inverse_norms(pixels, height, width), valid.to(features.dtype)
         kernel = _between if gradient else OP.handle
-        call = reference if OP.uses_reference(features.device, features.dtype, pairs) else kernel
+        call = reference if plain else kernel
         spread, _weights = call(correlation, inverse, keep, height, width, float(scale))
         if last:
             out = (spread @ phases).view(batch, 2, 2, height, width, channels)
@@ -338,8 +324,4 @@ def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"size must be (h, w) with h and w at least 1, got {tuple(size)}")
     missing = (mask.detach() != 0).to(torch.float32)
-    if mask.shape[2] % size[0] or mask.shape[3] % size[1]:
-        missing = F.adaptive_max_pool2d(missing, size)
-    else:
-        missing = F.max_pool2d(missing, (mask.shape[2] // size[0], mask.shape[3] // size[1]))
-    return F.max_pool2d(missing, 3, 1, 1).flatten(1) == 0
+    return F.max_pool2d(F.adaptive_max_pool2d(missing, size), 3, 1, 1).flatten(1) == 0

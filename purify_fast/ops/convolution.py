@@ -30,6 +30,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from .._tensors import check_floating
 from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_op, wide
@@ -93,9 +94,8 @@ def output_size(size: Sequence[int], kernel: Sequence[int], *settings: Sequence[
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: list[int]) -> Tensor:
-    return input.new_empty(
-        input.shape[0], *output_size(input.shape[1:3], weight.shape[1:3], *settings), weight.shape[0]
-    )
+    size = output_size(input.shape[1:3], weight.shape[1:3], *settings)
+    return input.new_empty(input.shape[0], *size, weight.shape[0])
 
 
 def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *settings: Any) -> tuple[Tensor, Tensor]:
@@ -245,48 +245,11 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
-#: The results of earlier calls of `_settings`, by the arguments of the call.
-_known: dict[Any, tuple[list[int], list[int], list[int]]] = {}
-
-
-def _settings(*given: int | Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Return stride, padding and dilation of rows and columns.
-
-    Raise ValueError if they are not as `conv2d` documents.
-    """
-    # The table `_known` is used for tuples only, which layers pass. While compiling it is not used, because
-    # torch.compile would treat its values as variable.
-    kept = all(type(one) is tuple for one in given) and not torch.compiler.is_compiling()
-    if kept and given in _known:
-        return _known[given]
-    stride, padding, dilation = given
-    made = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    if kept:
-        _known[given] = made
-    return made
-
-
-def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return True if the tensors have the most frequent form, which needs no further check."""
-    shapes = type(input) is Tensor and type(weight) is Parameter and input.dim() == 4 and weight.dim() == 4
-    if not shapes or input.shape[1] != weight.shape[1] or 0 in weight.shape:
-        return False
-    if bias is not None and (type(bias) is not Parameter or bias.shape != weight.shape[:1]):
-        return False
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    return all(tensor.dtype == torch.bfloat16 and tensor.device == input.device for tensor in tensors)
-
-
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise TypeError or ValueError if a tensor of `conv2d` does not match its documentation."""
     named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_floating(**named)
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name} is on {tensor.device}, but input is on {input.device}; use the same device")
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
             raise ValueError(f"{name} is {tensor.dtype}, but input is {input.dtype}; without autocast they must agree")
     if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
@@ -302,10 +265,9 @@ def _plain(input: Tensor, elements: int, variant: str) -> bool:
     # other ops.
     if OP.kernel("cpu") == "reference":
         return True
-    dtype = input.dtype
     # Autocast does not change float64.
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
+    autocast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if autocast else input.dtype
     if dtype != torch.bfloat16:
         return True
     backwards = (op.uses_reference(input.device, dtype, elements, variant) for op in (INPUT_GRADIENT, WEIGHT_GRADIENT))
@@ -354,9 +316,8 @@ def conv2d(
     other images. The choice between kernel and PyTorch depends on the batch size. Numbers below float32's normal range
     count as zero.
     """
-    if not _fits(input, weight, bias):
-        _check(input, weight, bias)
-    settings = _settings(stride, padding, dilation)
+    _check(input, weight, bias)
+    settings = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     elements = _elements(input, weight, *settings)
     if (
         elements == 0

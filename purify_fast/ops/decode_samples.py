@@ -31,7 +31,7 @@ from .._tensors import memory_format, without_autocast
 from ..kernels import decoder_sizes as tiles
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .dispatch.registry import define_backward, define_op, wide
 from .philox import Stream, check_stream, philox
 
 
@@ -241,10 +241,8 @@ OP = define_op(
     f"(Tensor condition, Tensor seed, Tensor sample_ids, {_SIZES}, bool channels_last, ScalarType dtype) -> Tensor",
     reference=reference,
     fake=_fake,
-    triton=Launcher("decode_samples", "forward"),
     examples=examples(_arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16)),
     raced=examples(_arguments, RACED, dtypes=(torch.float32, torch.bfloat16)),
-    replaces_many=("",),
     # Races distinguish calls by the dtype of the images, which is the last argument, and by the size of the condition.
     size_key=lambda condition, *others: (others[-1], condition.numel()),
 )
@@ -306,10 +304,9 @@ def decode_prior(
 
     The op is deterministic and has first-order gradients only. It does not support ``vmap``.
     """
-    expected = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
     channels, h, w = geometry.start
-    real = expected.get(packed.dtype)
-    if real is None:
+    real = torch.promote_types(packed.dtype, torch.float32)
+    if packed.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"packed must be bfloat16, float32 or float64, got {packed.dtype}")
     dtype = real if dtype is None else dtype
     if condition.dim() != 2 or condition.shape[1] != channels * h * w or condition.dtype != real:

@@ -42,7 +42,7 @@ from torch import Tensor
 from .._tensors import per_image, without_autocast
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_backward, define_op
+from .dispatch.registry import define_backward, define_op
 from .philox import DISTRIBUTIONS, Stream, check_stream, drawn
 from .stitch import layout
 
@@ -166,8 +166,6 @@ OP = define_op(
     reference=reference,
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
-    triton=Launcher("diffusion_step", "forward"),
-    replaces_many=("fixed", "learned", "noiseless"),
     compiler_fuses=("noiseless",),
     size_key=lambda x, prediction, *_: (prediction.dtype, x.numel()),
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .._tensors import last_channels
+from .._tensors import check_floating, last_channels
 from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
@@ -123,11 +123,7 @@ class _Normalized(torch.autograd.Function):
 def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float) -> None:
     """Raise TypeError or ValueError if an argument of `group_norm_silu` does not match its documentation."""
     named = {"x": x, "weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point() or tensor.device != x.device:
-            raise ValueError(f"{name} must be floating point on {x.device}, got {tensor.dtype} on {tensor.device}")
+    check_floating(**named)
     if x.dim() < 2:
         raise ValueError(f"x must be [B, C, ...], got {list(x.shape)}")
     if any(size == 0 for size in x.shape[2:]):

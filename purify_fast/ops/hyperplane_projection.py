@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, normal, uniform, wide_dtype
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import define_op, wide
 from .pgd_step import NORMS, check, per_sample
 
 #: For each dtype: the integer dtype of the same width, the bits of the mantissa, and twice the bias of the exponent.
@@ -127,8 +127,6 @@ OP = define_op(
     reference=reference,
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     raced=examples(_arguments, RACED, **PROPERTIES),
-    triton=Launcher("hyperplane_projection", "forward"),
-    replaces_many=NORMS,
     differentiable=False,
 )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._tensors import check_alike, per_image
 from .dispatch.examples import IMAGES, RGB, ROWS, examples, stream, uniform, wide_dtype
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import define_op, wide
 from .pgd_step import per_sample
 from .philox import Stream, check_stream, philox
 
@@ -50,8 +50,6 @@ OP = define_op(
     reference=reference,
     examples=examples(_arguments, IMAGES, exact=True),
     raced=examples(_arguments, RGB, exact=True),
-    triton=Launcher("noisy_replay", "forward"),
-    replaces_many=("",),
     differentiable=False,
 )
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from .._tensors import check_alike, per_image
 from .._validation import Norm, read_norm
 from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, laid_out, normal, uniform, wide_dtype
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import define_op, wide
 
 NORMS = ("linf", "l2", "l1")
 #: The fraction of the coordinates that an l1 step moves, chosen for this package. SLIDE's implementation in cleverhans
@@ -169,8 +169,6 @@ OP = define_op(
     reference=reference,
     examples=step_examples(step_arguments, NORMS, IMAGES, ON_GPU),
     raced=step_examples(step_arguments, NORMS, RGB, {}),
-    triton=Launcher("pgd_step", "forward"),
-    replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
     differentiable=False,
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 from .._tensors import check_one_device
 from .dispatch.examples import ROWS, examples
 from .dispatch.examples import stream as example_stream
-from .dispatch.registry import Launcher, define_op
+from .dispatch.registry import define_op
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -128,7 +128,6 @@ OP = define_op(
     " -> Tensor",
     reference=reference,
     fake=_fake,
-    triton=Launcher("philox", "philox"),
     examples=examples(
         _arguments,
         {
@@ -139,7 +138,6 @@ OP = define_op(
         **PROPERTIES,
     ),
     raced=examples(_arguments, [(distribution, (ROWS, 3, 1024)) for distribution in DISTRIBUTIONS], **PROPERTIES),
-    replaces_many=("",),
     # The size is the number of values that a call draws.
     size_key=lambda seed, ids, numel, stream, distribution, draws=1, *_: (torch.float32, ids.numel() * draws * numel),
     differentiable=False,

@@ -27,7 +27,7 @@ from torch import Tensor
 from .._tensors import memory_format, without_autocast
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .dispatch.registry import define_backward, define_op, wide
 from .philox import Stream, check_stream, philox
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -158,8 +158,6 @@ OP = define_op(
         slack=lambda shape, block, passes, sigma, *_: 16.0 if sigma else 0.0,
     ),
     raced=examples(_arguments, RACED),
-    triton=Launcher("random_transform", "forward"),
-    replaces_many=("",),
 )
 BACKWARD = define_backward(
     OP,

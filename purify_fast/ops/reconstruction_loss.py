@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import check_one_device, per_image
+from .._tensors import check_floating, per_image
 from .dispatch.examples import IMAGES, RGB, examples, normal, uniform
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import Launcher, define_backward, define_op, second_argument, wide
+from .dispatch.registry import define_backward, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -45,8 +45,6 @@ OP = define_op(
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
     examples=examples(_arguments, IMAGES),
     raced=examples(_arguments, RGB),
-    triton=Launcher("reconstruction_loss", "forward"),
-    replaces_many=("",),
     compiler_fuses=("",),
 )
 BACKWARD = define_backward(
@@ -86,9 +84,7 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
     if logits.shape != target.shape or logits.dim() < 2:
         shapes = f"{list(logits.shape)} and {list(target.shape)}"
         raise ValueError(f"logits and target must have the same shape [B, ...], got {shapes}")
-    if not (logits.is_floating_point() and target.is_floating_point()):
-        raise ValueError(f"logits and target must be floating point, got {logits.dtype} and {target.dtype}")
-    check_one_device(logits=logits, target=target)
+    check_floating(logits=logits, target=target)
     if OP.uses_reference(logits.device, logits.dtype, logits.numel()):
         return reference(logits, target.detach())
     if not needs_gradient(logits):

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device, last_channels, per_image
+from .._tensors import check_floating, last_channels, per_image
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .dispatch.registry import define_backward, define_op, wide
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
 LEAST_NORMS = 1e-30
@@ -126,8 +126,7 @@ RACED = tuple(
 )
 
 
-def _raced_apart(kind: str, layers: tuple[tuple[int, ...], ...]) -> str:
-    return _variant(len(layers))
+VARIANT: dict[str, Any] = {"variant": lambda kind, layers: _variant(len(layers))}
 
 
 def _arguments(
@@ -144,10 +143,8 @@ OP = define_op(
     reference=reference,
     fake=_fake,
     # A different order of the sums changes the cosine by a few ulp. The cosine is ten times as large as the distance.
-    examples=examples(_arguments, EXAMPLES, variant=_raced_apart, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0),
-    raced=examples(_arguments, RACED, variant=_raced_apart),
-    triton=Launcher("representation_distance", "forward"),
-    replaces_many=("", "several"),
+    examples=examples(_arguments, EXAMPLES, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0, **VARIANT),
+    raced=examples(_arguments, RACED, **VARIANT),
     compiler_fuses=("",),
     size_key=_size_key,
 )
@@ -202,9 +199,7 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
             raise ValueError(f"student and teacher must have the same shape [B, ...], and layers the same B, got {got}")
-        if not (u.is_floating_point() and v.is_floating_point()):
-            raise ValueError(f"student and teacher must be floating point, got {u.dtype} and {v.dtype}")
-        check_one_device(first=student[0], student=u, teacher=v)
+        check_floating(first=student[0], student=u, teacher=v)
 
 
 def representation_distance(

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._tensors import check_alike
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import Launcher, define_backward, define_op, wide
+from .dispatch.registry import define_backward, define_op, wide
 from .philox import Stream, check_stream, philox
 
 
@@ -56,8 +56,6 @@ OP = define_op(
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     raced=examples(_arguments, RACED),
-    triton=Launcher("sample_latent", "forward"),
-    replaces_many=("",),
 )
 BACKWARD = define_backward(
     OP,

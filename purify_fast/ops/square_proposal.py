@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from .._tensors import check_one_device, per_image
 from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
-from .dispatch.registry import Launcher, define_op, wide
+from .dispatch.registry import define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
 #: Before the signs of the channels, a proposal has this number of random numbers: two places (two numbers each), and
@@ -174,8 +174,6 @@ OP = define_op(
     fake=lambda x, x_nat, eps, numbers, *_: x.new_empty((numbers.shape[1] * x.shape[0], *x.shape[1:])),
     examples=examples(_arguments, EXAMPLES, exact=lambda norm, *_: norm == "linf", variant=lambda norm, *_: norm),
     raced=examples(_arguments, RACED, variant=lambda norm, *_: norm),
-    triton=Launcher("square_proposal", "forward"),
-    replaces_many=("linf", "l2", "l1"),
     compiler_fuses=("linf",),
     # The size is the number of elements of the result.
     size_key=lambda x, x_nat, eps, numbers, *_: (x.dtype, x.numel() * numbers.shape[1]),

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._tensors import check_one_device, last_channels, memory_format
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, normal
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import Launcher, define_backward, define_op
+from .dispatch.registry import define_backward, define_op
 from .random_transform import DTYPES, on_pixels
 
 
@@ -75,8 +75,6 @@ OP = define_op(
     fake=lambda images, owners, passes: _like(images, owners.shape[0] * owners.shape[1]),
     examples=examples(_arguments, EXAMPLES, exact=True),
     raced=examples(_arguments, RACED, exact=True),
-    triton=Launcher("stitch", "forward"),
-    replaces_many=("",),
 )
 BACKWARD = define_backward(
     OP,

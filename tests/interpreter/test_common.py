@@ -34,10 +34,10 @@ def test_rows_beyond_an_axis(monkeypatch):
 
     assert [_common.grid(rows, 7) for rows in (1, 65535, 65536)] == [(7, 1, 1), (7, 65535, 1), (7, 32768, 2)]
     seed, ids = torch.tensor([5]), torch.arange(8)
-    whole = philox.philox(seed, ids, 9, 1, 0)
+    whole = philox.forward(seed, ids, 9, 1, 0)
     monkeypatch.setattr(_common, "MOST_PROGRAMS", 3)
     assert _common.grid(8, 7) == (7, 3, 3)  # one program too many
-    assert torch.equal(philox.philox(seed, ids, 9, 1, 0), whole)
+    assert torch.equal(philox.forward(seed, ids, 9, 1, 0), whole)
 
 
 def test_constants_are_the_references():

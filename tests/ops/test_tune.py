@@ -79,7 +79,7 @@ def test_dtype_and_size_decide(monkeypatch):
     op = REGISTRY["sample_latent"]
     lost = {("float32", "small")}
 
-    def run_race(race, device, full=False, capture=None):
+    def run_race(race, device, capture=None):
         dtype = str(race.dtype).removeprefix("torch.")
         kernel = 2.0 if (dtype, race.size) in lost else 0.5
         return [row(race.example.name, "", dtype, race.size, kernel_us=kernel)]
@@ -144,7 +144,7 @@ def test_a_wrong_kernel_is_not_raced_and_an_error_ends_no_other_race(monkeypatch
         verdict = real(op, call)
         return verdict if op.name != "philox" else replace(verdict, error=1.0)
 
-    def run_race(race, device, full=False, capture=None):
+    def run_race(race, device, capture=None):
         if race.op == "stitch":
             raise MemoryError("no room")
         return [row(race.example.name, race.example.variant, "float32", race.size, kernel_us=0.5)]
@@ -192,7 +192,7 @@ def test_a_real_race_in_small(folder, monkeypatch):
 def test_a_run_that_is_killed_goes_on_where_it_was(monkeypatch):
     run: list[str] = []
 
-    def run_race(race, device, full=False, capture=None):
+    def run_race(race, device, capture=None):
         if len(run) == 3:
             raise KeyboardInterrupt
         run.append(race.words())

@@ -9,8 +9,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ... import _library, kernels
 from .examples import Example
 from .records import files_digest
+
+KERNELS = Path(kernels.__path__[0])
 
 Style = Literal["eager", "graph"]
 Backend = Literal["reference", "cpp", "triton"]
@@ -78,12 +81,11 @@ class Definition:
         available: the backends that exist here, by device type; the kernel is last.
         examples: inputs that verify its kernels.
         raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
-        sources: the files from which its kernel is built, by device type.
         launch: function that starts its Triton kernel, or None.
-        replaces_many: variants for which forward and backward together replace at least a dozen launches of the
-            reference; ``""`` means an op without variants. Without races, a GPU uses the kernel for these variants.
-        compiler_fuses: the variants in ``replaces_many`` whose reference can be fused by a compiler too. Inside
-            compiled graphs, the reference is used for these variants.
+        few_launches: variants for which forward and backward together replace less than a dozen launches of the
+            reference. Without races, a GPU uses the reference for these variants, and the kernel for the others.
+        compiler_fuses: the other variants whose reference can be fused by a compiler; ``""`` means an op without
+            variants. Inside compiled graphs, the reference is used for these variants.
         size_key: function that returns, from the kernel's arguments, the dtype and the number of elements by which
             races distinguish calls.
         differentiable: whether the public function has gradients, by a ``torch.autograd.Function`` around the op. The
@@ -98,9 +100,8 @@ class Definition:
     available: dict[str, tuple[Backend, ...]]
     examples: list[Example]
     raced: list[Example]
-    sources: dict[str, tuple[Path, ...]]
     launch: Callable | None
-    replaces_many: tuple[str, ...] = ()
+    few_launches: tuple[str, ...] = ()
     compiler_fuses: tuple[str, ...] = ()
     size_key: Callable[..., tuple[torch.dtype, int]] = first_argument
     differentiable: bool = True
@@ -115,8 +116,17 @@ class Definition:
 
         Verdicts and races are valid for these sources only.
         """
-        return files_digest(self.sources.get(kind, ()))
+        definition = Path(self.reference.__code__.co_filename)
+        if kind == "cuda":
+            # All files are included, because kernels call functions of other kernels, and definitions call other
+            # definitions.
+            return files_digest((*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py"))))
+        return files_digest((definition, Path(_library.path)) if _library.path else (definition,))
 
     def serves_unraced(self, style: Style) -> tuple[str, ...]:
         """Return the variants whose kernel a GPU uses if nothing was raced."""
-        return tuple(name for name in self.replaces_many if style == "eager" or name not in self.compiler_fuses)
+        if self.launch is None:
+            return ()
+        references = self.few_launches if style == "eager" else self.few_launches + self.compiler_fuses
+        variants = dict.fromkeys(example.variant for example in self.examples)
+        return tuple(variant for variant in variants if variant not in references)

@@ -87,16 +87,21 @@ def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
     return same[0] if same and facts["kind"] == "cpu" else None
 
 
+def own_entry(op: Definition, device: torch.device) -> dict[str, Any]:
+    """Return the entry of an op in the user's file; empty if there is none for the op's current kernel."""
+    entry: dict[str, Any] = read(device).get("ops", {}).get(op.name, {})
+    return entry if entry.get("sources") == op.code_hash(device.type) else {}
+
+
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
     """Return the user's and the shipped entry of an op on an available device, and where and when each was raced."""
     if device.type == of_run.get("device") and op.name in of_run["ops"]:
         return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
-    entries, own, near = [], read(device), nearest(records.machine(device))
-    if op.name in own.get("ops", {}):
-        if own["ops"][op.name].get("sources") == op.code_hash(device.type):
-            entries.append((own["ops"][op.name], f"raced on this machine, {own.get('date')}"))
-        else:
-            _warn_stale(records.file_of("raced", device))
+    entries, near = [], nearest(records.machine(device))
+    if own := own_entry(op, device):
+        entries.append((own, f"raced on this machine, {read(device).get('date')}"))
+    elif op.name in read(device).get("ops", {}):
+        _warn_stale(records.file_of("raced", device))
     if near is not None and op.name in near["ops"]:
         entries.append((near["ops"][op.name], f"raced on {near['machine']['device']}, {near['date']}"))
     return entries

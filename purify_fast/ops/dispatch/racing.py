@@ -17,9 +17,10 @@ import math
 import statistics
 import time
 import timeit
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from . import races
 from .examples import Example, tensors, tile, to
 from .op import SIZES, Backend, Call, size_of
 from .registry import REGISTRY, Op, forget_choices, use_backend
-from .verify import Verdict, verdict_of
+from .verify import verdict_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: The backend in use remains in use if its speed is at least this fraction of the other backend's speed.
@@ -85,6 +86,7 @@ class Race:
         dtype: dtype of the call.
         size: ``small``, ``medium`` or ``large``.
         times: the number of times that the samples of the example are repeated.
+        compiled: whether the calls are inside a compiled graph.
     """
 
     op: str
@@ -92,6 +94,7 @@ class Race:
     dtype: torch.dtype
     size: str
     times: int
+    compiled: bool = False
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -101,7 +104,7 @@ class Race:
     def words(self) -> str:
         """Return a description for the progress bar."""
         example, _, dtype, size = self.key
-        return f"{self.op} {example} {dtype} {size}"
+        return f"{self.op} {example} {dtype} {size}{' compiled' if self.compiled else ''}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,6 @@ class Row:
         elements: number of elements of the tensor that `Definition.size_key` chooses.
         reference_us: microseconds per call of the reference.
         kernel_us: microseconds per call of the kernel.
-        launches: number of operators that the reference launches, while the kernel launches one or a few.
         megabytes: size of all arguments and results together.
     """
 
@@ -129,7 +131,6 @@ class Row:
     elements: int
     reference_us: float
     kernel_us: float
-    launches: int = 0
     megabytes: float = 0.0
 
     @property
@@ -257,34 +258,28 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 
 @torch.no_grad()
-def run_race(race: Race, device: torch.device, full: bool = False, capture: Capture | None = None) -> list[Row]:
-    """Return the rows of a race: eager calls, replays if there is a ``capture``, and with ``full`` a compiled graph."""
+def run_race(race: Race, device: torch.device, capture: Capture | None = None) -> list[Row]:
+    """Return the rows of a race: eager calls and, if there is a ``capture``, replays; or calls in a compiled graph."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
     kernel = op.kernel(device.type)
     serves = op.wanted(Call(device, race.example.variant, race.dtype, elements.bit_length())).backend == kernel
-    with use_backend("reference"), Launches() as launches:
+    with use_backend("reference"):
         results = op.reference(*arguments)
     moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
     del results
     contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
-    seconds = {"eager": _settled(contestants, device, serves)}
-    if capture is not None:
-        seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
-    if full:
-        seconds["graph"] = fastest([_in_graph(function, arguments) for function in (op.reference, op.handle)], device)
+    if race.compiled:
+        seconds = {"graph": fastest([_in_graph(one, arguments) for one in (op.reference, op.handle)], device)}
+    else:
+        seconds = {"eager": _settled(contestants, device, serves)}
+        if capture is not None:
+            seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
     times = {style: [round(1e6 * one, 3) for one in both] for style, both in seconds.items()}
+    megabytes = round(moved / 1e6, 3)
     return [
-        Row(
-            *race.key,
-            style,
-            elements,
-            reference_us=reference,
-            kernel_us=kernels,
-            launches=launches.count,
-            megabytes=round(moved / 1e6, 3),
-        )
+        Row(*race.key, style, elements, reference_us=reference, kernel_us=kernels, megabytes=megabytes)
         for style, (reference, kernels) in times.items()
     ]
 
@@ -353,9 +348,9 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
 
     Return the op's entry for the user's file, and the calls whose backend changes.
     """
-    by_call: dict[Call, list[Row]] = {}
+    by_call: defaultdict[Call, list[Row]] = defaultdict(list)
     for row in rows:
-        by_call.setdefault(row.call(device), []).append(row)
+        by_call[row.call(device)].append(row)
     cells: dict[str, dict[str, Backend]] = {}
     changes: list[Change] = []
     for call, own in by_call.items():
@@ -377,10 +372,8 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
 
 def known_rows(op: Op, device: torch.device) -> list[Row]:
     """Return the rows in the user's file that are valid for the op's current kernel."""
-    entry = races.read(device).get("ops", {}).get(op.name, {})
-    mine = entry.get("sources") == op.code_hash(device.type)
     try:
-        return [Row(**row) for row in entry.get("rows", [])] if mine else []
+        return [Row(**row) for row in races.own_entry(op, device).get("rows", [])]
     except TypeError:
         # The file comes from a version whose rows have other fields.
         return []
@@ -391,14 +384,13 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
     They have no effect until all races are finished. If the process is killed, the next run continues with them.
     """
-    digest, entry = op.code_hash(device.type), races.read(device).get("ops", {}).get(op.name, {})
     every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
-    own = entry if entry.get("sources") == digest else {}
-    races.write(device, {op.name: {**own, "sources": digest, "rows": [asdict(row) for row in every]}}, facts)
+    now = {"sources": op.code_hash(device.type), "rows": [asdict(row) for row in every]}
+    races.write(device, {op.name: races.own_entry(op, device) | now}, facts)
 
 
-def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[Race, bool]]:
-    """Return all races, each with True if it is run inside a compiled graph, and False if it is run eagerly.
+def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[Race]:
+    """Return all races: eager calls, and with ``full`` also compiled graphs.
 
     The most important races come first, because the time may end before the last.
     """
@@ -407,8 +399,8 @@ def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[tuple[R
     # Compiling takes seconds, so one example and one size per variant and dtype represent the graphs of every size.
     first: dict[tuple[str, str, torch.dtype], Race] = {}
     for race in every if full else ():
-        first.setdefault((race.op, race.example.variant, race.dtype), race)
-    return [(race, False) for race in every] + [(race, True) for race in first.values()]
+        first.setdefault((race.op, race.example.variant, race.dtype), replace(race, compiled=True))
+    return [*every, *first.values()]
 
 
 # This function is long because its steps follow each other, and each step is a few lines.
@@ -447,35 +439,35 @@ def tune(
         if name not in with_kernel:
             there = ", ".join(with_kernel) or "none"
             raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
-    chosen = {name: op for name, op in with_kernel.items() if name in (tuple(ops) or with_kernel)}
+    chosen = {name: with_kernel[name] for name in tuple(ops) or with_kernel}
     facts = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
     # Write the file before any race, so that an unwritable folder raises an error at once.
     races.write(device, {}, facts)
-    verdicts: dict[str, Verdict] = {}
+    wrong: dict[str, str] = {}
     for index, (name, op) in enumerate(chosen.items()):
         tell(0.1 * index / len(chosen), f"verifying {name}")
-        verdicts[name] = verdict_of(op, Call(device))
-    wrong = {name: verdict.words() for name, verdict in verdicts.items() if not verdict.passed}
-    known = {name: [] if again else known_rows(op, device) for name, op in chosen.items()}
-    keys = {name: {row.key for row in rows} for name, rows in known.items()}
-    styles = {False: ("eager",) if capture is None else ("eager", "replay"), True: ("graph",)}
+        verdict = verdict_of(op, Call(device))
+        if not verdict.passed:
+            wrong[name] = verdict.words()
+    known = {(name, *row.key) for name, op in chosen.items() if not again for row in known_rows(op, device)}
+    last = {False: "eager" if capture is None else "replay", True: "graph"}
     work = _ordered([op for name, op in chosen.items() if name not in wrong], device, full)
-    new = [one for one in work if not {(*one[0].key, style) for style in styles[one[1]]} <= keys[one[0].op]]
-    rows: dict[str, dict[tuple[str, ...], Row]] = {}
+    new = [race for race in work if (race.op, *race.key, last[race.compiled]) not in known]
+    rows: defaultdict[str, list[Row]] = defaultdict(list)
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    for index, (race, compiled) in enumerate(new):
+    for index, race in enumerate(new):
         if time.perf_counter() - began > seconds:
-            left_out = [one.words() for one, _ in new[index:]]
+            left_out = [one.words() for one in new[index:]]
             break
-        tell(0.1 + 0.9 * index / len(new), race.words() + (" compiled" if compiled else ""))
+        tell(0.1 + 0.9 * index / len(new), race.words())
         try:
-            timed = run_race(race, device, compiled, capture)
+            timed = run_race(race, device, capture)
         except Exception as error:
             # If memory runs out, or if a kernel cannot be captured, the other races still run.
             failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
-        rows.setdefault(race.op, {}).update((row.key, row) for row in timed)
+        rows[race.op] += timed
         _keep_rows(chosen[race.op], timed, device, facts)
         if device.type == "cuda" and race.size == "large":
             # Free the memory of this op's reference and graphs, so that it is not added to the memory of the next ops.
@@ -488,7 +480,7 @@ def tune(
     return Tuned(
         path=path,
         seconds=time.perf_counter() - began,
-        rows={name: list(by_key.values()) for name, by_key in rows.items()},
+        rows=rows,
         changes=[change for _, changes in decided.values() for change in changes],
         known=len(work) - len(new),
         left_out=left_out,

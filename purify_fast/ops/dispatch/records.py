@@ -155,7 +155,7 @@ def read(kind: Kind, device: torch.device) -> dict[str, Any]:
         return {}
 
 
-def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
+def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write entries into a file, and keep the entries of other ops. The caller must hold the lock (`locked`).
 
     Args:
@@ -167,7 +167,6 @@ def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[st
     path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
     content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
     _files.write_text(path, json.dumps(content, indent=1) + "\n")
-    return path
 
 
 @contextlib.contextmanager

@@ -21,21 +21,18 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ... import _library, kernels
+from ... import _library
 from ..._compiler import constant_in_graphs
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
-from .op import BACKENDS, SIZES, Backend, Call, Definition, first_argument
+from .op import BACKENDS, KERNELS, SIZES, Backend, Call, Definition, first_argument
 from .races import Winner
-
-KERNELS = Path(kernels.__path__[0])
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
@@ -207,13 +204,12 @@ def define_op(
     fake: Callable = like_first,
     examples: list[Example],
     raced: list[Example] | None = None,
-    triton: Callable | None = None,
-    replaces_many: tuple[str, ...] = (),
-    compiler_fuses: tuple[str, ...] = (),
-    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
-    differentiable: bool = True,
+    **facts: Any,
 ) -> Op:
     """Register the op ``purify_fast::name``.
+
+    Its kernels are found by its name: the one in the extension, and the functions ``forward`` and ``backward`` of
+    ``kernels/<name>.py``, which have the op's signature and never get float64.
 
     Args:
         name: name of the op, without the name space.
@@ -224,11 +220,7 @@ def define_op(
         examples: small inputs that verify and test kernels.
         raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; by default, the
             examples.
-        triton: launcher with the op's signature, imported at the first call. It never gets float64.
-        replaces_many: see `Definition`, also for the following arguments.
-        compiler_fuses: the variants in ``replaces_many`` whose reference can be fused by a compiler too.
-        size_key: function that returns the dtype and the size by which races distinguish calls.
-        differentiable: whether the public function has gradients.
+        **facts: ``few_launches``, ``compiler_fuses``, ``size_key`` and ``differentiable``; see `Definition`.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -236,19 +228,14 @@ def define_op(
     # Without no_grad, autograd would trace the fallback.
     plain = torch.no_grad()(reference)
     available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
-    definition = Path(reference.__code__.co_filename)
-    extension = (Path(_library.path),) if _library.path else ()
-    sources = {"cpu": (definition, *extension), "cuda": (definition, *extension)}
     if _library.has_kernel(qualified, "CPU"):
         available["cpu"] += ("cpp",)
     else:
         torch.library.impl(qualified, "CPU", plain)
-    torch.library.impl(qualified, "CUDA", _narrow(triton, plain) if triton is not None else plain)
-    available["cuda"] += ("triton",) if triton is not None else ()
-    if isinstance(triton, Launcher):
-        # All files are included, because kernels call functions of other kernels, and definitions call other
-        # definitions.
-        sources["cuda"] = (*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py")))
+    launch = _launcher(name)
+    if launch is not None:
+        available["cuda"] += ("triton",)
+    torch.library.impl(qualified, "CUDA", _narrow(launch, plain) if launch is not None else plain)
     REGISTRY[name] = Op(
         name=name,
         handle=getattr(torch.ops.purify_fast, name).default,
@@ -256,12 +243,8 @@ def define_op(
         available=available,
         examples=examples,
         raced=raced or examples,
-        sources=sources,
-        launch=triton,
-        replaces_many=replaces_many,
-        compiler_fuses=compiler_fuses,
-        size_key=size_key,
-        differentiable=differentiable,
+        launch=launch,
+        **facts,
     )
     return REGISTRY[name]
 
@@ -309,8 +292,7 @@ def define_backward(
         fake=fake,
         examples=[derived(example) for example in op.examples],
         raced=[derived(example) for example in op.raced],
-        triton=Launcher(op.launch.module, "backward") if isinstance(op.launch, Launcher) else None,
-        replaces_many=op.replaces_many,
+        few_launches=op.few_launches,
         compiler_fuses=op.compiler_fuses,
         size_key=size_key,
     )
@@ -326,21 +308,16 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
     return launch
 
 
-@dataclass(frozen=True)
-class Launcher:
-    """A launcher of ``kernels/<module>.py``. The module is imported when a GPU tensor needs it for the first time.
+def _launcher(name: str) -> Callable | None:
+    """Return a function that runs an op's Triton kernel, or None if there is no such kernel.
 
-    Attributes:
-        module: name of the file, without its ending.
-        name: name of the function in the file.
+    The file of the kernel is imported when a GPU tensor needs it for the first time.
     """
-
-    module: str
-    name: str
-
-    def __call__(self, *args):
-        module = importlib.import_module(f"purify_fast.kernels.{self.module}")
-        return getattr(module, self.name)(*args)
+    module = name.removesuffix("_backward")
+    function = "forward" if name == module else "backward"
+    if not (KERNELS / f"{module}.py").exists():
+        return None
+    return lambda *args: getattr(importlib.import_module(f"purify_fast.kernels.{module}"), function)(*args)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
