@@ -204,7 +204,10 @@ def define_op(
     fake: Callable = like_first,
     examples: list[Example],
     raced: list[Example] | None = None,
-    **facts: Any,
+    few_launches: tuple[str, ...] = (),
+    compiler_fuses: tuple[str, ...] = (),
+    size_key: Callable[..., tuple[torch.dtype, int]] = first_argument,
+    differentiable: bool = True,
 ) -> Op:
     """Register the op ``purify_fast::name``.
 
@@ -220,7 +223,10 @@ def define_op(
         examples: small inputs that verify and test kernels.
         raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; by default, the
             examples.
-        **facts: ``few_launches``, ``compiler_fuses``, ``size_key`` and ``differentiable``; see `Definition`.
+        few_launches: see `Definition`, also for the following arguments.
+        compiler_fuses: the other variants whose reference can be fused by a compiler.
+        size_key: function that returns the dtype and the size by which races distinguish calls.
+        differentiable: whether the public function has gradients.
     """
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
@@ -244,7 +250,10 @@ def define_op(
         examples=examples,
         raced=raced or examples,
         launch=launch,
-        **facts,
+        few_launches=few_launches,
+        compiler_fuses=compiler_fuses,
+        size_key=size_key,
+        differentiable=differentiable,
     )
     return REGISTRY[name]
 
