@@ -60,6 +60,8 @@ def test_of_several_forced_backends_an_op_takes_the_first_it_has(monkeypatch):
         ),
     ):
         op.serving(Call(CUDA))
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got '3'"), use_backend(3):
+        pass
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"), use_backend("triton,gpu"):
         pass
 

@@ -36,7 +36,7 @@ from .races import Winner
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
-    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(","))) if names is not None else ()
+    chosen = tuple(dict.fromkeys(name.strip() for name in str(names).split(","))) if names is not None else ()
     for name in chosen:
         if name not in BACKENDS:
             known = ", ".join(BACKENDS)
