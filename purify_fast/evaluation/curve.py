@@ -21,7 +21,7 @@ from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
 from .measure import Measure
 from .naming import ball_name, clean_name, row_name, short, threat_name
-from .rows import CURVE, Row
+from .rows import Row
 from .specs import AttackSpec, FunctionAttack
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
@@ -104,11 +104,6 @@ class Curve:
     def specs_at(self, radius: float, norm: str) -> list[AttackSpec]:
         """Return the attacks of the curve with this radius."""
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
-
-    def costs(self, context: AttackContext) -> list[int | None]:
-        """Return the largest number of forward passes per image for each radius; None if a number is unknown."""
-        costs = [spec.resolved.cost(context) for spec in self.specs]
-        return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
 
     def rows(self, measure: Measure, left: np.ndarray) -> list[Row]:
         """Make a row for each radius, with the images that withstand all attacks.
@@ -201,21 +196,18 @@ class Curve:
         row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
         row.threat = ball_name(norm, radius)
         row.attack = f"worst, {row.threat}"
-        measure.progress.next_row()
+        measure.progress.rows += 1
         measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
         return row
 
-    def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
+    def points(self, rows: Sequence[Row], eps: float) -> list[list[float]]:
         """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images.
 
         Args:
             rows: rows of the report.
-            name: name of the model.
             eps: the report's radius.
         """
-        if not self.radii:
-            return {}
         named = {row.attack: row.accuracy for row in rows}
         at_radius = {row.settings["eps"]: row.accuracy for row in rows if row.kind == "worst" and "eps" in row.settings}
         points = {0.0: named[clean_name("random")], eps: named["worst"]} | at_radius
-        return {name: {CURVE: [list(point) for point in sorted(points.items())]}}
+        return [list(point) for point in sorted(points.items())]

@@ -23,7 +23,7 @@ from ..attacks.bpda import classifier_of
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .attack_run import AttackedBatch, AttackRun
-from .cache import RowCache, read_file, remove_batches
+from .cache import RowCache, read_file
 from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
@@ -45,17 +45,13 @@ class Outcome:
 
     Args:
         spec: the attack.
-        index: indices of the attacked images, int64.
+        run: the run of the attack.
         sums: all images, attacked or not, with the sums of counts and time over the batches.
-        settings: settings of the attack that are known only after its run.
-        found: further fields of the row that come from the attack, by name.
     """
 
     spec: AttackSpec
-    index: Tensor
+    run: AttackRun
     sums: AttackedBatch
-    settings: dict[str, Any]
-    found: dict[str, Any]
 
 
 @dataclass
@@ -120,7 +116,7 @@ class Measure:
         row = self.load_or_make(settings | images, [spec], make)
         # The key of a cached row does not contain the row's name, so the row may have been made under another name.
         row.attack = row_name(spec, self.context)
-        self.progress.next_row()
+        self.progress.rows += 1
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
@@ -283,43 +279,30 @@ class Measure:
                 the batches are not cached.
             begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
         """
-        attack, team = spec.resolved, self.team
-        shared = team.folder(folder, self.cache.folder)
-        with self._run(spec, index, shared, begin) as batches:
-            context = batches.context
-            # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
-            settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
-            may_end_early = attack.may_end_early(context)
-            cost = attack.cost(context)
-            total = None if cost is None else cost * sum(map(len, batches.parts))
-            with self.progress.row(row_name(spec, self.context), total):
-                if team.world > 1 and batches.missing(range(len(batches.parts))):
-                    assert shared is not None
-                    if begin is not None:
-                        write_sealed(shared / BEGIN, {}, {"points": begin})
-                    task = Task(
-                        attack=self.attacks.index(spec),
-                        first=self.subject.offset,
-                        data=self.subject.data,
-                        images=index.numpy().tobytes(),
-                        batches=[],
-                        folder=str(shared.resolve()),
-                        draws_differ=context.draws_differ,
-                        begins=begin is not None,
-                    )
-                    sums = batches.sums(
-                        lambda missing: team.share(task._replace(batches=missing), batches.make, self.progress),
-                        team.world,
-                    )
-                else:
-                    sums = batches.sums()
-        if shared != folder:
-            remove_batches(shared)
-        found = {"warnings": sums.warnings, "fell_to": sums.fallen, "proved": sums.proved}
-        if batches.rule is not None:
-            found |= {"unsearched": batches.rule.unsearched, "may_hold": batches.rule.may_hold}
+        team = self.team
+        with team.folder(folder, self.cache.folder) as shared, self._run(spec, index, shared, begin) as run:
+
+            def share(missing: list[int]) -> None:
+                assert shared is not None
+                if begin is not None:
+                    write_sealed(shared / BEGIN, {}, {"points": begin})
+                task = Task(
+                    attack=self.attacks.index(spec),
+                    first=self.subject.offset,
+                    data=self.subject.data,
+                    index=index,
+                    batches=missing,
+                    folder=shared.resolve(),
+                    draws_differ=run.context.draws_differ,
+                    begins=begin is not None,
+                )
+                team.share(task, run.make, self.progress)
+
+            cost = spec.resolved.cost(run.context)
+            with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
+                sums = run.sums(share if team.world > 1 else None, team.world)
         sums.images = sums.images[: self._most(spec)]
-        return Outcome(spec, index, sums, settings, found | {"may_end_early": may_end_early})
+        return Outcome(spec, run, sums)
 
     def work_for_first(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
@@ -339,19 +322,17 @@ class Measure:
                 f"process {self.team.rank} has other images than process 0 from image {task.first} on: all processes "
                 "of a group must read the same images in the same order"
             )
-        folder = Path(task.folder)
-        self.team.check_folder(folder)
-        spec, index = self.attacks[task.attack], torch.frombuffer(bytearray(task.images), dtype=torch.int64)
-        content = read_file(folder / BEGIN) if task.begins else None
+        self.team.check_folder(task.folder)
+        content = read_file(task.folder / BEGIN) if task.begins else None
         if task.begins and content is None:
             raise ValueError(
-                f"{folder / BEGIN} is missing or damaged, although process 0 has written the first points of the "
+                f"{task.folder / BEGIN} is missing or damaged, although process 0 has written the first points of the "
                 "attack to it: start all processes again"
             )
         begin = None if content is None else content[1]["points"]
-        with self._run(spec, index, folder, begin, task.draws_differ) as batches:
+        with self._run(self.attacks[task.attack], task.index, task.folder, begin, task.draws_differ) as run:
             for number in itertools.chain([first], mine):
-                batches.make(number)
+                run.make(number)
 
     @contextlib.contextmanager
     def _run(
@@ -412,18 +393,26 @@ class Measure:
         self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray, given: np.ndarray
     ) -> Row:
         """Make the row of an attack from predictions; ``given``, bool ``[n]``: the images that count as attacked."""
+        spec, run, sums = search.spec, search.run, search.sums
+        # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
+        draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
+        stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
         return self._new_row(
             judged,
             right,
-            attack=row_name(search.spec, self.context),
-            kind=search.spec.resolved.kind if search.spec.judge is None else AUTHORS,
+            attack=row_name(spec, self.context),
+            kind=spec.resolved.kind if spec.judge is None else AUTHORS,
             variant=settings["variant"],
             robust=np.asarray(right.all(0)),
             seconds=0.0,
-            reliable=GradientHealth(dict(search.sums.health)).reliable,
-            settings=settings | search.settings,
-            attacked=len(search.index),
-            **search.found,
+            reliable=GradientHealth(dict(sums.health)).reliable,
+            settings=settings | draws,
+            attacked=len(run.index),
+            warnings=sums.warnings,
+            fell_to=sums.fallen,
+            proved=sums.proved,
+            may_end_early=spec.resolved.may_end_early(run.context),
+            **stopped,
             examples=self._examples(search, judged, given),
             margins=judged.margins,
         )
@@ -433,7 +422,7 @@ class Measure:
 
         If no image fell, they are some of the images that withstood the attack.
         """
-        index, subject = search.index, self.subject
+        index, subject = search.run.index, self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
             # Only images that the attack got count, although fresh draws of a random model may misclassify others.
