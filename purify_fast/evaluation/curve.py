@@ -113,8 +113,8 @@ class Curve:
             left: bool ``[n]``, True for images that withstood the attacks of the report.
         """
         eps, rows = float(measure.context.eps), []
-        for side in ([r for r in self.radii if r < eps], [r for r in self.radii if r > eps]):
-            below = bool(side) and side[0] < eps
+        for below in (True, False):
+            side = [radius for radius in self.radii if (radius < eps) is below]
             # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
             # fell at the report's radius counts as fallen at every larger radius.
             safe = left if below else np.zeros_like(left)
@@ -158,7 +158,7 @@ class Curve:
                     break
                 index = torch.from_numpy(alive).nonzero()[:, 0]
                 order = measure.in_order(spec, index, lead.numpy())
-                sums = measure.attack(spec, order, None, begin).sums
+                sums = measure.attack(spec, order, None, begin)[1]
                 judged = subject.judge(sums.images[index], "random", "judge", index=index)
                 # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
                 # number, so that such a point is kept only if the image has no other point.
@@ -169,20 +169,13 @@ class Curve:
                 alive[index] = judged.right.all(0)
                 health.update(sums.health)
                 seconds += sums.seconds
-            robust = alive | safe
-            share = float(robust.mean())
-            return Row(
-                model=measure.name,
+            return measure.new_row(
+                (alive | safe)[None],
                 attack="",
                 kind="worst",
                 variant="random",
-                robust=robust,
-                mean=share,
-                worst=share,
                 n_eval=n_eval,
-                seed=subject.seed,
                 seconds=seconds,
-                data=subject.data,
                 health=dict(health) if health["gradients"] else None,
                 reliable=GradientHealth(dict(health)).reliable,
                 settings=settings,

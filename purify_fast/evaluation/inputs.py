@@ -82,11 +82,9 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """
     x, y = _as_tensor("x", x), _as_tensor("y", y)
     if x.dim() != 4 or len(x) == 0:
-        hint = ": x[:, None] makes grey images [N, 1, H, W]" if x.dim() == 3 and x.shape[0] not in (1, 3) else ""
-        hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
-        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
+        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
-        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
+        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}")
     # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
@@ -117,17 +115,6 @@ def _as_tensor(name: str, value: Any, place: str = "") -> Tensor:
 def _kind(value: Any) -> str:
     """The class of a value in words; a builtin class without its module."""
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-
-
-def _as_labels(x: Tensor, y: Tensor) -> str:
-    """Return the end of an error message: code that converts the input to labels, or nothing if none is known."""
-    if y.shape == (len(x),):
-        whole = not y.is_floating_point() or bool((y == y.round()).all())
-        return "; y.long() makes them int64" if whole else ""
-    if y.dim() == 2 and len(y) == len(x):
-        many = "y.argmax(1) makes labels of one-hot rows" if y.shape[1] > 1 else "y[:, 0].long() takes its only column"
-        return f"; {many}"
-    return ""
 
 
 def _range(x: Tensor) -> str:
@@ -224,26 +211,20 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
     Raises:
         TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the model returns classes instead of logits, its logits do not have the shape ``[B, classes]`` with
-            at least two classes, or it does not accept images of this shape.
+        ValueError: the model returns a single number instead of logits, its logits do not have the shape ``[B,
+            classes]`` with at least two classes, or it does not accept images of this shape.
     """
     output = _first_output(model, some)
     if isinstance(output, Tensor):
         logits = output
     else:
         model, logits = LogitsOf(model), _logits_in(output)
-    single = logits.dim() == 1 or logits.shape[1:] == (1,)
-    if single and not logits.is_complex() and bool(((logits >= 0) & (logits == logits.round())).all()):
+    if logits.dim() == 1 or logits.shape[1:] == (1,):
         raise ValueError(
-            f"the model returns one whole number for each image, {logits.dtype} {list(logits.shape)}, such as "
-            f"{logits.flatten()[0]:g}: this looks like the class. An evaluation needs the logits [B, classes]: return "
-            "the logits without argmax, max or topk"
-        )
-    if single:
-        raise ValueError(
-            f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
-            "[B, classes] of two classes at least. For one logit z of the second class give "
-            "lambda x: torch.cat([-model(x), model(x)], 1) / 2, whose softmax is sigmoid(z)"
+            f"the model returns a single number for each image, {logits.dtype} {list(logits.shape)}, such as "
+            f"{logits.flatten()[0].item()}: an evaluation needs logits [B, classes] of two classes at least. If the "
+            "number is the class, return the logits without argmax, max or topk. For one logit z of the second class "
+            "give lambda x: torch.cat([-model(x), model(x)], 1) / 2, whose softmax is sigmoid(z)"
         )
     if logits.dim() != 2 or len(logits) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")
@@ -282,18 +263,6 @@ def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
     return (facts["in_channels"], *facts.get("image_size", given[1:]))
 
 
-def _wanted(model: Any, given: Sequence[int]) -> str:
-    """Return the end of an error message: the images that the model accepts, or nothing if they are unknown."""
-    shape = image_shape_of(model, given)
-    if shape is not None and shape != tuple(given):
-        return f": it was trained on {list(shape)}"
-    layers = model.modules() if isinstance(model, nn.Module) else ()
-    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
-    if first is None or first.in_channels == given[0]:
-        return ""
-    return f": its first convolution takes {first.in_channels} channels"
-
-
 def _first_output(model: Classifier, some: Tensor) -> Any:
     """Return the model's output for a few images, and explain an error about their shape."""
     try:
@@ -309,9 +278,10 @@ def _first_output(model: Classifier, some: Tensor) -> Any:
                 "the channels seem to be last; x.permute(0, 3, 1, 2) puts them first"
             ) from error
         if isinstance(error, RuntimeError) and any(text in str(error) for text in SHAPE_ERRORS):
+            shape = image_shape_of(model, given)
+            wanted = "" if shape is None or shape == tuple(given) else f": it was trained on {list(shape)}"
             raise ValueError(
-                f"x has images [C, H, W] = {given}, which the model does not accept{_wanted(model, given)} "
-                f"(PyTorch says: {reason})"
+                f"x has images [C, H, W] = {given}, which the model does not accept{wanted} (PyTorch says: {reason})"
             ) from error
         raise
 
@@ -334,7 +304,7 @@ def _logits_in(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             "the model must return a torch.Tensor of logits [B, classes], or an object or mapping that holds such a "
-            f"tensor under the name logits, got {_described(output)}{_instead_of(output)}"
+            f"tensor under the name logits, got {_described(output)}"
         )
     return logits
 
@@ -345,16 +315,3 @@ def _described(output: Any) -> str:
         return f"a {type(output).__name__} of {', '.join(map(_described, output)) or 'nothing'}"
     shape = getattr(output, "shape", None)
     return _kind(output) if shape is None else f"{_kind(output)} {getattr(output, 'dtype', '')} {list(shape)}"
-
-
-def _instead_of(output: Any) -> str:
-    """Return the end of an error message: a function to evaluate instead of the model, or nothing if none is known."""
-    if isinstance(output, (tuple, list)):
-        places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
-        return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""
-    if isinstance(output, np.ndarray):
-        return (
-            ". torch.from_numpy(output) makes a tensor, but attacks then have no gradient: compute the logits in "
-            "PyTorch if possible"
-        )
-    return ""

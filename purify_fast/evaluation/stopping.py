@@ -40,6 +40,12 @@ ROUNDS, SMALLEST = 8, 32
 BY_LOT = 4
 
 
+def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
+    """Sort the indices of images, int64 ``[n]``, by the images' margins, ``[N]``; images without a margin come last."""
+    reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
+    return index[reached.argsort(stable=True)]
+
+
 def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
     """Sort images into the order in which they are searched.
 
@@ -54,8 +60,7 @@ def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> 
     Returns:
         The same images, int64 ``[n]``.
     """
-    reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
-    near = index[reached.argsort(stable=True)]
+    near = by_margin(index, margins)
     place = torch.arange(len(near)) / max(1, len(near))
     lots = philox(philox_key(seed, near.device), near + first, 1, stream=Stream.LOTS, distribution="uniform")
     return near[torch.minimum(place, BY_LOT * lots.flatten()).argsort(stable=True)]
