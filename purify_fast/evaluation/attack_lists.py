@@ -248,7 +248,10 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     """
     if name != "authors":
         return []
-    whose = "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks()"
+    whose = (
+        "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() that "
+        "says how its own authors evaluate it"
+    )
     if supports(model, AuthorsEvaluation):
         whose = "the evaluation that its authors published"
     return [

@@ -105,6 +105,11 @@ class Curve:
         """Return the attacks of the curve with this radius."""
         return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
 
+    def costs(self, context: AttackContext) -> list[int | None]:
+        """Return the largest number of forward passes per image for each radius; None if a number is unknown."""
+        costs = [spec.resolved.cost(context) for spec in self.specs]
+        return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
+
     def rows(self, measure: Measure, left: np.ndarray) -> list[Row]:
         """Make a row for each radius, with the images that withstand all attacks.
 
@@ -189,7 +194,7 @@ class Curve:
         row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
         row.threat = ball_name(norm, radius)
         row.attack = f"worst, {row.threat}"
-        measure.progress.rows += 1
+        measure.progress.next_row()
         measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
         return row
 

@@ -16,6 +16,8 @@ from ..protocols import Classifier
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: Phrases in PyTorch's error messages about wrong shapes of images.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
+#: The most members of a tuple that an error message describes.
+MEMBERS = 4
 #: Advice for a model that returns probabilities instead of logits.
 INSTEAD_OF_PROBABILITIES = (
     "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which predicts the same "
@@ -80,11 +82,17 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
         ValueError: a wrong shape, dtype or range, or no images.
         TypeError: x or y is not a tensor or array.
     """
-    x, y = _as_tensor("x", x), _as_tensor("y", y)
+    x, y = _of_array(x), _of_array(y)
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+            raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {kind}{_as_tensor(name, value)}")
     if x.dim() != 4 or len(x) == 0:
-        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}")
+        hint = ": x[:, None] makes grey images [N, 1, H, W]" if x.dim() == 3 and x.shape[0] not in (1, 3) else ""
+        hint = ": x[None] makes one image [1, C, H, W]" if x.dim() == 3 and x.shape[0] in (1, 3) else hint
+        raise ValueError(f"x must be [N, C, H, W] with at least one image, got {list(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype not in INTEGERS:
-        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}")
+        raise ValueError(f"y must be integer labels [N] = [{len(x)}], got {y.dtype} {list(y.shape)}{_as_labels(x, y)}")
     # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
@@ -97,24 +105,31 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     return x.clone() if x.is_inference() else x.detach(), y.to(torch.int64)
 
 
-def _as_tensor(name: str, value: Any, place: str = "") -> Tensor:
-    """Return a tensor unchanged, and a NumPy array of numbers as a tensor; TypeError for anything else."""
-    if isinstance(value, Tensor):
+def _of_array(value: Any) -> Any:
+    """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return value
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
-        # The array is copied if necessary: PyTorch does not accept other byte orders and negative strides, and warns
-        # about read-only arrays.
-        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
-    hint = ""
-    if isinstance(value, (list, tuple)):
-        function = "stack" if len(value) > 0 and isinstance(value[0], Tensor) else "as_tensor"
-        hint = f": torch.{function}({name}) makes a tensor of the list"
-    raise TypeError(f"{place}{name} must be a torch.Tensor or a NumPy array, got {_kind(value)}{hint}")
+    # The array is copied if necessary: PyTorch does not accept other byte orders and negative strides, and warns about
+    # read-only arrays.
+    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
-def _kind(value: Any) -> str:
-    """The class of a value in words; a builtin class without its module."""
-    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+def _as_tensor(name: str, value: Any) -> str:
+    """Return the end of an error message: code that converts the input to a tensor, or nothing if none is known."""
+    if isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor):
+        return f": torch.stack({name}) makes a tensor of the list"
+    return f": torch.as_tensor({name}) makes a tensor of the list" if isinstance(value, (list, tuple)) else ""
+
+
+def _as_labels(x: Tensor, y: Tensor) -> str:
+    """Return the end of an error message: code that converts the input to labels, or nothing if none is known."""
+    if y.shape == (len(x),):
+        whole = not y.is_floating_point() or bool((y == y.round()).all())
+        return "; y.long() makes them int64" if whole else ""
+    if y.dim() == 2 and len(y) == len(x):
+        many = "y.argmax(1) makes labels of one-hot rows" if y.shape[1] > 1 else "y[:, 0].long() takes its only column"
+        return f"; {many}"
+    return ""
 
 
 def _range(x: Tensor) -> str:
@@ -145,12 +160,16 @@ def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
             f"without y, x must be an iterable of batches (images, labels), got {type(batches).__name__}: give y too, "
             "or give a DataLoader as x"
         )
-    first = None
+    first: tuple[torch.dtype, list[int]] | None = None
     for i, batch in enumerate(batches):
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             got = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise TypeError(f"batch {i} must be (images, labels) or (images, labels, indices), got {got}")
-        x, y = (_as_tensor(*named, f"batch {i}: ") for named in zip(("images", "labels"), batch, strict=False))
+        x, y = map(_of_array, batch[:2])
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            got = f"{type(x).__name__} and {type(y).__name__}"
+            hint = _as_tensor("images", x) or _as_tensor("labels", y)
+            raise TypeError(f"batch {i} must have tensors or arrays as images and labels, got {got}{hint}")
         kind = x.dtype, list(x.shape[1:])
         first = first or kind
         if x.dim() != 4 or y.shape != (len(x),) or kind != first:
@@ -211,20 +230,25 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
 
     Raises:
         TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the model returns a single number instead of logits, its logits do not have the shape ``[B,
-            classes]`` with at least two classes, or it does not accept images of this shape.
+        ValueError: the model returns classes instead of logits, its logits do not have the shape ``[B, classes]`` with
+            at least two classes, or it does not accept images of this shape.
     """
     output = _first_output(model, some)
     if isinstance(output, Tensor):
         logits = output
     else:
         model, logits = LogitsOf(model), _logits_in(output)
-    if logits.dim() == 1 or logits.shape[1:] == (1,):
+    if _seem_classes(logits):
         raise ValueError(
-            f"the model returns a single number for each image, {logits.dtype} {list(logits.shape)}, such as "
-            f"{logits.flatten()[0].item()}: an evaluation needs logits [B, classes] of two classes at least. If the "
-            "number is the class, return the logits without argmax, max or topk. For one logit z of the second class "
-            "give lambda x: torch.cat([-model(x), model(x)], 1) / 2, whose softmax is sigmoid(z)"
+            f"the model returns one whole number for each image, {logits.dtype} {list(logits.shape)}, such as "
+            f"{logits.flatten()[0]:g}: this looks like the class. An evaluation needs the logits [B, classes]: return "
+            "the logits without argmax, max or topk"
+        )
+    if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
+        raise ValueError(
+            f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
+            "[B, classes] of two classes at least. For one logit z of the second class give "
+            "lambda x: torch.cat([-model(x), model(x)], 1) / 2, whose softmax is sigmoid(z)"
         )
     if logits.dim() != 2 or len(logits) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")
@@ -237,6 +261,13 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
             "class, return output.float()"
         )
     return model, logits.shape[1]
+
+
+def _seem_classes(output: Tensor) -> bool:
+    """Tell whether the output seems to be predicted classes, a whole number of at least 0 for each image."""
+    if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
+        return False
+    return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())
 
 
 def are_one_hot(logits: Tensor) -> bool:
@@ -263,27 +294,38 @@ def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
     return (facts["in_channels"], *facts.get("image_size", given[1:]))
 
 
+def _wanted(model: Any, given: Sequence[int]) -> str:
+    """Return the end of an error message: the images that the model accepts, or nothing if they are unknown."""
+    shape = image_shape_of(model, given)
+    if shape is not None and shape != tuple(given):
+        return f": it was trained on {list(shape)}"
+    layers = model.modules() if isinstance(model, nn.Module) else ()
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    if first is None or first.in_channels == given[0]:
+        return ""
+    return f": its first convolution takes {first.in_channels} channels"
+
+
 def _first_output(model: Classifier, some: Tensor) -> Any:
     """Return the model's output for a few images, and explain an error about their shape."""
     try:
         return model(some)
     except Exception as error:
-        given = list(some.shape[1:])
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # A last dimension of 1, 3 or 4 usually means images [N, H, W, C]. For other shapes, explain only PyTorch's
         # errors about shapes.
-        if given[2] in (1, 3, 4) and given[0] not in (1, 3, 4):
+        if some.shape[3] not in (1, 3, 4) or some.shape[1] in (1, 3, 4):
+            if not isinstance(error, RuntimeError) or not any(text in str(error) for text in SHAPE_ERRORS):
+                raise
+            given = list(some.shape[1:])
             raise ValueError(
-                f"x must be [N, C, H, W], got [N, {', '.join(map(str, given))}], and the model fails on it ({reason}): "
-                "the channels seem to be last; x.permute(0, 3, 1, 2) puts them first"
+                f"x has images [C, H, W] = {given}, which the model does not accept{_wanted(model, given)} "
+                f"(PyTorch says: {str(error).splitlines()[0]})"
             ) from error
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in SHAPE_ERRORS):
-            shape = image_shape_of(model, given)
-            wanted = "" if shape is None or shape == tuple(given) else f": it was trained on {list(shape)}"
-            raise ValueError(
-                f"x has images [C, H, W] = {given}, which the model does not accept{wanted} (PyTorch says: {reason})"
-            ) from error
-        raise
+        raise ValueError(
+            f"x must be [N, C, H, W], got [N, {', '.join(map(str, some.shape[1:]))}], and the model fails on it "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): the channels seem to be last; "
+            "x.permute(0, 3, 1, 2) puts them first"
+        ) from error
 
 
 def are_probabilities(logits: Tensor) -> bool:
@@ -304,7 +346,7 @@ def _logits_in(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             "the model must return a torch.Tensor of logits [B, classes], or an object or mapping that holds such a "
-            f"tensor under the name logits, got {_described(output)}"
+            f"tensor under the name logits, got {_described(output)}{_instead_of(output)}"
         )
     return logits
 
@@ -312,6 +354,22 @@ def _logits_in(output: Any) -> Tensor:
 def _described(output: Any) -> str:
     """Describe a model's output by its type, and by dtype and shape if it has them; a tuple or list by its members."""
     if isinstance(output, (tuple, list)):
-        return f"a {type(output).__name__} of {', '.join(map(_described, output)) or 'nothing'}"
+        members = [_described(member) for member in output[:MEMBERS]]
+        more = [f"{len(output) - MEMBERS} more"] if len(output) > MEMBERS else []
+        return f"a {type(output).__name__} of {', '.join([*members, *more]) or 'nothing'}"
+    kind = f"{type(output).__module__}.{type(output).__name__}".removeprefix("builtins.")
     shape = getattr(output, "shape", None)
-    return _kind(output) if shape is None else f"{_kind(output)} {getattr(output, 'dtype', '')} {list(shape)}"
+    return kind if shape is None else f"{kind} {getattr(output, 'dtype', '')} {list(shape)}"
+
+
+def _instead_of(output: Any) -> str:
+    """Return the end of an error message: a function to evaluate instead of the model, or nothing if none is known."""
+    if isinstance(output, (tuple, list)):
+        places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
+        return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""
+    if isinstance(output, np.ndarray):
+        return (
+            ". torch.from_numpy(output) makes a tensor, but attacks then have no gradient: compute the logits in "
+            "PyTorch if possible"
+        )
+    return ""

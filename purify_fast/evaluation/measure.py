@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._sealed import read_sealed, write_sealed
+from .._sealed import write_sealed
 from .._tensors import digest
 from ..attacks import AttackContext, AttackersHead, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .attack_run import AttackedBatch, AttackRun
-from .cache import RowCache
+from .cache import RowCache, read_file, remove_batches
 from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
@@ -125,7 +125,7 @@ class Measure:
         row = self.load_or_make(settings | images, [spec], make)
         # The key of a cached row does not contain the row's name, so the row may have been made under another name.
         row.attack = row_name(spec, self.context)
-        self.progress.rows += 1
+        self.progress.next_row()
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
@@ -281,7 +281,8 @@ class Measure:
             The run of the attack; and all images, attacked or not, with the sums of counts and time over the batches.
         """
         team = self.team
-        with team.folder(folder, self.cache.folder) as shared, self._run(spec, index, shared, begin) as run:
+        shared = team.folder(folder, self.cache.folder)
+        with self._run(spec, index, shared, begin) as run:
 
             def share(missing: list[int]) -> None:
                 assert shared is not None
@@ -291,9 +292,9 @@ class Measure:
                     attack=self.attacks.index(spec),
                     first=self.subject.offset,
                     data=self.subject.data,
-                    index=index,
+                    images=index.numpy().tobytes(),
                     batches=missing,
-                    folder=shared.resolve(),
+                    folder=str(shared.resolve()),
                     draws_differ=run.context.draws_differ,
                     begins=begin is not None,
                 )
@@ -302,6 +303,8 @@ class Measure:
             cost = spec.resolved.cost(run.context)
             with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
                 sums = run.sums(share if team.world > 1 else None, team.world)
+        if shared != folder:
+            remove_batches(shared)
         sums.images = sums.images[: self._most(spec)]
         return run, sums
 
@@ -323,9 +326,17 @@ class Measure:
                 f"process {self.team.rank} has other images than process 0 from image {task.first} on: all processes "
                 "of a group must read the same images in the same order"
             )
-        self.team.check_folder(task.folder)
-        begin = read_sealed(task.folder / BEGIN)[1]["points"] if task.begins else None
-        with self._run(self.attacks[task.attack], task.index, task.folder, begin, task.draws_differ) as run:
+        folder = Path(task.folder)
+        self.team.check_folder(folder)
+        index = torch.frombuffer(bytearray(task.images), dtype=torch.int64)
+        content = read_file(folder / BEGIN) if task.begins else None
+        if task.begins and content is None:
+            raise ValueError(
+                f"{folder / BEGIN} is missing or damaged, although process 0 has written the first points of the "
+                "attack to it: start all processes again"
+            )
+        begin = None if content is None else content[1]["points"]
+        with self._run(self.attacks[task.attack], index, folder, begin, task.draws_differ) as run:
             for number in itertools.chain([first], mine):
                 run.make(number)
 

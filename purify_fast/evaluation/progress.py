@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,19 +23,22 @@ class Progress:
     Args:
         name: name of the model.
         shown: whether the progress is shown.
-
-    Attributes:
-        images: number of images so far.
-        rows: number of finished rows; the probes count as a row.
-        total: number of all rows as far as it is known.
+        costs: the most forward passes of single images, for the probes and then for each row; None for an unknown
+            number.
     """
 
-    def __init__(self, name: str = "", shown: bool = False):
+    def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
         self.name, self.shown = name, shown
         self.lines = shown and not sys.stderr.isatty()
-        self.images, self.rows, self.total = 0, 0, 0
+        self.costs = list(costs)
+        self.rows, self.images, self.in_row = 0, 0, 0
         self.label, self.bar = "", None
         self.began = self.last_line = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """The number of images per second in the forward passes so far."""
+        return self.images / max(time.monotonic() - self.began, 1e-9)
 
     @contextlib.contextmanager
     def row(self, label: str, total: int | None) -> Iterator[None]:
@@ -45,12 +48,18 @@ class Progress:
             label: label of the row.
             total: the most forward passes of single images; None if the number is unknown.
         """
-        self.label = f"row {self.rows + 1} of {max(self.total, self.rows + 1)}, {label}"
+        self.in_row = 0
+        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
+        self.label = f"{place}, {label}"
         options: dict[str, Any] = {"unit": " images", "unit_scale": True, "leave": False, "dynamic_ncols": True}
         hidden = self.lines or not self.shown
-        with tqdm(total=total, desc=f"{self.name}: {self.label}", disable=hidden, **options) as self.bar:
+        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
             yield
         self.bar = None
+
+    def next_row(self) -> None:
+        """Begin with the next row, because the last row is finished or was read from the cache."""
+        self.rows, self.in_row = self.rows + 1, 0
 
     def count(self, images: int) -> None:
         """Count images of a forward pass, and write a line to the log if the last line is old.
@@ -59,21 +68,31 @@ class Progress:
             images: number of images; a negative number removes images of a test from the count.
         """
         self.images += images
+        self.in_row += images
         if self.bar is None:
             return
         self.bar.update(images)
-        now = time.monotonic()
-        if self.lines and now - self.last_line >= LINE_EVERY:
-            self._print(f"{self.label}: {self.images / max(now - self.began, 1e-9):,.0f} images/s")
+        if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
+            self._print(f"row {self.label}: {self.rate:,.0f} images/s, {self.left()}")
 
     def finished(self, result: str) -> None:
-        """Write the short result of a row, and the time since the start, to the log."""
+        """Write the short result of a row to the log."""
         if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(time.monotonic() - self.began)})")
+            self._print(f"{result} ({tqdm.format_interval(time.monotonic() - self.began)}, {self.left()})")
 
     def _print(self, text: str) -> None:
         self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def left(self) -> str:
+        """The largest time that the remaining rows need, in words."""
+        costs = self.costs[self.rows :]
+        if not costs:
+            return "the last row"
+        if None in costs or not self.images:
+            return "time left not known"
+        passes = sum(cost or 0 for cost in costs) - min(costs[0] or 0, self.in_row)
+        return f"{tqdm.format_interval(passes / self.rate)} left at most"
 
 
 class CountedModel(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,7 @@ from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
-from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
+from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
 from .progress import Progress, counted_model
 from .repeating import processor_name, written_call
 from .report import Report
@@ -55,7 +56,7 @@ from .rows import CURVE, Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import Team
+from .team import PROBES, SIGNS, Task, Team
 from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
@@ -71,7 +72,7 @@ CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
-    """Decorate `evaluate`, so that it refuses settings that belong into the config.
+    """Decorate `evaluate`, so that it refuses the argument ``device``, and settings that belong into the config.
 
     A KeyboardInterrupt is raised again with a message, and without the traceback of the attack, which does not help
     after Ctrl-C. A debugger finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a
@@ -80,6 +81,11 @@ def called_by_people(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            raise TypeError(
+                f"evaluate takes no device, got device={kwargs['device']!r}: the model is evaluated on its own device. "
+                "Move the model before, such as by model.to('cuda'); the images are moved to the model's device"
+            )
         if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
             words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
             raise TypeError(
@@ -165,8 +171,8 @@ def evaluate(
         ConnectionError: the first of several processes does not respond.
         KeyboardInterrupt: Ctrl-C, with a message that says how to continue, and without the traceback of the attack.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
-            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a setting is given
-            outside of the config.
+            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device``, or
+            a setting outside of the config, is given.
         ModuleNotFoundError: an attack needs AutoAttack's package, and it is not installed.
     """
     check_folder("out", out)
@@ -353,10 +359,10 @@ def _admit(
     for model in others:
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.sample_images()[:1])
-        if cache.folder is not None:
-            torch.manual_seed(subject.seed)
-            model(subject.sample_images())
-            cache.know(model, fingerprint(model, cache.revision))
+    for model in others if cache.folder is not None else ():
+        torch.manual_seed(subject.seed)
+        model(subject.sample_images())
+        cache.know(model, fingerprint(model, cache.revision))
     return others
 
 
@@ -402,12 +408,9 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
             }
         )
-        asked = None
-        if self.before is not None:
-            asked = team.from_first("probes", functools.partial(self.ask_before, self.before))
-            self.act_on(signs_of_masking(asked, subject.is_random))
         if team.rank > 0:
             return self.work_for_first(chunks)
+        asked = None if self.before is None else self.ask_before(self.before)
         data = [subject.data]
         report.rows = self.rows()
         for part in chunks:
@@ -427,8 +430,8 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-        if team.world > 1:
-            team.end(report.to_json())
+        report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
+        team.end(report.to_json)
         return report
 
     def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
@@ -460,15 +463,28 @@ class _Evaluation:
         self.choose_attacks(further)
 
     def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-        """Make batches for the first process until its report is finished."""
+        """Make batches, and parts of the probes, for the first process until its report is finished."""
         measure = self.measure
         for task in measure.team.tasks():
-            while measure.subject.offset < task.first:
-                measure.turn_to(measure.subject.with_images(*next(chunks)))
-            measure.work_for_first(task)
+            if task.attack == PROBES:
+                assert self.before is not None
+                measure.team.make_parts(task, self.runs(self.probes(self.before)), measure.progress)
+            elif task.attack == SIGNS:
+                self.act_on(json.loads(task.images))
+            else:
+                while measure.subject.offset < task.first:
+                    measure.turn_to(measure.subject.with_images(*next(chunks)))
+                measure.work_for_first(task)
         return Report.from_json(measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
+
+    def costs(self) -> list[int | None]:
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
+        context, n = self.measure.context, len(self.measure.subject.y)
+        asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in self.plan]
+        asked += [(cost, n) for cost in self.curve.costs(context)]
+        return [None if cost is None else cost * images for cost, images in asked]
 
     def rows(self) -> list[Row]:
         """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve.
@@ -478,7 +494,8 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        progress.total = progress.rows + len(self.plan) + len(self.radii)
+        # If more parts follow, the remaining cost is unknown, because the number of their images is unknown.
+        progress.costs[progress.rows :] = [*self.costs(), *([None] if subject.has_more else [])]
         all_rows = [measure.clean(variant) for variant in variants]
         # The images that withstood, by variant and threat model.
         left: dict[tuple[str, str | None], np.ndarray] = {}
@@ -559,6 +576,21 @@ class _Evaluation:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
+    def probes(self, before: Before) -> list[Probe]:
+        """The probes before the attacks; their forward passes are counted for the progress bar."""
+        return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
+
+    def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
+        """Return the probes as functions; if memory runs out, a function runs again with fewer images at once."""
+        subject, context = self.measure.subject, self.measure.context
+
+        def run(probe: Probe) -> Any:
+            at_once = subject.room.limit(context.resources.max_forward_batch)
+            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
+            return probe.run(replace(context, resources=resources))
+
+        return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
+
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results; it depends on the probes' settings and on ``more``."""
         context, subject = self.measure.context, self.measure.subject
@@ -568,24 +600,27 @@ class _Evaluation:
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before) -> Probes:
-        """Run the probes before the attacks."""
-        context, subject, progress = self.measure.context, self.measure.subject, self.measure.progress
-        progress.total = 1 + len(self.plan) + len(self.radii)
-
-        def run(probe: Probe) -> Any:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return probe.run(replace(context, resources=resources))
+        """Run the probes before the attacks, and change the attacks if there are signs of masked gradients."""
+        measure, progress, team = self.measure, self.measure.progress, self.measure.team
+        context, subject = measure.context, measure.subject
+        passes = cost_of_probes(subject, context)
+        progress.costs = [passes, *self.costs()]
 
         def make() -> dict[str, Any]:
-            with progress.row("probes", cost_of_probes(subject, context)):
-                # If memory runs out, a probe runs again with fewer images at once.
-                probes = probes_before(before, counted_model(subject.model, progress))
-                measured = [(each, subject.room.within(functools.partial(run, each))) for each in probes]
+            with progress.row("probes", passes):
+                probes = self.probes(before)
+                task = Task(PROBES, subject.offset, subject.data, b"", [*range(len(probes))])
+                values = team.results_of_parts(task, self.runs(probes), progress)
+                measured = [*zip(probes, values, strict=True)]
                 return asdict(subject.room.within(lambda: asked_before(before, context, measured)))
 
-        asked = Probes(**self.measure.cache.values(self.probes_key({"before": True}), make))
-        progress.rows += 1
+        asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
+        progress.next_row()
+        signs = signs_of_masking(asked, subject.is_random)
+        if team.world > 1:
+            images = json.dumps(signs).encode()
+            team.share(Task(SIGNS, subject.offset, subject.data, images, []), lambda _: None, progress)
+        self.act_on(signs)
         return asked
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:

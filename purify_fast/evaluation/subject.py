@@ -66,16 +66,20 @@ class Fault:
     repeats: bool
 
 
-#: For each variant its context manager, and the advice if it fails its test.
+#: A tuple for each variant. The first element is its context manager. The others are the advice for three faults: two
+#: calls in a block differ, two blocks with the same seed differ, or the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
-        "start the generator from the seed in every call, not once when the block begins, and give every image the "
-        "same noise, for example torch.randn(x.shape[1:], generator=generator)",
+        "start the generator from the seed in every call, not once when the block begins",
+        "make the noise from the seed alone",
+        "give every image the same noise, for example torch.randn(x.shape[1:], generator=generator)",
     ),
     "deterministic": (
         "deterministic()",
-        "turn off everything that is drawn, and let the logits of an image depend on that image alone",
+        "turn off everything that is drawn",
+        "turn off everything that is drawn",
+        "let the logits of an image depend on that image alone",
     ),
 }
 
@@ -266,7 +270,7 @@ class Subject:
         every call, at every position in a batch, and for every split of a batch. So the predictions are compared with
         those of a second call, of a second block, of another order, and of parts of the batch.
         """
-        call, advice = ADVICE[variant]
+        call, for_calls, for_blocks, for_batches = ADVICE[variant]
         model, x = self.base_model, self.sample_images()
         # The test needs two positions in a batch, so a single image is doubled.
         x = x if len(x) > 1 else torch.cat([x, x])
@@ -276,17 +280,17 @@ class Subject:
             parts = torch.cat([model(x[:1]), model(x[1:])])
         with self.variant(variant):
             anew = model(x)
-        for what, other, tolerance in (
-            ("two calls give different logits", again, SAME_SHAPE),
-            ("the logits differ when the block is entered again", anew, SAME_SHAPE),
-            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE),
-            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE),
+        for what, other, tolerance, what_to_do in (
+            ("two calls give different logits", again, SAME_SHAPE, for_calls),
+            ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
+            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
+            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
         ):
             count = int(_apart(first, other, tolerance).sum())
             if count > FEW * len(x):
                 reason = (
                     f"within a block of {call}, {what} (for {count} of {len(x)} images by more than "
-                    f"{100 * tolerance:.0f} % of their spread), so an accuracy in it would mean nothing: {advice}"
+                    f"{100 * tolerance:.0f} % of their spread), so an accuracy in it would mean nothing: {what_to_do}"
                 )
                 return Fault(reason, repeats=other is not again)
         return None

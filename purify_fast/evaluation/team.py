@@ -1,4 +1,4 @@
-"""Shares an evaluation among several processes: all make batches, and the first does all other work.
+"""Shares an evaluation among several processes: all make batches and probes, and the first does all other work.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
 batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
@@ -15,16 +15,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from .. import _distributed
@@ -44,28 +44,36 @@ VISIBLE = 60.0
 _AGAIN = "Start the same command again, with any number of processes, to continue after the finished batches"
 
 
+#: Values of `Task.attack` for tasks without an attack. PROBES: the task is to run parts of the probes. SIGNS: the task
+#: sends the signs of masked gradients that the probes have found.
+PROBES, SIGNS = -1, -2
+
+
 class Task(NamedTuple):
-    """A task for all processes: some batches of an attack.
+    """A task for all processes: some batches of an attack, or some parts of the probes.
 
     Args:
-        attack: the number of the attack in the evaluation.
+        attack: the number of the attack in the evaluation, or `PROBES` or `SIGNS`.
         first: the number of the first image in the present part of the data.
         data: the checksum of this part.
-        index: the indices of the attacked images in order, int64.
-        batches: the numbers of the missing batches.
-        folder: the folder of the batches, which no other attack has.
+        images: the indices of the attacked images in order, int64 as bytes; empty for probes; the signs as JSON for
+            `SIGNS`.
+        batches: the numbers of the missing batches, or of the parts of the probes.
+        folder: the folder of the batches; empty for probes, which return values.
         draws_differ: whether the attacked model is random, by the test of the first process.
         begins: whether the folder has a file with the first points of the attack.
+        number: the number of this task in the evaluation.
     """
 
     attack: int
     first: int
     data: str
-    index: Tensor
+    images: bytes
     batches: list[int]
-    folder: Path
-    draws_differ: bool
-    begins: bool
+    folder: str = ""
+    draws_differ: bool = False
+    begins: bool = False
+    number: int = 0
 
 
 class Team:
@@ -80,6 +88,7 @@ class Team:
     """
 
     _evaluations = 0
+    _scratch: Path | None = None
 
     def __init__(self, together: bool = True):
         self.rank, self.world = processes() if together else (0, 1)
@@ -111,6 +120,8 @@ class Team:
         finally:
             self.signs.over.set()
             logger.removeFilter(_nothing)
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
         if isinstance(error, dist.DistError):
             raise ProcessLost(
                 f"process {self.rank} of {self.world} cannot reach the store of the process group "
@@ -127,11 +138,12 @@ class Team:
             make: a function that only the first process calls.
         """
         if self.rank > 0:
+            text = self._wait_for(name, 0, "ended")
             # If the first process has ended before, its report is an error, which is raised.
-            return self.report() if self._wait_for(name, "ended") == "ended" else self._get(name)
+            return self.report() if text is None else _as_value(text)
         value = make()
         if self.world > 1:
-            self._set(name, value)
+            self.store.set(name, _as_text(value))
         return value
 
     def check_same(self, call: Mapping[str, Any]) -> None:
@@ -153,9 +165,8 @@ class Team:
 
     # -- the first process --------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def folder(self, folder: Path | None, out: Path | None) -> Iterator[Path | None]:
-        """A context with the folder for an attack's batches: ``folder``, or a temporary folder if there are others.
+    def folder(self, folder: Path | None, out: Path | None) -> Path | None:
+        """The folder for an attack's batches: ``folder``, or a temporary folder.
 
         Args:
             folder: the folder for the batches in the cache; None: the batches are not cached.
@@ -163,10 +174,10 @@ class Team:
                 files.
         """
         if self.world == 1 or folder is not None:
-            yield folder
-            return
-        with tempfile.TemporaryDirectory(prefix="shared-", dir=out, ignore_cleanup_errors=True) as temporary:
-            yield Path(temporary)
+            return folder
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="shared-", dir=out))
+        return self._scratch / str(self._tasks)
 
     def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
         """Let all processes make the batches of an attack, except the batches that a dead process has taken.
@@ -176,51 +187,68 @@ class Team:
             make: a function that makes the batch with a number.
             progress: counts the images of all processes.
         """
-        task.folder.mkdir(parents=True, exist_ok=True)
-        self._set(f"task {self._tasks}", task)
+        if task.folder:
+            Path(task.folder).mkdir(parents=True, exist_ok=True)
+        task = task._replace(number=self._tasks)
         self._tasks += 1
+        self.store.set(f"task {task.number}", _as_text(tuple(task)))
         for number in self.claimed(task, progress):
             make(number)
         for number in task.batches:
-            owner = int(self.store.get(f"taken {task.folder} {number}"))
-            made = f"made {task.folder} {number}"
-            if owner > 0 and self._wait_for(made, "failed", owner=owner) is not None:
-                self._raise_failure()
-                progress.count(int(self.store.get(made)))
+            owner = int(self.store.get(f"taken {task.number} {number}"))
+            if owner > 0 and (images := self._wait_for(f"made {task.number} {number}", owner)):
+                progress.count(int(images))
 
-    def end(self, result: object) -> None:
-        """Send the report or an error to the other processes, and wait until they have read it.
-
-        Without the wait, the store might end before, because it may be a part of this process.
+    def results_of_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
+        """Call each function in one of the processes, and return the results.
 
         Args:
-            result: the report as text, or the error.
+            task: a task with the numbers of the functions as its batches.
+            parts: the functions.
+            progress: counts the images of all processes.
         """
-        self._ended = True
-        self._set("ended", result)
-        end = time.monotonic() + GOODBYE
-        # The signs of life are read once more, to find processes that have just started. This process waits for them
-        # too.
-        self.signs.give_and_read()
-        for other in range(1, self.world):
-            here = other in self.signs.signs and not self.store.check([f"lost {other}"])
-            while here and not self.store.check([f"left {other}"]) and time.monotonic() < end:
-                time.sleep(0.01)
+        number, values = self._tasks, dict[int, Any]()
+        if self.world > 1:
+            self.share(task, lambda part: values.update({part: parts[part]()}), progress)
+        for part in set(task.batches) - values.keys():
+            name = f"value {number} {part}"
+            there = self.world > 1 and self.store.check([name])
+            values[part] = _as_value(self.store.get(name)) if there else parts[part]()
+        return [values[part] for part in task.batches]
+
+    def end(self, report: Callable[[], str]) -> None:
+        """End the evaluation.
+
+        Args:
+            report: a function that returns the report as text, for the other processes.
+        """
+        if self.world > 1:
+            self._end(report())
 
     # -- the other processes ------------------------------------------------------------------------------------------
 
     def tasks(self) -> Iterator[Task]:
         """The tasks for a process other than the first, until the evaluation ends."""
-        while self._wait_for(name := f"task {self._tasks}", "ended") == name:
+        while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
             self._tasks += 1
-            yield self._get(name)
+            yield Task(*_as_value(text))
+
+    def make_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> None:
+        """Call some of the functions of `results_of_parts`, and store their results for the first process.
+
+        Args:
+            task: a task with the numbers of the functions as its batches.
+            parts: the functions.
+            progress: counts the images of this process.
+        """
+        for part in self.claimed(task, progress):
+            self.store.set(f"value {task.number} {part}", _as_text(parts[part]()))
 
     def report(self) -> str:
         """Wait for the report that the first process passes to `end`, and return it."""
-        self._wait_for("ended")
+        report = self._wait_for_value("ended")
         self._ended = True
         self.store.set(f"left {self.rank}", "yes")
-        report = self._get("ended")
         if isinstance(report, BaseException):
             raise report
         return str(report)
@@ -247,32 +275,39 @@ class Team:
             progress: counts the images of this process.
         """
         for number in task.batches:
-            self._raise_failure()
+            if self.store.check(["failed"]):
+                raise _as_value(self.store.get("failed"))
             if self.store.check([f"lost {self.rank}"]):
                 raise ProcessLost(
                     f"process {self.rank} gave no sign of life for too long, so process 0 continued without it"
                 )
-            own, place = str(self.rank).encode(), f"{task.folder} {number}"
+            own, place = str(self.rank).encode(), f"{task.number} {number}"
             if self.store.compare_set(f"taken {place}", "", str(self.rank)) == own:
                 before = progress.images
                 yield number
                 self.store.set(f"made {place}", str(progress.images - before))
 
-    def _wait_for(self, *names: str, owner: int = 0) -> str | None:
-        """Wait until one of several names is in the store, and return this name.
+    def _wait_for(self, name: str, owner: int = 0, other: str | None = None) -> bytes | None:
+        """Wait for the value of a name in the store.
 
         Args:
-            *names: the names.
-            owner: the process that will set one of them.
+            name: the name.
+            owner: the process that will set the value.
+            other: another name; if it appears before, the result is None.
 
         Returns:
-            The first name in the store. None if the first process waits for a process that is dead.
+            The value. None if the other name has appeared, or if the first process waits for a process that is dead.
 
         Raises:
             ProcessLost: the first process is dead, or has not started its evaluation.
         """
         pause = 0.01
-        while (found := next((name for name in names if self.store.check([name])), None)) is None:
+        while not self.store.check([name]):
+            # The name is checked again, because it may have appeared between the two checks.
+            if other is not None and self.store.check([other]) and not self.store.check([name]):
+                return None
+            if self.rank == 0 and self.store.check(["failed"]):
+                raise _as_value(self.store.get("failed"))
             if self.signs.is_silent(owner):
                 if self.rank > 0:
                     raise ProcessLost(
@@ -287,30 +322,49 @@ class Team:
                 return None
             time.sleep(pause)
             pause = min(LONGEST, 1.5 * pause)
-        return found
+        return self.store.get(name)
 
-    def _set(self, name: str, value: object) -> None:
-        self.store.set(name, pickle.dumps(value).hex())
-
-    def _get(self, name: str) -> Any:
-        return pickle.loads(bytes.fromhex(self.store.get(name).decode()))
-
-    def _raise_failure(self) -> None:
-        """Raise the error of another process, if there is one."""
-        if self.store.check(["failed"]):
-            raise self._get("failed")
+    def _wait_for_value(self, name: str) -> Any:
+        """Wait for a value that the first process sets, and decode it."""
+        text = self._wait_for(name)
+        assert text is not None
+        return _as_value(text)
 
     def _fail(self, error: BaseException) -> None:
         """Send an error to the other processes; a process other than the first waits until the first has read it."""
         if self._ended or self.store.check([f"lost {self.rank}"]):
             return
-        self.store.compare_set("failed", "", pickle.dumps(sendable(error)).hex())
+        self.store.compare_set("failed", "", _as_text(sendable(error)))
         if self.rank == 0:
-            self.end(sendable(error))
+            self._end(sendable(error))
         else:
             with contextlib.suppress(ProcessLost):
                 self._wait_for("ended")
                 self.store.set(f"left {self.rank}", "yes")
+
+    def _end(self, result: object) -> None:
+        """Send the result to the other processes, and wait until they have read it.
+
+        Without the wait, the store might end before, because it may be a part of this process.
+        """
+        self._ended = True
+        self.store.set("ended", _as_text(result))
+        end = time.monotonic() + GOODBYE
+        # The signs of life are read once more, to find processes that have just started. This process waits for them
+        # too.
+        self.signs.give_and_read()
+        for other in range(1, self.world):
+            here = other in self.signs.signs and not self.store.check([f"lost {other}"])
+            while here and not self.store.check([f"left {other}"]) and time.monotonic() < end:
+                time.sleep(0.01)
+
+
+def _as_text(value: Any) -> str:
+    return pickle.dumps(value).hex()
+
+
+def _as_value(text: bytes) -> Any:
+    return pickle.loads(bytes.fromhex(text.decode()))
 
 
 def _nothing(_: logging.LogRecord) -> bool:

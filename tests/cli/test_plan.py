@@ -11,7 +11,7 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.cli import main
 from purify_fast.data import to_float
 from purify_fast.demo import setting
-from purify_fast.evaluation import EvaluateConfig
+from purify_fast.evaluation import EvaluateConfig, Report
 from purify_fast.evaluation import forecast as evaluations
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.counting import GPUS, Cost, counted
@@ -91,25 +91,38 @@ def test_an_evaluation_is_counted_in_proportion_to_its_images(monkeypatch):
     assert 0.01 < timed.seconds < 100
 
 
-def test_the_time_has_the_signs_and_grows_with_the_images(monkeypatch):
-    """A stand-in for `evaluate` takes a second for each image, and a hundred for the signs."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"protocol": None, "probes": None},
+        {"protocol": "fast"},
+        {"protocol": "authors"},
+        {"attacks": []},
+        {"attacks": [], "probes": True},
+        {"probes": False},
+    ],
+    ids=str,
+)
+def test_the_time_has_the_signs_wherever_an_evaluation_asks_for_them(monkeypatch, options):
+    """A stand-in for `evaluate` takes a second for the signs; the signs of 8 images are continued to 16."""
     asked = []
 
-    def evaluate_(model, x, y, *, config, **given):
-        asked.append((len(x), config.probes))
-        clock[0] += len(x) + 100 * config.has_signs(None)
+    def evaluate_(model, x, y, *, config, attacks, **given):
+        asked.append(config.probes)
+        clock[0] += 100 if config.has_signs(attacks) else 1
+        return Report()
 
     clock = [0.0]
     monkeypatch.setattr(evaluations, "evaluate", evaluate_)
     monkeypatch.setattr(evaluations.time, "perf_counter", lambda: clock[0])
-    x, y = torch.rand(64, 1, 8, 8), torch.zeros(64).long()
-    cases = ((None, 0.0, 108, [8]), (False, 40.0, 32, [8, 32]), (True, 900.0, 164, [8, 32, 64]))
-    for probes, seconds, taken, images in cases:
-        asked.clear()
-        planned = evaluations.forecast(nn.Flatten(), x, y, seconds=seconds, config=EvaluateConfig(probes=probes))
-        # the work is counted without the signs
-        assert asked == [(8, False), *((count, probes) for count in images)]
-        assert planned.seconds == taken * 64 / images[-1]
+    x, y = torch.rand(16, 1, 8, 8), torch.zeros(16).long()
+    config = EvaluateConfig(**{name: value for name, value in options.items() if name != "attacks"})
+    planned = evaluations.forecast(nn.Flatten(), x, y, seconds=0.0, config=config, attacks=options.get("attacks"))
+    wanted = options.get("probes") is not False and options.get("protocol") != "authors"
+    wanted = wanted and (options.get("attacks") is None or options.get("probes") is True)
+    assert planned.seconds == (200 if wanted else 0)
+    assert asked == [False, False] + [options.get("probes")] * wanted
 
 
 def test_the_time_on_a_gpu_is_the_longest_of_three():

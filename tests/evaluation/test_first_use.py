@@ -48,16 +48,12 @@ def trio():
         (
             lambda x, y: (x[:, :1], y),
             ValueError,
-            r"x has images \[C, H, W\] = \[1, 6, 7\], .* does not accept \(PyTorch says: .* to have 3 channels",
+            r"x has images \[C, H, W\] = \[1, 6, 7\], .* does not accept: its first convolution takes 3 channels",
         ),
         (lambda x, y: (x[:, :, :5], y), ValueError, r"x has images \[C, H, W\] = \[3, 5, 7\], which the model does"),
-        (
-            lambda x, y: ([(x, y.tolist())], None),
-            TypeError,
-            r"batch 0: labels must .*, got list: torch.as_tensor\(labels\) makes",
-        ),
-        (lambda x, y: (x, nn.functional.one_hot(y, 4)), ValueError, r"y must .*, got torch.int64 \[10, 4\]"),
-        (lambda x, y: (x, y[:, None]), ValueError, r"y must .*, got torch.int64 \[10, 1\]"),
+        (lambda x, y: ([(x, y.tolist())], None), TypeError, r"got Tensor and list: torch.as_tensor\(labels\) makes"),
+        (lambda x, y: (x, nn.functional.one_hot(y, 4)), ValueError, r"got torch.int64 \[10, 4\]; y.argmax\(1\) makes"),
+        (lambda x, y: (x, y[:, None]), ValueError, r"y must .* got torch.int64 \[10, 1\]; y\[:, 0\].long\(\) takes"),
         (
             lambda x, y: (2 * x - 1, y),
             ValueError,
@@ -77,8 +73,13 @@ def trio():
             r"x must be \[N, C, H, W\], got \[N, 6, 7, 3\], and the model fails on it \(.*channels.*\): the channels"
             r" seem to be last; x.permute\(0, 3, 1, 2\) puts them first",
         ),
-        (lambda x, y: (x[:, 0], y), ValueError, r"x must be \[N, C, H, W\] .*, got \[10, 6, 7\]"),
-        (lambda x, y: (x[0], y), ValueError, r"x must be \[N, C, H, W\] .*, got \[3, 6, 7\]"),
+        (lambda x, y: (x[:, 0], y), ValueError, r"got \[10, 6, 7\]: x\[:, None\] makes grey images \[N, 1, H, W\]"),
+        (lambda x, y: (x[0], y), ValueError, r"got \[3, 6, 7\]: x\[None\] makes one image \[1, C, H, W\]"),
+        (
+            lambda x, y: (x, y.float()),
+            ValueError,
+            r"y must be integer labels \[N\] = \[10\], got torch.float32 \[10\]; y.long\(\) makes them int64$",
+        ),
         (lambda x, y: (x, y + 0.5), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.float32 \[10\]$"),
         (lambda x, y: (x, None), TypeError, "without y, x must be an iterable of batches .*, got Tensor"),
         (lambda x, y: (x.numpy(), None), TypeError, "without y, x must be an iterable of batches .*, got ndarray"),
@@ -86,7 +87,7 @@ def trio():
         (lambda x, y: ([], None), ValueError, "at least one batch, got none: a generator can be read only once"),
         (lambda x, y: ([x], None), TypeError, r"batch 0 must be \(images, labels\) .*, got Tensor"),
         (lambda x, y: ([(x, y), (x, y, y, y)], None), TypeError, "batch 1 must be .*, got 4 values"),
-        (lambda x, y: ([(x, [1])], None), TypeError, "batch 0: labels must be a torch.Tensor .*, got list"),
+        (lambda x, y: ([(x, [1])], None), TypeError, "batch 0 must have tensors .*, got Tensor and list"),
         (lambda x, y: ([(x, y[:3])], None), ValueError, r"got images torch.float32 \[10, 3, 6, 7\] and labels \[3\]"),
         (lambda x, y: ([(x, y), (x[:, :1], y)], None), ValueError, r"batch 1 must .* got .*\[10, 1, 6, 7\]"),
         (lambda x, y: ([(x, y), (x.double(), y)], None), ValueError, "batch 1 must .* got images torch.float64"),
@@ -157,6 +158,11 @@ def test_the_radius_is_a_number(trio, eps, message):
     assert next(batches, None) is not None
 
 
+def test_a_device_is_refused(trio):
+    with pytest.raises(TypeError, match=r"takes no device, got device='cuda': .*own device.*model.to\('cuda'\)"):
+        evaluate(*trio, device="cuda", **QUIET)
+
+
 def test_a_setting_outside_the_config_is_refused_with_the_call_that_is_meant(trio):
     with pytest.raises(TypeError, match=r"^steps is a setting, .*config=EvaluateConfig\(steps=3, seed=1\)\)$"):
         purify_fast.evaluate(*trio, eps=0.1, seed=1, steps=3)
@@ -191,9 +197,12 @@ def test_images_of_another_shape_are_named_with_what_the_model_takes():
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (lambda z: z.argmax(1), r"a single number for each image, torch.int64 \[1\], .* If the number is the class"),
-        (lambda z: z.argmax(1, keepdim=True), r"a single number .*, torch.int64 \[1, 1\]"),
-        (lambda z: z.argmax(1).float(), r"a single number .*, torch.float32 \[1\].*without argmax"),
+        (
+            lambda z: z.argmax(1),
+            r"one whole number for each image, torch.int64 \[1\], .* looks like the class",
+        ),
+        (lambda z: z.argmax(1, keepdim=True), r"one whole number .*, torch.int64 \[1, 1\]"),
+        (lambda z: z.argmax(1).float(), r"one whole number .*, torch.float32 \[1\].*without argmax"),
         (lambda z: (z > -9).long(), r"must return logits in floating point, got torch.int64 \[1, 4\]: .*output.float"),
         (
             lambda z: nn.functional.one_hot(z.argmax(1), 4),

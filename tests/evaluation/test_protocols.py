@@ -249,6 +249,23 @@ def test_another_seed_is_another_row():
     assert again.settings["seed"] == 1 and not np.array_equal(first.margins, again.margins)
 
 
+def test_an_unusual_radius_is_mentioned():
+    for dataset, eps, notes in (
+        ("cifar10", 8 / 255, []),
+        ("mnist", 0.1, ["L-inf 0.1 is unusual on mnist, where most numbers are about L-inf 0.3"]),
+        ("mine", 0.1, []),
+    ):
+        report = evaluate(
+            standard(),
+            torch.rand(2, 1, 8, 8),
+            torch.zeros(2).long(),
+            dataset_name=dataset,
+            attacks=[PGD(steps=1)],
+            **QUIET | {"eps": eps},
+        )
+        assert report.notes == notes
+
+
 def test_models_that_return_other_things_than_logits():
     _, _, x, y = digits()
     net = standard()
@@ -267,15 +284,16 @@ def test_models_that_return_other_things_than_logits():
             lambda z: (net(z), z),
             TypeError,
             r"a torch.Tensor of logits \[B, classes\], or an object or mapping .* the name logits, got a tuple of "
-            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, ",
+            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member "
+            r"0, give lambda x: model\(x\)\[0\]",
         ),
         (
             lambda z: net(z).detach().numpy(),
             TypeError,
-            r"got numpy.ndarray float32 \[1, 10\]$",
+            r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
         (lambda z: None, TypeError, "the name logits, got NoneType$"),
-        (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, .* \[1\].*two classes at least"),
+        (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
         (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
         (nn.Linear, TypeError, r"the model must be an object, got the class Linear: give Linear\(\.\.\.\)"),
