@@ -15,7 +15,7 @@ import torch
 from .._validation import check_literal
 from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
 from ..attacks.base import EngineAttack, ThreatModel
-from ..attacks.heads import HEADS, AttackersHead, Head
+from ..attacks.heads import HEADS, AttackersHead
 from ..attacks.losses import ApgdLoss
 from ..protocols import (
     AuthorsEvaluation,
@@ -145,8 +145,7 @@ def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
     attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
     attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
-    if _has_several_samples(subject):
-        attacks += [_head(subject.base_model, head) for head in HEADS]
+    attacks += _through_heads(subject)
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
@@ -202,18 +201,20 @@ def _whole(spec: AttackSpec) -> AttackSpec:
     return replace(spec, attack=attack, until=None, nearest=None)
 
 
-def _has_several_samples(subject: Subject) -> bool:
-    """Tell whether a prediction uses several samples; with a single sample all aggregations are about the same."""
+def _through_heads(subject: Subject) -> list[AttackSpec]:
+    """Specify attacks with the gradients of other aggregations; the defence itself checks every success."""
     if not supports(subject.base_model, SampleLogits):
-        return False
+        return []
+    model, attack = cast(SampleLogits, subject.base_model), APGD(loss="dlr_targeted")
     with torch.no_grad():
-        return bool(cast(SampleLogits, subject.base_model).sample_logits(subject.sample_images()[:1]).shape[1] > 1)
-
-
-def _head(model: Classifier, head: Head) -> AttackSpec:
-    """Specify an attack with the gradients of another aggregation; the defence itself checks every success."""
-    seen = AttackersHead(cast(SampleLogits, model), head)
-    return _left(APGD(loss="dlr_targeted"), f"APGD-T through the samples' {head}", gradients_from=seen)
+        samples = model.sample_logits(subject.sample_images()[:1]).shape[1]
+    if samples == 1:
+        # With a single sample all aggregations are about the same.
+        return []
+    return [
+        _left(attack, f"APGD-T through the samples' {head}", gradients_from=AttackersHead(model, head))
+        for head in HEADS
+    ]
 
 
 def _transferred(name: str, surrogate: Classifier) -> AttackSpec:
@@ -247,12 +248,12 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     """
     if name != "authors":
         return []
-    whose = "the evaluation that its authors published"
-    if not supports(model, AuthorsEvaluation):
-        whose = (
-            "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() "
-            "that says how its own authors evaluate it"
-        )
+    whose = (
+        "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() that "
+        "says how its own authors evaluate it"
+    )
+    if supports(model, AuthorsEvaluation):
+        whose = "the evaluation that its authors published"
     return [
         f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers, they are no "
         "judgement of this package, and there is no headline"

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .._sealed import write_sealed
 from .._tensors import digest
-from ..attacks import Attack, AttackContext, AttackResult, GradientHealth
+from ..attacks import AttackContext, AttackResult, GradientHealth
 from ..attacks.engine.row_batches import Judge, has_fallen
 from ..protocols import Classifier
 from .cache import read_file
-from .specs import check_adversarial
+from .specs import AttackSpec, check_adversarial
 from .stopping import StoppingRule
 from .subject import Subject
 
@@ -59,7 +59,7 @@ class AttackRun:
     its index. On a random model each batch has a separate seed.
 
     Args:
-        attack: the attack.
+        spec: the attack.
         target: the attacked model.
         index: indices of the images, int64.
         subject: the judged model with all images.
@@ -69,7 +69,7 @@ class AttackRun:
         rule: decides after each batch whether the attack stops; None: every batch is made.
     """
 
-    attack: Attack
+    spec: AttackSpec
     target: Classifier
     index: Tensor
     subject: Subject
@@ -115,13 +115,13 @@ class AttackRun:
         self.subject.reseed_batch(number)
         batch = self._attacked(part)
         if self.rule is not None:
-            batch.fell = self.subject.room.within(functools.partial(self._fallen, part, batch.images))
+            batch.fell = self.subject.room.within(lambda: self._fallen(part, batch.images))
         self.keep(part, batch)
         return batch
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""
-        begin, subject, context = time.perf_counter(), self.subject, self.context
+        begin, attack, subject, context = time.perf_counter(), self.spec.resolved, self.subject, self.context
         x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.offset))
 
         def search() -> AttackResult:
@@ -131,16 +131,15 @@ class AttackRun:
             told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
             # The attack gets a copy. If it changed the images in place, the later check of its radius would see no
             # change.
-            return self.attack.search(self.target, x.clone(), y, told)
+            return attack.search(self.target, x.clone(), y, told)
 
-        graphs, device = context.resources.graphs, subject.device
-        result = subject.room.within(
-            search if graphs is None else functools.partial(graphs.retry_without_graphs, search, device)
-        )
+        graphs = context.resources.graphs
+        assert graphs is not None
+        result = subject.room.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
         if not isinstance(result, AttackResult):
             got = type(result).__name__
-            raise TypeError(f"the attack {self.attack.name(context)!r} must return an AttackResult, got {got}")
-        check_adversarial(self.attack.name(context), result.images, x, self.attack.threat_model(context))
+            raise TypeError(f"the attack {attack.name(context)!r} must return an AttackResult, got {got}")
+        check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
             # The copy to the CPU waits until the device has finished, so that the duration below is complete.
@@ -184,13 +183,10 @@ class AttackRun:
             fallen.update(batch.fallen)
             sums.proved += batch.proved
             sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
-            if self.rule is not None and self.rule.record([bool(fell) for fell in batch.fell], _no_evidence(batch)):
+            # The survival of an image says nothing about other images if the search stood still or lacked gradients.
+            usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
+            no_evidence = batch.stood_still if usable else len(batch.fell)
+            if self.rule is not None and self.rule.record([bool(fell) for fell in batch.fell], no_evidence):
                 break
         sums.health, sums.fallen = dict(health), dict(fallen)
         return sums
-
-
-def _no_evidence(batch: AttackedBatch) -> int:
-    """Count the images whose survival says nothing about other images; all images if the attack lacked gradients."""
-    usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
-    return batch.stood_still if usable else len(batch.fell)

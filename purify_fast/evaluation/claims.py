@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 
 #: A claim is refuted if it gives the measured accuracy, together with all lower accuracies, a probability below this
@@ -44,16 +45,15 @@ def images_to_decide(left: float, claim: float) -> int | None:
     """
     if left >= claim:
         return None
+
+    def refutes(images: int) -> bool:
+        return chance_of_at_most(math.floor(left * images), images, claim) < REFUTED
+
     most = 1
-    while chance_of_at_most(math.floor(left * most), most, claim) >= REFUTED:
+    while not refutes(most):
         most *= 2
         if most > MOST:
             return None
-    least = most // 2
-    while most - least > 1:
-        middle = (least + most) // 2
-        if chance_of_at_most(math.floor(left * middle), middle, claim) < REFUTED:
-            most = middle
-        else:
-            least = middle
-    return most
+    # Half of this number does not refute the claim, so the least number is above it.
+    least = most // 2 + 1
+    return least + bisect.bisect_left(range(least, most), True, key=refutes)

@@ -21,7 +21,7 @@ from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
 from .measure import Measure
 from .naming import ball_name, clean_name, row_name, short, threat_name
-from .rows import CURVE, Row
+from .rows import Row
 from .specs import AttackSpec, FunctionAttack
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
@@ -118,8 +118,8 @@ class Curve:
             left: bool ``[n]``, True for images that withstood the attacks of the report.
         """
         eps, rows = float(measure.context.eps), []
-        for side in ([r for r in self.radii if r < eps], [r for r in self.radii if r > eps]):
-            below = bool(side) and side[0] < eps
+        for below in (True, False):
+            side = [radius for radius in self.radii if (radius < eps) is below]
             # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
             # fell at the report's radius counts as fallen at every larger radius.
             safe = left if below else np.zeros_like(left)
@@ -163,7 +163,7 @@ class Curve:
                     break
                 index = torch.from_numpy(alive).nonzero()[:, 0]
                 order = measure.in_order(spec, index, lead.numpy())
-                sums = measure.attack(spec, order, None, begin).sums
+                sums = measure.attack(spec, order, None, begin)[1]
                 judged = subject.judge(sums.images[index], "random", "judge", index=index)
                 # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
                 # number, so that such a point is kept only if the image has no other point.
@@ -174,20 +174,13 @@ class Curve:
                 alive[index] = judged.right.all(0)
                 health.update(sums.health)
                 seconds += sums.seconds
-            robust = alive | safe
-            share = float(robust.mean())
-            return Row(
-                model=measure.name,
+            return measure.new_row(
+                (alive | safe)[None],
                 attack="",
                 kind="worst",
                 variant="random",
-                robust=robust,
-                mean=share,
-                worst=share,
                 n_eval=n_eval,
-                seed=subject.seed,
                 seconds=seconds,
-                data=subject.data,
                 health=dict(health) if health["gradients"] else None,
                 reliable=GradientHealth(dict(health)).reliable,
                 settings=settings,
@@ -205,17 +198,14 @@ class Curve:
         measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
         return row
 
-    def points(self, rows: Sequence[Row], name: str, eps: float) -> dict[str, dict[str, list[list[float]]]]:
+    def points(self, rows: Sequence[Row], eps: float) -> list[list[float]]:
         """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images.
 
         Args:
             rows: rows of the report.
-            name: name of the model.
             eps: the report's radius.
         """
-        if not self.radii:
-            return {}
         named = {row.attack: row.accuracy for row in rows}
         at_radius = {row.settings["eps"]: row.accuracy for row in rows if row.kind == "worst" and "eps" in row.settings}
         points = {0.0: named[clean_name("random")], eps: named["worst"]} | at_radius
-        return {name: {CURVE: [list(point) for point in sorted(points.items())]}}
+        return [list(point) for point in sorted(points.items())]

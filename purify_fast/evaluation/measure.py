@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +27,7 @@ from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row
 from .specs import CLASSIFIER, AttackSpec
 from .stopping import REVISION as STOPPING
-from .stopping import StoppingRule, nearest_first
+from .stopping import StoppingRule, by_margin, nearest_first
 from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
@@ -37,25 +35,6 @@ from .team import Task, Team
 BEGIN = "begin.safetensors"
 #: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of an attack, before its images are judged.
-
-    Args:
-        spec: the attack.
-        index: indices of the attacked images, int64.
-        sums: all images, attacked or not, with the sums of counts and time over the batches.
-        settings: settings of the attack that are known only after its run.
-        found: further fields of the row that come from the attack, by name.
-    """
-
-    spec: AttackSpec
-    index: Tensor
-    sums: AttackedBatch
-    settings: dict[str, Any]
-    found: dict[str, Any]
 
 
 @dataclass
@@ -85,8 +64,8 @@ class Measure:
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The outcome of the last attack on a variant, whose images are then tried on the deployed model.
-    _search: Outcome | None = field(default=None, init=False)
+    # The last attack on a variant and its outcome, whose images are then tried on the deployed model.
+    _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
     def turn_to(self, subject: Subject) -> None:
         """Continue with other images of the same model."""
@@ -94,9 +73,23 @@ class Measure:
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
+
+        def make(_: Path | None) -> Row:
+            begin = time.perf_counter()
+            judged = self.subject.judge(self.subject.x, variant, "clean")
+            return self.new_row(
+                judged.right,
+                attack=clean_name(variant),
+                kind="clean",
+                variant=variant,
+                robust=judged.right[0],
+                nonfinite_predictions=judged.nonfinite,
+                seconds=time.perf_counter() - begin,
+            )
+
         if variant not in self._clean:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
-            self._clean[variant] = self.load_or_make(settings, [], lambda _: self._measure_clean(variant))
+            self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
@@ -116,7 +109,19 @@ class Measure:
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = self.settings_of(spec)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        make = functools.partial(self._measure_attack, spec, alive, index, settings)
+
+        def make(folder: Path | None) -> Row:
+            run, sums = self.attack(spec, index, folder)
+            self._search = None if spec.variant == "random" else (run, sums)
+            # Images that fell to earlier attacks were not attacked again, and count as fallen.
+            row = self._judged(run, sums, settings, alive, alive)
+            row.health = sums.health if sums.health["gradients"] else None
+            target = spec.other_model if spec.target is None else spec.target
+            # Another aggregation of the same samples does not count as another model.
+            row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
+            row.seconds += sums.seconds
+            return row
+
         row = self.load_or_make(settings | images, [spec], make)
         # The key of a cached row does not contain the row's name, so the row may have been made under another name.
         row.attack = row_name(spec, self.context)
@@ -145,15 +150,10 @@ class Measure:
         def make(folder: Path | None) -> Row:
             # If the attack's row was read from the cache, its images are not in memory, and the attack must run again.
             search, self._search = self._search, None
-            if search is None or search.spec is not spec:
+            if search is None or search[0].spec is not spec:
                 search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
-            begin = time.perf_counter()
-            judged = self.subject.judge(search.sums.images, "random", "judge")
-            # Only attacked images count as fallen, although fresh draws of a random model may misclassify others.
-            row = self._judged(search, settings, judged, (judged.right | ~alive) & standing, alive & standing)
-            row.attacked = int((alive & standing).sum())
-            row.transferred = True
-            row.seconds = time.perf_counter() - begin
+            row = self._judged(*search, settings, alive, standing)
+            row.attacked, row.transferred = int((alive & standing).sum()), True
             return row
 
         row = self.load_or_make(settings | images, [spec], make)
@@ -169,8 +169,7 @@ class Measure:
             margins: the smallest margin that other attacks reached on each of all images, ``[n]``.
         """
         if spec.nearest is not None:
-            reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
-            return index[reached.argsort(stable=True)[: spec.nearest]]
+            return by_margin(index, margins)[: spec.nearest]
         if spec.until is not None:
             return nearest_first(index, margins, self.subject.offset, self.subject.seed + spec.seed)
         return index
@@ -247,33 +246,28 @@ class Measure:
         row.reliable = row.reliable or not row.robust.any()
         return row
 
-    def _measure_clean(self, variant: Variant) -> Row:
-        begin = time.perf_counter()
-        judged = self.subject.judge(self.subject.x, variant, "clean")
-        return self._new_row(
-            judged,
-            judged.right,
-            attack=clean_name(variant),
-            kind="clean",
-            variant=variant,
-            robust=judged.right[0],
-            seconds=time.perf_counter() - begin,
-        )
+    def new_row(self, right: np.ndarray, **values: Any) -> Row:
+        """Make a row from predictions.
 
-    def _new_row(self, judged: Judgement, right: np.ndarray, **fields: Any) -> Row:
-        """Make a row from predictions; ``right``, bool ``[draws, n]``, is True for the correct ones."""
-        return Row(
-            model=self.name,
-            mean=float(right.mean()),
-            worst=float(right.all(0).mean()),
-            n_eval=len(right),
-            seed=self.subject.seed,
-            data=self.subject.data,
-            nonfinite_predictions=judged.nonfinite,
-            **fields,
-        )
+        Args:
+            right: bool ``[draws, n]``, True for correct predictions.
+            **values: further fields of the row, and fields that differ.
+        """
+        usual: dict[str, Any] = {
+            "model": self.name,
+            "robust": np.asarray(right.all(0)),
+            "mean": float(right.mean()),
+            "worst": float(right.all(0).mean()),
+            "n_eval": len(right),
+            "seed": self.subject.seed,
+            "seconds": 0.0,
+            "data": self.subject.data,
+        }
+        return Row(**usual | values)
 
-    def attack(self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None) -> Outcome:
+    def attack(
+        self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None
+    ) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images.
 
         Args:
@@ -282,44 +276,37 @@ class Measure:
             folder: the folder for the batches in the cache, in which there may be batches of an interrupted run; None:
                 the batches are not cached.
             begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
+
+        Returns:
+            The run of the attack; and all images, attacked or not, with the sums of counts and time over the batches.
         """
-        attack, team = spec.resolved, self.team
+        team = self.team
         shared = team.folder(folder, self.cache.folder)
-        with self._run(spec, index, shared, begin) as batches:
-            context = batches.context
-            # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
-            settings = {name: value for name, value in attack.settings(context).items() if name == "eot_iter"}
-            may_end_early = attack.may_end_early(context)
-            cost = attack.cost(context)
-            total = None if cost is None else cost * sum(map(len, batches.parts))
-            with self.progress.row(row_name(spec, self.context), total):
-                if team.world > 1 and batches.missing(range(len(batches.parts))):
-                    assert shared is not None
-                    if begin is not None:
-                        write_sealed(shared / BEGIN, {}, {"points": begin})
-                    task = Task(
-                        attack=self.attacks.index(spec),
-                        first=self.subject.offset,
-                        data=self.subject.data,
-                        images=index.numpy().tobytes(),
-                        batches=[],
-                        folder=str(shared.resolve()),
-                        draws_differ=context.draws_differ,
-                        begins=begin is not None,
-                    )
-                    sums = batches.sums(
-                        lambda missing: team.share(task._replace(batches=missing), batches.make, self.progress),
-                        team.world,
-                    )
-                else:
-                    sums = batches.sums()
+        with self._run(spec, index, shared, begin) as run:
+
+            def share(missing: list[int]) -> None:
+                assert shared is not None
+                if begin is not None:
+                    write_sealed(shared / BEGIN, {}, {"points": begin})
+                task = Task(
+                    attack=self.attacks.index(spec),
+                    first=self.subject.offset,
+                    data=self.subject.data,
+                    images=index.numpy().tobytes(),
+                    batches=missing,
+                    folder=str(shared.resolve()),
+                    draws_differ=run.context.draws_differ,
+                    begins=begin is not None,
+                )
+                team.share(task, run.make, self.progress)
+
+            cost = spec.resolved.cost(run.context)
+            with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
+                sums = run.sums(share if team.world > 1 else None, team.world)
         if shared != folder:
             remove_batches(shared)
-        found = {"warnings": sums.warnings, "fell_to": sums.fallen, "proved": sums.proved}
-        if batches.rule is not None:
-            found |= {"unsearched": batches.rule.unsearched, "may_hold": batches.rule.may_hold}
         sums.images = sums.images[: self._most(spec)]
-        return Outcome(spec, index, sums, settings, found | {"may_end_early": may_end_early})
+        return run, sums
 
     def work_for_first(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
@@ -341,7 +328,7 @@ class Measure:
             )
         folder = Path(task.folder)
         self.team.check_folder(folder)
-        spec, index = self.attacks[task.attack], torch.frombuffer(bytearray(task.images), dtype=torch.int64)
+        index = torch.frombuffer(bytearray(task.images), dtype=torch.int64)
         content = read_file(folder / BEGIN) if task.begins else None
         if task.begins and content is None:
             raise ValueError(
@@ -349,9 +336,9 @@ class Measure:
                 "attack to it: start all processes again"
             )
         begin = None if content is None else content[1]["points"]
-        with self._run(spec, index, folder, begin, task.draws_differ) as batches:
+        with self._run(self.attacks[task.attack], index, folder, begin, task.draws_differ) as run:
             for number in itertools.chain([first], mine):
-                batches.make(number)
+                run.make(number)
 
     @contextlib.contextmanager
     def _run(
@@ -375,9 +362,13 @@ class Measure:
         subject.reseed("attack")
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
+            # Some aggregations give infinite logits, which hide differences between draws. The draws of a random model
+            # then count as different.
+            may_hide = subject.is_random and spec.variant == "random"
+            hidden = may_hide and not target(subject.sample_images()).isfinite().all()
             # Every process makes this test, even if its result is given. The test takes random draws, and afterwards
             # the random generators of all processes must be in the same state.
-            tried = self._draws_differ(spec, target)
+            tried = hidden or subject.answers_vary(target)
             context = replace(
                 self.context,
                 draws_differ=tried if draws_differ is None else draws_differ,
@@ -389,51 +380,52 @@ class Measure:
             rule = None
             if spec.until is not None and not context.draws_differ:
                 rule = StoppingRule(spec.until, len(index), len(subject.y))
-            yield AttackRun(spec.resolved, counted, index, subject, context, folder=folder, rule=rule)
-
-    def _measure_attack(
-        self, spec: AttackSpec, alive: np.ndarray, index: Tensor, settings: dict[str, Any], folder: Path | None
-    ) -> Row:
-        search = self.attack(spec, index, folder)
-        self._search = None if spec.variant == "random" else search
-        begin = time.perf_counter()
-        judged = self.subject.judge(search.sums.images, spec.variant, "judge", spec.judge)
-        # Images that fell to earlier attacks were not attacked again, and count as fallen.
-        row = self._judged(search, settings, judged, judged.right & alive, alive)
-        health = search.sums.health
-        row.health = health if health["gradients"] else None
-        target = spec.other_model if spec.target is None else spec.target
-        # Another aggregation of the same samples does not count as another model.
-        row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
-        row.seconds = search.sums.seconds + time.perf_counter() - begin
-        return row
+            yield AttackRun(spec, counted, index, subject, context, folder=folder, rule=rule)
 
     def _judged(
-        self, search: Outcome, settings: dict[str, Any], judged: Judgement, right: np.ndarray, given: np.ndarray
+        self, run: AttackRun, sums: AttackedBatch, settings: dict[str, Any], alive: np.ndarray, standing: np.ndarray
     ) -> Row:
-        """Make the row of an attack from predictions; ``given``, bool ``[n]``: the images that count as attacked."""
-        return self._new_row(
-            judged,
+        """Judge the images of an attack, and make the row.
+
+        Args:
+            run: the run of the attack.
+            sums: its outcome.
+            settings: the settings of the row.
+            alive: bool ``[n]``, True for images that the attack might search. Only these images count as fallen to it,
+                although fresh draws of a random model may misclassify others.
+            standing: bool ``[n]``, True for images that have not fallen in an earlier row.
+        """
+        begin, spec = time.perf_counter(), run.spec
+        judged = self.subject.judge(sums.images, settings["variant"], "judge", spec.judge)
+        right = (judged.right | ~alive) & standing
+        # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
+        draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
+        stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
+        return self.new_row(
             right,
-            attack=row_name(search.spec, self.context),
-            kind=search.spec.resolved.kind if search.spec.judge is None else AUTHORS,
+            attack=row_name(spec, self.context),
+            kind=spec.resolved.kind if spec.judge is None else AUTHORS,
             variant=settings["variant"],
-            robust=np.asarray(right.all(0)),
-            seconds=0.0,
-            reliable=GradientHealth(dict(search.sums.health)).reliable,
-            settings=settings | search.settings,
-            attacked=len(search.index),
-            **search.found,
-            examples=self._examples(search, judged, given),
+            reliable=GradientHealth(dict(sums.health)).reliable,
+            settings=settings | draws,
+            attacked=len(run.index),
+            warnings=sums.warnings,
+            fell_to=sums.fallen,
+            proved=sums.proved,
+            may_end_early=spec.resolved.may_end_early(run.context),
+            **stopped,
+            nonfinite_predictions=judged.nonfinite,
+            examples=self._examples(run.index, sums.images, judged, alive & standing),
             margins=judged.margins,
+            seconds=time.perf_counter() - begin,
         )
 
-    def _examples(self, search: Outcome, judged: Judgement, given: np.ndarray) -> Examples | None:
+    def _examples(self, index: Tensor, images: Tensor, judged: Judgement, given: np.ndarray) -> Examples | None:
         """Select the images that a row stores: some or all of the fallen images.
 
         If no image fell, they are some of the images that withstood the attack.
         """
-        index, subject = search.index, self.subject
+        subject = self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
             # Only images that the attack got count, although fresh draws of a random model may misclassify others.
@@ -447,7 +439,7 @@ class Measure:
             return None
         return Examples(
             clean=subject.x[shown].cpu().numpy(),
-            adversarial=search.sums.images[shown].cpu().numpy(),
+            adversarial=images[shown].cpu().numpy(),
             labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
             fell=np.full(len(shown), len(fallen) > 0),
             predicted=judged.classes[shown.numpy()],
@@ -468,11 +460,3 @@ class Measure:
         model = model if spec.judge is None else spec.judge
         view = spec.resolved.target(model)
         return self.subject.judged_model(spec.variant) if spec.judge is None and view is model else view
-
-    def _draws_differ(self, spec: AttackSpec, target: Classifier) -> bool:
-        """Tell whether two predictions of the target differ; the model must be in the attack's variant."""
-        subject = self.subject
-        # Some aggregations give infinite logits, which hide differences between draws. The draws of a random model then
-        # count as different.
-        hidden = subject.is_random and spec.variant == "random" and not target(subject.sample_images()).isfinite().all()
-        return hidden or subject.answers_vary(target)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .._tensors import digest, text_hash
 from .._validation import NormName, check_folder, read_norm
 from .._version import __version__
-from ..attacks import Attack, AttackContext, AutoAttack, Resources, frozen
+from ..attacks import Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import check_eps
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
@@ -44,7 +44,7 @@ from .alarms.probes import cost as cost_of_probes
 from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
 from .auto_batch import images_together, make_room
 from .cache import RowCache
-from .config import EvaluateConfig, ProtocolName
+from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
@@ -52,7 +52,7 @@ from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, un
 from .progress import Progress, counted_model
 from .repeating import processor_name, written_call
 from .report import Report
-from .rows import Row, count_fallen, joined, worst_rows
+from .rows import CURVE, Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
@@ -171,8 +171,8 @@ def evaluate(
         ConnectionError: the first of several processes does not respond.
         KeyboardInterrupt: Ctrl-C, with a message that says how to continue, and without the traceback of the attack.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
-            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device`` is
-            given.
+            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device``, or
+            a setting outside of the config, is given.
         ModuleNotFoundError: an attack needs AutoAttack's package, and it is not installed.
     """
     check_folder("out", out)
@@ -182,11 +182,10 @@ def evaluate(
     in_batch = images_together(config.batch_size, config.memory)
     chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
     images, labels, more = next(chunks)
-    protocol, given = _protocol_or_attacks(config.protocol, attacks)
-    _check_moves(eps, bool(given or protocol or config.probes))
+    config, given = _read_attacks(config, attacks, eps)
     radii = radii_of(config.curve, eps, 1.0 if norm == "linf" else math.inf)
     device = device_of(model, images)
-    report = Report(about=_about(replace(config, protocol=protocol), norm, eps, model, device))
+    report = Report(about=_about(config, norm, eps, model, device))
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(config.together))
@@ -202,71 +201,75 @@ def evaluate(
             make_room(subject, [subject.model], config.memory, RowCache(None))
         # The fingerprint is taken after the trial predictions. A model that stores its last input then always has the
         # same input.
-        mark = fingerprint_or_reason(subject.model, revision)
-        report.about |= {} if mark[0] is None else {"model": mark[0]}
-        report.notes += _how_judged(config) + _first_notes(model, subject, name, protocol)
-        signs = config.has_signs(attacks)
-        before = subject.room.within(lambda: Before(subject)) if signs else None
+        mark, reason = fingerprint_or_reason(subject.model, revision)
+        if mark is not None:
+            report.about["model"] = mark
+        report.notes += _first_notes(config, model, subject, name)
+        before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
         ball = ThreatModel(norm, float(eps))
-        plan = given if protocol is None else protocol_attacks(protocol, subject, ball, base, config.steps)
+        plan = given
+        if config.protocol is not None:
+            plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
         if config.predict is not None:
             plan = beside_fixed(plan, subject)
-        others = _freeze_others([base, *(spec.other_model for spec in plan)], subject, stack)
-        context = AttackContext(
-            num_classes=subject.num_classes,
-            eps=float(eps),
-            norm=norm,
-            steps=config.steps,
-            eot_iter=config.eot_iter,
-            seed=config.seed,
-            draws_differ=subject.is_random,
-            judge_draws=5,
-            resources=Resources(
-                batch_size=in_batch,
-                max_forward_batch=config.max_forward_batch,
-                graphs=StepGraphs(config.cuda_graphs),
-                copies=GradientCopies(),
-            ),
-        )
-        context = _context_for_predict(context, config)
+        context = _context(config, subject, ball)
         served = None
         if out is not None or team.world > 1:
             # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
             served = team.from_first("kernels", lambda: kernels_now(device))
             stack.enter_context(keep_kernels(served))
-        cache = RowCache(None)
-        if out is not None and team.rank == 0:
-            if mark[0] is None:
-                logger.warning(
-                    "out: the rows of %s are not kept: %s %s. Give a revision to keep them", name, name, mark[1]
-                )
-            cache = RowCache(Path(out), served, revision)
-            cache.know(subject.model, mark[0])
-            _add_marks(cache, others, subject)
+        folder = Path(out) if out is not None and team.rank == 0 else None
+        if folder is not None and mark is None:
+            logger.warning("out: the rows of %s are not kept: %s %s. Give a revision to keep them", name, name, reason)
+        cache = RowCache(folder, served, revision)
+        cache.know(subject.model, mark)
+        others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
         if config.batch_size == "auto":
             make_room(subject, others, config.memory, cache)
             at_once = team.from_first("images at once", lambda: subject.room.limit(context.resources.max_forward_batch))
             context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
-        progress = progress and team.rank == 0
-        shown = Progress(name, progress)
+        shown = Progress(name, progress and team.rank == 0)
         measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all")
         witnessed = None
         if config.keep == "all":
-            about_model = {"model": model_marks(subject.base_model, mark[0]), "classes": subject.num_classes}
+            about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             witnessed = about_model | {"random": subject.is_random} | judging
-        run = _Evaluation(
-            report, measure, plan, acts=protocol in SEARCHES, radii=radii, before=before, mark=mark[0], stack=stack
-        )
+        run = _Evaluation(report, measure, plan, radii=radii, before=before, mark=mark, stack=stack)
         return run.fill(chunks, witnessed)
 
 
-def _check_moves(eps: float, attacked: bool) -> None:
-    """Raise ValueError for a radius of 0 if anything is attacked."""
-    if eps == 0 and attacked:
+def _check_kinds(config: object, base: object) -> None:
+    """Raise a TypeError if an argument of `evaluate` is of another kind than documented."""
+    if not isinstance(config, EvaluateConfig):
+        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
+    if base is not None and not callable(base):
+        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
+
+
+def _read_attacks(
+    config: EvaluateConfig, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, eps: float
+) -> tuple[EvaluateConfig, list[AttackSpec]]:
+    """Return the config with the protocol that runs, and the specifications of the given attacks.
+
+    The protocol is None if attacks are given, even if the list is empty.
+    """
+    if config.protocol is not None and attacks is not None:
+        raise ValueError(
+            f"protocol and attacks exclude each other, got protocol={config.protocol!r} and a list of attacks: leave "
+            "one out"
+        )
+    if config.protocol is None and attacks is None:
+        config = replace(config, protocol="standard")
+    given = [] if attacks is None else as_specs(attacks)
+    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
+        # If the package is missing, its error is raised here, before any work.
+        implementation()
+    if eps == 0 and (given or config.protocol or config.probes):
         raise ValueError(
             "eps must be above 0, got 0: no image could be changed. Give the radius of the attacks, such as 8/255; for "
             "the accuracy on clean images only, give attacks=[]"
         )
+    return config, given
 
 
 def _about(
@@ -288,38 +291,48 @@ def _about(
     return {what: value for what, value in known.items() if value is not None}
 
 
-def _how_judged(config: EvaluateConfig) -> list[str]:
-    """The note on the rule by which images of a random model were judged, if ``predict`` was given."""
-    draws = f"{config.n_eval} fresh draws of the model"
-    sentences = {
-        "worst_of": f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong",
-        "votes": f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote",
-    }
-    return [] if config.predict is None else [sentences[config.predict]]
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
+    """The settings of the attacks.
 
-
-def _context_for_predict(context: AttackContext, config: EvaluateConfig) -> AttackContext:
-    """Adapt the context of the attacks to ``config.predict``.
-
-    With "worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
+    With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
     """
+    draws, share, votes, most = 5, 1.0, 1, config.max_forward_batch
     if config.predict == "worst_of":
-        return replace(context, judge_draws=max(5, config.n_eval), judge_share=1 - MAX_SURVIVAL ** (1 / config.n_eval))
+        draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)
     if config.predict == "votes":
-        most = context.resources.max_forward_batch
-        most = None if most is None else max(1, most // config.n_eval)
-        resources = replace(context.resources, max_forward_batch=most)
-        return replace(context, votes=config.n_eval, resources=resources)
-    return context
+        votes = config.n_eval
+        most = None if most is None else max(1, most // votes)
+    return AttackContext.from_options(
+        num_classes=subject.num_classes,
+        eps=ball.eps,
+        norm=ball.norm,
+        steps=config.steps,
+        eot_iter=config.eot_iter,
+        seed=config.seed,
+        draws_differ=subject.is_random,
+        judge_draws=draws,
+        judge_share=share,
+        votes=votes,
+        batch_size=images_together(config.batch_size, config.memory),
+        max_forward_batch=most,
+        graphs=StepGraphs(config.cuda_graphs),
+        copies=GradientCopies(),
+    )
 
 
-def _first_notes(model: Classifier, subject: Subject, name: str, protocol: ProtocolName | None) -> list[str]:
+def _first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, name: str) -> list[str]:
     """Return the first notes for the report.
 
     A warning about modules in training mode or about probabilities is also logged now, because an evaluation may take
     hours.
     """
+    draws = f"{config.n_eval} fresh draws of the model"
+    judged = {
+        None: [],
+        "worst_of": [f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong"],
+        "votes": [f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote"],
+    }
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
@@ -332,41 +345,25 @@ def _first_notes(model: Classifier, subject: Subject, name: str, protocol: Proto
             "call: a step or a judgement by 20 draws takes 20 calls. Other random models compute several draws in one "
             "call"
         )
-    return notes + notes_of_protocol(protocol, model)
+    return judged[config.predict] + notes + notes_of_protocol(config.protocol, model)
 
 
-def _freeze_others(
-    models: Sequence[Classifier | None], subject: Subject, stack: contextlib.ExitStack
+def _admit(
+    models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack
 ) -> list[Classifier]:
-    """Freeze the other models that attacks use, and refuse models that write to their input."""
+    """Freeze the other models that attacks use, and add their fingerprints to the cache.
+
+    A model that writes to its input is refused.
+    """
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
         check_leaves_images(model, subject.sample_images()[:1])
+    for model in others if cache.folder is not None else ():
+        torch.manual_seed(subject.seed)
+        model(subject.sample_images())
+        cache.know(model, fingerprint(model, cache.revision))
     return others
-
-
-def _check_kinds(config: object, base: object) -> None:
-    """Raise a TypeError if an argument of `evaluate` is of another kind than documented."""
-    if not isinstance(config, EvaluateConfig):
-        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
-    if base is not None and not callable(base):
-        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
-
-
-def _protocol_or_attacks(
-    protocol: ProtocolName | None, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None
-) -> tuple[ProtocolName | None, list[AttackSpec]]:
-    """Return the protocol and an empty list, or None and the specifications of the given attacks."""
-    if protocol is not None and attacks is not None:
-        raise ValueError(
-            f"protocol and attacks exclude each other, got protocol={protocol!r} and a list of attacks: leave one out"
-        )
-    given = [] if attacks is None else as_specs(attacks)
-    if protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # If the package is missing, its error is raised here, before any work.
-        implementation()
-    return ("standard" if protocol is None and attacks is None else protocol), given
 
 
 @dataclass
@@ -377,8 +374,6 @@ class _Evaluation:
         report: the report to which rows and notes are added.
         measure: makes the rows.
         asked_for: the requested attacks, some of which the model may not allow.
-        acts: whether signs of masked gradients change the attacks; True for a protocol that searches (`SEARCHES`), and
-            False for a list of attacks.
         radii: further radii of the curve.
         before: predictions of the model before the attacks; None: there are no probes.
         mark: the model's fingerprint.
@@ -388,7 +383,6 @@ class _Evaluation:
     report: Report
     measure: Measure
     asked_for: Sequence[AttackSpec]
-    acts: bool
     radii: Sequence[float]
     before: Before | None
     mark: str | None
@@ -404,12 +398,20 @@ class _Evaluation:
         report, measure = self.report, self.measure
         context, team, name = measure.context, measure.team, measure.name
         self.choose_attacks(self.asked_for)
-        if team.world > 1:
-            team.check_same(self.signature())
+        subject, resources = measure.subject, context.resources
+        team.check_same(
+            {
+                "images": subject.data,
+                "models": [self.mark, subject.num_classes, subject.is_random],
+                "seed": subject.seed,
+                "batch size": [resources.batch_size, resources.max_forward_batch],
+                "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
+            }
+        )
         if team.rank > 0:
             return self.work_for_first(chunks)
         asked = None if self.before is None else self.ask_before(self.before)
-        first, data = measure.subject, [measure.subject.data]
+        data = [subject.data]
         report.rows = self.rows()
         for part in chunks:
             measure.turn_to(measure.subject.with_images(*part))
@@ -420,13 +422,13 @@ class _Evaluation:
             for row in report.rows:
                 row.data = text_hash(" ".join(data)).hexdigest()
         # The probes after the attacks use the first part of the images.
-        measure.turn_to(first)
+        measure.turn_to(subject)
         if witnessed is not None:
             self.gather_witnesses(witnessed)
         report.rows += worst_rows(report.rows)
         self.conclude(asked)
-        for model, points in self.curve.points(report.rows, name, float(context.eps)).items():
-            report.curves[model] = report.curves.get(model, {}) | points
+        if self.radii:
+            report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
         report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
         team.end(report.to_json)
@@ -443,17 +445,15 @@ class _Evaluation:
         measure.attacks = [*self.plan, *at_radii]
 
     def act_on(self, signs: Sequence[str]) -> None:
-        """If there are signs of masked gradients, change the attacks by `to_the_end`, and add a note."""
-        if not (signs and self.acts):
+        """If there are signs of masked gradients, change the attacks of a protocol that searches, and add a note."""
+        if not signs or self.report.about.get("protocol") not in SEARCHES:
             return
         subject, context = self.measure.subject, self.measure.context
         further = to_the_end(self.asked_for, subject, ThreatModel(context.norm, float(context.eps)))
-        joined = len(further) - len(self.asked_for)
         if further == list(self.asked_for):
             return
-        _add_marks(
-            self.measure.cache, _freeze_others([spec.other_model for spec in further], subject, self.stack), subject
-        )
+        _admit([spec.other_model for spec in further], subject, self.measure.cache, self.stack)
+        joined = len(further) - len(self.asked_for)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""
         self.report.notes.append(
@@ -461,19 +461,6 @@ class _Evaluation:
             f"searched all images that had not fallen, and took all of its steps{rows}"
         )
         self.choose_attacks(further)
-
-    # -- several processes --------------------------------------------------------------------------------------------
-
-    def signature(self) -> dict[str, Any]:
-        """The facts that must be equal in all processes of an evaluation."""
-        measure, subject, context = self.measure, self.measure.subject, self.measure.context
-        return {
-            "images": subject.data,
-            "models": [self.mark, subject.num_classes, subject.is_random],
-            "seed": subject.seed,
-            "batch size": [context.resources.batch_size, context.resources.max_forward_batch],
-            "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
-        }
 
     def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
         """Make batches, and parts of the probes, for the first process until its report is finished."""
@@ -572,7 +559,7 @@ class _Evaluation:
             probes = self.all_probes(self.before, asked, evidence)
             evidence = replace(evidence, probes=probes)
             count_fallen(report.rows, probes.fallen(), float(self.measure.context.eps))
-            report.curves[name] = report.curves.get(name, {}) | probes.curves()
+            report.curves.setdefault(name, {}).update(probes.curves())
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
@@ -644,12 +631,3 @@ class _Evaluation:
         asked_now = functools.partial(probe, before, context, asked, left.tolist())
         made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))
         return Probes(**made)
-
-
-def _add_marks(cache: RowCache, others: Sequence[Classifier], subject: Subject) -> None:
-    """Add the fingerprints of further models to the cache."""
-    if cache.folder is not None:
-        for model in others:
-            torch.manual_seed(subject.seed)
-            model(subject.sample_images())
-            cache.know(model, fingerprint(model, cache.revision))

@@ -61,20 +61,17 @@ def as_attack(
         ValueError: name is empty, the ball is not allowed, or an attack of another package needs other images or
             labels.
     """
-    given: Any = function
-    other = of_other_package(given)
-    if other is not None:
-        return FunctionAttack(function=other, row_name=name or other.name, eps=eps, norm=norm, own_revision=revision)
+    given: Any = of_other_package(function) or function
     if isinstance(given, type) and issubclass(given, Attack):
         raise TypeError(f"an attack must be an object, got the class {given.__name__}: write {given.__name__}()")
-    if not callable(given):
+    if not callable(given) and not isinstance(given, OtherAttack):
         raise TypeError(
             "an attack must be an object of purify_fast.attacks, such as PGD(), an attack of torchattacks, Foolbox or "
             f"ART, an AttackSpec, or a function (model, x, y) -> x_adv, got {given!r}"
         )
     if name is None:
-        name = getattr(function, "__name__", type(function).__name__)
-    return FunctionAttack(function=function, row_name=name, eps=eps, norm=norm, own_revision=revision)
+        name = given.name if isinstance(given, OtherAttack) else getattr(given, "__name__", type(given).__name__)
+    return FunctionAttack(function=given, row_name=name, eps=eps, norm=norm, own_revision=revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +188,11 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
             f"{beyond:.3g} outside the allowed range [0, 1]"
         )
     how_far = moved(images, x, threat)
-    if how_far is not None and len(images) and float(how_far[0].amax()) > how_far[1]:
-        worst, length = int(how_far[0].argmax()), float(how_far[0].amax())
+    if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
         raise ValueError(
-            f"the attack {name!r} left the ball: it changed image {worst} of the batch by {length:.6g} in the norm "
-            f"{threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = {threat.eps:.6g}"
+            f"the attack {name!r} left the ball: it changed image {int(how_far[0].argmax())} of the batch by "
+            f"{length:.6g} in the norm {threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = "
+            f"{threat.eps:.6g}"
         )
 
 
@@ -216,8 +213,7 @@ def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float
         return None
     lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
     # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
-    count = {"linf": 1.0, "l2": x[0].numel() ** 0.5, "l1": float(x[0].numel())}[threat.norm] if len(x) else 1.0
-    return lengths, threat.eps * (1 + 1e-5) + ROUNDING * count
+    return lengths, threat.eps * (1 + 1e-5) + ROUNDING * x.shape[1:].numel() ** (1 / order)
 
 
 # -- an attack of an evaluation ---------------------------------------------------------------------------------------
@@ -311,13 +307,11 @@ class AttackSpec:
                     "with a judge, label must begin with 'as ' and name the authors of the repeated evaluation, got "
                     f"{self.label!r}"
                 )
-        if isinstance(self.attack, BPDA):
-            if self.target is not None:
-                raise ValueError(
-                    f"target must be None for BPDA, which attacks the defence's own purifier, got {self.target!r}"
-                )
-            if self.aggregation is not None:
-                raise ValueError(f"give aggregation to BPDA itself: BPDA(aggregation={self.aggregation!r})")
+        if isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]):
+            raise ValueError(
+                f"{given[0]} must be None for BPDA, which attacks the defence's own purifier and has an option "
+                f"aggregation, got {getattr(self, given[0])!r}"
+            )
 
     @property
     def resolved(self) -> Attack:

@@ -40,6 +40,12 @@ ROUNDS, SMALLEST = 8, 32
 BY_LOT = 4
 
 
+def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
+    """Sort the indices of images, int64 ``[n]``, by the images' margins, ``[N]``; images without a margin come last."""
+    reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
+    return index[reached.argsort(stable=True)]
+
+
 def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
     """Sort images into the order in which they are searched.
 
@@ -54,8 +60,7 @@ def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> 
     Returns:
         The same images, int64 ``[n]``.
     """
-    reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
-    near = index[reached.argsort(stable=True)]
+    near = by_margin(index, margins)
     place = torch.arange(len(near)) / max(1, len(near))
     lots = philox(philox_key(seed, near.device), near + first, 1, stream=Stream.LOTS, distribution="uniform")
     return near[torch.minimum(place, BY_LOT * lots.flatten()).argsort(stable=True)]
@@ -106,15 +111,14 @@ class StoppingRule:
 
 def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
     """The note of a report on the images that a complete search proved robust; empty without such a search."""
-    own = [row for row in rows if row.is_attack and row.threat is None and row.deployed and not row.transferred]
-    proved = [row for row in own if row.proved and row.settings["target"] == "defence"]
+    own = [row for row in rows if row.proved and row.threat is None and row.deployed]
+    proved = [row for row in own if row.settings["target"] == "defence"]
     if not proved:
         return []
     most = max(proved, key=lambda row: row.proved / row.n)
-    count = most.proved
     return [
-        f"{count} of {most.n} images are proved robust within this ball, by a complete search in float64 "
-        f"({most.attack}): no attack can lower the number below {100 * count / most.n:.1f} %"
+        f"{most.proved} of {most.n} images are proved robust within this ball, by a complete search in float64 "
+        f"({most.attack}): no attack can lower the number below {100 * most.proved / most.n:.1f} %"
     ]
 
 
@@ -123,13 +127,13 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     stopped = [row for row in rows if row.threat is None and row.unsearched]
     if not stopped:
         return []
-    points = [100 * row.may_hold / row.n for row in stopped]
     each = "; ".join(
-        f"{row.attack}: {row.unsearched} of {row.attacked} images, {held:.2f} points"
-        for row, held in zip(stopped, points, strict=True)
+        f"{row.attack}: {row.unsearched} of {row.attacked} images, {100 * row.may_hold / row.n:.2f} points"
+        for row in stopped
     )
+    points = sum(100 * row.may_hold / row.n for row in stopped)
     return [
-        f"the searches that ended early missed at most {sum(points):.2f} points, at 95 % confidence for each attack. "
+        f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
         "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a row "
         "have withstood the attack that hardly any other image can fall. Images that were not searched: "
         f"{each}. The protocol strong searches every image"

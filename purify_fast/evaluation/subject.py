@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -86,10 +86,8 @@ ADVICE = {
 
 def device_of(model: Classifier, x: Tensor) -> torch.device:
     """The device of a model's first tensor, or the device of the images for a model without tensors."""
-    if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
-            return tensor.device
-    return x.device
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    return next(iter(tensors), x).device
 
 
 def precision_name(model: Classifier, device: torch.device) -> str | None:
@@ -379,49 +377,36 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
         model: the judged model, frozen by `purify_fast.attacks.frozen`.
         name: name of the model in the report.
     """
-    if not isinstance(model, nn.Module):
-        training = _in_training_mode(used_modules(model))
-        advice = "give a module in place of the function"
-        return [_note_of_modes(f"{name} is a function that uses modules", training, advice)] if training else []
-    hidden = hidden_modules(model)
-    switched = {id(part) for whole in (model, *(module for _, module in hidden)) for part in whole.modules()}
-    others = (used for used in used_modules(class_functions(model)) if id(used[1]) not in switched)
-    training, notes = _in_training_mode(others), []
+    if isinstance(model, nn.Module):
+        hidden = hidden_modules(model)
+        switched = {id(part) for whole in (model, *(module for _, module in hidden)) for part in whole.modules()}
+        used = [each for each in used_modules(class_functions(model)) if id(each[1]) not in switched]
+        what, advice = "uses modules, besides its own parts,", "make them attributes of the module that uses them"
+    else:
+        hidden, used = [], [*used_modules(model)]
+        what, advice = "is a function that uses modules", "give a module in place of the function"
+    parts = [(place, part) for place, module in used for part in module.modules()]
+    training = [(place, part) for place, part in parts if part.training and _asks_for_mode(part)]
+    notes = []
     if training:
-        advice = "make them attributes of the module that uses them"
-        notes.append(_note_of_modes(f"{name} uses modules, besides its own parts,", training, advice))
-    if hidden:
-        places = _listed([f"{place} ({type(module).__name__})" for place, module in hidden])
         notes.append(
-            f"{name} holds modules that PyTorch does not know of: {places}. Here they were in evaluation mode, like "
-            "the rest of the model. But to(), parameters() and state_dict() leave them out: make them attributes, or "
-            "put them into nn.ModuleList or nn.ModuleDict"
+            f"{name} {what} in training mode: {_listed(training)}. The numbers describe the model as it is in "
+            f"training. If this is not intended, call .eval() on these modules before, or {advice}"
+        )
+    if hidden:
+        notes.append(
+            f"{name} holds modules that PyTorch does not know of: {_listed(hidden)}. Here they were in evaluation "
+            "mode, like the rest of the model. But to(), parameters() and state_dict() leave them out: make them "
+            "attributes, or put them into nn.ModuleList or nn.ModuleDict"
         )
     return notes
 
 
-def _note_of_modes(what: str, modules: list[str], advice: str) -> str:
-    return (
-        f"{what} in training mode: {_listed(modules)}. The numbers describe the model as it is in training. If this is "
-        f"not intended, call .eval() on these modules before, or {advice}"
-    )
-
-
-def _listed(modules: list[str]) -> str:
-    more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
-    return ", ".join(modules[:_NAMED]) + more
-
-
-def _in_training_mode(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """Name the modules that are in training mode and compute differently in it, without duplicates."""
-    return list(
-        dict.fromkeys(
-            f"{place} ({type(part).__name__})"
-            for place, module in modules
-            for part in module.modules()
-            if part.training and _asks_for_mode(part)
-        )
-    )
+def _listed(modules: Sequence[tuple[str, nn.Module]]) -> str:
+    """Name the first modules by place and class, without duplicates, and count the others."""
+    names = list(dict.fromkeys(f"{place} ({type(module).__name__})" for place, module in modules))
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _asks_for_mode(module: nn.Module) -> bool:

@@ -138,7 +138,9 @@ class Team:
             make: a function that only the first process calls.
         """
         if self.rank > 0:
-            return self._wait_for_value(name)
+            text = self._wait_for(name, 0, "ended")
+            # If the first process has ended before, its report is an error, which is raised.
+            return self.report() if text is None else _as_value(text)
         value = make()
         if self.world > 1:
             self.store.set(name, _as_text(value))
@@ -301,7 +303,8 @@ class Team:
         """
         pause = 0.01
         while not self.store.check([name]):
-            if other is not None and self.store.check([other]):
+            # The name is checked again, because it may have appeared between the two checks.
+            if other is not None and self.store.check([other]) and not self.store.check([name]):
                 return None
             if self.rank == 0 and self.store.check(["failed"]):
                 raise _as_value(self.store.get("failed"))

@@ -15,9 +15,8 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 def made_rows(monkeypatch):
     """The rows that evaluations made, and did not read from a file."""
     rows = []
-    for name in ("_measure_clean", "_measure_attack"):
-        original = getattr(measure.Measure, name)
-        monkeypatch.setattr(
-            measure.Measure, name, lambda *args, original=original: rows.append(args) or original(*args)
-        )
+    original = measure.Measure.new_row
+    monkeypatch.setattr(
+        measure.Measure, "new_row", lambda *args, **values: rows.append(args) or original(*args, **values)
+    )
     return rows

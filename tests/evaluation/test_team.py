@@ -17,7 +17,7 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation import attack_run, team
+from purify_fast.evaluation import attack_run, runner, team
 from purify_fast.evaluation.attack_run import AttackRun
 from purify_fast.evaluation.measure import Measure
 
@@ -179,6 +179,9 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
         yield refused(RuntimeError, lambda: made("deterministic", attacks=[attack], curve=()))
         # another seed in each process
         yield refused(ValueError, lambda: made("deterministic", seed=dist.get_rank()))
+        # the other process waits for a value that the first one fails to make
+        with mock.patch.object(runner, "kernels_now", side_effect=RuntimeError("process 0 has no kernels")):
+            yield refused(RuntimeError, lambda: report("own"))
         if dist.get_rank() == 1:
             # another machine has other temporary files
             Path.is_dir = lambda self: False
@@ -187,9 +190,10 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
     done = together(tmp_path, 2, lambda: list(work()))
     assert done.codes == [0, 0], done.errors
     assert done.results[0] == done.results[1]
-    failed, different, unseen = done.results[0]
+    failed, different, no_value, unseen = done.results[0]
     assert failed == "process 1 has no memory"
     assert "process 1 evaluates something else than process 0 (seed" in different
+    assert no_value == "process 0 has no kernels"
     assert "does not see" in unseen and "give out=FOLDER" in unseen
 
 
