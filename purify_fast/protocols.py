@@ -66,7 +66,7 @@ class ShowsTransform(Protocol):
 
 @runtime_checkable
 class FrozenClassifier(Protocol):
-    """A defence with a frozen copy of its classifier, which classifies and is attacked without the purifier."""
+    """A defence that keeps a frozen copy of its classifier. Attacks on the classifier alone use this copy."""
 
     @property
     def frozen_classifier(self) -> nn.Module:

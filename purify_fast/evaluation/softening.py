@@ -338,7 +338,7 @@ class Softening(HoldingMode):
         return _straight(hard, soft) if self.temperature is None else soft.to(hard.dtype)
 
     def _stepped(self, hard: Tensor, smooth: Any) -> Tensor:
-        """Give the result of a function with steps the gradient of its smooth formula."""
+        """Return the value of a function with jumps, such as rounding, with the gradient of its smooth formula."""
         if not _follows(smooth) or smooth.shape != hard.shape:
             return hard
         straight = _straight(hard.to(smooth.dtype), smooth)

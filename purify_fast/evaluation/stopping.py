@@ -1,12 +1,12 @@
 """The rule by which an attack stops before it has searched every image, because few of the other images could fall.
 
-Images are searched in rounds. The first are the images to which earlier attacks came nearest, which have the smallest
-margins on the model itself. An image further down this order is less likely to fall. So a series of images that
-withstand the attack gives a bound for the images that are not searched yet. If the last ``w`` images all withstood,
-each of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for ``a = 0.05``
-this is the rule of three, ``3 / w``). Because the rule is applied after each round, ``a`` is 0.05 divided by the number
-of rounds. The attack stops when this bound, times the number of images that are not searched, is at most a given share
-of all images. The report states the bound.
+Images are searched in rounds. The search begins with the images that earlier attacks brought nearest to the decision
+boundary. These have the smallest margins on the model itself. A later image is less likely to fall. So a series of
+images that withstand the attack gives a bound for the images that are not searched yet. If the last ``w`` images all
+withstood, each of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for
+``a = 0.05`` this is the rule of three, ``3 / w``). Because the rule is applied after each round, ``a`` is 0.05 divided
+by the number of rounds. The attack stops when this bound, times the number of images that are not searched, is at most
+a given share of all images. The report states the bound.
 
 The order may be wrong for some images, for example if gradients are masked. For this reason some images of each round
 are drawn at random. And an image is no evidence if its search came no nearer to the decision boundary, or had no

@@ -2,8 +2,8 @@
 
 The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
 zero, but useless. A surrogate is a copy of the model without this problem, and images that are found on it are tried on
-the model itself. A softened copy can be made of any model, because the functions are replaced while the model's code
-runs (`purify_fast.evaluation.softening`).
+the model itself. A softened copy can be made of any model, because PyTorch's sharp functions, such as comparisons and
+rounding, are replaced while the model's code runs (`purify_fast.evaluation.softening`).
 """
 
 from __future__ import annotations

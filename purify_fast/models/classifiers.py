@@ -272,8 +272,8 @@ class WideResNet(nn.Module):
     def representation_layers(self) -> list[str]:
         """The layers that CARSO uses as representation, in the order of execution.
 
-        They are both convolutions of every block, and the strided shortcuts. The shortcut of the first group, the first
-        convolution and the logits do not belong to them.
+        These are the two convolutions of every block, and the strided shortcuts. The shortcut of the first group, the
+        first convolution and the logits are left out.
 
         Returns:
             The names of the layers, as in ``named_modules()``; 26 names for depth 28.

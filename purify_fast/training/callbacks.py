@@ -78,7 +78,7 @@ class Callback(Protocol):
 
 
 class TensorBoardLog(Callback):
-    """Writes event files for TensorBoard, with the metrics, learning rate and speed of every epoch, over the steps.
+    """Writes event files for TensorBoard: after every epoch, the metrics, the learning rate and the speed.
 
     Args:
         folder: folder for the event files.

@@ -319,8 +319,8 @@ def own_device(device: str) -> str:
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
         raise ValueError(
-            f"device cuda needs a GPU for each process of a machine. This machine has {gpus}, and this is its process "
-            f"{local}, counted from 0: start fewer processes"
+            f"device cuda needs one GPU for each process of a machine, but this machine has {gpus} GPUs and at least "
+            f"{local + 1} processes: start fewer processes"
         )
     torch.cuda.set_device(local)
     return f"cuda:{local}"

@@ -4,8 +4,8 @@ The authors of DiffPure (NVlabs/DiffPure at 985703f) use AutoAttack, version ran
 run_scripts/cifar10/run_cifar_rand_inf.sh), with the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
 runners/diffpure_sde.py). This function solves the SDE again, backward in time, together with the adjoint equation
 (google-research/torchsde at eb3a00e, lines 75 to 97 of torchsde/_core/adjoint.py, 111 to 128 and 177 to 216 of
-adjoint_sde.py). The two are discretized separately, so the result is not the gradient of the computed output. From the
-purified image to t*, the steps are
+adjoint_sde.py). The forward and the backward solve are discretized separately, so the result is not the gradient of the
+computed output. From the purified image to t*, the steps are
 
     y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a
 
