@@ -173,8 +173,8 @@ class Report:
         known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
         if len(known) != 1:
             raise ValueError(
-                f"curve needs a report with exactly one model that has a curve, got {len(known)}. If there is none, call "
-                "evaluate with config=EvaluateConfig(curve=...). If there are several, use curves"
+                f"curve needs a report with exactly one model that has a curve, got {len(known)}. If there is none, "
+                "call evaluate with config=EvaluateConfig(curve=...). If there are several, use curves"
             )
         return known[0]
 
