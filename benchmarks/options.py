@@ -54,7 +54,9 @@ def device(text: str) -> torch.device:
 def add_names(parser: ArgumentParser, known: Collection[str], option: str = "names", what: str = "which") -> None:
     """Add an option that takes some of the known names. All of them are the default."""
     text = f"{what}; default: all. Names: {'; '.join(known)}"
-    parser.add_argument(option, nargs="*", default=list(known), metavar="NAME", type=one_of(known), help=text)
+    # An option without a name is an error. Positional names may be left out.
+    count = "+" if option.startswith("-") else "*"
+    parser.add_argument(option, nargs=count, default=list(known), metavar="NAME", type=one_of(known), help=text)
 
 
 def add_out(parser: ArgumentParser, where: str) -> None:

@@ -413,12 +413,12 @@ class _Values(_Walk):
 
     def _function(self, function: FunctionType) -> tuple[Any, Children]:
         inside = [*around(function), *defaults(function), *_by_name(vars(function).items())]
-        if _is_library(_package(function)):
-            # The name is enough, except for lambdas and inner functions, such as "scaled.<locals>.forward".
-            return _name(function), inside if "<" in function.__qualname__ else ()
+        library = _is_library(_package(function))
+        if library and _is_found_by_name(function):
+            return _name(function), ()
         code = function.__code__
         linecache.checkcache(code.co_filename)
-        source = "".join(linecache.getlines(code.co_filename))
+        source = "".join(linecache.getlines(code.co_filename, function.__globals__))
         # The methods that Python generates for dataclasses and named tuples have no source file. Their names are
         # enough, because the fields of the class decide their code.
         if not source and not (code.co_filename == "<string>" and function.__name__ in vars(object)):
@@ -487,6 +487,17 @@ def _name(value: Any) -> str:
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
     version = "" if package in _LIBRARIES else getattr(sys.modules.get(package), "__version__", "")
     return f"{package} {version}: {name}" if _is_library(package) else str(name)
+
+
+def _is_found_by_name(function: FunctionType) -> bool:
+    """Tell whether a library's function can be imported by its name.
+
+    A lambda, an inner function, and a user's wrapper with the name of the wrapped function cannot.
+    """
+    place: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        place = getattr(place, name, None)
+    return place is function
 
 
 # -- modules among the parts ------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from ..options import Unfit
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
 
-#: The largest size of a model in bytes.
-LARGEST = 3_000_000
+#: The largest size of a model (LARGEST) and of all models of the zoo together (ALL), in bytes.
+LARGEST, ALL = 3_000_000, 20_000_000
 #: The protocols whose accuracies are in a card, each with the share of the images that it attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
 #: The protocols for a purifier by diffusion, whose predictions are random. "votes" attacks and evaluates the majority
@@ -326,6 +326,9 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
     }
     for folder in folders.values():
         check_size(folder)
+    others = (path.parent for path in models.glob(f"*/{MODEL}") if path.parent.name not in folders)
+    if (total := sum(map(size_of, (*others, *folders.values())))) > ALL:
+        raise Unfit(f"the zoo would have {total:,} bytes. It may have at most {ALL:,}: pack fewer models.")
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for path in models.glob(f"*/{FILE}"):
         # If a classifier is replaced, check that the other defences of the zoo fit the new classifier.

@@ -42,8 +42,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Where no kernel exists, as on GPUs and on CPUs with AMX, the checks of `conv2d` would only take time: 9 us in
-        # each call on an AMD EPYC.
+        # Where no kernel exists, as on GPUs and on CPUs with AMX, the checks of `conv2d` would only take time.
         if OP.kernel(input.device.type) == "reference":
             return super()._conv_forward(input, weight, bias)
         if self.groups != 1 or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != 4:

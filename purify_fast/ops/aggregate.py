@@ -191,10 +191,10 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
         raise ValueError(f"logits must be floating point [B, K, C], got {logits.dtype} {list(logits.shape)}")
     if logits.shape[1] < 1 or logits.shape[2] < 2:
         raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
+    if method not in (*METHODS, *UNSAFE):
+        raise ValueError(f"method must be one of {', '.join((*METHODS, *UNSAFE))}, got {method!r}")
     if method in UNSAFE:
         return UNSAFE[method](logits)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join((*METHODS, *UNSAFE))}, got {method!r}")
     index = METHODS.index(method)
     differentiated = needs_gradient(logits)
     if OP.uses_reference(logits.device, logits.dtype, logits.numel(), method) and not (

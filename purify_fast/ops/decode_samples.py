@@ -305,9 +305,9 @@ def decode_prior(
     The op is deterministic and has first-order gradients only. It does not support ``vmap``.
     """
     channels, h, w = geometry.start
-    real = torch.promote_types(packed.dtype, torch.float32)
     if packed.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"packed must be bfloat16, float32 or float64, got {packed.dtype}")
+    real = torch.promote_types(packed.dtype, torch.float32)
     dtype = real if dtype is None else dtype
     if condition.dim() != 2 or condition.shape[1] != channels * h * w or condition.dtype != real:
         got = f"{list(condition.shape)} and {condition.dtype}"

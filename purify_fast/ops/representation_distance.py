@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_floating, last_channels, per_image
+from .._tensors import check_floating, check_one_device, last_channels, per_image
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
 from .dispatch.registry import define_backward, define_op, wide
@@ -199,7 +199,8 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
             raise ValueError(f"student and teacher must have the same shape [B, ...], and layers the same B, got {got}")
-        check_floating(first=student[0], student=u, teacher=v)
+        check_floating(student=u, teacher=v)
+        check_one_device(first=student[0], student=u, teacher=v)
 
 
 def representation_distance(

@@ -297,7 +297,7 @@ BUDGETS = {
 
 #: The iterations of the loops of attention, from the outermost loop inward, where they are not four.
 TRIPS = {"contextual_attention._scaled": (8,), "contextual_attention._gather": (4, 2)}
-#: What computes on the few blocks of a mask, not on the elements, is not counted.
+#: The kernel that computes on the few blocks of a mask. The count per element leaves it out.
 APART = "random_transform._owners"
 
 

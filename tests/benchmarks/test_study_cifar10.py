@@ -311,7 +311,7 @@ def test_a_study_done_in_parts_has_one_table(tmp_path):
 
 
 def test_a_model_that_was_trained_anew_is_named(tmp_path, capsys):
-    """What began with the old model must be removed."""
+    """The user must remove the results that began with the old model."""
     one, other, results = tmp_path / "one", tmp_path / "other", tmp_path / "results"
     for number, name in enumerate((names.BASE, names.NO_EMA, names.CARSO)):
         finished(one, name, number)

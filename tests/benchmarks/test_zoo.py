@@ -71,11 +71,14 @@ def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypa
     assert re.search(message, capsys.readouterr().err, re.M)
 
 
-def test_what_is_too_large_is_refused_before_any_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "limit, message", [("LARGEST", r"the model in .* bytes.* 1,000\b"), ("ALL", r"the zoo .* bytes.* 1,000\b")]
+)
+def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pack_zoo, "LARGEST", 1000)
+    monkeypatch.setattr(pack_zoo, limit, 1000)
     monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    with pytest.raises(ValueError, match=r"the model in .* bytes.* 1,000\b"):
+    with pytest.raises(ValueError, match=message):
         pack_zoo.main(asked(f"digits-standard={packed.folder('digits-standard')}"), tmp_path / "models")
     assert not (tmp_path / "models").exists()
 

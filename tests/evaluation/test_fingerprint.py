@@ -173,6 +173,19 @@ def test_two_lambdas_in_one_line_are_two_functions():
     assert fingerprint(one) != fingerprint(other)
 
 
+def test_a_wrapper_with_the_name_of_a_library_function_is_told_by_what_it_holds():
+    """`functools.wraps` copies the module's name, so the wrapper looks like the library's function."""
+
+    def scaled(strength):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2))
+        torch.nn.init.ones_(model[1].weight), torch.nn.init.zeros_(model[1].bias)
+        inner = model.forward
+        model.forward = functools.wraps(inner)(lambda x: strength * inner(x))
+        return model
+
+    assert None is not fingerprint(scaled(0.1)) == fingerprint(scaled(0.1)) != fingerprint(scaled(0.2))
+
+
 def test_a_function_without_source_cannot_be_compared():
     names = {"__name__": "mine"}
     exec("def forward(x): return x", names)

@@ -13,7 +13,7 @@ from benchmarks.robustness.studies.cifar10 import models
 from benchmarks.robustness.studies.cifar10 import study as names
 
 pytestmark = pytest.mark.gpu
-#: The jobs, each after the jobs that it needs.
+#: The jobs. Each job follows the jobs that it needs.
 WANTED = (
     names.BASE,
     names.STANDARD,

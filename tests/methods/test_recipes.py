@@ -58,10 +58,12 @@ ATTACKS = {
 }
 
 
-def built(name, official_code=False, **settings):
+def built(name, official_code=False, image_shape=None, **settings):
     """The recipe with small networks, and its task."""
     torch.manual_seed(0)
     made = recipe(name)
+    if image_shape is not None:
+        made = smaller(made, {"data.image_shape": image_shape})
     if isinstance(made, CarsoRecipe):
         sizes = SMALL if made["classifier.name"] == "wide_resnet" else {}
         made = smaller(made, sizes)
@@ -179,13 +181,12 @@ def test_two_steps_at_the_recipes_size(name, official_code):
 
 def trained(name, folder=None, **settings):
     """The weights after a recipe's schedule, shortened to a few steps, and the terms that its task names."""
-    made, task = built(name, **settings)
+    # Two steps at the recipe's size are in the test above. Smaller images are enough to see that a term acts.
+    made, task = built(name, image_shape=(3, 64, 64) if name.startswith("atop") else None, **settings)
     # as many steps as Lookahead needs to move its slow weights
     images, epochs, steps = (2, 3, 1) if name.startswith("atop") else (8, 4, 2)
     loop = dataclasses.replace(made.loop(), epochs=epochs, batch_size=images, steps_per_epoch=steps)
-    # Two steps at the recipe's size are in the test above. Smaller images are enough to see that a term acts.
-    shape = (3, 64, 64) if name.startswith("atop") else made.image_shape
-    x = (255 * torch.rand(images * steps, *shape)).to(torch.uint8)
+    x = (255 * torch.rand(images * steps, *made.image_shape)).to(torch.uint8)
     fit(task, x, torch.arange(images * steps) % 10, loop, folder, progress=False)
     return [p.detach().clone() for p in task.result.parameters()], task
 

@@ -232,6 +232,8 @@ def resnet18() -> nn.Module:
     try:
         module = importlib.import_module("pyautoattack.examples.resnet")
     except ModuleNotFoundError as error:
+        if not str(error.name).startswith("pyautoattack"):
+            raise
         raise ModuleNotFoundError(
             "the ResNet-18 is part of the package pyautoattack, which is missing: pip install 'purify-fast[eval]'"
         ) from error

@@ -82,7 +82,7 @@ class Definition:
         examples: inputs that verify its kernels.
         raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
         launch: function that starts its Triton kernel, or None.
-        few_launches: variants for which forward and backward together replace less than a dozen launches of the
+        few_launches: variants for which forward and backward together replace fewer than a dozen launches of the
             reference. Without races, a GPU uses the reference for these variants, and the kernel for the others.
         compiler_fuses: the other variants whose reference can be fused by a compiler; ``""`` means an op without
             variants. Inside compiled graphs, the reference is used for these variants.

@@ -122,9 +122,7 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
 
 
 def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None) -> list[Job]:
-    """Return all jobs. Those that evaluate models come first, and are run as soon as the models are trained.
-
-    So the table grows row by row.
+    """Return all jobs. Evaluations are listed first, so that each model is evaluated directly after its training.
 
     Args:
         path: folder of CIFAR-10.
