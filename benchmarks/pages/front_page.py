@@ -137,10 +137,10 @@ def diffusion_sentence(results: Path) -> list[str]:
         return []
     most = max(theirs.values(), key=lambda left: left.mean())
     return [
-        f"| `{name}`, a [purifier by diffusion](docs/diffusion.md) with random predictions | After AutoAttack, as the "
-        f"method's authors ran it, {100 * most.mean():.0f} % of {len(most)} images are classified correctly. After PGD "
-        f"with exact gradients {100 * draws.mean():.0f} % of predictions are correct, and {100 * strict.mean():.0f} % "
-        f"of {len(strict)} images are correct in all ten predictions. |"
+        f"| `{name}`, a [purifier by diffusion](docs/diffusion.md) with random predictions | AutoAttack, run as "
+        f"by the method's authors, leaves {100 * most.mean():.0f} % of {len(most)} images correct. PGD with exact "
+        f"gradients leaves {100 * draws.mean():.0f} % of predictions correct, and {100 * strict.mean():.0f} % of "
+        f"{len(strict)} images correct in all ten predictions. |"
     ]
 
 
@@ -154,13 +154,13 @@ def broken_sentence(results: Path) -> list[str]:
     names = [name for name, entry in broken_tables.ENTRIES.items() if entry.paper]
     said = [broken_tables.verdicts({row["judge"]: row for row in rows if row["model"] == name}) for name in names]
     official, default = ([each[judge] for each in said] for judge in (broken_tables.OFFICIAL, broken_tables.STANDARD))
-    judged = len(official) - official.count("-")
+    judged, asked = (len(each) - each.count("-") for each in (official, default))
+    flagged, above = default.count("flagged"), default.count("flagged") + default.count("missed")
     return [
         "| rebuilt defences that [adaptive attacks](docs/judge_reference.md#defences-that-were-broken) have broken | "
-        f"For {official.count('missed')} of {judged}, the robust accuracy under AutoAttack is more than 2 points "
-        f"higher than under the adaptive attack. Under `standard` it is at most 2 points higher for "
-        f"{default.count('found')} of {len(default) - default.count('-')}. For {default.count('flagged')} more, "
-        f"`standard` marks its own result as unreliable. |"
+        f"AutoAttack overestimates {official.count('missed')} of {judged} defences by more than 2 points, compared "
+        f"with the adaptive attack. `standard` overestimates {above} of {asked} defences, and marks its results for "
+        f"{'these' if flagged == above else f'{flagged} of these'} as unreliable. |"
     ]
 
 

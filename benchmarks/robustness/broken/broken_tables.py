@@ -123,8 +123,8 @@ def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
             found, flagged, missed = map(words.count, ("found", "flagged", "missed"))
             lines += [
                 "",
-                f"`{judge}` judged {asked} defences. It found the weakness of {found}, flagged {flagged} and missed "
-                f"{missed}.",
+                f"`{judge}` judged {asked} defences: it found {found} weaknesses, flagged {flagged} defences, and "
+                f"missed {missed} weaknesses.",
             ]
     gaps = {name: overestimated(each, OFFICIAL) or 0 for name, each in broken.items()}
     more = {name: gap for name, gap in gaps.items() if gap > CLOSE}
@@ -191,7 +191,7 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
         counts = [f"{len(flagged[judge] & group)} of {len(asked[judge] & group)}" for group in groups]
         elsewhere = set[str]().union(*(names for other, names in flagged.items() if other != judge))
         body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - elsewhere) or "-"])
-    heads = ["defences", "those that AutoAttack overestimates", "honest models", "models with a fault"]
+    heads = ["defences", "defences that AutoAttack overestimates", "honest models", "models with a fault"]
     return markdown_table(["method", *heads, "only by this method"], body)
 
 

@@ -167,10 +167,10 @@ def _sentences(results: Results) -> list[str]:
     networks = len(truths[CONSTRUCTED]["verdicts"]) if CONSTRUCTED in truths else 0
     return [
         f"Images that a contestant has broken although they are proved robust: {wrong} on the networks of the first "
-        f"table, and {false} on {networks} networks that are robust by construction. Images that fall in float64 and "
-        f"not in float32: {alone}.",
+        f"of these two tables, and {false} on {networks} networks that are robust by construction. Images that fall in "
+        f"float64 and not in float32: {alone}.",
         "",
-        f"Forward passes and gradients for each image of the first table: {'; '.join(costs)}.",
+        f"Forward passes and gradients for each image of the first of these two tables: {'; '.join(costs)}.",
         "",
         f"Measured on: {kept.machines(row for kind in results.values() for row in kind)}.",
     ]
@@ -211,9 +211,9 @@ def front(results: Path) -> list[str]:
     shares = ", ".join(f"{who} {share:.0f} %" for who, share in recall.items())
     falls, planted = (every["standard"][0].falls for every in (exact, hidden))
     return [
-        f"| {decided:,} images of {len(NETWORKS)} small networks, for which it is proved whether an adversarial "
-        f"example exists | An adversarial example exists for {falls:,} images. The number of them that an attack "
-        f"misses, with its worst seed: {missed}. |\n"
-        f"| {planted} adversarial examples that were hidden from PGD by training | The share that an attack finds: "
-        f"{shares}. |"
+        f"| {decided:,} images of {len(NETWORKS)} small networks; for each image it is proved whether an adversarial "
+        f"example exists | An adversarial example exists for {falls:,} images. Number of these images that an attack "
+        f"misses with its worst seed: {missed}. |\n"
+        f"| {planted} adversarial examples that were hidden from PGD by training | Share of these examples that an "
+        f"attack finds: {shares}. |"
     ]
