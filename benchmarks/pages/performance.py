@@ -25,9 +25,9 @@ KINDS = ("eager", "compile", AUTOTUNED, "ours")
 NOT_RUN = (
     "Nothing has been measured on a GPU yet. The numbers for a GPU on this page are counted or assumed. "
     "`python -m benchmarks gpu_check` measures a GPU, and its results become a chapter of this page. Until then the "
-    "package uses a GPU kernel for eager calls only if the kernels of forward and backward together replace at least a "
-    "dozen launches, and if the kernel was verified on the user's own card. Inside a compiled graph, there is one "
-    "more condition: compilers cannot fuse the reference of the op."
+    "package uses a GPU kernel for eager calls only under two conditions: the kernel was verified on the user's own "
+    "card, and the forward and backward kernels together replace at least a dozen launches. Inside a compiled graph, "
+    "there is one more condition: compilers cannot fuse the reference of the op."
 )
 
 

@@ -246,7 +246,8 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     assert "Trained with seed 1:" in page and page.count("- CARSO pipeline minus PGD-AT, `fast`: ") == 2
     # the second image of all, and the third of every other one, withstood the first protocol alone
     count = len(names.rows(BUDGET)) + 1
-    assert re.search(rf"In 0 of {count} rows, .*`strong` and after `fast`\. .*: standard -1; PGD-AT -2;", page)
+    changes = "-1 in the row `standard`; -2 in the row `PGD-AT`;"
+    assert re.search(rf"In 0 of {count} rows, `strong` and `fast` .*: {changes}", page)
     assert "reference: no purifier" not in page and "Not judged yet" not in page
     # pages quote single numbers; of two seeds the mean
     quoted = {(names.PEEL, "authors"): shares[0], (names.BASE, "clean"): 89.0, (names.BASE, "official"): 25.0}

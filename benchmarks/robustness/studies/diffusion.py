@@ -426,15 +426,17 @@ def said(results: Path) -> list[str]:
             text = f"- `{name}`: after PGD-200 through every step, {share(exact)} % of single predictions are right"
             if weakest is not None:
                 shown = f"{share(weakest)} % of {len(weakest)} images"
-                text += f". After the weakest attack of such purifiers' authors, {shown} are right"
+                text += f". After the weakest attack that authors of such purifiers use, {shown} are classified "
+                text += "correctly"
             chain = one.chain()
             if chain is not None:
-                text += f". After `strong`, {share(chain)} % of {len(chain)} images are right in every draw"
+                text += f". After `strong`, {share(chain)} % of {len(chain)} images are classified correctly in every "
+                text += "draw"
             lines.append(f"{text}.")
         alone = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
         if alone is not None:
             lines.append(
                 f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200, "
-                f"{share(alone)} % of {len(alone)} images of {dataset} are right."
+                f"{share(alone)} % of {len(alone)} images of {dataset} are classified correctly."
             )
     return lines or ["Not run yet: `python -m benchmarks study diffusion` writes the numbers."]

@@ -9,8 +9,8 @@ float32: the pre-training of AToP's generator, AToP with the paper's objective, 
 trained too. All other trainings use bfloat16.
 
 The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
-training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen on
-training images on which the search did not train. Nothing is chosen on test images.
+training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen by short
+trial trainings, on training images that these trainings leave out. Nothing is chosen on test images.
 """
 
 from __future__ import annotations

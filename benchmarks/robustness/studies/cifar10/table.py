@@ -79,11 +79,11 @@ def strong_beside_main(results: Results, names: Sequence[str], counts: Judging) 
     more = {name: line["strong_more"] for name, line in lines.items() if "strong_more" in line}
     if not more:
         return ""
-    others = [f"{name} {change:+d}" for name, change in more.items() if change]
+    others = [f"{change:+d} in the row `{name}`" for name, change in more.items() if change]
     text = f"`strong` attacks the first {counts.strong:,} test images. In {len(more) - len(others)} of {len(more)} "
-    text += f"rows, the number of right images among these {counts.strong:,} is the same after `strong` and after "
-    text += f"`{counts.main}`."
-    rest = f" In the other rows, `strong` leaves more (+) or fewer (-) right: {'; '.join(others)}."
+    text += f"rows, `strong` and `{counts.main}` leave equally many of these {counts.strong:,} images correctly "
+    text += "classified."
+    rest = f" In the other rows, `strong` leaves more (+) or fewer (-) of them: {'; '.join(others)}."
     return text + (rest if others else "")
 
 
