@@ -9,7 +9,8 @@ MARKS  ?= not slow
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 CMAKE  := build/cmake
-PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles the few modules that are imported. Compiling all modules of PyTorch takes pip half a minute.
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 BUILD  := PURIFY_FAST_BUILD=cpu
 # There is a test process for each core. Threads that wait for work must not spin, because they would slow down the
 # other processes.
@@ -101,8 +102,8 @@ $(BIN)/python:
 	@echo "== $(VENV): a virtual environment of $$($(PYTHON) --version)"
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMPS)/base: constraints.txt | $(BIN)/python
-	@mkdir -p $(STAMPS)
+# `make -j2` builds the C++ tests while PyTorch is installed. Two runs of pip at once could disturb each other.
+$(STAMPS)/base: constraints.txt | $(STAMPS)/cmake
 	@echo "== PyTorch and the build tools (the first time this downloads a lot)"
 	$(PIP) torch torchvision setuptools wheel ninja
 	@touch $@
@@ -131,9 +132,10 @@ $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	$(PIP) foolbox adversarial-robustness-toolbox
 	@touch $@
 
-$(STAMPS)/cmake: $(STAMPS)/base
+$(STAMPS)/cmake: constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
 	@echo "== CMake and pybind11"
-	$(PIP) cmake pybind11
+	$(PIP) cmake pybind11 ninja
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/base
