@@ -67,8 +67,15 @@ def reached(monkeypatch) -> set[Cell]:
 def test_an_undefended_classifier_waits_for_12_compiles(norm, reached, short_signs, one_thread):
     torch.manual_seed(0)
     model, x = SmallCNN().eval(), torch.rand(4, 1, 16, 16)
-    evaluate(model, x, model(x).argmax(1), eps={"linf": 0.1, "l2": 1.0}[norm], norm=norm, 
-             config=EvaluateConfig(steps=2), progress=False)  # fmt: skip
+    evaluate(
+        model,
+        x,
+        model(x).argmax(1),
+        eps={"linf": 0.1, "l2": 1.0}[norm],
+        norm=norm,
+        config=EvaluateConfig(steps=2),
+        progress=False,
+    )
     kernels = [cell for cell in reached if cell[0] in GPU_OPS]
     assert ("apgd_step", norm, torch.float32) in kernels
     assert 0 < len(compiled(kernels)) <= 12, (len(compiled(kernels)), kernels)

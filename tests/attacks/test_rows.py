@@ -133,13 +133,15 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
     x, y = batch
     for attack, runs in (
-        (PGD(random_start=False, restarts=3), [
-            pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
-        ]),
-        (StAdv(restarts=3), [
-            stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)
-        ]),
-    ):  # fmt: skip
+        (
+            PGD(random_start=False, restarts=3),
+            [pgd(model, x, y, eps=EPS, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
+        ),
+        (
+            StAdv(restarts=3),
+            [stadv(model, x, y, steps=5, keep_best=True, random_start=run > 0, seed=run) for run in range(3)],
+        ),
+    ):
         found = attack.search(model, x, y, context()).images
         with torch.no_grad():
             got, *each = (margin(model(images), y) for images in (found, *runs))

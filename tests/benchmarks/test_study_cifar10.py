@@ -185,8 +185,21 @@ def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
     share = float(robust.mean())
     settings = {"eot_iter": 1, "survivors_only": False, "target": "defence"}
-    return Row(model=model, attack=attack, kind=kind, variant="random", robust=robust, mean=share, worst=share,
-               n_eval=1, seed=0, seconds=1.0, data="x", settings=settings, attacked=len(robust))  # fmt: skip
+    return Row(
+        model=model,
+        attack=attack,
+        kind=kind,
+        variant="random",
+        robust=robust,
+        mean=share,
+        worst=share,
+        n_eval=1,
+        seed=0,
+        seconds=1.0,
+        data="x",
+        settings=settings,
+        attacked=len(robust),
+    )
 
 
 def judged(root, name, number, seed=0, row_name=None):
