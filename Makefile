@@ -9,8 +9,7 @@ MARKS  ?= not slow
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 CMAKE  := build/cmake
-# Python compiles the few modules that are imported. Compiling all modules of PyTorch takes pip half a minute.
-PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD  := PURIFY_FAST_BUILD=cpu
 # There is a test process for each core. Threads that wait for work must not spin, because they would slow down the
 # other processes.
