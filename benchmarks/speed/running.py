@@ -165,8 +165,12 @@ def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
 def ops_command(chosen: argparse.Namespace) -> str:
     """Measure ops. Return the table of the implementations that the package uses, and the path of the full page."""
     device, out = chosen.device, options.out_of(chosen, chosen.quick, device_class(chosen.device))
+    measurable = registry(device.type)
+    if unknown := [name for name in chosen.names if name not in measurable]:
+        named = ", ".join(unknown)
+        raise options.Unfit(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
     retain_freed_memory()
-    run_ops(chosen.names or list(registry(device.type)), device, chosen.quick, out)
+    run_ops(chosen.names or list(measurable), device, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)
     return "\n".join([*sheets.verdicts_table(rows), "", str(out / sheets.TABLE)])
 
