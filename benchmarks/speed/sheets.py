@@ -167,7 +167,7 @@ def markdown(rows: list[dict]) -> str:
     body = []
     for row in rows:
         cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
-        # Only some rows have the autotuned implementation, so a missing time there is no wrong result.
+        # Only some rows have the autotuned implementation. If its time is missing, its result was not wrong.
         cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
         cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
         body.append(cells)

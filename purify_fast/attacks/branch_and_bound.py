@@ -69,7 +69,7 @@ class BranchAndBound(Attack):
         eps: radius of the ball in image units; None: the radius of the evaluation.
         norm: norm of the ball, which can only be "linf" and needs an eps; None: the norm of the evaluation.
         nodes: the approximate limit of subproblems per image. An image that needs more is not proved.
-        relus: the most ReLUs of a network.
+        relus: the largest number of ReLUs that a network may have.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.

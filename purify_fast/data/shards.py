@@ -21,7 +21,10 @@ from .._tensors import text_hash
 #: The file name extension of labels in WebDataset. The file contains a number as text.
 LABEL = "cls"
 #: Description of a folder of shards, for messages.
-FORM = "train/*.tar and val/*.tar or test/*.tar, in WebDataset's form: <name>.jpg|png beside <name>.cls, a number"
+FORM = (
+    "train/*.tar, and val/*.tar or test/*.tar, in WebDataset's form: beside each image <name>.jpg or <name>.png is a "
+    "file <name>.cls with its label, a number"
+)
 
 
 class Member(NamedTuple):

@@ -101,7 +101,7 @@ def called_by_people(function: F) -> F:
                 raise
             advice = ", and its results are lost: with out=FOLDER, finished rows are kept for the next call"
             if (out := kwargs.get("out")) is not None:
-                advice = f"; its finished rows are in {out}, if they can be kept: call evaluate again to continue"
+                advice = f"; call evaluate again to continue after the finished rows, which {out} contains"
             raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
 
     return wrapper  # type: ignore[return-value]
@@ -439,6 +439,9 @@ class _Evaluation:
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
         self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
+        if asked_for and not self.plan:
+            notes.append(f"{measure.name}: no attack ran, so this report does not say how robust the model is")
+            logger.warning("%s: %s", measure.name, "; ".join(notes))
         self.report.notes += [note for note in notes if note not in self.report.notes]
         self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
         at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))

@@ -327,7 +327,7 @@ def rebuilt(
         if facts["kind"] not in kinds:
             raise ValueError(
                 f"purifier must be a {facts['kind']}, got None: {folder} holds the weights of this class, which is not "
-                "a part of purify_fast"
+                "a part of purify_fast. Load the defence in Python, by load_defence(..., purifier=...)"
             )
         return kinds[facts["kind"]](**facts["arguments"])
     found = description(given, kinds)

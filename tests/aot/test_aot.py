@@ -124,7 +124,12 @@ def test_only_elementwise_tiles_depend_on_the_device(case):
 
 
 #: Kernels in which triton 3.6 keeps one number of a program in memory, written and read once: kernel, architecture.
-ONE_SPILL = {("contextual_attention._scaled", 80), ("random_transform._backward", 100)}
+ONE_SPILL = {
+    ("contextual_attention._scaled", 80),
+    ("random_transform._backward", 100),
+    ("apgd_step._l2", 100),
+    ("square_proposal._mass_moved", 120),
+}
 
 
 @every()
@@ -275,7 +280,7 @@ BUDGETS = {
     ("diffusion_step-forward-fixed", "bf16"): 550,
     ("diffusion_step-forward-learned", "bf16"): 680,
     ("diffusion_step-forward-noiseless", "bf16"): 160,
-    ("diffusion_step-backward-fixed", "bf16"): 213,
+    ("diffusion_step-backward-fixed", "bf16"): 226,
     ("diffusion_step-backward-learned", "bf16"): 770,
     ("gated_elu-forward", "bf16"): 330,
     ("gated_elu-backward", "bf16"): 490,

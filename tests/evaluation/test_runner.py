@@ -193,7 +193,7 @@ def test_transfer_attacks_the_base_and_judges_the_defence(toy):
     assert np.array_equal(report.row("worst").robust, row.robust) and not report.row("worst").reliable
 
 
-def test_what_a_model_lacks_is_said(toy):
+def test_what_a_model_lacks_is_said(toy, caplog):
     """A deterministic model gets one draw, one prediction and one variant, and no note on what would be the same."""
     model, x, y = toy
     attacks = [PGD(), AttackSpec(PGD(), variant="deterministic"), BPDA(), StAdv(steps=2), AutoAttack(version="rand")]
@@ -207,6 +207,10 @@ def test_what_a_model_lacks_is_said(toy):
         "m: PGD-3 ce on the classifier alone (not adaptive) was left out: the model has no classifier",
         "m: PGD-3 ce through mean was left out: the model has no sample_logits()",
     ]
+    report = evaluate(Plain(model), x, y, attacks=[BPDA()], name="m", **QUIET)
+    assert report.notes[1:] == ["m: no attack ran, so this report does not say how robust the model is"]
+    assert report.notes[0].startswith("m: BPDA") and "no attack ran" in caplog.text
+    assert evaluate(Plain(model), x, y, attacks=[], name="m", **QUIET).notes == []
     attacks = [PGD(), AttackSpec(PGD(), variant="fixed"), AttackSpec(PGD(), variant="deterministic")]
     report = evaluate(lambda z: model(z), x, y, steps=2, n_eval=2, name="f", attacks=attacks, **QUIET)
     assert report.attacks == ["clean", "PGD-2 ce", "worst"] and len(report.notes) == 2

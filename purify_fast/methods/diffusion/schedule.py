@@ -148,7 +148,9 @@ class Schedule:
         """
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
-            raise ValueError(f"t_star must be in (0, 1] and at least 1 of the {self.steps} steps, got {start}")
+            raise ValueError(
+                f"t_star must be in (0, 1] and cover at least one of the {self.steps} training steps, got {start}"
+            )
         steps = first if steps is None else steps
         if steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}, got {steps}")

@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
     @property
     def cell(self) -> str:
-        """Return the call's name in a file of races: variant, dtype and size."""
+        """Return the call's name in a file with the times of kernels and references: variant, dtype and size."""
         dtype = str(self.dtype).removeprefix("torch.") if self.dtype else ""
         return " ".join(filter(None, (self.variant, dtype, size_of(self.bits))))
 

@@ -1,8 +1,8 @@
 """Make copies of frozen networks for inference.
 
 In a copy, BatchNorms are folded, the weights are channels_last, and products are computed in bfloat16. Inputs and
-outputs are float32. Parts of a copy can be compiled: once for all batch sizes, or on a GPU for the first sizes that
-occur.
+outputs are float32. Parts of a copy can be compiled. On a CPU, one compilation serves all batch sizes. On a GPU, each
+of the first few sizes is compiled separately, and all further sizes share one compilation.
 """
 
 from __future__ import annotations

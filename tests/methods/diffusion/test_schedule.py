@@ -161,7 +161,7 @@ def test_a_step_is_that_of_the_schedulers_of_diffusers(kind, prediction, numbers
 
 REFUSED = {
     "t_star must be in": {"t_star": 0.0},
-    "t_star must be in (0, 1] and at least 1 of the 1000 steps, got 1e-05": {"t_star": 1e-5},
+    "t_star must be in (0, 1] and cover at least one of the 1000 training steps, got 1e-05": {"t_star": 1e-5},
     "steps must be at most 100": {"steps": 101},
     "steps must be at least 1, got 0": {"steps": 0},
     "steps of all rounds, and 1 more per round, must be at most 32768, got 45005": {
