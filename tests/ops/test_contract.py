@@ -267,7 +267,8 @@ def test_the_schema_the_fake_and_the_registrations(registered, name):
     "name", [name for name in FUNCTIONS if name not in ("square_proposal l1", "random_transform None")]
 )
 def test_compiles_to_one_graph(function, backend, compiles, name, request):
-    if name == "noisy_replay" and backend == "reference" and torch.__version__ < "2.12":
+    drawn = ("noisy_replay", "diffusion_step learned", "philox uniform", "sample_latent")
+    if name in drawn and backend == "reference" and torch.__version__ < "2.12":
         reason = "torch 2.11: an id that is negative gets other noise in a CPU graph"
         request.applymarker(pytest.mark.xfail(reason=reason))
 
@@ -286,7 +287,11 @@ def test_compiles_to_one_graph(function, backend, compiles, name, request):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_exports(function, name):
+def test_exports(function, backend, name, request):
+    if name == "square_proposal linf" and backend == "reference" and torch.__version__ < "2.12":
+        reason = "torch 2.11: the export of a reshaped tensor bounds the batch"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+
     class Module(torch.nn.Module):
         def forward(self, *given):
             return function.call(*given)
