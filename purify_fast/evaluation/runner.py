@@ -101,7 +101,8 @@ def called_by_people(function: F) -> F:
                 raise
             advice = ", and its results are lost: with out=FOLDER, finished rows are kept for the next call"
             if (out := kwargs.get("out")) is not None:
-                advice = f"; call evaluate again to continue after the finished rows, which {out} contains"
+                # If rows cannot be kept, a warning at the start has said so.
+                advice = f"; its finished rows are in {out}: call evaluate again to continue"
             raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
 
     return wrapper  # type: ignore[return-value]
