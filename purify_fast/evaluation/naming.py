@@ -65,6 +65,9 @@ def feasible(
         # An attack that is already in the plan would find nothing new.
         if spec not in plan:
             plan.append(spec)
+    if specs and not plan:
+        notes.append(f"{name}: no attack ran, so this report does not say how robust the model is")
+        logger.warning(notes[-1])
     names = [row_name(spec, context) for spec in plan]
     double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if double:

