@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from purify_fast.speed import retain_freed_memory
-from purify_fast.speed.counting import counted
 from purify_fast.speed.precision import float32_products
 
 from . import limits
+from .flops import flop_of
 from .pipelines import Case, registry
 from .timing import allocated, environment, quantile, seconds
 
@@ -73,7 +73,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             commands = {
                 "result": lambda: job.result().double().cpu().numpy(),
                 "time": lambda: seconds([job.run], device),
-                "flops": lambda: counted(job.run)[2],
+                "flops": lambda: flop_of(job.run),
                 "memory": lambda: allocated(job.run, device),
                 "rate": lambda: _matrix_rate(device, effort.matrix),
                 "parts": lambda: {name: seconds([part], device) for name, part in job.parts.items()},

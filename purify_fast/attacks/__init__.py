@@ -16,13 +16,9 @@ from .bpda import BPDA as BPDA
 from .bpda import BpdaModel as BpdaModel
 from .branch_and_bound import BranchAndBound as BranchAndBound
 from .branch_and_bound import branch_and_bound as branch_and_bound
-from .carlini_wagner import CarliniWagner as CarliniWagner
-from .carlini_wagner import carlini_wagner as carlini_wagner
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
 from .context import Resources as Resources
-from .deepfool import DeepFool as DeepFool
-from .deepfool import deepfool as deepfool
 from .fab import FABT as FABT
 from .fab import fab_t as fab_t
 from .heads import AttackersHead as AttackersHead

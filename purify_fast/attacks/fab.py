@@ -10,7 +10,7 @@ saves a forward pass per step. And at the end the nearest point across the borde
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
+from .ball import projected
 from .base import USUAL_TARGETS, EngineAttack, as_function, targets_and_times
 from .context import AttackContext
-from .engine.nearest import NEAREST_OR_IMAGE, NearestSearch, border, length_of
-from .engine.row_batches import ActiveSet, Rows, cost_of_borders, has_fallen, nearest_borders, waves
+from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, has_fallen, nearest_borders, waves
 from .objective import Gradient, Objective
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
 #: back to this share of its distance from the image.
 STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
+_ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +72,84 @@ class FABT(EngineAttack):
             _FabSearch(objective, active, rows, steps, give_up=self.give_up).run()
 
 
-fab_t = as_function("fab_t", FABT, NEAREST_OR_IMAGE, precision="float32")
+fab_t = as_function(
+    "fab_t",
+    FABT,
+    "Per image the misclassified point in the ball that was found; otherwise the nearest misclassified point, "
+    "projected onto the ball, or the image itself.",
+    precision="float32",
+)
 
 
-class _FabSearch(NearestSearch):
-    """One run of FAB, which remembers the nearest points across the border."""
+class _FabSearch(RowSearch):
+    """One run of FAB. It takes the arguments of `RowSearch`.
+
+    Attributes:
+        nearest: the nearest point across the border in each row, ``[R, ...]``; the first point of the row until a point
+            across the border is found.
+        distance: the distance from the image to this point in the norm of the ball, ``[R]``; infinite until a point
+            across the border is found.
+    """
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.nearest = self.point
+        self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
 
     def run(self) -> None:
         """Take all steps, or stop when no row is left."""
+        draws = self.objective.eot_iter
         for i in range(self.steps):
             gradient = self.gradients.at(self.point)
             self.see_gradient(gradient.image)
-            gradient = self.averaged(gradient)
+            if draws > 1:
+                gradient = gradient._replace(image=gradient.image / draws)
             across, moved = has_fallen(gradient.wrong), self.point - self.rows.x
-            self.note(self.point, across)
+            self._note(self.point, across)
             origin = torch.where(per_image(across, self.point), torch.add(self.rows.x, moved, alpha=BACK), self.point)
             self.point = _step(self.rows, origin, self.point, gradient)
-            if self.ended(i + 1):
+            if self.shrinks_after(i + 1):
+                self._shrink(i + 1)
+            if len(self.point) == 0:
                 return
-        self.finish()
+        self._note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
+        self.active.tried.index_fill_(0, self.rows.owner, True)
+        self._try(self.rows, self.nearest)
+
+    def _note(self, point: Tensor, across: Tensor) -> None:
+        """Remember each row's point if ``across``, bool ``[R]``, is True and the point is nearer than all before."""
+        far = _length(self.rows, point - self.rows.x).to(self.distance.dtype)
+        nearer = across & (far < self.distance)
+        self.nearest = torch.where(per_image(nearer, point), point, self.nearest)
+        self.distance = torch.where(nearer, far, self.distance)
+
+    def _shrink(self, step: int) -> None:
+        """Remove the rows of fallen images, and the rows that are given up after this number of steps."""
+        rows = self.rows
+        inside = (self.distance <= rows.ball.eps).float()
+        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
+        # A point that the model itself does not confirm is forgotten, and the search continues.
+        self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
+        lost = self.out_of_reach(step, self.distance - rows.ball.eps)
+        if lost is not None:
+            index = lost.nonzero()[:, 0]
+            self.see_given_up(index)
+            self._try(rows.take(index), self.nearest[index])
+        kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
+        if kept is not None:
+            self.take(kept)
+
+    def _try(self, rows: Rows, nearest: Tensor) -> None:
+        """Project the nearest points onto the ball, let the model judge them, and keep the best points."""
+        cut = projected(rows.x, nearest, rows.ball)
+        score = self.objective.score(cut, rows.labels)
+        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]), rows.run)
+        self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
+
+
+def _length(rows: Rows, moved: Tensor) -> Tensor:
+    """The length of each row's move in the norm of the ball, ``[R]``."""
+    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
 
 
 def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
@@ -98,9 +158,11 @@ def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tens
     ``at_point`` is the gradient, at ``point``, of the target's logit minus the label's logit.
     """
     bounds = rows.ball.bounds
-    gradient, offset = border(point, at_point)
+    # The border of the linearized model is the hyperplane with this normal and this offset.
+    gradient = at_point.image.to(point.dtype)
+    offset = (gradient * point).flatten(1).sum(1) - at_point.loss
     ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, rows.x))
-    length, other = (length_of(rows, move).clamp_min(1e-8) for move in (ahead, back))
+    length, other = (_length(rows, move).clamp_min(1e-8) for move in (ahead, back))
     pull = per_image((length / (length + other)).clamp_max(LARGEST_PULL), point)
     from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(rows.x, back, alpha=OVERSHOOT)
     return torch.lerp(from_origin, from_clean, pull).clamp(rows.ball.clip_min, rows.ball.clip_max)

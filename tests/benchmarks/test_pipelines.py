@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, sheets, timing
+from benchmarks.speed.flops import flop_of
 from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, registry
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.arrest import task as arrest_training
 from purify_fast.ops import conv2d, use_backend
-from purify_fast.speed.counting import Flops, counted
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         # Another gradient than the plain form's, which the table says, must differ.
         assert near == contestant.compared, label
         # what counts must not refuse to attack a model
-        assert label != "ours" or counted(job.run)[2] > 0
+        assert label != "ours" or flop_of(job.run) > 0
         job.run()
         for part in job.parts.values():
             part()
@@ -128,9 +128,8 @@ def test_the_package_s_own_convolutions_count_as_torch_s(stride):
     tensors = [torch.rand(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((2, 5, 9, 8), (7, 5, 3, 3))]
     counts = []
     for function in (torch.nn.functional.conv2d, conv2d):
-        with use_backend("cpp"), Flops() as counter:
-            function(*tensors, stride=stride, padding=1).sum().backward()
-        counts.append(counter.total)
+        with use_backend("cpp"):
+            counts.append(flop_of(lambda f=function: f(*tensors, stride=stride, padding=1).sum().backward()))
     assert counts[0] == counts[1] > 0
 
 

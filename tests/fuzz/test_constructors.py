@@ -43,8 +43,6 @@ CONFIGS = {
         attacks.FABT,
         attacks.AutoAttack,
         attacks.BranchAndBound,
-        attacks.DeepFool,
-        attacks.CarliniWagner,
         Process,
         Schedule,
     )

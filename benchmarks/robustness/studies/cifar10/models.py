@@ -30,7 +30,6 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import build_classifier
-from purify_fast.speed.counting import Flops
 from purify_fast.speed.folding.inference_copy import convert_to_channels_last
 from purify_fast.training import (
     Batch,
@@ -44,6 +43,7 @@ from purify_fast.training import (
 )
 from purify_fast.training.config import TrainingAttack
 
+from ....speed.flops import flop_of
 from .. import Job, settings_of
 from . import study
 from .candidates import Candidate, CandidateTask, Mixed, TradesTask
@@ -123,18 +123,20 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
     # Count a late step, in which all terms of the loss take part.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
     batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, **late)
-    with Flops() as counter:
+
+    def step() -> None:
         for update in task.updates(batch):
             update.loss.backward()
-    return counter.total / count
+
+    return flop_of(step) / count
 
 
 @torch.no_grad()
 def costs(model: nn.Module, images: data.DataSet, training_flop: float) -> dict[str, float]:
     """Return a model's number of parameters, and its GFLOP for a prediction and for an image in a training step."""
-    with Flops() as counter:
-        model.eval()(data.to_float(images.x_test[:2]))
-    flop = {"inference_gflop": counter.total / 2 / 1e9, "training_gflop": training_flop / 1e9}
+    model.eval()
+    inference_flop = flop_of(lambda: model(data.to_float(images.x_test[:2]))) / 2
+    flop = {"inference_gflop": inference_flop / 1e9, "training_gflop": training_flop / 1e9}
     return {"parameters": sum(p.numel() for p in model.parameters()), **flop}
 
 

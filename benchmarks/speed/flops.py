@@ -1,0 +1,63 @@
+"""Count the floating point operations (FLOP) of products in a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# This import registers the ops that are counted below.
+import purify_fast.ops.convolution  # noqa: F401
+
+
+class _NoModules(SimpleNamespace):
+    """Replaces the part of PyTorch's counter that tracks modules, so that all operators count for a single module."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    # For a weight [O, K, L, C] and a result [B, H, W, O], there are a multiplication and an addition for each weight
+    # and each pixel of the result.
+    return 2 * math.prod(weight) * math.prod(out_shape[:3])
+
+
+def _input_gradient(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(weight) * math.prod(grad[:3])
+
+
+def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * math.prod(kernel) * input[3]
+
+
+class Flops(FlopCounterMode):
+    """PyTorch's counter of FLOP without its hooks on modules, which count for each module separately.
+
+    These hooks raise an error in an attack, where `torch.autograd.grad` computes the gradient of a module's input.
+    """
+
+    def __init__(self) -> None:
+        # This package's convolutions have tensors with the channels last.
+        ops = torch.ops.purify_fast
+        formulas = {
+            ops.convolution: _forward,
+            ops.convolution_input_gradient: _input_gradient,
+            ops.convolution_weight_gradient: _weight_gradient,
+        }
+        super().__init__(display=False, custom_mapping=formulas)
+        self.mod_tracker = _NoModules(parents={"Global"})
+
+
+def flop_of(run: Callable[[], object]) -> int:
+    """Call a function, and return the number of FLOP of its products."""
+    with Flops() as counter:
+        run()
+    return counter.get_total_flops()
