@@ -57,7 +57,7 @@ class DataCommand(Command):
     Args:
         data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet; or an .npz
             file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/
-            in the same form; or a folder with tar shards train/*.tar and val/*.tar.
+            in the same form.
         data_root: Folder in which data sets are searched and to which they are downloaded. Default: the variable
             PURIFY_FAST_DATA, or else the current folder.
         download: Let torchvision download the official files if they are missing.
@@ -70,9 +70,6 @@ class DataCommand(Command):
         decode: When the images of an image folder are decoded. once: before the first use, into a copy on the disk.
             each_time: whenever an image is read.
         cache: Folder for the decoded images of an image folder. Default: .purify_fast in the image folder.
-        on_bad_image: Treatment of images in an image folder that cannot be decoded. refuse: end with an error that
-            names them. skip: leave them out.
-        follow_links: Allow symbolic links in an image folder to files outside the folder.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """
 
@@ -86,8 +83,6 @@ class DataCommand(Command):
     stream: bool = False
     decode: Literal["once", "each_time"] = "once"
     cache: Path | None = None
-    on_bad_image: Literal["refuse", "skip"] = "refuse"
-    follow_links: bool = False
     device: str = "auto"
 
     def load_data(self) -> DataSet:
@@ -95,7 +90,7 @@ class DataCommand(Command):
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        names = ("download", "stream", "decode", "cache", "on_bad_image", "follow_links")
+        names = ("download", "stream", "decode", "cache")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)

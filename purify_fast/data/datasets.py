@@ -24,8 +24,6 @@ from .streaming import ResizedImages, StreamedImages
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-#: The treatment of an image that cannot be decoded.
-OnBadImage = Literal["refuse", "skip"]
 #: When the images of a folder are decoded.
 Decode = Literal["once", "each_time"]
 
@@ -84,8 +82,6 @@ def load_dataset(
     decode: Decode = "once",
     cache: str | Path | None = None,
     workers: int | None = None,
-    on_bad_image: OnBadImage = "refuse",
-    follow_links: bool = False,
 ) -> DataSet:
     """Load a data set.
 
@@ -99,9 +95,7 @@ def load_dataset(
             ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or ``[N, 1]``, and every number from 0 to the
             largest label occurs.
             An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
-            tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB. Instead of images, the
-            folder may have uncompressed tar shards in WebDataset's form: ``train/*.tar``, and ``val/*.tar`` or
-            ``test/*.tar``. A shard has ``<name>.jpg|png`` and ``<name>.cls``, which contains the label as a number.
+            tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB.
         root: folder in which the data set is also searched. The ending ``.npz`` may be left out
             (``load_dataset("set", "data")``). For a name, None is the current folder.
         num_classes: number of classes, for a data set in which some labels do not occur; None: it is counted.
@@ -115,12 +109,8 @@ def load_dataset(
         decode: when the images of a folder are decoded. "once": before the first use, into ``cache``. "each_time":
             whenever an image is read; this needs no space on the disk, but an image that cannot be decoded is found
             only when it is read. The pixels are the same.
-        cache: folder for the decoded images of an image folder and the index of its shards; None: ``.purify_fast`` in
-            the image folder.
+        cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder.
         workers: number of threads that decode the images of a folder; 0 counts as 1; None: the number of CPUs.
-        on_bad_image: "refuse": if images of a folder cannot be decoded, an error names them. "skip": they are left out,
-            and a warning names them.
-        follow_links: whether symbolic links in an image folder may point to places outside the folder.
 
     Returns:
         A `DataSet` on the CPU.
@@ -133,10 +123,7 @@ def load_dataset(
             the array with the first wrong index and value, or the images that cannot be decoded.
     """
     name = str(name_or_path)
-    check_literal("on_bad_image", on_bad_image, OnBadImage)
     check_literal("decode", decode, Decode)
-    if decode == "each_time" and on_bad_image == "skip":
-        raise ValueError("on_bad_image='skip' needs decode='once', which decodes all images before the first use")
     if workers is not None:
         Range(0).check("workers", workers)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
@@ -161,8 +148,6 @@ def load_dataset(
             decode_once=decode == "once",
             workers=workers,
             cache=None if cache is None else Path(cache),
-            on_bad_image=on_bad_image,
-            follow_links=follow_links,
         )
         classes = chosen_classes(present, num_classes)
         title = name if name in NAMES else place.resolve().name

@@ -13,7 +13,7 @@ from .._validation import Range
 from ..ops.philox import Stream, philox
 from .streaming import StreamedImages
 
-#: Number of images in a part, for the statistics.
+#: The number of images that `statistics` reads at a time.
 _PART = 8192
 
 
@@ -70,9 +70,10 @@ def crop_flip(
         x: images ``[B, C, H, W]``, any dtype.
         seed: seed of the random draws.
         sample_ids: indices of the images in the data set, int64 ``[B]`` on the device of ``x``.
-        padding: number of zero pixels on each side; 0 for none.
+        padding: number of zero pixels on each side. 0 means no crop.
         flip: whether to mirror left and right.
-        epoch: number of the epoch. Each epoch has other draws (it is the draw index of the Philox stream AUGMENTATION).
+        epoch: number of the epoch. Each epoch has other draws, because the number is the draw index of the Philox
+            stream AUGMENTATION.
 
     Returns:
         A new tensor of the shape and dtype of ``x``.

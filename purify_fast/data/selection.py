@@ -38,12 +38,12 @@ def batches(
         batch_size: number of images per step in all processes together, a multiple of ``world``.
         seed: seed of the permutation, at least 0. All processes must have the same seed.
         epoch: number of the epoch, at least 0. Each epoch has another permutation.
-        drop_last: whether to leave out an incomplete last batch. Otherwise the processes may get different numbers of
-            its images, which differ by at most one.
-        rank: number of this process. It gets every ``world``-th index of a batch, beginning with index ``rank``. So if
-            a batch consists of several parts, every process gets its share of each part.
+        drop_last: whether to leave out an incomplete last batch. Otherwise some processes may get one image more of
+            that batch than others.
+        rank: number of this process. The process gets every ``world``-th index of a batch, beginning with index
+            ``rank``. So if a batch consists of several parts, every process gets its share of each part.
         world: number of processes.
-        device: device of the indices; None: the CPU.
+        device: device of the indices. None means the CPU.
 
     Returns:
         A tensor of indices for each step, int64 ``[batch_size / world]`` on ``device``.
@@ -54,9 +54,9 @@ def batches(
     for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
         Range(least).check(name, value)
     if not 0 <= rank < world:
-        raise ValueError(f"rank must be in 0 .. world - 1 = {world - 1}, got {rank}")
+        raise ValueError(f"rank must be from 0 to {world - 1} for world={world} processes, got {rank}")
     if batch_size % world:
-        raise ValueError(f"batch_size must be a multiple of the {world} processes, got {batch_size}")
+        raise ValueError(f"batch_size must be a multiple of {world}, the number of processes, got {batch_size}")
     if drop_last and n < batch_size:
         raise ValueError(f"batch_size must be at most the number of images, {n}, got {batch_size}")
     state = np.random.RandomState([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch])
@@ -85,15 +85,15 @@ def balanced_subset(
     """Choose images such that the numbers of images of the classes differ by at most one.
 
     If a class has too few images, all of them are chosen. The first images of an image folder would all be of the same
-    class, because a folder is sorted by class. In the result, also every beginning is balanced: a class gets its second
-    image only after every class got its first.
+    class, because a folder is sorted by class. The first images of the result are balanced too: a class gets its second
+    image only after every class has got its first.
 
     Args:
         x: images ``[N, C, H, W]``, any dtype.
         y: labels from 0 to num_classes - 1, int64 ``[N]``.
         count: number of images. If the data set does not have more, all images are chosen, in another order.
         seed: seed of the choice and of the order, at least 0. The choice depends only on the seed and the labels.
-        num_classes: number of classes; None: the largest label plus 1.
+        num_classes: number of classes. None means the largest label plus 1.
 
     Returns:
         The images, their labels and their indices, on the device of ``y``.

@@ -42,7 +42,8 @@ from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
 
-#: The largest number of times that a run backs off, and the factor for its learning rate each time.
+#: The largest number of times that a run backs off (returns to an earlier checkpoint), and the factor by which its
+#: learning rate falls each time.
 BACK_OFFS, BACK_OFF = 5, 0.5
 
 
@@ -155,7 +156,7 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
         # the run needs a checkpoint to go back to
         run.save()
     while run.step < run.total:
-        watch = LossWatch(run.source, run.config.seed)
+        watch = LossWatch()
         try:
             state = _train_epoch(run, listeners, watch, stop)
         except Diverged as error:
@@ -183,8 +184,8 @@ def _end_if_asked(run: Run, stop: Stop) -> None:
     """Raise SystemExit if the process received SIGTERM. The checkpoint must have been written before."""
     if stop.asked:
         then = f". Start the same run again to continue from the last checkpoint in {run.folder}" if run.folder else ""
-        logger.warning("ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
-        # a shell reports the same exit status, 143, for a process that SIGTERM ended
+        logger.warning("the training was ended by SIGTERM after step %d of %d%s", run.step, run.total, then)
+        # the exit status is 143, which a shell also reports for a process that SIGTERM ended
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -201,7 +202,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         with report_missing_process(run.step):
             measured = train_step(task, batch)
         run.add(measured)
-        watch.add(run.step, measured["loss"], raw)
+        watch.add(run.step, measured["loss"])
         run.step += 1
         count = len(batch.x) * world
         images += count
@@ -235,16 +236,12 @@ def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
 
 
 def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
-    """Return the error with an explanation. Before that, write the images of the step to a file."""
+    """Return the error with an explanation."""
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
-    where, record = "a weight is not finite", None
-    if step is not None:
-        where = f"the loss of step {step} is not finite"
-        record = watch.record(step, run.folder) if run.folder is not None and processes()[0] == 0 else None
+    where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
     return Diverged(
-        f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept"
-        f"{f', and {record} has the images, labels and seed of the step' if record else ''}. Lower the learning rate, "
+        f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept. Lower the learning rate, "
         f"which was {run.rate:g} times that of the settings (on_nan='back_off' lowers it by itself), raise eps_warmup, "
         "or use the precision float32 if it is bfloat16",
         step,

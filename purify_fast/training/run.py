@@ -34,7 +34,7 @@ _ON_FAILURE = ("on_full", "on_nan", "on_collapse")
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", *_ON_FAILURE, "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
-_WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "diverged", "kernels", "log", "model", "run")
+_WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
 KERNELS = "kernels.json"
 

@@ -1,6 +1,5 @@
 """Data that are damaged, too large, elsewhere, or change under a run."""
 
-import logging
 import os
 import shutil
 import sys
@@ -33,34 +32,6 @@ def load(folder, **options):
     return data.load_dataset(folder, workers=0, **options)
 
 
-def test_an_image_that_cannot_be_decoded_is_refused_or_left_out_by_choice(pets, caplog):
-    whole = load(pets)
-    bad = [pets / "train" / "cat" / "2.png", pets / "train" / "dog" / "0.png"]
-    for path in bad:
-        path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"2 of 12 images of .* cannot be decoded.*on_bad_image.*2\.png.*0\.png"):
-        load(pets)
-    with caplog.at_level(logging.WARNING, "purify_fast"):
-        made = load(pets, on_bad_image="skip")
-    assert "2 of 12 images of" in caplog.text and all(str(path) in caplog.text for path in bad)
-    keep = [i for i in range(12) if i not in (2, 6)]
-    assert torch.equal(made.x_train, whole.x_train[keep]) and torch.equal(made.y_train, whole.y_train[keep])
-    assert torch.equal(made.x_test, whole.x_test)
-    # from its cache, alike; and a refusal is reported even then
-    assert torch.equal(load(pets, on_bad_image="skip").x_train, made.x_train)
-    with pytest.raises(ValueError, match=r"2 of 12 images of .* cannot be decoded"):
-        load(pets)
-    with pytest.raises(ValueError, match="on_bad_image must be one of refuse, skip, got 'ignore'"):
-        load(pets, on_bad_image="ignore")
-
-
-def test_nothing_is_left_of_a_part(pets):
-    for path in (pets / "val").rglob("*.png"):
-        path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"6 of 6 images of .* cannot be decoded"):
-        load(pets, on_bad_image="skip")
-
-
 def test_an_image_of_200_megapixels_is_refused_by_name(pets):
     """Its header alone says so: nothing of that size is ever in memory."""
     path = pets / "train" / "cat" / "1.png"
@@ -70,22 +41,13 @@ def test_an_image_of_200_megapixels_is_refused_by_name(pets):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
-def test_links_that_leave_the_folder(pets, tmp_path):
+def test_links_are_followed(pets, tmp_path):
     outside = tmp_path / "outside"
-    picture(outside / "secret.png", 1, (8, 8))
-    (pets / "train" / "cat" / "link.png").symlink_to(outside / "secret.png")
-    with pytest.raises(ValueError, match=r"link\.png leads out of .*secret\.png.*with follow_links=True"):
-        load(pets)
-    assert len(load(pets, follow_links=True).x_train) == 13
-    (pets / "train" / "cat" / "link.png").unlink()
+    picture(outside / "more.png", 1, (8, 8))
+    (pets / "train" / "cat" / "link.png").symlink_to(outside / "more.png")
     (pets / "train" / "cat" / "more").symlink_to(outside)
-    with pytest.raises(ValueError, match=r"more/secret\.png leads out of"):
-        load(pets)
-    (pets / "train" / "cat" / "more").unlink()
-    # within the folder they are as good as files, and the folder itself may be a link
-    (pets / "train" / "cat" / "again.png").symlink_to(pets / "train" / "cat" / "0.png")
     (tmp_path / "link").symlink_to(pets)
-    assert len(load(tmp_path / "link").x_train) == 13
+    assert len(load(tmp_path / "link").x_train) == 14
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
@@ -93,9 +55,8 @@ def test_links_that_leave_the_folder(pets, tmp_path):
 def test_links_that_lead_in_a_circle(pets, target):
     """They were read forty times over, until the system refused to follow them."""
     (pets / "train" / "cat" / "loop").symlink_to(target)
-    for follow in (False, True):
-        with pytest.raises(ValueError, match="links to a folder that contains it"):
-            load(pets, follow_links=follow)
+    with pytest.raises(ValueError, match="links to a folder that contains it"):
+        load(pets)
 
 
 def test_a_file_that_changes_while_it_is_streamed(pets):

@@ -139,11 +139,10 @@ def test_files_that_cannot_be_decoded_are_all_named(tmp_path, workers):
     with pytest.raises(ValueError) as error:
         data.load_dataset(tmp_path, workers=workers)
     text = str(error.value)
-    assert text.startswith(f"3 of 80 images of {tmp_path} cannot be decoded")
+    assert text.startswith("3 of 80 images cannot be decoded")
     for name in ("cat/003.png", "dog/007.png", "dog/039.png: its mode is I;16"):
         assert name in text
-    with pytest.raises(ValueError, match="3 of 80"):  # from the cache alike
-        data.load_dataset(tmp_path, workers=workers)
+    assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 
 
 def test_processes_decode_in_order(tmp_path):

@@ -116,7 +116,7 @@ def test_ranks_take_every_third_image_of_each_batch(n):
         ({"batch_size": 21}, "batch_size must .* 20, got 21"),
         ({"seed": -1}, "seed must be"),
         ({"epoch": -1}, "epoch must be"),
-        ({"world": 4}, "multiple of the 4"),
+        ({"world": 4}, "multiple of 4"),
         ({"rank": 2, "world": 2}, "rank must be"),
     ],
 )

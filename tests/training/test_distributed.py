@@ -100,7 +100,7 @@ def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, tmp_path)
 def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     first, second = results(two, "refusals")
     assert first == second
-    assert first["batch"] == "ValueError: batch_size must be a multiple of the 2 processes, got 33"
+    assert first["batch"] == "ValueError: batch_size must be a multiple of 2, the number of processes, got 33"
     assert first["batchnorm"].startswith("ValueError: the model's module 1 is a BatchNorm")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
@@ -124,7 +124,7 @@ def test_the_command_by_several_processes(few_images, tmp_path):
     done = together(tmp_path, 2, lambda: cli.main(["train", *words, *few_images]), "torchrun")
     assert done.results[0] == 2 and done.codes[1] == 1
     said = [line for text in done.errors for line in text.splitlines() if line.startswith("purify-fast")]
-    assert said == ["purify-fast: batch_size must be a multiple of the 2 processes, got 21"], done.errors
+    assert said == ["purify-fast: batch_size must be a multiple of 2, the number of processes, got 21"], done.errors
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):
