@@ -23,9 +23,9 @@ from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
 _pipelines = partial(running.arguments, known=list(pipelines.registry()))
-#: The module and the help text of each command. The module's function ``main`` runs the command. Its result is printed.
-#: If the result is a bool, it is the command's success and is not printed. A module may have a function ``arguments``
-#: that adds options to a parser.
+#: For each command, the module that runs it and the help text. The module's function ``main`` runs the command. If it
+#: returns a text or a path, this is printed. If it returns True or False, the command has succeeded or failed. A module
+#: may also have a function ``arguments``, which adds the command's options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (_ops, "measure the speed of the ops, compared with their references in PyTorch"),
     "pipelines": (
@@ -48,8 +48,8 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }
-#: CHECKED modules have a function ``check``, which refuses options that would stop the command later. REFUSALS are the
-#: types of its errors.
+#: CHECKED are the modules with a function ``check``. It runs before ``main``, and refuses options that would stop the
+#: command later. REFUSALS are the errors that it may raise.
 CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 

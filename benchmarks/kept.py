@@ -1,6 +1,6 @@
-"""Read and write rows of results in a JSON file. A row is a dictionary, such as one result of a benchmark.
+"""Read and write the rows of a results file in JSON. A row is a dictionary, such as the result of a measurement.
 
-Commands write each row at once, so that an interrupted command can continue.
+Commands write each row as soon as it is measured, so that an interrupted command can continue.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def rows_of(path: Path) -> list[Row]:
 def put(path: Path, row: Row, key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda row: True) -> None:
     """Write a row into a file, where it replaces the row with the same key.
 
-    The file is read again first, because another process may have written rows since then.
+    The file is read first, because another process may have added rows to it. The rows are sorted by their keys.
 
     Args:
-        path: path of the JSON file, whose rows are sorted by their keys.
+        path: path of the JSON file.
         row: the new row.
-        key: function that returns the key of a row, which no other row has.
-        keep: function that returns True for each other row that remains in the file.
+        key: function that returns the key of a row. No two rows of the file have the same key.
+        keep: function that returns True for the other rows that stay in the file. By default all of them stay.
     """
     others = [one for one in rows_of(path) if key(one) != key(row) and keep(one)]
     write_text(path, json.dumps(sorted([*others, row], key=key), indent=1) + "\n")
 
 
 def machines(rows: Iterable[Row]) -> str:
-    """Return a text with the machines on which rows were measured.
+    """Return a text that names the machines on which rows were measured.
 
     Args:
         rows: rows with the columns ``device`` and ``threads``.
@@ -50,12 +50,12 @@ def machines(rows: Iterable[Row]) -> str:
 
 
 def outdated(file: str, words: str, command: str) -> str:
-    """Return a message about a row that was made by an earlier state of attacks or models.
+    """Return a message about an outdated row, which was made with other attacks or models than the package has now.
 
     Args:
         file: name of the results file.
         words: description of the row.
-        command: command of ``python -m benchmarks``, with its options, that makes the row again.
+        command: command of ``python -m benchmarks``, with its options, that measures the row again.
     """
     made = "was made by other attacks or models than the package has"
     return f"{file}: {words} {made}; run `python -m benchmarks {command}`"

@@ -15,25 +15,31 @@ from . import RESULTS
 
 
 class Unfit(ValueError):
-    """The options contradict each other, or contradict existing files. argparse prints the message."""
+    """Raised if a command cannot run with its options, for example because they contradict existing files.
+
+    argparse prints the message, and the command ends.
+    """
 
 
 def at_least_one(text: str) -> int:
     """Read a whole number that is at least 1."""
     if (number := int(text)) < 1:
-        raise ArgumentTypeError(f"must be a whole number of at least 1; it is {number}")
+        raise ArgumentTypeError(f"must be a whole number of at least 1, got {number}")
     return number
 
 
 def seconds(text: str) -> float:
-    """Read a number of seconds or minutes, which must be above 0."""
+    """Read a time in seconds or minutes, which must be above 0."""
     if not (number := float(text)) > 0:
-        raise ArgumentTypeError(f"must be a number above 0; it is {number:g}")
+        raise ArgumentTypeError(f"must be a number above 0, got {number:g}")
     return number
 
 
 def one_of(known: Collection[str]) -> Callable[[str], str]:
-    """Make a reader that accepts only the known names. The choices of argparse would refuse an empty list of names."""
+    """Return a function that reads a name, and refuses unknown names.
+
+    argparse's own option ``choices`` would also refuse an empty list of names.
+    """
 
     def name(text: str) -> str:
         if text not in known:
@@ -44,7 +50,7 @@ def one_of(known: Collection[str]) -> Callable[[str], str]:
 
 
 def device(text: str) -> torch.device:
-    """Read the name of a device that this machine has."""
+    """Read the name of a device, and refuse devices that this machine does not have."""
     try:
         return torch.device(usable_device(text))
     except ValueError as error:
@@ -52,36 +58,38 @@ def device(text: str) -> torch.device:
 
 
 def add_names(parser: ArgumentParser, known: Collection[str], option: str = "names", what: str = "which") -> None:
-    """Add an option that takes some of the known names. All of them are the default."""
+    """Add an option or a positional argument that takes some of the known names. The default is all of them."""
     text = f"{what}; default: all. Names: {'; '.join(known)}"
-    # An option without a name is an error. Positional names may be left out.
+    # An option needs at least one name after it. A positional argument may be left out.
     count = "+" if option.startswith("-") else "*"
     parser.add_argument(option, nargs=count, default=list(known), metavar="NAME", type=one_of(known), help=text)
 
 
 def add_out(parser: ArgumentParser, where: str) -> None:
-    """Add ``--out``, the folder for the results, and ``--quick``, a short trial whose numbers mean nothing."""
+    """Add ``--out``, the folder for the results, and ``--quick``, a short trial run whose numbers mean nothing."""
     parser.add_argument("--quick", action="store_true", help="a short trial on small inputs; its numbers mean nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the results; default: benchmarks/results{where}")
 
 
 def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
-    """Return the folder for the results. Without --out a trial writes to runs/, so that committed results remain.
+    """Return the folder for the results: the folder of ``--out``, or else a folder in benchmarks/results.
+
+    Without ``--out``, a trial writes into runs/benchmarks, so that it does not overwrite committed results.
 
     Args:
         chosen: options of a command that has the options of `add_out`.
         trial: True for a trial, whose numbers mean nothing.
-        name: name of the usual folder in benchmarks/results.
+        name: name of the folder inside benchmarks/results or runs/benchmarks.
     """
     return chosen.out or (Path("runs/benchmarks") if trial else RESULTS) / name
 
 
 def add_device(parser: ArgumentParser) -> None:
-    """Add ``--device``."""
+    """Add the option ``--device``, which is a CPU by default."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
 
 
 def add_minutes(parser: ArgumentParser) -> None:
-    """Add ``--minutes``."""
+    """Add the option ``--minutes``, the time limit of a command."""
     text = "time limit; work that would probably exceed the limit is not started; default: no limit"
     parser.add_argument("--minutes", type=seconds, default=math.inf, help=text)

@@ -10,11 +10,11 @@ from typing import Any
 
 import jinja2
 
-#: The longest line of prose.
+#: The largest number of characters in a line of prose.
 WIDTH = 120
-#: Lines that would change their meaning if they were broken: tables, headings, comments, pictures, and indented code.
+#: The beginnings of lines that must not be broken: of tables, headings, comments, pictures, and indented code.
 _WHOLE = re.compile(r"\||#|<|!\[| {4}")
-#: Spaces at which a line must not be broken, because the next word would begin a list item or a heading.
+#: The spaces at which a line must not be broken, because the next word would begin a list item or a heading.
 _GLUED = re.compile(r" (?=(?:[-+*#]|\d+[.)]) )")
 
 

@@ -50,7 +50,7 @@ def plain_axes(axes: Any) -> None:
 
 
 def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], texts: list[str], most: float) -> Any:
-    """Draw horizontal bars from top to bottom, with a text at the end of each bar. Return the bars of matplotlib.
+    """Draw horizontal bars from top to bottom, with a text at the end of each bar. Return matplotlib's bars.
 
     Args:
         axes: axes of matplotlib.
@@ -58,7 +58,7 @@ def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], te
         widths: width of each bar.
         colors: color of each bar.
         texts: text at the end of each bar.
-        most: largest width of a bar in all axes that are compared.
+        most: largest width of a bar in all axes of the figure, so that all axes get the same scale.
     """
     container = axes.barh(range(len(names)), widths, height=0.72, color=colors)
     card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
@@ -71,7 +71,7 @@ def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], te
 
 
 def title(axes: Any, text: str) -> None:
-    """Write a title at the left edge.
+    """Write a title above the left edge of axes.
 
     Args:
         axes: axes of matplotlib.

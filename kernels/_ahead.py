@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
-#: Number of threads that compile. Triton releases the interpreter lock while it optimizes and assembles.
+#: Number of threads that compile. They run in parallel, because Triton releases Python's interpreter lock while it
+#: optimizes and assembles.
 MOST = 8
 _patched = threading.Lock()
 

@@ -27,7 +27,7 @@ VECTORS = {8: 1, 9: 1, 10: 2, 12: 1}
 
 
 def on(x: Tensor):
-    """Make x's device current while a kernel is launched. Does nothing for CPU tensors, which the interpreter uses."""
+    """Make x's device current while a kernel is launched. CPU tensors, for Triton's interpreter, need nothing."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -102,8 +102,8 @@ def program(rows):
 
 @triton.jit
 def first_of(block, size, WIDTH: tl.constexpr):
-    """Return the first element of a block of a row with ``size`` elements, in the shortest type for all indices."""
-    # The result is int64 if `size` is int64.
+    """Return the first element of a block of a row with ``size`` elements, uint32, or int64 if ``size`` is int64."""
+    # The product with 0 gives the sum the type of `size`.
     first = (size * 0 + block) * WIDTH
     return first if first.dtype == tl.int64 else first.to(tl.uint32, bitcast=True)
 

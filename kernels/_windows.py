@@ -1,6 +1,6 @@
 """Sums the numbers of a matrix over shifts, for `contextual_attention`. A shift moves query and key by the same step.
 
-A program computes one row of the matrix. A thread computes a group of ``VECTOR`` neighbouring keys, where VECTOR is 1
+A program computes one row of the matrix. A thread computes a group of ``VECTOR`` neighboring keys, where VECTOR is 1
 or 4.
 """
 
@@ -66,8 +66,8 @@ def moved_out(x, last, VECTOR: tl.constexpr):
 def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
     """Return x[n - 1, i - 1]. ``pointer`` is row n.
 
-    ``has_begun`` is True for a group before which its line of the grid has begun. For other groups, the first number
-    has no predecessor, and 0 takes its place.
+    ``has_begun`` is False for the first group in a line of the grid. The first number of this group has no predecessor,
+    and 0 takes its place.
     """
     x = load(pointer - stride, at, inside, VECTOR)
     first = tl.load(pointer - stride + at - 1, mask=inside & has_begun, other=0.0).to(tl.float32)
@@ -78,8 +78,8 @@ def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
 def next_pair(pointer, stride, at, inside, goes_on, VECTOR: tl.constexpr):
     """Return x[n + 1, i + 1]. ``pointer`` is row n.
 
-    ``goes_on`` is True for a group after which its line of the grid goes on. For other groups, the last number has no
-    successor, and 0 takes its place.
+    ``goes_on`` is False for the last group in a line of the grid. The last number of this group has no successor, and 0
+    takes its place.
     """
     x = load(pointer + stride, at, inside, VECTOR)
     last = tl.load(pointer + stride + at + VECTOR, mask=inside & goes_on, other=0.0).to(tl.float32)

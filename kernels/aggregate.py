@@ -127,7 +127,8 @@ def _columns_backward(
 def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.constexpr):
     """Return the maximum of S over all classes, and the sum of exp(S - maximum). A softmax over the classes needs both.
 
-    Each lane computes the two numbers for its classes, and the numbers of all lanes are combined at the end.
+    S is `_tangent_exp` of the logsumexp of a class over the samples. Each lane computes the two numbers for its
+    classes, and the numbers of all lanes are combined at the end.
     """
     high = tl.full((C,), float("-inf"), tl.float32)
     total = tl.zeros((C,), tl.float32)

@@ -66,7 +66,7 @@ def _l2(
     hi,
     WIDTH: tl.constexpr,
 ):
-    # `blocks` is 1.
+    # `blocks` is always 1 here. The argument exists because `_linf` and this kernel are launched in the same way.
     row = tl.program_id(0).to(tl.int64) // blocks
     lane = tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -141,7 +141,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """Return the new x, contiguous. ``norm`` is an index."""
+    """Return the new x, contiguous. ``norm`` is 0 for linf and 1 for l2."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out

@@ -1,10 +1,11 @@
-"""`contextual_attention` in Triton: a program computes the rows of a few adjacent queries, which share neighbours.
+"""`contextual_attention` in Triton: a program computes the rows of a few adjacent queries, which share neighbors.
 
 The forward has three kernels. The first computes the sums over the nine offsets, the second both passes of "fuse" and
-the softmax, and the third the sums for the four pixels of a cell. The backward has three kernels too. The first
-computes the gradient through the sums of the third kernel and through the softmax. The second computes the gradient
-through "fuse", and that of the norms, summed over a few queries. The third computes the sums over the nine offsets. All
-intermediate results fit into the L2 cache of a large GPU. There are no atomics.
+the softmax, and the third the sums for the four pixels of a cell (`purify_fast.ops.contextual_attention` has the
+formulas). The backward has three kernels too. The first computes the gradient through the sums of the third kernel and
+through the softmax. The second computes the gradient through "fuse", and that of the norms, summed over a few queries.
+The third computes the sums over the nine offsets. All intermediate results fit into the L2 cache of a large GPU. There
+are no atomics.
 
 Query and key are always shifted together. So a sum over the nine offsets is a sum over three lines of the grid: the
 line of the query, the line before and the line after. Each line contributes the sum of three numbers. A thread has
@@ -26,7 +27,8 @@ from torch import Tensor
 from ._common import grid, on, program
 from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
-#: The number of adjacent queries in a program, if the width of the grid is a multiple of it. The queries share rows.
+#: The number of adjacent queries in a program, if the width of the grid is a multiple of this number. Adjacent queries
+#: read many of the same rows.
 TOGETHER = 4
 #: The number of queries whose gradient of the norms one program adds. It is fixed, so the result does not depend on the
 #: batch.
@@ -118,8 +120,8 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
 def _column(pointer, stride, n, i, inside, size, width):
     """Return x fused in column-major order at [n, i], where inside. ``i`` has single keys or groups of keys.
 
-    If ``inside`` is a mask of groups, whole groups can be loaded. The terms that the first and the last key do not have
-    are then removed.
+    If ``inside`` is a mask of groups, whole groups are loaded. The first key has no predecessor and the last key no
+    successor, so the terms that were loaded for these are set to 0.
     """
     total = tl.load(pointer + n.to(tl.int64) * stride + i, mask=inside, other=0.0)
     following = pointer + _next(n, size, width).to(tl.int64) * stride + width

@@ -1,4 +1,4 @@
-"""`decode_samples` in Triton: each layer of the decoder is one launch of matrix products. The last two may share it.
+"""`decode_samples` in Triton: each layer of the decoder is one launch of matrix products, or the last two layers are.
 
 A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s. All outputs with the same
 residue use the same taps, so the products contain no inserted zeros. The rows of a product are pixels of all samples,
@@ -10,10 +10,10 @@ Feature maps are stored as [samples, height, width, channels], with channels pad
 dtype of the weights. They are stored after the LeakyReLU, which preserves the sign of its input. The order of the
 additions depends only on the layer, so a sample has the same bits in every batch.
 
-If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighbouring pixels
+If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighboring pixels
 of the second-last map. The products give all pixels of the cell at once, with zeros for taps that a pixel does not use.
-The results remain in registers. There, the last layer multiplies them, once for every neighbouring cell of the image
-that they affect. Each cell of the image then adds the contributions of its neighbours. Neighbouring programs compute
+The results remain in registers. There, the last layer multiplies them, once for every neighboring cell of the image
+that they affect. Each cell of the image then adds the contributions of its neighbors. Neighboring programs compute
 some cells twice, because each program also needs the cells next to its own cells.
 """
 
@@ -482,7 +482,7 @@ class Decoder:
         The input is a map of one pixel whose channels are the latent.
         """
         channels, h, w = self.geometry.start
-        # The arguments are positional because the tensors have the order of the launch.
+        # The arguments are positional because they are in the order of the kernel's arguments.
         self._run(
             z,
             self.weights[0],
@@ -502,7 +502,7 @@ class Decoder:
         """Compute the feature map of a layer, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
         image = index == len(self.geometry.layers) - 1
-        # The arguments are positional because the tensors have the order of the launch.
+        # The arguments are positional because they are in the order of the kernel's arguments.
         self._run(
             x,
             self.weights[index + 1],
@@ -521,7 +521,7 @@ class Decoder:
         """Compute the gradient of a layer's input before its LeakyReLU, from the gradient of the layer's output."""
         layer = self.geometry.layers[index]
         h, w, columns = self.inputs(index)
-        # The arguments are positional because the tensors have the order of the launch.
+        # The arguments are positional because they are in the order of the kernel's arguments.
         self._run(
             grad,
             self.transposed[index],

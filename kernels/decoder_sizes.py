@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: The channels of feature maps and the columns of an image are padded to a multiple of these sizes, which are those of
-#: one matrix product.
+#: The channels of feature maps and the columns of an image are padded to a multiple of these sizes. A single matrix
+#: product of the kernels has these sizes.
 CHANNEL_TILE, COLUMN_TILE = 32, 16
 
 

@@ -1,6 +1,6 @@
-"""`diffusion_step` in Triton. The kernels are elementwise, and draw the noise.
+"""`diffusion_step` in Triton. The kernels are elementwise, and draw the noise themselves.
 
-The backward draws it only for learned variances.
+The backward draws the noise again, but only for learned variances.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ._common import first_of, grid, is_channels_last, memory_format, on, progra
 from .pgd_step import _clamp, _load
 from .philox import noise
 
-#: The fourth word of the counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
+#: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
 DIFFUSION = 9
 #: The number of steps with their own noise: `purify_fast.ops.diffusion_step.STEPS`.
 STEPS = tl.constexpr(65536)

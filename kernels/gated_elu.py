@@ -1,4 +1,4 @@
-"""`gated_elu` in Triton: tiles of rows. A row has n numbers a, followed by n numbers b."""
+"""`gated_elu` in Triton: a program computes a tile of rows. A row has n numbers a, followed by n numbers b."""
 
 from __future__ import annotations
 

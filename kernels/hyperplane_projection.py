@@ -123,7 +123,7 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
 
 
 def forward(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """Return the moves, contiguous. ``norm`` is an index."""
+    """Return the moves, contiguous. ``norm`` is 0 for linf, 1 for l2 and 2 for l1."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out

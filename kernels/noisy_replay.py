@@ -11,7 +11,7 @@ from ._common import on, tile
 from .pgd_step import _clamp, _load
 from .philox import noise
 
-#: The fourth word of the counter: `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
+#: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
 REPLAY_NOISE = 5
 
 
@@ -67,7 +67,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """Return the image on which each sample is trained, contiguous."""
+    """Return x with noise for samples whose drift is above tau, and x_adv for all other samples, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

@@ -324,7 +324,7 @@ def _l1(
 
 
 def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
-    """Return the number of elements per sample and of programs per sample, and the tile. ``norm`` is an index."""
+    """Return the number of elements and of programs per sample, and the tile. ``norm`` is as in `forward`."""
     size = x.numel() // x.shape[0]
     width, warps = tile(size, x) if norm == 0 else sum_tile(size, 2 * BLOCK)
     return size, triton.cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
@@ -346,7 +346,7 @@ def forward(
     hi: float,
     density: float,
 ) -> Tensor:
-    """Return the new x, contiguous. ``norm`` is an index."""
+    """Return the new x, contiguous. ``norm`` is 0 for linf, 1 for l2 and 2 for l1."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out

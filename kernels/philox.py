@@ -12,7 +12,10 @@ from ._common import first_of, grid, on, program, tile
 
 @triton.jit
 def words(seed, group, draw, sample, stream):
-    """Return the four uint32 words of each group of four elements. ``group`` is a block; the others are scalars."""
+    """Return the four uint32 words of each group of four elements.
+
+    ``group`` is a block of group numbers; the other arguments are scalars.
+    """
     c0 = group.to(tl.uint32)
     zero = c0 * 0
     return tl.philox(seed, c0, zero + draw.to(tl.uint32), zero + sample.to(tl.uint32), zero + stream)
@@ -118,7 +121,7 @@ def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
 def noise(seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True):
     """Return the numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
 
-    With ``PAIRS``, a thread draws two neighbouring groups. These are the eight 16-bit elements that the thread loads
+    With ``PAIRS``, a thread draws two neighboring groups. These are the eight 16-bit elements that the thread loads
     and stores at once. If it drew single groups, numbers would have to move between threads through shared memory.
     """
     if PAIRS:

@@ -11,7 +11,7 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile, w
 from .pgd_step import _clamp, _load
 from .philox import in_order, in_pairs, noise, words
 
-#: The fourth words of the counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
+#: The fourth words of Philox's counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = 2
 MASK = 3
 #: The number of blocks of an image that a program compares with each other at once.
@@ -38,9 +38,10 @@ def _owners(
     STREAM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Write the owners of the blocks. A block's rank is the number of blocks with a lower key.
+    """Write the owners of the blocks, from the ranks of their keys. A block's rank is the number of lower keys.
 
-    ``cut`` is the number of blocks per pass, or the number of masked blocks.
+    With PARTITION, the owner is the pass that hides the block, and ``cut`` is the number of blocks per pass. Otherwise,
+    the owner is 1 for hidden blocks and 0 for visible blocks, and ``cut`` is the number of hidden blocks.
     """
     pid = tl.program_id(0).to(tl.int64)
     row, start = pid // tiles, pid % tiles * WIDTH
@@ -302,7 +303,7 @@ def _launch(
     _, channels, height, width = x.shape
     plane = height * width
     block, own = tile(plane, pointers[0], pointers[-1])
-    # A plane may begin inside a group.
+    # A plane may begin up to 3 elements after the start of its first group.
     tiles = triton.cdiv(plane + 3, block)
     side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
     unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1

@@ -23,7 +23,7 @@ ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
 PI = tl.constexpr(3.141592653589793)
-#: LAYERS is the number of layers in a launch. PARTS is the number of chunks that are added at once.
+#: LAYERS is the largest number of layers in a launch. PARTS is the number of chunks that are added at once.
 LAYERS = 16
 PARTS = 128
 
@@ -64,7 +64,10 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """Return (distance, scale, along). One kernel computes all kinds and selects one, because this is little work."""
+    """Return (distance, scale, along), where the gradient of the distance by u is scale (v - along u).
+
+    One kernel computes all kinds of distances and selects one of them, because this is little work.
+    """
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)
@@ -119,7 +122,7 @@ def _forward(
 ):
     """Sum the chunks.
 
-    A sample has ``programs`` programs. ``layer`` is the index of the first layer among ``layers``.
+    A sample has ``programs`` programs. ``layer`` is the index of the launch's first layer among all ``layers`` layers.
     If there is no second launch, the distance is computed here.
     """
     pid = tl.program_id(0).to(tl.int64)
@@ -211,13 +214,13 @@ def _backward(
 
 
 def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
-    """Map layers [B, ...] to distances [B, L] and slopes [B, L, 2], float32. ``kind`` is an index."""
+    """Map layers [B, ...] to distances [B, L] and slopes [B, L, 2], float32. ``kind`` is the index of the distance."""
     batch, layers, device = student[0].shape[0], len(student), student[0].device
     out = torch.empty((batch, layers), dtype=torch.float32, device=device)
     slopes = torch.empty((batch, layers, 2), dtype=torch.float32, device=device)
     if batch == 0:
         return out, slopes
-    # A launch has a single tile size, so the smallest layer has the same size as the largest.
+    # A launch has a single tile size, so small layers use the tile of a whole chunk too.
     width, warps = sum_tile(CHUNK)
     with on(out):
         for layer in range(0, layers, LAYERS):

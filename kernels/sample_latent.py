@@ -10,7 +10,7 @@ from torch import Tensor
 from ._common import dense, expm1, on, sum_tile, tile
 from .philox import noise
 
-#: The fourth word of the counter: `purify_fast.ops.philox.Stream.LATENT`.
+#: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.LATENT`.
 LATENT = 1
 
 

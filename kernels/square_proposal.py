@@ -19,7 +19,7 @@ from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _roo
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
 #: TILE is the largest number of elements that a program of l2 or l1 processes at once. FEWEST is the smallest number of
-#: pixels per channel.
+#: pixels per channel that it processes at once.
 TILE, FEWEST = 2048, 32
 
 
@@ -211,7 +211,7 @@ def _factors(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return three factors for the content of W: the signs of the channels, the old lengths, and the scale."""
+    """Return three factors for the content of the window W: signs of the channels, old lengths, and scale."""
     channels, height, width, _edge = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
@@ -338,7 +338,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """Return the points [T * B, C, H, W], contiguous. ``norm`` is an index."""
+    """Return the points [T * B, C, H, W], contiguous. ``norm`` is 0 for linf, 1 for l2 and 2 for l1."""
     images, draws = numbers.shape[:2]
     out = torch.empty((draws * images, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:

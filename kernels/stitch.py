@@ -1,4 +1,4 @@
-"""`stitch` in Triton: copies every element from the pass that owns its block. The backward copies it to this pass."""
+"""`stitch` in Triton: every element is copied from the pass that owns its block. The backward copies gradients back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile
 
 @triton.jit
 def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
-    """Return this program's groups of neighbouring elements [GROUPS, 1], whether each group exists, and its owner.
+    """Return this program's groups of neighboring elements [GROUPS, 1], whether each group exists, and its owner.
 
     The width of a block of the mask is a multiple of a group, so a thread divides once for all elements of its group.
     ``line`` and ``cell`` are the numbers of groups in a line of the image and in a line of a block. The divisions are

@@ -1,7 +1,7 @@
 """Evaluate, train and speed up adversarial defences of image classifiers in PyTorch.
 
-- `purify_fast.Carso`, `purify_fast.Atop`, `purify_fast.DiffusionPurifier`: defences,
-  ``defence(images in [0, 1]) -> logits``.
+- `purify_fast.Carso`, `purify_fast.Atop`, `purify_fast.DiffusionPurifier`: defences. Each is a module that maps images
+  in [0, 1] to logits.
 - `purify_fast.load_defence`, `purify_fast.load_classifier`: functions that read a saved model.
 - `purify_fast.methods.carso`, `.atop`, `.arrest`, `.diffusion`: each method's networks, settings and training.
 - `purify_fast.training`: the training loop of all methods. `purify_fast.data`: data sets.
@@ -9,10 +9,10 @@
 - `purify_fast.ops`: the fused operations. `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
 - `purify_fast.zoo`: small trained models to attack.
 - `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
-- `purify_fast.protocols`: the methods that the package can use of your own models.
+- `purify_fast.protocols`: the methods that your own models may have, and that the package then uses.
 
-Each name is imported when it is first used, because the import of PyTorch takes 1.8 seconds. So ``purify-fast --help``
-does not wait for PyTorch.
+Each name is imported when it is first used. So ``purify-fast --help`` does not wait for the import of PyTorch, which
+takes 1.8 seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The parts of `torch.compile` that this package uses, without an import of the compiler.
+"""Mark functions for `torch.compile` without importing the compiler.
 
-The compiler is ``torch._dynamo``. Its import takes as long as the import of PyTorch, and happens at the first
-``torch.compile``. Before that nothing is compiled.
+The compiler is ``torch._dynamo``. Its import takes as long as the import of PyTorch, so it should happen only at the
+first ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     The effect is that of `torch.compiler.assume_constant_result`.
 
     Args:
-        function: a function of plain values, not of tensors.
+        function: a function whose arguments and result are plain values, such as numbers and strings.
     """
     # `torch.compiler.assume_constant_result` only sets this attribute, in every version since PyTorch 2.0.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

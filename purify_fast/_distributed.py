@@ -1,6 +1,7 @@
-"""Heartbeats between the processes of one training or evaluation, through the store of their process group.
+"""Exchange signs of life between the processes of one training or evaluation.
 
-A process that died or hangs gives no more signs of life, and the other processes notice.
+The signs are sent through the store of the process group. If a process dies or hangs, its signs stop, and the other
+processes notice this.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ class ProcessLost(ConnectionError):
 
 
 class Sign(NamedTuple):
-    """A sign of life of a process: its number, the step of the work, and the state ("works", "waits" or "done")."""
+    """A sign of life of a process.
+
+    Attributes:
+        beat: number of the sign. It rises by 1 with each sign.
+        step: the step of the work that the process has reached.
+        state: "works", "waits" or "done".
+    """
 
     beat: str
     step: str
@@ -34,10 +41,10 @@ class Sign(NamedTuple):
 class Heartbeat:
     """Exchanges signs of life with the other processes.
 
-    One thread exchanges the signs. A second thread counts the beats for which a process has given no sign. There are
-    two threads because an exchange may block for a long time if the process of the store was stopped. The second
-    thread counts beats instead of reading a clock: if this process is itself stopped and continued, its own pause does
-    not count as silence of the other processes.
+    One thread exchanges the signs. A second thread counts the beats (the intervals of `BEAT` seconds) in which another
+    process has given no sign. There are two threads because an exchange may block for a long time if the process that
+    serves the store was stopped. The second thread counts beats instead of reading a clock: if this process is itself
+    stopped and continued, its own pause does not count as silence of the other processes.
 
     Args:
         store: a connection that is used only for the signs. A connection that the work also uses would delay them.
@@ -97,5 +104,5 @@ class Heartbeat:
             self.missed[other] += 1
 
     def is_silent(self, other: int) -> bool:
-        """Tell whether another process counts as lost. The limit is `patience` for its first sign, then `SILENCE`."""
+        """Tell whether another process counts as lost: no first sign within `patience`, or no sign for `SILENCE`."""
         return self.missed[other] * BEAT >= (SILENCE if other in self.signs else patience().total_seconds())

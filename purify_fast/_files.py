@@ -94,8 +94,8 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: the file to write. Its folder is created if it is missing.
-        previous: path to which an existing file ``path`` is moved; None: the existing file is replaced. At every
-            moment, ``path`` or ``previous`` is a complete file.
+        previous: path to which an existing file ``path`` is moved. Then ``path`` or ``previous`` is a complete file at
+            every moment. If None, the existing file is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -214,7 +214,8 @@ def lock_file(handle: int, *, shared: bool) -> bool:
         shared: whether other processes may have a shared lock at the same time.
 
     Returns:
-        True if the file is locked. On Windows always True, because Windows does not remove a file that is open.
+        True if the file is locked. On Windows no lock is taken and the result is always True: the lock protects files
+        from removal, and Windows removes no file that is open.
     """
     if sys.platform != "win32":
         import fcntl

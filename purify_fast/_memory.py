@@ -49,7 +49,7 @@ def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
 
     Args:
         groups: the file that names the groups.
-        mounted: the folder of the groups.
+        mounted: the folder where the system shows the groups as folders.
     """
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():

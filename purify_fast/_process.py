@@ -56,9 +56,13 @@ class Stop:
 def stop_on_sigterm() -> Iterator[Stop]:
     """Within the block, a first SIGTERM is recorded, so that the work can end cleanly. A second ends the process.
 
-    This function changes nothing in four cases. The user has set a handler. It is called outside the main thread. This
-    process is a worker, which its parent ends by SIGTERM. Or this process belongs to a group of several processes: it
-    may be waiting for another process, and would then not see the record.
+    The signal is not recorded in these cases:
+
+    - The user has set a handler for SIGTERM.
+    - This function is called outside the main thread, where Python sets no handlers.
+    - This process is a worker. Its parent ends it by SIGTERM.
+    - This process belongs to a group of several processes. It may be waiting for another process, and would then not
+      see the record.
 
     Yields:
         An object that tells whether a SIGTERM arrived.

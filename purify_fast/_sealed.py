@@ -34,7 +34,7 @@ def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previo
         path: the file.
         content: the JSON value.
         tensors: tensors by their names.
-        previous: path to which an existing file ``path`` is moved; None: the existing file is replaced.
+        previous: path to which an existing file ``path`` is moved. If None, the existing file is replaced.
     """
     # safetensors refuses tensors that share memory, so clone them.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

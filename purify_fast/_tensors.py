@@ -58,9 +58,11 @@ def check_alike(**tensors: Tensor) -> None:
     named = f"{', '.join(names)} and {last}"
     shapes, dtypes = ([getattr(tensor, what) for tensor in tensors.values()] for what in ("shape", "dtype"))
     if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) < 2:
-        raise ValueError(f"{named} must have one shape [B, ...], got {', '.join(str(list(shape)) for shape in shapes)}")
+        raise ValueError(
+            f"{named} must have the same shape [B, ...], got {', '.join(str(list(shape)) for shape in shapes)}"
+        )
     if any(dtype != dtypes[0] for dtype in dtypes) or not dtypes[0].is_floating_point:
-        raise ValueError(f"{named} must have one floating-point dtype, got {', '.join(map(str, dtypes))}")
+        raise ValueError(f"{named} must have the same floating-point dtype, got {', '.join(map(str, dtypes))}")
     check_one_device(**tensors)
 
 
@@ -129,7 +131,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def first_tensor(module: nn.Module) -> Tensor:
-    """The first floating-point parameter or buffer of a module. Its device and dtype stand for the module's.
+    """The first floating-point parameter or buffer of a module. Callers use its device and dtype as the module's.
 
     Args:
         module: any module.
@@ -177,7 +179,7 @@ def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
 def digest(*tensors: Tensor | Digested) -> str:
     """A hash of the dtypes, shapes and contents of tensors.
 
-    It is made from the hashes of the single tensors. So the stored hash of a tensor can be used in place of the tensor.
+    The hash is made from one hash per tensor. So the stored hash of a tensor can be passed in place of the tensor.
     """
     whole = text_hash()
     for tensor in tensors:
@@ -193,7 +195,7 @@ def digest(*tensors: Tensor | Digested) -> str:
 def weights_fingerprint(module: nn.Module) -> str:
     """A short hash of a module's parameters and buffers: names, dtypes, shapes and bytes.
 
-    Saved models and checkpoints contain this hash. Do not change its computation, since they would all be refused.
+    Saved models and checkpoints contain this hash. Do not change its computation: all saved files would be refused.
     """
     content = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -216,7 +218,7 @@ def write_stamp(tensor: Tensor) -> int:
     """A number that changes when the tensor is written to, and that differs from the number of any other tensor.
 
     Args:
-        tensor: any tensor. For a tensor made in inference mode, PyTorch does not count the writes, so they do not
-            change the number.
+        tensor: any tensor. PyTorch does not count the writes to a tensor that was made in inference mode, so its number
+            never changes.
     """
     return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

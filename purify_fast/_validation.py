@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-#: The norms of a ball.
+#: The norms in which the size of a perturbation is measured.
 Norm = Literal["linf", "l2", "l1"]
 #: The norms that public functions accept. "Linf", "L2" and "L1" are the names in AutoAttack and RobustBench.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
@@ -44,7 +44,7 @@ class Range:
 
     Args:
         low: the lower bound.
-        high: the upper bound; infinity for none.
+        high: the upper bound; infinity if there is no upper bound.
         above: whether ``low`` itself is excluded.
         below: whether ``high`` itself is excluded. With an infinite ``high``, this means that the value is finite.
         unit: text behind the bounds in the message.
@@ -78,7 +78,10 @@ ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise a ValueError unless every argument is a whole number of at least 1. The keywords are the names."""
+    """Raise a ValueError unless every argument is a whole number of at least 1.
+
+    The keywords are the names in the message.
+    """
     for name, value in counts.items():
         _check_type(name, value, Count)
 
@@ -113,7 +116,7 @@ def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
     known = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
     if known not in allowed:
         raise ValueError(
-            f"norm must be one of {', '.join(allowed)}, got {norm!r} (upper case means the same, as in Linf)"
+            f"norm must be one of {', '.join(allowed)}, got {norm!r} (upper case is allowed too, as in Linf)"
         )
     return cast(Norm, known)
 
@@ -132,8 +135,8 @@ def check_types(config: Any) -> None:
     hours.
 
     Args:
-        config: the dataclass. Checked fields have the type bool, int, float, str, ``typing.Literal``, a dataclass, a
-            tuple of these, or one of these or None. Fields of other types are not checked.
+        config: the dataclass. A field is checked if its type is bool, int, float, str, ``typing.Literal``, a dataclass
+            or a tuple of these, also if the field may be None. Fields of other types are not checked.
     """
     if type(config) not in _types_of:
         _types_of[type(config)] = get_type_hints(type(config), include_extras=True)

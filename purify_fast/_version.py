@@ -1,3 +1,3 @@
-"""The package's version, in a separate module that every module can read without importing the package."""
+"""The package's version."""
 
 __version__ = "0.1.0"

@@ -1,9 +1,9 @@
-"""The class AutoAttack, computed with this package's attacks. Code that uses the original changes only its import.
+"""A replacement for the original class AutoAttack. It runs this package's attacks.
 
-The import is ``from purify_fast.autoattack import AutoAttack``. The names and defaults of the arguments and their order
-are those of the original implementation (Croce & Hein, ICML 2020; the class ``AutoAttack`` of the package autoattack,
-which RobustBench calls). An argument that this class does not support raises an error. To run the original
-implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
+Code that uses the original changes only its import: ``from purify_fast.autoattack import AutoAttack``. The names and
+defaults of the arguments and their order are those of the original implementation (Croce & Hein, ICML 2020; the class
+``AutoAttack`` of the package autoattack, which RobustBench calls). An argument that this class does not support raises
+an error. To run the original implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
 
 Four things differ from the original:
 
@@ -102,13 +102,13 @@ class AutoAttack:
         model: a function from images ``[B, C, H, W]`` in [0, 1] to logits. A module is attacked in evaluation mode.
         norm: norm of the ball: "Linf", "L2" or "L1".
         eps: radius in image units.
-        seed: seed of all random draws; None: 0.
+        seed: seed of all random draws. None means 0.
         verbose: whether to print the accuracy after each attack.
         attacks_to_run: names of the attacks in their order; only with the version "custom".
         version: "standard", "plus", "rand" (for random models: 20 draws per step) or "custom".
         is_tf_model: must be False, because models of TensorFlow are not supported.
-        device: device on which the model computes; None: the device of its parameters.
-        log_path: path of a file to which the accuracy after each attack is appended; None: no file.
+        device: device on which the model computes. None means the device of its parameters.
+        log_path: path of a file to which the accuracy after each attack is appended. If None, no file is written.
 
     Attributes:
         apgd: `ApgdSettings` of ``apgd-ce`` and ``apgd-dlr``.
@@ -171,13 +171,14 @@ class AutoAttack:
             y_orig: labels, integers ``[N]``.
             bs: number of images that are attacked together.
             return_labels: whether to return also the classes that are predicted for the returned images.
-            state_path: must be None. `purify_fast.evaluate` with ``out`` can be interrupted and resumed.
+            state_path: must be None, because this class cannot resume a run. Use `purify_fast.evaluate` with ``out``
+                for a run that can be resumed.
             batch_size: the name of ``bs`` in pyautoattack.
 
         Returns:
-            Images ``[N, C, H, W]``, float32 on the device of x_orig: the adversarial image, or the original if none was
-            found. For a random model, the point that most draws misclassify. With ``return_labels`` also the predicted
-            classes, int64 ``[N]``.
+            Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
+            original image if the attacks found none. For a random model, the adversarial image is the point that most
+            draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``.
 
         Raises:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.

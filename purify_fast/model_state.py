@@ -3,9 +3,9 @@
 `children` returns the values directly inside a value, with their names. The rest of this module is built on it. The two
 keys are made from all values inside a model:
 
-- `identity_key` identifies tensors by their addresses, and other objects by their identity. A captured step reads the
-  memory that its model used at the capture, so it may be replayed as long as this key is unchanged. A write into that
-  memory, such as an optimizer's step, does not change the key.
+- `identity_key` identifies tensors by their addresses, and other objects by their identity. A captured step (a CUDA
+  graph) reads the memory that its model used at the capture, so it may be replayed as long as this key is unchanged. A
+  write into that memory, such as an optimizer's step, does not change the key.
 - `fingerprint` compares models in different processes by value. Two models get the same fingerprint only if no
   difference between them can be found. A fingerprint contains nothing that varies between processes, such as addresses
   in memory, the order of a set, or the state of a random generator.
@@ -39,7 +39,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ._compiler import is_compiled, outside_graphs
 from ._tensors import digest, text_hash
 
-#: The attributes that every module has. The keys include only its mode, tensors, submodules and hooks.
+#: The attributes that every ``nn.Module`` has. The two keys include only some of them: the module's mode (training or
+#: evaluation), tensors, submodules and hooks.
 BARE = frozenset(vars(nn.Module()))
 #: The dictionaries of hooks that run in a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -178,7 +179,7 @@ class _Walk:
         self._alive: list[Any] = []
 
     def open(self, value: Any) -> tuple[Any, Children]:
-        """Return a mark that identifies a value, and the values inside it. The value is not plain."""
+        """Return a mark that identifies a value, and the values inside it. This is not called for plain values."""
         raise NotImplementedError
 
     def add(self, value: Any) -> None:
@@ -216,8 +217,9 @@ def identity_key(model: nn.Module) -> tuple[tuple[Any, ...], list[Any], list[Ten
         model: a module.
 
     Returns:
-        Three values: the key, which can be hashed; the objects that are identified by their ids, to be kept alive as
-        long as the key, so that no new object gets the same id; and the model's tensors, without repetition.
+        Three values: the key, which can be hashed; the objects that are identified by their ids; and the model's
+        tensors, without repetition. Keep these objects alive as long as the key. Otherwise a new object could get the
+        same id.
 
     Raises:
         TypeError: a tensor has a special class, such as a part of a sharded weight, whose memory is elsewhere.
@@ -323,7 +325,10 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
 
 
 def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[str | None, str]:
-    """The `fingerprint` and "", or None and the reason. The reason completes a sentence that begins with the model."""
+    """The `fingerprint` and "", or None and the reason why there is none.
+
+    The reason, such as "is a function ...", completes a sentence whose subject is the model.
+    """
     inner: Any = getattr(model, "fingerprinted", model)
     reason = "is a function, whose weights cannot be compared"
     if isinstance(inner, nn.Module):
@@ -492,7 +497,7 @@ def _name(value: Any) -> str:
 def _is_found_by_name(function: FunctionType) -> bool:
     """Tell whether a library's function can be imported by its name.
 
-    A lambda, an inner function, and a user's wrapper with the name of the wrapped function cannot.
+    A lambda, an inner function, and a user's wrapper with the name of the wrapped function cannot be imported.
     """
     place: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
@@ -567,7 +572,7 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a value that it may use, each with its name for messages."""
+    """The parts of a value that the value may use when it is called, each with its name for messages."""
     if isinstance(value, _GROUPS):
         yield from ((f"{place}[{name!r}]", part) for name, part in islice(children(value), _MEMBERS))
     elif not isinstance(value, FunctionType):

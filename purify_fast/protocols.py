@@ -1,8 +1,10 @@
-"""The methods that this package can use of a user's model, as protocols. A class need not inherit from them.
+"""Protocols that describe the methods of a user's model that this package can use.
+
+A class satisfies a protocol if it has the protocol's methods. It need not inherit from the protocol.
 
 A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells which
 other methods a defence has. It looks at the object's type. So the methods of a model inside a wrapper, such as a
-compiled module, do not count as methods of the wrapper: a call would bypass the wrapper.
+compiled module, do not count as methods of the wrapper, because a call of such a method would bypass the wrapper.
 """
 
 from __future__ import annotations
@@ -137,7 +139,10 @@ class AuthorsEvaluation(Protocol):
     """Has the attacks with which the authors of the defence evaluated it."""
 
     def authors_attacks(self, eps: float) -> Sequence[Any]:
-        """The authors' attacks at radius ``eps``, as `AttackSpec` objects whose ``judge`` is the authors' model."""
+        """The authors' attacks at radius ``eps``, as `purify_fast.evaluation.AttackSpec` objects.
+
+        The ``judge`` of each is the authors' model, which classifies the attacked images.
+        """
 
 
 @runtime_checkable
@@ -153,7 +158,7 @@ class OwnAttacks(Protocol):
     """Has attacks that were written for this defence."""
 
     def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
-        """The attacks that the protocol "strong" adds, in the given ball: `purify_fast.evaluation.AttackSpec`."""
+        """The `purify_fast.evaluation.AttackSpec` objects that the protocol "strong" adds in the given ball."""
 
 
 @runtime_checkable

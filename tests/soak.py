@@ -461,7 +461,7 @@ class Soak:
         code, errors = ended(start(command, out, self.cache))
         self.counts[command.name, "changed bit"] += 1
         self.ends["changed bit", code] += 1
-        said, status = ("is set aside as", 0) if before else ("is not a checkpoint", 2)
+        said, status = ("was renamed to", 0) if before else ("is not a checkpoint", 2)
         if code != status or said not in errors:
             self.lost(f"{command.name}: bit {at} changed, with one before it: {before}: {code}: {errors[-400:]}")
         if not before:

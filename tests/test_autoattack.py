@@ -98,7 +98,7 @@ def test_a_random_model_falls_by_fresh_draws_alone(plain, capsys):
     "options, run, message",
     [
         ({"norm": "L0"}, {}, "norm must be .*L0.* as in Linf"),
-        ({"eps": 8}, {}, "eps is in image units, at most 1 for linf, got 8"),
+        ({"eps": 8}, {}, "eps must be at most 1 for linf, in image units, got 8"),
         ({"eps": "8/255"}, {}, "eps must be .*'8/255': write 8 / 255 without quotes"),
         ({"version": "best"}, {}, "version must be .*best"),
         ({"is_tf_model": True}, {}, "is_tf_model must be False, got True"),

@@ -1,4 +1,4 @@
-"""Run every op once with each of its example inputs, so that sanitizers can check the kernels."""
+"""Run every op once with each of its example inputs, so that compute-sanitizer can check the kernels."""
 
 from __future__ import annotations
 

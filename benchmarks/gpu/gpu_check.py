@@ -4,20 +4,22 @@
 - ``ops`` evaluates a model with CUDA graphs and without, times training steps, and compares kernels with references.
 - ``pipelines`` measures the ops in detail, runs the sanitizer, and measures whole pipelines.
 
-``tests ops`` runs two parts on one machine, where kernels that both need are compiled once. A part consists of
-sections. Each section has a separate process and a time limit. It ends as passed, failed, or not available (if a tool
-is missing).
+A run may have several parts, such as ``tests ops``. Kernels that several of these parts need are compiled only once.
+
+A part consists of sections. Each section has a separate process and a time limit. Its outcome is passed, failed, or not
+available (if a tool is missing).
 
 DIR is the folder for the results of the device. A section writes its findings to ``DIR/gpu_check/<section>.json`` and
-its output to ``DIR/gpu_check/<section>.log``. Measured rows are written to DIR at once. The file ``DIR/gpu_check.md``
-has a summary of all sections.
+its output to ``DIR/gpu_check/<section>.log``. Each row is written into DIR as soon as it is measured. The file
+``DIR/gpu_check.md`` has a summary of all sections.
 
 A second run repeats only those sections that failed, that were left out, or whose results are from another version,
-other sources or another device. After a killed run, written rows are not measured again, and passed tests are not run
-again.
+other sources or another device. If a section was killed, the next run keeps the rows that the section has written and
+the tests that have passed.
 
-At the end every run writes the device's chapter of docs/performance.md, and the choices between kernel and reference
-that are part of the package. A rehearsal writes both only into DIR.
+At the end, every run makes two results: the device's chapter of docs/performance.md, and the list that says for each op
+where the package uses its kernel and where its reference. Both are written into DIR. If DIR is in benchmarks/results,
+the documentation and the package are updated too. A rehearsal never does that.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ from ..speed import sheets, shipping
 from ..speed.running import device_class
 from .gpu_sections import FAILED, SECTIONS, Context, Outcome, fingerprint
 
-#: A section is killed this many seconds after its time limit, on a GPU and in a rehearsal.
+#: A section is killed this many seconds after its time limit. The first number is for a GPU, the other for a rehearsal.
 GRACE = (20.0, 5.0)
-#: The time limit of each part in seconds, on a GPU and in a rehearsal.
+#: The time limits of each part in seconds. The first number is for a GPU, the other for a rehearsal.
 TOTALS = {"tests": (540, 140), "ops": (540, 95), "pipelines": (540, 65)}
 
 
@@ -67,7 +69,7 @@ def _rehearse(out: Path) -> None:
 def _end_with(parent: int) -> None:
     """Wait until the parent process has ended, and then kill this process group.
 
-    The parent itself cannot kill the group if the parent was killed.
+    This is needed because a parent that was killed itself cannot kill the group.
     """
     while os.getppid() == parent:
         time.sleep(0.2)
@@ -118,7 +120,7 @@ def run_section(name: str, context: Context) -> dict:
 
 
 def done(path: Path, mark: dict) -> dict | None:
-    """Read the result of a section. Return None if there is none with the fingerprint ``mark``."""
+    """Read the result of a section. Return None if there is no result, or if its fingerprint differs from ``mark``."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -127,7 +129,7 @@ def done(path: Path, mark: dict) -> dict | None:
 
 
 def table(results: dict[str, dict | None]) -> list[str]:
-    """Return the table of the sections. The result of a section that has not run is None."""
+    """Return a table with the outcome of each section. ``results`` has None for a section that has not run."""
     body = [
         [name, result["state"], f"{result['seconds']:.0f}", result["summary"].replace("\n", " ")]
         if result
@@ -144,9 +146,9 @@ def page(results: dict[str, dict | None], mark: dict) -> str:
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
-    """Write the device's chapter, and its choices between kernel and reference.
+    """Write the device's chapter of docs/performance.md, and its list of choices between kernel and reference.
 
-    If the results are in ``benchmarks/results``, docs and the package are updated as well.
+    If ``out`` is in ``benchmarks/results``, the documentation and the package are updated too.
 
     Args:
         out: folder for the results of the device.
@@ -186,7 +188,7 @@ def _begin(name: str, out: Path, mark: dict) -> None:
 
 
 def complete(result: dict | None) -> bool:
-    """Tell whether a section has run without failures and without omissions."""
+    """Tell whether a section has run without a failure, and has left out nothing."""
     return result is not None and result["state"] != FAILED and not result["left_out"]
 
 

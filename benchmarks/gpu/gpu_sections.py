@@ -1,6 +1,6 @@
 """The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`.
 
-Five sections decide whether CUDA graphs and kernels are worth using. Each of them writes a separate file:
+Five sections show where CUDA graphs and kernels save time. Each of these sections writes a file of its own:
 
 1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay saves.
 2. `VERDICTS`: the correctness and the compile time of each kernel.
@@ -85,10 +85,10 @@ class Context:
 
     Attributes:
         out: folder for the results of the device.
-        device: checked device.
+        device: device that is checked.
         dry: True for a rehearsal on a CPU, in which all inputs are small and the numbers mean nothing.
         seconds: time limit of the section in seconds.
-        data: folder with CIFAR-10 or path of an ``.npz`` file. None means the current folder.
+        data: folder with CIFAR-10, or path of an ``.npz`` file. If it is None, the current folder is used.
         started: start time of the section on the monotonic clock.
     """
 
@@ -117,9 +117,9 @@ class Outcome:
 
 
 def measured(context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]]) -> Outcome:
-    """Measure those parts of a section that its results file does not have yet. Write the file after each part.
+    """Measure the parts of a section that are missing in its results file. Write the file after each part.
 
-    A failed part does not stop the other parts. A part that does not fit into the time limit is left out.
+    If a part fails, the next part is measured. A part that does not fit into the time limit is left out.
 
     Args:
         context: context of the section.
@@ -147,10 +147,10 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) 
     """Return the outcome of a section.
 
     Args:
-        budget: budget after the run, with the errors and the names of the items that were left out.
+        budget: budget after the run. It has the errors, and the names of the parts that were left out.
         summary: beginning of the summary.
-        some: True if at least one row was measured. Otherwise the section has failed.
-        wrong: messages about wrong results. If there are any, the section has failed.
+        some: True if at least one row was measured. A section without rows has failed.
+        wrong: messages about wrong results, by the name of the part. A section with wrong results has failed.
     """
     failed = budget.failed or {}
     errors = failed | wrong
@@ -231,7 +231,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
 
 
 def capture_cost(context: Context) -> Outcome:
-    """Measure the times to capture a gradient step, to launch it, to replay it, and to compute it on the device."""
+    """Measure how long a gradient step takes to be captured in a CUDA graph, launched, replayed and computed."""
     sizes = (2, 4) if context.dry else (16, 64, 250)
     work = {
         f"{images} images, {precision}": partial(_one_capture, context, images, precision)
@@ -264,7 +264,7 @@ def _subject(context: Context) -> contests.Subject:
 
 
 def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
-    """Return a row of the results file that compares the robust images with those of the run without CUDA graphs."""
+    """Return a row of the results file. It counts the images whose outcome differs from the run without CUDA graphs."""
     other = int((robust != without_graphs).sum())
     row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
     return row | {"other_than_off": other}
@@ -296,7 +296,10 @@ def _official(context: Context, subject: contests.Subject) -> list[dict]:
 
 
 def standard(context: Context) -> Outcome:
-    """Run the protocol `standard` with CUDA graphs off, auto and always, and AutoAttack. Compare each image."""
+    """Attack a model by the protocol `standard`, with CUDA graphs off, auto and always, and by the official AutoAttack.
+
+    The results are compared image by image.
+    """
     subject = _subject(context)
     work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto", "always")}
     work["AutoAttack"] = partial(_official, context, subject)
@@ -304,7 +307,7 @@ def standard(context: Context) -> Outcome:
 
 
 def _device_seconds(run: Callable[[], object]) -> float:
-    """Return the computing time of the GPU in seconds, by PyTorch's profiler, or 0 if the profiler cannot tell."""
+    """Return the GPU's computing time in seconds, as PyTorch's profiler measures it. It is 0 if the profiler fails."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -370,7 +373,7 @@ def replays(context: Context) -> Outcome:
 
 
 def extension(context: Context) -> Outcome:
-    """Find the loaded extension with the CPU kernels, or build one in a separate folder."""
+    """Find the loaded extension, which has the CPU kernels. If none is loaded, build it in a separate folder."""
     loaded = _library.path if _library.loaded() else None
     path = Path(loaded) if loaded else _build(context)
     known = facts(path)
@@ -392,9 +395,9 @@ def measured_limits(context: Context) -> Outcome:
 
 
 def tests(context: Context) -> Outcome:
-    """Run tests/gpu. Tests with small tensors run in parallel, then those with large tensors run one by one.
+    """Run tests/gpu, except the tests that passed in an earlier run.
 
-    Tests that passed in an earlier run are skipped.
+    The tests with small tensors run in parallel. After them, the tests with large tensors run one by one.
     """
     path = context.out / "gpu_check" / "tests.outcomes"
     cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
@@ -409,7 +412,7 @@ def tests(context: Context) -> Outcome:
         command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
         command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
-        # Pytest ends with status 0 if all tests passed, with 1 if some failed, and with 5 if there was no test to run.
+        # Pytest ends with status 0 if all tests passed, with 1 if some tests failed, and with 5 if it found no test.
         if status not in (0, 1, 5):
             raise RuntimeError(f"pytest ended with exit status {status}; its output is in {path.with_suffix('.log')}")
     outcomes = {line["test"]: line for line in map(json.loads, path.read_text().splitlines())}
@@ -422,7 +425,10 @@ def tests(context: Context) -> Outcome:
 
 
 def sanitizer(context: Context) -> Outcome:
-    """Run every op once under compute-sanitizer. Without this tool run only the ops, which checks no memory."""
+    """Run every op once under compute-sanitizer, which checks the memory accesses of the kernels.
+
+    If this tool is missing, the ops run without these checks.
+    """
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
     # Give every tensor a separate allocation, so that the tool finds accesses beyond a tensor.
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -443,7 +449,7 @@ def sanitizer(context: Context) -> Outcome:
     if tool is None:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin or CUDA_PATH/bin")
     tiny = [sys.executable, "-c", "import torch; print(torch.arange(9, device='cuda').sum().item())"]
-    # Do not report errors of the CUDA API: PyTorch may ask the driver for features that it does not support.
+    # Do not report errors of the CUDA API: PyTorch may ask for features that the driver does not support.
     commands = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
     commands = {kind: [tool, "--tool", kind, "--error-exitcode", "9", *more] for kind, more in commands.items()}
     clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "SUMMARY: 0 hazards"}
@@ -465,7 +471,7 @@ def sanitizer(context: Context) -> Outcome:
 
 
 def races(context: Context) -> Outcome:
-    """Run `purify-fast tune`, and copy its file to the results."""
+    """Time all kernels against their references, as `purify-fast tune` does. Copy its file into the device's folder."""
     retain_freed_memory()
     device = context.device
     if device.type == "cuda":
@@ -513,9 +519,9 @@ class Section:
     """A section of the check. It runs in a separate process.
 
     Attributes:
-        part: name of the command that the section belongs to.
+        part: name of the part of the check that the section belongs to.
         run: function that runs the section.
-        limits: time limits in seconds, on a GPU and in a rehearsal on a CPU.
+        limits: time limits in seconds. The first is for a GPU, the second for a rehearsal on a CPU.
         files: names of the results files that the section writes into the folder of the device.
     """
 

@@ -1,13 +1,16 @@
 """Count the operators that a step of each training dispatches. On a GPU each operator is a launch, which takes time.
 
 The operators are counted on the CPU, as PyTorch dispatches them. Operators that move no data, such as views, do not
-count. There are four counts. In the first, all ops are PyTorch references. In the second, an op is a kernel if a GPU
-would use its kernel for eager calls without a measurement, because it replaces at least a dozen launches. The third is
-the same, but the steps of the attack are replays of a CUDA graph, and each replay counts as one launch. In the fourth,
-every op is a kernel, as if all kernels had been measured to be faster.
+count. Each training is counted in four ways:
 
-A CPU kernel counts like a GPU kernel, because both are one operator. CARSO's decoder has no CPU kernel, so its layers
-are counted.
+- ``references``: every op runs its reference in PyTorch.
+- ``by rule``: an op runs its kernel if a GPU would use this kernel in eager calls before any measurement. The rule is
+  that the kernel replaces at least a dozen launches.
+- ``by rule, captured``: the same, and each step of the attack is a replay of a CUDA graph. A replay is one launch.
+- ``all kernels``: every op runs its kernel, as if all kernels had been measured to be faster.
+
+A CPU kernel stands for a GPU kernel, because both are a single operator. CARSO's decoder has no CPU kernel, so the
+operators of its layers are counted.
 """
 
 from __future__ import annotations
@@ -81,8 +84,8 @@ def served(by: Served) -> Iterator[None]:
     """Within the block, choose for each op on the CPU between its reference and its kernel.
 
     Args:
-        by: the rule. "references" chooses no kernel, and "all kernels" every kernel. "by rule" chooses the kernels that
-            a GPU would use without a measurement, and so does "by rule, captured".
+        by: name of the rule. "references" chooses no kernel, and "all kernels" every kernel. "by rule" and "by rule,
+            captured" choose the kernels that a GPU would use before any measurement.
     """
     entries = {}
     for name, op in REGISTRY.items():
@@ -90,7 +93,7 @@ def served(by: Served) -> Iterator[None]:
         kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
         cells = {"": {"eager": "reference"}} | {variant: {"eager": op.kernel("cpu")} for variant in kernels}
         entries[name] = {"races": [cells]}
-    # Turn off the CPU kernel for the whole attention. A GPU has no such kernel, so it launches more operators.
+    # Turn off the CPU kernel of the whole attention. A GPU has no such kernel, so it launches more operators.
     whole, attention.WHOLE = attention.WHOLE, False
     try:
         with keep_kernels({"device": "cpu", "ops": entries}):
@@ -100,7 +103,7 @@ def served(by: Served) -> Iterator[None]:
 
 
 class Replays:
-    """Replacement for CUDA graphs in `StepGraphs` on a CPU. A replay runs the step again, and counts as one launch."""
+    """Replaces CUDA graphs in `StepGraphs` on a CPU. A replay runs the step again, and counts as a single launch."""
 
     kind = "cpu"
 
@@ -139,11 +142,11 @@ class Replays:
 
 
 def count(make: Callable[[], Any], by: Served) -> int:
-    """Count the operators of a training step, forward and backward. Work that only the first steps do is left out.
+    """Count the operators of a training step, forward and backward, without the extra work of the first steps.
 
     Args:
         make: function that makes the task of the training.
-        by: choice between references and kernels, as in `served`.
+        by: rule that chooses between references and kernels, as in `served`.
     """
     torch.manual_seed(0)
     with served(by):
@@ -168,7 +171,7 @@ def write(results: Path) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """Return the table of the operators in one step of each training, from the committed counts."""
+    """Return the table with the committed numbers of operators in a step of each training."""
     body = []
     for row in sheets.read_csv(results / FILE):
         plain = int(row["references"])

@@ -35,7 +35,7 @@ from . import front_page, performance
 
 ROOT = RESULTS.parents[1]
 
-# The body of a block must not contain the begin of another block. Otherwise, if an end marker is damaged, all text up
+# The body of a block must not contain the begin of another block. Otherwise, if an end marker were damaged, all text up
 # to the end of the next block would be replaced.
 _BODY = r"(?:(?!<!-- (?:table|value): ).)*?"
 _TABLE = re.compile(rf"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n){_BODY}(?P<end><!-- end -->)", re.S)
@@ -76,7 +76,7 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
             row = times.get((pipeline, case, contestant))
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
         body.append(line)
-    # In a shape, the text after the semicolon explains names of cases. It is cut off because the page explains them.
+    # Cut off the text after a shape's semicolon. It explains the names of cases, which the page explains too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     more = ", most memory beyond the loaded networks, share of the processor's matrix rate"
     what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
@@ -105,7 +105,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "memory": gradient_memory.table,
     "diffusion_said": diffusion.said,
 }
-#: The page whose sentences may contain numbers that are in no results file.
+#: The page whose sentences may contain numbers that are in no results file. `check` does not compare them.
 MEASURED_PAGE = "performance.md"
 
 
@@ -125,14 +125,14 @@ def table(name: str, results: Path) -> str | None:
 
 
 def value(study: str, model: str, key: str, results: Path) -> str:
-    """Return an accuracy of a study in percent, with one decimal, or a speedup of a pipeline.
+    """Return a single number for a page: an accuracy of a study in percent, or a speedup of a pipeline.
 
-    The accuracy is the mean over the seeds of the study.
+    An accuracy is the mean over the seeds of the study.
 
     Args:
         study: name of the study, or ``cpu`` for a speedup.
-        model: name of the model in the study's table. For a speedup it is "pipeline, case".
-        key: name of the attack, or a key in the results of a study on digits. For a speedup it is the implementation.
+        model: name of the model in the study's table. For a speedup, the names of pipeline and case: "pipeline, case".
+        key: name of the attack, or a key in the results of a study on digits. For a speedup, the implementation's name.
         results: the folder ``benchmarks/results``.
 
     Raises:
@@ -231,7 +231,7 @@ def broken_links(page: Path) -> list[str]:
             continue
         place = (page.parent / path) if path else page
         if place.parent == ROOT / "docs" / "api":
-            # The API pages do not exist in the repository: the build of the site writes one for each public module.
+            # The API pages are not in the repository. The build of the site writes a page for each public module.
             module = place.stem.removeprefix("purify_fast").replace(".", "/")
             home = ROOT / f"purify_fast{module}"
             if not (home.with_suffix(".py").is_file() or (home / "__init__.py").is_file()):
@@ -282,7 +282,7 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
 
 @functools.cache
 def _measured(name: str, results: Path) -> frozenset[str]:
-    """Return all numbers with decimals in a table, and the numbers in its results as percentages with one decimal."""
+    """Return all numbers with decimals in a table, and the numbers of its results file as percentages."""
     text = table(name, results) or ""
     found = {number.replace(",", "") for number in re.findall(r"\d[\d,]*\.\d+", text)}
     whole = results / "studies" / f"{name}.json"
@@ -336,7 +336,7 @@ def main(chosen: argparse.Namespace) -> bool | None:
 
 
 def publish() -> None:
-    """Write the kernel choices that are part of the package, and the tables of all pages."""
+    """Write the package's list of choices between kernel and reference, and the tables of all pages."""
     print(shipping.write_races(RESULTS))
     for page in every_page():
         for name in fill(page, RESULTS):
@@ -344,7 +344,7 @@ def publish() -> None:
 
 
 def ship(chosen: argparse.Namespace) -> Path:
-    """Run ``python -m benchmarks ship``."""
+    """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
     try:
         path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     except FileNotFoundError as error:

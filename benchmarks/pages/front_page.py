@@ -15,13 +15,14 @@ from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed.sheets import PIPELINES, ROWS, ops_speedups, read_csv
 
-#: The row of a report for the worst case over all attacks, image by image.
+#: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
-#: The row with the worst case in the study of ARREST, where each attack continues on the survivors of the one before.
+#: The name of the row for the worst case in the study of ARREST, where each attack continues on the images that the
+#: attacks before it left.
 LAST = "then AutoAttack standard, first 300"
-#: The lines of the table of results. Each has a title, a study, the model's name in the study's report, and the row of
-#: the report that is shown.
 PAPER = "CARSO with the paper's objective, attacked through"
+#: The lines of the table of results. Each has a title, a study, the model's name in the study's report, and the name of
+#: the report's row that is shown.
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
     (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST),
@@ -90,7 +91,7 @@ def speed_table(results: Path) -> list[str]:
 
 
 def contests_sentence(results: Path) -> list[str]:
-    """Compare the default protocol with the official AutoAttack, on the same images and models.
+    """Return the table's line that compares the default protocol with AutoAttack, on the same images and models.
 
     Args:
         results: folder of the committed results.
@@ -101,7 +102,7 @@ def contests_sentence(results: Path) -> list[str]:
     for row in rows:
         theirs = official.get(row["contest"])
         ours = row["contestant"].partition(",")[0] == contests.OURS or row["contestant"] == contests.OURS_RAND
-        # Compare only runs on the same images: an unfinished run of AutoAttack has fewer images.
+        # Compare only runs on equally many images, because an unfinished run of AutoAttack has fewer images.
         if ours and theirs is not None and len(theirs.get("left", "")) == len(row.get("left", "")):
             leads.setdefault(row["contest"], []).append(theirs["robust"] - row["robust"])
     every = [lead for of_contest in leads.values() for lead in of_contest]
@@ -125,7 +126,9 @@ def judges_sentences(results: Path) -> list[str]:
 
 
 def diffusion_sentence(results: Path) -> list[str]:
-    """Compare the attacks of DiffPure's authors with exact gradients. Return no line if the study has not run.
+    """Return the table's line that compares the attacks of DiffPure's authors with attacks by exact gradients.
+
+    The result is empty if the study has not run.
 
     Args:
         results: folder of the committed results.
@@ -145,7 +148,7 @@ def diffusion_sentence(results: Path) -> list[str]:
 
 
 def broken_sentence(results: Path) -> list[str]:
-    """Count the broken defences on which AutoAttack and the default protocol match an adaptive attack.
+    """Return the table's line about the broken defences that AutoAttack and the default protocol overestimate.
 
     Args:
         results: folder of the committed results.

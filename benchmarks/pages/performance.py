@@ -16,9 +16,9 @@ from ..speed.ops import Case, registry
 from ..speed.sheets import table
 from ..speed.timing import AUTOTUNED
 
-#: The file with notes on a device, written by hand. They are put at the end of the device's chapter.
+#: The file with notes on a device, which are written by hand and put at the end of the device's chapter.
 NOTES = "notes.md"
-#: The assumed bytes/s of a copy and FLOP/s of a bfloat16 product on an H200-class GPU.
+#: The assumed rates of an H200-class GPU: the bytes/s of a copy, and the FLOP/s of a bfloat16 product.
 ASSUMED = (4.3e12, 790e12)
 #: The compared implementations whose times are shown.
 KINDS = ("eager", "compile", AUTOTUNED, "ours")
@@ -54,7 +54,7 @@ def limit(case: Case, direction: str, copied: float | None, multiplied: float | 
 
 
 def _counted(case: Case, what: str, direction: str) -> tuple[str, str]:
-    """Return the formula of bytes or FLOP, and the number in millions, as two cells of a table."""
+    """Return two cells of a table: the formula of the bytes or FLOP of a case, and their number in millions."""
     return f"`{case.formula(what, direction).replace('*', ' ')}`", f"{case.count(what, direction) / 1e6:,.1f}"
 
 
@@ -76,7 +76,7 @@ def counted() -> list[str]:
 
 
 def _rates(folder: Path, rows: list[dict], races: list[dict]) -> dict[str, tuple[float | None, float | None]]:
-    """Return bytes/s of a copy and FLOP/s of a product for each device. A rate that was not measured is None."""
+    """Return two rates for each device: bytes/s of a copy, and FLOP/s of a product. An unmeasured rate is None."""
     measured, rates = limits.read(folder), {}
     for device in dict.fromkeys(row["device"] for row in (*rows, *races)):
         raced = [1e9 * float(row["matrix_GFLOP_per_s"]) for row in races if row["device"] == device]
@@ -193,7 +193,7 @@ def folders(results: Path) -> list[Path]:
 
 
 def devices(results: Path) -> list[str]:
-    """Return the table of the rates of all devices. A note follows if no GPU was measured."""
+    """Return the table of all devices, with their rates of a copy and of a product. Without a GPU, a note follows."""
     body = [["an H200-class GPU", *(f"{rate / 1e9:,.0f}" for rate in ASSUMED), "**assumed**, not measured"]]
     for folder in folders(results):
         rows, races = _measurements(folder)

@@ -1,17 +1,17 @@
 """Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
-A contest is one model, one set of images and one radius. Its contestants are the compared attacks. They run one after
-the other in one process, and every round runs all of them, so that other load on the machine affects all contestants in
-the same way. Their results are evaluated in the same way: the returned images are clipped to the ball, and the model
-classifies them. A random model classifies each image several times, with new random numbers.
+A contest is a model, a set of images and a radius. Its contestants are the compared attacks. They run one after the
+other in one process, and every round runs all of them, so that other load on the machine affects all contestants in the
+same way. All results are evaluated in the same way: the images that an attack returns are clipped to the ball, and the
+model classifies them. A random model classifies each image several times, with new random numbers.
 
 Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a contest can be
-run alone, by its name. A row of the results file has all runs of one contestant in one contest. It names the weights,
-the images, and the attacks with their revisions. If one of these changes, the contestant runs again.
+run alone, by its name. A row of the results file has all runs of a contestant in a contest. It names the weights, the
+images, and the attacks with their revisions. If any of these changes, the contestant runs again.
 
-The contests on robust networks are larger. There a run may attack only a part of the images. The images in forward
-passes and in gradients are counted. The results file has the outcome of each image, so that two contestants can be
-compared image by image.
+The contests on robust networks (``--robust``) are larger. Here a run may attack only a part of the images. The images
+in forward passes and in gradients are counted. The results file has the outcome of each image, so that two contestants
+can be compared image by image.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ from . import revisions
 from .counted_model import CountedModel
 from .studies.carso import resnet18
 
-#: The names of the results file, and of the file with the table for docs/evaluation.md. The names in the next line are
-#: those of the contests on robust networks.
+#: The results file, and the file with the table for docs/evaluation.md. The two files in the second line are those of
+#: the contests on robust networks.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: The number of steps of a shorter run of the protocol rand, and the name of this run.
+#: The protocol rand also runs as a second contestant with fewer steps. This is the number of its steps, and its name.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
 #: A random model classifies each returned image JUDGES times. Attacks on it average DRAWS gradients in each step.
 JUDGES, DRAWS = 20, 20
 #: The number of images in a batch, which is the default of the official implementation.
 BATCH = 250
-#: On a robust network, slow contestants attack this many images in a run, so that an interrupted contest can resume.
-#: The other contestants attack all images in one run, because their stopping rule depends on all images.
+#: On a robust network, these slow contestants attack this many images in a run, so that an interrupted contest loses
+#: little work. The other contestants attack all images in one run, because their stopping rule depends on all images.
 PARTS = {OFFICIAL: 50, STRONG: 50}
 #: The number of images that the protocol strong attacks on a robust network.
 STRONG_IMAGES = 100
@@ -87,7 +87,7 @@ class Amount:
 
     Args:
         images: largest number of images. None means all images of the contest.
-        steps: largest number of steps of an attack. An attack without a number of steps takes this number.
+        steps: largest number of steps of an attack. An attack that does not set a number of steps takes this number.
         queries: number of queries of Square.
         draws: number of random predictions whose gradients an attack on a random model averages.
         rounds: number of runs of every contestant. The shortest time counts.
@@ -122,7 +122,7 @@ class Subject:
     random: bool = False
 
 
-#: A function that attacks a `Subject`, and returns the share of new predictions that are wrong for each image, ``[N]``.
+#: A function that attacks a `Subject`. It returns the share of wrong new predictions for each image, ``[N]``.
 Contestant = Callable[[Subject, Amount], Tensor]
 
 
@@ -168,14 +168,14 @@ class Protocol:
     seed: int = 0
 
     def reduced(self, spec: AttackSpec, amount: Amount) -> AttackSpec:
-        """Return an attack whose options are at most those of an amount."""
+        """Return the attack with its numbers of steps, queries and draws limited to those of an amount."""
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
         given = {name: getattr(spec.resolved, name, None) for name in most}
         less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
         return replace(spec, attack=replace(spec.resolved, **less))
 
     def code(self, random: bool, amount: Amount) -> list[str]:
-        """Return descriptions of the attacks. Results of attacks with other descriptions are outdated.
+        """Return descriptions of the attacks. A row whose attacks have other descriptions is outdated.
 
         Args:
             random: True if two predictions of the model differ.
@@ -264,10 +264,10 @@ class Contest(NamedTuple):
 
 
 def _of_zoo(name: str, random: bool = False) -> nn.Module:
-    """Load a model of the zoo. If ``random`` is False, a random defence becomes deterministic."""
+    """Load a model of the zoo. If ``random`` is False, the randomness of a random defence is switched off."""
     model = zoo.load(name)
     if isinstance(model, StochasticDefence) and not random:
-        # Remove the randomness, because AutoAttack's version "standard" is for deterministic models.
+        # AutoAttack's version "standard" is only for deterministic models.
         return WithAggregation(model, deterministic=True).eval()
     return model
 
@@ -307,7 +307,7 @@ def _network(name: str, count: int, first: int = 0) -> Contest:
 
 
 def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
-    """Train the demonstration's adversarially trained classifier with a seed. Return it with the held-out digits."""
+    """Train the adversarially trained classifier of the demo with a seed. Return it with the held-out digits."""
     held_out, place = digits(), Path("runs/digits_seeds") / str(seed)
     train(Workspace(place, Budget(), seed, progress=False), BASE)
     return Subject(load_classifier(place / FOLDERS[BASE]), to_float(held_out.x_test), held_out.y_test, EPS)
@@ -316,8 +316,8 @@ def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
 def _published(folder: Path | None) -> Subject:
     """Load a published, adversarially trained network for MNIST, from the subfolder ``networks`` of the data folder.
 
-    It is the network of SDP-FO (Dathathri et al., NeurIPS 2020), which alpha-beta-CROWN distributes. The authors report
-    200 images at this radius. 76.0 % of them were proved robust, and after the best attack 76.5 % were right.
+    It is the network of SDP-FO (Dathathri et al., NeurIPS 2020), which alpha-beta-CROWN distributes. Its authors report
+    200 images at this radius: 76.0 % of the images were proved robust, and the best attack left 76.5 % right.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
@@ -343,12 +343,12 @@ CONTESTS = {
     "digits, ARREST": _digits("digits-arrest"),
     "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
     "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
-    # Use only 100 of the 500 images. Each step averages 20 draws of eight samples, so that the official attack takes
-    # several minutes for 100 images.
+    # Use only 100 of the 500 images, because the official attack takes several minutes even for 100 images: each of its
+    # steps averages 20 draws of eight samples.
     "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
 }
-#: The contests on robust networks. If a contest uses only a part of the test images, its name ends with the numbers of
+#: The contests on robust networks. If a contest has only a part of the test images, its name ends with the numbers of
 #: the first and the last image.
 ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
 ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
@@ -392,7 +392,7 @@ def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
 
 
 def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
-    """Return the images of each run of a contestant. A run attacks a part of the images, or all of them."""
+    """Return, for each run of a contestant, the slice of the images that the run attacks."""
     if name not in ROBUST:
         return [slice(0, images)] * rounds
     size, count = PARTS.get(who, images), min(images, STRONG_IMAGES) if who == STRONG else images
@@ -421,7 +421,7 @@ def is_current(row: Row, contest: Contest) -> bool:
 
     Args:
         row: row of `run_contest`.
-        contest: contest of the row. The weights are compared only if `Contest.model` is not None.
+        contest: contest of the row. If its field ``model`` is None, the weights are not compared.
     """
     code: dict[str, Any] = row.get("code", {})
     attack = contest.contestants.get(row["contestant"])
@@ -485,8 +485,8 @@ def run_contest(
 def sign_test(one: str, other: str) -> float:
     """Return the p-value of the difference between two attacks, by an exact two-sided sign test.
 
-    The test uses the images on which the attacks differ. Its null hypothesis says that each attack is equally likely to
-    be the better attack on such an image.
+    The test uses the images on which the attacks differ. Its null hypothesis says that both attacks are equally likely
+    to be the better attack on such an image.
 
     Args:
         one: a text with "1" for each image that is right after the first attack, and "0" for each other image.
@@ -500,7 +500,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
     """Return the table of the contests on robust networks.
 
     Args:
-        rows: rows of `run_contest`. An unfinished contestant has fewer images, and is compared on these images.
+        rows: rows of `run_contest`. A contestant that is not finished has fewer images, and is compared on these.
     """
     head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p"]
     body = []
@@ -576,7 +576,7 @@ def markdown(rows: list[Row]) -> list[str]:
         else:
             faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
             if row["device"] != first["device"]:
-                # Do not compare times of two machines, because they say nothing about the attacks.
+                # Times of two machines say nothing about the attacks.
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
@@ -598,7 +598,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _beside(row: Row, other: Row) -> bool:
-    """Tell whether another row remains in the file. Rows of the same contest must have the same amount."""
+    """Tell whether another row may stay in the file beside a new row. Rows of a contest must have the same amount."""
     return other["contest"] != row["contest"] or other["amount"] == row["amount"]
 
 

@@ -1,9 +1,11 @@
 """Evaluate trained models, and put them into `purify_fast.zoo`. Each model has a card with the evaluated accuracies.
 
-An argument NAME=FOLDER names a model and the folder that a training wrote, with a saved classifier or defence. An
-argument NAME evaluates a model that is in the zoo already, and writes its card again. The card describes the model. A
-new model needs a ``card.json`` in FOLDER, whose numbers are replaced by those of the evaluation. The classifier of a
-defence must be in the zoo too, and several defences can share it. An interrupted evaluation continues where it stopped.
+The argument NAME=FOLDER packs a model under a name. FOLDER is the folder that a training wrote, with a saved classifier
+or defence. A new model needs a ``card.json`` in FOLDER, which describes the model. The evaluation replaces the numbers
+of this card. The argument NAME evaluates a model that is already in the zoo, and writes its card again.
+
+The classifier of a defence must be in the zoo too, and several defences can share it. An interrupted evaluation
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def card_of(name: str, source: Path) -> Card:
 def prepare(source: Path, out: Path) -> Path:
     """Write a model in the form in which the zoo stores it, and return its new folder.
 
-    A model that is too large in float32 is stored in bfloat16. The stored form is evaluated.
+    A model that is too large in float32 is stored in bfloat16. The evaluation uses the stored model.
 
     Args:
         source: folder that a training wrote.
@@ -331,7 +333,7 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
         raise Unfit(f"the zoo would have {total:,} bytes. It may have at most {ALL:,}: pack fewer models.")
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for path in models.glob(f"*/{FILE}"):
-        # If a classifier is replaced, check that the other defences of the zoo fit the new classifier.
+        # If a classifier is replaced, check that the defences of the zoo that share it fit the new classifier.
         if (card := read_card(path.parent)).name not in cards and card.classifier in cards:
             loaded(card, folders, models)
     judged = [

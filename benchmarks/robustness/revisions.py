@@ -1,7 +1,7 @@
 """Describe the attacks of a protocol by their options and revisions.
 
-A row of a results file depends on the model, the images and the attacks. Results files store the descriptions of the
-attacks, so that outdated rows are found without running the attacks again.
+A row of a results file stores the description of the attacks that made the row. If the description differs from that of
+the present attacks, the row is outdated. So outdated rows are found without running the attacks again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 
 class AnyModel(nn.Module):
-    """A classifier of ten classes, which is used to list the attacks that a protocol runs on every model.
+    """A classifier of ten classes. `of_protocol` gives it to a protocol to find out which attacks the protocol runs.
 
     Args:
         random: True if two predictions of the same image differ.
@@ -46,7 +46,7 @@ class AnyModel(nn.Module):
 
 
 class AnyPurifier(AnyModel):
-    """The same classifier with the attacks that the protocol "strong" adds for a purifier by diffusion."""
+    """`AnyModel` with the attacks that the protocol "strong" adds for a purifier by diffusion."""
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
         """Return the added attacks. The arguments are those of `DiffusionPurifier.strong_attacks`."""
@@ -84,7 +84,7 @@ def of_protocol(
         model = AnyPurifier(random) if diffusion else AnyModel(random)
         subject = Subject(model, x, y, batch_size=2, n_eval=2, seed=0)
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
-    # The protocol may add attacks through surrogates of the model. Then the revision of the surrogates counts too.
+    # These protocols may add attacks through surrogates of the model, so the revision of the surrogates counts too.
     surrogates = name == "strong" or (name == "standard" and random)
     return of_attacks(map(change, specs)) + ([f"surrogates {REVISION}"] if surrogates else [])
 

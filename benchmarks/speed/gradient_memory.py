@@ -141,7 +141,7 @@ def main(chosen: argparse.Namespace) -> Path:
 
 
 def table(results: Path) -> list[str]:
-    """Return the table for docs/diffusion.md.
+    """Return the table of docs/diffusion.md, with the memory of each network and form of the gradient.
 
     Args:
         results: the folder ``benchmarks/results``.

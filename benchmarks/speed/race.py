@@ -1,9 +1,9 @@
 """Compare the speed of several implementations of a pipeline (a race). Each compared implementation is a contestant.
 
-Every contestant has a separate process, because a process cannot restore the thresholds of its memory allocator. The
-contestants are timed in turn, so that only one of them runs at a time. During the pause between two runs the threads of
-the previous process stop spinning. On a GPU all contestants are prepared at the same time, because most of the
-preparation is compilation. They are then timed in turn as on a CPU.
+Every contestant has a separate process, because some contestants raise the thresholds of the memory allocator, and a
+process cannot restore these thresholds. The contestants are timed in turn, so that only one of them runs at a time.
+There is a pause between two runs, in which the threads of the previous process stop spinning. On a GPU, all contestants
+are prepared at the same time, because most of the preparation is compilation. Then they are timed in turn, as on a CPU.
 """
 
 from __future__ import annotations

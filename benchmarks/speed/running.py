@@ -1,7 +1,7 @@
 """Measure ops and pipelines within a time limit.
 
-One measurement is a row of ops.csv or pipelines.csv. Every row is written at once, so that an interrupted run can be
-resumed. Rows that the time limit excluded are listed.
+A measurement is a row of ops.csv or pipelines.csv. Each row is written as soon as it is measured, so that an
+interrupted run can be resumed. `Budget.left_out` has the names of the rows that did not fit into the time limit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Budget:
     Attributes:
         seconds: time limit in seconds. An item of work is not started if it would end too late, assuming that it takes
             as long as the longest item before.
-        resume: True to keep earlier measurements.
+        resume: True to keep the measurements of an earlier run. False measures them again.
         failed: dictionary that collects tracebacks by the name of the item. If it is None, an error ends the run.
         left_out: names of the items that were not started.
     """
@@ -127,7 +127,10 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
 
 
 def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
-    """Measure pipelines, and write pipelines.csv after every case. Existing rows of other cases are kept."""
+    """Measure pipelines, and write pipelines.csv after every case. Existing rows of other cases are kept.
+
+    The arguments are those of `run_ops`.
+    """
     budget = budget or Budget()
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
@@ -135,7 +138,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
     known = {name: pipelines.registry()[name](quick) for name in names}
     work = [(name, label) for name, cases in known.items() for label in cases if (name, label) not in done]
-    # Limit the time of preparation, which is mostly compilation, so that no case uses up the time of the others.
+    # Limit the time to prepare a case, which is mostly compilation, so that no case uses up the time of the others.
     share = budget.seconds / 3
 
     def run(name: str, label: str) -> None:

@@ -1,7 +1,7 @@
 """Make tables and pictures from the CSV files, and choose the implementation of each op from its measured rows.
 
-A row of ops.csv is the measurement of an op at one shape, dtype, direction and style. A row of pipelines.csv is the
-measurement of one implementation (a contestant) of a pipeline.
+A row of ops.csv is the measurement of an op with a shape, a dtype, a direction and a style of calls (`timing` explains
+the styles). A row of pipelines.csv is the measurement of an implementation of a pipeline, called a contestant.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
         own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
-        # A time limit may have excluded the eager calls.
+        # Without eager calls there is nothing to decide. A time limit may have excluded them.
         if not eager:
             continue
         behind, behind_in_graphs = (
@@ -96,8 +96,8 @@ def verdicts(rows: list[dict]) -> list[dict]:
 def _ahead(rows: list[dict]) -> bool:
     """Tell whether a compiled graph should use a kernel, although the compiler cannot fuse the kernel with other code.
 
-    This requires that the kernel is much faster in all rows. It also requires that compilers do not fuse the reference:
-    in a user's model the reference may have more neighbors to be fused with than in the measured graph.
+    There are two conditions. The kernel must be much faster in all rows. And compilers must not fuse the reference,
+    because a user's model may have more operations than the measured graph that could be fused with the reference.
     """
     many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
@@ -106,7 +106,7 @@ def _ahead(rows: list[dict]) -> bool:
 
 
 def races(rows: list[dict]) -> dict:
-    """Return the choices that become part of the package: the implementation of each op and variant, and the machine.
+    """Return an entry of the package's races.json: the implementation of each op and variant, and the machine.
 
     If ops were measured on several machines, the result names the machine with the most rows.
 
@@ -230,7 +230,7 @@ def parts(row: dict) -> list[tuple[str, float]]:
 
 
 def plot_pipelines(rows: list[dict], path: Path) -> None:
-    """Draw the speed of each contestant relative to the first one. A dashed line marks the best torch.compile.
+    """Draw the speed of each contestant relative to the first contestant. A dashed line marks the best torch.compile.
 
     Nothing is drawn if matplotlib is not installed.
 

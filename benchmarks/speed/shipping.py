@@ -30,14 +30,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge two entries of an op. Where both have a value, the value of the first entry is used."""
+    """Merge two entries of an op. If both entries have a value, the value of the first is used."""
     ours, theirs = first.get("cells", {}), second.get("cells", {})
     cells = {name: theirs.get(name, {}) | ours.get(name, {}) for name in sorted({*ours, *theirs})}
     return {**second, **first, "cells": cells}
 
 
 def shipped(folder: Path) -> dict[str, Any]:
-    """Return the choices from a folder of results, in the form in which they are part of the package."""
+    """Return the choices from a folder of results, in the form of an entry of races.json."""
     raced, path = read(folder), folder / sheets.ROWS
     base = sheets.races(sheets.read_csv(path)) if path.exists() else {}
     if not raced:

@@ -8,7 +8,8 @@ There are two styles of calls. In the style ``eager`` the function is called fro
 stands between a multiplication and a sum, and the whole is compiled. There the compiler can fuse the reference with its
 neighbors, but it cannot fuse our op.
 
-On a GPU the time is measured by CUDA events. Several sets of inputs take turns if one set would fit into the cache.
+On a GPU the time is measured by CUDA events. Small inputs would stay in the GPU's cache, so several sets of them take
+turns.
 """
 
 from __future__ import annotations
@@ -108,14 +109,14 @@ def _own_code(function: Callable, name: str) -> Callable:
 
 
 class Contestant:
-    """A compared implementation. ``calls`` has a function without arguments for each set of inputs."""
+    """A compared implementation. Its attribute ``calls`` has a function without arguments for each set of inputs."""
 
     def __init__(self, case: Case, style: str, direction: str, kind: str, op: str, sets: list[tuple[Tensor, ...]]):
         self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
-            # Avoid the mode's CUDA graphs, which would copy the inputs and overwrite the outputs of the previous run.
+            # Use no mode with CUDA graphs: they would copy the inputs, and overwrite the outputs of the previous run.
             mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
             function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
@@ -157,10 +158,7 @@ def agree(
 
 
 def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Run the calls one after the other, and return the seconds that they take together.
-
-    On a GPU, CUDA events measure this time.
-    """
+    """Run calls one after the other, and return the seconds of all of them. On a GPU, CUDA events measure the time."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -195,7 +193,7 @@ def allocated(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _clock(contestant: Contestant, repeats: int, device: torch.device) -> float:
-    """Return the seconds per call."""
+    """Make ``repeats`` calls of a contestant, and return the seconds per call."""
     calls = [contestant.calls[i % len(contestant.calls)] for i in range(repeats)]
     with contestant.mode():
         return seconds(calls, device) / repeats
@@ -220,7 +218,7 @@ def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, l
 
 
 def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """Return the times of the attempt with the least spread."""
+    """Time the contestants in several attempts, and return the times of the attempt with the least spread."""
     spreads = {}
     for _ in range(effort.attempts):
         times = alternated(clocks, effort.runs)

@@ -1,7 +1,7 @@
 """Attacks on any model that maps images in [0, 1] to logits.
 
-A function, such as `pgd`, attacks one batch. A dataclass, such as `PGD`, is the same attack for a list of attacks that
-`purify_fast.evaluation` runs.
+A function, such as `pgd`, attacks one batch. A dataclass, such as `PGD`, describes the same attack by its options.
+`purify_fast.evaluation` runs lists of such dataclasses.
 """
 
 import types

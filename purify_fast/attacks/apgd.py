@@ -1,10 +1,12 @@
 """Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and an automatic step size.
 
-At a checkpoint the step of an image is halved, and its search continues at the point of highest loss, in two cases.
-Either at most a share rho of the steps since the last checkpoint raised the loss. Or the step was not halved at the
-last checkpoint, and the highest loss has not risen since. The first checkpoint comes after 22 % of the steps. The
-following intervals become shorter and shorter, rounded as in the authors' implementation. Two things are not in the
-paper: the first point is uniform in the ball, and a random model's loss is the mean over the draws.
+A checkpoint halves the step of an image in two cases. In the first case, at most a share rho of the steps since the
+last checkpoint raised the loss. In the second case, the last checkpoint did not halve the step, and the highest loss
+has not risen since. The search of this image then continues at its point of highest loss.
+
+The first checkpoint comes after 22 % of the steps. The following intervals become shorter and shorter, rounded as in
+the authors' implementation. Two things are not in the paper: the first point is uniform in the ball, and a random
+model's loss is the mean over the draws.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ class APGD(EngineAttack):
     """Auto-PGD; every run begins at another random point.
 
     Args:
-        steps: number of gradient steps of a run; None: the number of the evaluation, or 100 without an evaluation.
-        n_target_classes: the number of target classes of a targeted loss, each with a run. They are the wrong classes
-            whose decision boundaries are nearest, by the model's linear approximation at the image. None: all wrong
-            classes.
+        steps: number of gradient steps of a run. None takes the evaluation's number, or 100 without an evaluation.
+        n_target_classes: the number of target classes of a targeted loss, each with a run of its own. They are the
+            wrong classes whose decision boundaries are nearest, by the model's linear approximation at the image. None
+            takes all wrong classes.
         loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the
             model has too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
         rho: a checkpoint halves the step of an image if at most this share of the steps since the last checkpoint
             raised the loss.
         leave_when_fallen: whether the attack of an image ends once the model itself has confirmed a misclassified
-            point; this point is then returned. If not, every image is attacked to the end, except if all draws
-            misclassify it.
+            point; this point is then returned. If not, every run takes all of its steps, and further runs leave out
+            only the images whose best point all draws misclassify.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -274,7 +276,7 @@ class AutoPgdL1(AutoPgd):
     A step moves only a share of the coordinates, which depends on the number of changed coordinates of the best point.
 
     Args:
-        share: the share of the coordinates that the first steps move, ``[R]``; None: a fifth.
+        share: the share of the coordinates that the first steps move, ``[R]``. With None, they move a fifth.
     """
 
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):

@@ -16,14 +16,14 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
     """Refuse images or labels that are not allowed, with TypeError or ValueError.
 
     x must be floating point ``[B, ...]`` in [clip_min, clip_max]; without ``clip_min`` a pixel may have any value. y
-    must be int64 ``[B]``, at least 0. The values are checked only on a CPU, because a check on another device would
-    wait for it, and `evaluate` checks them anyway. The values are also not checked while a compiler or a dispatch mode
-    is active. Fake tensors, and tensors inside ``torch.func.vmap``, have no values.
+    must be int64 ``[B]``, at least 0. The values are checked only on a CPU, because a check would wait for any other
+    device, and `evaluate` checks them anyway. The values are not checked while a compiler or a dispatch mode is active,
+    nor for fake tensors and tensors inside ``torch.func.vmap``, which have no values.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise TypeError(f"{name} must be a torch.Tensor, got {kind}: torch.as_tensor({name}) makes one")
+            raise TypeError(f"{name} must be a torch.Tensor, got {kind}: give torch.as_tensor({name})")
     if x.device != y.device:
         raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
     if x.dim() < 2 or not x.is_floating_point():
@@ -90,4 +90,4 @@ def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, pe
     check_number("eps", eps)
     check_not_negative(eps=eps)
     if norm == "linf" and eps > largest:
-        raise ValueError(f"eps is in image units, at most {largest:g} for linf, got {eps}: is {eps:g}/255 meant?")
+        raise ValueError(f"eps must be at most {largest:g} for linf, in image units, got {eps}: is {eps:g}/255 meant?")

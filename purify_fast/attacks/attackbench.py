@@ -37,7 +37,9 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
     if not attacks:
         raise ValueError("attacks must contain at least one attack, such as APGD(), got none")
     if fixed := [attack.kind for attack in attacks if getattr(attack, "eps", None) is not None]:
-        raise ValueError(f"attacks must not set eps, but {', '.join(fixed)} does: give eps to for_attackbench")
+        raise ValueError(
+            f"attacks must not set eps, got eps in {', '.join(fixed)}: give eps to for_attackbench instead"
+        )
     check_eps(eps, None)
     plain = [replace(attack, precision="float32") if isinstance(attack, EngineAttack) else attack for attack in attacks]
 
@@ -52,7 +54,10 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
         seed: int = 0,
     ) -> Tensor:
         if targeted or targets is not None:
-            raise ValueError("targeted must be False and targets must be None: these attacks search any wrong class")
+            raise ValueError(
+                f"targeted must be False and targets must be None, got targeted={targeted} and "
+                f"{'no' if targets is None else 'some'} targets: these attacks accept any wrong class"
+            )
         radius = eps if epsilon is None else epsilon
         context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]
         attacked = AttackSequence(model, inputs, labels, context)

@@ -1,6 +1,7 @@
-"""Freezes the model under attack, refuses a model that writes to its input, and tests how a random model draws.
+"""Prepares the model under attack: it is frozen, and a model that writes to its input is refused.
 
-A model that writes to its input would change the points of an attack.
+A model that writes to its input would change the points of an attack. The module also tests whether a random model
+draws once for all images of a call.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ SAME_SIZE = 2e-6
 def frozen(model: Classifier) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    At the end of the context both are restored. A compiled backward pass computes the gradients of all parameters with
-    ``requires_grad=True`` even if they are not needed, which is about a third of an attack's work. Modules in a plain
-    list, in an object or in a hook of the model are frozen too (`purify_fast.model_state.hidden_modules`).
+    At the end of the context both are restored. The parameters are frozen to save time: a compiled backward pass would
+    compute the gradients of all parameters with ``requires_grad=True``, which is about a third of an attack's work.
+    Modules in a plain list, in an object or in a hook of the model are frozen too
+    (`purify_fast.model_state.hidden_modules`).
 
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
@@ -100,10 +102,10 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
-    """The gradient of a number with respect to images.
+    """The gradient of the number ``value`` with respect to the images ``leaf``.
 
-    The result is None if the number does not depend on the images, or if PyTorch has no derivative for a function
-    between them, such as ``x // 1``.
+    The result is None if the number does not depend on the images, or if PyTorch has no derivative for an operation
+    on the way, such as ``x // 1``.
     """
     if not value.requires_grad:
         return None
@@ -171,17 +173,17 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
 
 @torch.no_grad()
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
-    """Tell whether a random model draws once for all images of a call; an example is a model that picks a network.
+    """Tell whether a random model draws once for all images of a call, like a model that picks one of two networks.
 
-    It draws once if several draws of an image in the same batch are equal, but the draws of another call differ. The
-    random generators are restored afterwards. The comparison waits for the device.
+    The model draws once if several draws of an image in the same batch are equal, but differ from those of another
+    call. The random generators are restored afterwards. The comparison waits for the device.
 
     Args:
         model: images to logits; frozen, see `frozen`.
         x: images ``[B, ...]``; only the first few are tested.
         draws: the number of draws that an attack will take. With a single draw the model is not called, and the result
-            is False. The same is true if the model's class promises a draw for each image
-            (`purify_fast.protocols.draws_for_each_image`), because a training would repeat the test in every step.
+            is False. A model whose class promises a draw for each image is not called either
+            (`purify_fast.protocols.draws_for_each_image`): the promise saves a training the test in every step.
         most: the most images in one forward pass; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)

@@ -1,4 +1,4 @@
-"""The set of points that an attack may try: the part of a ball around the image in the pixels' range (the box)."""
+"""The points that an attack may try: those in a ball around the image and in the range of the pixels (the box)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
-    """Project points onto the balls around images x, then onto the box; in l1 onto the intersection of both."""
+    """Project points onto the balls around images x, then onto the box.
+
+    In l1, the points are projected onto the intersection of ball and box.
+    """
     # A step of length 0 only projects the point.
     return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 
@@ -105,7 +108,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
     Args:
         x: images ``[B, ...]``.
         ball: the ball around each image.
-        seed: seed of the draw, by Philox stream ATTACK_START.
+        seed: seed of the draw, which uses Philox's stream ATTACK_START.
         sample_ids: int64 ``[B]``; an image's point depends only on the seed and its id. None: 0 .. B - 1.
 
     Returns:
@@ -119,7 +122,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
             noise = draw(size, "normal")
         else:
             # Draw from Laplace's distribution by the inverse of its distribution function. The uniform numbers are
-            # multiples of 2^-24. They are shifted by half of that, so that no result is 0 or infinite.
+            # multiples of 2^-24. They are shifted by 2^-25, so that no result is 0 or infinite.
             middles = 2 * draw(size) - (1 - 2**-24)
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1) ** (1 / size)

@@ -1,7 +1,8 @@
 """The interface of an attack, and functions that run an attack without an evaluation.
 
-Each attack is defined once, as a frozen dataclass of its options: `apgd` makes an `APGD` and runs it on one batch. If
-an option is None, its value comes from an `AttackContext`.
+Each attack is defined once, as a frozen dataclass whose fields are its options. The function of an attack makes such an
+object and runs it on one batch: `apgd` makes an `APGD`. An option that is None usually gets the value of an
+`AttackContext`.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ class AttackResult:
     Args:
         images: adversarial images, with the shape and dtype of the clean ones.
         health: the counts of faulty gradients and unmoved images; None if nothing was counted.
-        warnings: texts that a reader of the result must know.
+        warnings: warnings for the reader of the result.
         fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
             on which that run succeeded.
-        stood_still: the number of images whose searches were all given up before they came nearer to a decision
-            boundary, a number or a tensor []. That these images survive says nothing about the defence.
-        proved: the number of images for which a complete search has proved that no point of the ball is misclassified,
+        stood_still: the number of images that survived only because every search gave up without any progress towards a
+            decision boundary; a number or a tensor []. Their survival says nothing about the defence.
+        proved: the number of images for which a complete search has proved that no point of the ball is misclassified;
             a number or a tensor [].
     """
 
@@ -70,42 +71,42 @@ class AttackResult:
 
 
 class Decided(NamedTuple):
-    """The final values of the options that may be None in an attack; the context gives the missing values."""
+    """The values with which an attack runs, after `Attack.decided` has replaced every option that is None."""
 
     steps: int
     eot_iter: int
     loss: Any
-    #: The number of wrong classes that are targeted, in one run each; None if the attack has no targets.
+    #: The number of wrong classes that are targeted, each in its own run; None if the attack has no targets.
     n_target_classes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(abc.ABC):
-    """An attack with its options; subclasses are frozen dataclasses.
+    """The base class of attacks; every attack is a frozen dataclass of its options.
 
     A subclass with `norms` searches a ball. Its fields ``eps`` and ``norm`` override the ball of the evaluation.
 
     Args:
         eot_iter: number of draws of a random model that are averaged in each step. They are computed in one batch. If
-            the model draws only once per call, each draw takes a separate call. None: the number of the evaluation, or
+            the model draws only once per call, each draw takes a separate call. None takes the evaluation's number, or
             1 without an evaluation.
     """
 
-    #: The attack's name in files: "pgd", "apgd", ...
+    #: The attack's name in saved results: "pgd", "apgd", ...
     kind: ClassVar[str]
 
     #: The version of the attack's code, which `revision` returns. It must be raised whenever a change makes the attack
     #: find other images with the same settings.
     code_version: ClassVar[str | None] = None
 
-    #: The norms of the balls that the attack can search. Empty: the attack searches no ball and overrides
-    #: `threat_model`.
+    #: The norms of the balls that the attack can search. An attack that searches no ball leaves this empty, and
+    #: overrides `threat_model`.
     norms: ClassVar[tuple[str, ...]] = ()
 
-    #: True if `search` can take its gradients from another model, `AttackContext.gradients_from`.
+    #: True if `search` can take its gradients from the model `AttackContext.gradients_from`.
     follows_gradients: ClassVar[bool] = False
 
-    #: The number of steps if the option ``steps`` is None. None: the number of the context.
+    #: The number of steps if the option ``steps`` is None. If both are None, the context gives the number.
     usual_steps: ClassVar[int | None] = None
 
     eot_iter: Count | None = None
@@ -127,7 +128,7 @@ class Attack(abc.ABC):
         """A short label of the attack with its options, such as "PGD-100 ce"."""
 
     def threat_model(self, context: AttackContext) -> ThreatModel:
-        """Return the norm and the radius of the ball; the context gives those that the attack does not set.
+        """Return the norm and the radius of the ball. The context gives a norm or radius that the attack does not set.
 
         Raises:
             ValueError: a norm or a radius that is not allowed.
@@ -148,7 +149,7 @@ class Attack(abc.ABC):
         return ball_around(x, eps, norm, context.clip_min, context.clip_max)
 
     def _norm_and_radius(self, context: AttackContext) -> tuple[Norm, Any]:
-        """Return the norm and the radius; the context gives those that the attack does not set."""
+        """Return the norm and the radius. The context gives a norm or radius that the attack does not set."""
         if not self.norms:
             raise NotImplementedError(f"{type(self).__name__} must define threat_model(context)")
         own: Any = self
@@ -170,7 +171,7 @@ class Attack(abc.ABC):
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
-        """Replace every option that is None by a value, and a loss that needs more classes by "margin"."""
+        """Replace options that are None by values, and a loss for which the model has too few classes by "margin"."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
@@ -187,10 +188,11 @@ class Attack(abc.ABC):
 
     @abc.abstractmethod
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        """Attack the model that `target` returned.
+        """Search adversarial images for a batch.
 
         Args:
-            target: images to logits. Afterwards the modes and gradient flags of an ``nn.Module`` are restored.
+            target: the model to search, which the method `target` has returned; images to logits. Afterwards the modes
+                and gradient flags of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             context: the settings besides the attack's own options.
@@ -203,7 +205,7 @@ class Attack(abc.ABC):
     # compiled, and compilation begins again inside the attack.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        """Return the images of `run`, as in ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
+        """Attack a batch as `run` does, and return only the images: ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
         return self.run(model, x, y, **options).images
 
     def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
@@ -220,7 +222,7 @@ class Attack(abc.ABC):
 
         Raises:
             TypeError: an option that is a field of neither class.
-            ValueError: no radius, or images, labels or options that are not allowed.
+            ValueError: a missing radius, or images, labels or options that are not allowed.
         """
         context = AttackContext.from_options(**options)
         if "eps" not in options and self.threat_model(context).eps == 0:
@@ -230,7 +232,7 @@ class Attack(abc.ABC):
     def revision(self) -> str | None:
         """The version of the attack's code; an evaluation uses a cached result only if the version is the same.
 
-        If the version is None, results of this attack are not cached, because nothing shows when its code has changed.
+        The results of an attack without a version (None) are not cached, because nothing shows when its code changes.
         """
         return self.code_version
 
@@ -239,7 +241,10 @@ class Attack(abc.ABC):
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
-        """The model that the attack searches in order to fool ``model``; here it is the model itself."""
+        """The model that the attack searches in order to fool ``model``: by default the same model.
+
+        `BPDA` overrides this method, because it searches a model with other gradients.
+        """
         return model
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
@@ -321,36 +326,28 @@ class EngineAttack(Attack):
     must confirm it by fresh draws. The image then has fallen, and is removed from the batch.
 
     Args:
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         restarts: number of runs for each target; a run searches the images that have not fallen yet.
         precision: precision of the search: "float32", "bfloat16" (a copy of the model computes in bfloat16) or "auto"
             (such a copy is used if it saves time). Every success is checked on the model itself.
-        give_up: whether the search of an image stops if it would not succeed even at several times its recent pace.
-            Attacks with gradients check this after 40, 60 and 80 % of the steps, if there are 50 or more. Square checks
-            it from query 500 on. Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``.
-            Square ignores it with several draws. DeepFool and C&W raise ValueError, because their pace is not steady.
+        give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
+            times its recent pace. Attacks with gradients check this after 40, 60 and 80 % of the steps, if there are 50
+            or more. After 15 % they also stop searches that are much farther from the boundary than earlier searches
+            ever moved. Square checks the pace from query 500 on. Auto-PGD ignores the option in the l1 ball and with
+            ``leave_when_fallen=False``. Square ignores it with several draws.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     norms: ClassVar[tuple[str, ...]] = NORMS
-    #: True if `give_up` is allowed.
-    has_pace: ClassVar[bool] = True
 
     eps: float | None = None
     norm: NormName | None = None
     restarts: Count = 1
     precision: GradientPrecision = "auto"
     give_up: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.give_up and not self.has_pace:
-            raise ValueError(
-                f"give_up must be False for {type(self).__name__}, because its search has no steady pace, got True"
-            )
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball = self.ball(x, y, context)
@@ -385,7 +382,7 @@ class EngineAttack(Attack):
         """Search adversarial images for the clean images of ``active``; the model is in evaluation mode (`frozen`).
 
         The objective is the loss that the search maximizes. Its model is the attacked model, a fast copy of the
-        attacked model, or another model.
+        attacked model, or `AttackContext.gradients_from`.
         """
 
 
@@ -410,14 +407,14 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
         x: images ``[B, ...]``.
         y: labels, int64 ``[B]``.
         **options: fields of the attack, of `AttackContext` or of `Resources`. If attack and context have a field of the
-            same name, the option sets the attack's field. ``health`` is a `GradientHealth`, to which the counts are
-            added.
+            same name, the option sets the attack's field. For an attack in a ball, ``eps`` and ``norm`` set the
+            context's fields. ``health`` is a `GradientHealth`, to which the counts are added.
 
     Returns:
         Adversarial images, shape and dtype of x.
 
     Raises:
-        TypeError: an unknown option, or no radius for an attack in a ball.
+        TypeError: an unknown option, or a missing radius for an attack in a ball.
     """
     own, shared = _options_of_call(attack)
     health: GradientHealth | None = options.pop("health", None)
@@ -452,7 +449,7 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
     Args:
         name: the name of the function in the attack's module.
         attack: the class of the attack.
-        returns: the sentence of the docstring about the images that the function returns.
+        returns: the sentence about the returned images, for the docstring of the function.
         **defaults: the default values that differ from those of the fields.
 
     Returns:

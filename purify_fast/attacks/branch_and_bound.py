@@ -9,8 +9,8 @@ for each split puts its constraint into the bound (beta-CROWN, Wang et al., Neur
 
 Three things are not in these papers. The multipliers and the slopes of the lower lines are optimized by Polyak's steps,
 because their goal is known, a bound above 0. In each subproblem a misclassified point is searched too: from the
-minimizers of the bound, the same kind of steps lower the lead and the violations of the splits. And a share of the next
-subproblems are those with most splits, because they are the first to find a misclassified point.
+minimizers of the bound, the same kind of steps lower the lead and the violations of the splits. And some of the next
+subproblems are chosen because they have the most splits: such subproblems are the first to find a misclassified point.
 
 The search does not depend on useful gradients of the network, so masked gradients cannot hide a misclassified point.
 """
@@ -66,8 +66,9 @@ class BranchAndBound(Attack):
     `AttackResult.proved` is the number of images that are proved robust.
 
     Args:
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, which can only be "linf" and needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, which can only be "linf"; a norm needs an eps beside it. None takes the evaluation's
+            norm.
         nodes: the approximate limit of subproblems per image. An image that needs more is not proved.
         relus: the largest number of ReLUs that a network may have.
 
@@ -104,7 +105,8 @@ class BranchAndBound(Attack):
         apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
         if not apart <= ALIKE * logits.abs().max():
             raise ValueError(
-                f"model must give the same logits as its layers in float64, got logits that differ by up to {apart:.2g}"
+                "model must compute in float32 or float64, got logits that differ from those in float64 by up to "
+                f"{apart:.2g}: switch off TF32 and other low precisions"
             )
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 
@@ -141,10 +143,10 @@ class _Nodes(NamedTuple):
         owner: the index of the image, int64 ``[B]``.
         rival: the class whose logit should exceed the true class's logit, int64 ``[B]``.
         signs: the sign of each ReLU's input, 1 or -1, or 0 if the ReLU was not split; int8 ``[B, units]``.
-        slopes: the slopes of the lines below the ReLUs, float32 ``[B, units]``; below 0: not chosen yet.
+        slopes: the slopes of the lines below the ReLUs, float32 ``[B, units]``; negative before they are chosen.
         prices: the multipliers of the splits, float32 ``[B, units]``.
         least: the lower bound of the lead, float64 ``[B]``.
-        unit: the ReLU to split next, int64 ``[B]``. -1: no ReLU is split, and the bound of the node is raised again.
+        unit: the ReLU to split next, int64 ``[B]``. With -1 the node is not split, and its bound is raised again.
     """
 
     owner: Tensor
@@ -192,7 +194,11 @@ class _Search:
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
-        """Search until every image has fallen, is proved or had ``limit`` nodes; return which are proved, ``[n]``."""
+        """Search until every image has fallen, is proved or had ``limit`` nodes.
+
+        Returns:
+            bool ``[n]``, True for the images that are proved robust.
+        """
         count, classes, device = len(self.y), len(self.layers[-1].bias), self.y.device
         owner, rival = torch.ones(count, classes, device=device).nonzero().unbind(1)
         owner, rival = (each[rival != self.y[owner]] for each in (owner, rival))
@@ -220,7 +226,10 @@ class _Search:
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
-        """Bound some nodes, and search points in them; return the undecided nodes with their next ReLUs to split."""
+        """Bound some nodes, and search a misclassified point in each; return the undecided nodes and their next splits.
+
+        The field ``unit`` of a returned node is its next ReLU to split.
+        """
         boxes = self.boxes(nodes)
         nodes, corners, weights = self.raised(nodes, boxes)
         # A node whose signs contradict each other contains no point, so it is dropped.
@@ -380,6 +389,6 @@ def _above(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _smallest_areas(boxes: _Boxes) -> Tensor:
-    """Choose the slopes of the lines below ReLUs so that the areas between both lines are smallest, ``[B, units]``."""
+    """The slopes of the lower lines, ``[B, units]``, for which the areas between lower and upper lines are smallest."""
     low, high = _of_all(boxes)
     return (high > -low).double()

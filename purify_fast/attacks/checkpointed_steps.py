@@ -24,7 +24,7 @@ from torch.utils._device import DeviceContext
 from ..speed.memory import free_memory
 
 Step = Callable[..., Tensor]
-#: The number of steps whose activations are kept; "auto": as many as fit into a share of the free memory.
+#: The number of steps whose activations are kept. "auto" keeps as many as fit into a share of the free memory.
 Keep = int | Literal["auto"]
 #: "auto" fills this share of the free memory with activations. The rest remains for other computations, such as a
 #: classifier, and for other processes.
@@ -44,7 +44,7 @@ def checkpointed_steps(
     preserve_rng_state: bool = True,
     keep: Keep = 0,
 ) -> Tensor:
-    """Apply ``step`` n times; the result is differentiable, with the memory of one step or of a few steps.
+    """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
 
     Args:
         step: a function ``step(x, i, *inputs) -> Tensor`` of the previous step's result x and of i from 0 to n - 1. It
@@ -59,15 +59,15 @@ def checkpointed_steps(
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
             may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
         keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
-            "auto": as many as fit into a quarter of the memory that is free now. For this the activations of the third
-            step are measured, and the activations of the first three steps are always kept.
+            "auto" keeps as many as fit into a quarter of the memory that is free now. To find this number, it measures
+            the activations of the third step. It always keeps the activations of the first three steps.
 
     Returns:
         The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
 
     Raises:
         ValueError: n or keep is negative, or keep is neither a number nor "auto".
-        RuntimeError: ``step`` writes into its x, or records no gradient; the second is raised in the backward pass.
+        RuntimeError: ``step`` writes into its x. The backward pass raises it if ``step`` records no gradient.
 
     When a step is computed again, autocast and PyTorch's function modes are the same as the first time. A function mode
     may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
@@ -128,10 +128,10 @@ def check_keep(keep: object) -> None:
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
     """A context that counts the bytes that autograd keeps for the computations in it.
 
-    A storage that several tensors or several blocks share, such as a weight, is counted once.
+    A storage is counted once, even if several tensors or several ``with`` blocks share it, as they share a weight.
 
     Attributes:
-        last: the bytes that autograd keeps for the last block; storages that an earlier block keeps are not counted.
+        last: the bytes that autograd keeps for the last ``with`` block, without storages that an earlier block keeps.
     """
 
     def __init__(self) -> None:
@@ -196,9 +196,9 @@ class _Steps(torch.autograd.Function):
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """Return the gradients of x and of the other tensors, or None for a tensor that needs no gradient.
+    """Return the gradients of step i with respect to its x and the other tensors; None where no gradient is needed.
 
-    ``grad`` is the gradient of the i-th result.
+    ``grad`` is the gradient of the step's result.
     """
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
@@ -233,7 +233,10 @@ def _function_modes() -> list[Any]:
 
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
-    """Apply a step while gradients are recorded, because a function mode may then compute another result."""
+    """Apply a step with gradients recorded, as the backward pass does when it computes the step again.
+
+    An active function mode may return another result without recorded gradients.
+    """
     # Modes are disabled here, because they may replace the functions that detach tensors and enable gradients.
     with torch._C.DisableTorchFunction():
         before = torch.is_grad_enabled()

@@ -28,8 +28,9 @@ class Resources:
 
     Args:
         max_forward_batch: the most images in one forward pass; it changes no result. None: no limit.
-        batch_size: the most images in a batch of an attack that combines several targets or restarts of an image; None:
-            64, or the number of images if that is larger.
+        batch_size: the most images in one batch of a search. An attack may search several targets and restarts of an
+            image together; each of them then counts as an image. None stands for 64, or for the number of images if
+            that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: nothing is
             captured.
@@ -59,22 +60,23 @@ class AttackContext:
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
-        num_classes: number of the model's classes. 0: not known, and no loss is replaced.
+        num_classes: number of the model's classes; 0 if it is not known. Then no loss is replaced.
         steps: number of steps of an attack whose own ``steps`` is None.
         eot_iter: number of draws averaged per step, for an attack whose own ``eot_iter`` is None.
         votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step
             then averages fewer predictions, so that its number of draws does not change.
-        draws_differ: whether two predictions of the attacked model differ. If not, every attack takes one draw.
-        judge_draws: number of fresh draws that confirm a success on a random model, which avoids a success by a lucky
-            draw; None: the number of draws that a step averages.
+        draws_differ: whether two predictions of the same image may differ. If not, every attack takes one draw.
+        judge_draws: number of fresh draws that must confirm a success on a random model, because a single draw may be
+            lucky. None takes the number of draws that a step averages.
         judge_share: the share of these draws that must be misclassified for a success.
         seed: seed of all random numbers.
-        begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball; None:
-            random points.
+        begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball. With
+            None, the run begins at random points.
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
         gradients_from: another model from which the attack takes its gradients. The attacked model still checks every
-            success. Only attacks with `Attack.follows_gradients` use it. None: the gradients of the attacked model.
+            success. Only attacks with `Attack.follows_gradients` use it. With None, the attacked model gives the
+            gradients.
         resources: settings that concern time and memory.
 
     Raises:

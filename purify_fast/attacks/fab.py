@@ -1,4 +1,4 @@
-"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020): it searches the nearest point of each target class.
+"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020) searches the nearest point of each target class.
 
 Each step linearizes the model, and moves the point to the decision boundary of the target class (its "border") and a
 little towards the clean image. A point across the border is first moved back towards the clean image. The search itself
@@ -28,6 +28,7 @@ from .objective import Gradient, Objective
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
 #: back to this share of its distance from the image.
 STEPS, LARGEST_PULL, OVERSHOOT, BACK = 100, 0.1, 1.05, 0.9
+#: The order of each norm for `torch.linalg.vector_norm`.
 _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 
 
@@ -35,13 +36,13 @@ _ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 class FABT(EngineAttack):
     """FAB-T: the first run for each target begins at the image itself, every other run at a random point in the ball.
 
-    A point outside the ball is not a success.
+    Only a misclassified point inside the ball is a success.
 
     Args:
-        steps: steps of a run; None: 100, as in its authors' code. The ``steps`` of an `EvaluateConfig` do not change
-            this.
-        n_target_classes: the number of target classes, each with a run. They are the wrong classes whose borders are
-            nearest, by the model's linear approximation at the image. None: all wrong classes.
+        steps: steps of a run. None stands for 100, as in its authors' code; the ``steps`` of an `EvaluateConfig` are
+            not used.
+        n_target_classes: the number of target classes, each with a run of its own. They are the wrong classes whose
+            borders are nearest, by the model's linear approximation at the image. None takes all wrong classes.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -124,7 +125,7 @@ class _FabSearch(RowSearch):
         self.distance = torch.where(nearer, far, self.distance)
 
     def _shrink(self, step: int) -> None:
-        """Remove the rows of fallen images, and the rows that are given up after this number of steps."""
+        """Remove the rows of fallen images, and the rows that are given up; ``step`` is the number of steps so far."""
         rows = self.rows
         inside = (self.distance <= rows.ball.eps).float()
         judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)

@@ -36,14 +36,14 @@ from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from .attacked_model import gradient_to
 
-#: A model with fewer weights in convolutions and linear layers than this gets no copy with "auto", because conversions
-#: to bfloat16 would take more time than they save.
+#: With the precision "auto", a model with fewer weights in convolutions and linear layers than this gets no copy,
+#: because conversions to bfloat16 would take more time than they save.
 FEWEST_WEIGHTS = 250_000
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
-#: A copy is used only if the error of each difference between two of its logits is at most this share of the model's
-#: difference. If the model's difference is small, the limit is this share of the median gap between the classes with
-#: the highest logits.
+#: The limit for errors in a copy's logits. A class's gap is the predicted class's logit minus its own logit. The copy's
+#: gap may differ from the model's gap by this share of the model's gap. If the model's gap is small, the limit is this
+#: share of the median gap between the leading classes.
 TOLERANCE = 0.1
 #: A copy is used only if its purified images differ from its model's purified images by at most this number, averaged
 #: over the pixels, in image units.
@@ -61,7 +61,7 @@ class GradientCopies:
 
     A model has not changed if its `purify_fast.model_state.identity_key` is equal and every tensor in that key has the
     same values. For this comparison the values are stored, which takes as much memory as the model. PyTorch's count of
-    writes cannot replace the comparison: it misses writes through ``.data``, and it also counts a write of the same
+    writes cannot replace the comparison: it misses writes through ``.data``, and it also counts writes that change no
     value, such as those of ``fixed_noise``.
     """
 
@@ -72,7 +72,7 @@ class GradientCopies:
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
-        """Return ``around``, a wrapper around a copy, or an equal object that was passed before.
+        """Return ``around``, a wrapper around the copy ``inner``, or the equal object of an earlier call.
 
         As long as ``wrapper`` and ``inner`` are the same, the result is the same object, because a captured step can be
         replayed only for the object with which it was captured.
@@ -83,7 +83,10 @@ class GradientCopies:
         return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
-        """Return the copy of a model for images of this shape, or None; ``make`` makes a copy that is not known yet."""
+        """Return the copy of a model for images of this shape; a copy that is not kept yet comes from ``make``.
+
+        The result is None if ``make`` returned None, because the model cannot be copied.
+        """
         try:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
@@ -101,13 +104,13 @@ class GradientCopies:
 def gradient_copy(
     model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
 ) -> Classifier:
-    """The model from which an attack takes its gradients.
+    """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself.
 
     Args:
-        model: images to logits.
+        model: the attacked model, images to logits.
         x: a few of the images ``[B, C, H, W]``, on which the copy is compared with the model.
-        precision: "float32": the model itself. "bfloat16": a copy that multiplies in bfloat16, if possible. "auto":
-            such a copy if the device multiplies faster in bfloat16 and the model is large enough.
+        precision: "float32" takes the model itself. "bfloat16" takes a copy that multiplies in bfloat16, if possible.
+            "auto" takes such a copy if the device multiplies faster in bfloat16 and the model is large enough.
         copies: an object that keeps copies for the next attack; None: the copy is not kept.
 
     Returns:
@@ -164,7 +167,7 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
     if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
         # A wrapper that counts images does not change the logits. A comparison would add its images to the count.
         return around
-    # Only the model inside was compared yet, but the attack calls it through the wrapper.
+    # So far only the model inside was compared. The attack calls it through the wrapper, so the whole is compared too.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
 
@@ -248,7 +251,7 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
             want = _input_gradient(model, x.detach().clone())
         except Exception:
             # The model has no gradient, for example because its weights were made in inference mode. The copy may have
-            # a gradient. It may be used, because the model itself checks the points that an attack finds with it.
+            # a gradient. The copy is allowed, because the model itself checks the points that an attack finds.
             return True
         size = want.norm()
         if not (bool(size.isfinite()) and bool(size > 0)):

@@ -43,8 +43,8 @@ class AttackersHead(nn.Module):
     """A defence with another aggregation of its samples, for the argument ``gradients_from`` of an attack.
 
     Args:
-        defence: a defence with ``sample_logits(x) -> [B, K, classes]``. If it also has ``draw_sample_logits``, several
-            draws are taken by it.
+        defence: a defence with ``sample_logits(x) -> [B, K, classes]``. If it also has ``draw_sample_logits``, this
+            method makes several draws at once.
         head: how the samples are aggregated, a name of `HEADS`.
 
     Raises:
@@ -56,7 +56,7 @@ class AttackersHead(nn.Module):
         super().__init__()
         check_literal("head", head, Head)
         if not supports(defence, SampleLogits):
-            raise TypeError(f"defence must have sample_logits(x) for an attacker's head, got {type(defence).__name__}")
+            raise TypeError(f"defence must have a method sample_logits(x), got {type(defence).__name__}")
         self.defence, self.head = defence, head
 
     def forward(self, x: Tensor) -> Tensor:

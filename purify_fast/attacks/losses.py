@@ -1,4 +1,7 @@
-"""The losses that an attack maximizes, with a number per image; they have first-order gradients to the logits."""
+"""The losses that an attack maximizes.
+
+Each loss returns a number per image, and has first-order gradients with respect to the logits.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """margin / std(logits), [B]. All draws then have the same weight if their gradients are averaged.
+    """margin / std(logits), [B]. The division gives all draws the same weight when their gradients are averaged.
 
     The standard deviation over the classes is treated as a constant. So the gradient has the direction of the margin's
     gradient, and never saturates.
@@ -89,7 +92,7 @@ ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "marg
 LOSSES = {"ce": cross_entropy, "margin": margin, "scaled_margin": scaled_margin, "dlr": dlr}
 TARGETED = {"dlr_targeted": dlr_targeted, "margin_targeted": margin_targeted}
 
-#: The fewest classes for which a loss is defined, if the loss needs more than two.
+#: The smallest number of classes for which a loss is defined. Losses that are not listed need two.
 FEWEST_CLASSES = {"dlr": 3, "dlr_targeted": 4}
 
 
@@ -97,7 +100,8 @@ def check_classes(loss: str, classes: int) -> None:
     """Refuse a loss that needs more than ``classes`` classes, with ValueError."""
     least = FEWEST_CLASSES.get(loss, 2)
     if classes < least:
-        raise ValueError(f"the {loss} loss needs at least {least} classes, got {classes}: use 'margin'")
+        instead = ": use the loss 'margin'" if classes > 1 else ""
+        raise ValueError(f"the loss {loss!r} needs at least {least} classes, got a model with {classes}{instead}")
 
 
 def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
@@ -105,6 +109,6 @@ def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
 
     Args:
         loss: a name of `LOSSES` or `TARGETED`.
-        num_classes: number of the model's classes; 0: not known, and the loss itself is returned.
+        num_classes: number of the model's classes; 0 if it is not known. Then the loss itself is returned.
     """
     return "margin" if 0 < num_classes < FEWEST_CLASSES.get(loss, 2) else loss

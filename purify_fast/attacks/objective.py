@@ -170,7 +170,7 @@ class Objective:
             if len(bad) == 0:
                 raise
             raise ValueError(
-                f"y must be in 0 .. {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
+                f"y must be from 0 to {classes - 1}, the model's classes, got y[{int(bad[0])}] = {int(y[bad[0]])}"
             ) from error
 
 

@@ -63,13 +63,13 @@ class AutoAttack(Attack):
     """AutoAttack, as its authors' package runs it. It draws from torch's global generator, which the caller must fork.
 
     Args:
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         version: "standard", for a model that predicts the same every time, or "rand", which averages the gradients over
             several draws.
-        steps: number of steps of its APGD and FAB; None: 100, as in the authors' code.
+        steps: number of steps of its APGD and FAB. None stands for 100, as in the authors' code.
         n_queries: number of queries of its Square; the authors' code has 5000.
-        eot_iter: number of draws averaged per step of the version "rand"; None: 20, as in the authors' code.
+        eot_iter: number of draws averaged per step of the version "rand". None stands for 20, as in the authors' code.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -122,7 +122,7 @@ class AutoAttack(Attack):
             context: the settings besides the attack's own options.
 
         Returns:
-            The adversarial images, or the clean image if AutoAttack found no adversarial image, and its warnings.
+            Per image the adversarial image, or the clean image if AutoAttack found none; and AutoAttack's warnings.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
@@ -170,7 +170,10 @@ class AutoAttack(Attack):
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """Attack the images that have not fallen by PGD on the margin, and return the points with the new successes."""
+        """Attack the images that have not fallen by PGD on the margin, and put the new successes into the points.
+
+        This PGD replaces the attack that cannot run with so few classes, see `parts`.
+        """
         steps, draws, *_ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
         resources = replace(context.resources, counts_health=False, graphs=None)
@@ -186,7 +189,7 @@ class AutoAttack(Attack):
 
 @contextlib.contextmanager
 def _listening(warnings: list[str]) -> Iterator[None]:
-    """Collect AutoAttack's warnings instead of printing them, and restore the trace function that it replaces."""
+    """Collect AutoAttack's warnings instead of printing them, and undo its change of Python's trace function."""
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]

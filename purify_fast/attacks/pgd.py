@@ -41,8 +41,8 @@ class Ascent:
     Args:
         objective: the loss that is maximized.
         ball: the norm and the box of the step; the radii are those of the state.
-        density: the share of the coordinates that a step in "l1" moves. None: the share changes from step to step. The
-            result then has the gradient instead of the next point, and the caller takes the step by `move`.
+        density: the share of the coordinates that a step in "l1" moves. With None, the share changes from step to step:
+            the result then has the gradient instead of the next point, and the caller takes the step by `move`.
 
     The state has the clean images ``x`` and the points ``point``, both ``[B, ...]``; the labels ``y``; ``eps`` and
     ``alpha``, ``[B]``; and the memory of a `Search`. If ``density`` is None, it also has ``gradient``, ``[B, ...]``.
@@ -135,19 +135,20 @@ class PGD(Attack):
     """Projected gradient ascent on the attack's loss, in several runs; an image keeps the result of its worst run.
 
     Args:
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
-        steps: number of gradient steps; None: the number of the evaluation, or 100 without an evaluation.
+        steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
         random_start: whether the first run begins at a random point; every further run begins at a random point.
         keep_best: whether a run returns its best point instead of its last point. The best point is misclassified by
-            most draws; among equal points it has the highest mean loss. This takes one more forward pass, or two with
-            several draws.
+            the most draws; among equal points it has the highest mean loss. This takes one more forward pass, or two
+            with several draws.
         restarts: number of runs.
-        alpha: length of a step in image units, a number or ``[B]``. None: the length falls geometrically from eps to
-            eps / 100. That is a stronger attack than a constant length: `make demo` shows both on its base classifier.
-        start_std: standard deviation, in image units, of a normal random start that is projected onto the ball; None:
-            the start is uniform in the ball.
+        alpha: length of a step in image units, a number or ``[B]``. With None, the length falls geometrically from eps
+            to eps / 100. This attack is stronger than with a constant length: `make demo` shows both on its base
+            classifier.
+        start_std: standard deviation, in image units, of a normal random start that is projected onto the ball. With
+            None, the start is uniform in the ball.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -212,8 +213,8 @@ class PGD(Attack):
 class LeavingPGD(PGD):
     """PGD that stops for an image once all draws of a step misclassify it; the image keeps the point of this step.
 
-    The draws of a step are fresh, and no draw has influenced the point. So twenty wrong draws are twenty independent
-    wrong predictions.
+    The draws of a step are fresh: the point was found without them. So twenty wrong draws are twenty independent wrong
+    predictions.
 
     Args:
         look_every: the number of steps between two checks for misclassified images.
@@ -264,8 +265,8 @@ class FGSM(Attack):
     """One step of length eps from the image itself.
 
     Args:
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, "linf", "l2" or "l1", which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
 
     Raises:

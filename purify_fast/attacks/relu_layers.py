@@ -57,8 +57,8 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a module of affine layers and ReLUs, got {type(model).__name__}")
-    if most is not None and sum(weight.numel() for weight in model.parameters()) > MOST_WEIGHTS:
-        raise ValueError(f"model must have at most {MOST_WEIGHTS} weights, got {type(model).__name__} with more")
+    if most is not None and (weights := sum(weight.numel() for weight in model.parameters())) > MOST_WEIGHTS:
+        raise ValueError(f"model must have at most {MOST_WEIGHTS} weights, got {type(model).__name__} with {weights}")
     pixels = math.prod(shape)
     # The code of a user's model may raise any error on tensors for which it was not written.
     try:

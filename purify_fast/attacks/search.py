@@ -11,8 +11,8 @@ from .._tensors import per_image
 from ..speed.graphs.step_graphs import State
 from .objective import Gradient, Objective
 
-#: The largest shares of non-finite gradients, of zero gradients, and of unmoved images. Above one of these limits an
-#: attack failed because it had no usable gradients, and its result says nothing about the defence.
+#: The largest allowed shares of non-finite gradients, of zero gradients, and of unmoved images. If an attack exceeds
+#: such a limit, it had no usable gradients, and its result says nothing about the defence.
 MAX_NONFINITE, MAX_ZERO, MAX_UNMOVED = 0.0, 0.05, 0.01
 
 
@@ -29,7 +29,7 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class GradientHealth:
-    """Gradient health: the counts that show whether an attack had usable gradients.
+    """The counts that show whether an attack had usable gradients.
 
     All gradients of an attack are counted. A gradient is non-finite if any of its elements is non-finite. It is zero if
     all of its elements are zero and the image is not misclassified yet. An image is unmoved if the clean image is
@@ -37,15 +37,15 @@ class GradientHealth:
     property is read.
 
     Args:
-        counts: numbers or tensors [] under the names of `count`; empty at first.
+        counts: a dict from the names that `count` accepts to numbers or tensors []; empty at first.
     """
 
     counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
-        """Add amounts to the counts. Their names are those that `count` accepts.
+        """Add amounts to the counts, under the names that `count` accepts.
 
-        The count ``gradients`` has one gradient for each image and step.
+        The count ``gradients`` is the number of images times the number of steps.
         """
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
@@ -61,7 +61,7 @@ class GradientHealth:
         self.add(images=correct.sum(), unmoved=(still & correct).sum())
 
     def count(self, name: str) -> int:
-        """The count of a name: ``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
+        """The count called ``gradients``, ``nonfinite``, ``zero``, ``images`` or ``unmoved``."""
         return int(self.counts.get(name, 0))
 
     @property
@@ -106,7 +106,7 @@ def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
     """The new values of `Search.memory` after one more point, computed without waiting for the device.
 
-    Tensors of the memory under other names are ignored.
+    ``memory`` may also have tensors of the attack under names that `Search` does not use. These are ignored.
     """
     new: State = {}
     if "nonfinite" in memory:
@@ -150,13 +150,13 @@ class Search:
         self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
-        """Replace the memory by the memory of a loop of steps that has seen ``points`` more points."""
+        """Take over the memory of a loop of steps that has seen ``points`` more points."""
         self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
     def result(self, x: Tensor, last: Tensor) -> Tensor:
         """The images that an attack on the clean images x returns: the last points, or the best with ``keep_best``.
 
-        The last points were not compared with the best points yet. They are compared here. If several draws are
+        The steps have not compared the last points with the best points, so this method does. If several draws are
         averaged, fresh draws score both.
         """
         if self.health is not None:

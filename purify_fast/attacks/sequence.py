@@ -1,6 +1,6 @@
 """Runs several attacks one after the other, without an evaluation.
 
-Each attack gets only the images on which no earlier attack has succeeded.
+Each attack gets only the images on which all earlier attacks have failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .base import Attack
 from .context import AttackContext
 from .engine.row_batches import Judge, has_fallen
 
-#: The number of images for the test whether the model draws only once per call.
+#: The number of images with which `drawn_once_per_call` tests the model.
 FEW = 8
 
 

@@ -2,10 +2,12 @@
 
 Each proposal changes one square of an image, and is accepted if it raises the margin. The random numbers of an image
 depend only on the seed and its id, so that the result does not depend on the batches. Three things are not in the
-paper. Few late proposals raise the margin, so several are tried in one batch, and the best is taken. For a random
-model, the margin is the mean over several draws, fresh draws decide whether an image has fallen, and the margin of the
-present point is drawn again from time to time, because otherwise a lucky draw would block all better proposals. The
-search of an image can be given up if the decision boundary (its "border") is out of reach.
+paper:
+
+- Few late proposals raise the margin, so several are tried in one batch, and the best is taken.
+- For a random model, the margin is the mean over several draws, and fresh draws decide whether an image has fallen. The
+  margin of the present point is drawn again from time to time. Otherwise a lucky draw would block all better proposals.
+- The search of an image can be given up if the decision boundary (its "border") is out of reach.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ from .objective import Objective
 #: The number of queries in the authors' code.
 QUERIES = 5000
 #: The keys are queries, the values are the numbers of proposals per image that are tried in one batch from this query
-#: on. At first every second proposal is accepted, and the next proposal should start from an accepted proposal. Later
-#: few are accepted.
+#: on. At first every second proposal is accepted, and the next proposal should start from it. Later few proposals are
+#: accepted, so that more of them can be tried from the same point.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: The number of queries for which random numbers are made at once.
 BLOCK = 64
 #: A round is one batch of proposals. After this number of rounds, the misclassified points are judged, fallen images
 #: are removed, and a random model draws the margin of the present points again.
 ROUNDS = 10
-#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the factor by which their pace is assumed to
-#: rise at most.
+#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the factor by which the rise of their margin
+#: per query is assumed to grow at most.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
 #: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the share is halved after each of
 #: these queries.
@@ -59,7 +61,7 @@ class Square(EngineAttack):
     """Square, an attack without gradients; the search of an image ends as soon as the image has fallen.
 
     Args:
-        n_queries: proposals for each image and restart.
+        n_queries: number of proposals for each image and restart.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -202,7 +204,7 @@ class _SquareSearch:
             self.share = torch.where(better, share, self.share)
 
     def _scored(self, points: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The share of misclassified draws, or None for a single draw, and the margin; both for proposals.
+        """Two values for each proposal: the share of misclassified draws, or None for a single draw; and the margin.
 
         The first proposals of all rows come first. A margin of NaN counts as infinite if every draw is misclassified,
         and as minus infinite otherwise. With a single draw, NaN always means a misclassified draw.

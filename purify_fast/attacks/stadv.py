@@ -1,13 +1,13 @@
 """StAdv (Xiao et al., ICLR 2018): spatially transformed adversarial examples, which shift pixels.
 
-    x'(p) = x(p + f(p)), bilinear;   f maximises  loss(x') - tau flow_loss(f),   |f| <= eps everywhere
-    flow_loss(f) = sum over pixels p and their up to four neighbours q of |f(p) - f(q)|_2
+    x'(p) = x(p + f(p)), bilinear;   f maximizes  loss(x') - tau flow_loss(f),   |f| <= eps everywhere
+    flow_loss(f) = sum over pixels p and their up to four neighbors q of |f(p) - f(q)|_2
 
 The flow is in units in which the image spans [-1, 1], so 0.05 shifts a pixel of a 32 x 32 image by 0.8 pixels. The
 bound, the optimizer (Adam instead of the paper's L-BFGS), its rate and its 20 steps are those of Laidlaw et al.,
 "Perceptual adversarial robustness", ICLR 2021. Both papers have tau = 0.05, but Xiao et al. measure the flow in pixels.
-Two things are not in the papers. Outside the image, the pixels of its edge are repeated. And Adam's epsilon is smaller,
-so that a saturated loss still changes the flow.
+Two things are not in the papers. The pixels of the image's edge are repeated outside the image. And Adam's epsilon is
+smaller, so that a saturated loss still changes the flow.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from .search import GradientHealth, Search
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
 BETAS, TINY = (0.9, 0.999), 1e-16
-#: For neighbours whose flows differ by less than this, the gradient of the flow loss is reduced, because such a
+#: For neighbors whose flows differ by less than this, the gradient of the flow loss is reduced, because such a
 #: difference is only rounding. The value is far below any step.
 CORNER = 1e-5
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
-    """Sample every pixel of x bilinearly at the place to which the flow points.
+    """Shift the pixels of x: sample every pixel bilinearly at the point to which its flow points.
 
-    At zero flow the result is exactly x. Its values never leave the range of x.
+    At zero flow the result is exactly x. The values of the result never leave the range of x.
 
     Args:
         x: images, floating point ``[B, C, H, W]``.
         flow: ``[B, 2, H, W]``, to the right and down, in units of half the image.
 
     Returns:
-        The shifted images, shape and dtype of x. They are differentiable with respect to the flow. At places in the
-        middle of a pixel, the derivative is the one-sided derivative.
+        The shifted images, shape and dtype of x. They are differentiable with respect to the flow. If the flow points
+        to the middle of a pixel, the derivative is one-sided.
     """
     height, width = x.shape[2:]
 
@@ -75,9 +75,9 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
 
 
 def flow_loss(flow: Tensor) -> Tensor:
-    """The sum of the distances between the flows of neighbours, ``[B, 2, H, W]`` -> ``[B]``.
+    """The sum of the distances between the flows of neighbors, ``[B, 2, H, W]`` -> ``[B]``.
 
-    A pair of neighbours counts twice, as in the paper. A distance |d| is computed as sqrt(|d|^2 + c^2) - c with
+    A pair of neighbors counts twice, as in the paper. A distance |d| is computed as sqrt(|d|^2 + c^2) - c with
     c = 1e-5, so that the gradient is 0 for a constant flow.
     """
     across, down = (((flow.diff(dim=dim).square().sum(1) + CORNER**2).sqrt() - CORNER).sum((1, 2)) for dim in (3, 2))
@@ -85,7 +85,7 @@ def flow_loss(flow: Tensor) -> Tensor:
 
 
 class _Adam:
-    """Adam's running means and steps."""
+    """The optimizer Adam for one flow field: its running means, and its steps."""
 
     def __init__(self, like: Tensor, rate: float):
         self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
@@ -106,9 +106,9 @@ class StAdv(Attack):
     """StAdv: Adam on a flow field, which is clamped to ``eps`` after every step.
 
     Args:
-        loss: "margin", as in the paper, "ce", "scaled_margin" or "dlr". If the model is confident, the gradient of "ce"
-            becomes smaller than that of the flow loss. With fewer than 3 classes "margin" replaces "dlr".
-        steps: number of gradient steps; None: the number of the evaluation, or 100 without an evaluation.
+        loss: "margin" (the paper's loss), "ce", "scaled_margin" or "dlr". If the model is confident, the gradient of
+            "ce" becomes smaller than that of the flow loss. With fewer than 3 classes "margin" replaces "dlr".
+        steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
         random_start: whether the first run begins with a random flow within ``eps`` instead of zero flow. Every further
             run begins with a random flow.
         keep_best: whether a run returns its best point instead of its last point, see `purify_fast.attacks.PGD`.

@@ -39,7 +39,7 @@ _KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
 
 
 def _any_of(kinds: dict[str, type]) -> Any:
-    """The type of a command line that begins with one of these names."""
+    """The type from which tyro reads a command line that begins with the name of a command."""
     members = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
     return Union[tuple(members)]  # noqa: UP007
 
@@ -77,7 +77,8 @@ def _run(arguments: list[str]) -> int:
         command = _read(arguments)
         if several > 1 and not isinstance(command, (Training, Evaluate)):
             raise ValueError(
-                f"only train and evaluate can run in several processes, got {several}: run this command in one process"
+                f"only train and evaluate can run in several processes, got `{command.called}` in {several}: run it in "
+                "one process"
             )
         from ..speed import retain_freed_memory
         from ..training.distributed import own_device
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command of the program ``purify-fast``.
 
     Args:
-        arguments: the words after the program's name; None: those of this process.
+        arguments: the words after the program's name; None takes the words of this process.
 
     Returns:
         The exit status. 0: success. 1: ``check`` found an image that is classified correctly now, or an error in this
@@ -111,11 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:
-        # The program that reads the output, such as `head`, has closed it. So print nothing more.
+        # The program that reads the output, such as `head`, has closed the pipe. So print nothing more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        # A rank above 0 has its own error here, so the message names the rank.
+        # Each of several processes prints its own error, so the message names the process.
         rank = _rank()
         # stderr may be closed, or a file on a full disk.
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""``purify-fast check``."""
+"""The command ``purify-fast check``, which classifies the adversarial images of a report again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check(Command):
-    """Classify the adversarial images of a report again, which `evaluate --keep all` wrote.
+    """Classify again the adversarial images of a report that `evaluate --keep all` wrote.
 
     The exit status is 1 if one of these images is classified correctly now.
 
@@ -56,23 +56,25 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The command that wrote the report in a folder, or a command that attacks MODEL if the user gives it."""
+        """The `evaluate` command that wrote the report in a folder, or a command with MODEL if the user gives MODEL.
+
+        The command is not run. It loads the model.
+        """
         if self.model is not None:
             words = [self.model]
         elif (path := folder / RUN_FILE).is_file():
             words = ["--config", str(path)]
         else:
-            raise FileNotFoundError(f"{folder} contains no {RUN_FILE}, which would name the model: give MODEL")
+            raise FileNotFoundError(f"{folder} contains no {RUN_FILE} that names the model: give also MODEL")
         return parse(Evaluate, words)
 
 
 def images_of(witnesses: Witnesses, device: str) -> DataSet:
     """The clean images of a report as a data set, so that the original data set need not be on this machine."""
-    import torch
 
     from ..data import DataSet
 
     images = (witnesses.clean * 255).round().byte()
-    labels = torch.zeros(len(images), dtype=torch.int64).scatter(0, witnesses.of, witnesses.labels)
+    labels = witnesses.labels
     arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
     return DataSet(**arrays, name="the report's images", num_classes=witnesses.about["classes"]).to(device)

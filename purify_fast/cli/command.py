@@ -21,7 +21,7 @@ class Command(ABC):
 
     Args:
         config: The run.yaml of an earlier run, which sets the defaults of this command. Options on the command line win
-            over them.
+            over the file.
     """
 
     #: The name of the command, such as ``train carso``.
@@ -43,9 +43,9 @@ class Command(ABC):
         return getattr(self, "out", None)
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        """Options that have no effect together with this command's other options, and the error if they are given.
+        """Options that have no effect together with this command's other options, with the message that refuses them.
 
-        In an error, ``{given}`` stands for the names of the options that were given.
+        In a message, ``{given}`` stands for the names of the refused options.
         """
         return {}
 
@@ -60,7 +60,7 @@ class DataCommand(Command):
             in the same form.
         data_root: Folder in which data sets are searched and to which they are downloaded. Default: the variable
             PURIFY_FAST_DATA, or else the current folder.
-        download: Let torchvision download the official files if they are missing.
+        download: Let torchvision download the official files of a data set if they are missing.
         size: Height and width to which images are resized and cropped before any attack. A single number is used for
             both.
         num_classes: Number of classes, for a data set in which some labels do not occur. Default: the largest label
@@ -98,7 +98,7 @@ class DataCommand(Command):
     def attacked_by(self, folder: Path) -> str:
         """The text that names the command which attacks the trained model on the same data set.
 
-        The command needs no radius, because the folder contains it.
+        The command needs no radius, because the folder contains the radius of the training.
         """
         words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
         for name in ("data_root", "size", "num_classes"):

@@ -1,4 +1,4 @@
-"""``purify-fast evaluate``."""
+"""The command ``purify-fast evaluate``, which attacks a model and writes a report."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Evaluate(DataCommand, Purification):
     An interrupted evaluation continues if the same command is run again.
 
     Args:
-        folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME for a model of the zoo. Or the name
-            of your function as path/to/file.py:function or package.module:function. It is imported and called without
-            arguments, and must return a module, or a function from images in [0, 1] to logits.
+        folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME for a model of the zoo. Or your
+            function, as path/to/file.py:function or package.module:function. The function is called without arguments,
+            and must return a module, or a function from images in [0, 1] to logits.
         official: Folder with the weights that CARSO's authors published, instead of FOLDER. It contains the three
             .safetensors files of the purifier and the file of its classifier. This option needs --recipe.
         recipe: Name of the published system in the folder --official. It sets the data set, K and the radius.
@@ -52,8 +52,8 @@ class Evaluate(DataCommand, Purification):
         eps: Radius in image units, such as 8/255. Default: the radius at which the model was trained. For your own
             model this option is required.
         norm: Norm of the ball. Default: the norm with which the model was trained, or linf if --eps is given.
-        images: Number of held-out images to attack. They are chosen by the seed, with equal numbers per class (up to
-            1). If the data set has fewer images, all are attacked, and the report says so.
+        images: Number of held-out images to attack. The seed chooses them; the numbers per class differ by at most 1.
+            If the data set has fewer images, all are attacked, and the report says so.
         precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
             bfloat16: the accelerated defence is evaluated, a slightly different function that rounds to 8 bits. The
             report names the precision.
@@ -77,14 +77,16 @@ class Evaluate(DataCommand, Purification):
 
     def __post_init__(self) -> None:
         if self.norm is not None:
-            # The dataclass is frozen.
+            # A frozen dataclass refuses a plain assignment.
             object.__setattr__(self, "norm", read_norm(self.norm))
         super().__post_init__()
         if self.own is None and self.folder.suffix == ".py":
             raise ValueError(f"{self.folder}: give also the function that returns the model, as {self.folder}:function")
         if (self.official is None) != (self.recipe is None):
-            names = ", ".join(get_args(Published))
-            raise ValueError(f"--official FOLDER and --recipe need each other: give both; recipe is one of {names}")
+            only, names = "--recipe" if self.official is None else "--official", ", ".join(get_args(Published))
+            raise ValueError(
+                f"--official FOLDER and --recipe need each other, got only {only}: give both; recipe is one of {names}"
+            )
         if self.classifier_weights is not None and self.official is None:
             raise ValueError("--classifier-weights needs a published system: give --official FOLDER and --recipe too")
 
@@ -102,7 +104,7 @@ class Evaluate(DataCommand, Purification):
         """Return None, because `run` itself locks the folder of the report, after it has checked the options."""
 
     def report_folder(self) -> Path:
-        """The folder of the report."""
+        """The folder of the report: --out, or the default that the help text of --out names."""
         if self.out is not None:
             return self.out
         if self.own is not None:
@@ -141,7 +143,7 @@ class Evaluate(DataCommand, Purification):
         return ball
 
     def trained_ball(self) -> tuple[float, str] | None:
-        """The radius and the norm with which a saved model was trained, or a model of the zoo was evaluated."""
+        """The radius and the norm of a saved model's training, or of the evaluation of a model of the zoo."""
         if self.recipe is not None:
             from ..methods.recipes import recipe
 
@@ -169,8 +171,8 @@ class Evaluate(DataCommand, Purification):
         if self.classifier is not None or self.process() is not None:
             options = "--classifier, --t-star, --denoising-steps and --solver"
             raise ValueError(
-                f"{options} need a denoiser or a diffusion purifier in a folder; "
-                f"{self.own or self.official or self.folder} is not a saved purifier"
+                f"{options} are only for a saved denoiser or diffusion purifier, got "
+                f"{self.own or self.official or self.folder}: leave them out"
             )
         if self.own is not None:
             return own_model(self.own, images), None
@@ -183,7 +185,10 @@ class Evaluate(DataCommand, Purification):
         return model, None
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
-        """Load the models in the requested precision. TF32 is a setting of PyTorch, which `judge` switches on."""
+        """Load the models, in bfloat16 if --precision asks for it.
+
+        TF32 is a setting of PyTorch instead of the model, so `judge` switches it on.
+        """
         import torch
 
         from ..defences.base import Defence
@@ -192,7 +197,7 @@ class Evaluate(DataCommand, Purification):
         if self.precision == "bfloat16":
             if not isinstance(model, Defence):
                 raise ValueError(
-                    f"precision bfloat16 is for defences of this package, but {self.folder} is not such a defence"
+                    f"--precision bfloat16 is only for defences of this package, got {self.folder}: leave it out"
                 )
             model.accelerate(torch.bfloat16)
         return model, base

@@ -1,4 +1,4 @@
-"""``purify-fast info``: the installed versions, the build of the extension, and the backend that computes each op."""
+"""Makes the text of ``purify-fast info``: versions, the build of the extension, and the backend of each op."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
     """Read the record that setup.py wrote beside an extension; an empty dictionary if there is no record."""
-    # The path is None if there is no extension. Then this raises an error, which is ignored.
+    # Without an extension the path is None. `with_name` then raises an error, which is ignored.
     with contextlib.suppress(OSError, ValueError, TypeError):
         return json.loads(Path(extension or "").with_name("_build.json").read_text())
     return {}
@@ -132,7 +132,7 @@ def _raced(kind: str) -> str:
 
 
 def info(everything: bool) -> str:
-    """The text of the command: versions, devices, how many ops kernels compute, and the kernels that are wrong.
+    """The text of the command ``info``: versions, devices, the number of ops that kernels compute, and wrong kernels.
 
     Args:
         everything: whether to add the environment and a table of all ops.

@@ -1,4 +1,4 @@
-"""Make a command from the words of a command line.
+"""Makes a command from the words of a command line.
 
 A recipe and the file ``--config`` change the defaults of the options. Options on the command line win over both.
 
@@ -91,7 +91,7 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _InTyroLookup:
-    """Marks a type for which tyro's own rule is being searched, so that the rule below does not apply."""
+    """Marks a type while tyro's own rule for it is searched, so that the rule below does not apply again."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -115,7 +115,7 @@ def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | N
 
 
 def option_types() -> ConstructorRegistry:
-    """The rules above, for ``tyro.cli(registry=...)``."""
+    """The rules of this module, for ``tyro.cli(registry=...)``."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_fractions)
     registry.primitive_rule(_choices)
@@ -124,12 +124,12 @@ def option_types() -> ConstructorRegistry:
 
 
 def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
-    """Call ``tyro.cli`` for the class of a command, or a union of classes, with the rules above."""
+    """Call ``tyro.cli`` with the rules of this module, for the class of a command or a union of classes."""
     return tyro.cli(kind, args=arguments, config=MARKERS, registry=option_types(), **options)
 
 
 def early_options() -> argparse.ArgumentParser:
-    """A parser of --version and of the options that decide the defaults of other options. It ignores other words."""
+    """A parser of --version, and of the options that decide the defaults of other options."""
     parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--recipe")
@@ -148,7 +148,7 @@ def _refuse_ignored(command: Command, given: set[str]) -> None:
     """Raise a ValueError if an option was given that has no effect together with the other options of the command."""
     for names, message in command.ignored_beside().items():
         if odd := [name for name in names if name in given]:
-            raise ValueError(message.format(given=", ".join(odd)))
+            raise ValueError(message.format(given=", ".join(f"--{name.replace('_', '-')}" for name in odd)))
 
 
 def parse(kind: type[C], arguments: list[str]) -> C:

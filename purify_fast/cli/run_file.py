@@ -1,6 +1,6 @@
-"""Read and write ``run.yaml``, which contains the options of a run.
+"""Reads and writes ``run.yaml``, which contains the options of a run.
 
-The file lies beside the run's log, and the option ``--config`` reads it. It is a flat table of options. Its entry
+The file lies beside the run's log, and the option ``--config`` reads it. The file is a flat table of options. Its entry
 ``command`` is the name of the command, and ``version`` is the release of this package that wrote the file.
 """
 
@@ -109,7 +109,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
     options.pop("version", None)
     command = options.pop("command", name)
     if command != name:
-        raise ValueError(f"--config {path} was written by `purify-fast {command}`; this is `purify-fast {name}`")
+        raise ValueError(f"--config must be a file of `purify-fast {name}`, got {path} of `purify-fast {command}`")
     if unknown := options.keys() - values(kind()).keys():
         named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
         raise ValueError(f"--config {path} must contain only options of `purify-fast {name}`, got {named}")
@@ -134,7 +134,10 @@ def with_options(config: C, options: dict[str, Any]) -> C:
 
 
 def _as_type(value: Any, kind: Any) -> Any:
-    """Convert a value of YAML to the type of a field. The configuration refuses values that cannot be converted."""
+    """Convert a value of YAML to the type of a field.
+
+    A value that cannot be converted is returned unchanged, and the configuration refuses it.
+    """
     kinds = typing.get_args(kind)
     if type(None) in kinds:
         return None if value in (None, "None") else _as_type(value, kinds[0])

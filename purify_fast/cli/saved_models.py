@@ -1,4 +1,4 @@
-"""Load the models that commands use: from a folder, from the zoo, by the name of a network, or from a function."""
+"""Loads the models that commands use: from a folder, from the zoo, by the name of a network, or from a function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="Classifier")
 
-#: Prefix that distinguishes a model of `purify_fast.zoo` from a folder.
+#: The prefix of the name of a model in `purify_fast.zoo`. Without it, a text is the path of a folder.
 ZOO = "zoo:"
 
 
@@ -42,12 +42,12 @@ def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
 
 
 def is_named(classifier: str) -> bool:
-    """Tell whether a text is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``, not a saved model."""
+    """Tell whether a text names code (torchvision:NAME, timm:NAME, module:function) and not a saved model."""
     return ":" in classifier and zoo_name(classifier) is None and not Path(classifier).exists()
 
 
 def refuse_fresh_weights(spec: str, instead: str) -> None:
-    """Raise a ValueError for the name of a network of torchvision or timm, because its weights would be random.
+    """Raise a ValueError for the name of a network of torchvision or timm, because the network has random weights.
 
     Args:
         spec: the name.
@@ -129,7 +129,9 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
 
 
 def on_images(model: Model, spec: str, images: DataSet) -> Model:
-    """Move a module to the device of the images, and try the model on two images. Modules in a function are not moved.
+    """Move a module to the device of the images, and try the model on two images.
+
+    The modules that a function uses are not moved.
 
     Raises:
         ValueError: the model fails, or returns too few logits for the classes of the data set.
@@ -155,7 +157,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
-    """Raise a ValueError if a model was trained on images of another size or on fewer classes, if it says so.
+    """Raise a ValueError if a model was trained on images of another size, or on fewer classes than these images have.
 
     Args:
         model: a defence, or a classifier of this package.

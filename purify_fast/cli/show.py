@@ -1,4 +1,4 @@
-"""The commands ``purify-fast demo``, ``recipe``, ``report``, ``zoo`` and ``info``, which print something."""
+"""The short commands ``purify-fast demo``, ``recipe``, ``report``, ``zoo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ class Demo(Command):
 
     Args:
         out: Folder for models, reports and pictures.
-        quick: Do the same in about a minute with very short trainings, whose numbers mean nothing, and write to
-            OUT-quick.
+        quick: Try the demo in about a minute, with trainings too short for meaningful numbers. Write to OUT-quick.
         seed: Seed of all random draws.
     """
 

@@ -1,4 +1,4 @@
-"""``purify-fast train classifier`` and ``purify-fast train arrest``."""
+"""The commands that train classifiers: ``purify-fast train classifier`` and ``purify-fast train arrest``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FreshClassifier(DataCommand):
         model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
             timm:NAME or package.module:function.
         width: Number of channels of the network's first stage. Default: 16 for small_cnn, 64 for preact_resnet18. For
-            wide_resnet, the factor of its widths. Default: 10.
+            wide_resnet it is the factor of all widths, by default 10.
         depth: Number of layers of a wide_resnet. Default: 28.
         activation: Activation of a wide_resnet. Default: silu.
     """
@@ -48,7 +48,7 @@ class FreshClassifier(DataCommand):
             for name, value in sizes.items():
                 if value is not None:
                     raise ValueError(
-                        f"--{name} is only for networks of this package, got {value}: {self.model} has a fixed size"
+                        f"--{name} is only for networks of this package, got {value}: leave it out for {self.model}"
                     )
             return named_classifier(self.model, None, images)
         if self.model not in CLASSIFIERS:
@@ -111,8 +111,8 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
     Args:
         standard_epochs: Number of epochs for the standard classifier. A re-implementation of the paper has 100.
         layers: Names of the layers whose outputs are the representation. Default: the last map before pooling.
-        keep_teacher: Compute the old representation of all images only once and keep it in memory. This is not possible
-            with augmentation.
+        keep_teacher: Compute the standard classifier's representation of each image only once, and keep it in memory.
+            This is not possible with augmentation.
     """
 
     called: ClassVar[str] = "train arrest"

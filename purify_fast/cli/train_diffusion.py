@@ -1,4 +1,4 @@
-"""``purify-fast train diffusion``, and the options of purification by diffusion."""
+"""The command ``purify-fast train diffusion``, and the options of purification by diffusion."""
 
 from __future__ import annotations
 
@@ -76,20 +76,23 @@ class TrainDiffusion(OnClassifier, Purification):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method.attack.eps > 0 and None in (self.init, self.classifier):
-            raise ValueError("--eps above 0 trains through the purification: give --init and --classifier")
+            eps = f"--eps {self.method.attack.eps:g}"
+            raise ValueError(f"{eps} trains a denoiser through the purification: give both --init and --classifier")
         if self.method.intervals and self.init is None:
-            raise ValueError("--intervals above 0 distills a denoiser: give --init")
+            raise ValueError(f"--intervals {self.method.intervals} distills a denoiser: give the denoiser by --init")
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
         eps, distilled = self.method.attack.eps > 0, self.method.intervals > 0
         ignored: dict[tuple[str, ...], str] = {}
         if not eps:
-            message = "{given} needs an --eps above 0, which trains through the purification"
+            message = "leave out {given}, or give an --eps above 0, which trains through the purification"
             ignored[("classifier", "classifier_weights", "denoising_weight", *_PROCESS)] = message
         if eps or distilled:
-            ignored[(*_NETWORK, "noise_schedule", "prediction")] = f"--init {self.init} sets {{given}}: leave it out"
+            ignored[(*_NETWORK, "noise_schedule", "prediction")] = (
+                f"--init {self.init} sets the network: leave out {{given}}"
+            )
         else:
-            ignored[("init",)] = "{given} needs an --eps above 0, or --intervals above 0"
+            ignored[("init",)] = "leave out {given}, or give an --eps or an --intervals above 0"
         return ignored
 
     def task(self, images: DataSet) -> Task:
@@ -111,7 +114,7 @@ class TrainDiffusion(OnClassifier, Purification):
         from .._tensors import weights_fingerprint
         from ..methods.diffusion import DiffusionPurifier, PurificationTask
 
-        # `__post_init__` has checked that the user gave it.
+        # `__post_init__` has checked that the user gave both.
         assert self.init is not None and self.classifier is not None
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
         say_other_ball(self.classifier, self.method.attack)
@@ -137,7 +140,7 @@ class TrainDiffusion(OnClassifier, Purification):
         """Load the denoiser of --init and its saved settings."""
         from ..methods.diffusion.denoiser import read_denoiser
 
-        # `__post_init__` has checked that the user gave it.
+        # `__post_init__` has checked that the user gave --init.
         assert self.init is not None
         return read_denoiser(saved_folder(self.init))
 

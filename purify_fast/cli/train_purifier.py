@@ -1,4 +1,4 @@
-"""``purify-fast train carso``, ``purify-fast train generator`` and ``purify-fast train atop``."""
+"""The commands that train purifiers: ``purify-fast train carso``, ``train generator`` and ``train atop``."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class KeepsAttacks(Training):
     """A command that can save its attacked images in a file, the adversarial bank, and use them again.
 
     Args:
-        bank: Save up to this number of attacked variants of each image in a file, and train on them again in later
-            epochs instead of attacking. This needs the paper's objective, which attacks only the classifier. Default:
-            attack in every step.
-        bank_refresh: With --bank: share of the adversarial images that are attacked again and replace the oldest
+        bank: Save up to this number of attacked versions ("variants") of each image in a file, and train on them again
+            in later epochs instead of attacking. This needs the paper's objective, which attacks only the classifier.
+            Default: attack in every step.
+        bank_refresh: With --bank: share of the adversarial images that are attacked again. They replace the oldest
             variants.
         bank_folder: With --bank: folder of the file, which later runs can use too. Default: the folder banks in the
             folder of caches.
@@ -88,7 +88,8 @@ class KeepsAttacks(Training):
         if self.bank is not None:
             return super().ignored_beside()
         names = ("bank_refresh", "bank_folder", "bank_gigabytes")
-        return super().ignored_beside() | {names: "{given} needs --bank N, the number of variants to save per image"}
+        message = "leave out {given}, or give --bank N, the number of variants to save per image"
+        return super().ignored_beside() | {names: message}
 
     def bank_config(self) -> BankConfig | None:
         from ..training import BankConfig
@@ -210,8 +211,8 @@ class TrainGenerator(TrainPurifier):
             purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
         elif self.purifier != "deepfill" or self.width is not None or self.residual:
             raise ValueError(
-                "--weights needs --purifier deepfill, without --width and --residual, because the weights set both; "
-                f"got --weights {self.weights}"
+                f"--weights {self.weights} needs --purifier deepfill without --width and --residual, got purifier "
+                f"{self.purifier}, width {self.width} and residual {self.residual}"
             )
         else:
             purifier = DeepFillGenerator.from_official(self.weights)
@@ -243,7 +244,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
-        # The authors start from weights of Places2, which the user passes as --weights.
+        # The authors start from weights that were trained on Places2. The user passes these weights as --weights.
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
         return options | recipe.part("defence", official_code)
 
@@ -262,7 +263,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
         if self.init is None:
             return super().task_on(classifier, images)
-        # The pre-training did not depend on the classifier, so another classifier than the saved one is allowed.
+        # The pre-training did not depend on the classifier, so the classifier may differ from the saved classifier.
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
             # The recipe sets the transform. Only the purifier is taken from the folder.

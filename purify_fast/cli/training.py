@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Training(DataCommand):
-    """A command that trains.
+    """A command that trains a model.
 
     Args:
         out: Folder of the run, for the checkpoint, the log, the options and the trained model.
@@ -34,14 +34,14 @@ class Training(DataCommand):
 
     @abstractmethod
     def task(self, images: DataSet) -> Task:
-        """Make the task, which contains the model with its initial weights."""
+        """Make the task of the training: the model with its initial weights, and its loss."""
 
     @abstractmethod
     def save(self, trained: Any, images: DataSet) -> None:
         """Save the trained model."""
 
     def bank_config(self) -> BankConfig | None:
-        """The settings of the bank of adversarial images; None for a training without one."""
+        """The settings of the bank of adversarial images; None for a training without a bank."""
         return None
 
     def run(self) -> None:
@@ -53,7 +53,7 @@ class Training(DataCommand):
             write_run_file(self, self.out)
 
         class Begun(Callback):
-            """Writes the options when the training has begun. Then no check can refuse them any more."""
+            """Writes the options after the first step, because until then a check may refuse them."""
 
             def on_step(self, state: TrainingState) -> None:
                 write_once()
@@ -73,16 +73,16 @@ class Training(DataCommand):
 
 @dataclass(frozen=True)
 class FollowsRecipe(Training):
-    """A command that can train with the settings of a published training, which is called a recipe.
+    """A command that can train by a recipe, which is the settings of a published training.
 
     Args:
         recipe: Name of a published training of this method; `purify-fast recipe` lists them. Its settings become the
             defaults of this command.
-        official_code: With --recipe: repeat also the known mistakes of the authors' code. `purify-fast recipe NAME`
-            lists them.
+        official_code: With --recipe: repeat also the known mistakes of the authors' code, which `purify-fast recipe
+            NAME` lists.
     """
 
-    #: The name of the method.
+    #: The name of the method, with which the names of its recipes begin.
     of: ClassVar[str]
 
     recipe: str | None = None

@@ -1,4 +1,4 @@
-"""``purify-fast tune``."""
+"""The command ``purify-fast tune``, which times kernels against PyTorch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tune(Command):
-    """Time the kernels on this machine against PyTorch, in under five minutes. Later runs use the faster ones.
+    """Time the kernels on this machine against PyTorch, in under five minutes. Later runs use the faster of the two.
 
     Every kernel is verified first. The times are saved for this device and these versions, in the folder that `info`
     names. Run this command on a machine that does nothing else.
 
     Args:
         device: Device whose kernels are timed: cpu or cuda. auto: a GPU if there is any.
-        full: Time the kernels also inside graphs of torch.compile. Their compilation takes longer; see --minutes.
+        full: Time the kernels also inside graphs of torch.compile, whose compilation takes longer; see --minutes.
         ops: Names of the ops to time, as `info` lists them. Default: all ops that have a kernel for this device.
-        again: Repeat also timings that are saved for this device and these versions. By default they are skipped.
-        minutes: Time limit. After so many minutes no timing begins, and the missing timings are listed. Default: 4.5,
-            or 30 with --full.
+        again: Repeat saved timings, too. By default, timings that are saved for this device and these versions are
+            skipped.
+        minutes: Time limit in minutes. No timing begins later, and the missing timings are listed. Default: 4.5, or 30
+            with --full.
     """
 
     called: ClassVar[str] = "tune"
@@ -50,7 +51,7 @@ class Tune(Command):
 
         device = torch.device(usable_device(self.device))
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu or cuda, which have kernels, got {self.device!r}")
+            raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}, for which there are no kernels")
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         minutes = self.minutes if self.minutes is not None else 30.0 if self.full else 4.5
@@ -81,7 +82,7 @@ class Tune(Command):
 
 
 def text(tuned: Tuned) -> str:
-    """The text that the command prints about the timings."""
+    """The text that the command ``tune`` prints at its end."""
     from .._templates import render
     from ..evaluation.show.tables import terminal_table
 

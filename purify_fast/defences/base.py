@@ -200,7 +200,7 @@ class Defence(StochasticDefence):
         The classifier is replaced by inference copies: BatchNorms are folded, the weights are channels_last, and
         products are computed in ``dtype``. The purifier computes its products in ``dtype``. Its weights, BatchNorm
         statistics and losses remain float32. Images, condition, latents and logits are float32 between the parts. With
-        bfloat16, the images are also rounded to 8 bits inside the layers.
+        bfloat16, layers round the images to the 8 significant bits of bfloat16.
 
         The copies are updated by the methods ``to``, ``cuda``, ``cpu`` and ``load_state_dict`` of the defence. If the
         weights of the classifier change in another way, call `refresh`. `purify_fast.evaluation.evaluate` calls
@@ -236,7 +236,7 @@ class Defence(StochasticDefence):
             ValueError: the defence is not accelerated.
         """
         if self.acceleration is None:
-            raise ValueError("the defence has no copies, because it is not accelerated: call accelerate() first")
+            raise ValueError("uncompiled_copies needs an accelerated defence: call accelerate() first")
         return self._make_copies({**self.acceleration, "compile": False})
 
     def _make_copies(self, settings: Mapping[str, Any]) -> Accelerated:
@@ -329,7 +329,7 @@ def refuse_wrapped(name: str, module: nn.Module) -> None:
 
 
 class _Float32Borders(nn.Module):
-    """Wraps a classifier of another dtype, so that its images and logits are float32."""
+    """Wraps a classifier whose dtype is not float32, so that its images and logits are float32."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()

@@ -51,7 +51,7 @@ class StochasticDefence(nn.Module):
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """If a subclass defines ``forward`` but not `draw_logits`, let `draw_logits` repeat the batch and call it."""
+        """If a subclass defines only ``forward``, let `draw_logits` call ``forward`` with the repeated batch."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "draw_logits" not in vars(cls):
             cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]
@@ -222,7 +222,7 @@ def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
 
 
 class WithAggregation(nn.Module):
-    """Calls a defence with another aggregation, and if wanted without noise, for attacks and comparisons.
+    """Calls a defence with another aggregation, with or without noise, for attacks and comparisons.
 
     Args:
         defence: module with the method ``sample_logits(x) -> [B, K, classes]``. If ``deterministic`` is True, the

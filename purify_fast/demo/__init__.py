@@ -28,7 +28,7 @@ from . import methods
 from .methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, CARSO_MODELS, METHODS, STANDARD, attack, model, train
 from .setting import EPS, QUICK, Budget, Workspace, digits
 
-#: With fewer images than this, the standard error may be above five points.
+#: With fewer images than this, the standard error of an accuracy may be above five percentage points.
 FEW = 100
 __all__ = ["EPS", "QUICK", "Budget", "Workspace", "run"]
 
@@ -160,7 +160,7 @@ def _share(report: Report, row: str) -> str:
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
-    """The paired difference of two models under an attack. It is significant if it exceeds two standard errors."""
+    """A text with the difference of two models on the same images. It is significant above two standard errors."""
     paired = report.paired(other, row)
     points = f"{100 * paired.difference:+.1f} ± {100 * paired.standard_error:.1f} points"
     verdict = "significantly better" if paired.difference > 0 else "significantly worse"

@@ -1,7 +1,7 @@
-"""The common settings of the demonstration and of the studies in `benchmarks` on digits.
+"""The settings that the demonstration shares with the studies in `benchmarks` on digits.
 
-They are the images, the radius, the training of the base, and the sizes of CARSO. This module also has the numbers of
-epochs, steps and images of the demonstration, and its workspace.
+These settings are the images, the radius, the training of the base, and the sizes of CARSO. This module also has the
+demonstration's own numbers of epochs, steps and images (`Budget`), and the folder of its files (`Workspace`).
 """
 
 from __future__ import annotations

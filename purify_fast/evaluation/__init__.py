@@ -1,4 +1,7 @@
-"""Evaluates the robustness of any model from images in [0, 1] to logits: attacks, checks of them, and reports."""
+"""Evaluates the robustness of any model from images in [0, 1] to logits: it attacks the model, and writes a report.
+
+The report also tells whether its numbers are reliable.
+"""
 
 from __future__ import annotations
 

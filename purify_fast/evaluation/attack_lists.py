@@ -39,12 +39,12 @@ FIRST_STEPS = 10
 #: Steps of the targeted search of "fast" on many images. 100 steps found only 1 more image in 500, and took a fifth
 #: longer.
 FAST_STEPS = 60
-#: An attack of "fast" or "standard" stops early if, among the images that it has not searched yet, at most this share
-#: of all images could fall to it.
+#: An attack of "fast" or "standard" stops early when hardly any of the images that it has not searched can still fall,
+#: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The numbers of images with the smallest margins that are searched again, because they decide the accuracy. NEAREST:
-#: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for the slowest attacks of
-#: both.
+#: The images with the smallest margins are searched again, because they decide the accuracy. These are the numbers of
+#: such images. NEAREST: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for
+#: the slowest attacks of both.
 NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
 #: Square's number of queries per image if it searches many images.
 SHORT_QUERIES = 1000
@@ -64,8 +64,8 @@ def protocol_attacks(
         name: name of the protocol, in `ProtocolName`.
         subject: the attacked model.
         ball: norm and radius of the evaluation.
-        base: an undefended classifier, from which adversarial images are transferred; None: no transfer attack.
-        steps: the most steps of Auto-PGD, except of a first attack with `FIRST_STEPS`; None: the protocol's number.
+        base: an undefended classifier, whose adversarial images are tried on the model; None: no transfer attack.
+        steps: the most steps of Auto-PGD, except of a first attack with `FIRST_STEPS`; None: no limit.
 
     Raises:
         ValueError: an unknown protocol.
@@ -179,8 +179,9 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """Make every attack search all images and take all steps, and add attacks with the gradients of surrogates.
 
-    The attacks with surrogates come after the attacks with the model's own gradients, so that the report shows what
-    these gradients find, and before FAB-T and Square. A list that already fulfills all of this is returned unchanged.
+    The attacks with surrogates come before FAB-T and Square. They come after the attacks with the model's own
+    gradients, so that the report shows how many images fall to the model's own gradients. A list that already fulfills
+    all of this is returned unchanged.
 
     Args:
         attacks: attacks of a protocol.
@@ -240,7 +241,7 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """Return the notes of a report on its protocol: for "authors" a note says whose evaluation is repeated.
+    """Return the notes of a report on its protocol. Only "authors" has a note, which says whose evaluation it repeats.
 
     Args:
         name: name of the protocol; None for a list of attacks.
@@ -260,8 +261,7 @@ def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
     ]
 
 
-#: The protocols in which every attack searches all images and takes all steps if probes find signs of masked gradients
-#: before the attacks.
+#: The protocols that `to_the_end` changes if probes find signs of masked gradients before the attacks.
 SEARCHES = ("fast", "standard", "rand", "strong")
 #: The protocols by name.
 PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {

@@ -32,11 +32,12 @@ class AttackedBatch:
 
     Args:
         images: the attacked images, ``[B, C, H, W]``.
-        health: counts of `GradientHealth`, by name.
+        health: the counts of `GradientHealth`, by name.
         seconds: duration of the attack.
         warnings: warnings of the attack.
         fallen: a dict from the name of a target and restart to the number of images on which that run succeeded.
-        fell: for each image in order, 1 if the attacked model misclassifies it now, otherwise 0.
+        fell: for each image in order, 1 if the attacked model misclassifies the attacked image, otherwise 0. Empty if
+            no `StoppingRule` needs it.
         stood_still: number of images that no search brought nearer to a decision boundary.
         proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
     """
@@ -65,8 +66,8 @@ class AttackRun:
         subject: the judged model with all images.
         context: the settings of the attack.
         folder: a folder for the finished batches. It may contain batches of an interrupted run or of another process.
-            It is made when the first batch is saved. None: no batch is saved.
-        rule: decides after each batch whether the attack stops; None: every batch is made.
+            It is made when the first batch is saved. With None, no batch is saved.
+        rule: decides after each batch whether the attack stops. With None, every batch is attacked.
     """
 
     spec: AttackSpec
@@ -83,7 +84,7 @@ class AttackRun:
         self.parts = self.index.split(most) if len(self.index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Return those of these numbers whose batches are not finished."""
+        """Return the numbers of the unfinished batches among the batches with these numbers."""
         return [number for number in numbers if self.read(self.parts[number]) is None]
 
     def read(self, ids: Tensor) -> AttackedBatch | None:
@@ -159,14 +160,17 @@ class AttackRun:
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
-        """Make or read all batches. Return all images, attacked if they are in ``index``, and the summed results.
+        """Make or read all batches, and sum up their results.
 
         Args:
-            share: a function that makes the batches with the given numbers in several processes; None: this process
-                makes all batches.
+            share: a function that makes the batches with the given numbers in several processes. With None, this
+                process makes all batches.
             at_once: number of batches that are made in parallel before the rule decides; without a rule all are made in
                 parallel. Batches after the batch at which the rule stops the attack are ignored, so that the result
                 equals that of a single process.
+
+        Returns:
+            The sums over the batches, with all images of the subject. Images outside ``index`` are clean.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()

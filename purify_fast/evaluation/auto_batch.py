@@ -32,7 +32,7 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
 
     Args:
         batch_size: a number, or "auto".
-        memory: the most memory for "auto"; None: all free memory.
+        memory: the most memory for "auto", in bytes or as "20GB"; None: all free memory.
 
     Raises:
         ValueError: batch_size is neither a number nor "auto", or memory is given without "auto" or is not a size.
@@ -53,14 +53,14 @@ def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
 
 
 def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:
-    """Measure the number of images that fit into memory in a pass, and store it in ``subject.room``.
+    """Measure how many images of a pass fit into memory, and store the number in ``subject.room``.
 
     Args:
         subject: the model with its images; the model is frozen by `purify_fast.attacks.frozen`.
         models: the models from which attacks take gradients.
-        memory: memory that the process may use in total; None: all free memory.
-        cache: stores the number. A resumed run uses it again if it still fits, because the draws of a random model
-            depend on it.
+        memory: memory that the process may use in total, in bytes or as "20GB"; None: all free memory.
+        cache: stores the number. A resumed run uses the same number again if it still fits, because the draws of a
+            random model depend on it.
     """
     device = subject.device
     # An attack keeps tensors for all images of a batch, even if only a few of them are in a pass of the model.

@@ -36,7 +36,7 @@ PROTOCOL_VERSION = 2
 
 
 def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Read values and tensors that `purify_fast._sealed.write_sealed` wrote; None if the file is absent or damaged."""
+    """Read the values and tensors of a file in the cache; None if the file is absent or damaged."""
     if path is not None and path.exists():
         try:
             return read_sealed(path)
@@ -79,9 +79,9 @@ class RowCache:
         """The name of the row with these settings and these models.
 
         The name also depends on PyTorch's release, on the presence of the kernel extension and on forced backends,
-        because they change the last bits of a model's results; and on the precision of float32 on a GPU, which changes
-        more than the last bits. The name does not depend on the bytes of the extension, because a new build of the same
-        sources computes the same.
+        because they change the last bits of a model's results. It depends on the precision of float32 on a GPU, which
+        changes more than the last bits. It does not depend on the bytes of the extension, because a new build of the
+        same sources computes the same.
 
         Args:
             settings: everything except the models on which the row depends, as plain values.
@@ -107,7 +107,7 @@ class RowCache:
         """Read a row from the cache, or make the row and cache it.
 
         Args:
-            key: name of the row; None: the row is made and not cached.
+            key: name of the row. With None, the row is made and not cached.
             make: a function that makes the row. Its argument is the folder for the batches of the row, in which there
                 may be batches of an interrupted run; None if the row is not cached.
         """
@@ -130,7 +130,7 @@ class RowCache:
         """Read plain values from the cache, or make the values and cache them.
 
         Args:
-            key: name of the values; None: the values are made and not cached.
+            key: name of the values. With None, the values are made and not cached.
             make: a function that makes the values.
         """
         path = self._path(key, ".values.safetensors")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 
-#: A claim is refuted if it gives the measured accuracy, together with all lower accuracies, a probability below this
-#: number.
+#: A claim is refuted if an accuracy as low as the measured accuracy, or lower, would have a probability below this
+#: number under the claim.
 REFUTED = 0.01
 #: The largest number of images that a report names as necessary to refute a claim.
 MOST = 10**6
@@ -54,6 +54,6 @@ def images_to_decide(left: float, claim: float) -> int | None:
         most *= 2
         if most > MOST:
             return None
-    # Half of this number does not refute the claim, so the least number is above it.
+    # Half of `most` does not refute the claim, so the smallest number is above it.
     least = most // 2 + 1
     return least + bisect.bisect_left(range(least, most), True, key=refutes)

@@ -29,27 +29,29 @@ class EvaluateConfig:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
             this package's faster versions. "rand": AutoAttack's version for random models. "strong": adaptive attacks,
             with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
-            evaluation of the defence's authors, for a comparison with their numbers; it does not count for the robust
-            accuracy. "official" and "authors" need the package pyautoattack. None: "standard", or the list ``attacks``
-            of `evaluate`. See `purify_fast.evaluation.attack_lists`.
-        steps: number of steps of PGD and APGD, for attacks that do not set it. It also limits the steps of a protocol's
-            attacks, except of a first attack with ten steps. FAB-T always takes 100 steps, as in its authors' code.
-        eot_iter: number of draws averaged per step, for attacks that do not set it. On a deterministic model attacks
-            take one draw.
+            evaluation of the defence's authors, for a comparison with their numbers; its rows do not count for the
+            robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
+            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.attack_lists`.
+        steps: number of steps of PGD and APGD, for attacks that set no number of steps. It also limits the steps of a
+            protocol's attacks, except of a first attack with ten steps. FAB-T takes 100 steps, as in its authors' code.
+        eot_iter: number of draws averaged per step, for attacks that set no number of draws. On a deterministic model
+            attacks take one draw.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
         predict: rule by which the predictions of a random model decide. "worst_of": an image has fallen if any
             prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
             gradient of the mean probabilities. With both rules the attacks know the rule, and every attack is repeated
-            under fixed noise if the model has ``fixed_noise``. None: an image has fallen if any prediction is wrong,
-            attacks search images that five fresh draws misclassify, and no attack is repeated under fixed noise.
+            under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
+            wrong, attacks search images that five fresh draws misclassify, and no attack is repeated under fixed noise.
         batch_size: number of images that are attacked together. "auto": 250, the default, but each pass of the model
-            has only as many images as fit into memory. This number is measured on a pass of a few images, and is halved
-            when memory runs out. It does not change the result of a deterministic model, but changes the draws of a
-            random model, as max_forward_batch does. Functions, and attacks of other packages, always get 250 images.
+            has only as many images as fit into memory. The number per pass is measured on a pass of a few images, and
+            is halved when memory runs out. It does not change the result of a deterministic model, but changes the
+            draws of a random model, as max_forward_batch does. With "auto", functions, and attacks of other packages,
+            get 250 images at once.
         max_forward_batch: the most images in a forward pass of an attack; it changes no result of a deterministic
             model. None: no limit.
         memory: with batch_size "auto", the most memory of the model's device that this process may use in total, in
-            bytes or as "20GB". None: all free memory, on a CPU within the limits of the process and its control group.
+            bytes or as "20GB". None allows all free memory, on a CPU within the limits of the process and its control
+            group.
         cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured once its launches have taken as
             much time as a capture, and the graph is used if a replay saves at least a tenth of the time. "always":
             every step that can be captured. "off": never. Choose "off" if the model changes its settings during an
@@ -64,14 +66,14 @@ class EvaluateConfig:
             best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255"; `Report.curve`
             has all of them.
         probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different
-            numbers of steps and draws, by small steps in random directions, and by repeated predictions. None: with
-            every protocol except "authors", but not with a list of attacks.
+            numbers of steps and draws, by small steps in random directions, and by repeated predictions. By default it
+            is tested with every protocol except "authors", but not with a list of attacks.
         keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
             every fallen image, exactly as the model got it, in a file next to the report, about 4 KB for each image of
             CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             many images would be needed for a decision.
-        dataset_name: name of the data set, for the report's title; None: the command line uses the name of its images.
+        dataset_name: name of the data set, for the report's title. The command line's default is its data set's name.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments, and attacks some of the batches of batch_size images. The result is the same as
             that of a single process. Only the first process writes and prints; the other processes get the report
@@ -118,7 +120,7 @@ class EvaluateConfig:
         """Tell whether an evaluation searches for signs that an attack has failed.
 
         Args:
-            attacks: the list of attacks that replaces a protocol; None: there is a protocol.
+            attacks: the list of attacks that replaces a protocol; None if the evaluation has a protocol.
         """
         if self.probes is not None:
             return self.probes
@@ -126,10 +128,10 @@ class EvaluateConfig:
 
 
 def check_claim(claim: Any) -> None:
-    """Check a claimed accuracy.
+    """Check a claimed robust accuracy.
 
     Args:
-        claim: robust accuracy in percent; None: no claim.
+        claim: robust accuracy in percent; None if nothing is claimed.
 
     Raises:
         TypeError: claim is not a number.
@@ -139,11 +141,9 @@ def check_claim(claim: Any) -> None:
     if claim is None:
         return
     if isinstance(claim, bool) or not isinstance(claim, (int, float)):
-        raise TypeError(
-            f"claim must be a number of percent from 0 to 100, got {claim!r}: give a number, such as claim=70"
-        )
+        raise TypeError(f"claim must be a percentage from 0 to 100, got {claim!r}: give a number, such as claim=70")
     if not 0 <= claim <= 100:
-        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give percent of robust accuracy, such as 70")
+        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: it is a robust accuracy in percent, such as 70")
     if 0 < claim <= 1:
         raise ValueError(
             f"claim must be in percent, got {claim!r}: write a claim of {100 * claim:g} % as claim={100 * claim:g}. "

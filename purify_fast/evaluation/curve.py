@@ -69,16 +69,16 @@ def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: 
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:
         raise ValueError(
-            "curve needs an attack of purify_fast.attacks without its own eps, on all images and on the deployed "
-            "model, and there is none among the given attacks: add such an attack, for example APGD(), or give the "
-            "protocol fast, standard, rand or strong"
+            "curve needs an attack that can run at every radius, and none of the given attacks can: add an attack of "
+            "purify_fast.attacks without eps, variant, judge and max_images, for example APGD(), or give the protocol "
+            "fast, standard, rand or strong"
         )
     names = {ball_name(context.norm, radius) for radius in radii}
     for spec in plan:
         if (threat := threat_name(spec, context)) in names:
             raise ValueError(
-                f"curve must not contain {threat}, because the attack {row_name(spec, context)} already has this ball: "
-                "leave this radius out"
+                f"curve must not contain {threat}, because the attack {row_name(spec, context)} already has this norm "
+                "and radius: leave this radius out of the curve"
             )
     return chosen
 
@@ -95,7 +95,7 @@ class Curve:
 
     Args:
         specs: the attacks, in order.
-        radii: the radii in rising order, without the report's radius; empty: there is no curve.
+        radii: the radii in rising order, without the report's radius; empty if there is no curve.
     """
 
     specs: Sequence[AttackSpec]

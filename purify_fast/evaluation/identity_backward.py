@@ -18,8 +18,8 @@ from ..attacks import frozen
 from ..protocols import Classifier
 from .softening import Args, HoldingMode, Rule
 
-#: Increase this number whenever a model with these gradients computes another result than before. Cached rows with an
-#: older number are then made again.
+#: Increase this number whenever a change here gives a model another gradient. Cached rows with an older number are then
+#: made again.
 REVISION = 1
 #: A module is differentiated as the identity only if its output lies in the range of its input. The output may exceed
 #: this range at each end by at most this share of the width of the range.
@@ -45,7 +45,7 @@ class PassedThrough(HoldingMode):
         return func(*args, **(kwargs or {}))
 
     def held(self, stack: contextlib.ExitStack) -> None:
-        # Inside another block of the same object, the hooks are already registered.
+        # Inside another ``with`` block of the same object, the hooks are already registered.
         for module in [] if self._open else self.modules:
             stack.callback(module.register_forward_pre_hook(self._before, prepend=True).remove)
             stack.callback(module.register_forward_hook(self._after).remove)
@@ -73,8 +73,8 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
         x: a few images ``[B, C, H, W]``.
 
     Returns:
-        A list of groups, each a dict of such modules by name. The first group has the innermost of these modules. If
-        the outermost of them are other modules, the second group has these. Without such modules the list is empty.
+        A list of groups, each a dict of such modules by name; empty if there are no such modules. The first group has
+        the innermost of these modules. If the outermost are other modules, they form a second group.
     """
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}

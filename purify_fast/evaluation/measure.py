@@ -1,4 +1,4 @@
-"""Makes the rows of an evaluation, each for one attack: it runs the attack, and judges the images by predictions."""
+"""Makes the rows of an evaluation: for each row, an attack runs, and new predictions judge the attacked images."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class Measure:
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The last attack on a variant and its outcome, whose images are then tried on the deployed model.
+    # The last attack on a variant other than "random", and its outcome. Its images are then tried on the model as it is
+    # deployed.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
     def turn_to(self, subject: Subject) -> None:
@@ -129,9 +130,7 @@ class Measure:
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """Let the deployed model classify, with fresh draws, the images that an attack on a variant returned.
-
-        Return the row of this result.
+        """The row of the deployed model, which classifies with fresh draws the images of an attack on another variant.
 
         Args:
             spec: the attack.
@@ -191,7 +190,7 @@ class Measure:
         target = spec.other_model if spec.target is None else spec.target
         on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
         optional = {
-            # This is not BPDA's own option of the same name, which is a setting of the attack.
+            # This is the aggregation of the spec. BPDA's own option of this name is among the settings of the attack.
             "aggregation": spec.aggregation,
             "seed": spec.seed or None,
             "gradients_from": None if spec.gradients_from is None else on,
@@ -251,7 +250,7 @@ class Measure:
 
         Args:
             right: bool ``[draws, n]``, True for correct predictions.
-            **values: further fields of the row, and fields that differ.
+            **values: further fields of the row; they override the values that this method sets.
         """
         usual: dict[str, Any] = {
             "model": self.name,
@@ -273,12 +272,13 @@ class Measure:
         Args:
             spec: the attack.
             index: indices of these images, int64, in the order of the search.
-            folder: the folder for the batches in the cache, in which there may be batches of an interrupted run; None:
-                the batches are not cached.
+            folder: the folder for the batches in the cache, in which there may be batches of an interrupted run. With
+                None, the batches are not cached.
             begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
 
         Returns:
-            The run of the attack; and all images, attacked or not, with the sums of counts and time over the batches.
+            The run of the attack, and its outcome (see `AttackRun.sums`). The outcome has only the images that the
+            attack may search by its ``max_images``.
         """
         team = self.team
         shared = team.folder(folder, self.cache.folder)
@@ -312,7 +312,7 @@ class Measure:
         """Make some batches of an attack for the first process.
 
         Args:
-            task: the attack and the batches, of the present part of the images.
+            task: the attack, and the numbers of the batches in the present part of the images.
 
         Raises:
             ValueError: the first process has other images, or this process cannot see the folder of the batches.
@@ -356,7 +356,7 @@ class Measure:
             index: indices of the attacked images, int64, in the order of the search.
             folder: the folder for the batches; None: they are not saved.
             begin: first points of the search; None: the attack's usual first points.
-            draws_differ: whether two predictions of the target differ; None: the result of a test.
+            draws_differ: whether two predictions of the target differ; None lets a test decide.
         """
         subject = self.subject
         subject.reseed("attack")
@@ -389,10 +389,10 @@ class Measure:
 
         Args:
             run: the run of the attack.
-            sums: its outcome.
+            sums: the outcome of the run.
             settings: the settings of the row.
             alive: bool ``[n]``, True for images that the attack might search. Only these images count as fallen to it,
-                although fresh draws of a random model may misclassify others.
+                although fresh draws of a random model may misclassify other images.
             standing: bool ``[n]``, True for images that have not fallen in an earlier row.
         """
         begin, spec = time.perf_counter(), run.spec
@@ -428,7 +428,7 @@ class Measure:
         subject = self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
-            # Only images that the attack got count, although fresh draws of a random model may misclassify others.
+            # Fresh draws of a random model may misclassify further images, but only images that the attack got count.
             wrong &= torch.from_numpy(given)
             others = torch.ones_like(wrong).index_fill(0, index, False)
             fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])

@@ -34,8 +34,9 @@ def feasible(
 ) -> tuple[list[AttackSpec], list[str]]:
     """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out.
 
-    For a deterministic model all variants are the same, so only one of them is attacked. A variant that fails its test
-    (`Subject.fault`) is not attacked, because its accuracy would have no meaning.
+    A variant is a mode of the model: "random" (as it is), "fixed" (noise) or "deterministic". For a deterministic model
+    all variants are the same, so only "random" is attacked. A variant that fails its test (`Subject.fault`) is not
+    attacked, because its accuracy would have no meaning.
 
     Args:
         specs: the attacks, in order.
@@ -79,7 +80,10 @@ def feasible(
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """After each attack on the deployed model, add the same attack under fixed noise, if there is ``fixed_noise``."""
+    """Add, after each attack on the deployed model, the same attack under fixed noise.
+
+    A model without ``fixed_noise`` gets no further attacks.
+    """
     if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []

@@ -69,15 +69,12 @@ class OtherAttack(abc.ABC):
     def check_ball(self, threat: ThreatModel) -> None:
         """Raise ValueError if the attack would search another ball than that of the evaluation."""
         norm, eps = self.ball()
-        right = self.in_ball(threat)
         if norm is not None and norm != threat.norm:
+            right = f'take an attack for {threat.norm}, or call evaluate(..., norm="{norm}")'
             raise ValueError(f"{self.name} searches a ball in {norm}, but the report's norm is {threat.norm}: {right}")
         if eps is not None and eps > threat.eps * (1 + ROUNDED):
+            right = f"write {self.line(threat.eps)}"
             raise ValueError(f"{self.name} has eps = {eps:.6g}, but the report's eps is {threat.eps:.6g}: {right}")
-
-    def in_ball(self, threat: ThreatModel) -> str:
-        """Return the end of an error message, which advises what to do if the attack would search another ball."""
-        return f"write {self.line(threat.eps)}"
 
     def run(self, model: Any, x: Tensor, y: Tensor, threat: ThreatModel, warnings: list[str]) -> Any:
         """Attack images.
@@ -168,9 +165,6 @@ class OfFoolbox(OtherAttack):
             # An attack whose distance is chosen when it runs raises ValueError here.
             order = getattr(self.attack.distance, "p", None)
         return {np.inf: "linf", 2: "l2", 1: "l1"}.get(order), None
-
-    def in_ball(self, threat: ThreatModel) -> str:
-        return f'take the attack for that norm, or call evaluate(..., norm="{self.ball()[0]}")'
 
     def found(self, model: Any, x: Tensor, y: Tensor, eps: float) -> Any:
         from foolbox.criteria import Misclassification

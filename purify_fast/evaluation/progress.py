@@ -85,7 +85,7 @@ class Progress:
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
     def left(self) -> str:
-        """The largest time that the remaining rows need, in words."""
+        """The longest time that the remaining rows may take, in words."""
         costs = self.costs[self.rows :]
         if not costs:
             return "the last row"
@@ -96,9 +96,10 @@ class Progress:
 
 
 class CountedModel(nn.Module):
-    """A module around any callable that counts the images of its forward passes; AutoAttack requires a module.
+    """A module that wraps any callable, and counts the images of its forward passes. AutoAttack requires a module.
 
-    During an evaluation there is a single such object for each model, because a captured step belongs to a module.
+    During an evaluation there is a single such object for each model, because a captured CUDA graph belongs to a
+    module.
 
     Args:
         model: the callable.

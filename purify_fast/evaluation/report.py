@@ -1,4 +1,4 @@
-"""Defines the report of an evaluation: it has a row for each attack, computes numbers from rows, and writes files."""
+"""Defines the report of an evaluation. It has a row for each attack, computes numbers from rows, and writes files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ class Report:
     def lowest(self) -> dict[tuple[str, str | None], Row]:
         """Return, for each model and threat model (None: that of the report), the attack row of lowest accuracy.
 
-        A row that was judged on a variant, such as fixed noise, does not count, because nobody deploys this variant.
+        A row that was judged under fixed noise, or with the noise off, does not count, because nobody deploys such a
+        model.
         """
 
         def order(row: Row) -> tuple[float, bool, bool]:
@@ -184,7 +185,7 @@ class Report:
         Args:
             other: a report on the same data, in the same threat model.
             row: the attack's label.
-            other_row: the attack's label in the other report; None: the same label.
+            other_row: the attack's label in the other report; None takes the same label.
 
         Returns:
             The difference with its standard error.
@@ -283,13 +284,13 @@ class Report:
         """Return the report as text for a terminal: title and table, or only the comparison of several models.
 
         Args:
-            color: whether unreliable numbers are red. None: only if standard output is a terminal and NO_COLOR is not
-                set.
+            color: whether unreliable numbers are red. With None, they are red if standard output is a terminal and
+                NO_COLOR is not set.
         """
         return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
 
     def _set_aside(self, folder: Path) -> None:
-        """Move an earlier report with other contents or settings into a subfolder."""
+        """Move the report that is in the folder into a subfolder, if it has other contents or settings."""
         try:
             there = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -318,8 +319,8 @@ class Report:
         If the evaluation had ``keep="all"``, the fallen images are written to ``report.witnesses.safetensors``; see
         `purify_fast.evaluation.check_witnesses`.
 
-        If the folder already has a report with other contents or settings, this report and the options of its command
-        are moved into a subfolder "earlier, ...", with a warning.
+        If the folder already has a report with other contents or settings, the earlier report and the options of its
+        command are moved into a subfolder "earlier, ...", with a warning.
 
         Args:
             folder: folder of the report; it is made if it is missing.
@@ -401,7 +402,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """Return a part of a report's JSON. A report may replace an earlier report only if both are equal in this part."""
+    """Return a part of a report's JSON. A report replaces an earlier report only if their parts are equal."""
     apart = ("date", "command", "call", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")

@@ -14,7 +14,7 @@ from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "branch_and_bound")
-#: The report's words for the variants of a random model that have no randomness. Nobody deploys these variants.
+#: The report's words for the variants of a random model that have no randomness. They are only measured, not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The key in `Report.curves` of the curve that shows the accuracy after all attacks over the radius.
 CURVE = "eps, every attack"
@@ -91,7 +91,7 @@ class Row:
         unsearched: number of images that the attack got but did not search, because it stopped before.
         may_hold: the largest number of these images that would fall, with 95 % confidence.
         proved: number of images that a complete search proved robust.
-        warnings: texts that a reader must know.
+        warnings: warnings of the attack for the reader of the report.
         doubts: names of the alarms that make a ``worst`` row doubtful.
         fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
         threat: the threat model, such as ``L2 0.5``; None for the report's threat model. A row with another threat
@@ -181,7 +181,7 @@ class Row:
 
     @property
     def is_attack(self) -> bool:
-        """Tell whether this is the row of a single attack on the model itself, and not one of the other kinds."""
+        """Tell whether this is the row of a single attack on the model, and not a clean, ``worst`` or repeated row."""
         return self.kind not in ("clean", "worst", AUTHORS)
 
     @property
@@ -291,7 +291,7 @@ def joined(row: Row, following: Row | None) -> Row:
 
     Args:
         row: row of an attack, or of the clean images.
-        following: the same row for the following images; None: the attack got none of these images.
+        following: the same row for the following images; None if the attack got none of these images.
     """
     if following is None:
         return row
@@ -327,17 +327,17 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
 
     All attacks of the threat model count, also transferred images and attacks on survivors. A row that was judged on a
     variant of a random model (fixed noise, noise off) counts only for the row over this variant. Its images were also
-    tried on the deployed model, in a separate row, which counts here. An attack on only the first 200 images counts for
-    the row ``worst, first 200``, together with the results of all other attacks on these images. It does not count for
-    the row over all images.
+    tried on the deployed model, in a separate row, which counts for ``worst``. An attack on only the first 200 images
+    counts for the row ``worst, first 200``, together with the results of all other attacks on these images. It does not
+    count for the row over all images.
 
     Args:
         rows: rows of one model, with the clean rows.
 
     Returns:
-        For the report's threat model: a row over all images (``worst``), a row for every smaller number of images, and
-        a row for each variant with several attacks (``worst, deterministic``). For another threat model with several
-        attacks: a row over all images, and a row for every smaller number of images.
+        For the report's threat model: a row over all images (``worst``), a row for every smaller number of images that
+        an attack got, and a row for each variant with several attacks (``worst, deterministic``). For another threat
+        model with several attacks: a row over all images, and a row for every smaller number of images.
     """
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]

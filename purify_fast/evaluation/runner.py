@@ -2,9 +2,9 @@
 
 A row of the report is one attack. The model is attacked and judged in one of three variants: ``random`` is the model as
 it is deployed, ``fixed`` is the model in the context ``model.fixed_noise(seed)``, and ``deterministic`` is the model in
-the context ``model.deterministic()``. Any callable can be evaluated. The two contexts, and ``sample_logits``, are used
-if the model has them, after a test of the contexts. The images of an attack on a variant are also tried on the deployed
-model, because only the deployed model counts for the headline, the robust accuracy of the report.
+the context ``model.deterministic()``. Any callable can be evaluated. The two contexts are tested, and used if the model
+has them. The images of an attack on ``fixed`` or ``deterministic`` are also tried on the deployed model, because only
+the deployed model counts for the headline, the robust accuracy of the report.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ CHUNK = 4
 
 
 def called_by_people(function: F) -> F:
-    """Decorate `evaluate`, so that it refuses the argument ``device``, and settings that belong into the config.
+    """Decorate `evaluate`, so that its errors help its user.
 
-    A KeyboardInterrupt is raised again with a message, and without the traceback of the attack, which does not help
-    after Ctrl-C. A debugger finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a
-    KeyboardInterrupt with a message, are not changed.
+    The argument ``device``, and settings that belong in the config, are refused with advice. A KeyboardInterrupt is
+    raised again with a message, and without the traceback of the attack, which does not help after Ctrl-C. A debugger
+    finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a KeyboardInterrupt with a message,
+    are not changed. The decorator also records the call in the report.
     """
 
     @functools.wraps(function)
@@ -146,9 +147,9 @@ def evaluate(
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             attacks of torchattacks, Foolbox or ART; functions ``(model, x, y) -> x_adv``, see `as_attack`; or an
-            `AttackSpec` with any of these. An empty list: only the accuracy on clean images. An attack on a variant is
-            left out, with a note, if the model has no such variant, or if the variant fails its test (for example if
-            `fixed_noise` does not fix the noise).
+            `AttackSpec` with any of these. An empty list measures only the accuracy on clean images. An attack on a
+            variant (see `AttackSpec`) is left out, with a note, if the model has no such variant, or if the variant
+            fails its test (for example if ``fixed_noise`` does not fix the noise).
         out: a folder. Each finished row is cached in ``out/rows``, and is used again if settings, weights, data and the
             source code of the model's classes are the same. The rows of a model that cannot be compared, such as a
             plain function, are not cached, with a warning.
@@ -161,10 +162,10 @@ def evaluate(
         A `Report` with a clean row for each variant, a row for each attack, and ``worst`` rows. In the ``worst`` row an
         image is robust only if it is robust in all rows of the deployed model, also in rows of AutoAttack and of
         transferred images. In a row of an attack on survivors, images that fell before are not robust.
-        The images of an attack on a variant are also tried on the deployed model. This second row counts for ``worst``;
-        the first row counts only for "worst, fixed" or "worst, deterministic". Attacks on the first 200 images count
-        for "worst, first 200", together with all other attacks on these images. Another threat model with several
-        attacks has a separate ``worst`` row.
+        The images of an attack on the variant ``fixed`` or ``deterministic`` are also tried on the deployed model. This
+        second row counts for ``worst``; the first row counts only for "worst, fixed" or "worst, deterministic". Attacks
+        on the first 200 images count for "worst, first 200", together with all other attacks on these images. Another
+        threat model with several attacks has a separate ``worst`` row.
 
     Raises:
         ValueError: a wrong shape, dtype, range or setting; a model that writes to its input; ``predict`` with a
@@ -221,7 +222,8 @@ def evaluate(
             stack.enter_context(keep_kernels(served))
         folder = Path(out) if out is not None and team.rank == 0 else None
         if folder is not None and mark is None:
-            logger.warning("out: the rows of %s are not kept: %s %s. Give a revision to keep them", name, name, reason)
+            why = f"because this model {reason}. Give evaluate a revision to keep them"
+            logger.warning("out: the finished rows of %s are not kept, %s", name, why)
         cache = RowCache(folder, served, revision)
         cache.know(subject.model, mark)
         others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
@@ -376,7 +378,7 @@ class _Evaluation:
         measure: makes the rows.
         asked_for: the requested attacks, some of which the model may not allow.
         radii: further radii of the curve.
-        before: predictions of the model before the attacks; None: there are no probes.
+        before: predictions of the model before the attacks; None without probes.
         mark: the model's fingerprint.
         stack: the stack of contexts in which models are frozen.
     """
@@ -394,7 +396,7 @@ class _Evaluation:
 
         Args:
             chunks: the following parts of the images.
-            witnessed: facts about the model for the file of fallen images; None: there is no such file.
+            witnessed: facts about the model for the file of fallen images; None if no such file is written.
         """
         report, measure = self.report, self.measure
         context, team, name = measure.context, measure.team, measure.name
@@ -446,7 +448,7 @@ class _Evaluation:
         measure.attacks = [*self.plan, *at_radii]
 
     def act_on(self, signs: Sequence[str]) -> None:
-        """If there are signs of masked gradients, change the attacks of a protocol that searches, and add a note."""
+        """If there are signs of masked gradients, strengthen the attacks of a protocol in `SEARCHES` and add a note."""
         if not signs or self.report.about.get("protocol") not in SEARCHES:
             return
         subject, context = self.measure.subject, self.measure.context
@@ -464,7 +466,7 @@ class _Evaluation:
         self.choose_attacks(further)
 
     def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-        """Make batches, and parts of the probes, for the first process until its report is finished."""
+        """Make batches, and parts of the probes, for the first process, and return its report when it is finished."""
         measure = self.measure
         for task in measure.team.tasks():
             if task.attack == PROBES:
@@ -490,7 +492,8 @@ class _Evaluation:
     def rows(self) -> list[Row]:
         """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve.
 
-        The images of an attack on a variant are also tried on the deployed model, in a separate row.
+        The images of an attack on ``fixed`` or ``deterministic`` are also tried on the deployed model, in a separate
+        row.
         """
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
@@ -528,16 +531,8 @@ class _Evaluation:
 
     def gather_witnesses(self, about: dict[str, Any]) -> None:
         """Move all fallen images from the rows into the report's witnesses, except a few for the pictures."""
-        report, subject = self.report, self.measure.subject
-        found = gathered(report.rows, about)
-        if found is not None:
-
-            def still_wrong(images: Tensor) -> Tensor:
-                judge = subject.with_images(images, found.labels, False)
-                return torch.from_numpy(~judge.judge(images, "random", "judge").right.all(0))
-
-            report.witnesses = found.small(still_wrong)
-        for row in report.rows:
+        self.report.witnesses = gathered(self.report.rows, about)
+        for row in self.report.rows:
             row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
 
     # -- alarms: tests whether the numbers are reliable ---------------------------------------------------------------
@@ -546,7 +541,7 @@ class _Evaluation:
         """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
 
         Args:
-            asked: results of the probes before the attacks; None: there are no probes.
+            asked: results of the probes before the attacks; None without probes.
         """
         report, subject, name = self.report, self.measure.subject, self.measure.name
         evidence = Evidence(
@@ -590,7 +585,7 @@ class _Evaluation:
         return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
-        """Return the cache's name for the probes' results; it depends on the probes' settings and on ``more``."""
+        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}

@@ -1,10 +1,10 @@
 """Lets gradients pass through the thresholds, masks, rounding, gates and detached parts of any model.
 
 Functions of PyTorch are replaced while the model's code runs. A comparison still returns its bool tensor, the mask. In
-addition its counterpart is stored, a floating-point tensor that is a smooth step of the difference. If the model uses
-the mask in arithmetic, the counterpart is used too, and gives the result a gradient. (An estimator that keeps the hard
-values is called straight-through, Bengio et al., arXiv 1308.3432.) Functions that this module does not know run
-unchanged.
+addition, a counterpart of the mask is stored: a floating-point tensor that is a smooth step of the difference. If the
+model uses the mask in arithmetic, the counterpart is used too, and gives the result a gradient. (An estimator that
+keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.) Functions that this module does not
+know run unchanged.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 #: A function of PyTorch, or a formula that replaces it.
 Rule = Callable[..., Any]
 Args = tuple[Any, ...]
-#: The origin of a tensor of indices, such as a result of argmax, as a pair: either the values among which the indices
-#: were chosen and the dimension of the choice, or the weights of all possible indices and None.
+#: The origin of a tensor of indices, such as a result of argmax. It is either a pair of the values among which the
+#: indices were chosen and the dimension of the choice, or a pair of the weights of all possible indices and None.
 Choice = tuple[Tensor, int | None]
 
 
@@ -54,8 +54,8 @@ _FLAT = _names(
     "fake_quantize_per_channel_affine"
 )
 #: Functions whose result has steps, for floating-point numbers or for integers, each with a smooth formula that gives
-#: the gradient. The formula for a remainder has half of the identity's gradient, because a model may use the remainder,
-#: or may round by subtracting the remainder. In both cases half of the gradient is then used.
+#: the gradient. The formula for a remainder has half of the identity's gradient. So half of the gradient arrives if a
+#: model uses the remainder, and also if it rounds by subtracting the remainder.
 _STEPS: dict[str, Rule] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
@@ -163,7 +163,7 @@ class Softening(HoldingMode):
 
     Args:
         temperature: divisor of the arguments of functions that saturate; its root divides the slope of comparisons.
-            None: all values are exact, and only the gradients change.
+            With None, all values are exact, and only the gradients change.
     """
 
     def __init__(self, temperature: float | None):
@@ -219,14 +219,14 @@ class Softening(HoldingMode):
         return hard
 
     def _followed(self, name: str, func: Rule, hard: Tensor, args: Args, kwargs: dict[str, Any]) -> Tensor:
-        """Return the result of a function with a useful gradient, or store a counterpart of a result that is not float.
+        """Give the result of a function a useful gradient; store a counterpart of a result that is not floating-point.
 
         Args:
             name: plain name of the function.
             func: the function.
-            hard: its result.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
+            hard: the result of the function.
+            args: the function's positional arguments.
+            kwargs: the function's keyword arguments.
         """
         first: Any = args[0] if args else None
         call = functools.partial(func, **kwargs)
@@ -293,7 +293,7 @@ class Softening(HoldingMode):
     # -- counterparts -------------------------------------------------------------------------------------------------
 
     def _keep(self, hard: Tensor, soft: Tensor | None) -> None:
-        """Store the counterpart of a tensor without gradients, if the counterpart depends on the images."""
+        """Store the counterpart ``soft`` of the tensor ``hard``, if the counterpart depends on the images."""
         if soft is not None and soft.requires_grad:
             self.beside[hard] = hard._version, soft
 
@@ -313,7 +313,7 @@ class Softening(HoldingMode):
         return self._kept(value) is not None
 
     def _or_itself(self, value: Any) -> Any:
-        """Return the counterpart of an argument for a formula. Without a counterpart, return the argument itself.
+        """Return the counterpart of an argument for a formula, or the argument itself if it has no counterpart.
 
         A mask without a counterpart is converted to float.
         """

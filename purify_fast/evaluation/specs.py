@@ -49,12 +49,12 @@ def as_attack(
             model's device. Gradients are enabled. The result must be images of the same shape and dtype, in [0, 1] and
             in the ball. Or an attack of torchattacks, Foolbox or ART, which runs unchanged on the judged model, see
             `purify_fast.evaluation.other_packages`.
-        name: name of the attack in the report; None: the function's name.
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, which needs an eps; None: the norm of the evaluation.
+        name: name of the attack in the report; None takes the function's name.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         revision: a name for the function's code. With a revision the results of the attack are cached, so choose
-            another name after a change of the function. None: the results are not cached. Two functions with the same
-            module and name, such as two lambdas or two results of the same function, need different revisions.
+            another name after a change of the function. Without a revision they are not cached. Two functions with the
+            same module and name, such as two lambdas or two results of the same function, need different revisions.
 
     Raises:
         TypeError: function is not callable.
@@ -79,8 +79,8 @@ class FunctionAttack(Attack):
     """An attack that calls a function; `as_attack` makes it.
 
     Args:
-        eps: radius of the ball in image units; None: the radius of the evaluation.
-        norm: norm of the ball, which needs an eps; None: the norm of the evaluation.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         function: ``(model, x, y) -> x_adv``.
         row_name: name of the attack in the report.
         own_revision: a name for the function's code; None: the results are not cached.
@@ -232,23 +232,23 @@ class AttackSpec:
             adaptive.
         aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked defence aggregates its samples. The
             judged defence does not change. For BPDA use its own option.
-        label: the name of the row; None: a name from the other fields. Another threat model than the report's, and the
-            target ``"classifier"``, are added to the name.
-        max_images: number of first images that are attacked; None: all images.
+        label: the name of the row; None makes a name from the other fields. Another threat model than the report's, and
+            the target ``"classifier"``, are added to the name.
+        max_images: number of first images that are attacked. With None, all images are attacked.
         survivors_only: whether only images are attacked that withstood all earlier attacks on this variant and in this
             threat model. All other images count as fallen in this row. With cheap attacks first, this saves most of the
             work of later attacks.
         gradients_from: a surrogate model from which the gradients are taken; the defence itself checks every success.
             Only some attacks support it, such as `purify_fast.attacks.APGD`.
         seed: a number that is added to the evaluation's seed for this attack. Another seed gives another random start.
-        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction,
-            and is attacked if there is no target. Such a row does not count for the headline or for ``worst``, because
-            it says nothing about the defence. Its label must begin with "as", and name the source.
+        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction.
+            It is also attacked if there is no target. Such a row does not count for the headline or for ``worst``,
+            because it says nothing about the defence. Its label must begin with "as", and name the source.
         until: a share of all images. The attack first searches the images with the smallest margins. It stops when at
-            most this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.stopping`). None,
-            or a random model: every image is searched.
-        nearest: number of images to attack; they are the images with the smallest margins after the earlier attacks.
-            None: all images.
+            most this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.stopping`). With
+            None, or on a random model, every image is searched.
+        nearest: number of images to attack: the images with the smallest margins after the earlier attacks. With None,
+            all images are attacked.
         published: the publication of this attack, if its rule for a robust image differs from that of this package. The
             report then says so.
 
@@ -298,9 +298,10 @@ class AttackSpec:
             if not callable(self.judge):
                 raise TypeError(f"judge must be a model, a callable from images to logits, got {self.judge!r}")
             if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
+                odd = "survivors_only" if self.survivors_only else given[0]
                 raise ValueError(
                     f"judge allows no target except {CLASSIFIER!r}, no aggregation, no gradients_from and no "
-                    "survivors_only: leave them out"
+                    f"survivors_only, got {odd}: leave it out"
                 )
             if not (self.label or "").startswith("as "):
                 raise ValueError(

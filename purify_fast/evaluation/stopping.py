@@ -3,14 +3,14 @@
 Images are searched in rounds. The search begins with the images that earlier attacks brought nearest to the decision
 boundary. These have the smallest margins on the model itself. A later image is less likely to fall. So a series of
 images that withstand the attack gives a bound for the images that are not searched yet. If the last ``w`` images all
-withstood, each of the rest falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for
-``a = 0.05`` this is the rule of three, ``3 / w``). Because the rule is applied after each round, ``a`` is 0.05 divided
-by the number of rounds. The attack stops when this bound, times the number of images that are not searched, is at most
-a given share of all images. The report states the bound.
+withstood, each unsearched image falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a``
+(for ``a = 0.05`` this is the rule of three, ``3 / w``). Because the rule is applied after each round, ``a`` is 0.05
+divided by the number of rounds. The attack stops when this probability, times the number of unsearched images, is at
+most a given share of all images. The report states this bound.
 
 The order may be wrong for some images, for example if gradients are masked. For this reason some images of each round
-are drawn at random. And an image is no evidence if its search came no nearer to the decision boundary, or had no
-gradients.
+are drawn at random. An image that withstood does not count for ``w`` if its search came no nearer to the decision
+boundary, or had no gradients.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CONFIDENCE = 0.95
 #: time.
 ROUNDS, SMALLEST = 8, 32
 #: Images are ordered by their margin, but a random position may put an image further forward. The random positions are
-#: uniform between 0 and BY_LOT times the number of images, so that about a fifth of the images in the first round is
-#: there because of its random position.
+#: uniform between 0 and BY_LOT times the number of images. With this value, about a fifth of the images in the first
+#: round are there because of their random positions.
 BY_LOT = 4
 
 
@@ -70,13 +70,15 @@ class StoppingRule:
     """Decides after each round whether an attack stops.
 
     Args:
-        share: the allowed share of all images that may fall among the images that are not searched.
+        share: the largest number of unsearched images that may still fall when the attack stops, as a share of all
+            images.
         images: number of images that the attack got.
         total: number of all images, including those that the attack did not get.
 
     Attributes:
         unsearched: number of images that the attack has not searched.
-        misses: number of searched images since the last image that fell, without images that are no evidence.
+        misses: number of images that withstood since the last image that fell; only images whose search could have
+            succeeded count.
     """
 
     def __init__(self, share: float, images: int, total: int):
@@ -97,7 +99,8 @@ class StoppingRule:
 
         Args:
             fell: for each image of the round in order, whether it fell.
-            no_evidence: number of images that withstood but are no evidence.
+            no_evidence: number of images that withstood only because their search came no nearer to the decision
+                boundary, or had no gradients.
 
         Returns:
             True if the attack stops.

@@ -39,8 +39,10 @@ from .surrogates import surrogates
 
 logger = logging.getLogger("purify_fast")
 
+#: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
+#: ``deterministic()``.
 Variant = Literal["random", "fixed", "deterministic"]
-#: Each phase of an evaluation has a separate seed, so that no attack knows the draws by which its images are judged.
+#: Each phase of an evaluation has its own seed, so that no attack knows the draws by which its images are judged.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
 #: The largest differences of an image's logits that count as rounding, as shares of the spread of the logits (largest
 #: minus smallest). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of different shapes, for
@@ -59,7 +61,8 @@ class Fault:
 
     Args:
         reason: a sentence with the problem and the advice.
-        repeats: whether a repeated call gives the same logits. The fault is then seen only in other batches or blocks.
+        repeats: whether a repeated call gives the same logits. The fault then shows only in other batches, or when the
+            variant's context is entered again.
     """
 
     reason: str
@@ -67,7 +70,8 @@ class Fault:
 
 
 #: A tuple for each variant. The first element is its context manager. The others are the advice for three faults: two
-#: calls in a block differ, two blocks with the same seed differ, or the logits of an image depend on the batch.
+#: calls in a ``with`` block of it differ, two ``with`` blocks with the same seed differ, or the logits of an image
+#: depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
@@ -91,7 +95,7 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
 
 
 def precision_name(model: Classifier, device: torch.device) -> str | None:
-    """The precision of a model's multiplications; None for float32. The report names another precision.
+    """The precision of a model's multiplications, which the report names; None for float32, which it does not name.
 
     bfloat16 is recognized only in accelerated defences of this package.
     """
@@ -133,7 +137,7 @@ class Subject:
         batch_size: the most images in a prediction.
         n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
         seed: seed of all random numbers.
-        predict: rule by which these predictions decide; None: the same as "worst_of".
+        predict: rule by which these predictions decide; None decides like "worst_of".
 
     Attributes:
         offset: number of the first image among all evaluated images, if the images come in parts.
@@ -230,7 +234,7 @@ class Subject:
 
         Args:
             ball: norm and radius of the attacker.
-            absent: a dictionary to which the reasons for missing surrogates are added, by name.
+            absent: a dictionary to which the reasons for missing surrogates are added, by the surrogates' names.
         """
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
@@ -268,7 +272,7 @@ class Subject:
 
         The images are attacked and judged under the same noise. This has a meaning only if the noise is the same in
         every call, at every position in a batch, and for every split of a batch. So the predictions are compared with
-        those of a second call, of a second block, of another order, and of parts of the batch.
+        those of a second call, of a second ``with`` block, of another order, and of parts of the batch.
         """
         call, for_calls, for_blocks, for_batches = ADVICE[variant]
         model, x = self.base_model, self.sample_images()
@@ -328,7 +332,7 @@ class Subject:
             x: the images.
             variant: variant of the model.
             phase: phase whose seed is used.
-            by: another model, which predicts each image once; None: the judged model.
+            by: another model, which predicts each image once; None takes the judged model.
             index: indices of the images, int64; None: the first ``len(x)``.
         """
         y = self.y[: len(x)] if index is None else self.y[index]
@@ -370,8 +374,8 @@ def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
 def notes_of_modules(model: Classifier, name: str) -> list[str]:
     """Notes on modules that the model uses in training mode, and on modules that PyTorch does not know of.
 
-    An evaluation puts a model and its modules into evaluation mode. But it does not change the mode of modules that a
-    function or a global variable uses.
+    An evaluation puts a model and its modules into evaluation mode. But it does not change the mode of modules that
+    only a function uses, or that are in a global variable.
 
     Args:
         model: the judged model, frozen by `purify_fast.attacks.frozen`.

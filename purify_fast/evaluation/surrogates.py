@@ -42,7 +42,7 @@ FAR = 100.0
 
 
 class _Around(nn.Module):
-    """A module around any callable."""
+    """The base of the copies: a module that wraps any callable."""
 
     def __init__(self, model: Classifier):
         super().__init__()
@@ -55,7 +55,7 @@ class Softened(_Around):
 
     Args:
         model: any callable.
-        temperature: see `Softening`; None: the logits are exact, and only their gradient changes.
+        temperature: see `Softening`. With None, the logits are exact, and only their gradient changes.
     """
 
     def __init__(self, model: Classifier, temperature: float | None):
@@ -157,7 +157,7 @@ class FewerSamples(_Around):
 class Together(nn.Module):
     """A model whose logits are the mean log-probabilities of several parts of the attacked model.
 
-    An image that fools all parts also fools the attacked model.
+    An image that fools all parts usually fools the attacked model too.
 
     Args:
         parts: models with the same classes.
@@ -184,7 +184,7 @@ def surrogates(
         x: a few images ``[B, C, H, W]``, on the model's device.
         num_classes: number of the model's classes.
         ball: norm and radius of the attacks.
-        absent: a dictionary to which the reasons for missing surrogates are added, by name.
+        absent: a dictionary to which the reasons for missing surrogates are added, by the surrogates' names.
     """
     absent = {} if absent is None else absent
     with _tried(model, x):
@@ -288,7 +288,11 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
 
 
 def _inside(model: Classifier) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside a model: submodules, attributes of an object, or variables that a function has captured."""
+    """The modules inside a model, with their names.
+
+    They are the submodules of a module, the attributes of another object, or the variables that a function has
+    captured.
+    """
     named: Iterable[tuple[str, Any]] = attributes(model)
     if isinstance(model, nn.Module):
         named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < DEPTH)

@@ -1,4 +1,4 @@
-"""Shares an evaluation among several processes: all make batches and probes, and the first does all other work.
+"""Shares an evaluation among several processes: all attack batches and run probes, the first does all other work.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
 batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
@@ -59,7 +59,7 @@ class Task(NamedTuple):
         images: the indices of the attacked images in order, int64 as bytes; empty for probes; the signs as JSON for
             `SIGNS`.
         batches: the numbers of the missing batches, or of the parts of the probes.
-        folder: the folder of the batches; empty for probes, which return values.
+        folder: the folder of the batches. It is empty for probes, whose results go through the store.
         draws_differ: whether the attacked model is random, by the test of the first process.
         begins: whether the folder has a file with the first points of the attack.
         number: the number of this task in the evaluation.
@@ -80,7 +80,7 @@ class Team:
     """The processes of an evaluation; in its context, an error in any process is raised in all processes.
 
     Args:
-        together: whether the processes of the group share the work; False: this process evaluates alone.
+        together: whether the processes of the group share the work. If not, this process evaluates alone.
 
     Attributes:
         rank: the number of this process.
@@ -139,7 +139,7 @@ class Team:
         """
         if self.rank > 0:
             text = self._wait_for(name, 0, "ended")
-            # If the first process has ended before, its report is an error, which is raised.
+            # If the first process has already ended, `report` raises its error.
             return self.report() if text is None else _as_value(text)
         value = make()
         if self.world > 1:
@@ -159,8 +159,8 @@ class Team:
         different = [name for name, value in call.items() if value != first[name]]
         if different:
             raise ValueError(
-                f"process {self.rank} evaluates something else than process 0 ({', '.join(different)} differ): call "
-                "evaluate with the same arguments in all processes, or with together=False for separate evaluations"
+                f"process {self.rank} evaluates something else than process 0 (different: {', '.join(different)}): "
+                "call evaluate with the same arguments in all processes, or with together=False for separate ones"
             )
 
     # -- the first process --------------------------------------------------------------------------------------------
@@ -169,9 +169,9 @@ class Team:
         """The folder for an attack's batches: ``folder``, or a temporary folder.
 
         Args:
-            folder: the folder for the batches in the cache; None: the batches are not cached.
-            out: a folder that all processes can read, for the temporary folder; None: the system's folder for temporary
-                files.
+            folder: the folder for the batches in the cache; None if the batches are not cached.
+            out: a folder that all processes can read, in which a temporary folder is made. None takes the system's
+                folder for temporary files.
         """
         if self.world == 1 or folder is not None:
             return folder
@@ -180,7 +180,7 @@ class Team:
         return self._scratch / str(self._tasks)
 
     def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
-        """Let all processes make the batches of an attack, except the batches that a dead process has taken.
+        """Let all processes make the batches of a task. The batches that a dead process has taken are left out.
 
         Args:
             task: the batches.
@@ -293,10 +293,10 @@ class Team:
         Args:
             name: the name.
             owner: the process that will set the value.
-            other: another name; if it appears before, the result is None.
+            other: another name; if this name appears first, the result is None.
 
         Returns:
-            The value. None if the other name has appeared, or if the first process waits for a process that is dead.
+            The value. None if the other name has appeared first, or if the first process waits for a dead process.
 
         Raises:
             ProcessLost: the first process is dead, or has not started its evaluation.
@@ -345,7 +345,7 @@ class Team:
     def _end(self, result: object) -> None:
         """Send the result to the other processes, and wait until they have read it.
 
-        Without the wait, the store might end before, because it may be a part of this process.
+        The store may be a part of this process. Without the wait, it might end before they have read the result.
         """
         self._ended = True
         self.store.set("ended", _as_text(result))

@@ -7,9 +7,8 @@ stores the witness of every fallen image, exactly as the model got it. `check_wi
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._sealed import read_sealed, write_sealed
-from .._tensors import digest, per_image, weights_fingerprint
+from .._tensors import digest, weights_fingerprint
 from ..attacks import frozen
 from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
@@ -35,19 +34,13 @@ from .subject import Subject
 #: The file with the witnesses, in the folder of ``report.json``. Its name begins with "report.", so that it is moved
 #: together with the other files of the report.
 FILE = "report.witnesses.safetensors"
-FORMAT = 1
-#: The names of those tensors in the file that have a value for each witness.
-TOLD = ("of", "labels", "numbers", "margins", "attacks")
+FORMAT = 2
+#: The names of the tensors in the file.
+TENSORS = ("clean", "adversarial", "labels", "numbers", "margins", "attacks")
 #: The length of a witness's checksum, in characters.
 SHORT = 12
 #: The most images that a text names.
 NAMED = 10
-#: MOST_BYTES: the largest size of the file, in bytes per pixel value: 1,000 images of CIFAR-10 take at most 10 MB. If
-#: the file would be larger, the changes of images are rounded to multiples of STEP. An image is not rounded if the
-#: model would then classify it correctly, or if it would leave the ball.
-MOST_BYTES, STEP = 3.0, 2.0**-16
-#: The compression level. Higher levels take more time and do not make the files smaller.
-LEVEL = 6
 
 
 def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
@@ -70,8 +63,7 @@ class Witnesses:
     """A single adversarial image for each fallen image and threat model, with the clean images.
 
     Args:
-        clean: the clean images without duplicates, float32 ``[M, C, H, W]`` in [0, 1].
-        of: the index in ``clean`` of each witness's clean image, int64 ``[W]``.
+        clean: the clean image of each witness, float32 ``[W, C, H, W]`` in [0, 1].
         adversarial: the witnesses, float32 ``[W, C, H, W]``.
         labels: the true classes, int64 ``[W]``.
         numbers: the index of each image in the evaluated data, int64 ``[W]``.
@@ -83,7 +75,6 @@ class Witnesses:
     """
 
     clean: Tensor
-    of: Tensor
     adversarial: Tensor
     labels: Tensor
     numbers: Tensor
@@ -96,7 +87,7 @@ class Witnesses:
 
     def summary(self) -> dict[str, Any]:
         """The facts about the witnesses that the report stores: their number, and checksums that reveal changes."""
-        parts = (self.clean[self.of], self.adversarial, self.labels, self.numbers, self.attacks)
+        parts = (self.clean, self.adversarial, self.labels, self.numbers, self.attacks)
         each = [digest(*witness)[:SHORT] for witness in zip(*parts, strict=True)]
         checksums = {"clean": digest(self.clean), "adversarial": digest(self.adversarial)}
         return {"file": FILE, "count": len(self)} | checksums | {"each": each}
@@ -110,43 +101,15 @@ class Witnesses:
         outside = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING)).flatten(1).all(1)
         for number, attack in enumerate(self.about["attacks"]):
             mine = self.attacks == number
-            how_far = moved(images[mine], self.clean[self.of[mine]], ThreatModel(attack["norm"], attack["eps"]))
+            how_far = moved(images[mine], self.clean[mine], ThreatModel(attack["norm"], attack["eps"]))
             if how_far is not None:
                 outside[mine] |= how_far[0] > how_far[1]
         return outside
 
-    def small(self, still_wrong: Callable[[Tensor], Tensor]) -> Witnesses:
-        """Return the same witnesses if their file is small enough; otherwise round their changes.
-
-        A witness is rounded only if it is then still misclassified and in the ball.
-
-        Args:
-            still_wrong: a function that gets an image for each witness, and tells which of these images the model
-                misclassifies, bool ``[W]``.
-        """
-        if sum(map(len, self._packed().values())) <= MOST_BYTES * self.adversarial.numel():
-            return self
-        clean = self.clean[self.of]
-        steps = ((self.adversarial - clean) / STEP).round()
-        rounded = replace(self, adversarial=(clean + STEP * steps).clamp(0, 1))
-        usable = ~rounded.outside() & still_wrong(rounded.adversarial)
-        mixed = torch.where(per_image(usable, self.adversarial), rounded.adversarial, self.adversarial)
-        return replace(self, adversarial=mixed, about=self.about | {"rounded": int(usable.sum())})
-
-    def _packed(self) -> dict[str, Tensor]:
-        clean = _levels(self.clean) if self._is_whole() else _planes(self.clean.numpy().view(np.uint32))
-        away = _encoded(self.adversarial.numpy(), self.clean[self.of].numpy(), _radii(self.about, self.attacks))
-        return {"clean": _packed(clean), **away}
-
-    def _is_whole(self) -> bool:
-        """Tell whether the clean images are multiples of 1/255."""
-        return bool((torch.from_numpy(_levels(self.clean)).float() / 255 == self.clean).all())
-
     def save(self, folder: Path) -> None:
         """Write the file atomically."""
-        told = {name: getattr(self, name) for name in TOLD}
-        content = {"format": FORMAT, "shape": list(self.clean.shape), "whole": self._is_whole(), "about": self.about}
-        write_sealed(folder / FILE, content, self._packed() | told)
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        write_sealed(folder / FILE, {"format": FORMAT, "about": self.about}, tensors)
 
     @classmethod
     def load(cls, folder: Path) -> Witnesses:
@@ -169,75 +132,11 @@ class Witnesses:
             content, tensors = read_sealed(path)
             if content.get("format") != FORMAT:
                 raise ValueError(f"the format is {content.get('format')!r}, but this version reads format {FORMAT}")
-            told, about = {name: tensors[name] for name in TOLD}, content["about"]
-            numbers = _unpacked(tensors["clean"])
-            whole = numbers.astype(np.float32) / np.float32(255)
-            clean = (whole if content["whole"] else _joined(numbers).view(np.float32)).reshape(content["shape"])
-            adversarial = _decoded(tensors, clean[told["of"].numpy()], _radii(about, told["attacks"]))
         except ValueError as error:
             raise ValueError(
                 f"{path} cannot be read: {error}. Restore the file, or evaluate and save the report again"
             ) from error
-        return cls(torch.from_numpy(clean), adversarial=torch.from_numpy(adversarial), about=about, **told)
-
-
-# -- lossless compression of images -----------------------------------------------------------------------------------
-
-
-def _radii(about: Mapping[str, Any], attacks: Tensor) -> np.ndarray:
-    """The radius of each witness's ball; ``attacks`` are indices into the list of attacks."""
-    return np.array([attack["eps"] for attack in about["attacks"]], dtype=np.float32)[attacks.numpy()]
-
-
-def _levels(images: Tensor) -> np.ndarray:
-    """Round images to the nearest of 256 levels, uint8."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-def _packed(numbers: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.frombuffer(zlib.compress(numbers.tobytes(), LEVEL), dtype=np.uint8).copy())
-
-
-def _unpacked(packed: Tensor) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(packed.numpy().tobytes()), dtype=np.uint8)
-
-
-def _planes(numbers: np.ndarray) -> np.ndarray:
-    """The bytes of all numbers, grouped by their position, because most first bytes are the same."""
-    return np.ascontiguousarray(numbers.astype(">u4").reshape(-1, 1).view(np.uint8).T)
-
-
-def _joined(planes: np.ndarray) -> np.ndarray:
-    """Restore the numbers from the result of `_planes`, flat."""
-    return np.ascontiguousarray(planes.reshape(4, -1).T).view(">u4").astype(np.uint32).reshape(-1)
-
-
-def _guesses(clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """The likely values of each pixel of an attacked image: the clean value, and both ends of the ball."""
-    radius = eps.reshape(-1, *[1] * (clean.ndim - 1))
-    borders = [np.clip(clean + sign * radius, np.float32(0), np.float32(1)) for sign in (np.float32(1), np.float32(-1))]
-    return np.stack([clean, *borders]).view(np.uint32)
-
-
-def _encoded(adversarial: np.ndarray, clean: np.ndarray, eps: np.ndarray) -> dict[str, Tensor]:
-    """Encode each pixel by the nearest of `_guesses`, and by the number of float32 values up to the pixel."""
-    away = (np.ascontiguousarray(adversarial).view(np.uint32)[None] - _guesses(clean, eps)).view(np.int32)
-    choice = np.abs(away.astype(np.int64)).argmin(0)
-    nearest = np.take_along_axis(away, choice[None], 0)[0]
-    # Small positive and negative numbers are mapped to small unsigned numbers, which compress well.
-    unsigned = ((nearest << 1) ^ (nearest >> 31)).view(np.uint32)
-    return {"choice": _packed(choice.astype(np.uint8)), "away": _packed(_planes(unsigned))}
-
-
-def _decoded(tensors: Mapping[str, Tensor], clean: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """Restore the images from the result of `_encoded`."""
-    choice = _unpacked(tensors["choice"]).reshape(clean.shape).astype(np.int64)
-    unsigned = _joined(_unpacked(tensors["away"])).reshape(clean.shape)
-    away = (unsigned >> 1) ^ (0 - (unsigned & 1)).astype(np.uint32)
-    return (np.take_along_axis(_guesses(clean, eps), choice[None], 0)[0] + away).view(np.float32)
-
-
-# -- witnesses of an evaluation ---------------------------------------------------------------------------------------
+        return cls(**tensors, about=content["about"])
 
 
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
@@ -270,13 +169,8 @@ def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
         attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
     if not attacks:
         return None
-    names = ("clean", "adversarial", "labels", "numbers", "margins", "attacks")
-    joined = [torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True)]
-    whole = dict(zip(names, joined, strict=True))
-    each, of = torch.unique(whole["numbers"], return_inverse=True)
-    first = torch.full((len(each),), len(of)).scatter_reduce(0, of, torch.arange(len(of)), "amin")
-    clean = whole.pop("clean")[first]
-    return Witnesses(clean, of, about={**about, "attacks": attacks}, **whole)
+    joined = (torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True))
+    return Witnesses(**dict(zip(TENSORS, joined, strict=True)), about={**about, "attacks": attacks})
 
 
 # -- the check --------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def _text(value: Any) -> str:
 
 
 def read_recipes(kind: type[R], method: str) -> dict[str, R]:
-    """Read the recipes of a method. The keys of the result are their names without the method.
+    """Read the recipes of a method. The keys of the result are the recipes' names without the method's name.
 
     Args:
         kind: the method's class of recipes.
@@ -316,7 +316,7 @@ def rebuilt(
 
     Args:
         facts: the description.
-        given: a module of the user's own, which is returned; None: the module is made.
+        given: a module of the user's own, which is checked and returned. If None, the module is made.
         kinds: this package's classes, by the names that are saved.
         folder: folder of the saved description, for the message.
 

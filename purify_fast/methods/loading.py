@@ -59,8 +59,8 @@ def load_defence(
     Raises:
         FileNotFoundError: a file is missing, or the classifier is neither given nor in the folder.
         TypeError: the classifier is not a module.
-        ValueError: the file is damaged or holds no defence; the classifier is another one; a purifier is required but
-            not given; or the denoiser was not trained for the process.
+        ValueError: the file is damaged or holds no defence; the classifier has other weights; a purifier is required
+            but not given; or the denoiser was not trained for the process.
     """
     facts, state = read_model(folder)
     kind, arguments = facts["kind"], dict[str, Any](facts["arguments"])
@@ -73,8 +73,8 @@ def load_defence(
     if classifier is None:
         if not (Path(folder) / "classifier").is_dir():
             raise FileNotFoundError(
-                f"classifier must be the classifier that {folder} was trained for: the folder holds the defence "
-                f"without it ({Path(folder) / 'classifier'} is missing)"
+                f"classifier must be given, got None: {folder} holds a defence without its classifier "
+                f"({Path(folder) / 'classifier'} is missing). Give the classifier that the defence was trained for"
             )
         classifier = load_classifier(Path(folder) / "classifier")
     elif not isinstance(classifier, nn.Module):
@@ -103,7 +103,8 @@ def load_defence(
     wanted = trained_tensors(defence)
     odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
     if odd:
-        raise ValueError(f"{folder}: tensors do not fit the arguments, or the given module: {sorted(odd)[:4]} ...")
+        names = ", ".join(sorted(odd)[:4])
+        raise ValueError(f"{folder} holds tensors that do not fit its settings, or the given module, such as {names}")
     # the state has no tensors of a frozen classifier; all others were checked above
     defence.load_state_dict(state, strict=False)
     return defence.eval()

@@ -43,7 +43,7 @@ class SmallCNN(nn.Module):
     ``conv4`` and ``hidden`` can be named as layers of a representation.
     """
 
-    # This network has no pooling, so its penultimate layer is named here.
+    # This network has no pooling, so its representation is the output of its penultimate layer.
     before_pooling = "hidden"
 
     def __init__(
@@ -120,7 +120,7 @@ class FullyConnected(nn.Module):
         for before, after in pairwise(widths):
             body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
         self.body = nn.Sequential(*body, nn.Linear(widths[-1], num_classes), nn.Mish())
-        # This network has no pooling, so its last hidden Mish is named here.
+        # This network has no pooling, so its representation is the output of its last hidden Mish.
         self.before_pooling = f"body.{len(body) - 3}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -331,9 +331,10 @@ def build_classifier(
         name: ``small_cnn``, ``preact_resnet18``, ``wide_resnet`` or ``fully_connected``.
         image_shape: shape (C, H, W) of an image.
         num_classes: number of classes, at least 2.
-        width: width of the network; None: 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for ``wide_resnet``.
-        depth: depth of ``wide_resnet``, only for this network; None: 28.
-        activation: activation of ``wide_resnet``, only for this network: "silu" or "relu"; None: "silu".
+        width: width of the network. None means 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for
+            ``wide_resnet``. ``fully_connected`` has no width.
+        depth: depth of ``wide_resnet``, only for this network. None means 28.
+        activation: activation of ``wide_resnet``, only for this network: "silu" or "relu". None means "silu".
         mean: mean of the images: a number, or a number for each channel; ``small_cnn`` always uses 0.5.
         std: standard deviation of the images, in the same form; ``small_cnn`` always uses 0.5.
 
@@ -350,6 +351,6 @@ def build_classifier(
     for option, value in {"width": width, "depth": depth, "activation": activation}.items():
         if value is not None:
             if option not in taken:
-                raise ValueError(f"{option} must not be given for {name}, which has no {option}; it is {value}")
+                raise ValueError(f"{option} must not be given for {name}, which has no {option}, got {value}")
             options[option] = value
     return kind(**{option: value for option, value in options.items() if option in taken})

@@ -74,7 +74,7 @@ class ForeignClassifier(nn.Module):
 
             self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
             if in_channels not in (1, 3):
-                raise ValueError(f"{spec} takes images of 1 or 3 channels, got {in_channels}")
+                raise ValueError(f"images must have 1 or 3 channels for {spec}, got {in_channels}")
             self.repeated = 3 // in_channels
         elif library == "timm":
             timm = importlib.import_module("timm")
@@ -107,11 +107,12 @@ def build_foreign(
         spec: name of the classifier, as in `ForeignClassifier`.
         in_channels: number of channels of the images.
         num_classes: number of classes of the data.
-        mean: mean of the images: a number, or a number for each channel. Weights by name have their own mean instead.
-        std: standard deviation of the images, in the same form. Weights by name have their own instead.
-        weights: None: random weights. Otherwise the path of a file (``.safetensors``, or a file of PyTorch, from which
-            only tensors are read), or the library's name for weights that it has downloaded before: ``IMAGENET1K_V1``
-            of torchvision, ``pretrained`` of timm.
+        mean: mean of the images: a number, or a number for each channel. It is ignored if ``weights`` is a library's
+            name, because such weights have their own mean.
+        std: standard deviation of the images, in the same form. It is ignored in the same case.
+        weights: path of a file (``.safetensors``, or a file of PyTorch, from which only tensors are read), or the
+            library's name for weights that it has downloaded before: ``IMAGENET1K_V1`` of torchvision, ``pretrained``
+            of timm. None means random weights.
 
     Raises:
         FileNotFoundError: the file does not exist, or the library has not downloaded the weights.
@@ -132,7 +133,7 @@ def build_foreign(
                 f"{classes} classes"
             )
         if in_channels != len(own_mean):
-            # Images with a single channel are normalized before the channel is repeated.
+            # Images with a single channel are normalized before the channel is repeated, so average the statistics.
             own_mean, own_std = (sum(own_mean) / len(own_mean),), (sum(own_std) / len(own_std),)
         classifier = ForeignClassifier(spec, in_channels, classes, own_mean, own_std)
     load_state(classifier.model, read_weights(path), str(path))

@@ -1,8 +1,9 @@
 """Layers that several networks use.
 
-`LeakyReLU` and the BatchNorms have the parameters, buffers and results of torch's layers. In one way they differ:
-slope, eps and momentum are constants in the code, not attributes of the module. ``torch.compile(dynamic=True)`` first
-treats a number in an attribute as variable, and starts again when it finds that an operator needs a constant.
+`LeakyReLU` and the BatchNorms have the parameters, buffers and results of torch's layers. They differ from torch's
+layers in one way: slope, eps and momentum are constants in the code instead of attributes of the module.
+``torch.compile(dynamic=True)`` first treats a number in an attribute as variable, and starts again when it finds that
+an operator needs a constant.
 
 In training mode with several processes, BatchNorm uses the statistics of the images of all processes. Every process
 must then run the same layers, and must have at least one image. There are two implementations. Each exchanges one
@@ -38,7 +39,7 @@ Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 class Conv2d(nn.Conv2d):
     """torch's Conv2d, which calls `purify_fast.ops.conv2d` where that op has a kernel (AVX512-BF16 without AMX).
 
-    It does so for one group and zero padding.
+    The op computes only convolutions with one group and zero padding. torch computes all others.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,11 +77,11 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_LiteralBatchNorm, nn.BatchNorm1d):
-    """torch's BatchNorm1d with its default eps and momentum."""
+    """torch's BatchNorm1d with its default eps and momentum, changed as this module describes."""
 
 
 class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
-    """torch's BatchNorm2d with its default eps and momentum."""
+    """torch's BatchNorm2d with its default eps and momentum, changed as this module describes."""
 
 
 def check_sizes(num_classes: int, **counts: int) -> None:
@@ -160,8 +161,8 @@ def batch_norm_everywhere(
             processes.
         weight: scale, ``[C]``.
         bias: shift, ``[C]``.
-        running: running mean and running variance, ``[C]`` each, which are updated in place; None: no running
-            statistics.
+        running: running mean and running variance, ``[C]`` each, which are updated in place. None means that there are
+            no running statistics.
         world: number of processes.
 
     Returns:

@@ -13,7 +13,7 @@ CARSO's P (arXiv 2306.06081, section 4.5). ``mean_sigmoid`` is the aggregation "
 gradient, so attack ``lse`` in its place.
 
 The last two are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. If K = 8, it is infinite
-from a margin of about 1.2 on, and its gradients are then NaN, so an attack on it gives a meaningless result.
+from a margin of about 1.2 on. Its gradients are then NaN, so an attack on it gives a meaningless result.
 ``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
 
 Above q = 70, exp(q) is continued along its tangent. So S is finite (for logits up to 1e8 in float32), and the order of
@@ -98,12 +98,12 @@ def vote_reference(logits: Tensor) -> Tensor:
     return torch.floor(x / x.amax(2, keepdim=True)).sum(1)
 
 
-#: The published forms, which are unsafe to attack.
+#: CARSO's published forms. Attacks on them give meaningless results.
 UNSAFE = {"peel_reference": peel_reference, "vote_reference": vote_reference}
 #: The keys are the method, the shape, and the standard deviation of the logits. The values are the dtypes in which the
-#: example verifies kernels on a GPU. Some shapes have few classes. The others have more classes than a vector has
-#: lanes, and their number is not a multiple of the lanes. One example has logits for which peel uses the tangent, whose
-#: slope exp(70) is finite in two of the dtypes.
+#: example verifies kernels on a GPU (`Example.gpu`). Some shapes have few classes. The others have more classes than a
+#: vector has lanes, and their number is not a multiple of the lanes. In the last example, the logits are so large that
+#: peel uses the tangent. Its slope exp(70) is infinite in float16.
 EXAMPLES = {
     ("lse", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 10), 3.0): "fb",
@@ -121,7 +121,7 @@ RACED = (
 PROPERTIES: dict[str, Any] = {
     "dtypes": lambda method, shape, scale: (torch.float32, torch.bfloat16, torch.float16)[: 2 if scale > 3 else 3],
     "exact": lambda method, *_: method == "vote",
-    # The exponentials and divisions of a GPU round differently.
+    # The exponentials and divisions of a GPU round differently than those of a CPU.
     "slack": lambda method, *_: 0.0 if method == "vote" else 16.0,
     "variant": lambda method, *_: method,
 }
@@ -150,7 +150,8 @@ BACKWARD = define_backward(
 
 
 #: These CPU kernels are used for ``lse`` and ``peel`` with at least SAVED_FROM classes. SAVING returns the result, and
-#: three numbers for each image and class, [B, 3, C]. With these numbers, FROM_SAVED reads the logits only once.
+#: three numbers for each image and class, [B, 3, C]. FROM_SAVED is the backward. With the saved numbers, it reads the
+#: logits only once.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
@@ -159,8 +160,8 @@ SAVED_FROM = 16
 _with_saved = differentiable(
     SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
 )
-# For vote, this function is also used around the reference, because autograd has no gradient for the reference. This
-# function has one, which is 0.
+# For vote, this function is also used around the reference. Autograd has no gradient for the reference, but this
+# function has the gradient 0.
 _aggregate = differentiable(
     lambda logits, method: OP(logits, method, variant=METHODS[method]),
     lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),
@@ -173,8 +174,8 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     Args:
         logits: ``[B, K, C]``, K >= 1, C >= 2; float16, bfloat16, float32 or float64.
         method: ``lse``, ``peel`` (log-probabilities), ``mean``, ``mean_sigmoid`` or ``vote``. ``peel_reference`` and
-            ``vote_reference`` are CARSO's published forms. They are unsafe to attack, as the module's docstring
-            explains.
+            ``vote_reference`` are CARSO's published forms. Attacks on them give meaningless results, as the module's
+            docstring explains.
 
     Returns:
         ``[B, C]``, float32 (float64 for float64 inputs), also under autocast. Finite for logits up to 1e8, except for

@@ -3,10 +3,10 @@
     z      = P(x + alpha dir(g))
     x_new  = P(x + a (z - x) + (1 - a) (x - previous))
 
-Source: Croce & Hein, ICML 2020, algorithm 1. a is 0.75, and 1 in the first step. P and dir are those of `pgd_step`. P
-projects onto the ball, and then onto the box. dir is sign(g) (linf) or g / |g| (l2). If g is zero or not finite, dir is
+Source: Croce & Hein, ICML 2020, algorithm 1. a is 0.75, and 1 in the first step. P and dir are those of `pgd_step`: P
+projects onto the ball, and then onto the box; dir is sign(g) (linf) or g / |g| (l2). If g is zero or not finite, dir is
 0, and only the momentum moves the element (linf) or the sample (l2). NaN in x, x_nat or previous propagates. Each
-sample has its own step and radius.
+sample has its own alpha and eps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .dispatch.examples import IMAGES, RGB, ROWS
 from .dispatch.registry import define_op, wide
 from .pgd_step import check, direction, per_sample, project, step_arguments, step_examples
 
-#: There is no l1, because its steps follow a different rule, which adapts the fraction of the coordinates that move.
+#: Auto-PGD has other steps in l1, which adapt the fraction of the coordinates that move. This op does not compute them.
 NORMS = ("linf", "l2")
 
 

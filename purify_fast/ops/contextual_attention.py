@@ -11,7 +11,7 @@ the grid h x w = H/2 x W/2, is a query q and a key p. Positions are numbered in 
 
 The 4x4 patches have stride 2 and padding 1. Everything outside the grid or the image is zero. The two passes are called
 "fuse". In the second pass, positions are numbered in column-major order. v_p is 1 for a valid key and 0 for an invalid
-key, which therefore has the logit 0 in the softmax and the weight 0 in A.
+key. So an invalid key has the logit 0 in the softmax, and the weight 0 in A.
 
 Source: DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), except that every
 sample has its own keys. The patches are never built. Let G = P'P. If both positions of G and of A are shifted by the
@@ -42,9 +42,10 @@ _SMALLEST_NORM = 1e-4
 
 
 def _moved(x: Tensor, step: int, dim: int) -> Tensor:
-    """Shift x [B, ..., ...] by one position, along dimension ``dim`` of the queries and the same dimension of the keys.
+    """Shift x by one position, along dimension ``dim`` of the queries and the same dimension of the keys.
 
-    The value at position i is then the value that was at i + step. step is 1 or -1.
+    The result at position i is the value of x at i + step, where step is 1 or -1. x is [B, queries, keys]. Queries and
+    keys have one dimension (L) or two dimensions (h, w).
     """
     groups, size = x.dim() // 2, x.shape[dim]
     padding = [0] * (2 * x.dim())
@@ -120,14 +121,14 @@ def reference_backward(
 
 
 #: The keys are the height and width of the grid of keys, and the channels. The values are the dtypes in which the
-#: example verifies kernels on a GPU.
+#: example verifies kernels on a GPU (`Example.gpu`).
 EXAMPLES = {(8, 8, 6): "fb", (4, 7, 3): "h", (9, 3, 5): ""}
 RACED = ((8, 8, 96), (32, 32, 96))
 
 
 def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     pixels = normal(seed, ROWS, height * width, channels, scale=0.4)
-    # The values need not be the norms of patches, because the op accepts any positive numbers.
+    # These are not the norms of 3x3 patches, but the op accepts any positive numbers.
     norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
     # Everything else between the products is float32.
@@ -181,10 +182,11 @@ def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
     return squares.clamp_min(_SMALLEST_NORM**2).rsqrt()
 
 
-#: Four CPU kernels, which compute the whole function in eager calls. SPLIT copies the pixels of features into phases:
-#: [B, 4, C, L], or [B, 4, L, C] for channels_last. JOIN copies phases into features, and adds ``more`` to the first
-#: phase. SPREAD and SLOPES compute the parts between the products, including the norms of the keys. SPREAD returns U, A
-#: and the inverse norms. SLOPES returns the matrix by which the pixels are multiplied for their gradient.
+#: Four CPU kernels, which compute the whole function in eager calls. SPLIT copies the pixels of features into the four
+#: maps F_ab, called phases: [B, 4, C, L], or [B, 4, L, C] for channels_last. JOIN copies phases back into features, and
+#: adds ``more`` to the first phase. SPREAD and SLOPES compute the parts between the matrix products, forward and
+#: backward, including the norms of the keys. SPREAD returns U, A and the inverse norms. SLOPES returns the matrix by
+#: which the pixels P are multiplied for their gradient.
 SPLIT = cpu_kernel("contextual_attention_split", "(Tensor features, bool channels_last) -> Tensor")
 JOIN = cpu_kernel(
     "contextual_attention_join",
@@ -281,7 +283,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     plain = OP.uses_reference(features.device, features.dtype, pairs)
     whole = WHOLE and may_save(features) and not plain
     with without_autocast(features.device):
-        # The kernels of the whole function are used if the op's kernels would be used in both directions.
+        # The kernels of the whole function are used where the op's kernels would be used, forward and backward.
         if whole and not (gradient and BACKWARD.uses_reference(features.device, features.dtype, pairs)):
             return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
         # [B, C, h, a, w, b]
@@ -305,16 +307,17 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
 
 
 def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Find the keys that `contextual_attention` may use: those whose whole 3x3 neighbourhood on the key grid is known.
+    """Find the keys that `contextual_attention` may use: those whose whole 3x3 neighborhood on the key grid is known.
 
     Args:
         mask: ``[B, 1, H0, W0]``, bool or a number, at any resolution. Nonzero pixels are missing.
         size: (h, w) of the key grid, half of the features' size.
 
     Returns:
-        bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask in it is. For 256 px
-        images with blocks of 32 px, this is the published sampling of every eighth pixel. At smaller sizes that
-        sampling would miss blocks. Cells outside the grid do not count as missing. There is no gradient.
+        bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask inside the cell is
+        nonzero. For 256 px images with blocks of 32 px, this is the published sampling of every eighth pixel. At
+        smaller sizes that sampling would miss blocks. Cells outside the grid do not count as missing. There is no
+        gradient.
 
     Raises:
         ValueError: if mask is not [B, 1, H0, W0] or is empty, or if h or w is below 1.

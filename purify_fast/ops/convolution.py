@@ -4,18 +4,19 @@
 
 with stride s, zero padding p and dilation d. The reference is ``torch.nn.functional.conv2d``, for any floating dtype
 and device. The kernels support a single case: bfloat16, channels_last, one group, on a processor that multiplies pairs
-of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). On such a processor PyTorch's convolutions are slow,
-above all the gradients of weights and layers with few channels; docs/performance.md has a table. This package has no
-kernel for GPUs, which use cuDNN.
+of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). On such a processor PyTorch's convolutions are slow.
+The slowest are the gradients of weights, and layers with few channels; docs/performance.md has a table. A GPU uses
+cuDNN, so there is no kernel for GPUs.
 
 Sums are in float32. The gradients of weight and bias are not rounded to bfloat16, unlike PyTorch's.
 
 Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
 and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), which needs half the products. It multiplies
 sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normal numbers, the result has a
-relative error of 0.4 %; rounding it to bfloat16 has 0.17 %. An infinity or a NaN also affects neighbouring pixels, and
-infinities become NaN. Sums of numbers near the largest bfloat16 number can overflow. Even without Winograd's algorithm,
-a non-finite weight or gradient may affect pixels at the border that it does not affect in PyTorch.
+relative error of 0.4 %. Rounding the exact result to bfloat16 has an error of 0.17 %. An infinity or a NaN also affects
+neighboring pixels, and infinities become NaN. Sums of numbers near the largest bfloat16 number can overflow. Even
+without Winograd's algorithm, a non-finite weight or gradient may affect pixels at the border that it does not affect in
+PyTorch.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def reference_weight_gradient(
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
-    """Return the group of layers to which a layer belongs. Its layers had similar timings, so they use one backend."""
+    """Return the group of a layer. The layers of a group had similar timings, so all of them use the same backend."""
     if min(inputs, outputs) < FEW:
         return "few channels"
     return "strided" if max(stride) > 1 else "stride 1"
@@ -133,8 +134,8 @@ RACED = tuple(
     )
 )
 #: The additional error allowed for Winograd's algorithm, in units of float32's eps: 2 ** -7 of the largest number. The
-#: algorithm rounds its factors to bfloat16. Results in bfloat16 have rounding errors of this size anyway, but the
-#: gradient of the weights is in float32, so it needs the allowance.
+#: algorithm rounds its factors to bfloat16. The gradient of the weights needs this allowance, because it is in float32.
+#: Results in bfloat16 have rounding errors of this size anyway.
 _ROUNDED = 2.0**16
 
 
@@ -146,7 +147,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _operands(*setting: Any) -> tuple[Tensor, ...]:
-    """Make images, weights, bias, and random numbers in the shape of the result, which are used as its gradient."""
+    """Make images, weights, a bias, and the gradient of the result, which is random."""
     shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
     # The weights are scaled, so that the results are about as large as the numbers of the images, as in a network.
     scale = (math.prod(kernel) * shape[-1]) ** -0.5
@@ -261,8 +262,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _plain(input: Tensor, elements: int, variant: str) -> bool:
     """Return True if PyTorch's convolution is used for an input whose result has ``elements`` elements."""
-    # This also applies if kernels are forced. Most processors have no kernel of this op, and users force kernels for
-    # other ops.
+    # This also applies if the user forces kernels. Most processors have no kernel of this op, and the user means other
+    # ops.
     if OP.kernel("cpu") == "reference":
         return True
     # Autocast does not change float64.
@@ -300,7 +301,7 @@ def conv2d(
         weight: ``[O, C, K, L]`` in input's dtype, or in any dtype under autocast. Its gradient has its dtype.
         bias: ``[O]``, with the same dtypes as weight, or None.
         stride: stride of rows and columns, or one number for both.
-        padding: number of zeros on each side, or two numbers for rows and columns.
+        padding: number of zeros added on each side, or two numbers for rows and columns.
         dilation: distance between taps in pixels, or two numbers for rows and columns.
 
     Returns:

@@ -12,8 +12,8 @@ convolutions. It is a single op with Triton kernels:
 Here c_b is the product of the condition with its half of the first layer's weights, plus the bias. It is computed once
 per image.
 
-The kernels (kernels/decode_samples.py) multiply bfloat16 numbers and add in float32. Activations between the layers are
-bfloat16. Those between the last two layers remain in registers.
+The kernels (kernels/decode_samples.py) multiply bfloat16 numbers and add in float32. The activations between layers are
+bfloat16. The activations between the last two layers remain in registers.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def pack(first: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
         biases: ``[channels out]`` of every transposed convolution.
 
     Returns:
-        A vector of weights and a vector of biases, both padded with zeros. The first has the weights of the layers, and
-        then the transposed weights for the gradients, from the last layer to the first. The second has the biases of
-        the transposed convolutions.
+        A vector of weights and a vector of biases, both padded with zeros. The first vector has the weights of the
+        layers, and then the transposed weights for the gradients, from the last layer to the first. The second vector
+        has the biases of the transposed convolutions.
     """
     channels, h, w, dim = first.shape
     parts = [_pack(first.permute(1, 2, 3, 0).reshape(h * w, dim, channels), tiles.padded(channels, tiles.CHANNEL_TILE))]
@@ -124,9 +124,9 @@ def latents(seed: Tensor, sample_ids: Tensor, samples: int, latent_dim: int) -> 
 def maps(
     condition: Tensor, seed: Tensor, ids: Tensor, weights: Weights, geometry: tiles.Geometry, samples: int, slope: float
 ) -> list[Tensor]:
-    """Return the inputs of all LeakyReLUs and, last, the logits of the images, in the dtype of the weights.
+    """Return the feature maps of the decoder: the inputs of all LeakyReLUs and, last, the logits of the images.
 
-    Each is [B * K, C, H, W] with its own C, H and W.
+    Each map is [B * K, C, H, W] with its own C, H and W, in the dtype of the weights.
     """
     channels, h, w = geometry.start
     dtype = weights.first.dtype
@@ -143,7 +143,7 @@ def maps(
 
 
 def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """Convert the logits to images as the op returns them."""
+    """Convert the logits to the images that the op returns: apply the sigmoid if ``squash``, and change the format."""
     x = wide(logits)
     x = (torch.sigmoid(x) if squash else x).to(dtype)
     return x.contiguous(memory_format=memory_format(channels_last))
@@ -190,8 +190,8 @@ _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope,
 _CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
 #: Each entry has the size of the latent, the first feature map and the convolutions (channels, kernel, stride, padding,
-#: height, width). In "tiled" and "one" every product is tiled. In "joined" the last two layers are one launch. "cifar"
-#: is CARSO's decoder for images of 32 x 32.
+#: height, width). In "tiled" and "one" every product is tiled. In "joined" the last two layers are a single launch.
+#: "wide" is for float32 weights. "cifar" is CARSO's decoder for images of 32 x 32.
 DECODERS = {
     "tiled": tiles.Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),
     "one": tiles.Geometry.of([33, 96, 1, 2, *(5, 4, 2, 1, 2, 4)]),
@@ -199,8 +199,8 @@ DECODERS = {
     "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
     "cifar": tiles.Geometry.of([128, 256, 3, 3, *(n for layer in _CIFAR for n in layer), *(3, 2, 1, 1, 32, 32)]),
 }
-#: The keys are the decoder, the samples, the weights' dtype, and whether images are squashed. The values are the dtypes
-#: in which the example verifies kernels on a GPU.
+#: The keys are the decoder, the samples, the weights' dtype, and "squashed" if a sigmoid is applied. The values are the
+#: dtypes in which the example verifies kernels on a GPU (`Example.gpu`).
 EXAMPLES = {
     ("tiled", 3, torch.bfloat16, "squashed"): "",
     ("tiled", 3, torch.bfloat16, ""): "b",
@@ -289,11 +289,11 @@ def decode_prior(
         geometry: sizes of the decoder.
         samples: K, at least 1.
         slope: slope of the LeakyReLU between the layers, at least 0.
-        squash: whether a sigmoid maps the images to (0, 1). If False, the op returns their logits.
-        channels_last: whether the images are channels_last.
+        squash: True to map the images to (0, 1) by a sigmoid. If False, the op returns their logits.
+        channels_last: True to return the images in the memory format channels_last.
         dtype: dtype of the images, float32 (default) or bfloat16; float64 with float64 weights.
-        weights: the result of ``unpack(packed, biases, geometry)``, if the caller has already computed it. It is needed
-            only if no kernel is used; None computes it then.
+        weights: the result of ``unpack(packed, biases, geometry)``, if the caller has already computed it. Only the
+            reference uses it. By default the reference unpacks the weights itself.
 
     Returns:
         Images ``[B, K, C, H, W]``. Sample k of an image has draw index k, for every K and every batch.

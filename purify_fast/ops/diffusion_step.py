@@ -10,10 +10,14 @@ the network's type of prediction determines P and Q:
     the image:   P = 0,          Q = 1
     v:           P = alpha,      Q = -sigma           (Salimans & Ho, ICLR 2022, arXiv 2202.00512)
 
-c = inf means no clipping. A, B and s can be those of DDPM's ancestral sampling, of DDIM with any eta (Song et al., ICLR
-2021, arXiv 2010.02502), of the Euler-Maruyama step of the reverse SDE, or of the Euler step of its probability-flow ODE
-(Song et al., ICLR 2021, arXiv 2011.13456). A single step to the end has A = 1, B = 0. The forward process alpha x +
-sigma z has P = 0, Q = 0, A = 0, B = alpha, s = sigma, and x is also passed as the prediction.
+c = inf means no clipping. A, B and s can be those of
+
+    DDPM's ancestral sampling;
+    DDIM with any eta (Song et al., ICLR 2021, arXiv 2010.02502);
+    the Euler-Maruyama step of the reverse SDE (Song et al., ICLR 2021, arXiv 2011.13456);
+    the Euler step of the probability-flow ODE of this SDE;
+    a single step to the end: A = 1, B = 0;
+    the forward process alpha x + sigma z: P = Q = A = 0, B = alpha, s = sigma. Here x is also passed as the prediction.
 
 With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x.
 Its first half is m. Its second half v interpolates between the logarithms lo and hi of two variances. Then s is only 1
@@ -21,8 +25,8 @@ or 0:
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-If s = 0 there is no noise, even if v is NaN. Element i of a row is counted as in a contiguous tensor. The noise of a
-row depends on its sample id and on the low 32 bits of the index 2^16 draw + step. So it does not depend on the row's
+If s = 0 there is no noise, even if v is NaN. The elements of a row are numbered as in a contiguous tensor. The noise of
+a row depends on its sample id and on the low 32 bits of the index 2^16 draw + step. So it does not depend on the row's
 place in the batch, and every step and every draw has its own noise.
 
 With learned variances, the backward draws z again from the seed. Only the inputs are stored. Let g be the gradient of
@@ -74,7 +78,7 @@ def _each(coefficients: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """Return the factor of the normal numbers. It is 0 if s is 0, even if v is NaN."""
+    """Return the factor of the normal numbers, which is s or s d. It is 0 if s is 0, even if v is NaN."""
     if v is None:
         return s
     share = (v + 1) / 2
@@ -82,7 +86,7 @@ def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) -> Tensor:
-    """Compute the definition in x's dtype. ``named`` are seed, sample_ids, draws, step, and whether there is noise."""
+    """Compute the definition in x's dtype. ``named`` are the arguments seed, sample_ids, draws, step and noisy."""
     *name, noisy = named
     m, v = _parts(x, prediction)
     p, q, c, a, b, s, lo, hi = _each(coefficients, x)
@@ -120,12 +124,12 @@ def _like(prediction: Tensor) -> Tensor:
 
 
 def variant(learned: bool, noisy: bool) -> str:
-    """Return the name of the setting, for which a backend is chosen separately."""
+    """Return the op's variant, which is a setting for which the backend is chosen separately."""
     return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
 
 
-#: The keys are the shape, whether variances are learned, whether there is noise, and the prediction's layout. The
-#: values are the dtypes in which the example verifies kernels on a GPU.
+#: The keys are the shape, True for learned variances, True for noise, and the prediction's layout. The values are the
+#: dtypes in which the example verifies kernels on a GPU (`Example.gpu`).
 EXAMPLES = {
     ((ROWS, 3, 32, 32), False, True, ""): "f",
     ((ROWS, 3, 33, 31), False, True, "channels_last"): "",
@@ -207,7 +211,10 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inside torch.compile, which rejects a tensor that is given twice, replace the second by a view."""
+    """Inside torch.compile, replace a tensor that is given a second time by a view.
+
+    torch.compile rejects an op that gets the same tensor twice.
+    """
     if not torch.compiler.is_compiling():
         return given
     return tuple(
@@ -234,15 +241,15 @@ def diffusion_step(
         prediction: output of the network for x, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
             bfloat16 or float32 (float64 for a float64 x); contiguous or channels_last (other layouts are copied).
         coefficients: numbers named in `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, with x's dtype and
-            device. A schedule is a table of them, and a step uses one row. The host never reads their values. Without
-            learned variances the last two are ignored. They get no gradient.
+            device. A schedule is a table of coefficients, and a step uses a row of it. The host never reads their
+            values. Without learned variances the last two are ignored. They get no gradient.
         seed: int64 ``[1]``, on x's device.
         sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`).
         draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535.
         step: int64 ``[1]``, the index of the step, from 0 to 65,535. Each time noise is added to a row, the index must
             be different, also for the forward process.
-        noisy: whether noise is added. With False nothing is drawn, and the coefficient of the noise is ignored. Solvers
-            without noise use False.
+        noisy: True to add noise. With False, as in solvers without noise, nothing is drawn, and the coefficient of the
+            noise is ignored.
 
     Returns:
         The next state, in x's shape and dtype, contiguous, also under autocast.

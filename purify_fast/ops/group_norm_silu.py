@@ -66,8 +66,8 @@ def reference_backward(
     return of_x.view(x.shape).to(x.dtype).contiguous()
 
 
-#: Each example is a tuple of the shape with channels last, the number of groups, and the number of rows of the shift. 0
-#: rows mean no shift.
+#: Each example is a tuple of the shape with channels last, the number of groups, and the number of rows of the shift,
+#: which is 0 without a shift.
 EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),
@@ -81,7 +81,7 @@ def _arguments(
     shape: tuple[int, ...], groups: int, shifts: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, float]:
     channels, kind = shape[-1], wide_dtype(dtype)
-    # Weights are parameters because a race repeats the rows of all other tensors, and must not repeat these.
+    # The weights are parameters, because a race repeats the rows of all tensors that are not parameters.
     weight, bias = (Parameter(normal(seed + 100 * i, channels).to(kind), False) for i in (1, 2))
     rows = normal(seed + 300, shifts, channels).to(kind) if shifts else None
     shift = Parameter(rows, False) if rows is not None and shifts < ROWS else rows
@@ -154,9 +154,9 @@ def group_norm_silu(
         groups: number of groups of channels.
         weight: ``[C]``, in float32 or x's dtype.
         bias: ``[C]``, in weight's dtype.
-        shift: ``[B, C]``, or ``[1, C]`` for all images, added to every pixel before the normalization; None adds
-            nothing.
-        eps: number added to the variances.
+        shift: ``[B, C]``, or ``[1, C]`` for all images. It is added to every pixel before the normalization. By default
+            nothing is added.
+        eps: number added to the variances, at least 0.
 
     Returns:
         ``x``'s shape, in the dtype that PyTorch's operators return. A kernel returns bfloat16 in channels_last.

@@ -1,12 +1,12 @@
-"""Noisy replay: a sample whose representation has drifted is not attacked in this step; noise is added to it instead.
+"""Noisy replay: a sample whose representation has drifted gets random noise in this step, in place of an attack.
 
     out_b = clamp(x_b + u, lo, hi)   if drift_b > tau,    u = eps_b (2 r - 1), uniform in [-eps_b, eps_b)
             x_adv_b                  otherwise
 
-r in [0, 1) comes from the Philox stream REPLAY_NOISE, draw 0. Element i of a sample is counted as in a contiguous
+r in [0, 1) comes from the Philox stream REPLAY_NOISE, draw 0. The elements of a sample are numbered as in a contiguous
 tensor. Source: ARREST (arXiv 2308.16454). Its threshold of 30 degrees is tau = 1 - cos(30 deg) = 0.1339746 for the
-drift that `representation_distance` returns. Rounding is monotonic, so `out` is between the rounded x - eps and x +
-eps.
+drift that `representation_distance` returns. Rounding is monotonic, so the noisy sample is between the rounded x - eps
+and the rounded x + eps.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def noisy_replay(
         x: clean images, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.
         x_adv: adversarial examples, with x's shape, dtype and device. The examples of replayed samples are not read, so
             they may contain anything.
-        drift: ``[B]``, floating point, the distance of each clean sample's representation from the original one.
+        drift: ``[B]``, floating point, the distance of each clean sample's representation from its representation in
+            the teacher.
         tau: threshold, a number or a tensor ``[]``. A sample is replayed if its drift is above tau, compared in drift's
             precision (at least float32). A NaN drift is not above tau.
         eps: radius of the noise in image units, a number or ``[B]``.

@@ -68,7 +68,7 @@ def reference(
 ) -> Tensor:
     """Compute the op's definition. Returns [B, draws, numel].
 
-    The arguments are those of `philox`, but the distribution is given by its index.
+    The arguments are those of `philox`, except that the distribution is an index into `DISTRIBUTIONS`.
     """
     draw = first_draw + torch.arange(draws, device=sample_ids.device)
     return drawn(seed, sample_ids, draw[None], numel, stream=stream, distribution=distribution)
@@ -111,7 +111,7 @@ def _fake(seed: Tensor, ids: Tensor, numel: int, stream: int, distribution: int,
 
 
 def _arguments(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    # The draw indices exceed 32 bits.
+    # Begin at a draw index for which a later index exceeds 32 bits.
     return *example_stream(seed), shape[-1], int(Stream.LATENT), DISTRIBUTIONS.index(distribution), 3, 2**32 - 2
 
 
@@ -147,7 +147,7 @@ OP = define_op(
 def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **others: Tensor) -> None:
     """Raise an error unless seed is int64 [1] and sample_ids int64 [B], both on the device of the other tensors.
 
-    ``batch`` is B, or None if any B is allowed.
+    ``batch`` is B. If it is None, any B is allowed.
 
     Raises:
         TypeError: if seed or sample_ids is not a tensor.
@@ -188,8 +188,8 @@ def philox(
         stream: purpose of the numbers, a `Stream`.
         distribution: ``bits`` (int32), ``uniform`` (float32 in [0, 1)) or ``normal`` (float32).
         draws: number of draws per sample, at least 1.
-        first_draw: index of the first draw, at least 0. The other draws follow it. The low 32 bits of an index are
-            used.
+        first_draw: index of the first draw, at least 0. The other draws have the next indices. The low 32 bits of an
+            index are used.
 
     Returns:
         ``[B, draws, numel]`` on the seed's device. There is no gradient.

@@ -55,7 +55,7 @@ BACKWARD = define_backward(
 )
 
 
-#: A CPU kernel that returns the loss, and s - t in the dtype of the arithmetic.
+#: A CPU kernel that returns the loss, and s - t in the dtype of the arithmetic, which the backward needs.
 SAVING = cpu_kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor target) -> (Tensor, Tensor)")
 
 

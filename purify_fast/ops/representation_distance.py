@@ -13,9 +13,10 @@ In the following form it is exactly 0 at u = v, where fine-tuning starts:
 
     dd/du = dd/dc (v - (u . v / |u|^2) u) / (|u| |v|)
 
-At parallel vectors, the slope of arccos is infinite and the direction of the gradient is undefined. With the bound
-1e-4, the gradient is exact, with length 1 / (pi |u|), if the sine of the angle is at least 0.01 (0.57 degrees). Below
-that it decreases linearly to 0. If |u| |v| < 1e-30, as for zero vectors, c and its gradient are 0.
+At parallel vectors, the slope of arccos is infinite and the direction of the gradient is undefined. The bound 1e-4
+limits the slope. If the sine of the angle is at least 0.01 (0.57 degrees), the gradient is exact and has the length
+1 / (pi |u|). At smaller angles its length decreases linearly to 0. If |u| |v| < 1e-30, as for zero vectors, c and its
+gradient are 0.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def _measure(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tenso
         return d, torch.where(d > 0, -1 / d, 0 * d), torch.ones_like(d)
     dot, uu, vv = ((a * b).sum(dims).double() for a, b in ((u, v), (u, u), (v, v)))
     norms = (uu * vv).sqrt()
-    # This is False for NaN.
+    # The comparison is False for NaN, so NaN propagates.
     nothing = norms < LEAST_NORMS
     # If squares overflowed, the quotient would be 0, so it is replaced by NaN.
     c = torch.where(norms < math.inf, dot / norms, math.nan)
     c = torch.where(nothing, 0.0, c.clamp(-1, 1))
     if kind == "abs_cosine":
         d, slope = (1 - c.abs()).clamp_min(0), -c.sign()
-        # On some devices the sign of NaN is 0.
+        # Replace the sign of NaN by NaN, because on some devices it is 0.
         slope = torch.where(c.isnan(), c, slope)
     elif kind == "cosine":
         d, slope = (1 - c).clamp_min(0), 0 * c - 1
@@ -106,7 +107,7 @@ def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
 
 
 def _variant(layers: int) -> str:
-    """Return the variant of a call. Calls with several layers are raced separately from calls with one layer.
+    """Return the variant of a call. Calls with several layers have a variant of their own, whose backend is separate.
 
     The reason is that the reference launches its operators once for each layer.
     """
@@ -115,7 +116,8 @@ def _variant(layers: int) -> str:
 
 #: The shapes of one, two and three layers. Layers of 9,001 numbers have more numbers than one program processes.
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
-#: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU.
+#: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU
+#: (`Example.gpu`).
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
     ("l2", ONE): "",
     ("abs_cosine", TWO): "h",
@@ -179,7 +181,7 @@ def _backward(grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     return None, None, *BACKWARD(grad, tensors[:layers], tensors[layers:], slopes, variant=_variant(layers))
 
 
-# The reference is also called here, because the gradient that autograd computes for it is rounding error at u = v, and
+# This function also calls the reference. Autograd's own gradient of the reference would be rounding error at u = v, and
 # NaN at 0.
 _distance = differentiable(
     _forward, _backward, lambda inputs, outputs: (*inputs[2:], outputs[1], inputs[1]), constants=1

@@ -1,4 +1,4 @@
-"""Draws a sample of a variational autoencoder's posterior, and computes the posterior's divergence from the prior.
+"""Draws a sample from a variational autoencoder's posterior, and computes the posterior's divergence from the prior.
 
     z = mu + e exp(logvar / 2),   e ~ N(0, 1) from the Philox stream LATENT
     kl_b = 1/2 sum_d (mu^2 + exp(logvar) - logvar - 1)

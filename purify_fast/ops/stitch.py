@@ -2,9 +2,9 @@
 
     out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
 
-This is the last step of AToP's RT3 (arXiv 2401.16352): sum_i m_i g(t_i, m_i) with masks m_i that tile the image. The op
-selects pixels instead of adding N images. The backward gives the gradient of every block to its pass, and 0 to the
-other passes.
+bh and bw are the height and the width of a block. This is the last step of AToP's RT3 (arXiv 2401.16352):
+sum_i m_i g(t_i, m_i) with masks m_i that tile the image. The op selects pixels instead of adding N images. The backward
+gives the gradient of every block to its pass, and 0 to the other passes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _like(x: Tensor, images: int) -> Tensor:
 
 
 #: The keys are shape, blocks, passes and layout. The values are the dtypes in which the example verifies kernels on a
-#: GPU.
+#: GPU (`Example.gpu`).
 EXAMPLES = {
     ((ROWS, 3, 32, 32), (4, 4), 4, ""): "f",
     ((ROWS, 3, 32, 32), (4, 4), 4, "channels_last"): "b",

@@ -81,7 +81,7 @@ def free_memory(device: torch.device, budget: int | str | None) -> int:
 
     Args:
         device: a GPU or the CPU.
-        budget: limit of the process's memory, in bytes or as a text such as "20GB"; None: no limit.
+        budget: limit of the process's memory, in bytes or as a text such as "20GB". None means no limit.
 
     Raises:
         ValueError: the budget is not an amount of memory.
@@ -142,8 +142,8 @@ def retry_when_memory_ends(
     Args:
         work: the function. It may be called several times; each call draws the same random numbers.
         device: device on which it computes.
-        frees: function that returns a function that frees memory, or None if nothing can be freed. Then the error is
-            raised.
+        frees: function that is called when memory runs out. It returns a function that frees memory. If it returns
+            None, nothing can be freed, and the error is raised.
     """
     again = same_draws_again(device)
     while True:
@@ -164,7 +164,7 @@ class Room:
     """The largest number of images in a forward pass. It can be halved whenever memory runs out.
 
     Args:
-        images: the largest number of images; None: no limit.
+        images: the largest number of images. None means no limit.
         device: device on which the model computes.
         yields: whether to halve the number and repeat the work if memory runs out. Otherwise the error is raised.
     """

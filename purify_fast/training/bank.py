@@ -1,9 +1,10 @@
 """The adversarial bank: a file of adversarial images, which later epochs of a training use again.
 
 If a training attacks a model that it never changes, its adversarial images have the same distribution in every epoch.
-A *variant* is such an image: an image after one of the training's attacks, from one random start. The bank stores up to
-M variants of each image. A step reads a variant from the bank if there are enough of them, and otherwise attacks the
-image. A share rho of the adversarial images is attacked in any case, and replaces the oldest variants.
+A *variant* of an image is the result of one of the training's attacks on it, from one random start. The bank stores up
+to M variants of each image. A step attacks an image until the bank is full for this image and attack. After that, it
+reads one of the variants. A share rho of the adversarial images is attacked in any case, and replaces the oldest
+variants.
 
 Let x be an image and x' the attacked image. The bank stores the variant as
 
@@ -11,8 +12,8 @@ Let x be an image and x' the attacked image. The bank stores the variant as
 
 and restores x + s q, projected onto the attack's ball and onto [0, 1]. Before the projection, the error of each pixel
 value is at most s / 2 <= eps / 254, for every norm of the ball. In "linf" the projection cannot increase the error of
-any value. In "l2" and "l1" it can increase the error of single values, but not the L2 norm of the whole error: that is
-at most sqrt(D) eps / 254 for an image of D values.
+any value. In "l2" and "l1" it can increase the error of single values, but not the L2 norm of the whole error. This
+norm is at most sqrt(D) eps / 254 for an image of D values.
 
 A step trains on the restored variants, even if it has just made them. So its result depends only on the seed, the step
 and the bank, and a run that was killed and resumed can use the variants that it wrote before. If rho is 1, each step
@@ -46,8 +47,8 @@ from ..ops.philox import Stream, philox
 
 logger = logging.getLogger("purify_fast")
 
-#: An attack on few images takes nearly as long as an attack on many. If a step would attack fewer images again than
-#: this number, then only every k-th step attacks images again, and it attacks k times as many.
+#: An attack on few images takes nearly as long as an attack on many. If each step would attack fewer images again than
+#: this number, then only every k-th step attacks images again, and attacks k times as many.
 TOGETHER = 64
 #: Version of the file's layout, and of the rule that gives an image its random draws. It is part of the file's name.
 FORMAT = 1
@@ -63,7 +64,7 @@ class BankConfig:
         refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants.
             Only attacks with a random start are repeated; the others would make the same image again. With 1, the
             training has exactly the results of a training without a bank.
-        folder: folder of the bank's file, which later runs can use too; None: ``banks`` in the folder of caches
+        folder: folder of the bank's file, which later runs can use too. None means ``banks`` in the folder of caches
             (PURIFY_FAST_CACHE).
         gigabytes: limit for the size of all banks in the folder, in units of 10^9 bytes. To make room for a new bank,
             the banks that were not used for the longest time are removed, except those that a run has open.
@@ -169,8 +170,8 @@ class AdversarialBank:
     The file has M places for each image, with one record in each place. A record contains a checksum of its content and
     its place. A record is damaged if it is incomplete, or if two processes wrote it at the same time. Its checksum is
     then wrong, so the record counts as missing, and its variant is made again. Therefore no process has to wait for
-    another one. Processes on one machine see at once what the others wrote. No other run removes the file while this
-    object exists.
+    another process. Processes on one machine see at once what the others wrote. No other run removes the file while
+    this object exists.
 
     Attributes:
         path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
@@ -180,7 +181,8 @@ class AdversarialBank:
 
     Args:
         config: M, rho, and the folder of the file.
-        attacks: the attacks of a training whose attacked classifier never changes. None is refused.
+        attacks: the attacks of a training whose attacked classifier never changes. None, which stands for any other
+            training, is refused.
         images: the images whose variants are stored.
         batch_size: images of a step, of all processes together.
 
@@ -351,7 +353,8 @@ class BankedStep:
             x: the images of this part, ``[A, C, H, W]``.
             rows: the part of the batch.
             kinds: index of each image's attack, int64 ``[A]`` on the CPU, in ascending order.
-            make: function that attacks the images of ``x`` at the given indices, int64 on x's device; None: all images.
+            make: function that attacks the images of ``x`` at the given indices, int64 on x's device. If it is called
+                with None, it attacks all images.
 
         Returns:
             The adversarial images, with the shape and dtype of ``x``.
@@ -448,7 +451,7 @@ def _remove_unused(path: Path, size: int, limit: int) -> None:
 
 
 def _is_unused(path: Path) -> bool:
-    """Tell whether a bank is not open in any run."""
+    """Tell whether no run has a bank open."""
     try:
         with path.open("r+b") as file:
             return lock_file(file.fileno(), shared=False)

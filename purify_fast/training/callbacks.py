@@ -32,7 +32,7 @@ class TrainingState:
         metrics: in `on_step`, the step's loss and metrics as tensors, which the device may still be computing; in
             `on_epoch` and `on_end`, the means over the epoch as numbers, and those of a validation.
         learning_rate: learning rate of the last step.
-        images_per_second: speed since the start of the epoch, or since the run was resumed in it; 0 in `on_step`.
+        images_per_second: speed since the start of the epoch, or since the run was resumed within it; 0 in `on_step`.
     """
 
     task: Task
@@ -49,7 +49,7 @@ class TrainingState:
 class Callback(Protocol):
     """The base class of listeners to a training. A subclass defines the methods that it needs.
 
-    Only the first of several processes calls them.
+    If several processes train together, only the first process calls these methods.
     """
 
     def on_step(self, state: TrainingState) -> None:
@@ -96,7 +96,7 @@ class TensorBoardLog(Callback):
 
     def on_epoch(self, state: TrainingState) -> None:
         if self._writer is None:
-            # this hides the events that an interrupted run wrote about this epoch and later epochs
+            # purge_step hides the events that an interrupted run wrote about this epoch and later epochs
             self._writer = self._make(str(self.folder), purge_step=state.step)
         speed = {"learning_rate": state.learning_rate, "images_per_second": state.images_per_second}
         for name, value in {**state.metrics, **speed}.items():

@@ -110,11 +110,12 @@ def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:
             place = ""
             if set_aside:
                 moved = bad.replace(bad.with_name(f"{bad.stem}.damaged{bad.suffix}"))
-                place = f"the file is set aside as {moved}, and "
+                place = f"the file was renamed to {moved}, and "
             logger.warning("%s; %sthe checkpoint before it, of step %s, is used", why, place, tree.get("step"))
         return tree
     if damaged:
-        raise ValueError(f"{'; '.join(damaged.values())}; there is no other checkpoint. Remove the file to start anew")
+        files = "this file" if len(damaged) == 1 else "these files"
+        raise ValueError(f"{'; '.join(damaged.values())}. There is no other checkpoint: remove {files} to start anew")
     return None
 
 

@@ -29,7 +29,7 @@ class ClassifierTask(Task):
     """The training of a classifier with cross-entropy, on clean or adversarial images.
 
     Args:
-        model: images in [0, 1] to logits.
+        model: the classifier, which maps images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``.
         config: settings of the training.
     """
 

@@ -41,11 +41,11 @@ class TrainingAttack:
         eps: radius of the ball in image units; 0 trains on clean images, if the method allows it.
         steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
-        alpha: length of a step in image units, at the full eps; None: relative_alpha * eps / steps.
+        alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
         relative_alpha: length of all steps together, as a multiple of eps. It is used if alpha is None.
         random_start: whether PGD begins at a random point of the ball; otherwise it begins at the image itself.
-        start_std: standard deviation in image units of a normal random start, which is projected onto the ball; None:
-            the start is uniform in the ball.
+        start_std: standard deviation in image units of a normal random start, which is projected onto the ball. With
+            None, the start is uniform in the ball.
         eps_warmup: share of the epochs in which eps rises linearly from 0, and alpha with eps. Without a warm-up,
             adversarial training from fresh weights can collapse.
 
@@ -68,11 +68,14 @@ class TrainingAttack:
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
-            raise ValueError(f"eps is in image units, at most 1 for linf, got {self.eps}: is {self.eps:g}/255 meant?")
+            raise ValueError(
+                f"eps must be at most 1 for linf, in image units, got {self.eps}: is {self.eps:g}/255 meant?"
+            )
         if self.alpha is not None and (math.isnan(self.alpha) or (self.eps > 0 and not self.alpha > 0)):
             raise ValueError(f"alpha must be above 0, got {self.alpha}: the attack would not change the images")
         if self.start_std is not None and not (self.random_start and self.start_std > 0):
-            raise ValueError(f"start_std must be above 0 and needs random_start=True, got start_std={self.start_std}")
+            got = f"got start_std={self.start_std} and random_start={self.random_start}"
+            raise ValueError(f"start_std must be above 0 and needs random_start=True, {got}")
 
     def at_epoch(self, epoch: int, epochs: int) -> TrainingAttack:
         """Return the attack of one epoch. During the warm-up, eps is smaller; alpha too, if it is given.
@@ -169,15 +172,15 @@ class FitConfig:
         epochs: passes over the data.
         batch_size: images per step, of all processes together.
         seed: seed of all random draws.
-        padding: width of a black border, in pixels, that is added to an image before a random crop to the old size; 0:
-            no crop.
+        padding: width of a black border, in pixels, that is added to an image before a random crop to the old size. 0
+            means no crop.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
         drop_last: whether an epoch leaves out its last batch if that batch is smaller than the others.
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
-            images again. None: every epoch is a whole pass.
+            images again. With None, every epoch is a whole pass.
         checkpoint_seconds: seconds between checkpoints within an epoch. The end of an epoch always writes a checkpoint.
-        validation_share: share of the images that are held out from training for validation, drawn by the seed; 0: no
-            validation.
+        validation_share: share of the images that are held out from training for validation, drawn by the seed. 0 means
+            no validation.
         validation_every: epochs from one validation to the next. The last epoch always ends with a validation.
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
@@ -190,14 +193,14 @@ class FitConfig:
             "back_off" returns to the last good checkpoint and continues with half of the learning rate, at most 5
             times. This needs held-out images. Such a collapse is typical of single-step adversarial training that
             overfits to its own attack within an epoch (catastrophic overfitting, Wong et al., ICLR 2020).
-        cuda_graphs: on a CUDA device, "auto" captures a step of the training's attack as a CUDA graph once its kernel
-            launches have taken as much time as a capture takes, and keeps the graph if a replay saves at least a tenth
-            of the time; "always" captures the step wherever possible; "off" never does. A graph needs the memory of one
-            attack step for itself. Choose "off" for a model that changes settings in an object other than a module,
-            dataclass or namespace: a captured step ignores the change.
-        cudnn_benchmark: "auto" lets cuDNN time its algorithms once for each shape and use the fastest, except if the
-            process requires deterministic algorithms; "on" always does; "off" leaves cuDNN's setting unchanged. This
-            has an effect on CUDA devices only.
+        cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
+            captures the step once its kernel launches have taken as much time as a capture takes, and keeps the graph
+            if a replay saves at least a tenth of the time. "always" captures the step wherever possible. "off" never
+            does. A graph needs the memory of one attack step for itself. Choose "off" for a model that changes settings
+            in an object other than a module, dataclass or namespace, because a captured step ignores the change.
+        cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
+            "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
+            cuDNN's setting unchanged.
         fused_optimizers: "auto" lets torch's optimizers update all weights in one kernel on a CUDA device; "off" leaves
             the setting of their constructors unchanged.
 

@@ -1,15 +1,15 @@
 """Training with several processes: the exchanges between them, the detection of lost processes, and torchrun's group.
 
 Every process has the whole model and its share of each batch. Gradients are averaged after the whole backward pass.
-DistributedDataParallel would overlap the two, but requires that a task calls only ``forward`` of its model, and tasks
-also call other methods. The overlap would save little: 92 % of CARSO's training is the attack on the frozen classifier,
-which needs no communication.
+DistributedDataParallel would average them during the backward pass. But it requires that a task calls only ``forward``
+of its model, and tasks also call other methods. It would save little time: 92 % of CARSO's training is the attack on
+the frozen classifier, which needs no communication.
 
 If a process ends, the exchanges of gloo fail in the other processes. With NCCL, an exchange returns at once, and the
-next operation that needs its result waits in the driver until the group's timeout. Neither notices a process that was
-stopped, such as by SIGSTOP. So within `fit`, every process writes signs of life into the store of the process group,
-and checks those of the others. A process that hangs in its own work still gives signs of life. When an exchange with it
-fails after the timeout, the error names the process and its last step.
+next operation that needs its result waits in the driver until the group's timeout. Neither gloo nor NCCL notices a
+process that was stopped, such as by SIGSTOP. So within `fit`, every process writes signs of life into the store of the
+process group, and checks those of the other processes. A process that hangs in its own work still gives signs of life.
+When an exchange with such a process fails after the timeout, the error names the process and its last step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-#: If a process fails, it waits up to this time for the message that the first process failed too.
+#: A process that fails waits up to this time for the message that the first process failed too. Then only the first
+#: reports the error.
 PATIENCE = timedelta(seconds=10)
 #: Seconds within which all processes notice that an exchange failed.
 NOTICE = 3.0
@@ -136,7 +137,7 @@ _watches = 0
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """Within the block, every process notices if another one dies or is stopped. A single process does nothing.
+    """Within the block, every process notices if another process dies or is stopped. A single process does nothing.
 
     The other processes raise `ProcessLost` at their next exchange. A process that waits elsewhere, such as in a driver
     for the result of NCCL, prints the error to stderr and ends with status 1.
@@ -253,7 +254,7 @@ def torchrun_group() -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stderr(nowhere))
             yield
         # This wait may last hours, while the first process evaluates. dist.barrier would give up after half an hour,
-        # and would not notice a failed process. torchrun's record of errors cannot be read from here.
+        # and would not notice a failed process.
         if rank == 0:
             store.set("done", "yes")
         else:
@@ -319,8 +320,8 @@ def own_device(device: str) -> str:
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
         raise ValueError(
-            f"device cuda needs one GPU for each process of a machine, but this machine has {gpus} GPUs and at least "
-            f"{local + 1} processes: start fewer processes"
+            f"device cuda needs one GPU for each process of a machine, got {gpus} for at least {local + 1} processes: "
+            "start fewer processes"
         )
     torch.cuda.set_device(local)
     return f"cuda:{local}"

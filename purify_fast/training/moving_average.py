@@ -24,7 +24,7 @@ def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> Ave
     """
 
     def follow(averages: Iterable[Tensor], values: Iterable[Tensor], steps: Tensor | int) -> None:
-        # torch's count of updates includes the first, which only copied the weights
+        # torch's count of updates includes the first, which only copied the weights, so steps is n + 1
         least = 9 / (9 + torch.as_tensor(steps)) if warm_up else torch.zeros(())
         moved = least.clamp(min=1 - decay)
         for average, value in zip(averages, values, strict=True):

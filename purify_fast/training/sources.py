@@ -109,7 +109,7 @@ class InMemory:
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
-    """Return the steps of an epoch; raise ValueError if ``steps_per_epoch`` exceeds those of a pass over the data."""
+    """Return the steps of an epoch; raise ValueError if ``steps_per_epoch`` is above ``steps``, a whole pass."""
     wanted = steps if config.steps_per_epoch is None else config.steps_per_epoch
     if wanted > steps:
         raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")
@@ -273,9 +273,10 @@ def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     k = round(share * n)
     if not 0 < k < n:
         raise ValueError(
-            f"validation_share must give at least 1 image to training and to validation; {share} of {n} images are {k}"
+            f"validation_share must leave at least 1 image for training and 1 for validation, got {share}, which "
+            f"is {k} of {n} images"
         )
-    # numpy promises never to change the numbers of RandomState. The seed has one word more than those of
-    # `data.batches`, so that the numbers differ.
+    # NumPy promises never to change the numbers of RandomState. The seed has one word more than the seeds of
+    # `data.batches`, so that the numbers differ from theirs.
     order = np.random.RandomState([seed & 0xFFFFFFFF, 0, 0, 1]).permutation(n)
     return torch.from_numpy(np.sort(order[k:])), torch.from_numpy(np.sort(order[:k]))

@@ -57,7 +57,7 @@ def test_dlr_targeted_by_hand():
     assert loss.tolist() == pytest.approx([-2 / (5 - 1.5), -3 / (4 + 0.5)])
     loss.sum().backward()
     assert logits.grad.isfinite().all() and bool((logits.grad[0] != 0).any())
-    with pytest.raises(ValueError, match="at least 4 classes, got 3: use 'margin'"):
+    with pytest.raises(ValueError, match="at least 4 classes, got a model with 3: use the loss 'margin'"):
         dlr_targeted(logits[:, :3], torch.tensor([0, 1]), torch.tensor([1, 0]))
 
 

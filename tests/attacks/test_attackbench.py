@@ -46,6 +46,6 @@ def test_it_is_called_as_attackbench_calls_it_and_refuses_the_rest(plain):
     for refused in ({"targeted": True}, {"targets": y}, {"threat_model": "l0"}, {"epsilon": -1.0}):
         with pytest.raises(ValueError, match=r"targeted|norm|eps"):
             attack(model, x, y, **refused)
-    for wrong, message in (((), "at least one attack"), ((APGD(eps=0.1),), "eps, but apgd does")):
+    for wrong, message in (((), "at least one attack"), ((APGD(eps=0.1),), "got eps in apgd")):
         with pytest.raises(ValueError, match=message):
             for_attackbench(*wrong, eps=0.1)

@@ -381,7 +381,7 @@ def test_heads_by_hand():
     assert head_logits(samples, "one_sample").tolist() == [[1.0, 3.0, 2.0]]
     for head in ("lse", "mean", "mean_sigmoid", "peel"):
         assert torch.equal(head_logits(samples, head), aggregate(samples, head))
-    with pytest.raises(TypeError, match=r"defence must have sample_logits\(x\) for an attacker's head, got Linear"):
+    with pytest.raises(TypeError, match=r"defence must have a method sample_logits\(x\), got Linear"):
         AttackersHead(nn.Linear(2, 2), "mean")
 
 

@@ -189,7 +189,7 @@ def test_bpda_needs_a_purifier():
         (APGD, {"norm": "l0", "eps": 1.0}, "norm must be one of linf, l2, l1, got 'l0'"),
         (APGD, {"rho": 2.0}, r"rho must be in \[0, 1\], got 2.0"),
         (FGSM, {"norm": "l2"}, "eps must be given with norm='l2'"),
-        (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, got 8.0: is 8/255 meant\?"),
+        (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
         (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
         (PGD, {"steps": 0}, "steps must be at least 1, got 0"),
         (PGD, {"alpha": -0.1}, "alpha must be at least 0"),
@@ -245,8 +245,8 @@ def test_an_attack_tells_whether_it_may_end_early(attack, context, early):
 def test_a_strangers_mistakes(model, batch, attack):
     x, y = batch
     for change, kind, message in (
-        ({"eps": 8}, ValueError, r"eps is in image units, at most 1 for linf, got 8: is 8/255 meant\?"),
-        ({"x": x.numpy()}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: torch.as_tensor\(x\) makes one"),
+        ({"eps": 8}, ValueError, r"eps must be at most 1 for linf, in image units, got 8: is 8/255 meant\?"),
+        ({"x": x.numpy()}, TypeError, r"x must be a torch.Tensor, got numpy.ndarray: give torch.as_tensor\(x\)"),
         ({"y": np.zeros(9)}, TypeError, "y must be a torch.Tensor, got numpy.ndarray"),
         (
             {"y": y.int()},
@@ -260,7 +260,7 @@ def test_a_strangers_mistakes(model, batch, attack):
         ),
         ({"x": x - 0.5}, ValueError, r"x must be in \[clip_min, .* = \[0, 1\], got values from -0.4\d* to 0.4\d*$"),
         ({"x": x / 0}, ValueError, r"x must be in \[clip_min, clip_max\] = \[0, 1\]"),
-        ({"y": y + 6}, ValueError, r"y must be in 0 .. 5, the model's classes, got y\[0\] = \d+"),
+        ({"y": y + 6}, ValueError, r"y must be from 0 to 5, the model's classes, got y\[0\] = \d+"),
         ({"y": y - 100}, ValueError, r"y must have class numbers of at least 0, got -\d+"),
         ({"norm": "Linfinity"}, ValueError, "norm must be one of linf, l2.*, got 'Linfinity'"),
         ({"x": (255 * x).byte()}, ValueError, "x must be floating point"),

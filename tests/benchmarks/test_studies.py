@@ -58,7 +58,7 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
 @pytest.mark.parametrize(
     "jobs, message",
     [
-        ([], "jobs .*empty"),
+        ([], "jobs .*got none"),
         ([Job("a", 0, work), Job("a", 0, work)], "jobs must have different folders"),
         ([Job("a b", 0, work), Job("a-b", 0, work)], "jobs must have different folders"),  # they would share a folder
         ([Job("a", 0, work, ("b",)), Job("b", 1, work)], "jobs .*'b', 0"),

@@ -146,7 +146,7 @@ def test_grey_images_are_given_three_times():
     made = ForeignClassifier("torchvision:resnet18", 1, 3, 0.3, 0.2).eval()
     x = torch.rand(2, 1, 16, 16)
     assert torch.equal(made(x), made.model(((x - 0.3) / 0.2).repeat(1, 3, 1, 1)))
-    with pytest.raises(ValueError, match="takes images of 1 or 3 channels, got 2"):
+    with pytest.raises(ValueError, match=r"images must have 1 or 3 channels for .*, got 2"):
         ForeignClassifier("torchvision:resnet18", 2, 3)
 
 

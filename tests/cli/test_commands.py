@@ -50,7 +50,7 @@ def test_train_and_evaluate(npz, tmp_path, capsys, monkeypatch, short_signs):
     for folder, precision in ((carso, "bfloat16"), (carso + "-fine", None)):
         assert json.loads((Path(folder) / "evaluation/report.json").read_text())["about"].get("precision") == precision
     assert cli.main(["evaluate", classifier, *evaluate, *rounded]) == 2
-    assert "precision bfloat16 is for defences" in capsys.readouterr().err
+    assert "--precision bfloat16 is only for defences" in capsys.readouterr().err
     written = tmp_path / "carso-fine" / "evaluation"
     report = Report.from_json((written / "report.json").read_text())
     assert report.row("clean").n == 4 and (written / "report.md").is_file() and (written / "report.html").is_file()

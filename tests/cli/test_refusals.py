@@ -38,7 +38,7 @@ REFUSED = {
     "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "--model must be one of small_cnn, preact_resnet18",
-    "train classifier --data {bars} --model fully_connected --width 3": "fully_connected, which has no width; it is 3",
+    "train classifier --data {bars} --model fully_connected --width 3": "fully_connected, which has no width, got 3",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train classifier --eps a/b": "must be a number or a fraction such as 8/255, got 'a/b'",
     "train classifier --eps much": "must be a number or a fraction such as 8/255, got 'much'",
@@ -46,17 +46,17 @@ REFUSED = {
     "train carso --recipe cifar": "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
     "train carso --recipe cifar10 --init x": "--recipe sets the purifier: leave out --init",
     "train carso --official-code": "--official-code needs --recipe NAME",
-    "train carso --bank-refresh 0.5": "bank_refresh needs --bank",
+    "train carso --bank-refresh 0.5": "leave out --bank-refresh, or give --bank N",
     "train atop --init None --bank 0": "bank must be at least 1, got 0",
     "train arrest --recipe resnet": "recipe must be one of",
     "train arrest --keep-teacher --flip": "--keep-teacher needs images that are not augmented",
     **{
         TRAIN.format("arrest") + options: message
         for options, message in {
-            "--pooled": "pooled must be False for layers whose outputs are vectors, got hidden",
+            "--pooled": "pooled must be False for layers that return vectors, got True for hidden",
             "--pooled --classifier {fits}": "pooled must be False",
             "--keep-teacher --padding 1": "--keep-teacher needs images that are not augmented: leave out",
-            "--classifier {fits} --depth 10 --standard-epochs 3": "leave out depth, standard_epochs",
+            "--classifier {fits} --depth 10 --standard-epochs 3": "leave out --depth, --standard-epochs",
             "--classifier nowhere": "nowhere/model.safetensors is missing",
             "--classifier {fits} --layers hiden": "no module 'hiden'; near: hidden",
             "--width 4 --standard-epochs 1 --layers hiden": "no module 'hiden'; near: hidden",
@@ -105,7 +105,7 @@ def test_a_device_that_is_not_there(run, bars):
 @pytest.mark.parametrize("line", ["evaluate x", "train classifier", "train carso", "train atop", "train arrest"])
 def test_a_radius_in_levels_of_255(run, line, eps):
     code, printed = run(*line.split(), "--eps", eps)
-    assert code == 2 and "eps is in image units, at most 1 for linf, got 8" in printed and "is 8/255 meant?" in printed
+    assert code == 2 and "at most 1 for linf, in image units, got 8" in printed and "is 8/255 meant?" in printed
 
 
 def test_images_of_more_channels_or_classes(run, bars, tmp_path):

@@ -57,11 +57,11 @@ def test_what_a_file_may_not_hold(run, tmp_path):
     path = tmp_path / "mine.yaml"
     for text, message in (
         ("epochz: 3\n", "--epochz"),
-        ("command: train atop\n", "was written by `purify-fast train atop`; this is `purify-fast train carso`"),
+        ("command: train atop\n", "--config must be a file of `purify-fast train carso`, got"),
         ("- 3\n", "must contain a table of options"),
         ("a: [\n", "is not YAML"),
         ("!!python/object/apply:os.getcwd []\n", "is not YAML"),
-        ("init: x\nlayers: [conv2]\n", "--init x sets the sizes: leave out layers"),
+        ("init: x\nlayers: [conv2]\n", "--init x sets the sizes: leave out --layers"),
         ("steps: many\n", "steps"),
         ("norm: l3\n", "norm must be one of linf, l2, l1, got 'l3'"),
     ):

@@ -107,5 +107,5 @@ def test_packed_weights_are_packed_again(images):
 
 
 def test_a_defence_that_is_not_accelerated_has_no_copies():
-    with pytest.raises(ValueError, match="the defence has no copies, because it is not accelerated"):
+    with pytest.raises(ValueError, match="uncompiled_copies needs an accelerated defence"):
         zoo.load("digits-carso-pipeline").uncompiled_copies()

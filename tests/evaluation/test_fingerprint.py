@@ -72,13 +72,12 @@ def test_fingerprints_are_the_same_in_another_process():
 )
 def test_what_cannot_be_compared_has_no_fingerprint_and_it_is_said(held, where, images, tmp_path, caplog, made_rows):
     model = Linear(held())
-    assert fingerprint_or_reason(model) == (None, f"holds {where}, which cannot be compared by its value")
+    why = f"holds {where}, which cannot be compared by its value"
+    assert fingerprint_or_reason(model) == (None, why)
     for _ in "12":
         evaluate(model, *images, **QUIET, out=tmp_path, name="mine")
     assert len(made_rows) == 4 and not list((tmp_path / "rows").iterdir())
-    assert (
-        f"out: the rows of mine are not kept: mine holds {where}, which cannot be compared by its value." in caplog.text
-    )
+    assert f"out: the finished rows of mine are not kept, because this model {why}." in caplog.text
 
 
 def test_objects_inside_each_other_without_end_are_no_trouble():

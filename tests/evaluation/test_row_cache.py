@@ -165,7 +165,7 @@ def test_rows_of_a_function_are_not_kept_and_it_is_said(tmp_path, caplog):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
     x, y = torch.rand(4, 3, 2, 2), torch.arange(4) % 2
     evaluate(lambda x: net(x), x, y, eps=0.1, attacks=[], out=tmp_path, progress=False)
-    assert "are not kept: defence is a function, whose weights cannot be compared." in caplog.text
+    assert "are not kept, because this model is a function, whose weights cannot be compared." in caplog.text
     assert not list((tmp_path / "rows").iterdir())
 
 

@@ -192,7 +192,7 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
     assert done.results[0] == done.results[1]
     failed, different, no_value, unseen = done.results[0]
     assert failed == "process 1 has no memory"
-    assert "process 1 evaluates something else than process 0 (seed" in different
+    assert "process 1 evaluates something else than process 0 (different: seed" in different
     assert no_value == "process 0 has no kernels"
     assert "does not see" in unseen and "give out=FOLDER" in unseen
 

@@ -52,33 +52,16 @@ def test_every_image_that_fell_is_kept_as_the_model_saw_it(tmp_path, norm, eps):
     fell = report.row("clean").robust & ~report.row("worst").robust
     kept, read = report.witnesses, Witnesses.load(tmp_path)
     assert fell.any() and sorted(kept.numbers.tolist()) == fell.nonzero()[0].tolist()
-    for name in ("clean", "of", "adversarial", "labels", "numbers", "margins", "attacks"):
+    for name in ("clean", "adversarial", "labels", "numbers", "margins", "attacks"):
         assert torch.equal(getattr(read, name), getattr(kept, name)), name
     x, y = digit_nets.digits()[2:]
-    assert torch.equal(kept.clean[kept.of], x[kept.numbers]) and torch.equal(kept.labels, y[kept.numbers])
+    assert torch.equal(kept.clean, x[kept.numbers]) and torch.equal(kept.labels, y[kept.numbers])
     with torch.no_grad():
         assert (digit_nets.standard()(kept.adversarial).argmax(1) != kept.labels).all()
     # the pictures are those of a report that keeps some
     some = evaluate(digit_nets.standard(), x[:40], y[:40], eps=eps, norm=norm, attacks=[PGD(steps=2)], progress=False)
     assert some.witnesses is None
     assert (some.row("PGD-2 ce").examples.adversarial == report.row("PGD-2 ce").examples.adversarial).all()
-
-
-def test_files_stay_small_and_say_what_was_rounded(tmp_path):
-    torch.manual_seed(0)
-    clean = torch.randint(0, 256, (64, 3, 32, 32)).float() / 255
-    step = torch.randn_like(clean)
-    step = 0.5 * step / step.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    each = torch.arange(64)
-    about = {"attacks": [{"attack": "PGD", "norm": "l2", "eps": 0.5}]}
-    told = {"of": each, "labels": each, "numbers": each, "margins": each.float(), "attacks": each * 0, "about": about}
-    exact = Witnesses(clean, adversarial=(clean + 0.99 * step).clamp(0, 1), **told)
-    # the model gets every second one right after rounding: those stay as they were
-    small = exact.small(lambda images: each % 2 == 0)
-    same = (small.adversarial == exact.adversarial).flatten(1).all(1)
-    assert torch.equal(same, each % 2 == 1) and small.about["rounded"] == 32
-    exact.small(lambda images: each >= 0).save(tmp_path)
-    assert (tmp_path / FILE).stat().st_size < 10_000 * 64
 
 
 @pytest.mark.slow
@@ -173,7 +156,7 @@ def test_kept_rows_have_their_witnesses_and_parts_of_a_stream_are_joined(tmp_pat
     streamed = evaluate(digit_nets.standard(), batches, batch_size=8, **options)
     fell = streamed.row("clean").robust & ~streamed.row("worst").robust
     assert sorted(streamed.witnesses.numbers.tolist()) == fell.nonzero()[0].tolist()
-    assert torch.equal(streamed.witnesses.clean[streamed.witnesses.of], x[streamed.witnesses.numbers])
+    assert torch.equal(streamed.witnesses.clean, x[streamed.witnesses.numbers])
 
 
 def test_the_command_line_keeps_and_checks(tmp_path, capsys, short_signs):

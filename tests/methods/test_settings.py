@@ -46,7 +46,7 @@ REFUSED = {
         ({"angle": 91.0}, r"angle must be in \[0, 90\] degrees, got 91.0"),
         ({"tau": -0.1}, "tau must be at least 0, got -0.1"),
         ({"norm": "l2"}, "replay needs norm 'linf', .*got 'l2'"),
-        ({"distance": "l2"}, "distance='l2' needs tau"),
+        ({"distance": "l2"}, "tau must be given for distance='l2', got None"),
     ],
     atop: [
         ({"attack_method": "cw"}, "attack_method must be one of fgsm, pgd, none, got 'cw'"),

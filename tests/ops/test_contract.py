@@ -416,8 +416,8 @@ ROW, PICTURE, BLOCKED = torch.zeros(3, 4), torch.zeros(2, 3, 8, 8), torch.zeros(
 VALID = torch.ones(2, 6, dtype=torch.bool)
 DEVICES = "tensors must be on one device, got .* on (cpu|meta), .* on (cpu|meta)"
 BALL = [
-    ({"x": torch.zeros(3, 5)}, r"must have one shape \[B, ...\], got .*\[3, 5\]"),
-    ({"x": ROW.half()}, "must have one floating-point dtype, got .*torch.float16"),
+    ({"x": torch.zeros(3, 5)}, r"must have the same shape \[B, ...\], got .*\[3, 5\]"),
+    ({"x": ROW.half()}, "must have the same floating-point dtype, got .*torch.float16"),
     ({"x_nat": ROW.to(META)}, DEVICES),
     ({"norm": "l3"}, "norm must be one of linf, l2.*, got 'l3'"),
     ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
@@ -451,7 +451,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         {"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1},
         [
             *BALL,
-            (dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3)), "must have one shape"),
+            (dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3)), "must have the same shape"),
             ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
             ({"density": math.nan}, r"density must be in \(0, 1\], got nan"),
         ],
@@ -460,7 +460,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         {"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1},
         [
             *BALL,
-            ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous must have one shape \[B, ...\]"),
+            ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous must have the same shape \[B, ...\]"),
             ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
             ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
             ({"momentum": math.nan}, r"momentum must be in \[0, 1\], got nan"),
@@ -560,8 +560,8 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
     "hyperplane_projection": (
         {"x": ROW, "w": ROW, "b": 0.0},
         [
-            ({"w": torch.zeros(3, 5)}, r"x and w must have one shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
-            ({"w": ROW.half()}, "must have one floating-point dtype, got torch.float32, torch.float16"),
+            ({"w": torch.zeros(3, 5)}, r"x and w must have the same shape \[B, ...\], got \[3, 4\], \[3, 5\]"),
+            ({"w": ROW.half()}, "must have the same floating-point dtype, got torch.float32, torch.float16"),
             ({"w": ROW.to(META)}, DEVICES),
             ({"b": torch.zeros(2)}, r"b must be a number or a tensor \[B\] = \[3\], got \[2\]"),
             ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
@@ -573,8 +573,8 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         [
             *NAMED,
             *ONE_PER_SAMPLE,
-            ({"x": torch.zeros(3, 5)}, r"x and x_adv must have one shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
-            ({"x_adv": ROW.half()}, "must have one floating-point dtype, got torch.float32, torch.float16"),
+            ({"x": torch.zeros(3, 5)}, r"x and x_adv must have the same shape \[B, ...\], got \[3, 5\], \[3, 4\]"),
+            ({"x_adv": ROW.half()}, "must have the same floating-point dtype, got torch.float32, torch.float16"),
             ({"drift": torch.zeros(2)}, r"drift must be a floating-point .* = \[3\], got torch.float32 \[2\]"),
             ({"drift": IDS}, r"drift must be .* got torch.int64 \[3\]"),
             ({"tau": torch.zeros(3)}, r"tau must be a number or a tensor \[\], got \[3\]"),
@@ -644,7 +644,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             *NAMED,
             *ONE_PER_SAMPLE,
             ({"mu": torch.zeros(3, 4, 2), "logvar": torch.zeros(3, 4, 2)}, r"mu and logvar must be \[B, D\]"),
-            ({"mu": torch.zeros(3, 5)}, r"mu and logvar must have one shape .*\[3, 5\], \[3, 4\]"),
+            ({"mu": torch.zeros(3, 5)}, r"mu and logvar must have the same shape .*\[3, 5\], \[3, 4\]"),
             ({"logvar": ROW.half()}, "torch.float32, torch.float16"),
             ({"logvar": ROW.to(META)}, DEVICES),
         ],
@@ -653,7 +653,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         {"x": PICTURE, "x_nat": PICTURE, "eps": 0.1, "numbers": torch.zeros(2, 1, 8), "edge": 3},
         [
             ({"x": PICTURE[0], "x_nat": PICTURE[0]}, r"x must be images \[B, C, H, W\], got"),
-            ({"x_nat": torch.zeros(2, 3, 8, 9)}, r"x and x_nat must have one shape \[B, ...\]"),
+            ({"x_nat": torch.zeros(2, 3, 8, 9)}, r"x and x_nat must have the same shape \[B, ...\]"),
             ({"numbers": torch.zeros(2, 8)}, r"\[B, T, 5 \+ C\] = \[2, T, 8\], got torch.float32 \[2, 8\]"),
             ({"numbers": torch.zeros(2, 1, 8).double()}, "numbers must be float32"),
             ({"numbers": torch.zeros(2, 1, 8, device="meta")}, DEVICES),

@@ -38,7 +38,7 @@ def test_eps_and_step_rise_together(alpha):
     [
         ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
         ({"eps": float("nan")}, "eps must be at least 0, got nan"),
-        ({"eps": 8.0}, r"at most 1 for linf, got 8.0: is 8/255 meant\?"),
+        ({"eps": 8.0}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
         ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),

@@ -1,9 +1,9 @@
 """Test whether an attack finds an adversarial point that was planted (Zimmermann et al., arXiv 2206.13991).
 
-A random corner of an image's ball becomes adversarial in the following way. The model's last linear layer gets one more
-row of weights. This row separates the corner from the image, and from many points inside the ball. A short attack along
-the model's gradients then searches for any point on the corner's side. The power of the attack is the share of images
-for which it finds such a point. An image proves nothing if random corners of its ball reach the same side.
+To plant a point, a random corner of an image's ball is made adversarial: the model's last linear layer gets another row
+of weights, which separates the corner from the image and from many points inside the ball. Then a short attack along
+the model's gradients searches for any point on the corner's side. The power of the attack is the share of images for
+which it finds such a point. If random corners of a ball also reach this side, its image proves nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from purify_fast.attacks import apgd, frozen
 REVISION = 1
 #: PLANTED is the number of images with a planted corner. INSIDE is the number of points inside each ball. LOOKING is
 #: the number of random corners that test if chance alone reaches the side of the planted corner. DRAWS is the number of
-#: predictions of a random model.
+#: predictions over which a random model is averaged.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
 #: The points inside the ball have at most the distance NEAR times the radius from the image. The added row has its
 #: border between the highest score of these points and the score of the corner, at the share BORDER of the difference.
@@ -82,12 +82,14 @@ def obstacle(model: nn.Module, x: Tensor) -> str:
 
 
 class Planted(nn.Module):
-    """A classifier with two logits: 0, and the score of a point by the added row of weights of the nearest image.
+    """A classifier with two logits: 0, and the score of a point. The score is above 0 on the side of a planted corner.
+
+    A point is scored by the row of weights that was added for the nearest image.
 
     Args:
         model: classifier, images to logits.
         centers: images in the centers of the balls, ``[N, C, H, W]``.
-        rows: added rows of weights for each image, ``[N, d]``, and their offsets ``[N]``.
+        rows: the added row of weights of each image, ``[N, d]``, and its offset, ``[N]``.
     """
 
     def __init__(self, model: nn.Module, centers: Tensor, rows: tuple[Tensor, Tensor]):
@@ -162,7 +164,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
 
-        # Count only corners that lie on the right side of the added row's border. Other corners are not adversarial.
+        # Count only corners whose score is above 0, because the other corners are not adversarial.
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(

@@ -1,9 +1,9 @@
 """Build adaptive attacks, which compute about ten times as many gradients as the protocol ``standard``.
 
-An adaptive attack is a chain of searches. Each search attacks the images that the searches before it did not break. On
-an image that is never broken, ``standard`` computes some hundreds of gradients, and a chain computes some thousands.
-The searches attack every wrong class from several starts, with two losses and more steps. On a random model each step
-averages over more random predictions. No search stops early.
+An adaptive attack is a chain of searches. Each search attacks the images that the earlier searches did not break. The
+searches attack every wrong class from several starts, with two losses and many steps, and do not stop early. Each step
+on a random model averages over many random predictions. On an image that is never broken, ``standard`` computes some
+hundreds of gradients, and a chain computes some thousands.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from purify_fast.evaluation import AttackSpec
 
 from .entry import Entry, Search
 
-#: The number of random predictions that a step on a random model averages. DRAWS is the usual number. MANY_DRAWS is for
-#: models whose predictions are fast.
+#: On a random model, a step averages over DRAWS random predictions, or over MANY_DRAWS if predictions are fast.
 DRAWS, MANY_DRAWS = 20, 40
 
 
@@ -62,9 +61,10 @@ def long(*follow: int, steps: int = 200) -> tuple[Search, ...]:
 
 
 def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) -> tuple[Search, ...]:
-    """Return searches for a random model, with fewer runs, whose steps average over many random predictions.
+    """Return searches for a random model. There are fewer runs, but each step averages over many random predictions.
 
-    The loss divides the margin of each prediction by the spread of its logits, so that all predictions count equally.
+    The loss of the first search divides the margin of each prediction by the spread of its logits, so that all
+    predictions count equally.
 
     Args:
         follow: indices of the models whose gradients are used, as in `Search`.
@@ -96,7 +96,7 @@ def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec
 
     Args:
         entry: entry of the table.
-        followed: models that `Build` returned, with None in place of the first. The first is the deployed model.
+        followed: models that `Build` returned. None stands for the first of them, which is the deployed model.
     """
     return [
         AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)

@@ -29,11 +29,11 @@ JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
 STEPS = 100
-#: A judge has found the weakness of a defence if its robust accuracy exceeds that of the adaptive attack by at most
-#: this share. The tiny second term allows for rounding.
+#: A judge has found the weakness of a defence if its robust accuracy is at most this share above that of the adaptive
+#: attack. The tiny second term allows for rounding.
 CLOSE = 0.02 + 1e-9
 
-#: The type of the result of a judge on a model, a row of the results file.
+#: The type of a result, which is a row of the results file.
 Result = Row
 
 
@@ -50,7 +50,7 @@ def left(result: Result, images: int | None = None) -> float:
 def overestimated(each: dict[str, Result], judge: str) -> float | None:
     """Return a judge's robust accuracy minus that of the adaptive attack, on the images that both attacked.
 
-    Return None if one of the two has no result.
+    Return None if the judge or the adaptive attack has no result.
 
     Args:
         each: results on a model, by the names of the judges.
@@ -86,10 +86,7 @@ def _percent(share: float) -> str:
 
 
 def _numbers(each: dict[str, Result]) -> list[str]:
-    """Return the cells for a model: the number of images, the clean accuracy, and the robust accuracy under each judge.
-
-    The accuracies are in percent.
-    """
+    """Return a model's cells: the number of images, the clean accuracy and each judge's robust accuracy, in percent."""
     first = next(each[judge] for judge in (ADAPTIVE, STANDARD, OFFICIAL) if judge in each)
     row = [str(len(first["robust"])), _percent(first["clean"])]
     for judge in (ADAPTIVE, *ATTACKERS):
@@ -202,7 +199,7 @@ def _groups(names: Iterable[str]) -> list[set[str]]:
 
 
 def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a table that says, for each sign, how many models it flags, and which models no other sign flags too."""
+    """Return a table with the number of models that each sign flags, and the models that only this sign flags."""
     reports = [(name, each[judge]) for name, each in every.items() for judge in each if judge in (STANDARD, STRONG)]
     body = []
     for sign in (alarm.name for alarm in ALARMS):

@@ -30,8 +30,8 @@ from .code import code
 
 #: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
-#: DRAWS is the number of random predictions that a step averages if an adaptive attack does not set it. STRONG_IMAGES
-#: is the largest number of images that the protocol `STRONG` attacks.
+#: DRAWS is the number of random predictions over which a step averages if an adaptive attack does not set this number.
+#: STRONG_IMAGES is the largest number of images that the protocol `STRONG` attacks.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 
@@ -39,7 +39,7 @@ DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
     """Build a model, and return three values: a tuple of models, the images and the labels.
 
-    The first of the models is attacked. The adaptive attack may use the gradients of the other models.
+    The first model is the attacked model. The adaptive attack may also use the gradients of the other models.
     """
     entry = ENTRIES[name]
     images = load_dataset(entry.data, data)
@@ -55,7 +55,7 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
     Args:
         name: name of the model in `ENTRIES`.
         judge: name of the judge in `JUDGES`.
-        settings: largest number of "images" and of "steps".
+        settings: the largest number of images, under the key "images", and the largest number of steps, under "steps".
         data: folder of the images.
     """
     entry, (models, x, y) = ENTRIES[name], built(name, data)

@@ -2,9 +2,9 @@
 
 A study is a list of jobs. Each job trains or attacks a model, and writes ``result.json`` into its folder. Jobs can run
 in parallel. A finished job is not run again, so a stopped study can be resumed. The settings of a job are saved in
-``job.json`` in the same folder. A folder with other settings is refused.
+``job.json`` in the same folder. If an existing folder has other settings, the study is refused.
 
-Results of a study are shown in a table, and a job belongs to a row of the table.
+The results of a study are shown in a table. Each job has the name of a row, and a seed.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Job:
         seed: seed of the training and of the attacks.
         work: function ``work(job, folder, root)`` that returns numbers for the table. It must be importable, because it
             runs in another process.
-        needs: rows whose jobs must be finished before. A row with the same seed is given by its name, and a row with
-            another seed as ``(name, seed)``.
+        needs: rows whose jobs must be finished before this job. A row with the same seed is given by its name, and a
+            row with another seed as ``(name, seed)``.
         settings: settings of ``work``.
-        threads: number of threads. The default is 1, because small models are not faster with more threads. 0 means an
-            equal share of the threads that PyTorch would use.
+        threads: number of threads. The default is 1, because small models are not faster with more threads. 0 gives
+            each of the parallel jobs an equal share of the threads that PyTorch would use.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Job:
     def asked(self) -> dict:
         """Return the settings as JSON values. An existing folder is used again only if its settings are equal to these.
 
-        The folder of the data and the device are left out, because a run may continue with others.
+        The folder of the data and the device are left out, because a run may continue with another folder or device.
         """
         settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
         plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=vars)
@@ -122,12 +122,12 @@ def _run(job: Job, root: Path, share: int) -> None:
 def _check(jobs: Sequence[Job], root: Path) -> None:
     """Raise ValueError if a job cannot be run, or if its folder in ``root`` has other settings."""
     if not jobs:
-        raise ValueError("jobs must have at least one job; it is empty")
+        raise ValueError("jobs must contain at least one job, got none")
     if len({job.folder(root) for job in jobs}) < len(jobs):
         raise ValueError("jobs must have different folders, but several jobs have the same name and seed")
     needs = {(job.name, job.seed): job.needed() for job in jobs}
     if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
-        raise ValueError(f"jobs must have all rows and seeds that other jobs need; it lacks {sorted(missing)}")
+        raise ValueError(f"jobs must contain all (row, seed) that other jobs need, but lacks {sorted(missing)}")
     # `prepare` raises CycleError, which is a ValueError, if jobs need each other.
     TopologicalSorter(needs).prepare()
     for job in jobs:
@@ -237,10 +237,10 @@ class Study:
         raise NotImplementedError
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Prepare the jobs, for example by using existing results in ``folder``. By default this does nothing."""
+        """Prepare the run, for example by copying existing results from ``folder``. By default this does nothing."""
 
     def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Do something after each finished job. By default this does nothing."""
+        """Called after each finished job, for example to write the tables so far. By default this does nothing."""
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """Write the page with the tables, and its results, into ``folder``. Read the jobs' folders in ``root``."""
@@ -262,7 +262,7 @@ def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **va
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """Return the mean of shares in percent, with its standard error over seeds if there are at least two seeds."""
+    """Return the mean of shares in percent. If there are at least two seeds, add the standard error over the seeds."""
     mean = 100 * statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.1f}"

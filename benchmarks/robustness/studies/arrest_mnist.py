@@ -28,7 +28,7 @@ def alpha(budget: SimpleNamespace) -> float:
 
 
 def config(budget: SimpleNamespace, name: str) -> ArrestConfig:
-    """Return the settings of the finetuning of a model."""
+    """Return the settings with which a model is finetuned: by ARREST, or by AFT for every other name."""
     b = budget
     attack = TrainingAttack(eps=EPS, steps=b.training_steps, alpha=alpha(b), eps_warmup=b.warm_up)
     whole = name == ARREST

@@ -1,15 +1,15 @@
 """The studies of AToP on MNIST and on digits, under attacks through the whole defence, for several trainings.
 
-**On MNIST** the radius is eps = 0.3. With a classifier that was trained on clean images there are three purifiers. The
-first is only pre-trained, the second is fine-tuned with the paper's objective (FGSM on the classifier), and the third
-is fine-tuned through the whole pipeline. With an adversarially trained classifier there is only the third. Each defence
-is attacked with full gradients. For comparison, each is also attacked as in the paper's ablation, where the attack sees
-only the classifier.
+**On MNIST** the radius is eps = 0.3. A classifier that was trained on clean images is combined with three purifiers.
+The first is only pre-trained, the second is fine-tuned with the paper's objective (FGSM on the classifier), and the
+third is fine-tuned through the whole pipeline. An adversarially trained classifier is combined with the third kind
+only. Each defence is attacked with full gradients. For comparison, each defence is also attacked as in the paper's
+ablation, where the attack sees only the classifier.
 
-**On digits** the study makes one change at a time, over several seeds. In the row "pipeline" a purifier was fine-tuned
-through the whole defence, on an adversarially trained classifier. This purifier adds a correction to the image. Before
-the training the correction is zero. The names of the other rows say what they change. All rows are compared with the
-classifier without a defence.
+**On digits** the study makes a single change at a time, over several seeds. The row "pipeline" is the starting point: a
+purifier that was fine-tuned through the whole defence, on an adversarially trained classifier. It adds a correction to
+the image, which is zero before the training. The names of the other rows say what is different there. All rows are
+compared with the classifier without a defence.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class AtopMnist(ReportStudy):
 def _attacked(model: nn.Module, job: Job) -> dict:
     """Attack a model with its randomness, and then without it, in two evaluations.
 
-    In a single evaluation, the second group of attacks on a deterministic model would skip the images that the first
+    In a single evaluation of a deterministic model, the second group of attacks would skip the images that the first
     group broke.
     """
     quick, auto = job.settings["quick"], job.settings["autoattack"]
@@ -141,7 +141,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
-    """Train the purifier of a row. It is new, or starts from the purifier of another row."""
+    """Train the purifier of a row. The purifier is new, or it is the trained purifier of another row."""
     s, images = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)

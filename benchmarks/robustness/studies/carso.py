@@ -1,19 +1,23 @@
 """The studies of CARSO: on MNIST, on digits, and with a classifier of another package on CIFAR-10.
 
-**On MNIST** the radius is eps = 0.3. The table has four columns. The first is an adversarially trained classifier. The
-second and the third are CARSO with the paper's objective, attacked through PeeL, which is the output that its authors
-attack, and through exact gradients. The fourth is CARSO that was fine-tuned through the whole pipeline.
+**On MNIST** the radius is eps = 0.3. The table has four columns:
 
-**On digits** the study makes one change at a time, over three seeds. Every model is attacked in the same way. The
-deterministic model (z = 0, no noise) is attacked by PGD-100 with cross-entropy, then with DLR, and by AutoAttack on the
-images that remain. The main models are also attacked with their randomness, by PGD with expectation over draws.
+1. an adversarially trained classifier;
+2. CARSO with the paper's objective, attacked through PeeL, which is the output that CARSO's authors attack;
+3. the same CARSO, attacked through exact gradients;
+4. CARSO that was fine-tuned through the whole pipeline.
+
+**On digits** the study makes a single change at a time, over three seeds. Every model is attacked in the same way. Its
+randomness is switched off (z = 0, no noise). Then it is attacked by PGD-100 with cross-entropy, by PGD-100 with DLR,
+and by AutoAttack, each on the images that remain. The main models are also attacked with their randomness, by PGD that
+averages over draws.
 
 **On CIFAR-10** the classifier is the ResNet-18 of pyautoattack's examples. It is used unchanged, and CARSO names its
-layers by their module paths. A purifier is trained for a short time in bfloat16: first to rebuild clean images, and
-then through the pipeline. All models face the same attacks. The paper's objective leaves out its KL term for the first
-eighth of the epochs. Here there is only one epoch, so only the reconstruction is trained. The radius is eps = 2/255,
-where differences are visible. At the usual radius of 8/255 both the classifier and the purifier, which is trained for
-such a short time, would be broken.
+layers by their module paths. A purifier is trained for a short time in bfloat16. First it is trained with the paper's
+objective for a single epoch. The KL term is left out, because the paper's objective leaves it out for the first eighth
+of the epochs. So the purifier only learns to rebuild clean images. Then it is trained through the pipeline. All models
+face the same attacks. The radius is eps = 2/255, where differences are visible. At the usual radius of 8/255 the
+attacks would break both the classifier and this purifier.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.training import FitConfig, fit, load_classifier
+from purify_fast.training import BankConfig, FitConfig, fit, load_classifier
 from purify_fast.training.config import TrainingAttack
 
 from . import Job, Work
@@ -50,7 +54,7 @@ PEEL = f"{EXACT}, through PeeL"
 RESNET_EPS = 2 / 255
 RESNET_LAYERS = ("layer1.1.conv2", "layer2.1.conv2", "layer3.1.conv2", "layer4.1.conv2")
 RESNET, RECONSTRUCTION = "ResNet-18", "CARSO, reconstruction alone"
-#: An attack of the study on digits.
+#: The label of an attack in the study on digits.
 DRAWS = "PGD ce, EOT 4, K draws"
 
 
@@ -64,21 +68,23 @@ def train_stage(job: Job, folder: Path, defence: Carso, images: data.DataSet, st
         images: data set with the training images.
         stage: settings of the training: ``epochs``, ``batch_size``, ``eps``, ``norm`` and ``steps`` of the attack, and
             options of `CarsoConfig`. ``images`` is the number of the first images that are used; the default is all.
+            ``bank`` has the options of a bank of adversarial images; the default is no bank.
         start: True if the weights of the purifier are new.
     """
     options = dict(stage)
     fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
     n = options.pop("images", len(images.x_train))
+    bank = BankConfig(folder=folder, **options.pop("bank")) if "bank" in options else None
     attack = TrainingAttack(eps=options.pop("eps"), norm=options.pop("norm", "linf"), steps=options.pop("steps"))
     origin = "scratch" if start else weights_fingerprint(defence)
     task = CarsoTask(defence, CarsoConfig(attack=attack, **options), origin)
-    last = fit(task, images.x_train[:n], images.y_train[:n], fitting, folder)
+    last = fit(task, images.x_train[:n], images.y_train[:n], fitting, folder, bank=bank)
     defence.save(folder)
     return last
 
 
 class CarsoReports(ReportStudy):
-    """A study of CARSO whose purifier is trained in two stages. The second stage goes through the pipeline.
+    """A study of CARSO whose purifier is trained in two stages. The second stage trains through the pipeline.
 
     Attributes:
         first: name of the first stage's training.
@@ -108,7 +114,7 @@ class CarsoReports(ReportStudy):
 def apgd_without_noise(name: str, steps: int, classifier: str, where: str = "", **options: object) -> list[AttackSpec]:
     """Return two attacks: APGD with cross-entropy, and then targeted APGD.
 
-    They attack CARSO with the latent z = 0, in place of a random latent. A classifier without CARSO has no latent.
+    Both attack CARSO with the latent z = 0 in place of a random latent. A classifier alone is attacked without changes.
     """
     variant = "random" if name == classifier else "deterministic"
     return [
@@ -194,6 +200,7 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     # A quick run starts with three epochs, because with fewer epochs the KL term would never take part.
     epochs = (3 if start else 1) if s["quick"] else s["epochs"]
     stage |= {"epochs": epochs, **ball_of(job), **s.get("attack", {}), **s.get("config", {})}
+    stage |= {"bank": s["bank"]} if "bank" in s else {}
     last = train_stage(job, folder, defence, images, stage, start)
     result = _attacked(defence, job) | {"parameters": count(defence)}
     return result | {"kl": last["kl"]} if start else result

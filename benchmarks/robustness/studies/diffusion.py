@@ -4,13 +4,14 @@ The models are those of the zoo. For each data set they are purifiers in front o
 classifier, these classifiers alone, and CARSO and AToP. All models of a data set are attacked on the same images, with
 the same radius.
 
-PGD-200 attacks with exact gradients, averaged over 20 random predictions. Then the protocol `strong` attacks those of
-the first images that PGD did not break. Ten predictions of each attacked image are saved. So one attack gives four
-numbers: the accuracy of one prediction, the mean over ten, the share of images that are right in all ten, and the
-accuracy of the majority vote.
+PGD-200 attacks with exact gradients, averaged over 20 random predictions. Ten predictions of each attacked image are
+saved. They give four numbers: the accuracy of a single prediction, the mean accuracy of the ten predictions, the share
+of images that are right in all ten, and the accuracy of the majority vote. Then the protocol `strong` attacks a few
+images, except those that PGD has broken.
 
-The module also makes the tables of the study, and sentences for docs/diffusion.md. There an outcome is an array with a
-number for each image: 1 if the image is right after the attack, 0 if it is wrong, or the share of right predictions.
+The module also makes the tables of the study, and sentences for docs/diffusion.md. In this part, an outcome is an array
+with a number for each image: 1 if the image is right after the attack, 0 if it is wrong, or the share of right
+predictions.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from . import ASKED, RESULT, Job, Study, settings_of, write_page
 #: fastest groups come first.
 GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
 #: The largest number of images times draws in a forward pass. It is small, because CARSO classifies several
-#: reconstructions of each.
+#: reconstructions of each image.
 ROWS = 200
 #: The fields of a report's row that are saved in the results file.
 FACTS = ("attack", "kind", "robust", "mean", "n")
@@ -63,7 +64,7 @@ def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
 
 
 def images_of(job: Job) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a job. Their beginning is balanced over the classes too."""
+    """Return the images and labels of a job. They are balanced over the classes, and so are the first images alone."""
     s = job.settings
     whole = data.load_dataset(s["dataset"], s["data"])
     count = min(s["budget"].images, s.get("first", s["budget"].images))
@@ -79,7 +80,7 @@ def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[An
 def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixed: bool = False) -> Tensor:
     """Attack images by the PGD of Lee and Kim (`lee_kim_2023`), with exact gradients. Return the attacked images.
 
-    A defence is attacked through a copy in bfloat16.
+    The gradients of a defence are computed in a copy in bfloat16.
 
     Args:
         model: attacked model.
@@ -125,7 +126,7 @@ def in_bits(right: Tensor) -> str:
 
 
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return a text of bits for each draw, and a text for the majority vote."""
+    """Return the right images as texts of bits: a text for each draw, and a text for the majority vote."""
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
 
@@ -140,7 +141,7 @@ def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 
 
 def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """Attack by PGD-200 with fixed noise, so that there is a single draw, which the attack knows."""
+    """Attack by PGD-200 with fixed noise. Then there is a single draw, which the attack knows."""
     found = found_by_pgd(model, x, y, job.settings, fixed=True)
     with quiet(model, True):
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
@@ -171,7 +172,7 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
 
 
 def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """Run the protocol `strong` on those of the first images that are right in all draws after PGD."""
+    """Attack the first images by the protocol `strong`, except those that are wrong in some draw after PGD."""
     budget = job.settings["budget"]
     draws = job.result(root, job.needs[0])["attacked"]["draws"]  # type: ignore[arg-type]
     few = min(len(x), budget.strong_images)
@@ -227,8 +228,8 @@ class Found:
         """Return an outcome of several random predictions of each image.
 
         Args:
-            rule: "first" counts the first prediction, "mean" the share of right predictions, "all" whether all
-                predictions are right, and "vote" whether the majority is right.
+            rule: "first" is 1 if the first prediction is right, "all" if all predictions are right, and "vote" if the
+                majority is right. "mean" is the share of right predictions.
             when: "clean" or "attacked".
             group: group of attacks.
         """
@@ -411,7 +412,7 @@ class Diffusion(Study):
 
 
 def said(results: Path) -> list[str]:
-    """Return a list item with sentences on the numbers of each purifier.
+    """Return the list items of docs/diffusion.md with the numbers of each purifier, and of each classifier alone.
 
     Args:
         results: the folder ``benchmarks/results``.

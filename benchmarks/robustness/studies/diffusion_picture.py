@@ -18,8 +18,8 @@ from .diffusion import found_by_pgd, predictions
 
 PATH = Path(__file__).parents[3] / "docs" / "pictures" / "diffusion.png"
 MODEL, SEED = "digits-diffpure", 0
-#: The picture shows one of CANDIDATES images. It must be classified correctly before the attack and wrongly after it.
-#: The attack takes STEPS steps, and averages DRAWS random predictions in each step.
+#: The picture shows the first of CANDIDATES images that is classified correctly before the attack and wrongly after it.
+#: The attack takes STEPS steps, and averages over DRAWS random predictions in each step.
 CANDIDATES, STEPS, DRAWS = 10, 40, 10
 
 

@@ -34,12 +34,12 @@ SEEDS, ABLATION_SEEDS = 3, 1
 
 
 def effort(quick: bool) -> SimpleNamespace:
-    """Return the amounts of the attacks, or those of a quick run, which settings.yaml explains."""
+    """Return the amounts of the attacks, which settings.yaml explains. A quick run has smaller amounts."""
     return SimpleNamespace(**settings_of("digits")["quick" if quick else "default"])
 
 
 def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list[AttackSpec], dict[str, str]]:
-    """Return attacks on a model without its randomness: PGD, and AutoAttack if requested.
+    """Return attacks on a model without its randomness: PGD with cross-entropy and DLR, and AutoAttack if requested.
 
     Args:
         randomised: True if the model is random.
@@ -54,8 +54,8 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        # The row of the attack with DLR gives the result of both attacks, because DLR attacks only the images that the
-        # attack with cross-entropy did not break.
+        # The row of PGD with DLR has the result of both attacks, because PGD with DLR attacks only the images that PGD
+        # with cross-entropy did not break.
         "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
@@ -116,7 +116,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
-    """Return the defence of another row, with a different number of samples in a prediction.
+    """Return the trained defence of another row, with another number of samples in a prediction.
 
     The job's settings are ``base``, ``start`` (the name of the other row) and ``samples``.
     """
@@ -132,7 +132,7 @@ def count(model: nn.Module) -> int:
 
 
 def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
-    """Return all jobs, or the jobs of the given rows and of the rows that they need.
+    """Return the jobs of the given rows, and of the rows that they need. If ``rows`` is None, return all jobs.
 
     Raises:
         ValueError: a row does not exist.
@@ -189,7 +189,7 @@ class DigitsStudy(Study):
         return self.write_table(results, folder, chosen.amount == "quick")
 
     def write_table(self, results: Sequence[dict], folder: Path, quick: bool) -> Path:
-        """Write the page ``NAME.md``. It shows the difference of each row to the base with the same seed."""
+        """Write the page ``NAME.md``. It shows how much each row differs from the base with the same seed."""
         rows: dict[str, dict[int, dict]] = {}
         for result in results:
             rows.setdefault(result["name"], {})[result["seed"]] = result

@@ -1,7 +1,8 @@
 """Rank the layers that CARSO could read, by the information that their features have about an attacked image.
 
-This is our own method. The paper does not say how to choose layers (arXiv 2306.06081, section 6). Each layer gets three
-scores. Here x is a clean image, x~ the same image after an attack, x' another image, and f(x) the features of x.
+This is our own method, because CARSO's paper does not say how to choose layers (arXiv 2306.06081, section 6). Each
+layer gets three scores. Here x is a clean image, x~ the same image after an attack, x' another image, and f(x) the
+features of x.
 
     probe = accuracy of a linear classifier of the features, fitted by ridge regression on f(x) of one half of the
             images, and tested on f(x~) of the other half

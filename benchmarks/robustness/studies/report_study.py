@@ -1,4 +1,4 @@
-"""The base of the studies that attack a few models and make one report: the methods on MNIST, and CARSO on CIFAR-10."""
+"""The base of the studies that attack a few models and make a report: the methods on MNIST, and CARSO on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class ReportStudy(Study):
     """A study whose jobs train a few models and attack each of them.
 
     Attributes:
-        models: for each column of the table, the name of the training that the column needs. None if it needs none.
+        models: for each column of the table, the name of the training that the column needs, or None if no training is
+            needed.
         bases: for each column of the table, the name of the training of its classifier.
         eps: L-inf radius of the attacks, in image units.
         threads: number of threads of each job.
@@ -136,9 +137,9 @@ class ReportStudy(Study):
     def reports(self, root: Path, budget: SimpleNamespace) -> dict[str, Report]:
         """Return a report for each model, with the rows of all groups of attacks, and the worst case over all of them.
 
-        The groups ran separately, so that all models face the same attacks. In one list of attacks, APGD would skip the
-        images of a classifier that PGD had broken, but it would not skip those of a defence, which it attacks without
-        its randomness.
+        The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD would
+        skip the images of a classifier that PGD had broken. It would not skip those of a defence, because it attacks
+        the defence without its randomness.
         """
         reports = {}
         for name in self.models:

@@ -62,8 +62,8 @@ def check(chosen: argparse.Namespace) -> None:
 def main(chosen: argparse.Namespace) -> str:
     """Run the unfinished jobs, and return the page with the tables.
 
-    The tables are written to benchmarks/results/studies. Tables of other budgets or widths, of only some rows, or of
-    fewer seeds are written to the folder of the runs.
+    The tables are written to benchmarks/results/studies if the run has the usual budget, all rows and all seeds. The
+    tables of other runs are written to the folder of the runs.
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)

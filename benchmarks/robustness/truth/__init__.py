@@ -1,5 +1,5 @@
 """Count the adversarial examples that attacks miss, on small networks for which the correct answer is known.
 
-For some networks it is decided exactly which images have an adversarial example. Other networks were trained to hide a
-known adversarial example, or are robust by construction.
+There are three kinds of networks. For the first, each image is decided exactly: it has an adversarial example or not.
+The second were trained to hide a known adversarial example. The third are robust by construction.
 """

@@ -1,10 +1,11 @@
 """Decide exactly, in float64, whether an L-inf ball contains an adversarial example for a small ReLU network.
 
-There are three steps. A later step is needed only if the earlier steps did not decide the image.
+There are three steps. A step runs only if the steps before it did not decide the image.
 
 1. Bounds that hold for the whole ball may prove that all its points are classified correctly.
 2. A search may find a misclassified point of the ball.
-3. A mixed-integer program for each remaining class proves one or the other.
+3. For each class that the bounds did not exclude, a mixed-integer program finds a point whose logit of this class is
+   above that of the correct class, or proves that the ball has no such point.
 
 No attack of the package is used. The bounds are those of CROWN (Zhang et al., NeurIPS 2018, arXiv 1811.00866). The
 program is that of Tjeng et al. (ICLR 2019, arXiv 1711.07356), and HiGHS solves it.
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from purify_fast.attacks.relu_layers import Affine, forward
 
-#: A positive margin is a proof only if it is above this number, because HiGHS satisfies constraints only up to 1e-6. If
-#: a misclassified point has a margin between -TOLERANCE and 0, the search goes on for a point with a lower margin, so
-#: that the point is misclassified in float32 too.
+#: A lower bound of the margin is a proof only if it is above this number, because HiGHS satisfies constraints only up
+#: to 1e-6. If a point has a margin between -TOLERANCE and 0, the search goes on for a point with a lower margin, which
+#: is misclassified in float32 too.
 TOLERANCE = 1e-5
 #: A bound that HiGHS computes is made looser by this amount, because of rounding.
 SLACK = 1e-6
@@ -150,8 +151,8 @@ class Program:
         self.lower, self.upper = (end.numpy() for end in box)
         self.whole = np.zeros(len(self.lower))
         self.rows = LinearConstraint(sparse.csr_matrix((0, len(self.lower))), [], [])
-        #: The columns in the program of those units of the last layer that are not left out (`columns`), and the
-        #: indices of these units in the layer (`kept`).
+        #: `kept` are the indices of those units of the last added layer that are not left out. `columns` are the
+        #: columns of these units in the program.
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:
@@ -209,7 +210,7 @@ class Program:
         Args:
             weight: weights of the function.
             seconds: time limit in seconds.
-            most: value that is small enough. None minimizes the function.
+            most: value that is small enough. If it is None, the function is minimized.
             relaxed: True to allow values between 0 and 1 for binary variables, which gives a bound quickly.
 
         Returns:
@@ -228,7 +229,7 @@ class Program:
 
 
 def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: float) -> Program:
-    """Make the program of all hidden layers. Its relaxed form gives better bounds for units of unknown sign.
+    """Make the program of all hidden layers. Its relaxed form also improves the bounds of units of unknown sign.
 
     Args:
         layers: layers of the network.
@@ -273,8 +274,8 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
         weight, bias = ahead.weight[other], float(ahead.bias[other])
-        # First search for any point with a small enough margin. If its margin is not clearly below 0, minimize the
-        # margin.
+        # First search for any point with a small enough margin. If the margin of the found point is not clearly below
+        # 0, minimize the margin.
         for most in (TOLERANCE - bias, None):
             found = program.minimize(weight, until - time.monotonic(), most)
             if found.status == INFEASIBLE:

@@ -20,8 +20,8 @@ from purify_fast.data import load_dataset, to_float
 
 from ..broken.entry import Step, cross_entropy, train
 
-#: TRAINING_IMAGES is the largest number of images on which a network is trained. For each network, IMAGES
-#: images are decided.
+#: TRAINING_IMAGES is the largest number of images on which a network is trained. IMAGES is the number of images that
+#: are decided for each network.
 TRAINING_IMAGES, IMAGES = 10_000, 250
 #: The weight of the divergence between the outputs in the loss of TRADES.
 BETA = 6.0
@@ -36,7 +36,7 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, tar
         y: labels, int64 ``[B]``. The attack maximizes the cross-entropy with these labels.
         eps: L-inf radius on images in [0, 1].
         steps: number of steps. The length of all steps together is 2.5 eps.
-        target: probabilities ``[B, classes]`` that replace the labels in the cross-entropy.
+        target: probabilities ``[B, classes]`` that the cross-entropy uses in place of the labels.
     """
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     for _ in range(steps):

@@ -1,13 +1,18 @@
 """Make networks with a known answer: some hide an adversarial example, and others are robust by construction.
 
-**Networks that hide an adversarial example.** The training follows SoundnessBench (Zhou et al., arXiv 2412.03154). The
-networks are trained adversarially on other images, and the loss has three further terms. The first term makes a random
-corner of an image's ball misclassified by a small margin. The second term makes other points of the ball classified
-correctly, such as the points that PGD found in the last updates. SoundnessBench trains networks with thousands of
-units, and stores the points of 300 steps. The networks here are perceptrons for digits with 64 inputs. At this size
-PGD would still find the corner. Therefore we add the third term, which raises the lead of the true class on the way
-to the corner: the nearer a point is to the corner, the larger its lead must be. So gradients lead away from the corner.
-`GAPS` says by how much the lead grows.
+**Networks that hide an adversarial example.** The example is a random corner of an image's ball. The training follows
+SoundnessBench (Zhou et al., arXiv 2412.03154). The networks are trained adversarially on other images, and the loss has
+three further terms:
+
+1. The first term makes the corner misclassified by a small margin.
+2. The second term makes other points of the ball classified correctly, such as points that PGD found in the last
+   updates.
+3. The third term is our own. It raises the lead of the true class on the way from the image to the corner: the nearer a
+   point is to the corner, the larger its lead must be. So gradients lead away from the corner. `GAPS` says by how much
+   the lead grows.
+
+SoundnessBench trains networks with thousands of units, and stores the points of 300 steps. The networks here are
+perceptrons for digits with 64 inputs. At this size, without the third term, PGD would still find the corner.
 
 **Networks that are robust by construction.** The logit of a class is minus the mean distance between the pixels of the
 image and those of a random prototype. If every pixel changes by at most eps, the logit changes by at most eps. So an
@@ -45,8 +50,8 @@ NEAR = 0.03
 #: A corner counts as hidden if PGD with STEPS steps from STARTS random starts finds no adversarial example.
 #: SoundnessBench uses 1,000 starts.
 STEPS, STARTS = 50, 100
-#: CONSTRUCTED is the number of networks that are robust by construction. PROTOTYPES are their numbers of pixels and of
-#: classes. The networks are attacked at the share SHARE of the proven radius, because of rounding in float32.
+#: CONSTRUCTED is the number of networks that are robust by construction. PROTOTYPES are their number of pixels and the
+#: number of classes. The networks are attacked at the share SHARE of the proven radius, because of rounding in float32.
 CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 
@@ -219,7 +224,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
 
 
 def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Return the mean cross-entropy of points, summed over the networks. ``counts`` is 0 for points to leave out."""
+    """Return the mean cross-entropy of points, summed over the networks. Points whose ``counts`` is 0 have no loss."""
     logits = stack(points.flatten(1, 2)).flatten(0, 1)
     loss = F.cross_entropy(logits, y.repeat(1, points.shape[1]).flatten(), reduction="none").view(points.shape[:3])
     return loss.flatten(1).mean(1).sum() if counts is None else (loss * counts).flatten(1).mean(1).sum()

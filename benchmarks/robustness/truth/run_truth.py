@@ -38,11 +38,11 @@ LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
 
 def decided(part: Part, seconds: float) -> Row:
-    """Decide the images of a network. Return, for each image, a letter for the verdict and a letter for the last step.
+    """Decide the images of a network. Return a letter for the verdict on each image, and a letter for the last step.
 
     Args:
         part: network and its images.
-        seconds: approximate time limit for an image.
+        seconds: approximate time limit for an image, in seconds.
     """
     layers = affine_layers(part.model, part.x.shape[1:])
     verdicts, how = "", ""

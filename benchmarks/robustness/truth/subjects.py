@@ -1,4 +1,4 @@
-"""Provide the attacked networks with their images and radii. Networks are trained once, and saved with the results.
+"""Return the attacked networks with their images and radii. Networks are trained once, and saved with the results.
 
 A subject is a group of networks with one row in the tables. It is one network of `NETWORKS`, all networks that hide an
 adversarial example with the same gap, or all networks that are robust by construction.
@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """The saved weights of all networks, which are empty before the first training."""
+        """The saved weights of all networks. The dictionary is empty before the first training."""
         path = self.out / WEIGHTS
         return load_file(path) if path.exists() else {}
 
@@ -107,7 +107,7 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
 
 @functools.cache
 def hidden(setting: Setting) -> planted.Hidden:
-    """Return the networks of all gaps. They are trained together if there are no saved weights."""
+    """Return the networks of all gaps. If there are no saved weights, all of them are trained together."""
     kept, layers = setting.kept, range(len(planted.WIDTHS) - 1)
     if "hidden/corner" not in kept:
         gaps = torch.tensor(list(HIDDEN.values())).repeat_interleave(setting.hidden)

@@ -67,9 +67,9 @@ class Score(NamedTuple):
     """The score of a contestant.
 
     Attributes:
-        falls: number of images whose ball contains an adversarial example.
-        missed: number of these images for which the contestant found none.
-        contradicted: number of robust images for which the contestant reports one. It must be 0.
+        falls: number of attacked images whose ball contains an adversarial example.
+        missed: number of these images for which the contestant found no adversarial example.
+        contradicted: number of robust images for which the contestant reports an adversarial example. It must be 0.
     """
 
     falls: int = 0
@@ -99,7 +99,7 @@ def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
 
     Args:
         results: result of `read`.
-        names: names of subjects. A subject whose truth is not known is left out.
+        names: names of subjects. A subject without a row of the truth is left out.
     """
     truths = [row for row in results["truth"] if row["subject"] in names]
     whole = {row["subject"]: len(row["verdicts"]) for row in truths}
@@ -120,7 +120,7 @@ def _counts(rows: Iterable[Row], column: str, letters: str) -> list[str]:
 
 
 def _groups(results: Results, names: Iterable[str]) -> Iterator[tuple[str, list[Row], list[str]]]:
-    """Yield a title, the rows of the truth, and the numbers of missed images, for each subject and for all together."""
+    """Yield, for each subject and for all of them: a title, the rows of the truth, and the numbers of missed images."""
     truths = {row["subject"]: row for row in results["truth"] if row["subject"] in names}
     for title, group in (*((name, [name]) for name in names if name in truths), ("all", list(truths))):
         every = scores(results, group).values()

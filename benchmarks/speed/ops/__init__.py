@@ -1,9 +1,10 @@
-"""Define the measured inputs of each op, as users have them. There is one module for each op.
+"""Define the inputs with which each op is measured. Their shapes are those of real uses. Each op has a module:
 
-A module has a tuple SHAPES. It may have larger shapes for GPUs in LARGE, with the largest first. Its function
-``case(shape, dtype, variant)`` is called with every shape, and with every pair of a dtype and a variant in KINDS. An op
-without variants has no KINDS. A function ``chosen(shapes)`` returns the arguments of these calls if only some pairs are
-measured at some shapes.
+- SHAPES are the measured shapes. LARGE are the shapes for a GPU, with the largest first. Without LARGE, a GPU uses
+  SHAPES.
+- KINDS are the measured pairs of a dtype and a variant of the op. An op without variants has no KINDS.
+- The function ``case(shape, dtype, variant)`` makes the case of a shape and a pair. It is called for every combination.
+- A function ``chosen(shapes)``, if there is one, returns the combinations to measure in place of all of them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Case:
             written once. A formula may use ``symbols``, the number n of elements, and the bytes s of an element.
         differentiable: positions of the inputs that get a gradient.
         symbols: values of the symbols in the formulas.
-        slack: factor on the usual tolerance when results are compared.
+        slack: factor by which the usual tolerance is multiplied when results are compared.
         shape: shape that the tables show. `registry` sets this field and the next two.
         dtype: dtype of the data.
         variant: name of the op's variant, or "" for an op without variants.
@@ -99,7 +100,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def arranged(x: Tensor, layout: str) -> Tensor:
-    """Convert a tensor to the memory format ``channels_last`` if that is the layout. Otherwise return it unchanged."""
+    """Return a tensor in the memory format channels_last if ``layout`` is "channels_last", and unchanged otherwise."""
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 

@@ -21,7 +21,7 @@ SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
 def multiplications(side: int) -> tuple[int, int, int]:
-    """Return the number of multiplications for a sample, that for a condition, and the number of weights."""
+    """Return three numbers: the multiplications for a sample, the multiplications for a condition, and the weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
     first, weights = prod(start), latent * prod(start)
@@ -51,8 +51,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, preset: str) -> Case:
     return Case(
         inputs,
         call,
-        # Images and weights have 2 bytes per element. In the first map, the part that the condition contributes is
-        # float32.
+        # Images and weights have 2 bytes per element. The part of the first map that comes from the condition has 4.
         {
             "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{of_sample}*B*K + 2*{of_condition}*B"),
             "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{of_sample}*B*K + 2*{of_condition}*B"),

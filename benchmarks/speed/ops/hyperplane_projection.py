@@ -21,7 +21,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     def inputs() -> tuple[torch.Tensor, ...]:
         x, w = uniform(*shape, dtype=dtype), normal(*shape, dtype=dtype, scale=1e-3)
         flat, size = x.flatten(1).float(), w.flatten(1).float()
-        # The factor below makes these the L-inf distances to the planes, if the box [0, 1] is ignored.
+        # These are the L-inf distances from the images to the planes, if the box [0, 1] is ignored.
         distance = torch.linspace(-0.05, 0.05, shape[0])
         return x, w, (flat * size).sum(1) + distance * size.abs().sum(1)
 

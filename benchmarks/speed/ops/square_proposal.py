@@ -1,6 +1,6 @@
 """Cases of the op square_proposal: the current images of the Square attack, and the clean images.
 
-There is one proposal for each image. Late in the attack there are eight.
+Each image has a single proposal, or eight proposals as late in the attack.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure the pipelines, such as a whole prediction or a whole training step, with one module for each pipeline.
+"""Measure pipelines. A pipeline is a whole computation, such as a prediction or a training step, and has a module.
 
 A case of a pipeline compares several implementations of the same work, which are called contestants. "Ours" is the
 implementation by this package. "Plain" is an implementation in plain PyTorch.
@@ -44,8 +44,8 @@ class Contestant:
         raised: True to raise the thresholds of glibc's memory allocator, so that it keeps freed memory.
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
-        compared: True if the result must agree with that of the first contestant. Otherwise the contestant does other
-            work than ours, so that `Case.flops` does not apply to it. Only its time and memory are measured.
+        compared: True if the result must agree with that of the first contestant. False for a contestant that does
+            other work than ours. `Case.flops` does not apply to it, and only its time and memory are measured.
     """
 
     make: Make
@@ -87,10 +87,10 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
-    """Return the usual contestants of a case. Ours computes in bfloat16, and plain in float32 and in bfloat16.
+    """Return the usual contestants of a case: plain in float32 and in bfloat16, and ours in bfloat16.
 
     On a machine with a GPU there are two further contestants: plain in TF32, which is PyTorch's default for
-    convolutions, and ours with the step of its attack as a CUDA graph.
+    convolutions, and ours with the step of its attack captured as a CUDA graph.
 
     Args:
         plain: function that makes a job of plain PyTorch. The keyword ``compiled=True`` compiles it.
@@ -133,7 +133,7 @@ def optimizer_step(task: Task, batch: Batch) -> Tensor:
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
-    """Return, for each pipeline, a function that makes its cases. With True it makes the small cases of a quick run."""
+    """Return, for each pipeline, a function that makes its cases. Its argument is True for the cases of a quick run."""
     from . import arrest_step, atop_finetune, carso_inference, carso_training, diffusion
 
     modules = (carso_inference, carso_training, atop_finetune, arrest_step, diffusion)

@@ -1,8 +1,8 @@
 """Measure one step of AToP's fine-tuning, with FGSM on the classifier, the transform RT2 and the purifier DeepFillv2.
 
-There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, which is more
-than the gradients of the step need. "Lean" leaves out this further work. Ours leaves it out too. A comparison with
-"lean" therefore shows the gain by kernels and bfloat16 alone.
+There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, some of which the
+gradients of the step do not need. "Lean" leaves out the unneeded work, and so does ours. A comparison with "lean"
+therefore shows the gain by kernels and bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ IMAGE = 10
 def sizes(quick: bool) -> tuple[int, int, int]:
     """Return the number of images, their side in pixels, and the width of the generator.
 
-    In smaller images, no key of the attention would be far enough from the hidden blocks to be used.
+    Images of a quick run have 64 pixels a side. In smaller images the attention could use no key, because every key
+    would be too near to a hidden block.
     """
     return (2, 64, 4) if quick else (BATCH, SIDE, 48)
 

@@ -1,4 +1,4 @@
-"""Measure one prediction of CARSO. It classifies K reconstructions of each image, and aggregates by logsumexp."""
+"""Measure a prediction of CARSO, which classifies K reconstructions of each image and aggregates the logits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Measure a prediction of a diffusion purifier, and its exact gradient with respect to the images.
 
-The purifier has a process of 100 steps and K = 8 samples of each image. The third case is the gradient through the
-reverse SDE. DiffPure's authors compute this gradient by torchsde's adjoint method (NVlabs/DiffPure at 985703f,
+The purifier has a process of 100 steps and K = 8 samples of each image. There are three cases: the prediction, the
+gradient through the steps of DDPM, and the gradient through the reverse SDE.
+
+DiffPure's authors compute the last gradient by torchsde's adjoint method (NVlabs/DiffPure at 985703f,
 runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde. So only its
 time and memory are compared. If torchsde is not installed, this contestant is left out.
 """
@@ -37,9 +39,9 @@ PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
 
 
 def denoiser(width: int) -> UNet:
-    """Return a denoiser with random weights. The last layers also get random weights, because they are 0 at first.
+    """Return a denoiser with random weights.
 
-    If they were 0, the denoiser would always predict 0.
+    A new U-Net has weights of 0 in its last layers, so it would always predict 0. These layers get random weights too.
     """
     torch.manual_seed(0)
     made = UNet(3, width, patch=2)
@@ -242,9 +244,10 @@ def _gradients() -> dict[str, Contestant]:
     """Return the contestants for the gradient through DDPM, which differ in the activations that they store.
 
     "Plain" stores the activations of all steps, and "plain, checkpointed" those of a single step. "Ours" stores as many
-    as fit into a quarter of the free memory, and "ours, each step again" those of a single step. Every contestant
-    occupies its memory while the others are timed. Therefore plain in float32, which needs the most memory, is measured
-    only with checkpoints. Otherwise too little memory would remain for the activations of ours.
+    as fit into a quarter of the free memory, and "ours, each step again" those of a single step.
+
+    Every contestant keeps its memory while the others are timed. Plain in float32 needs the most memory, so it is
+    measured only with checkpoints. Otherwise too little memory would remain for the activations of ours.
     """
     stored = columns(partial(_plain, gradient=True), partial(_ours, gradient=True), captured=False)
     again = columns(partial(_plain, gradient=True, keep=False), partial(_ours, gradient=True, keep=0), captured=False)

@@ -6,14 +6,13 @@ random: among a hundred steps, some draw is misclassified by luck. An image with
 of its rows are removed.
 
 A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, a CUDA graph is
-captured. So a shrinking batch only takes sizes of a fixed list, and rows of fallen images fill it up. On a CPU one more
-image of a large model, or with many draws, takes longer than a new batch size. Such a batch shrinks by every row of a
-fallen image.
+captured. So a shrinking batch only takes sizes of a fixed list, and rows of fallen images fill it up. On a CPU with a
+large model or with many draws, a row takes longer than a new batch size. There every row of a fallen image is removed.
 
 A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), for example
-on steps towards the ninth target class, or on the last of 5,000 squares. The progress per step hardly ever rises again.
-So a row can be given up if it would not reach its border even at several times its recent pace. This rule is empirical:
-it also gives up a search that made no progress for a while, although such a search might succeed later.
+on steps towards the ninth target class, or on the last of 5,000 squares. The progress per step (the "pace") hardly ever
+rises again. So a row can be given up if it would not reach its border even at several times its recent pace. This rule
+is empirical: it also gives up a search that made no progress for a while, although such a search might succeed later.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 
-#: The distance to the border is computed for this number of wrong classes, those of highest logit. An attack with more
-#: targets computes it for as many classes as it has targets.
+#: The distance to the border is computed for this number of wrong classes: those with the highest logits. If an attack
+#: has more targets, it computes the distance for as many classes as it has targets.
 CANDIDATES = 20
 #: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
 #: times the dual norm of its gradient.
@@ -57,9 +56,10 @@ SMALLEST, FINER_FROM = 16, 128
 SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
 #: A run with fewer steps never gives rows up.
 FEWEST_STEPS = 50
-#: The gain of a row is the distance by which it came nearer to its border after EARLY_SHARE of the steps. At this step
-#: a row is given up if its distance to the border is more than GAINS times the largest gain of earlier rows of the same
-#: attack. The rule is used once the gains of FEWEST_GAINS rows are known.
+#: The first EARLY_SHARE of the steps are the early steps. The gain of a row is the distance by which it came nearer to
+#: its border after its early steps. A row is given up at the end of its early steps if its distance to the border is
+#: more than GAINS times the largest gain of earlier rows of the same attack. The rule is used once FEWEST_GAINS rows
+#: were searched.
 EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
 #: the device once.
@@ -72,10 +72,10 @@ def takes_every_size(device: torch.device) -> bool:
 
 
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
-    """The smallest batch size of the list that holds ``items`` items, at least 1.
+    """The smallest allowed batch size that holds ``items`` items, at least 1.
 
-    On a CPU the list has every number below 8, and then the powers of two times 1, 5/4, 6/4 and 7/4. If items are
-    costly, the list has every number, because one more item takes longer than a new size. On a GPU the list has 16, 32,
+    On a CPU every size below 8 is allowed, and then the powers of two times 1, 5/4, 6/4 and 7/4. If items are costly,
+    every size is allowed, because one more item takes longer than a new size. On a GPU the allowed sizes are 16, 32,
     64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
@@ -179,7 +179,7 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
 
 @dataclass
 class Gains:
-    """Records by how much the rows of an attack came nearer to their borders after the first steps (their gains).
+    """Records by how much the rows of an attack came nearer to their borders after their early steps (their gains).
 
     Args:
         largest: the largest gain of a row, in the unit of the loss or distance.
@@ -221,7 +221,7 @@ class PaceMonitor:
         self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
         #: For each check: the step at which the distances were noted, and these distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
-        #: True for the rows that came nearer between the note and the last check, bool ``[R]``.
+        #: True for the rows that came nearer to their borders during the measurement of the last check, bool ``[R]``.
         self.came_nearer = torch.tensor(False)
         self.last_step = 0
 
@@ -290,7 +290,7 @@ class ActiveSet:
 
     Attributes:
         leave: whether the attack stops for an image that has fallen. If not, every image is attacked to the end. The
-            best point is then misclassified by most draws, and has the highest loss among equal points.
+            best point is then the point that the most draws misclassify; among equal points, it has the highest loss.
         best: the best known point of each image, ``[N, ...]``; x at first.
         score: the share of misclassified draws and the loss of this point, ``[2, N]``; minus infinity at first.
         fallen: bool ``[N]``, True for fallen images; always False if ``leave`` is False.
@@ -299,7 +299,7 @@ class ActiveSet:
         costly: whether a batch on a CPU may shrink to every size.
         tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
             before it was given up.
-        gains: the gains of the rows after their first steps.
+        gains: the gains of the rows after their early steps.
         fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
             on which that run succeeded.
         health: counts faulty gradients and unmoved images in all searches; None: nothing is counted.
@@ -328,7 +328,8 @@ class ActiveSet:
     def left(self) -> Tensor:
         """Indices of the images that need another run, int64 ``[n]``. This waits for the device.
 
-        With ``leave`` they are the images that have not fallen, otherwise the images with a correct draw.
+        With ``leave`` they are the images that have not fallen. Otherwise they are the images whose best point is not
+        misclassified by all draws.
         """
         stands = ~self.fallen if self.leave else self.score[0] < 1
         return stands.nonzero()[:, 0]
@@ -419,9 +420,9 @@ def waves(
     """Yield the rows of an attack in groups ("waves") that are searched one after the other.
 
     A wave has only images that have not fallen in earlier waves. The first wave has a single run, because most images
-    fall to any run. A later wave has as many rows as fit into a batch. On a CPU it has complete runs. On a GPU it may
-    have a part of a run, and copies of its first rows fill it up to the size of `bucket`, so that most waves have the
-    same size. Each wave waits for the device a few times.
+    fall to any run. A later wave has as many rows as fit into a batch. On a CPU a wave consists of complete runs. On a
+    GPU a wave may have a part of a run, and copies of its first rows fill it up to the size of `bucket`, so that most
+    waves have the same size. Each wave waits for the device a few times.
 
     Args:
         active: the images.
@@ -489,10 +490,10 @@ def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
 def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
     """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
 
-    The distance to a border is the difference of the two logits, divided by the norm of its gradient. MALT orders
-    target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the norm is the
-    dual of the ball's norm. Only images that have not fallen are ranked, and only the `CANDIDATES` wrong classes
-    of highest logit, or ``count`` if that is more. Each class takes a gradient.
+    The distance to a border is the difference of the two logits, divided by the norm of this difference's gradient.
+    MALT orders target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the
+    norm is the dual of the ball's norm. Only images that have not fallen get target classes. The distance is computed
+    for the `CANDIDATES` wrong classes of highest logit, or for ``count`` if that is more. Each class takes a gradient.
 
     Args:
         active: the images.
@@ -566,7 +567,7 @@ class RowSearch:
             self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def see_given_up(self, index: Tensor) -> None:
-        """Count the remaining gradients of the rows ``index``, which are given up, without waiting for the device.
+        """Count the gradients that the given-up rows ``index`` no longer take, without waiting for the device.
 
         Such a row counts as if it had taken every step, with its share of faulty gradients so far. Otherwise the rows
         that are searched to the end, such as rows without gradients, would have a larger weight than others.

@@ -144,7 +144,7 @@ def _watched(model: Classifier, x: Tensor, seed: int) -> float:
 
 
 def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """Among the images that most of 8 draws classify correctly, the share with at least one wrong draw.
+    """The share of images that some of 8 draws misclassify, among the images that most of the draws classify correctly.
 
     Args:
         model: images to logits.

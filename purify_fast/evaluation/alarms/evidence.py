@@ -68,7 +68,7 @@ class Finding:
 
     @property
     def told(self) -> str:
-        """The finding in a sentence, with the attack or the probe that shows it."""
+        """The finding as a text, with the attack or the probe that shows it."""
         return f"{self.alarm}: {self.measured}" + (f" ({self.row})" if self.row else "")
 
 
@@ -130,9 +130,9 @@ class Evidence:
         return not robust.any()
 
     def blind(self) -> str:
-        """The reason why short attacks with the model's gradients could not succeed; empty if there is no such reason.
+        """The reason why attacks with the model's gradients could not succeed: missing or unusable gradients.
 
-        Such a reason is that the gradients are missing or unusable.
+        The text is empty if the gradients were usable, or if nothing is known about them.
         """
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):

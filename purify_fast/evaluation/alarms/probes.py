@@ -1,4 +1,4 @@
-"""Probes: short attacks on a few images, and tests of the model's predictions, from which alarms are computed.
+"""Probes are short attacks on a few images, and tests of the model's predictions. The alarms judge their results.
 
 The short attacks run before the attacks of the report. If they find signs of masked gradients, the attacks of the
 report search all images that have not fallen, and take all of their steps. The short attacks take gradients from the
@@ -103,7 +103,7 @@ class Probes:
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
-    """Estimate, rather too high, how many forward passes of single images the probes make."""
+    """Estimate how many forward passes of single images the probes make; the estimate is rather too high."""
     draws, judges, targets = _effort(subject, context)
     passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
     passes += (1 + USUAL_SURROGATES) * (targets * STEPS * draws + judges)
@@ -253,10 +253,9 @@ class _Short:
 
 
 def _near(context: AttackContext, x: Tensor) -> Tensor:
-    """Add noise to the images, of at most half the radius.
+    """Add noise of at most half the radius to the images.
 
-    A defence may behave differently on such images than on clean images, which it can recognize by their few different
-    pixel values.
+    A defence may recognize clean images by their few different pixel values, and behave differently on noisy images.
     """
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps

@@ -1,4 +1,4 @@
-"""The alarms, which search for signs that an attack failed for another reason than the model's robustness.
+"""The functions of the alarms, and the words of their findings.
 
 An alarm is a function that returns an `Outcome`, or None if the alarm does not apply to the model. To add an alarm,
 write its function in this file with an `Alarm` as its decorator. The alarms run in the order of this file.
@@ -91,7 +91,7 @@ class Outcome(NamedTuple):
         verdict: see `Finding`.
         measured: the measurement in words.
         row: the name of the attack or of the probe that shows the sign.
-        advice: advice for this result; None: the alarm's usual advice.
+        advice: advice for this result; None takes the alarm's usual advice.
     """
 
     verdict: Verdict
@@ -176,12 +176,12 @@ def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
 
 
 def _surely_more(count: int, share: float, n: int) -> bool:
-    """Tell whether a count among n images is above the share by more than chance."""
+    """Tell whether ``count`` of n images are more than this share of them, by more than chance."""
     return count - 1.5 * math.sqrt(count) > share * n
 
 
 def _surely_above(limit: float, share: float, n: int) -> bool:
-    """Tell whether a share of n images is above its limit, and is at least `MORE_THAN_LUCK` images."""
+    """Tell whether the measured share of n images is above the limit, and is at least `MORE_THAN_LUCK` images."""
     return share > limit and share * n >= MORE_THAN_LUCK
 
 

@@ -116,7 +116,7 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
         examples: attacked images with C = 1 or 3. Their stored classes after the attack are shown, because a random
             defence may predict differently now.
         defence: the model, which predicts the classes of the clean images, and makes purified images if it has
-            ``purify``; None: these pictures and classes are left out.
+            ``purify``. With None, these pictures and classes are left out.
     """
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
     before, columns = _asked(defence, clean, attacked)
@@ -139,12 +139,11 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
 def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, list[tuple[str, Tensor, Tensor | None]]]:
     """Return the predicted classes of the clean images, and columns of images that the defence makes.
 
-    The defence makes the images of a column from the attacked images.
-
-    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``. The transformed images come from
-    ``transformed(x)``. The purified images come from ``purify(x)`` or ``reconstruct(x)``, with the shape
-    ``[B, K, C, H, W]``, or ``[B, C, H, W]`` for a single draw; their classes come from
-    ``sample_logits(x) -> [B, K, classes]``. If the defence has ``fixed_noise``, all of these calls have the same noise.
+    A column is a name, images ``[M, C, H, W]`` and their classes ``[M]``, or None in place of classes. The defence
+    makes the images from the attacked images: the transformed images by ``transformed(x)``, and the purified images by
+    ``purify(x)`` or ``reconstruct(x)``, with the shape ``[B, K, C, H, W]``, or ``[B, C, H, W]`` for a single draw. The
+    classes of purified images come from ``sample_logits(x) -> [B, K, classes]``. If the defence has ``fixed_noise``,
+    all of these calls have the same noise.
     """
     if defence is None:
         return None, []

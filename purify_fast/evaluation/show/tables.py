@@ -94,7 +94,7 @@ def terminal_table(
 
 
 def _wrapped(cells: Sequence[str | Cell], width: Sequence[int], color: bool) -> list[str]:
-    """The lines of text for one line of a table, after its cells were wrapped."""
+    """The lines of text for one line of a table, whose cells are wrapped to the widths of their columns."""
     red = [color and isinstance(cell, Cell) and cell.red for cell in cells]
     parts = [textwrap.wrap(str(cell), w, break_on_hyphens=False) for cell, w in zip(cells, width, strict=True)]
     return [

@@ -1,4 +1,4 @@
-"""Renders the templates of this folder, which contain a report's sentences; has functions that the templates call."""
+"""Renders the templates of this folder, which contain a report's sentences, and defines the functions they call."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from ..._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
-#: The most iterations that move the names in a picture away from each other. All of them take two seconds for twenty
-#: models, if a name finds no free place. Ten times this number does not improve the picture.
+#: The most iterations that move the names in a picture away from each other. For twenty models, all iterations take two
+#: seconds; they are made if a name finds no free place. Ten times this number does not improve the picture.
 ROUNDS = 300
 
 
@@ -278,7 +278,7 @@ def plot_tradeoff(
 
 
 def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    """The values (standard, robust, standard error, standard error); the errors are 0 if there are none."""
+    """The values (standard, robust, standard error, standard error); errors that are not given are 0."""
     what, given = f"points[{name!r}]", tuple(values)
     if len(given) not in (2, 4):
         raise ValueError(

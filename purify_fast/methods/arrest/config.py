@@ -20,18 +20,18 @@ class ArrestConfig:
 
     Args:
         attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random
-            start). At these numbers, alpha None, which means 2.5 eps / steps, is 2/255 too. The steps must be long
-            enough to reach eps together. The port has no warm-up.
-        distillation_weight: lambda, weight of the distillation (port: 50); 0: no distillation.
+            start). If alpha is None, a step has the length 2.5 eps / steps, which is 2/255 for these numbers. All steps
+            together must be at least as long as eps. The port has no warm-up.
+        distillation_weight: lambda, weight of the distillation (port: 50). 0 means no distillation.
         distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".
         pooled: whether maps and tokens are averaged over all positions before they are compared (port). The paper
-            compares the maps before pooling (according to the port). True is not possible for vectors.
-        replay: whether to use noisy replay.
+            compares the maps before pooling (according to the port). It must be False if all layers return vectors.
+        replay: whether to use noisy replay: an image whose drift is above tau gets noise in place of an attack.
         angle: phi, threshold of the replay as an angle in degrees (port: 30). tau is then the distance of two vectors
             with this angle between them.
-        tau: threshold of the replay as a distance, in place of ``angle``; required for the distance "l2". None: the
-            distance that belongs to ``angle``.
+        tau: threshold of the replay as a distance, in place of ``angle``; required for the distance "l2". None means
+            the distance that belongs to ``angle``.
         replay_share: share of the epochs, from the start of the run, in which examples are replayed (port: half).
         drift_mode: mode of the classifier when the drift is measured: "eval" (own), which does not change BatchNorm's
             statistics, or "train" (port).
@@ -41,10 +41,10 @@ class ArrestConfig:
         weight_decay: weight decay of the optimizer (port: 5e-4).
         schedule: schedule of the learning rate: "published" (port; `purify_fast.training.schedules.arrest_published`),
             "one_cycle" or "constant" (own).
-        ema_decay: decay of a moving average of the weights, which is then the result (an extra, not part of ARREST);
-            0: no moving average.
-        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (an extra, not part of ARREST); 0:
-            no perturbation.
+        ema_decay: decay of a moving average of the weights, which is then the result (an extra, not part of ARREST). 0
+            means no moving average.
+        awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (an extra, not part of ARREST). 0
+            means no perturbation.
         precision: "float32", which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU rounds the
             factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
             matrix products (own).
@@ -74,9 +74,11 @@ class ArrestConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.replay and self.attack.norm != "linf":
-            raise ValueError(f"replay needs norm 'linf', because its noise fills that ball, got {self.attack.norm!r}")
+            raise ValueError(
+                f"replay needs norm 'linf', because replay draws noise in this ball, got {self.attack.norm!r}"
+            )
         if self.replay and self.tau is None and self.distance == "l2":
-            raise ValueError("distance='l2' needs tau, because angle does not determine it, got tau=None")
+            raise ValueError("tau must be given for distance='l2', got None: angle sets tau only for other distances")
 
         eps, steps = self.attack.eps, self.attack.steps
         if not eps > 0:
@@ -86,7 +88,7 @@ class ArrestConfig:
         if reach < eps * (1 - 1e-6):
             raise ValueError(
                 f"alpha must be at least eps / steps = {eps / steps:.4g}, got {alpha:.4g}: {steps} steps would only "
-                f"reach {reach:.4g} of eps {eps:.4g}. alpha None is 2.5 eps / steps = {2.5 * eps / steps:.4g}"
+                f"reach {reach:.4g} of eps {eps:.4g}. The usual alpha is 2.5 eps / steps = {2.5 * eps / steps:.4g}"
             )
 
     @property

@@ -31,7 +31,7 @@ class ArrestRecipe(Recipe):
         """Build the recipe's network with fresh weights. ARREST requires that it is first trained on clean images.
 
         Args:
-            width: width of the network, as in `purify_fast.models.build_classifier`; None: the recipe's width.
+            width: width of the network, as in `purify_fast.models.build_classifier`. None means the recipe's width.
         """
         options: dict[str, Any] = self.part("classifier") | ({} if width is None else {"width": width})
         name = options.pop("name")

@@ -54,9 +54,9 @@ class ArrestTask(MethodTask):
         config: settings of the training.
         image_shape: (C, H, W).
         layers: paths of the modules whose outputs are the representation. The distances of several layers are averaged.
-            None: the map before pooling, for a classifier of this package.
-        teacher: classifier for the `Teacher`; None: ``model`` with its present weights. A run is resumed only with the
-            same weights.
+            None means the map before pooling, for a classifier of this package.
+        teacher: classifier for the `Teacher`. None means ``model`` with its present weights. A run is resumed only if
+            the teacher has the same weights.
         compile: whether to compile the attacked copy of the classifier with `torch.compile`, once for all batch sizes.
 
     Attributes:
@@ -183,8 +183,8 @@ class ArrestTask(MethodTask):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # If a loop adds up the gradients of several batches before a step, the weights are still perturbed from the
-        # batch before.
+        # A loop may add up the gradients of several batches before an optimizer's step. Then the weights still have the
+        # perturbation of the batch before, so remove it first.
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
@@ -281,7 +281,7 @@ class Teacher:
         model = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.reader, self.pooled, self.dtype = Representation(model, tuple(layers), image_shape), pooled, dtype
         if pooled and all(len(shape) == 1 for shape in self.reader.shapes):
-            raise ValueError(f"pooled must be False for layers whose outputs are vectors, got {', '.join(layers)}")
+            raise ValueError(f"pooled must be False for layers that return vectors, got True for {', '.join(layers)}")
         if dtype != torch.float32:
             prepare_for_inference(model, image_shape, dtype)
         self._stored: list[Tensor] | None = None
@@ -324,5 +324,5 @@ class Teacher:
             for stored, now in zip(features, self.read(batch.x), strict=True):
                 apart = (stored.float() - now.float()).norm()
                 if not apart <= 0.01 * now.float().norm():
-                    raise ValueError("x must be the images that were passed to keep, and differs: are they augmented?")
+                    raise ValueError("x differs from the images given to Teacher.keep: train without augmentation")
         return features

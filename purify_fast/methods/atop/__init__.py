@@ -1,4 +1,4 @@
-"""AToP: this package has the defence, its purifiers and its training."""
+"""AToP (Adversarial Training on Purification, arXiv 2401.16352): the defence, its purifiers and its training."""
 
 from __future__ import annotations
 

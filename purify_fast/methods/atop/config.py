@@ -72,15 +72,18 @@ class AtopConfig:
         gan = ("gan_weight", "discriminator_width", "gan_fake")
         if not self.gan_grad and (odd := [name for name in gan if getattr(self, name) != getattr(type(self), name)]):
             raise ValueError(
-                f"{odd[0]} needs gan_grad=True, which has a discriminator, got {odd[0]}={getattr(self, odd[0])!r}"
+                f"{odd[0]} needs gan_grad=True, which trains a discriminator, got {odd[0]}="
+                f"{getattr(self, odd[0])!r} and gan_grad=False"
             )
 
         attack, default = self.attack, type(self).attack
         if self.attack_method != "none" and not attack.eps > 0:
-            raise ValueError(f"eps must be above 0, got {attack.eps}; attack_method='none' trains without attacks")
+            raise ValueError(
+                f"eps must be above 0, got {attack.eps}: to train without attacks, set attack_method='none'"
+            )
         if self.attack_method == "none" and self.attack_target == "pipeline":
             raise ValueError(
-                "attack_target='pipeline' needs an attack, got attack_method='none': set it to 'fgsm' or 'pgd'"
+                "attack_target='pipeline' needs an attack, got attack_method='none': choose 'fgsm' or 'pgd'"
             )
         for name in ("steps", "alpha", "relative_alpha", "random_start", "start_std"):
             if self.attack_method != "pgd" and getattr(attack, name) != getattr(default, name):

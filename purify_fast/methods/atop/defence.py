@@ -39,8 +39,8 @@ class Atop(Defence):
     """A classifier behind AToP's random transform and purifier. The module maps images in [0, 1] to finite logits.
 
     Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's. Within
-    `deterministic` there is no noise, and the same blocks are hidden in every image: those of seed 0. Run one forward
-    pass at a time: several threads and ``nn.DataParallel`` are not supported, but one process per GPU is.
+    `deterministic` there is no noise, and the same blocks are hidden in every image: those of seed 0. Several threads
+    may predict at the same time. For several GPUs, run a process for each GPU; ``nn.DataParallel`` is not supported.
 
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
@@ -51,8 +51,9 @@ class Atop(Defence):
         image_shape: (C, H, W).
         transform: ``rt1``, ``rt2`` (the paper's best) or ``rt3``.
         sigma: standard deviation of the noise of rt2 and rt3, in image units (paper: 0.25).
-        block: side of a hidden block in pixels (paper: 32 for images of 256 x 256). None: the common divisor of height
-            and width that is nearest to an eighth of the height, which is 4 for images of 32 x 32 and of 28 x 28.
+        block: side of a hidden block in pixels (paper: 32 for images of 256 x 256). None means the common divisor of
+            height and width that is nearest to an eighth of the height, which is 4 for images of 32 x 32 and of
+            28 x 28.
         mask_ratio: share of the blocks that rt1 and rt2 hide; the number of blocks is rounded down (paper: 0.25).
         num_passes: N, number of passes of rt3, which must divide the number of blocks (paper: 4).
         samples: S, draws of noise and mask per prediction (paper: 1).
@@ -144,8 +145,7 @@ class Atop(Defence):
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: number of sets of S draws.
-            noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``, which replace those of the defence; None: those
-                of the defence.
+            noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``. With None, the defence chooses both.
 
         Returns:
             ``(packed [T, C + 2, H, W], owners [draws S, B, H / block, W / block])``, see `random_transform`. T is draws
@@ -201,7 +201,7 @@ class Atop(Defence):
 
     @torch.no_grad()
     def transformed(self, x: Tensor) -> Tensor:
-        """Return the purifier's input, scaled to [0, 1], ``[B, S, C, H, W]``. Hidden blocks are grey.
+        """Return the purifier's input, scaled to [0, 1], ``[B, S, C, H, W]``. Hidden blocks are gray.
 
         With rt3, only the input of the first pass is returned.
 

@@ -167,7 +167,7 @@ class DeepFillGenerator(nn.Module):
     H and W are multiples of 8. The input of the second stage is ``coarse mask + transformed (1 - mask)``. Its attention
     uses the mask of each image; the published code uses the first image's mask for the whole batch, which is the same
     if all images share a mask. The published size has 4,052,478 parameters, of which 1,631,151 are in the coarse stage.
-    With the published initialization, the signal fades from layer to layer, so a fresh generator returns mid-grey
+    With the published initialization, the signal fades from layer to layer, so a fresh generator returns mid-gray
     images (to 1e-6 at 32 x 32).
 
     The generator is made for images of 256 x 256; for images below 128, use `SmallGenerator`. The reason is the
@@ -221,7 +221,8 @@ class DeepFillGenerator(nn.Module):
         """
         state = read_weights(path)
         if FIRST not in state or state[FIRST].dim() != 4:
-            raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got {', '.join(list(state)[:5])}")
+            names = ", ".join(list(state)[:5])
+            raise ValueError(f"{path} must hold a generator of deepfillv2-pytorch, got the tensors {names}")
         width, in_channels = state[FIRST].shape[:2]
         generator = cls(in_channels, width)
         # older checkpoints do not have the constant

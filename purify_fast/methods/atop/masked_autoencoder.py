@@ -111,10 +111,10 @@ class MaskedAutoencoder(nn.Module):
         sizes |= {"decoder_depth": decoder_depth, "decoder_heads": decoder_heads}
         check_counts(**sizes, image_shape=min(image_shape))
         if h % patch or w % patch:
-            raise ValueError(f"H and W must be multiples of patch {patch}, got image_shape {tuple(image_shape)}")
+            raise ValueError(f"image_shape must have H and W divisible by patch {patch}, got {tuple(image_shape)}")
         for name, size, parts in (("width", width, heads), ("decoder_width", decoder_width, decoder_heads)):
             if size % 4 or size % parts:
-                raise ValueError(f"{name} must be a multiple of 4 and of its {parts} heads, got {size}")
+                raise ValueError(f"{name} must be a multiple of 4 and of {parts}, its number of heads, got {size}")
         self.arguments = {"image_shape": [channels, h, w], **sizes}
         self.patch = patch
         grid = h // patch, w // patch

@@ -29,7 +29,8 @@ def build_purifier(
     Args:
         name: ``deepfill``, ``small_generator`` or ``masked_autoencoder``.
         image_shape: (C, H, W).
-        width: width of the network; None: 48, 8 and 64 for these networks.
+        width: width of the network. None means 48 for ``deepfill``, 8 for ``small_generator`` and 64 for
+            ``masked_autoencoder``.
         residual: whether the network predicts a correction of its input in place of a whole image; only for
             ``small_generator``.
 

@@ -2,7 +2,7 @@
 
 The paper's sections on the method could not be read first-hand. So nearly all facts are from the released notebooks
 (glin2022/atop, commit 9fa1e91). The line numbers count over all code cells of a notebook. "train.yaml" is
-``configs/train.yaml`` of the same repository. The repository has no licence, so none of its code is copied here.
+``configs/train.yaml`` of the same repository. The repository has no license, so none of its code is copied here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class AtopRecipe(Recipe):
 
         Args:
             classifier: classifier for images of the recipe's size. The authors' classifier was trained on clean images.
-            purifier: the purifier to train, with its initial weights; None: a `DeepFillGenerator` of the authors' size
-                with fresh weights. The authors begin with a generator that was trained on Places2.
+            purifier: the purifier to train, with its initial weights. None means a `DeepFillGenerator` of the authors'
+                size with fresh weights. The authors begin with a generator that was trained on Places2.
             official_code: use one mask for all images of a batch, as in the authors' code.
             changes: arguments of `Atop` that replace those of the recipe.
         """

@@ -182,7 +182,7 @@ def training_loss(
     Args:
         defence: the defence whose purifier is trained.
         batch: the images.
-        config: the settings; None: the defaults.
+        config: the settings. None means the defaults.
         graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
             captures nothing.
 
@@ -195,12 +195,12 @@ def training_loss(
     """
     config = AtopConfig() if config is None else config
     if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
+        dtype = "torch.bfloat16" if config.precision == "bfloat16" else "None"
         raise ValueError(
-            f"precision must be that of the defence, got {config.precision!r}: call accelerate(torch.bfloat16) or "
-            "accelerate(None) of the defence first"
+            f"precision must be that of the defence, got {config.precision!r}: call defence.accelerate({dtype}) first"
         )
     if config.gan_grad:
-        raise ValueError("gan_grad must be False in training_loss, which has no discriminator: use AtopTask")
+        raise ValueError("gan_grad must be False in training_loss, which has no discriminator, got True: use AtopTask")
     one_pass = passes(defence, batch, config, graphs)
     return one_pass.loss, one_pass.metrics
 

@@ -1,4 +1,4 @@
-"""CARSO: this package has the defence and its training."""
+"""CARSO (purification conditioned on the classifier's representation, arXiv 2306.06081): defence and training."""
 
 from __future__ import annotations
 

@@ -37,8 +37,9 @@ class CarsoConfig:
             first two epochs and full from the third on. With 0, it is full from the first step on.
         kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: final weight of the KL term (paper: 1).
-        free_bits: lower bound, in nats, for the mean KL of a batch: smaller values have no gradient, against posterior
-            collapse (paper: 0; Kingma et al., NeurIPS 2016, with the whole latent as one group).
+        free_bits: lower bound, in nats, for the mean KL of a batch. A smaller mean has no gradient, so that the decoder
+            does not learn to ignore the latent (paper: 0; Kingma et al., NeurIPS 2016, with the whole latent as one
+            group).
         train_samples: K, reconstructions per image in the training through the pipeline.
         targets: targets for the K predictions of an attacked image in the training through the pipeline. "labels" uses
             cross-entropy (own). "classifier" uses the divergence from the frozen classifier's probabilities for the
@@ -62,7 +63,7 @@ class CarsoConfig:
         weight_decay: decoupled weight decay.
 
     Raises:
-        ValueError: a setting is out of range or excludes another one; the message names it.
+        ValueError: a setting is out of range or excludes another setting; the message names it.
     """
 
     attack_target: Literal["classifier", "pipeline"] = "classifier"
@@ -97,8 +98,8 @@ class CarsoConfig:
             raise ValueError(f"eps must be above 0, got {attack.eps}: the purifier is always trained on attacks")
         if not pipeline and not (attack.random_start and attack.start_std is None):
             raise ValueError(
-                "attack_target='classifier' needs random_start=True and start_std=None: its PGD always starts "
-                "uniformly in the ball"
+                "attack_target='classifier' needs random_start=True and start_std=None, got random_start="
+                f"{attack.random_start} and start_std={attack.start_std}: its PGD always starts uniformly in the ball"
             )
         if not pipeline and (self.joint or self.targets == "classifier"):
             raise ValueError(
@@ -107,8 +108,8 @@ class CarsoConfig:
             )
         if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
             raise ValueError(
-                "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it has no frozen "
-                f"classifier, got {self.targets!r} and {self.precision!r}"
+                "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it trains with no frozen "
+                f"classifier, got targets={self.targets!r} and precision={self.precision!r}"
             )
         if self.kl_delay_unit == "share" and self.kl_delay >= 1:
             raise ValueError(f"kl_delay must be in [0, 1) as a share of the epochs, got {self.kl_delay}")

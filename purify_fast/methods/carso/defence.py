@@ -5,8 +5,8 @@
 
 Ballarin, Ansuini, Bortolussi: "Blending adversarial training and representation-conditional purification via
 aggregation improves adversarial robustness", arXiv 2306.06081. The paper's aggregation (PeeL) can return +-inf, and its
-gradients can be NaN, so gradient attacks stop. Here, logsumexp makes the same decisions with finite logits and usable
-gradients.
+gradients can be NaN, which stops attacks that follow gradients. Here, logsumexp makes the same decisions with finite
+logits and usable gradients.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Carso(Defence):
     `purify_fast.methods.recipes` builds the published systems, and `Carso.from_official` reads the published files.
 
     Every call draws a fresh seed from torch's global generator. Within `fixed_noise` the seed is the caller's, and
-    within `deterministic` z is 0. Run one forward pass at a time: several threads and ``nn.DataParallel`` are not
-    supported, but one process per GPU is.
+    within `deterministic` z is 0. Several threads may predict at the same time. For several GPUs, run a process for
+    each GPU; ``nn.DataParallel`` is not supported.
 
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
@@ -71,8 +71,8 @@ class Carso(Defence):
         mean: mean by which the posterior encoder normalizes its input, a number or a list with a number per channel.
         std: standard deviation by which the posterior encoder normalizes its input, in the same form, above 0.
         decoder: (start, layers): the shape (C, h, w) of the decoder's first map, and its layers, each a `Deconvolution`
-            or its fields. None: `decoder_plan` for image_shape and decoder_width. `published_decoder` returns the
-            decoders of the paper.
+            or its fields. None means `decoder_plan` for image_shape and decoder_width, or for ``v1`` the decoder of
+            the first version. `published_decoder` returns the decoders of the paper.
         version: ``v4`` for versions 4 to 6 of the paper, or ``v1`` for the first version, for 28 x 28 images.
 
     Raises:
@@ -232,7 +232,7 @@ class Carso(Defence):
         return images.unflatten(0, z.shape[:2]).to(self.purifier_dtype)
 
     def decodes_in_one_kernel(self) -> bool:
-        """Tell whether a kernel draws and decodes the latents. It is not used if the decoder needs gradients."""
+        """Tell whether a kernel draws and decodes the latents. It never does if the decoder needs gradients."""
         if self.noise_is_off or not self.computes_in_bfloat16 or self._weight_to_pack() is None:
             return False
         return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
@@ -329,9 +329,10 @@ class Carso(Defence):
             ValueError: the files cannot represent this defence.
         """
         if self.arguments["version"] != "v4" or any(len(shape) != 3 for shape in self.representation.shapes):
+            shapes = ", ".join(str(list(shape)) for shape in self.representation.shapes)
             raise ValueError(
-                "official files support only version v4 and layers that return maps [B, C, H, W]: use `save` for this "
-                "defence"
+                "official files support only version v4 and layers that return maps [B, C, H, W], got version "
+                f"{self.arguments['version']} and, without B, the shapes {shapes}: use `save` for this defence"
             )
         write_official(self.condition_encoder, self.decoder, directory, stem)
 

@@ -237,7 +237,7 @@ def deconvolution_stack(
         channels, (h, w) = layer.channels, layer.size(h, w)
     if (channels, h, w) != tuple(image_shape):
         raise ValueError(
-            f"the decoder's layers end at {(channels, h, w)}, but must end at the image_shape {tuple(image_shape)}"
+            f"the decoder's layers must return images of image_shape {tuple(image_shape)}, got {(channels, h, w)}"
         )
     return nn.Sequential(*stack)
 
@@ -326,7 +326,7 @@ class PosteriorEncoderV1(PosteriorEncoder):
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
         channels, h, w = image_shape
         if min(h, w) < 4:
-            raise ValueError(f"version v1 needs images of at least 4 x 4, got {h} x {w}")
+            raise ValueError(f"image_shape must be at least 4 x 4 for version v1, got {h} x {w}")
         positions = (h - 3) * (w - 3)
         detail = ceil(channels * h * w / positions)
         image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())
@@ -452,7 +452,7 @@ class PackedDecoder(nn.Module):
         Args:
             condition: the condition, floating point ``[B, cond_dim]``. The gradient reaches it.
             seed: seed of the latents, int64 ``[1]``, on the condition's device.
-            sample_ids: number of each image's noise, int64 ``[B]``, on the condition's device.
+            sample_ids: numbers that decide each image's latents, int64 ``[B]``, on the condition's device.
             samples: K.
             options: ``squash``, ``channels_last`` and ``dtype`` of `purify_fast.ops.decode_prior`.
 
@@ -481,8 +481,8 @@ class PackedDecoder(nn.Module):
 def kernel_decodes(device: torch.device) -> bool:
     """Tell whether `PackedDecoder` should be used on ``device``. If not, the decoder's own layers are run.
 
-    It is not used inside torch.compile, which fuses the layers. For some dtypes and batch sizes, `decode_prior` has no
-    kernel, and runs the layers itself.
+    The layers are also run inside torch.compile, which fuses them. For some dtypes and batch sizes, `decode_prior` has
+    no kernel, and runs the layers itself.
 
     Args:
         device: device of the latents.

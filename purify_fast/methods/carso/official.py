@@ -68,7 +68,7 @@ def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
         stems = sorted(path.name.removesuffix(ending) for path in directory.glob(f"*{ending}"))
         if len(stems) != 1:
             names = ", ".join(stems) or "none"
-            raise ValueError(f"{directory} must have exactly one file *{ending} if stem is None; there are: {names}")
+            raise ValueError(f"{directory} must have exactly one file *{ending} if stem is None, got {names}")
         stem = stems[0]
     return {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
 

@@ -77,8 +77,8 @@ class CarsoRecipe(Recipe):
         Args:
             directory: folder with the three safetensors files of the purifier. If ``classifier_weights`` is None, it
                 must also have the file of the classifier.
-            classifier_weights: file of the classifier's weights; None: the only other file of weights in ``directory``,
-                or, if there are several, the file with the authors' name.
+            classifier_weights: file of the classifier's weights. None means the only other file of weights in
+                ``directory``, or, if there are several, the file with the authors' name.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -109,8 +109,8 @@ class CarsoRecipe(Recipe):
         if len(chosen) != 1:
             names = ", ".join(path.name for path in chosen) or "none"
             raise (ValueError if chosen else FileNotFoundError)(
-                f"{folder} must hold the weights of the system's classifier, which the authors call {weights}, in "
-                f"one file ({', '.join(endings)}), or the file must be named (--classifier-weights); there are: {names}"
+                f"{folder} must hold one file ({', '.join(endings)}) with the weights of the system's classifier, "
+                f"which the authors call {weights}, got {names}. Otherwise give the file as --classifier-weights"
             )
         return chosen[0]
 

@@ -230,7 +230,7 @@ def training_loss(
         defence: the defence to train.
         batch: the images. If its epoch and epochs are not set, it counts as a batch of the first epoch, in which the KL
             term has weight 0 by the default kl_delay.
-        config: the settings; attack_target chooses `published_step` or `pipeline_step`. None: the defaults.
+        config: the settings; attack_target chooses `published_step` or `pipeline_step`. None means the defaults.
         graphs: captures the attack's step in a CUDA graph on a CUDA device; pass the same object for every batch. None
             captures nothing.
 

@@ -1,4 +1,4 @@
-"""Purification by diffusion: this package has the defence, its schedules and solvers, and the training of denoisers."""
+"""Purification by diffusion: the defence, its schedules and solvers, and the training of denoisers."""
 
 from __future__ import annotations
 

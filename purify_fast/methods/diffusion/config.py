@@ -20,18 +20,18 @@ class DiffusionConfig:
     a denoiser that needs only one evaluation (`purify_fast.methods.diffusion.ConsistencyTask`).
 
     Args:
-        attack: attack of the second training, with eps above 0; eps 0 selects another training.
-        intervals: number of intervals into which the third training divides the process up to ``last_time``; 0 selects
+        attack: attack of the fine-tuning, with eps above 0. eps 0 selects another training.
+        intervals: number of intervals into which the distillation divides the process up to ``last_time``. 0 selects
             another training.
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
         prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
         last_time: the last time for which the denoiser is trained, as a share of the process (paper: 1). A purifier
             only uses times up to its t*, the time up to which it adds noise. A small denoiser removes this noise better
             if it is trained only up to t* (own).
-        denoising_weight: weight of the first training's loss in the second training, where it is added to the
-            cross-entropy (own). No effect in the other trainings.
-        ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999); 0: no moving average.
-            The decay is at most (1 + n) / (10 + n) after n steps (own).
+        denoising_weight: weight of the loss on clean images in the fine-tuning, where it is added to the cross-entropy
+            (own). No effect in the other trainings.
+        ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999). 0 means no moving
+            average. The decay is at most (1 + n) / (10 + n) after n steps (own).
         learning_rate: highest learning rate of a one-cycle schedule (own; paper: 2e-4, constant).
         weight_decay: weight decay of AdamW (own; paper: Adam without weight decay).
         precision: "float32", which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU rounds the

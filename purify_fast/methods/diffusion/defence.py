@@ -68,11 +68,11 @@ class DiffusionPurifier(Defence):
         samples: K, processes per prediction.
         aggregation: aggregation of the K predictions: ``mean`` of the logits; ``mean_softmax``, the log of the mean
             softmax; ``lse``, logsumexp; or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
-        max_forward_batch: largest batch of the denoiser, where each draw of an image counts; None: no limit.
+        max_forward_batch: largest batch of the denoiser, where each draw of an image counts. None means no limit.
         last_time: last time for which the denoiser was trained, as a share of the process.
         keep: number of steps, from the last backward, whose activations are stored for the gradient and not computed
-            again. "auto": as many as fit into a quarter of the free memory. 0: none. This changes no result, and is not
-            saved.
+            again. "auto" stores as many as fit into a quarter of the free memory. The number changes no result, and is
+            not saved.
 
     Raises:
         ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or the classifier is
@@ -132,7 +132,7 @@ class DiffusionPurifier(Defence):
             self._denoiser_draws = draws_numbers(lambda: self._predict(blank[:, 0], times), blank.device)
 
     def _make_table(self) -> None:
-        """Compute the table of the process as buffers, and set every step to have a gradient of the denoiser."""
+        """Compute the table of the process as buffers, and let every step have a gradient of the denoiser."""
         if (latest := max(start for start, _ in self.process.rounds)) > self.last_time:
             raise ValueError(
                 f"t_star must be at most {self.last_time}, the last time that the denoiser was trained for, "

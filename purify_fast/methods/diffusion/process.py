@@ -67,14 +67,14 @@ class Process:
     Args:
         schedule: noise schedule for which the denoiser was trained.
         prediction: quantity that the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
-        times: units of the denoiser's time (`Schedule.told`); None: the training step's index, or score-SDE's
+        times: units of the denoiser's time (`Schedule.told`). None means the training step's index, or score-SDE's
             continuous time for the schedule ``vp``.
         solver: ``ddpm``, ``ddim``, ``vp_sde`` (Euler-Maruyama steps of the reverse SDE), ``ode`` (Euler steps of the
             probability flow) or ``one_shot`` (the image that is predicted at t*).
         t_star: time up to which noise is added, as a share of the process. Several times define several rounds; each
             round purifies the result of the round before.
-        steps: number of the solver's steps: one number for all rounds, or a number for each round. None: a step for
-            each training step.
+        steps: number of the solver's steps: one number for all rounds, or a number for each round. None means a step
+            for each training step.
         eta: parameter of ddim: with 0 it adds no noise, and with 1 the same noise as ddpm.
         variance: variance of ddpm's noise: ``small`` or ``large``, the two bounds of Ho et al., or ``learned``.
         clip: whether each step's estimate of the image is clipped to [-1, 1], and the purified image to [0, 1]. If
@@ -82,7 +82,7 @@ class Process:
         denoise_last: whether the last step of vp_sde adds no noise, like score-SDE's sampler when it returns its mean
             (``denoise`` in sampling.py of yang-song/score_sde_pytorch). The last step of other solvers never adds
             noise.
-        guidance: distance from the noised input, ``mse`` or ``ssim``, whose gradient guides each step; None: no
+        guidance: distance from the noised input, ``mse`` or ``ssim``, whose gradient guides each step. None means no
             guidance.
         guidance_scale: g, a factor of the guidance, in addition to the step's variance and sigma / alpha.
 
@@ -118,14 +118,14 @@ class Process:
         noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
         if self.guidance is not None and noiseless:
             raise ValueError(
-                f"guidance must be None for the solver {self.solver!r} with eta {self.eta}, got {self.guidance!r}: it "
-                "needs steps with noise, of ddpm, ddim with eta above 0, or vp_sde"
+                f"guidance must be None for the solver {self.solver!r} with eta {self.eta}, got {self.guidance!r}: "
+                "guidance needs a solver that adds noise, which is ddpm, vp_sde, or ddim with eta above 0"
             )
         # table() refuses settings that the schedule does not support. Guidance draws noise of its own, so each row has
         # two step numbers.
         rows = len(self.table()[1])
         if 2 * rows > STEPS:
-            raise ValueError(f"steps of all rounds, and 1 more per round, must be at most {STEPS // 2}, got {rows}")
+            raise ValueError(f"the sum of steps + 1 over all rounds must be at most {STEPS // 2}, got {rows}")
 
     @classmethod
     def of(cls, given: Process | Mapping[str, Any]) -> Process:

@@ -53,7 +53,8 @@ class Schedule:
 
     Args:
         kind: ``linear``, ``cosine`` or ``vp``; the module's docstring has the formulas.
-        steps: N, number of the denoiser's training steps. For vp, whose times are continuous, the number of indices.
+        steps: N, number of the denoiser's training steps. The times of vp are continuous. There, N is the number of
+            indices to which `told` rounds them.
         first_beta: variance that the first of 1,000 steps adds, for linear and vp; no effect on cosine.
         last_beta: variance that the last of 1,000 steps adds, for linear and vp; no effect on cosine.
 
@@ -141,7 +142,7 @@ class Schedule:
 
         Args:
             start: t*, in (0, 1].
-            steps: number of steps, at least 1; None: every training step.
+            steps: number of steps, at least 1. None means every training step.
 
         Raises:
             ValueError: ``start`` is outside (0, 1], or there are fewer than ``steps`` training steps up to it.

@@ -28,7 +28,8 @@ image at the end of this trajectory. The method is from Song, Dhariwal, Chen & S
 algorithm 2. Their intervals are those of another schedule, and their distance for large images is LPIPS.
 
 An ordinary denoiser predicts the mean of all images that may have become x_t. A single step of flow matching on
-straight lines predicts it too (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts one image.
+straight lines predicts this mean too (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts one of
+the images.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class DiffusionTask(MethodTask):
         predicted = answer_of("x", self.denoiser, given, lambda: self.denoiser(image, image.new_zeros(1)))
         if predicted.shape != image.shape:
             raise ValueError(
-                f"x: for images {list(image.shape)}, the denoiser must return this shape, got {list(predicted.shape)}"
+                f"x: the denoiser must return the shape of its images, {list(image.shape)}, got {list(predicted.shape)}"
             )
 
 
@@ -262,7 +263,7 @@ class ConsistencyTask(DiffusionTask):
         config: settings of the training, with intervals.
         origin: name of the denoiser's initial weights. A run is resumed only with the same name.
         process: process for which the denoiser was trained, or its fields. Its schedule, predicted quantity and units
-            of time are used. None: those of ``config``.
+            of time are used. None means those of ``config``.
 
     Raises:
         ValueError: ``config`` has no intervals, or too many for the schedule.

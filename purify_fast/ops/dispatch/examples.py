@@ -20,11 +20,11 @@ HALVES = (torch.bfloat16, torch.float16)
 #: The number of samples of an example. If the size of a tensor's dimension is a multiple of this number, the dimension
 #: is assumed to be that of the samples.
 ROWS = 3
-#: Image shapes for ops whose examples differ only in the shape. In the kernels for losses and for steps in a norm, the
-#: last two shapes have more numbers than one program processes. The letters are the dtypes for which kernels are
-#: verified with this shape on a GPU (`Example.gpu`).
+#: Image shapes for ops whose examples differ only in the shape. The last two shapes have more numbers per image than
+#: one Triton program processes in the kernels for losses and for steps in a norm. The letters are the dtypes for which
+#: kernels are verified with this shape on a GPU (`Example.gpu`).
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
-#: The shape of the images for races.
+#: The shape of the images for races, which compare the speeds of a kernel and its reference.
 RGB = (((ROWS, 3, 32, 32),),)
 LAYOUTS = ("", "channels_last")
 
@@ -37,12 +37,12 @@ class Example:
         name: name of the example, unique within its op.
         make: function that makes the kernel's arguments on the CPU from a dtype and a seed. Shapes and settings do not
             depend on the seed.
-        setting: setting that differs from the other examples.
+        setting: the values in which this example differs from the other examples of its op.
         dtypes: dtypes that the op supports.
         exact: whether every backend must have the same bits as the reference.
         slack: error that is allowed in addition to rounding, in units of float32's eps times the largest output. Normal
             numbers, for example, differ by a few ulp.
-        variant: setting for which the op's backend is chosen separately, if there is one.
+        variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
         summed: whether the results are sums over the samples.
         jumps: whether the result jumps where a number changes its sign. Rounding can change the sign of some numbers,
             so the error of a single number has no bound. If True, the root mean square of the error is compared, and
@@ -87,10 +87,10 @@ def double(arguments: tuple) -> tuple:
 
 
 def batch_dimension(tensor: Tensor) -> int | None:
-    """Return the dimension of the samples or passes; None for seeds, settings and parameters (the weights)."""
+    """Return the dimension that counts the samples or passes; None for seeds, settings and parameters (the weights)."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
-    # The second dimension is that of the samples in the tensor of owners, [draws, samples, ...].
+    # Only the owners of blocks in `random_transform` have another first dimension: [draws, samples, ...].
     return 0 if tensor.shape[0] % ROWS == 0 else 1
 
 

@@ -1,4 +1,4 @@
-"""Functions of autograd around kernels, and kernels that save what their backward needs.
+"""Give ops their gradients: autograd functions around kernels, and CPU kernels that save values for the backward.
 
 Applying an ``autograd.Function`` takes 16 microseconds on an AMD EPYC, several times as long as a small kernel. So a
 call that cannot have a gradient uses the kernel directly. docs/performance.md has a table with the parts of a call.
@@ -6,9 +6,9 @@ call that cannot have a gradient uses the kernel directly. docs/performance.md h
 An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than memory
 accesses. On a CPU, memory accesses are cheaper: saving a sigmoid, a normal number or a difference needs one store and
 one load. Computing it again would need dozens of instructions, or the read of a second matrix. ``torch.compile`` also
-saves such values. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. They have the same results
-as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be used in both
-directions.
+saves such values. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. These kernels have the same
+results as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be used
+in both directions.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def needs_gradient(*tensors: Tensor) -> bool:
         tensors: the tensors in which the op is differentiable.
 
     Returns:
-        True if gradients are recorded and a tensor requires one. Also True inside forward-mode differentiation: the
-        ops' functions raise an error there, while a bare kernel would silently lose the tangent.
+        True if gradients are recorded and a tensor requires a gradient. Also True inside forward-mode differentiation:
+        the ops' autograd functions raise an error there, while a bare kernel would silently lose the tangent.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
@@ -48,9 +48,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         backward: a function's ``backward(ctx, *grads)``.
 
     Returns:
-        A function that raises an error if its result is differentiated and the incoming gradient requires one. Under
-        ``create_graph=True``, ``once_differentiable`` treats the gradient of a plain sum as a constant, and so does
-        this function. A penalty on gradients therefore needs ``use_backend("reference")``.
+        A function that raises an error if its result is differentiated and the incoming gradient itself requires a
+        gradient. Under ``create_graph=True``, ``once_differentiable`` treats the gradient of a plain sum as a constant,
+        and so does this function. A penalty on gradients therefore needs ``use_backend("reference")``.
     """
     guarded = once_differentiable(backward)
 
@@ -78,7 +78,7 @@ def differentiable(
         constants: number of outputs, counted from the last, that have no gradient.
 
     Returns:
-        ``apply`` of the function.
+        The method ``apply`` of the autograd function, which is called with the inputs.
     """
 
     class Function(torch.autograd.Function):
@@ -113,7 +113,10 @@ def differentiable(
 
 
 def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
-    """Return the handle of a kernel of the extension that is not an op. It accepts only tensors with data."""
+    """Return the handle of a kernel of the compiled extension that is not an op.
+
+    Such a kernel has no fake that computes only shapes, so it accepts only tensors with data.
+    """
     torch.library.define(f"purify_fast::{name}", schema)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
@@ -121,15 +124,16 @@ def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
 
 #: Multiplies each row of ``rows`` [B, ...] by its number in ``grad`` [B], and rounds the products to a dtype.
 SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
-#: True if the extension is loaded and has these kernels.
+#: True if the extension is loaded and has the kernels that save values.
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def transformed() -> bool:
     """Return True if an eager call is inside a transform of ``torch.func``.
 
-    Transforms do not support functions of autograd whose ``forward`` receives the context. A function with
-    ``setup_context`` instead would take 20 us more per call, because PyTorch inspects a signature.
+    The CPU kernels that save values cannot be used there. Their autograd functions receive the context in ``forward``,
+    which transforms do not support. With ``setup_context`` instead, each call would take 20 us more, because PyTorch
+    inspects a signature.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 

@@ -78,14 +78,14 @@ class Definition:
         name: name without the name space.
         handle: the op as PyTorch dispatches it.
         reference: the definition, in PyTorch.
-        available: the backends that exist here, by device type; the kernel is last.
+        available: the backends that exist in this installation, by device type; the kernel is last.
         examples: inputs that verify its kernels.
         raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
         launch: function that starts its Triton kernel, or None.
         few_launches: variants for which forward and backward together replace fewer than a dozen launches of the
             reference. Without races, a GPU uses the reference for these variants, and the kernel for the others.
-        compiler_fuses: the other variants whose reference can be fused by a compiler; ``""`` means an op without
-            variants. Inside compiled graphs, the reference is used for these variants.
+        compiler_fuses: further variants, whose reference a compiler can fuse; ``""`` stands for an op without variants.
+            Inside compiled graphs, the reference is used for these variants.
         size_key: function that returns, from the kernel's arguments, the dtype and the number of elements by which
             races distinguish calls.
         differentiable: whether the public function has gradients, by a ``torch.autograd.Function`` around the op. The

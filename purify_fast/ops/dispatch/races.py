@@ -1,10 +1,11 @@
 """The results of races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-Two kinds of files have the results, in the same form: the user's file for this machine (`records`), and the package's
-``races.json``, for machines that were measured with the benchmarks. The user's file has priority. It has hashes of the
-ops' sources, and entries for other sources are ignored. ``races.json`` has the results of several machines. The results
-of a machine with the same device are used, or else those of a machine with the same instruction set. If there is no
-such machine, a CPU uses the results of the first CPU, because a kernel that was faster on one CPU is faster on most.
+A race times the kernel and the reference of an op. The results are in two kinds of files with the same form: the user's
+file for this machine (`records`), and the package's ``races.json``, for machines that were measured with the
+benchmarks. The user's file has priority. It has hashes of the ops' sources, and entries for other sources are ignored.
+``races.json`` has the results of several machines. The results of a machine with the same device are used, or else
+those of a machine with the same instruction set. If there is no such machine, a CPU uses the results of the first CPU,
+because a kernel that was faster on one CPU is faster on most. A GPU then uses no results.
 
 A file has an entry for each op. The entry's ``cells`` give the fastest backend of eager calls and inside graphs: for
 each measured combination of variant, dtype and size; for each variant; and, under an empty name, for the whole op. A
@@ -36,7 +37,7 @@ class Winner(NamedTuple):
 
     Attributes:
         backend: the fastest backend that is correct, over all measurements.
-        why: where and when it was measured, in words.
+        why: where and when the backend was measured, in words.
         gain: the kernel's speed relative to its reference, in words; empty if unknown.
     """
 
@@ -78,7 +79,7 @@ def forget_files() -> None:
 
 
 def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
-    """Return the machine in ``races.json`` that is most similar to this one, or None if none is similar."""
+    """Return the machine in ``races.json`` that is most similar to this machine, or None if no machine is similar."""
     same = [one for one in shipped() if one["machine"]["kind"] == facts["kind"]]
     for what in ("device", "capability"):
         for one in same:
@@ -88,7 +89,7 @@ def nearest(facts: dict[str, str]) -> dict[str, Any] | None:
 
 
 def own_entry(op: Definition, device: torch.device) -> dict[str, Any]:
-    """Return the entry of an op in the user's file; empty if there is none for the op's current kernel."""
+    """Return the entry of an op in the user's file; empty if the file has no entry for the op's current kernel."""
     entry: dict[str, Any] = read(device).get("ops", {}).get(op.name, {})
     return entry if entry.get("sources") == op.code_hash(device.type) else {}
 

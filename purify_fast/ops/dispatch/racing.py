@@ -1,8 +1,9 @@
 """Races kernels against their references on a device of this machine, for ``purify-fast tune``.
 
-Each op is raced by variant, memory layout, dtype and size, separately for forward and backward. Eager calls are timed.
-On a GPU, the replay of a CUDA graph is timed too, which has no launch overhead of the host. If ``full`` is requested,
-kernel and reference are also timed inside a graph of ``torch.compile``, between operations that can be fused.
+A race times the kernel and the reference of an op with the same inputs. Each op is raced by variant, memory layout,
+dtype and size, separately for forward and backward. Eager calls are timed. On a GPU, the replay of a CUDA graph is
+timed too, because a replay has no launch overhead on the host. If ``full`` is requested, kernel and reference are also
+timed inside a graph of ``torch.compile``, between operations that can be fused.
 
 A kernel is used for eager calls of a variant, dtype and size if it is faster in every layout and, on a GPU, in the
 replay too. A kernel that is already in use remains in use if it is at most five percent slower, so that two races on
@@ -52,9 +53,9 @@ MOST = {"decode_samples": 2**22}
 ATTEMPTS = 3
 #: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
-#: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. It
-#: cannot be fused with its neighbors there, so its inputs and outputs are written and read once more. The race has no
-#: such neighbors, so it does not measure this cost.
+#: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. There
+#: the kernel cannot be fused with its neighbors, so its inputs and outputs are written and read once more. In a user's
+#: graph this can cost more than in the race, whose neighbors are a single product and a single sum.
 IN_GRAPHS = 2.0
 
 
@@ -169,7 +170,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # By default an event is recorded on the current device, but the raced device may be another one.
+        # By default an event is recorded on the current device, but the raced device may be another device.
         stream = torch.cuda.current_stream(device)
         began.record(stream)
         for _ in range(repeats):
@@ -382,7 +383,8 @@ def known_rows(op: Op, device: torch.device) -> list[Row]:
 def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, Any]) -> None:
     """Write rows into the user's file, where they replace rows of the same races.
 
-    They have no effect until all races are finished. If the process is killed, the next run continues with them.
+    The rows have no effect until all races are finished. If the process is killed, the next run does not repeat these
+    races.
     """
     every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
     now = {"sources": op.code_hash(device.type), "rows": [asdict(row) for row in every]}
@@ -418,7 +420,7 @@ def tune(
 
     Args:
         device: the device.
-        seconds: no race begins after this time. Calls without a finished race keep their backend.
+        seconds: time limit. No race begins after so many seconds, and calls without a finished race keep their backend.
         full: whether calls inside graphs of ``torch.compile`` are raced too.
         ops: names of ops; empty for all ops that have a kernel for the device.
         again: whether to repeat races whose results are known for this device and these versions of the package, torch

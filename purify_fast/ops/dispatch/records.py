@@ -94,7 +94,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def missing_compiler() -> str | None:
-    """Return a sentence that says what Triton lacks to run kernels on a GPU, and how to install it; None if nothing.
+    """Return a text that says what Triton lacks for kernels on a GPU and how to install it; None if it lacks nothing.
 
     Triton compiles a small C module that calls the CUDA driver. It needs no compiler for modules that are already in
     its cache folder.

@@ -1,9 +1,9 @@
 """Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
 
-An op has a schema, a fake that computes only shapes and dtypes, and a kernel for each dispatch key. It is opaque to the
-compiler. On a device, every op has two defaults: for eager calls, and inside compiled graphs, where the compiler cannot
-fuse a kernel with neighboring operations. If no kernel is used, the public function calls the reference directly, so
-that ``torch.compile`` can fuse it.
+An op has a schema, a fake that computes only shapes and dtypes, and a kernel for each dispatch key. ``torch.compile``
+cannot look into an op, and therefore cannot fuse a kernel with neighboring operations. So the backend is chosen
+separately for eager calls and for calls inside compiled graphs. If no kernel is used, the public function calls the
+reference directly, which ``torch.compile`` can fuse.
 
 A kernel is used if it was measured to be faster for the dtype and the size of the call: on the user's machine, or on a
 similar machine that was measured for the package (`races`). Without a measurement, a GPU uses the kernel for eager
@@ -11,8 +11,9 @@ calls if forward and backward replace at least a dozen launches. Inside compiled
 that compilers do not fuse. In every case, the kernel must have been verified on this machine (`verify`).
 
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
-which is read once at import, forces one or several of them, such as ``cpp,triton``. Each op uses the first that it has
-for its tensors, and raises an error if it has none. `use_backend` does the same for a block.
+which is read once at import, forces one or several backends, such as ``cpp,triton``. Each op uses the first of these
+that it has for the device of its tensors, and raises an error if it has none of them. `use_backend` does the same for a
+block.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Force the backend of the ops within the block.
 
     Args:
-        name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several of them separated by commas: an op
-            uses the first that it has for the device of its tensors. None restores the measured default.
+        name: ``reference``, ``cpp`` (on CPUs) or ``triton`` (on GPUs), or several of them separated by commas. An op
+            uses the first of these that it has for the device of its tensors. With None, each op chooses its backend
+            itself, as without `use_backend`.
 
     Raises:
         ValueError: if a name is unknown. An op that has none of the backends raises RuntimeError when it is called.
@@ -211,8 +213,9 @@ def define_op(
 ) -> Op:
     """Register the op ``purify_fast::name``.
 
-    Its kernels are found by its name: the one in the extension, and the functions ``forward`` and ``backward`` of
-    ``kernels/<name>.py``, which have the op's signature and never get float64.
+    The op's kernels are found by its name. The CPU kernel is in the compiled extension. The Triton kernels are started
+    by the functions ``forward`` and ``backward`` of ``kernels/<name>.py``, which have the signature of the op or of its
+    backward, and never get float64.
 
     Args:
         name: name of the op, without the name space.
@@ -223,8 +226,8 @@ def define_op(
         examples: small inputs that verify and test kernels.
         raced: inputs with realistic shapes, but only a few samples, with which kernels are raced; by default, the
             examples.
-        few_launches: see `Definition`, also for the following arguments.
-        compiler_fuses: the other variants whose reference can be fused by a compiler.
+        few_launches: variants for which the reference is only a few launches; see `Definition`.
+        compiler_fuses: further variants, whose reference a compiler can fuse; see `Definition`.
         size_key: function that returns the dtype and the size by which races distinguish calls.
         differentiable: whether the public function has gradients.
     """
@@ -330,5 +333,5 @@ def _launcher(name: str) -> Callable | None:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """Return x in the dtype in which losses, distances and aggregation are computed: float64, or else float32."""
+    """Return x in the dtype for losses, distances and aggregation: float64 stays, any other dtype becomes float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -43,7 +43,7 @@ def kernels_now(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def keep_kernels(kernels: dict[str, Any]) -> Iterator[None]:
-    """Use only these races within the block. A kernel is still verified at its first use.
+    """Within the block, choose backends only by the given races. A kernel is still verified at its first use.
 
     Args:
         kernels: the value of `kernels_now`.

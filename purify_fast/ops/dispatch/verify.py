@@ -1,4 +1,4 @@
-"""Verifies kernels on the machine on which they run: each is compared once with its definition in float64.
+"""Verifies kernels on the machine on which they run: each kernel is compared once with its definition in float64.
 
 Before a kernel is used for the first time, it is compared on the examples of its op, and the verdict is stored on disk
 (`records`). A kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without
@@ -352,7 +352,10 @@ def verdict_of(op: Definition, call: Call) -> Verdict:
 
 
 def serves(op: Definition, call: Call) -> bool | None:
-    """Return True if the op's kernel may be used for a call; None if this is unknown and must be asked again later."""
+    """Return True if the op's kernel may be used for a call, and False if it is wrong or cannot be run.
+
+    Return None if this is not known now. The caller then uses the reference, and asks again at the next call.
+    """
     if mode() == "off":
         return True
     device, name = call.device, _part_name(op, _part(call))

@@ -51,7 +51,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         want = _response(original, example.double())
     except RuntimeError as error:
         raise ValueError(
-            f"model must run in float64, in which folding is verified (fold=False skips folding), got: {error}"
+            f"model must run in float64, in which folding is verified, but failed: {error}. fold=False skips folding"
         ) from error
 
     def same(chosen: list[tuple[str, str]]) -> bool:

@@ -12,9 +12,9 @@ from torch's generator of the device are the same as without a graph.
 
 A capture takes the time of a dozen steps, and the number of future steps is unknown, because an image leaves the batch
 when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a capture would
-take. This is the rule for the ski rental problem. The total time is at most twice that of the best choice in hindsight.
-Launches are counted separately for each step and batch size. If a replay saves less than a tenth of the time, the step
-is not captured again at this batch size.
+take. With this rule, which is known from the ski rental problem, the total time is at most twice that of the best
+choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than a tenth
+of the time, the step is not captured again at this batch size.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Steps:
     Args:
         function: the step.
         state: initial tensors by name, which are not written to.
-        graphs: object that captures the step if this saves time; None: the loop remains eager.
+        graphs: object that captures the step if this saves time. With None, the loop remains eager.
 
     Attributes:
         state: the current tensors, which the next step may overwrite. `values` returns tensors that are not
@@ -278,11 +278,11 @@ class StepGraphs:
     Args:
         mode: "auto": a step is captured when its launches have taken as much time as a capture. "always": a step is
             captured at once. "off": no step is captured.
-        capture: object that makes graphs; None: CUDA graphs, on CUDA devices.
+        capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
 
     Attributes:
-        refusal: reason why the step of the last loop cannot be captured; None if it is captured or may still be. The
-            capture is tried again after `RETRIED_AFTER` steps, except if a replay saves too little time.
+        refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
+            captured. The capture is tried again after `RETRIED_AFTER` steps, except if a replay saves too little time.
 
     Raises:
         ValueError: the mode is unknown.
@@ -478,7 +478,7 @@ def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State)
     """Begin a loop of a step, which ``graphs`` may capture.
 
     Args:
-        graphs: the captured steps of the caller; None: the loop is eager.
+        graphs: the captured steps of the caller. With None, the loop is eager.
         function: the step.
         state: the initial state: tensors by name, on the same device.
     """

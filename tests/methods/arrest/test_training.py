@@ -397,7 +397,7 @@ def test_a_kept_representation_gives_the_same_losses(options, monkeypatch):
 def test_a_kept_representation_is_not_for_augmented_or_other_images(first, augmentation):
     digits, task = data.load_dataset("digits"), arrest(resnet())
     task.teacher.keep(digits.x_train[first : first + 32], progress=False)
-    with pytest.raises(ValueError, match="x must be the images that were passed to keep"):
+    with pytest.raises(ValueError, match="x differs from the images given to Teacher"):
         fit(task, digits.x_train[:32], digits.y_train[:32], FitConfig(1, 16, **augmentation))
 
 

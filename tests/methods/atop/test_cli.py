@@ -103,7 +103,7 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     for other in (["--width", "4"], ["--purifier", "small_generator"]):
         assert run("atop", made, tmp_path / "other", *options, *other) == 2
         said = capsys.readouterr().err
-        assert "--weights needs --purifier deepfill" in said and f"got --weights {path}" in said
+        assert "needs --purifier deepfill" in said and f"--weights {path} needs" in said
     assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
     assert "none.pth" in capsys.readouterr().err
 
@@ -133,12 +133,12 @@ def test_an_interrupted_run_goes_on(made, generator, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (["--purifier", "deepfill", "--width", "4", "--residual"], "purifier, width, residual"),
-        (["--weights", "mine.pth"], "weights"),
-        (["--sigma", "0.1"], "sigma"),  # the saved value too
-        (["--transform", "rt2"], "transform"),  # and the default
-        (["--block", "4", "--num-passes", "2"], "block, num_passes"),
-        (["--mask-ratio", "0.5", "--samples", "2", "--shared-mask"], "mask_ratio, samples, shared_mask"),
+        (["--purifier", "deepfill", "--width", "4", "--residual"], "--purifier, --width, --residual"),
+        (["--weights", "mine.pth"], "--weights"),
+        (["--sigma", "0.1"], "--sigma"),  # the saved value too
+        (["--transform", "rt2"], "--transform"),  # and the default
+        (["--block", "4", "--num-passes", "2"], "--block, --num-passes"),
+        (["--mask-ratio", "0.5", "--samples", "2", "--shared-mask"], "--mask-ratio, --samples, --shared-mask"),
     ],
 )
 def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, given, named):

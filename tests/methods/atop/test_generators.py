@@ -189,9 +189,9 @@ def test_inputs_that_do_not_fit_are_refused(make, packed, mask, message):
         (lambda: DeepFillGenerator(2, 48), "in_channels must be at least 3 .* got in_channels=2"),
         (lambda: DeepFillGenerator(5, 6), "width a multiple of 4 .* and width=6"),
         (lambda: SmallGenerator(0), "channels must be at least 1, got 0"),
-        (lambda: encoder((1, 18, 16)), r"H and W must be multiples of patch 4, got image_shape \(1, 18, 16\)"),
-        (lambda: encoder(width=10), "width must be a multiple of 4 and of its 2 heads, got 10"),
-        (lambda: encoder(decoder_heads=3), "decoder_width must be a multiple of 4 and of its 3 heads, got 8"),
+        (lambda: encoder((1, 18, 16)), r"image_shape must have H and W divisible by patch 4, got \(1, 18, 16\)"),
+        (lambda: encoder(width=10), "width must be a multiple of 4 and of 2, its number of heads, got 10"),
+        (lambda: encoder(decoder_heads=3), "decoder_width must be a multiple of 4 and of 3, its number of heads"),
         (lambda: encoder(depth=0), "depth must be at least 1, got 0"),
     ],
 )

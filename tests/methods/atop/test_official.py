@@ -56,7 +56,7 @@ def test_ways_to_hold_it(generator, tmp_path, change):
         (lambda s: s.update({"stage2.conv_bn7.conv.bias": torch.zeros(3)}), r"bias is \[3\], must be \[32\]$"),
         (lambda s: s.update(extra=3), "contains no state dict"),
         (lambda s: s.update({FIRST: torch.zeros(6)}), "must hold a generator of deepfillv2-pytorch"),
-        (lambda s: s.pop(FIRST), "must hold a generator of deepfillv2-pytorch, got stage1"),
+        (lambda s: s.pop(FIRST), "must hold a generator of deepfillv2-pytorch, got the tensors stage1"),
     ],
 )
 def test_states_that_do_not_fit_are_named_with_their_tensors(generator, tmp_path, change, message):

@@ -75,7 +75,7 @@ def test_a_round_trip_keeps_every_tensor_and_the_function(size, tmp_path):
 
 def test_one_of_several_systems_is_chosen_by_its_stem(cifar, files):
     system(seed=1).save_official(files, "other")
-    with pytest.raises(ValueError, match=f"if stem is None; there are: other, {STEM}"):
+    with pytest.raises(ValueError, match=f"if stem is None, got other, {STEM}"):
         Carso.from_official(cifar.classifier, files)
     loaded = Carso.from_official(cifar.classifier, files, STEM, samples=3)
     assert torch.equal(loaded.decoder.adapter.weight, cifar.decoder.adapter.weight) and loaded.samples == 3
@@ -137,7 +137,7 @@ def test_another_classifier_is_refused_by_shape(files):
 
 
 def test_missing_and_broken_files(cifar, files, tmp_path):
-    with pytest.raises(ValueError, match="there are: none"):
+    with pytest.raises(ValueError, match="got none"):
         Carso.from_official(cifar.classifier, tmp_path / "nowhere")
     path = files / f"{STEM}_decoder.safetensors"
     path.write_bytes(b"half a file")

@@ -112,18 +112,18 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
 
     train_to = f"train diffusion --out {tmp_path / 'out'}"
     classifier = ["--classifier", made / "classifier"]
-    assert "classifier needs an --eps above 0" in refused(train_to, *classifier)
-    assert "t_star needs an --eps above 0" in refused(train_to, "--t-star", 0.2)
-    assert "--eps above 0 trains through the purification: give --init" in refused(train_to, "--eps", 0.1, *classifier)
-    assert "init needs an --eps above 0, or --intervals above 0" in refused(train_to, "--init", denoiser)
+    assert "leave out --classifier, or give an --eps above 0" in refused(train_to, *classifier)
+    assert "leave out --t-star, or give an --eps above 0" in refused(train_to, "--t-star", 0.2)
+    assert "--eps 0.1 trains a denoiser through the purification" in refused(train_to, "--eps", 0.1, *classifier)
+    assert "leave out --init, or give an --eps or an --intervals above 0" in refused(train_to, "--init", denoiser)
     distilling = [train_to, "--intervals", 3]
-    assert "--intervals above 0 distills a denoiser: give --init" in refused(*distilling)
+    assert "--intervals 3 distills a denoiser: give the denoiser by --init" in refused(*distilling)
     distilling += ["--init", denoiser]
-    assert f"--init {denoiser} sets prediction: leave it out" in refused(*distilling, "--prediction", "noise")
-    assert "classifier needs an --eps above 0" in refused(*distilling, *classifier)
+    assert f"{denoiser} sets the network: leave out --prediction" in refused(*distilling, "--prediction", "noise")
+    assert "leave out --classifier, or give an --eps above 0" in refused(*distilling, *classifier)
     assert "--last-time must be at most 0.6, the last time that the denoiser of" in refused(*distilling)
     tuning = [train_to, "--eps", 0.1, "--init", denoiser, *classifier]
-    assert f"--init {denoiser} sets width: leave it out" in refused(*tuning, "--width", 8)
+    assert f"--init {denoiser} sets the network: leave out --width" in refused(*tuning, "--width", 8)
     assert "t_star must be at most 0.6" in refused(*tuning, "--t-star", 0.7)
     assert "width must be even and at most 16, or a multiple of 16, got 17" in refused(train_to, "--width", 17)
     assert not (tmp_path / "out").exists()
@@ -131,4 +131,4 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
     assert f"--classifier must be given: {denoiser} contains a denoiser" in refused(evaluate, "--eps", 0.1)
     assert "--eps must be given" in refused(evaluate, *classifier)
     own = refused(f"evaluate {made / 'classifier'}", "--eps", 0.1, "--t-star", 0.1)
-    assert "--solver need a denoiser" in own and f"{made / 'classifier'} is not a saved purifier" in own
+    assert f"--solver are only for a saved denoiser or diffusion purifier, got {made / 'classifier'}" in own

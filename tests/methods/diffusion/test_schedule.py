@@ -164,7 +164,7 @@ REFUSED = {
     "t_star must be in (0, 1] and cover at least one of the 1000 training steps, got 1e-05": {"t_star": 1e-5},
     "steps must be at most 100": {"steps": 101},
     "steps must be at least 1, got 0": {"steps": 0},
-    "steps of all rounds, and 1 more per round, must be at most 32768, got 45005": {
+    "the sum of steps + 1 over all rounds must be at most 32768, got 45005": {
         "t_star": (0.1,) * 5,
         "steps": 9000,
         "schedule": Schedule("vp"),

@@ -1,8 +1,8 @@
 """A study of CARSO, AToP and ARREST on CIFAR-10 at L-inf 8/255, compared with single networks.
 
-The defences are trained with the objectives of the papers, and through the pipeline. The module `models` trains.
-`job_list` lists the jobs, and evaluates the models by the protocols of this package. `results` and `table` make the
-table.
+The defences are trained with the objectives of the papers, and through the pipeline. The module `models` trains the
+models. `job_list` lists the jobs, and evaluates the models by the protocols of this package. `results` collects the
+numbers, and `table` makes the page.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cifar10(Study):
         parser.add_argument("--so-far", action="store_true", help="train nothing; write the table of the finished jobs")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        # Refuse results of another budget now. Otherwise writing the table would fail, hours later.
+        # Refuse results of another budget now. Otherwise the study would fail hours later, when it writes the table.
         check_budget(results, self.budget(chosen), STEM if chosen.base is None else GIVEN)
         if chosen.base is not None:
             zoo.card(chosen.base)

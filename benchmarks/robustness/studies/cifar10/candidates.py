@@ -1,10 +1,10 @@
 """TRADES, and candidates for better defences on CIFAR-10.
 
-A candidate is a method that could be more robust than the base, the adversarially trained classifier of the study.
+A candidate is a method that could be more robust than the base, which is the adversarially trained classifier of the
+study. The candidates are defences and a mixture of two classifiers. The defences start from the purifier that was
+trained with the paper's objective, and are trained through the pipeline. The mixture needs no training.
 
-Each candidate is a row of the table, even if it does not help. The defences start from the purifier with the paper's
-objective, and are trained through the pipeline. The mixture of two classifiers is not trained. No setting is chosen on
-test images.
+Every candidate has a row in the table, even if it is not better than the base. No setting is chosen on test images.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class TradesTask(ArrestTask):
 
         L = CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on the cross-entropy within the ball
 
-    In the paper the inner attack maximizes the divergence. Here it maximizes the cross-entropy, which is a loss of this
-    package's PGD. Gowal et al. ("Uncovering the limits of adversarial training", arXiv 2010.03593) compared the two
-    attacks. The attack, the optimizer, the schedule, the precision and the moving average are those of `ArrestTask`.
-    The config must have no distillation, no replay and no weight perturbation.
+    In the paper, the inner attack maximizes the divergence. Here it maximizes the cross-entropy, because this package's
+    PGD has this loss and not the divergence. Gowal et al. ("Uncovering the limits of adversarial training", arXiv
+    2010.03593) compared the two attacks. The attack, the optimizer, the schedule, the precision and the moving average
+    are those of `ArrestTask`. The config must have no distillation, no replay and no weight perturbation.
     """
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,8 +101,8 @@ class CandidateTask(CarsoTask):
         config: settings of a training through the pipeline. For the loss "distilled", the setting ``targets`` must be
             "classifier".
         origin: fingerprint of the purifier at the start.
-        loss: "trades" uses the loss of TRADES, with the predictions of the whole defence. The other names use the loss
-            of the config.
+        loss: "trades" trains with the loss of TRADES on the predictions of the whole defence. The other names train
+            with the loss of the config.
     """
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str, loss: Loss):

@@ -1,6 +1,6 @@
 """List the jobs of the study on CIFAR-10, and run those that evaluate models.
 
-Jobs are trainings and judgings. A judging evaluates a model by a protocol of this package, or by the attacks of a
+A job is a training or a judging. A judging evaluates a model by a protocol of this package, or by the attacks of a
 method's authors.
 """
 
@@ -47,7 +47,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.AFT, models.finetune, study.STANDARD),
     ]
     if seed > 0:
-        # Lambda, phi and the best candidate are chosen by the results of the first seed, so other seeds need its jobs.
+        # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need these jobs.
         tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
         return [
             *every,
@@ -156,9 +156,9 @@ def clean_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def attacked(job: Job, root: Path, name: str) -> nn.Module:
-    """Load the model that is evaluated. A random defence becomes deterministic, so that attacks need only one draw.
+    """Load the model that is evaluated, with a defence's randomness switched off, so that attacks need only one draw.
 
-    Then CARSO decodes the most likely latent, and AToP adds no noise.
+    Without randomness, CARSO decodes the most likely latent, and AToP adds no noise.
     """
     model = models.model_of(job, root, name)
     if isinstance(model, StochasticDefence) and name not in study.AS_AUTHORS:
@@ -172,7 +172,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
-        # With the first seed the best candidate is chosen now. With another seed, its training has already chosen it.
+        # With the first seed, the best candidate is chosen now. With another seed, it was chosen before its training.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model = attacked(job, root, name)
     torch.manual_seed(job.seed)

@@ -97,9 +97,9 @@ def finetuning(budget: SimpleNamespace, weight: float, angle: float | None) -> A
 
     Args:
         budget: amounts of the training.
-        weight: weight lambda of the distillation. 0 leaves the distillation out.
-        angle: threshold phi of the noisy replay. None leaves the replay out. With neither part, ARREST is AFT, plain
-            adversarial finetuning.
+        weight: weight lambda of the distillation. With 0 there is no distillation.
+        angle: threshold phi of the noisy replay, in degrees. If it is None, there is no replay. Without distillation
+            and replay, ARREST is AFT, which is plain adversarial finetuning.
     """
     return ArrestConfig(
         attack=attack_of(budget),
@@ -166,7 +166,7 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 def train_base(job: Job, folder: Path, root: Path) -> dict:
     """Train a classifier adversarially.
 
-    The setting ``how`` says whether it starts from random weights, from a model of the zoo, or from the base.
+    The setting ``how`` names what is special about the training, such as its start from a model of the zoo.
     """
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
@@ -184,7 +184,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
-        # Save the weights without the moving average too, because they need no further training.
+        # Save the weights without the moving average too. They are another row of the table, without another training.
         save_classifier(task.classifier, folder / study.LIVE)
     return facts
 
@@ -245,8 +245,9 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def best(job: Job, root: Path) -> str:
     """Return the name of the candidate with the highest accuracy under attack on held-out training images.
 
-    If two candidates are equal, the one with the higher clean accuracy is chosen. A candidate is chosen last if its
-    accuracy under attack is unreliable. The results of the first seed decide for all seeds.
+    If two candidates are equal, the candidate with the higher clean accuracy is chosen. A candidate whose accuracy
+    under attack is unreliable is chosen only if there is no other candidate. The results of the first seed decide for
+    all seeds.
 
     Args:
         job: job of any seed. The candidates of the first seed must have been evaluated.
@@ -274,7 +275,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
     """Copy weights from the purifier that was trained with the paper's objective, where the shapes are equal.
 
-    Return the fingerprint of the defence from which they are copied.
+    Return the fingerprint of the defence with this purifier.
     """
     before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
     there = defence.state_dict()
@@ -330,7 +331,7 @@ def mix(job: Job, folder: Path, root: Path) -> dict:
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
     """Train AToP with a generator that corrects images.
 
-    The row decides whether it is pre-trained, trained with the paper's objective, or trained through the pipeline.
+    The name of the row decides how: by pre-training, with the paper's objective, or through the pipeline.
     """
     images, budget = images_of(job), job.settings["budget"]
     base = load_classifier(job.folder(root, study.BEHIND[job.name]))

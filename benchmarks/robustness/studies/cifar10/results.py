@@ -1,8 +1,8 @@
 """Collect the numbers of the study on CIFAR-10 from the folders of its jobs, and save them with the results.
 
-The folders of the jobs are large, because they contain models. Later they may have been deleted, or be on another
-machine. So the numbers are saved in a results file, and a table is written from both. If a number is in a folder and in
-the results file, the number in the folder is used.
+The folders of the jobs are large, because they contain models. When a table is written, some folders may have been
+deleted, or be on another machine. So the numbers are also saved in a results file. A table has the numbers from the
+folders, and the other numbers from the results file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SeedFolders:
         return result_of(self.root, name, self.seed)
 
     def judged(self, name: str, protocol: str) -> Report | None:
-        """Return the report of a protocol on a row's model, or None if there is none yet."""
+        """Return the report of a protocol on a row's model, or None if the job is not finished."""
         folder = folder_of(self.root, study.judged_name(name, protocol), self.seed)
         return Report.from_json((folder / "report.json").read_text()) if (folder / RESULT).is_file() else None
 
@@ -138,7 +138,7 @@ class Results:
             stem: name of the results.
         """
         order = [*study.rows(budget), study.BEST, *map(study.tried_name, study.TRIED), *study.AS_AUTHORS]
-        # Put the rows last that this version does not know, and the bases that were trained at other shares of eps.
+        # Put other rows last, such as bases that were trained at other shares of eps.
         order += sorted({name for name, _ in self.lines} - set(order))
         lines = sorted(self.lines.values(), key=lambda line: (line["seed"], order.index(line["name"])))
         for seed in sorted({seed for _, seed in self.reports}):
@@ -194,7 +194,8 @@ def check_budget(folder: Path, budget: Budget, stem: str = STEM) -> None:
     there = json.loads(amounts.read_text()) if amounts.is_file() else None
     if (folder / f"{stem}.json").is_file() and there != _amounts(budget):
         raise OtherBudget(
-            f"the folder {folder} has results of another budget, which would be lost: move these results away first"
+            f"the folder {folder} has results of another budget (--full, --quick, --width), which would be lost: "
+            "move these results away first"
         )
 
 
@@ -204,7 +205,7 @@ def _report_file(seed: int) -> str:
 
 
 def _amounts(budget: Budget) -> dict[str, Any]:
-    """Return the amounts that must be equal for all results in one table. Seeds and shares of eps may differ."""
+    """Return the amounts that must be equal for all results in a table. The numbers of seeds and shares may differ."""
     plain = {"training": vars(budget.training), "judging": asdict(budget.judging)}
     return json.loads(json.dumps(plain))
 

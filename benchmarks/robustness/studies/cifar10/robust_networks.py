@@ -1,8 +1,9 @@
 """Train robust networks for the comparison of attacks: ``python -m benchmarks robust_networks NAME``.
 
-Each network starts as a network of the zoo, and is trained like the base of the study for one pass over the images. An
-interrupted training is resumed. The trained network is written in bfloat16 into the folder ``zoo``.
-``python -m benchmarks zoo NAME=FOLDER`` then evaluates it, and puts it into the zoo, which has its card already.
+Each network starts as a network of the zoo, and is trained like the base of the study, for a single pass over the
+images. An interrupted training is resumed. The trained network is written in bfloat16 into the subfolder ``zoo`` of its
+folder. Then ``python -m benchmarks zoo NAME=FOLDER`` evaluates the network, and puts it into the zoo, which already has
+its card.
 """
 
 from __future__ import annotations

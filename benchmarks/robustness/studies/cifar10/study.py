@@ -66,8 +66,8 @@ class Budget:
     Attributes:
         training: amounts of each training, which settings.yaml explains.
         judging: amounts of the evaluation of each model.
-        shares: further bases are trained at these shares of eps. In the picture they form a curve, together with the
-            standard classifier and the base.
+        shares: shares of eps at which further bases are trained. In the picture these bases form a curve, together with
+            the standard classifier and the base.
         seeds: number of seeds with which the rows of `COMPARED` are trained.
     """
 
@@ -79,9 +79,9 @@ class Budget:
     def of_width(self, width: int) -> Budget:
         """Return the same budget with networks of another width. The larger base is wider in the same proportion.
 
-        At another width the larger base does not match the parameters of base and purifier together, and the longer
-        base does not match their training compute. The reason is that the size of a purifier does not depend on the
-        width of the classifier.
+        The size of a purifier does not depend on the width of the classifier. Therefore, at another width, the larger
+        base does not have the parameters of base and purifier together, and the longer base does not have their
+        training compute.
 
         Args:
             width: number of channels of the first stage.
@@ -116,8 +116,8 @@ ATOP_STANDARD = "AToP, paper's objective, on standard"
 PEEL = "CARSO, paper's objective, through PeeL"
 #: The row of AToP under attacks on the classifier alone, as in the training of its authors' notebooks.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: AS_AUTHORS are the rows under the attacks of the method's authors. AUTHORS is the name of these attacks where other
-#: rows have the name of a protocol.
+#: AS_AUTHORS are the rows under the attacks of the method's authors. AUTHORS stands for these attacks where other rows
+#: have the name of a protocol.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)

@@ -1,7 +1,7 @@
 """Make the tables and pictures of the study on CIFAR-10, with all models that have been evaluated so far.
 
-A row of a table is a model. Its line is the dictionary with its numbers. `Judging.main` is the main protocol, by which
-models are compared.
+A row of a table is a model, and a line is the dictionary with the numbers of a row. Models are compared by the main
+protocol, which is `Judging.main`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .study import Budget, Judging
 
 
 class NothingJudged(Unfit):
-    """A table was requested, but no model has been evaluated yet."""
+    """Raised if a table is requested, but no model has been evaluated yet."""
 
 
 def _error(share: float, images: int) -> float:
@@ -53,7 +53,7 @@ def differences(
         counts: number of images of each protocol.
         seed: seed of the trainings.
         pairs: pairs of names of rows.
-        shared: rows of the first seed that the other seeds use too.
+        shared: names of the rows that the other seeds share with the first seed.
     """
     reports = {
         name: report for (name, of), report in results.reports.items() if of == seed or (of == 0 and name in shared)
