@@ -86,7 +86,9 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """Read a table of options from a YAML file. Raises a ValueError if the file is not YAML or not a table."""
+    """Read a table of options from a YAML file. Raises a ValueError if there is no such file, YAML or table."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give the path of a run.yaml, which every run writes to its folder")
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -102,7 +104,8 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not a table, belongs to another command, or contains a name that is not an option.
+        ValueError: there is no such file, or it is not a table, belongs to another command, or contains a name that is
+            not an option.
     """
     name = kind.called
     options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}

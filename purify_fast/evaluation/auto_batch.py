@@ -12,44 +12,16 @@ from collections.abc import Iterable
 
 import torch
 
-from .._memory import bytes_of
-from ..attacks.arguments import check_at_least_one
 from ..attacks.objective import Objective
 from ..protocols import Classifier
 from ..speed.memory import Room, free_memory, images_that_fit
 from .cache import RowCache
-from .config import USUAL_BATCH, BatchSize
 from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
 #: The number of tensors of the size of the attacked images that an attack is assumed to keep in memory.
 REMEMBERED = 16
-
-
-def images_together(batch_size: BatchSize, memory: int | str | None) -> int:
-    """The number of images that are attacked together.
-
-    Args:
-        batch_size: a number, or "auto".
-        memory: the most memory for "auto", in bytes or as "20GB"; None: all free memory.
-
-    Raises:
-        ValueError: batch_size is neither a number nor "auto", or memory is given without "auto" or is not a size.
-    """
-    if batch_size == "auto":
-        if memory is not None:
-            bytes_of(memory)
-        return USUAL_BATCH
-    if isinstance(batch_size, str):
-        raise ValueError(f'batch_size must be a number or "auto", got {batch_size!r}')
-    if memory is not None:
-        raise ValueError(
-            f'memory={memory!r} needs batch_size="auto", got batch_size={batch_size}: give batch_size="auto", or leave '
-            "memory out"
-        )
-    check_at_least_one(batch_size=batch_size)
-    return batch_size
 
 
 def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str | None, cache: RowCache) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from .._validation import Count, CudaGraphs, CudnnBenchmark, check_number, check_types
+from .._memory import bytes_of
+from .._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
@@ -69,7 +70,7 @@ class EvaluateConfig:
             numbers of steps and draws, by small steps in random directions, and by repeated predictions. By default it
             is tested with every protocol except "authors", but not with a list of attacks.
         keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
-            every fallen image, exactly as the model got it, in a file next to the report, about 4 KB for each image of
+            every fallen image, exactly as the model got it, in a file next to the report, 25 KB for each image of
             CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             many images would be needed for a decision.
@@ -105,6 +106,18 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_claim(self.claim)
+        if self.batch_size == "auto":
+            if self.memory is not None:
+                bytes_of(self.memory)
+        elif isinstance(self.batch_size, str):
+            raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
+        elif self.memory is not None:
+            raise ValueError(
+                f'memory={self.memory!r} needs batch_size="auto", got batch_size={self.batch_size}: give '
+                'batch_size="auto", or leave memory out'
+            )
+        else:
+            check_counts(batch_size=self.batch_size)
         for radius in self.curve:
             check_number("each of curve", radius)
         # A frozen dataclass does not allow a plain assignment.
@@ -115,6 +128,11 @@ class EvaluateConfig:
         given = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
         words = (f"{name}={value!r}" for name, value, usual in given if value != usual)
         return f"EvaluateConfig({', '.join(words)})"
+
+    @property
+    def images_together(self) -> int:
+        """The number of images that are attacked together."""
+        return USUAL_BATCH if self.batch_size == "auto" else int(self.batch_size)
 
     def has_signs(self, attacks: Sequence[Any] | None) -> bool:
         """Tell whether an evaluation searches for signs that an attack has failed.

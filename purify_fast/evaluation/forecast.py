@@ -14,7 +14,6 @@ from ..protocols import Classifier
 from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
-from .auto_batch import images_together
 from .config import EvaluateConfig
 from .report import Report
 from .runner import evaluate
@@ -55,7 +54,7 @@ def forecast(
     def some(count: int, config: EvaluateConfig = without_signs) -> Report:
         return evaluate(model, x[:count], y[:count], config=config, **options)
 
-    together = min(images_together(config.batch_size, config.memory), len(x))
+    together = min(config.images_together, len(x))
     memory = peak_memory(lambda: some(few), device) * together / few
     count = few
     while True:

@@ -42,7 +42,7 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
-from .auto_batch import images_together, make_room
+from .auto_batch import make_room
 from .cache import RowCache
 from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
@@ -181,7 +181,7 @@ def evaluate(
     _check_kinds(config, base)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    in_batch = images_together(config.batch_size, config.memory)
+    in_batch = config.images_together
     chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
     images, labels, more = next(chunks)
     config, given = _read_attacks(config, attacks, eps)
@@ -317,7 +317,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         judge_draws=draws,
         judge_share=share,
         votes=votes,
-        batch_size=images_together(config.batch_size, config.memory),
+        batch_size=config.images_together,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs),
         copies=GradientCopies(),

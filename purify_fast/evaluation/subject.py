@@ -175,6 +175,12 @@ class Subject:
         self.model, self.num_classes = returning_logits(model, self.sample_images()[:1])
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.model(self.sample_images()), self.model(self.sample_images())
+        rows = len(self.sample_images())
+        if one.shape != (rows, self.num_classes):
+            raise ValueError(
+                f"the model must return a row of {self.num_classes} logits for each image, got {list(one.shape)} for "
+                f"{rows} images: does it mix or drop images of a batch?"
+            )
         self.is_random = differ(one, other) or self.answers_vary(self.model)
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)

@@ -3,8 +3,8 @@
     d = argmin |d|_p,   <w, x + d> = b,   lo <= x + d <= hi
 
 This is FAB's projection (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020). No coordinate moves away from the
-plane, so each row has a single unknown number t. With g = b - <w, x>, and room the distance from x to the border of the
-box in the direction of the move,
+plane, so each row has a single unknown number t. Let g = b - <w, x>. Let room be the distance from x to the border of
+the box in the direction of the move. Then
 
     d = sign(g w) m,   0 <= m <= room,   sum of |w| m = |g|
     linf:  m = min(t, room)
@@ -39,7 +39,7 @@ LAYOUT = {torch.float32: (torch.int32, 23, 254), torch.float64: (torch.int64, 52
 
 
 def scale_of(peak: Tensor) -> Tensor:
-    """Return the power of two that scales ``peak`` [B] into [1, 2), or the nearest one that is a normal number."""
+    """Return the power of two that scales ``peak`` [B] into [1, 2), limited to normal floating-point numbers."""
     integers, mantissa, twice = LAYOUT[peak.dtype]
     exponent = (peak.view(integers) >> mantissa).clamp(1, twice - 1)
     return ((twice - exponent) << mantissa).view(peak.dtype)
@@ -68,7 +68,7 @@ def reference(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) 
 
 
 def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
-    """Return the t for which the moves min(t unit, room) cross the gap, [B, 1]. It is infinite if no t does."""
+    """Return the t for which the moves min(t unit, room) close the gap |g|, [B, 1]. It is infinite if no t does."""
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
@@ -94,7 +94,8 @@ def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
     return torch.where(whole, 1.0, torch.where(edge, part, 0.0))
 
 
-#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU.
+#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU
+#: (`Example.gpu`).
 EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
     ("linf", (ROWS, 16400)): "f",
     ("l2", (ROWS, 3, 33, 31)): "b",

@@ -8,9 +8,9 @@
 Sources: linf and l2 are from Madry et al., ICLR 2018. In l1, s is the sparse direction of SLIDE (Tramer & Boneh,
 NeurIPS 2019, arXiv 1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at
 the border of the box whose g points outwards are excluded, as in SLIDE's implementations. Coordinates with the same |g|
-as the last one selected are selected too. The projection is that of Croce & Hein ("Mind the box", ICML 2021, arXiv
-2103.01208), onto the ball and the box at once. Projecting onto the ball and clipping afterwards would not use all of
-eps. With d = y - x_nat, and room the distance from x_nat to the border of the box in the direction of d,
+as the last selected coordinate are selected too. The projection is that of Croce & Hein ("Mind the box", ICML 2021,
+arXiv 2103.01208), onto the ball and the box at once. Projecting onto the ball and clipping afterwards would not use all
+of eps. Let d = y - x_nat. Let room be the distance from x_nat to the border of the box in the direction of d. Then
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
@@ -35,8 +35,8 @@ from .dispatch.examples import IMAGES, LAYOUTS, RGB, ROWS, Example, examples, la
 from .dispatch.registry import define_op, wide
 
 NORMS = ("linf", "l2", "l1")
-#: The fraction of the coordinates that an l1 step moves, chosen for this package. SLIDE's implementation in cleverhans
-#: uses 0.01. AutoAttack's APGD begins with 0.2 and adapts it.
+#: The fraction of the coordinates that an l1 step moves, which we chose for this package. SLIDE's implementation in
+#: cleverhans uses 0.01. AutoAttack's APGD begins with 0.2 and adapts the fraction.
 DENSITY = 0.05
 #: The number of bisections for l1's shift. Afterwards, the interval is shorter than the rounding error of its initial
 #: upper end.
@@ -60,7 +60,7 @@ def direction(grad: Tensor, norm: int) -> Tensor:
 
 
 def chosen(size: int, density: float) -> int:
-    """Return the number of coordinates, out of ``size``, that an l1 step moves if no two have the same |grad|."""
+    """Return the number of the ``size`` coordinates that an l1 step moves if all of them have different |grad|."""
     return max(1, int(density * size + 0.5))
 
 
@@ -104,7 +104,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
             middle = (inner + outer) / 2
             short = outside(middle)
             inner, outer = torch.where(short, middle, inner), torch.where(short, outer, middle)
-        # A sample inside the ball is not changed, not even by rounding.
+        # Keep a sample inside the ball unchanged, because the formula would round it.
         x = torch.where(moves | d.isnan(), x_nat + d.sign() * (size - outer).clamp_min(0), x)
     return x.clamp(lo, hi)
 
@@ -119,7 +119,8 @@ def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor
     return moved.to(x.dtype).contiguous()
 
 
-#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU.
+#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU
+#: (`Example.gpu`).
 ON_GPU = {
     ("linf", (ROWS, 16400)): "f",
     ("linf", (ROWS, 3, 33, 31)): "h",
@@ -178,10 +179,13 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """Return ``value`` as a tensor [B] on x's device, float32 (float64 for float64).
 
     Raises:
-        ValueError: if value has another shape.
+        ValueError: if value has another shape, or is a negative number or NaN and named "eps".
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(value, Tensor):
+        # A negative step is a step in the other direction, but no ball has a negative radius.
+        if name == "eps" and not value >= 0:
+            raise ValueError(f"eps must be at least 0, got {value}")
         return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
     if value.shape not in ((), (x.shape[0],)):
         raise ValueError(f"{name} must be a number or a tensor [B] = [{x.shape[0]}], got {list(value.shape)}")
@@ -222,8 +226,9 @@ def pgd_step(
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
-        density: fraction of the coordinates that an ``l1`` step moves, in (0, 1]. These have the largest |grad|. Their
-            number is rounded, and at least 1. SLIDE's percentile is 1 - density. Other norms ignore it.
+        density: fraction of the coordinates that an ``l1`` step moves, in (0, 1]. These coordinates have the largest
+            |grad|. Their number is rounded, and at least 1. SLIDE's percentile is 1 - density. Other norms ignore
+            density.
 
     Returns:
         The new x, with the same shape and dtype, contiguous. There is no gradient.

@@ -9,7 +9,7 @@ sets, and pass i hides set i. Source: AToP (arXiv 2401.16352), section 3. The de
 
 The way a mask is drawn is specific to this package. Each of the G blocks gets a 32-bit key from the stream MASK. The
 keys are ranked, and blocks with equal keys are ranked by their index. RT1 and RT2 hide the blocks with the lowest
-ranks. In RT3, pass rank // (G / N) hides a block, and is called the owner of the block.
+ranks. In RT3, a block is hidden by the pass with the index rank // (G / N), which is called the owner of the block.
 
 The backward draws n again from the seed. It stores only the owners of the blocks, one byte per block:
 
@@ -73,8 +73,8 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
     """Compute the definition in float32 (float64 for float64).
 
     The settings are those of the schema. They have the meaning of `random_transform`'s arguments, except for the mask:
-    with num_passes = 0 (RT1 and RT2), there is one pass, which hides ``masked_blocks`` blocks. Their owner is 1, and
-    the owner of the others is 0.
+    num_passes = 0 stands for RT1 and RT2. Then there is a single pass, which hides ``masked_blocks`` blocks. The owner
+    of these blocks is 1, and the owner of the others is 0.
     """
     block, masked_blocks, num_passes, samples, shared_mask, dtype, channels_last = settings
     height, width = x.shape[2:]
@@ -115,7 +115,8 @@ def _fake(x: Tensor, seed: Tensor, ids: Tensor, sigma: float, *settings: Any) ->
 
 
 #: The keys are shape, block, num_passes (0 for RT1 and RT2), sigma, draws and layout. The values are the dtypes in
-#: which the example verifies kernels on a GPU. Some shapes have planes whose size is not a multiple of 4.
+#: which the example verifies kernels on a GPU (`Example.gpu`). Some shapes have planes whose size is not a multiple of
+#: 4.
 EXAMPLES = {
     (*setting, layout): letters
     for setting, gpu in {
@@ -195,15 +196,15 @@ def random_transform(
         sigma: standard deviation of the noise in the unit of x, at least 0. RT1 has sigma = 0.
         block: side of a block in pixels. It must divide H and W. An image has G = (H / block) (W / block) blocks.
         mask_ratio: fraction of the blocks that RT1 and RT2 hide, in [0, 1). The number of hidden blocks is
-            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value of mask_ratio causes a new compilation,
-            and a new value of block, num_passes or samples may cause one. A new value of sigma does not.
-        num_passes: None for RT1 and RT2; N for RT3, a divisor of G from 1 to min(G, 255). With N = 1, the only pass
-            hides everything.
+            int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value of mask_ratio causes a new compilation.
+            A new value of block, num_passes or samples may cause it too. A new value of sigma does not.
+        num_passes: number N of passes of RT3, a divisor of G from 1 to min(G, 255). With N = 1, the only pass hides
+            everything. The default, None, stands for RT1 and RT2, which have a single pass.
         samples: S, the number of independent draws of noise and mask for every image.
-        shared_mask: whether all images of a batch share the mask of a draw, as in the official code. If False, each
-            image has its own mask.
+        shared_mask: True to use the same mask for all images of a batch, as in the official code. If False, each image
+            has its own mask.
         dtype: dtype of the output, x's by default. t is rounded to it at the end.
-        channels_last: whether the output is in the channels_last memory format.
+        channels_last: True to return the output in the memory format channels_last.
 
     Returns:
         ``packed [S B N, C + 2, H, W]`` and ``owners``. In packed, the pass varies fastest, then the image, then the
@@ -217,8 +218,9 @@ def random_transform(
         ValueError: if a shape, dtype, device or setting is wrong.
 
     A visible NaN remains NaN. Hidden pixels are 0, even if x is NaN there. Only x has a gradient, of first order. Both
-    ends of the clip pass it. Masks have the same bits in every backend, and noise differs by a few ulp at most. For a
-    given seed the op is deterministic. Autocast does not change its dtypes. The kernels do not support ``vmap``.
+    ends of the clip pass the gradient. Masks have the same bits in every backend, and noise differs by a few ulp at
+    most. For a given seed the op is deterministic. Autocast does not change its dtypes. The kernels do not support
+    ``vmap``.
     """
     dtype = x.dtype if dtype is None else dtype
     if x.dim() != 4 or x.dtype not in DTYPES:

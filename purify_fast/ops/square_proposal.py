@@ -6,14 +6,14 @@
     l2:      z = clamp(x_nat + eps d / |d|, lo, hi)
     l1:      z = argmin |z - (x_nat + d)|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi
 
-Source: Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2 and 3. l1 is the version of
-AutoAttack, with the projection of `pgd_step`. W and V are square windows at random places. s is a random sign per
-channel. P is a pattern of length 1 in W. |d|_W is the norm of one channel inside the window W. So l2 and l1 set the
-perturbation in the rest of V to 0, and give W the norm of both windows and the part of the radius that was unused.
+W and V are square windows at random places. s is a random sign per channel. P is a pattern of length 1 in W. |d|_W is
+the norm of one channel inside the window W. So l2 and l1 set the perturbation in the rest of V to 0, and give W the
+norm of both windows and the part of the radius that was unused. Source: Andriushchenko et al., "Square Attack", ECCV
+2020 (arXiv 1912.00049), algorithms 2 and 3. l1 is the version of AutoAttack, with the projection of `pgd_step`.
 
-The caller passes the random numbers of a row, for several proposals at once: the places of W and V (row and column of
-each), the orientation of the pattern, and the signs of the channels. The place of a window is computed in float32 for
-every dtype of the images.
+The caller passes the random numbers of each image, for several proposals at once: the places of W and V (row and column
+of each), the orientation of the pattern, and the signs of the channels. The place of a window is computed in float32
+for every dtype of the images.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
     """
     rows, columns = from_border(place[..., 0], edge, height), from_border(place[..., 1], edge, width)
     lines, across = ((one >= 0) & (one < edge) for one in (rows, columns))
-    # The masks are combined as bytes, because CPU code for bytes is vectorised and code for booleans is not.
+    # The masks are combined as bytes, because CPU code for bytes is vectorized and code for booleans is not.
     both = lines.view(torch.uint8)[..., None, :, None] & across.view(torch.uint8)[..., None, None, :]
     return both.view(torch.bool)
 
@@ -83,7 +83,7 @@ def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor
 
 
 def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, power: int) -> Tensor:
-    """Move the mass of V to W.
+    """Return the offsets d of the proposals in l2 or l1. V becomes 0, and W gets a new content with the norm of both.
 
     The offsets are [B, C, H, W], radius is [B, 1, 1, 1], numbers is [T, B, 5 + C], and the result is [T, B, C, H, W].
     """
@@ -126,14 +126,14 @@ def reference(
     else:
         moved = (clean + _moved_mass(point - clean, radius, drawn, pattern, 1)).flatten(0, 1)
         centers = clean.expand(len(drawn), *clean.shape).flatten(0, 1)
-        # A step of length 0 is only the projection.
+        # With a length of 0, the step is only the projection.
         radii = eps.repeat(len(drawn))
         points = pgd_step(moved, torch.zeros_like(moved), centers, alpha=0.0, eps=radii, norm="l1", lo=lo, hi=hi)
     return points.to(x.dtype).contiguous()
 
 
 #: The keys are norm, shape, proposals and edge of the windows. The values are the dtypes in which the example verifies
-#: kernels on a GPU. The last shape has more pixels than a program of l2 or l1 processes at once.
+#: kernels on a GPU (`Example.gpu`). The last shape has more pixels than a program of l2 or l1 processes at once.
 EXAMPLES = {
     (norm, shape, draws, edge): gpu.get(norm, "")
     for norm in NORMS

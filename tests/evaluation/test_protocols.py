@@ -295,6 +295,7 @@ def test_models_that_return_other_things_than_logits():
         (lambda z: None, TypeError, "the name logits, got NoneType$"),
         (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
+        (lambda z: net(z).mean(0, keepdim=True), ValueError, r"a row of 10 logits for each image, got \[1, 10\] for"),
         (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
         (nn.Linear, TypeError, r"the model must be an object, got the class Linear: give Linear\(\.\.\.\)"),
         ("resnet18", TypeError, "the model must be a callable from images to logits, got str"),
