@@ -51,9 +51,9 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # The contribution of the coordinates at the border, and that of the others per unit of t, determine the next t.
-    # t grows until no further coordinate reaches the border. t is infinite if all coordinates are at the border but do
-    # not reach the plane.
+    # The point moves by t times the plane's normal, and each coordinate stops at the border of its range. `filled` is
+    # what the stopped coordinates contribute, and `rate` is what the others contribute per unit of t. Both give the
+    # next t. It grows until no further coordinate stops. It is infinite if all have stopped before the plane.
     reached, ahead = -1.0, 0.0
     while ahead > reached:
         reached = ahead

@@ -104,7 +104,7 @@ def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
 
 @triton.jit
 def _in_window(pattern_ptr, index, one, offset, sign, length):
-    """Return the pattern for the window W, before it is scaled to its length, and 0 outside W."""
+    """Return the pattern in the window W, and 0 outside W. The caller scales the pattern to its norm."""
     shape = tl.load(pattern_ptr + index, mask=one, other=0.0)
     return tl.where(one, shape * sign + offset / (TINY + length), 0.0)
 

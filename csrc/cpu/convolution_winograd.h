@@ -144,8 +144,8 @@ PF_PAIRS_INLINE void spread_gradient(const Pixels& pixels, int64_t c, __mmask16 
   }
 }
 
-// Computes B' d B of a tile for all channels, into to[16][plane]. There are `pitch` numbers, a multiple of 16, with
-// zeros after the channels.
+// Computes B' d B of a tile for all channels, into to[16][plane]. Each of the 16 rows gets `pitch` numbers, a multiple
+// of 16, with zeros after the channels.
 PF_PAIRS inline void take_input(const Pixels& pixels, int64_t channels, int64_t pitch, int64_t plane, uint16_t* to) {
   for (int64_t c = 0; c < pitch; c += 16) {
     Floats d;

@@ -162,8 +162,8 @@ Job job_of(const Tensor& x, const Tensor& prediction, const Tensor& coefficients
           coefficients};
 }
 
-// Calls f(row, first, count) for the elements of all rows, one chunk at a time. `cost` is the work per element,
-// measured in copies of an element.
+// Calls f(row, first, count) for the elements of all rows, one chunk at a time. `cost` says how many times as long an
+// element takes as copying it.
 template <class F>
 void for_chunks(const Job& job, int64_t cost, const F& f) {
   const int64_t chunks = (job.n + chunk - 1) / chunk;

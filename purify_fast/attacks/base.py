@@ -379,7 +379,7 @@ class EngineAttack(Attack):
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search adversarial images for the clean images of ``active``; the model is in evaluation mode (`frozen`).
+        """Search an adversarial image for each clean image of ``active``. The model is in evaluation mode (`frozen`).
 
         The objective is the loss that the search maximizes. Its model is the attacked model, a fast copy of the
         attacked model, or `AttackContext.gradients_from`.

@@ -310,8 +310,8 @@ class AttackSpec:
                 )
         if isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]):
             raise ValueError(
-                f"{given[0]} must be None for BPDA, which attacks the defence's own purifier and has an option "
-                f"aggregation, got {getattr(self, given[0])!r}"
+                f"{given[0]} must be None for BPDA, got {getattr(self, given[0])!r}: BPDA attacks the defence itself. "
+                "Another aggregation is an option of the attack, BPDA(aggregation=...)"
             )
 
     @property

@@ -69,8 +69,8 @@ class Fault:
     repeats: bool
 
 
-#: A tuple for each variant. The first element is its context manager. The others are the advice for three faults: two
-#: calls in a ``with`` block of it differ, two ``with`` blocks with the same seed differ, or the logits of an image
+#: A tuple for each variant. The first element is the variant's context manager. The others are the advice for three
+#: faults: two calls in the same context differ, two contexts with the same seed differ, or the logits of an image
 #: depend on the batch.
 ADVICE = {
     "fixed": (

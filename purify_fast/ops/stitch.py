@@ -130,7 +130,7 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
         )
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(
-            f"images must have S * B * N images with N >= 1, where S * B is {samples} x {batch} as in owners, got "
+            f"the length of images must be a multiple of S * B = {samples} * {batch}, the first sizes of owners, got "
             f"{images.shape[0]}"
         )
     if needs_gradient(images) and not OP.uses_reference(images.device, images.dtype, images.numel()):

@@ -178,8 +178,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # A tensor whose dimensions are in the order of memory flattens without a copy, and one call can write all means
-        # back.
+        # In the order of memory, a tensor can be flattened without a copy, and one call can write all means back.
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world

@@ -88,10 +88,10 @@ class Probes:
     sets_seed: bool = False
 
     def fallen(self, *masks: Sequence[int]) -> list[int]:
-        """The numbers of the images that withstood every attack of the report, but fell to a probe in the same ball.
+        """The indices of the images that withstood every attack of the report, but fell to a probe in the same ball.
 
         Args:
-            *masks: masks like ``fell`` of the probes that count; without masks all probes count.
+            *masks: the results of some probes, each a list like ``fell``. Without masks, all probes are used.
         """
         found = masks or (self.fell, *self.copies.values())
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]

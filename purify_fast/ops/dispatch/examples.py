@@ -90,7 +90,7 @@ def batch_dimension(tensor: Tensor) -> int | None:
     """Return the dimension that counts the samples or passes; None for seeds, settings and parameters (the weights)."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
-    # Only the owners of blocks in `random_transform` have another first dimension: [draws, samples, ...].
+    # Only one argument has another first dimension: `owners` of `random_transform` is [draws, samples, ...].
     return 0 if tensor.shape[0] % ROWS == 0 else 1
 
 

@@ -73,7 +73,7 @@ class Deviation:
     """The deviation of a result from the definition.
 
     Attributes:
-        error: the largest absolute error, or the root mean square for a result that jumps; infinite if a result is not
+        error: the largest absolute error, or the root mean square if the result is not continuous; infinite if a result is not
             finite but should be.
         budget: the allowed error.
         case: the example and its dtype, or the error that a kernel raised.
