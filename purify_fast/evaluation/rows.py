@@ -233,6 +233,12 @@ class Row:
         text = f"{_share(h['nonfinite'], h['gradients'])} / {_share(h['zero'], h['gradients'])}"
         return f"{text} / {_share(h['unmoved'], h['images'])}" if h["images"] else f"{text} / -"
 
+    def health_in_words(self) -> str:
+        """The same shares in words."""
+        nonfinite, zero, unmoved = self.describe_health().split(" / ")
+        moves = "" if unmoved == "-" else f", and {unmoved} of the images did not move"
+        return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
+
 
 @dataclass(frozen=True)
 class Paired:

@@ -116,7 +116,7 @@ def assert_marked(report, alarm, row):
     (told,) = [sign for sign in marked if sign.startswith(f"{alarm}: ")]
     assert "unreliable" in text and f"({row})" in told and "what to do: " in told
     card = html.unescape(html_page(report).split("</section>")[0])
-    assert "Do not believe this number" in card and f"({row})" in card
+    assert "Unreliable: " in card and f"({row})" in card
     found = json.loads(report.to_json())["findings"]
     assert [f["row"] for f in found if (f["alarm"], f["verdict"]) == (alarm, "unreliable")] == [row]
 

@@ -137,7 +137,7 @@ def verdicts(kind):
 @pytest.mark.parametrize(
     ("kind", "sign", "words"),
     [
-        (WithoutGradients, "gradient health", "attack along the model's own gradients lacked usable ones"),
+        (WithoutGradients, "gradient health", "attack along the model's own gradients could not use them"),
         (Adjoint, "gradient health", "cosine"),
         (Reseeded, "noise and seeds", "the model sets the seed of torch's generator itself"),
         (SeededByTheImages, "gradient health", "cosine"),

@@ -57,7 +57,7 @@ def test_texts_are_escaped_and_nothing_is_loaded(report):
 def test_a_number_without_gradients_is_not_to_be_believed(report):
     report.rows = [report.rows[0], report.rows[3]]
     page = html_page(report)
-    assert 'class="card bad"' in page and "Do not believe this number" in page
+    assert 'class="card bad"' in page and "Unreliable: " in page
     assert "Do not believe" not in html_page(Report([row("PGD", [1, 0])]))
 
 
@@ -66,7 +66,7 @@ def test_the_page_says_whether_the_number_can_be_believed(report):
     report.row("worst").reliable = False
     page = html_page(report)
     card = page.split("</section>")[0]
-    assert "What gives it away:" in card and "missed images: 9 of 10 images (Square)" in card
+    assert "The reasons:" in card and "missed images: 9 of 10 images (Square)" in card
     assert "Accuracy against steps" in page
     assert Report.from_json(report.to_json()).curves == report.curves
 

@@ -202,12 +202,14 @@ def test_only_attacks_along_own_gradients_can_lack_them():
     rows += [row(name, [1, 1, 1, 1], health=MASKED) for name in ("A", "B")]
     said = {finding.alarm: finding for finding in findings(Evidence(rows))}
     assert said["gradient health"].measured.startswith(
-        "all 2 attacks along the model's own gradients lacked usable ones; "
+        "all 2 attacks along the model's own gradients could not use them: "
     )
     page = html.unescape(" ".join(html_page(Report(rows[:3])).split()))
     assert "every attack" not in page and "The attack along" not in page
     one = {finding.alarm: finding for finding in findings(Evidence(rows[:4]))}
-    assert one["gradient health"].measured.startswith("the only attack along the model's own gradients lacked usable")
+    assert one["gradient health"].measured.startswith(
+        "the only attack along the model's own gradients could not use them"
+    )
 
 
 # -- the page says one thing --------------------------------------------------------------------------------------
@@ -219,17 +221,15 @@ def test_the_page_and_its_signs_agree():
     said = findings(Evidence(rows))
     sign = next(finding for finding in said if finding.alarm == "gradient health")
     assert sign.verdict == "noted" and sign.measured.startswith(
-        "1 of 3 attacks along the model's own gradients lacked usable ones; "
+        "1 of 3 attacks along the model's own gradients could not use them: "
     )
     over = {"over": ["A", "B", "C"], "attacked": 4}
     rows.append(row("worst", [1, 0, 0, 1], kind="worst", health=None, settings=over))
     report = Report(rows, findings=[Finding(f.alarm, f.verdict, f.measured, f.row, "m") for f in said])
     page = " ".join(html_page(report).split())
     card = page.split("</section>")[0]
-    assert "1 of 3 attacks along the model's own gradients lacked usable ones; the others had them." in html.unescape(
-        card
-    )
-    assert "had usable ones" not in page and 'class="card"' in card
+    assert "1 of 3 attacks along the model's own gradients could not use them; the others could." in html.unescape(card)
+    assert "could use them" not in page and 'class="card"' in card
     assert "none of these gives a reason to doubt the number. Noted: gradient health." in page
     assert page.count('class="bar masked"') == 1
     assert "noted: worth knowing, and no reason to doubt the number" in " ".join(report.to_markdown().split())

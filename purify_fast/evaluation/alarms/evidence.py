@@ -138,7 +138,7 @@ class Evidence:
         if self.probes is not None and isinstance(self.probes.cosine, str):
             return MISSING[self.probes.cosine]
         lacked = bool(counted) and all(row.lacked_gradients for row in counted)
-        return f"the attacks had no usable gradients ({counted[0].describe_health()})" if lacked else ""
+        return f"the attacks had no usable gradients: {counted[0].health_in_words()}" if lacked else ""
 
     def robust(self, n: int) -> np.ndarray | None:
         """Tell which of the first n images withstood all attacks on at least n images; None without such an attack."""

@@ -266,13 +266,13 @@ def _of_counted(evidence: Evidence) -> Outcome:
     every = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
     if not lacking:
         return Outcome("passed", f"{every} had finite gradients that moved the images")
-    shares = f"not finite / zero / images not moved: {lacking[0].describe_health()}"
+    shares = lacking[0].health_in_words()
     if len(lacking) < len(counted):
-        some = f"{len(lacking)} of {len(counted)} attacks {along} lacked usable ones; {shares}"
+        some = f"{len(lacking)} of {len(counted)} attacks {along} could not use them: {shares}"
         return Outcome("noted", some, lacking[0].attack)
     finite = not any(row.health["nonfinite"] for row in lacking if row.health)
     advice = WITHOUT_GRADIENTS["zero gradient" if finite else "not finite"]
-    return Outcome("unreliable", f"{every} lacked usable ones; {shares}", lacking[0].attack, advice)
+    return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
 @Alarm("missed images", Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")))
@@ -302,10 +302,7 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     more = {name: mask & ~by_own for name, mask in others.items()}
     count = int(np.logical_or.reduce(list(more.values())).sum())
     best = max(more, key=lambda name: int(more[name].sum()))
-    text = (
-        f"{count} of {full} images withstood every attack along the model's own gradients and fell to an attack "
-        "without them"
-    )
+    text = f"{count} of {full} images withstood every attack along the model's own gradients and fell to another attack"
     verdict = _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full)
     return Outcome(verdict, text, best if count else "")
 

@@ -160,7 +160,9 @@ class Schedule:
             times[-1] = END
             return times
         if steps > first:
-            raise ValueError(f"steps must be at most {first}, because t_star = {start} is training step {first}, got {steps}")
+            raise ValueError(
+                f"steps must be at most {first}, because t_star = {start} is training step {first}, got {steps}"
+            )
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round() / self.steps
 
     def told(self, t: Tensor, times: Times) -> Tensor:
