@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-#: The committed results. Each measured device has a folder, and the studies have the folder "studies".
+#: The folder of the committed results. It has a folder for each measured device, and the folder "studies".
 RESULTS = Path(__file__).parent / "results"

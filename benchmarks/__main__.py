@@ -23,9 +23,9 @@ from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
 _pipelines = partial(running.arguments, known=list(pipelines.registry()))
-#: For each command, the module that runs it and the help text. The module's function ``main`` runs the command. If it
-#: returns a text or a path, this is printed. If it returns True or False, the command has succeeded or failed. A module
-#: may also have a function ``arguments``, which adds the command's options to a parser.
+#: For each command, a module and the help text. The module's function ``main`` runs the command. A text or a path that
+#: ``main`` returns is printed. If ``main`` returns False, the command has failed. A module may also have a function
+#: ``arguments``, which adds the command's options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (_ops, "measure the speed of the ops, compared with their references in PyTorch"),
     "pipelines": (
@@ -48,8 +48,8 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }
-#: CHECKED are the modules with a function ``check``. It runs before ``main``, and refuses options that would stop the
-#: command later. REFUSALS are the errors that it may raise.
+#: CHECKED are the modules with a function ``check``. This function runs before ``main``, and refuses options with which
+#: ``main`` would fail later. REFUSALS are the errors that ``check`` may raise.
 CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 

@@ -25,15 +25,15 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def put(path: Path, row: Row, key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda row: True) -> None:
-    """Write a row into a file, where it replaces the row with the same key.
+    """Write a row into a file. If the file has a row with the same key, the new row replaces it.
 
-    The file is read first, because another process may have added rows to it. The rows are sorted by their keys.
+    The file is read first, because another process may have added rows to the file. The rows are sorted by their keys.
 
     Args:
         path: path of the JSON file.
         row: the new row.
         key: function that returns the key of a row. No two rows of the file have the same key.
-        keep: function that returns True for the other rows that stay in the file. By default all of them stay.
+        keep: function that returns True for each other row that stays in the file. By default all other rows stay.
     """
     others = [one for one in rows_of(path) if key(one) != key(row) and keep(one)]
     write_text(path, json.dumps(sorted([*others, row], key=key), indent=1) + "\n")
@@ -50,12 +50,12 @@ def machines(rows: Iterable[Row]) -> str:
 
 
 def outdated(file: str, words: str, command: str) -> str:
-    """Return a message about an outdated row, which was made with other attacks or models than the package has now.
+    """Return a message about an outdated row. The attacks or the model have changed since the row was made.
 
     Args:
         file: name of the results file.
         words: description of the row.
-        command: command of ``python -m benchmarks``, with its options, that measures the row again.
+        command: name and options of the command of ``python -m benchmarks`` that measures the row again.
     """
     made = "was made by other attacks or models than the package has"
     return f"{file}: {words} {made}; run `python -m benchmarks {command}`"

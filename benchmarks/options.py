@@ -15,7 +15,7 @@ from . import RESULTS
 
 
 class Unfit(ValueError):
-    """Raised if a command cannot run with its options, for example because they contradict existing files.
+    """Raised if a command cannot run with the given options, for example because they contradict existing files.
 
     argparse prints the message, and the command ends.
     """
@@ -29,7 +29,7 @@ def at_least_one(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Read a time in seconds or minutes, which must be above 0."""
+    """Read a number of seconds or minutes, which must be above 0."""
     if not (number := float(text)) > 0:
         raise ArgumentTypeError(f"must be a number above 0, got {number:g}")
     return number
@@ -38,7 +38,7 @@ def seconds(text: str) -> float:
 def one_of(known: Collection[str]) -> Callable[[str], str]:
     """Return a function that reads a name, and refuses unknown names.
 
-    argparse's own option ``choices`` would also refuse an empty list of names.
+    argparse's parameter ``choices`` is not used, because it would also refuse an empty list of names.
     """
 
     def name(text: str) -> str:
@@ -58,7 +58,7 @@ def device(text: str) -> torch.device:
 
 
 def add_names(parser: ArgumentParser, known: Collection[str], option: str = "names", what: str = "which") -> None:
-    """Add an option or a positional argument that takes some of the known names. The default is all of them."""
+    """Add an option or a positional argument that takes some of the known names. The default is all known names."""
     text = f"{what}; default: all. Names: {'; '.join(known)}"
     # An option needs at least one name after it. A positional argument may be left out.
     count = "+" if option.startswith("-") else "*"
@@ -66,7 +66,7 @@ def add_names(parser: ArgumentParser, known: Collection[str], option: str = "nam
 
 
 def add_out(parser: ArgumentParser, where: str) -> None:
-    """Add ``--out``, the folder for the results, and ``--quick``, a short trial run whose numbers mean nothing."""
+    """Add ``--out`` for the folder of the results, and ``--quick`` for a short trial whose numbers mean nothing."""
     parser.add_argument("--quick", action="store_true", help="a short trial on small inputs; its numbers mean nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the results; default: benchmarks/results{where}")
 
@@ -77,7 +77,7 @@ def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
     Without ``--out``, a trial writes into runs/benchmarks, so that it does not overwrite committed results.
 
     Args:
-        chosen: options of a command that has the options of `add_out`.
+        chosen: options of a command. They include those that `add_out` adds.
         trial: True for a trial, whose numbers mean nothing.
         name: name of the folder inside benchmarks/results or runs/benchmarks.
     """

@@ -12,7 +12,7 @@ import jinja2
 
 #: The largest number of characters in a line of prose.
 WIDTH = 120
-#: The beginnings of lines that must not be broken: of tables, headings, comments, pictures, and indented code.
+#: The beginnings of lines that must not be broken: lines of tables, headings, comments, pictures, and indented code.
 _WHOLE = re.compile(r"\||#|<|!\[| {4}")
 #: The spaces at which a line must not be broken, because the next word would begin a list item or a heading.
 _GLUED = re.compile(r" (?=(?:[-+*#]|\d+[.)]) )")
@@ -35,7 +35,7 @@ def wrapped(text: str) -> str:
 
 
 def rendered(template: Path, functions: Sequence[Callable] = (), **values: Any) -> str:
-    """Fill a template, and return the page. Several blank lines in a row become one blank line.
+    """Fill a template, and return the page. Consecutive blank lines become one blank line.
 
     Args:
         template: path of the template.

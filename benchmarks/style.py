@@ -2,7 +2,7 @@
 
 The background is white, which is readable in print and on dark pages. Each color has a meaning: green is this package,
 blue is torch.compile, gray is everything else, and red is an alarm. The figures do not use pyplot, because pyplot would
-change the user's backend and open figures.
+change matplotlib's backend and the figures that the user has opened.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def new_figure(**options: Any) -> Any:
 
 
 def plain_axes(axes: Any) -> None:
-    """Give axes a light grid along x, and remove their frame.
+    """Add light vertical grid lines to axes, and remove the frame except its lower edge.
 
     Args:
         axes: axes of matplotlib.
@@ -58,7 +58,7 @@ def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], te
         widths: width of each bar.
         colors: color of each bar.
         texts: text at the end of each bar.
-        most: largest width of a bar in all axes of the figure, so that all axes get the same scale.
+        most: largest width of any bar in the figure. With this width, all axes of the figure get the same scale.
     """
     container = axes.barh(range(len(names)), widths, height=0.72, color=colors)
     card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}

@@ -50,7 +50,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def warps(block: int) -> int:
-    """Return the number of warps, 1 to 8, of a program that sums ``block`` elements at once, eight in each thread."""
+    """Return the number of warps, 1 to 8, of a program that sums ``block`` elements together, eight in each thread."""
     return max(1, min(8, block // 256))
 
 

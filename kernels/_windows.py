@@ -114,10 +114,10 @@ def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: 
 
 @triton.jit
 def store_wings(pointer, at, value, size, width):
-    """Store numbers of a row into the wings of the row, if they belong there.
+    """Store those numbers of a row that belong into the wings of the row.
 
-    The wings are the copies before and after a row that contextual_attention.py explains. ``pointer`` is number 0 of
-    the row.
+    The wings are duplicates of some of the numbers, before and after the row (see contextual_attention.py). ``pointer``
+    is number 0 of the row.
     """
     tl.store(pointer + at + (size - 1), value, mask=(at >= 1) & (at <= width) & (at < size))
     tl.store(pointer + at - (size - 1), value, mask=(at >= size - 1 - width) & (at < size - 1))

@@ -23,7 +23,7 @@ TANGENT = tl.constexpr(70.0)
 
 @triton.jit
 def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
-    """Return the tile of the classes from ``first`` on, float32 [K, C], and the mask of the elements that exist."""
+    """Return the tile whose first class is ``first``, float32 [K, C], and the mask of the elements that exist."""
     k, c = tl.arange(0, K), first + tl.arange(0, C)
     inside = (k < samples)[:, None] & (c < classes)[None, :]
     at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
@@ -50,8 +50,8 @@ def _odds(x, inside):
     """Compute the terms of the odds of mean(sigmoid(x)) over axis 0. Unused rows must be +inf.
 
     With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If all numbers of a column have
-    the same sign, the sum of the t / (1 + t) could underflow. So this sum is stored times exp(|shift|), where |shift|
-    is the least |x|. shift has the sign of x. It is 0 if |shift| would be at most 1 or infinite.
+    the same sign, the sum of the t / (1 + t) could underflow. So this sum is stored as its product with exp(|shift|),
+    where |shift| is the least |x|. shift has the sign of x. shift is 0 if the least |x| is at most 1 or infinite.
 
     Returns t exp(|shift|) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; shift; and
     exp(-|shift|).
@@ -115,7 +115,8 @@ def _columns_backward(
         out = _softmax(x, inside) * g[None, :]
     else:
         x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("inf"), K=K, C=C)
-        # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no). One of the two sums may be stored times exp(|shift|).
+        # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no). One of the two sums may be stored as its product with
+        # exp(|shift|).
         tail, most, yes, no, shift, least = _odds(x, inside)
         small, large = tl.where(shift < 0, yes, no), tl.where(shift < 0, no, yes)
         out = tail * most * most * (g * (1.0 / small + least / large))[None, :]
@@ -219,8 +220,8 @@ def forward(logits: Tensor, method: int) -> Tensor:
     x = logits.contiguous()
     with on(logits):
         if method == PEEL.value:
-            # s is a product. If it were fused with the subtraction, `s - top` would be its rounding error and not 0 for
-            # the largest s.
+            # s is a product. If it were fused with the subtraction, `s - top` would be the rounding error of s, and not
+            # 0, for the largest s.
             _peel[(batch,)](x, out, samples, classes, **shape, enable_fp_fusion=False)
         elif method == VOTE.value:
             _vote[(batch,)](x, out, samples, classes, **shape)

@@ -2,19 +2,19 @@
 
 The forward has three kernels. The first computes the sums over the nine offsets, the second both passes of "fuse" and
 the softmax, and the third the sums for the four pixels of a cell (`purify_fast.ops.contextual_attention` has the
-formulas). The backward has three kernels too. The first computes the gradient through the sums of the third kernel and
-through the softmax. The second computes the gradient through "fuse", and that of the norms, summed over a few queries.
-The third computes the sums over the nine offsets. All intermediate results fit into the L2 cache of a large GPU. There
-are no atomics.
+formulas). The backward has three kernels too. The first computes the gradient through the sums of the forward's third
+kernel and through the softmax. The second computes the gradient through "fuse", and the gradient of the norms, summed
+over a few queries. The third computes the sums over the nine offsets. All intermediate results fit into the L2 cache of
+a large GPU. There are no atomics.
 
 Query and key are always shifted together. So a sum over the nine offsets is a sum over three lines of the grid: the
 line of the query, the line before and the line after. Each line contributes the sum of three numbers. A thread has
 ``VECTOR`` adjacent keys: four if the width of the grid is a multiple of four, and one otherwise. In each of the three
 lines, the thread loads its keys, and one more number for the shift to the left and for the shift to the right.
 
-The input of "fuse" is stored with wings: before and after the L numbers of a row, ``width`` of its numbers are stored
-again. With the wings, the successor of key i in column-major order is always at i + width, and its predecessor at
-i - width, even if they are in another column.
+The input of "fuse" is stored with wings: ``width`` numbers of a row are stored again before the row, and ``width``
+numbers after it. With the wings, the successor of key i in column-major order is always at i + width, and its
+predecessor at i - width, even if they are in another column.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair,
 #: The number of adjacent queries in a program, if the width of the grid is a multiple of this number. Adjacent queries
 #: read many of the same rows.
 TOGETHER = 4
-#: The number of queries whose gradient of the norms one program adds. It is fixed, so the result does not depend on the
-#: batch.
+#: One program adds the gradients of the norms from this number of queries. The number is fixed, so the result does not
+#: depend on the batch.
 QUERIES = 8
 
 
@@ -276,7 +276,7 @@ def _gather(
         n = first + query
         x = n - y * width
         total = tl.zeros((GROUPS, VECTOR), tl.float32)
-        # This is a loop, because the numbers of all four maps at once would need too many registers.
+        # This is a loop, because the numbers of all four maps together would need too many registers.
         for down in range(2):
             there = tl.where(down == 0, below, above)
             for right in tl.static_range(2):

@@ -1,4 +1,4 @@
-"""`decode_samples` in Triton: each layer of the decoder is one launch of matrix products, or the last two layers are.
+"""`decode_samples` in Triton: a launch computes a layer of the decoder by matrix products, or the last two layers.
 
 A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s. All outputs with the same
 residue use the same taps, so the products contain no inserted zeros. The rows of a product are pixels of all samples,
@@ -32,8 +32,8 @@ from .philox import noise
 
 #: The stream of the latents, defined in purify_fast/ops/philox.py.
 LATENT = 1
-#: The largest number of bytes of feature maps in memory at once. If there are too many samples, they are decoded in
-#: parts.
+#: The largest number of bytes of feature maps that are in memory together. If there are too many samples, they are
+#: decoded in parts.
 MEMORY = 1 << 29
 #: The kinds of `_layer`. They compute the first feature map, a later feature map, an image, and the gradient of a
 #: feature map.
@@ -638,7 +638,7 @@ class Decoder:
 
 
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
-    """Draw the padded latents of ``count`` samples from sample ``first`` on."""
+    """Draw the padded latents of ``count`` samples. The first is sample ``first``."""
     size = decoder.geometry.latent_dim
     width = padded(size, CHANNEL_TILE)
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)

@@ -74,7 +74,7 @@ class Geometry:
         return out
 
     def sizes(self) -> tuple[int, int]:
-        """Return the number of elements of the packed weights, including those for the gradient, and of the biases."""
+        """Return the number of packed weights, including the weights for the gradient, and the number of biases."""
         first, *products = self.products()
         channels = [self.start[0], *(layer.channels for layer in self.layers)]
         backward = [

@@ -30,7 +30,7 @@ def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
 
 @triton.jit
 def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
-    # Return the largest |w|, the power of two that scales it into [1, 2), the distance to the plane, and the side.
+    # Return the largest |w|, the power of two that scales it into [1, 2), the distance to the plane, and the side of x.
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         highest = tl.maximum(highest, tl.abs(_normal(w_ptr, row * size + first + lane, first + lane < size)))
@@ -51,9 +51,10 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # The point moves by t times the plane's normal, and each coordinate stops at the border of its range. `filled` is
-    # what the stopped coordinates contribute, and `rate` is what the others contribute per unit of t. Both give the
-    # next t. It grows until no further coordinate stops. It is infinite if all have stopped before the plane.
+    # A coordinate moves by t (linf) or by t times its slope (l2), and stops at the border of the box. `filled` is the
+    # progress to the plane by the stopped coordinates. `rate` is the progress of the moving coordinates per unit of t.
+    # Both give the next t. t grows until no further coordinate stops. It is infinite if all coordinates stop before the
+    # plane.
     reached, ahead = -1.0, 0.0
     while ahead > reached:
         reached = ahead
@@ -76,7 +77,8 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
 
 @triton.jit
 def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.constexpr):
-    # Return the contribution of the coordinates with a slope above ``least``, and of those with exactly that slope.
+    # Return the progress to the plane by the coordinates with a slope above ``least``, and by those with exactly that
+    # slope.
     above, edge = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -91,7 +93,8 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     peak, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # The coordinates with slopes above high do not reach the plane. Those with slopes above low do, unless low is -1.
+    # If the coordinates with slopes above ``high`` move, the plane is not reached. If those with slopes above ``low``
+    # move, it is reached, unless ``low`` is -1.
     low, high = -1, peak.to(tl.int32, bitcast=True)
     while high - low > 1:
         middle = low + (high - low) // 2

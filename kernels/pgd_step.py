@@ -16,7 +16,7 @@ from ._common import BLOCK, on, sum_tile, tile
 #: The largest tile in which a program can hold a whole sample without spilling registers, by the index of the norm.
 WHOLE = {1: 16384, 2: 8192}
 #: The largest number of registers that a thread of an l1 kernel may use. By default, the compiler of triton 3.6 limits
-#: itself to 48 or 80 registers, so that more programs run on a multiprocessor, and it spills.
+#: itself to 48 or 80 registers, so that more programs run on a multiprocessor, and then spills registers to memory.
 L1_REGISTERS = 128
 #: The bits of the first float32 number that is not finite. The bits of |x| have the same order as |x|, and NaN is last.
 INFINITE = tl.constexpr(0x7F800000)
@@ -233,7 +233,7 @@ def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
 
 @triton.jit
 def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, lo, hi, WIDTH: tl.constexpr):
-    # Return the l1 norm of the offset after it is shortened by ``shift``, and the largest offset.
+    # Return the l1 norm of the offset after each element is shortened by ``shift``, and the largest element.
     left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size

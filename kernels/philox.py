@@ -100,7 +100,7 @@ def in_order(a, b, c, d):
 def in_pairs(a, b, c, d, e, f, g, h):
     """Interleave eight blocks into one block, in the order of the elements.
 
-    The first four blocks have the four numbers of each even group, and the others those of each odd group.
+    The first four blocks have the four numbers of each even group. The last four have the numbers of each odd group.
     """
     return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
 
@@ -119,10 +119,10 @@ def _four(seed, group, draw, sample, stream, NORMAL: tl.constexpr):
 
 @triton.jit
 def noise(seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.constexpr, NORMAL: tl.constexpr = True):
-    """Return the numbers of ``GROUPS`` groups of four elements from group ``first`` on, in the order of the elements.
+    """Return the numbers of ``GROUPS`` groups of four elements, beginning with group ``first``, in element order.
 
-    With ``PAIRS``, a thread draws two neighboring groups. These are the eight 16-bit elements that the thread loads
-    and stores at once. If it drew single groups, numbers would have to move between threads through shared memory.
+    With ``PAIRS``, a thread draws two neighboring groups. These are the eight 16-bit elements that the thread loads and
+    stores together. If it drew single groups, numbers would have to move between threads through shared memory.
     """
     if PAIRS:
         group = first + 2 * tl.arange(0, GROUPS // 2)

@@ -14,7 +14,7 @@ from .philox import in_order, in_pairs, noise, words
 #: The fourth words of Philox's counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = 2
 MASK = 3
-#: The number of blocks of an image that a program compares with each other at once.
+#: The number of blocks of an image that a program compares with each other together.
 TILE = 64
 
 

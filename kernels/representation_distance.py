@@ -1,6 +1,6 @@
 """`representation_distance` in Triton. All layers are one launch: a program sums one chunk of one layer of one sample.
 
-If a layer has a single chunk, the program computes its distance at once. If any layer has several chunks, a second
+If a layer has a single chunk, the program also computes the layer's distance. If any layer has several chunks, a second
 launch adds them in order. The chunk has a fixed size and there are no atomics, so a sample has the same bits in every
 batch.
 
@@ -23,7 +23,7 @@ ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
 LEAST_NORMS = tl.constexpr(1e-30)
 LEAST_SQUARE_SINE = tl.constexpr(1e-4)
 PI = tl.constexpr(3.141592653589793)
-#: LAYERS is the largest number of layers in a launch. PARTS is the number of chunks that are added at once.
+#: LAYERS is the largest number of layers in a launch. PARTS is the number of chunks that a program adds together.
 LAYERS = 16
 PARTS = 128
 

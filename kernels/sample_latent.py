@@ -75,7 +75,7 @@ def _backward(
 
 
 def _pairs(mu: Tensor, logvar: Tensor) -> bool:
-    """Return True if a thread processes eight 16-bit elements at once."""
+    """Return True if a thread processes eight 16-bit elements together."""
     return min(mu.element_size(), logvar.element_size()) == 2
 
 

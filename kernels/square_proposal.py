@@ -1,6 +1,6 @@
 """`square_proposal` in Triton: linf is elementwise and bit-exact; l2 and l1 use one program per proposal and image.
 
-A program of l2 or l1 processes all channels of some pixels at once. It reads the images again in every pass: four
+A program of l2 or l1 processes all channels of some pixels together. It reads the images again in every pass: four
 passes for l2, and about thirty for l1.
 """
 
@@ -18,8 +18,8 @@ from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _roo
 #: and the number that is added to lengths.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
-#: TILE is the largest number of elements that a program of l2 or l1 processes at once. FEWEST is the smallest number of
-#: pixels per channel that it processes at once.
+#: TILE is the largest number of elements that a program of l2 or l1 processes together. FEWEST is the smallest number
+#: of pixels per channel in such a tile.
 TILE, FEWEST = 2048, 32
 
 
@@ -104,7 +104,7 @@ def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
 
 @triton.jit
 def _in_window(pattern_ptr, index, one, offset, sign, length):
-    """Return the pattern in the window W, and 0 outside W. The caller scales the pattern to its norm."""
+    """Return h of the op's formulas in the window W, and 0 outside W."""
     shape = tl.load(pattern_ptr + index, mask=one, other=0.0)
     return tl.where(one, shape * sign + offset / (TINY + length), 0.0)
 
@@ -134,7 +134,7 @@ def _l1_spread(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return the l1 norm of the offsets after they are shortened by ``shift``, and the largest offset."""
+    """Return the l1 norm of the offsets after each is shortened by ``shift``, and the largest offset."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     _channels, height, width, _edge = shape
     for first in range(0, height * width, WIDTH):
@@ -211,7 +211,7 @@ def _factors(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return three factors for the content of the window W: signs of the channels, old lengths, and scale."""
+    """Return the signs of the channels, the old lengths in the window W, and the scale of the new content of W."""
     channels, height, width, _edge = shape
     total, old = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     both, new = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)

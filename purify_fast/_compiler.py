@@ -1,7 +1,7 @@
 """Mark functions for `torch.compile` without importing the compiler.
 
-The compiler is ``torch._dynamo``. Its import takes as long as the import of PyTorch, so it should happen only at the
-first ``torch.compile``.
+The compiler is ``torch._dynamo``. Its import takes as long as the import of PyTorch, so the compiler should be imported
+only at the first ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
         function: the function, which is called between two graphs.
         recursive: whether the functions that ``function`` calls are excluded too.
     """
-    # `torch._disable_dynamo` is private, but it is the only such decorator that does not import the compiler at once.
+    # `torch._disable_dynamo` is private. It is the only such decorator that can be applied without importing the
+    # compiler.
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
     @functools.wraps(function)
@@ -38,7 +39,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
 
 
 def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mark a function as constant: the compiler calls it once, while it traces a graph, and stores the result there.
+    """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result in the graph.
 
     The effect is that of `torch.compiler.assume_constant_result`.
 

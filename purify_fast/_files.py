@@ -1,4 +1,4 @@
-"""Write files atomically, lock folders, and tell whether the compiled extension fits the C++ sources.
+"""Write files atomically, lock folders, and tell whether the extension was built from the present C++ sources.
 
 A file is first written under a temporary name, synced, and then renamed.
 
@@ -199,7 +199,8 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        # Remove the folders that this block created if they are empty, for example because the settings were invalid.
+        # Remove the empty folders among those that this block created. A folder is empty if, say, the settings were
+        # invalid.
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
@@ -264,7 +265,7 @@ def is_stale(extension: Path, folder: Path) -> bool:
     The ops of a stale extension may have other arguments than the Python code passes.
 
     Args:
-        extension: the shared object. Its record lies beside it.
+        extension: the shared object. The record ``_build.json`` lies in the same folder.
         folder: ``csrc`` of the checkout. An installed wheel has no such folder, and its extension is never stale.
     """
     if not all((folder / name).is_file() for name in MARKS):

@@ -54,7 +54,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """Within the block, a first SIGTERM is recorded, so that the work can end cleanly. A second ends the process.
+    """Record a first SIGTERM within the block, so that the work can end cleanly. A second SIGTERM ends the process.
 
     The signal is not recorded in these cases:
 

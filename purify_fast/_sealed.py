@@ -17,8 +17,8 @@ from torch import Tensor
 from ._files import atomic
 from ._tensors import digest, text_hash
 
-#: The key of the only entry in a file's metadata. Its value is a checksum, a space, and JSON. Several entries would
-#: have no fixed order, and the same content could then give different files.
+#: The key of the only entry in a file's metadata. The entry's value is a checksum, a space, and JSON. Several entries
+#: would have no fixed order, and the same content could then give different files.
 _ENTRY = "purify_fast"
 
 

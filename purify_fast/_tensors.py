@@ -86,7 +86,7 @@ def in_memory_order(x: Tensor) -> Tensor:
         x: any tensor.
 
     Returns:
-        A view of ``x``. It is contiguous if the numbers of ``x`` fill their memory without gaps, in any layout.
+        A view of ``x``. The view is contiguous if there are no gaps in memory between the numbers of ``x``.
     """
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
 
@@ -97,8 +97,8 @@ def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
     Args:
         numbers: contiguous vector ``[N]``, where N is the number of elements of ``x``, in the order of
             `in_memory_order`.
-        x: a tensor. The view gets its shape, and also its strides if the numbers of ``x`` fill their memory without
-            gaps.
+        x: a tensor. The view gets its shape. The view also gets its strides if there are no gaps in memory between the
+            numbers of ``x``.
     """
     ordered = in_memory_order(x)
     if ordered.is_contiguous():
@@ -218,7 +218,7 @@ def write_stamp(tensor: Tensor) -> int:
     """A number that changes when the tensor is written to, and that differs from the number of any other tensor.
 
     Args:
-        tensor: any tensor. PyTorch does not count the writes to a tensor that was made in inference mode, so its number
-            never changes.
+        tensor: any tensor. The number of a tensor that was made in inference mode never changes, because PyTorch does
+            not count the writes to such a tensor.
     """
     return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

@@ -25,8 +25,8 @@ CudaGraphs = Literal["auto", "always", "off"]
 #: The choice of cuDNN's algorithms; see `purify_fast.speed.precision.raced_convolutions`.
 CudnnBenchmark = Literal["auto", "on", "off"]
 
-#: For each type of a field, the class of its values and its name in messages. A bool does not count as a number,
-#: although bool is a subclass of int in Python.
+#: For each type of a field: the class of the allowed values, and the words for this class in messages. A bool does not
+#: count as a number, although bool is a subclass of int in Python.
 _KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -47,7 +47,7 @@ class Range:
         high: the upper bound; infinity if there is no upper bound.
         above: whether ``low`` itself is excluded.
         below: whether ``high`` itself is excluded. With an infinite ``high``, this means that the value is finite.
-        unit: text behind the bounds in the message.
+        unit: text after the bounds in the message.
     """
 
     low: float
@@ -98,7 +98,7 @@ def check_number(name: str, value: Any) -> None:
         hint = f": write {' / '.join(part.strip() for part in value.split('/'))} without quotes"
     elif (shape := getattr(value, "shape", None)) is not None:
         got = f"{type(value).__module__}.{type(value).__name__} {list(shape)}"
-        hint = f": float({name}) makes a number of it" if math.prod(shape) == 1 else ""
+        hint = f": convert it by float({name})" if math.prod(shape) == 1 else ""
     raise TypeError(f"{name} must be a number, such as 8 / 255, got {got}{hint}")
 
 
@@ -203,7 +203,8 @@ def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping
         wanted: the required shape of each tensor, by its name.
 
     Raises:
-        ValueError: a tensor is missing, is unknown or has a wrong shape. The message names at most four.
+        ValueError: a tensor is missing, is unknown or has a wrong shape. The message names at most four of these
+            tensors.
     """
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
     problems += [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]

@@ -1,9 +1,9 @@
 """A replacement for the original class AutoAttack. It runs this package's attacks.
 
-Code that uses the original changes only its import: ``from purify_fast.autoattack import AutoAttack``. The names and
-defaults of the arguments and their order are those of the original implementation (Croce & Hein, ICML 2020; the class
-``AutoAttack`` of the package autoattack, which RobustBench calls). An argument that this class does not support raises
-an error. To run the original implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
+Code that uses the original class needs only another import: ``from purify_fast.autoattack import AutoAttack``. The
+arguments have the same names, defaults and order as those of the original implementation (Croce & Hein, ICML 2020; the
+class ``AutoAttack`` of the package autoattack, which RobustBench calls). An argument that this class does not support
+raises an error. To run the original implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
 
 Four things differ from the original:
 
@@ -72,8 +72,8 @@ class ApgdSettings(FabSettings):
         n_restarts: number of runs on each image.
         n_iter: number of gradient steps in a run.
         n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
-        eot_iter: number of draws of a random model that a gradient step averages.
-        rho: share of the steps between two checkpoints that must raise the loss. Otherwise the step size is halved.
+        eot_iter: number of draws of a random model over which each gradient step averages the gradient.
+        rho: the step size is halved if fewer than this share of the steps since its last check raised the loss.
     """
 
     eot_iter: int = 1
@@ -177,8 +177,8 @@ class AutoAttack:
 
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
-            original image if the attacks found none. For a random model, the adversarial image is the point that most
-            draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``.
+            original image if the attacks found none. For a random model, the adversarial image is the point that the
+            largest number of draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``.
 
         Raises:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
@@ -316,7 +316,7 @@ class AutoAttack:
 
     @staticmethod
     def _left(attacked: AttackSequence) -> float:
-        # For a random model this is the expected accuracy of a new draw.
+        # For a random model this is the expected accuracy of a new prediction.
         return 1 - float(attacked.share.mean())
 
     def _tell(self, text: str) -> None:

@@ -4,8 +4,8 @@
 keys are made from all values inside a model:
 
 - `identity_key` identifies tensors by their addresses, and other objects by their identity. A captured step (a CUDA
-  graph) reads the memory that its model used at the capture, so it may be replayed as long as this key is unchanged. A
-  write into that memory, such as an optimizer's step, does not change the key.
+  graph) reads the memory that its model used at the capture, so the step may be replayed as long as this key is
+  unchanged. A write into that memory, such as an optimizer's step, does not change the key.
 - `fingerprint` compares models in different processes by value. Two models get the same fingerprint only if no
   difference between them can be found. A fingerprint contains nothing that varies between processes, such as addresses
   in memory, the order of a set, or the state of a random generator.
@@ -51,7 +51,7 @@ _SIMPLE = frozenset(_PLAIN)
 _CALLS = (FunctionType, MethodType, functools.partial)
 _GROUPS = (list, tuple, set, frozenset, deque, dict)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-#: Number of members of a list or dict that are searched for modules. A longer list usually contains data.
+#: Only this many members of a list or dict are searched for modules. A longer list usually contains data.
 _MEMBERS = 1000
 #: Nested objects and lists are searched for modules down to this depth.
 _DEPTH = 8
@@ -166,20 +166,22 @@ class _Walk:
 
     Attributes:
         values: the plain values, the names, and the marks that `open` returns, in the order of the visit.
-        path: the values that are being visited, outermost first, each with the name of its child that is visited.
+        path: the values that are being visited, outermost first. Each has the name of the child that is being visited
+            in it.
     """
 
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.path: list[tuple[Any, Any]] = []
         # A number for each visited value, by its id. If the same object is visited again, the number is recorded
-        # instead of its content. So the keys tell a shared object from two equal objects.
+        # instead of its content. So the keys of a model with a shared object and of a model with two equal objects
+        # differ.
         self._numbers: dict[int, int] = {}
         # Keep every visited value alive, because an id is unique only while its object exists.
         self._alive: list[Any] = []
 
     def open(self, value: Any) -> tuple[Any, Children]:
-        """Return a mark that identifies a value, and the values inside it. This is not called for plain values."""
+        """Return a mark that identifies a value, and the values inside it. `add` handles plain values itself."""
         raise NotImplementedError
 
     def add(self, value: Any) -> None:
@@ -303,9 +305,9 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
     modules, functions and objects. A class lists in ``not_dependencies`` the attributes that do not affect its
     predictions. The seed of a torch.Generator is hashed, but not its state.
 
-    For the user's functions, the methods of the user's classes, and the functions that they read as global variables,
-    the whole source file is hashed, comments included. In a notebook, the file is the cell. Other code, such as a
-    function of an imported module, is hashed by its name only: pass another ``revision`` after you edit such code.
+    The whole source file, comments included, is hashed for the user's functions, for the methods of the user's classes,
+    and for the functions that this code reads as global variables. In a notebook, the cell is hashed. Other code, such
+    as a function of an imported module, is hashed by its name only: pass another ``revision`` after you edit such code.
     Installed packages are hashed by name and version. PyTorch, NumPy and Python's own modules are hashed by name only;
     `evaluate` stores PyTorch's version with each result. A function without source text cannot be compared.
 
@@ -428,8 +430,8 @@ class _Values(_Walk):
         # enough, because the fields of the class decide their code.
         if not source and not (code.co_filename == "<string>" and function.__name__ in vars(object)):
             raise self._cannot_compare(function)
-        # The positions tell apart functions of the same name in a file. Python 3.10 knows only the lines, not the
-        # columns, so it does not tell apart several lambdas in a line.
+        # The positions distinguish functions of the same name in a file. Python 3.10 knows only the lines, not the
+        # columns, so all lambdas of a line look the same.
         places = list(getattr(code, "co_positions", code.co_lines)())
         mark = _name(function), text_hash(source).hexdigest(), places
         return mark, [*inside, *read_globals(function)]
@@ -485,8 +487,8 @@ def _package(value: Any) -> str:
 def _name(value: Any) -> str:
     """The name of a class or function, with package and version if it belongs to a library.
 
-    The name of the user's module is left out, because it differs between a script that is run and the same file when it
-    is imported.
+    The name of the user's module is left out, because a file that is run as a script has another module name than the
+    same file when it is imported.
     """
     package = _package(value)
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
@@ -528,7 +530,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         outer, whole = waiting.popleft()
         for path, module in whole.named_modules():
             for name, value in (*attributes(module), *hooks(module)):
-                # Skip plain values and tuples of them to save time: every step of a training asks for these modules.
+                # Skip plain values and tuples of them to save time: every step of a training calls this function.
                 if type(value) in _SIMPLE or (type(value) is tuple and _SIMPLE.issuperset(map(type, value))):
                     continue
                 place = ".".join(filter(None, (outer, path, name)))
@@ -582,7 +584,7 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         for name, part in children(value):
             calls = (getattr(type(part), attribute, None) for attribute in attributes_read)
             # If the function calls the object or a method of the object, it may use all attributes of the object.
-            # Otherwise it uses only the attributes that its code names.
+            # Otherwise the function uses only the attributes that its code names.
             if not _is_object(part) or callable(part) or any(isinstance(call, FunctionType) for call in calls):
                 yield name, part
             else:

@@ -147,10 +147,10 @@ class AuthorsEvaluation(Protocol):
 
 @runtime_checkable
 class OwnSurrogates(Protocol):
-    """Has surrogate models, whose gradients may find adversarial images that the defence's gradients do not find."""
+    """Has surrogates: models whose gradients may find adversarial images that the defence's own gradients miss."""
 
     def attack_surrogates(self) -> Sequence[tuple[str, Classifier]]:
-        """Pairs of a description, which completes "the gradients of ...", and a surrogate with the same classes."""
+        """Pairs (description, surrogate with the same classes). The description completes "the gradients of ..."."""
 
 
 @runtime_checkable
@@ -171,7 +171,7 @@ class Accelerates(Protocol):
 
 @runtime_checkable
 class PassesOn(Protocol):
-    """A wrapper around a model, such as a wrapper that counts images. An attack may exchange the model inside it."""
+    """A wrapper around a model, such as a counter of images. An attack may replace the model inside."""
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
         """Make the same wrapper around ``replace(model)``, where ``model`` is the model inside."""

@@ -1,1 +1,1 @@
-"""Measurements that need a GPU, and counts that replace them where there is no GPU."""
+"""Measure on a GPU. Without a GPU, count the operators that a training step would launch."""

@@ -4,22 +4,22 @@
 - ``ops`` evaluates a model with CUDA graphs and without, times training steps, and compares kernels with references.
 - ``pipelines`` measures the ops in detail, runs the sanitizer, and measures whole pipelines.
 
-A run may have several parts, such as ``tests ops``. Kernels that several of these parts need are compiled only once.
+A run may have several parts, such as ``tests ops``. A kernel that several parts of a run need is compiled only once.
 
-A part consists of sections. Each section has a separate process and a time limit. Its outcome is passed, failed, or not
-available (if a tool is missing).
+A part consists of sections. Each section has a separate process and a time limit. The outcome of a section is passed,
+failed, or not available (if a tool is missing).
 
 DIR is the folder for the results of the device. A section writes its findings to ``DIR/gpu_check/<section>.json`` and
-its output to ``DIR/gpu_check/<section>.log``. Each row is written into DIR as soon as it is measured. The file
-``DIR/gpu_check.md`` has a summary of all sections.
+its output to ``DIR/gpu_check/<section>.log``. Each row of a results file is written into DIR as soon as it is measured.
+The file ``DIR/gpu_check.md`` has a summary of all sections.
 
-A second run repeats only those sections that failed, that were left out, or whose results are from another version,
-other sources or another device. If a section was killed, the next run keeps the rows that the section has written and
-the tests that have passed.
+A second run skips the sections that are complete. A section is complete if it did not fail, left out nothing, and was
+run with the same version, sources and device. If a section was killed, the next run keeps the rows that the section has
+written and the tests that have passed.
 
 At the end, every run makes two results: the device's chapter of docs/performance.md, and the list that says for each op
-where the package uses its kernel and where its reference. Both are written into DIR. If DIR is in benchmarks/results,
-the documentation and the package are updated too. A rehearsal never does that.
+where the package uses the op's kernel and where its reference. Both are written into DIR. If DIR is in
+benchmarks/results, the documentation and the package are updated too. A rehearsal never updates them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _rehearse(out: Path) -> None:
 def _end_with(parent: int) -> None:
     """Wait until the parent process has ended, and then kill this process group.
 
-    This is needed because a parent that was killed itself cannot kill the group.
+    Otherwise the group would continue to run after its parent is killed.
     """
     while os.getppid() == parent:
         time.sleep(0.2)
@@ -146,7 +146,7 @@ def page(results: dict[str, dict | None], mark: dict) -> str:
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
-    """Write the device's chapter of docs/performance.md, and its list of choices between kernel and reference.
+    """Write a device's chapter of docs/performance.md, and the device's list of choices between kernel and reference.
 
     If ``out`` is in ``benchmarks/results``, the documentation and the package are updated too.
 
@@ -193,7 +193,7 @@ def complete(result: dict | None) -> bool:
 
 
 def run(out: Path, device: torch.device, chosen: argparse.Namespace) -> bool:
-    """Run those of the chosen sections that are not complete. Return True if none of the chosen sections failed."""
+    """Run the chosen sections that are not complete. Return True if all chosen sections have run, and none failed."""
     (out / "gpu_check").mkdir(parents=True, exist_ok=True)
     mark, began, dry = fingerprint(device, chosen.dry), time.monotonic(), chosen.dry
     total = sum(TOTALS[part][dry] for part in chosen.parts)
@@ -237,7 +237,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> bool:
-    """Run ``python -m benchmarks gpu_check``. Return True if none of the chosen sections failed."""
+    """Run ``python -m benchmarks gpu_check``. Return True if all chosen sections have run, and none failed."""
     if not chosen.dry and not torch.cuda.is_available():
         raise Unfit(f"no CUDA device is available: {why_no_device()}. Use --dry to rehearse all sections on the CPU.")
     device = torch.device("cpu" if chosen.dry else "cuda")

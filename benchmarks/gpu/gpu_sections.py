@@ -2,10 +2,10 @@
 
 Five sections show where CUDA graphs and kernels save time. Each of these sections writes a file of its own:
 
-1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay saves.
+1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay of the graph saves.
 2. `VERDICTS`: the correctness and the compile time of each kernel.
 3. `STANDARD`: an evaluation with CUDA graphs and without, compared with the official AutoAttack.
-4. `STEPS`: a training step of each method: the time to launch its operators, and the computing time of the GPU.
+4. `STEPS`: the time to launch the operators of a training step, and the computing time of the GPU, for each method.
 5. `REPLAYS`: kernels replayed in CUDA graphs, compared with their references and with `torch.compile`.
 """
 
@@ -61,7 +61,7 @@ ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
-#: The files on which the results depend. A section runs again if one of them has changed.
+#: The files on which the results depend. A section runs again if one of these files has changed.
 SOURCES = (
     "purify_fast/**/*.py",
     "kernels/*.py",
@@ -72,7 +72,7 @@ SOURCES = (
 )
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
 STEPS, REPLAYS = "training_steps.csv", "replays.csv"
-#: The number of timed runs. Their median is the result.
+#: The number of timed runs. The result is their median time.
 RUNS = 20
 
 
@@ -119,7 +119,7 @@ class Outcome:
 def measured(context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]]) -> Outcome:
     """Measure the parts of a section that are missing in its results file. Write the file after each part.
 
-    If a part fails, the next part is measured. A part that does not fit into the time limit is left out.
+    If a part fails, the other parts are still measured. A part that does not fit into the time limit is left out.
 
     Args:
         context: context of the section.
@@ -138,7 +138,7 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
     budget = context.budget()
     with float32_products():
         budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
-    # Only the section `verdicts` has the column "passed".
+    # Only the results of the section `verdicts` have the column "passed".
     wrong = {row["part"]: row["case"] for row in rows if str(row.get("passed")) == "False"}
     return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows), wrong)
 
@@ -231,7 +231,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
 
 
 def capture_cost(context: Context) -> Outcome:
-    """Measure how long a gradient step takes to be captured in a CUDA graph, launched, replayed and computed."""
+    """Measure the times to launch and run a gradient step, to capture it in a CUDA graph, and to replay the graph."""
     sizes = (2, 4) if context.dry else (16, 64, 250)
     work = {
         f"{images} images, {precision}": partial(_one_capture, context, images, precision)
@@ -264,7 +264,7 @@ def _subject(context: Context) -> contests.Subject:
 
 
 def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
-    """Return a row of the results file. It counts the images whose outcome differs from the run without CUDA graphs."""
+    """Return a row of the results file. It counts the images whose outcome differs without CUDA graphs."""
     other = int((robust != without_graphs).sum())
     row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
     return row | {"other_than_off": other}
@@ -284,7 +284,7 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
 
 
 def _official(context: Context, subject: contests.Subject) -> list[dict]:
-    """Run the official AutoAttack on the same images. Count the images that the model still classifies correctly."""
+    """Run the official AutoAttack on a subject. Return a row, compared with our attacks without CUDA graphs."""
     began = time.perf_counter()
     images = contests.official("standard")(subject, contests.QUICK if context.dry else contests.Amount())
     seconds = time.perf_counter() - began
@@ -296,7 +296,7 @@ def _official(context: Context, subject: contests.Subject) -> list[dict]:
 
 
 def standard(context: Context) -> Outcome:
-    """Attack a model by the protocol `standard`, with CUDA graphs off, auto and always, and by the official AutoAttack.
+    """Attack a model by the protocol `standard`, in each mode of CUDA graphs, and by the official AutoAttack.
 
     The results are compared image by image.
     """
@@ -307,7 +307,7 @@ def standard(context: Context) -> Outcome:
 
 
 def _device_seconds(run: Callable[[], object]) -> float:
-    """Return the GPU's computing time in seconds, as PyTorch's profiler measures it. It is 0 if the profiler fails."""
+    """Run a function. Return the GPU's computing time in seconds, or 0 if PyTorch's profiler records none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -315,7 +315,7 @@ def _device_seconds(run: Callable[[], object]) -> float:
 
 
 def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> dict:
-    """Measure a training step: the time to launch it, the time of the whole step, and the GPU's computing time."""
+    """Measure the time to launch a training step, the time of the whole step, and the GPU's computing time."""
     chosen = pipelines.registry()[pipeline](context.dry)[case].contestants[contestant]
     job, runs = chosen.make(context.device, context.dry), 1 if context.dry else RUNS
     for _ in range(1 if context.dry else 5):
@@ -363,7 +363,7 @@ def _one_replay(context: Context, race: racing.Race) -> dict:
 
 
 def replays(context: Context) -> Outcome:
-    """Time replays of each kernel on large tensors, by variant and layout, in bfloat16 if the op supports it."""
+    """Time replays of each kernel on large tensors, by variant and layout, in bfloat16 if the op supports bfloat16."""
     size, work = "small" if context.dry else "large", {}
     for op in _with_kernels(context.device):
         for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):
@@ -373,7 +373,7 @@ def replays(context: Context) -> Outcome:
 
 
 def extension(context: Context) -> Outcome:
-    """Find the loaded extension, which has the CPU kernels. If none is loaded, build it in a separate folder."""
+    """Find the loaded extension, which has the CPU kernels. If none is loaded, build one in a separate folder."""
     loaded = _library.path if _library.loaded() else None
     path = Path(loaded) if loaded else _build(context)
     known = facts(path)
@@ -425,9 +425,9 @@ def tests(context: Context) -> Outcome:
 
 
 def sanitizer(context: Context) -> Outcome:
-    """Run every op once under compute-sanitizer, which checks the memory accesses of the kernels.
+    """Run every op once alone, and then under compute-sanitizer, which checks the memory accesses of the kernels.
 
-    If this tool is missing, the ops run without these checks.
+    If this tool is missing, only the first run takes place.
     """
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
     # Give every tensor a separate allocation, so that the tool finds accesses beyond a tensor.
@@ -471,7 +471,7 @@ def sanitizer(context: Context) -> Outcome:
 
 
 def races(context: Context) -> Outcome:
-    """Time all kernels against their references, as `purify-fast tune` does. Copy its file into the device's folder."""
+    """Time all kernels and references, as `purify-fast tune` does. Copy the results into the folder of the device."""
     retain_freed_memory()
     device = context.device
     if device.type == "cuda":

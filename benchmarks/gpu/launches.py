@@ -1,12 +1,13 @@
 """Count the operators that a step of each training dispatches. On a GPU each operator is a launch, which takes time.
 
-The operators are counted on the CPU, as PyTorch dispatches them. Operators that move no data, such as views, do not
-count. Each training is counted in four ways:
+The operators are counted on the CPU, as PyTorch dispatches them. Operators that move no data, such as views, are left
+out. There are four counts for each training:
 
 - ``references``: every op runs its reference in PyTorch.
 - ``by rule``: an op runs its kernel if a GPU would use this kernel in eager calls before any measurement. The rule is
   that the kernel replaces at least a dozen launches.
-- ``by rule, captured``: the same, and each step of the attack is a replay of a CUDA graph. A replay is one launch.
+- ``by rule, captured``: kernels as in ``by rule``, and each step of the attack is a replay of a CUDA graph. A replay is
+  one launch.
 - ``all kernels``: every op runs its kernel, as if all kernels had been measured to be faster.
 
 A CPU kernel stands for a GPU kernel, because both are a single operator. CARSO's decoder has no CPU kernel, so the
@@ -40,7 +41,8 @@ from ..speed import sheets
 FILE = "launches.csv"
 SHAPE, EPS = (1, 16, 16), 0.1
 Served = Literal["references", "by rule", "by rule, captured", "all kernels"]
-#: The module of contextual attention. It is imported by name, because `purify_fast.ops` has a function of that name.
+#: The module of contextual attention. It is imported by its full name, because `purify_fast.ops` has a function with
+#: the module's name.
 attention = import_module("purify_fast.ops.contextual_attention")
 
 
@@ -65,7 +67,7 @@ def _atop(target: str, steps: int) -> AtopTask:
     return AtopTask(defence, AtopConfig(attack_method=method, attack_target=target, attack=attack, cls_delay=0))
 
 
-#: The function that makes the task of each training. PGD-N attacks with N steps.
+#: For each training, the function that makes its task. PGD-N is PGD with N steps.
 TRAININGS: dict[str, Callable[[], Any]] = {
     "ARREST, PGD-2": partial(_arrest, 2),
     "ARREST, PGD-10": partial(_arrest, 10),
@@ -93,7 +95,7 @@ def served(by: Served) -> Iterator[None]:
         kernels = {"references": (), "by rule": rule, "by rule, captured": rule, "all kernels": ("",)}[by]
         cells = {"": {"eager": "reference"}} | {variant: {"eager": op.kernel("cpu")} for variant in kernels}
         entries[name] = {"races": [cells]}
-    # Turn off the CPU kernel of the whole attention. A GPU has no such kernel, so it launches more operators.
+    # Turn off the CPU kernel of the whole attention. A GPU has no such kernel, so a GPU launches more operators.
     whole, attention.WHOLE = attention.WHOLE, False
     try:
         with keep_kernels({"device": "cpu", "ops": entries}):
@@ -131,7 +133,7 @@ class Replays:
         """Do nothing, because a CPU needs no memory for graphs."""
 
     def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Return a function that replays a step without counting its operators."""
+        """Return a function that replays a step, and counts the replay in place of the step's operators."""
 
         def replay() -> None:
             self.replayed += 1

@@ -35,8 +35,8 @@ from . import front_page, performance
 
 ROOT = RESULTS.parents[1]
 
-# The body of a block must not contain the begin of another block. Otherwise, if an end marker were damaged, all text up
-# to the end of the next block would be replaced.
+# The body of a block must not contain the beginning of another block. Otherwise a block with a damaged end marker would
+# reach to the end of the next block, and all text between the blocks would be lost.
 _BODY = r"(?:(?!<!-- (?:table|value): ).)*?"
 _TABLE = re.compile(rf"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n){_BODY}(?P<end><!-- end -->)", re.S)
 _VALUE = re.compile(
@@ -76,14 +76,15 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
             row = times.get((pipeline, case, contestant))
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
         body.append(line)
-    # Cut off the text after a shape's semicolon. It explains the names of cases, which the page explains too.
+    # Leave out the text after a shape's semicolon. This text explains the names of cases, and the page explains these
+    # names too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     more = ", most memory beyond the loaded networks, share of the processor's matrix rate"
     what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
     return [f"{machines(rows)}. {what}.", "", *markdown_table(["", *heads], body)]
 
 
-#: The function that makes the lines of each table.
+#: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
@@ -105,7 +106,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "memory": gradient_memory.table,
     "diffusion_said": diffusion.said,
 }
-#: The page whose sentences may contain numbers that are in no results file. `check` does not compare them.
+#: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"
 
 
@@ -132,7 +133,8 @@ def value(study: str, model: str, key: str, results: Path) -> str:
     Args:
         study: name of the study, or ``cpu`` for a speedup.
         model: name of the model in the study's table. For a speedup, the names of pipeline and case: "pipeline, case".
-        key: name of the attack, or a key in the results of a study on digits. For a speedup, the implementation's name.
+        key: name of the attack. For a study with a file ``studies/STUDY.json``, a key of this file's rows. For a
+            speedup, the name of the implementation.
         results: the folder ``benchmarks/results``.
 
     Raises:
@@ -219,7 +221,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)")
 def broken_links(page: Path) -> list[str]:
     """Return a message for each broken local link of a page.
 
-    A link to a page of the API reference is valid if its module exists.
+    A link to a page of the API reference is valid if the module of this page exists.
 
     Args:
         page: path of the page.
@@ -259,7 +261,8 @@ def typed_numbers(page: Path, results: Path) -> list[str]:
     A number has a source if it is in a generated table of the page, or in results that the page names. Only numbers
     with decimals are checked, and only outside of code, generated tables and generated values. A page names results in
     the comment ``<!-- numbers from: carso_mnist, atop_digits -->``. Numbers that this package did not measure, such as
-    settings, versions and figures of papers, are listed in the comment ``<!-- not measured here: 0.25, 1.1 -->``.
+    settings, versions and figures of papers, need no source. They are listed in the comment
+    ``<!-- not measured here: 0.25, 1.1 -->``.
 
     Args:
         page: path of the page.
@@ -294,8 +297,8 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 def check(results: Path) -> list[str]:
     """Return a message for each fault of README and docs.
 
-    Faults are tables and values that differ from the results, broken links, numbers without a source, and results that
-    were made by other attacks or weights than the package has now.
+    Faults are tables and values that differ from the results, broken links, numbers without a source, and results whose
+    attacks or models have changed since.
 
     Args:
         results: the folder ``benchmarks/results``.

@@ -17,12 +17,12 @@ from ..speed.sheets import PIPELINES, ROWS, ops_speedups, read_csv
 
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
-#: The name of the row for the worst case in the study of ARREST, where each attack continues on the images that the
-#: attacks before it left.
+#: The name of the row for the worst case in the study of ARREST. There each attack runs only on the images that the
+#: earlier attacks did not break.
 LAST = "then AutoAttack standard, first 300"
 PAPER = "CARSO with the paper's objective, attacked through"
-#: The lines of the table of results. Each has a title, a study, the model's name in the study's report, and the name of
-#: the report's row that is shown.
+#: The lines of the table of results. Each line has a title, the name of a study, the model's name in the study's
+#: report, and the name of the report's row that is shown.
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
     (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST),
@@ -33,7 +33,7 @@ MODELS = [
     ("adversarial training from scratch", "arrest_mnist", "AT from scratch", LAST),
     ("ARREST", "arrest_mnist", "ARREST", LAST),
 ]
-#: The lines of the table of speeds. Each has a title, and the pipeline and the case in pipelines.csv.
+#: The lines of the table of speeds. Each line has a title, and the names of a pipeline and a case in pipelines.csv.
 CASES = [
     ("CARSO prediction, K = 8", "carso_inference", "prediction"),
     ("CARSO training step", "carso_training", "paper's objective"),
@@ -66,7 +66,7 @@ def results_table(results: Path) -> list[str]:
 def speed_table(results: Path) -> list[str]:
     """Return the table of the CPU times of predictions, training steps and single operations.
 
-    It compares this package with plain PyTorch and with the fastest form of `torch.compile`.
+    The table compares this package with plain PyTorch and with the fastest form of `torch.compile`.
 
     Args:
         results: folder of the committed results.
@@ -91,7 +91,9 @@ def speed_table(results: Path) -> list[str]:
 
 
 def contests_sentence(results: Path) -> list[str]:
-    """Return the table's line that compares the default protocol with AutoAttack, on the same images and models.
+    """Return the line of README's table of attacks that compares the default protocol with AutoAttack.
+
+    Both attacked the same images and models.
 
     Args:
         results: folder of the committed results.
@@ -116,7 +118,7 @@ def contests_sentence(results: Path) -> list[str]:
 
 
 def judges_sentences(results: Path) -> list[str]:
-    """Return the table that compares the protocols with AutoAttack, adaptive attacks and exact answers.
+    """Return README's table of attacks: the protocols, compared with AutoAttack, adaptive attacks and exact answers.
 
     Args:
         results: folder of the committed results.
@@ -126,9 +128,10 @@ def judges_sentences(results: Path) -> list[str]:
 
 
 def diffusion_sentence(results: Path) -> list[str]:
-    """Return the table's line that compares the attacks of DiffPure's authors with attacks by exact gradients.
+    """Return the line of README's table of attacks about DiffPure.
 
-    The result is empty if the study has not run.
+    The line compares the attacks of DiffPure's authors with attacks by exact gradients. The result is empty if the
+    study has not run.
 
     Args:
         results: folder of the committed results.
@@ -148,7 +151,9 @@ def diffusion_sentence(results: Path) -> list[str]:
 
 
 def broken_sentence(results: Path) -> list[str]:
-    """Return the table's line about the broken defences that AutoAttack and the default protocol overestimate.
+    """Return the line of README's table of attacks about broken defences.
+
+    The line counts the defences that AutoAttack and the default protocol overestimate.
 
     Args:
         results: folder of the committed results.
@@ -168,7 +173,7 @@ def broken_sentence(results: Path) -> list[str]:
 
 
 def picture(results: Path, path: Path) -> bool:
-    """Draw the robust accuracy that CARSO claims, and the accuracy under exact gradients.
+    """Draw README's picture: the robust accuracy that is claimed for CARSO, and the accuracies under exact gradients.
 
     Args:
         results: folder of the committed results.

@@ -1,6 +1,7 @@
 """Make the tables of docs/performance.md from the committed CSV files and from the formulas of the benchmarks.
 
-The tables show the work of ops and pipelines (bytes and FLOP), the lower limit of its time, and the measured times.
+The tables show the work of ops and pipelines (bytes and FLOP), the shortest possible time for this work, and the
+measured times.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..speed.ops import Case, registry
 from ..speed.sheets import table
 from ..speed.timing import AUTOTUNED
 
-#: The file with notes on a device, which are written by hand and put at the end of the device's chapter.
+#: The name of a file in a device's folder. The notes in this file are written by hand, and end the device's chapter.
 NOTES = "notes.md"
 #: The assumed rates of an H200-class GPU: the bytes/s of a copy, and the FLOP/s of a bfloat16 product.
 ASSUMED = (4.3e12, 790e12)
@@ -32,19 +33,20 @@ NOT_RUN = (
 
 
 def standard(cases: list[Case]) -> Case:
-    """Return the case that represents an op in the tables: the largest case of its first variant and dtype."""
+    """Return the case that represents an op in the tables: the largest case of the op's first variant and dtype."""
     same = [case for case in cases if (case.variant, case.dtype) == (cases[0].variant, cases[0].dtype)]
     return max(same, key=lambda case: case.count("bytes", "forward"))
 
 
 def limit(case: Case, direction: str, copied: float | None, multiplied: float | None) -> tuple[float, str] | None:
-    """Return the lower limit of the time in seconds, and its cause ("bytes" or "FLOP").
+    """Return the lower limit of a case's time in seconds, and the cause of the limit ("bytes" or "FLOP").
 
     Args:
-        case: the measured case of an op.
+        case: case of an op.
         direction: "forward" or "backward".
-        copied: measured bandwidth of a copy, in bytes/s. If it is None, the result is None.
-        multiplied: measured rate of bfloat16 products, in FLOP/s. If it is None, only bytes count.
+        copied: bandwidth of a copy, measured or assumed, in bytes/s. If it is None, the result is None.
+        multiplied: rate of bfloat16 products, measured or assumed, in FLOP/s. If it is None, the limit is that of the
+            bytes.
     """
     if copied is None:
         return None
@@ -63,7 +65,7 @@ def _shape(case: Case) -> str:
 
 
 def counted() -> list[str]:
-    """Return the table of the work of every op, and of its lower time limit, at a shape that fills a GPU."""
+    """Return the table of the work and the lower time limit of every op, at a shape that fills a GPU."""
     body = []
     for op, cases in registry("cuda").items():
         case = standard(cases())
@@ -91,7 +93,7 @@ def _measured_on(rows: list[dict]) -> str:
 
 
 def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
-    """Return the table of eager calls, at one shape of every op, with the lower limit of the time."""
+    """Return the table of the times of eager calls and their lower limits, at one shape of every op."""
     columns = [name for name in KINDS if f"{name}_us" in rows[0]]
     served = {(line["op"], line["direction"]): line["eager_calls"] for line in sheets.verdicts(rows)}
     body = []
@@ -112,7 +114,7 @@ def measured_ops(kind: str, rows: list[dict], rates: dict) -> list[str]:
 
 
 def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
-    """Return the table of whole predictions and training steps, with the lower limit for their arithmetic."""
+    """Return the table of the times of predictions and training steps, and of the lower limits for their arithmetic."""
     known = {name: cases(False) for name, cases in pipelines.registry().items()}
     body = []
     for (pipeline, name), rows in sheets.by_case(races).items():
@@ -137,7 +139,8 @@ def measured_pipelines(races: list[dict], rates: dict) -> list[str]:
 def measured_races(raced: dict) -> list[str]:
     """Return the table of the results of `purify-fast tune` on a device.
 
-    For each op it shows the speedup of the kernel over the reference, and the cases in which the reference is used.
+    For each op the table shows the speedup of the kernel over the reference, and the cases in which the reference is
+    used.
     """
     body = []
     for op, entry in raced["ops"].items():
@@ -193,7 +196,10 @@ def folders(results: Path) -> list[Path]:
 
 
 def devices(results: Path) -> list[str]:
-    """Return the table of all devices, with their rates of a copy and of a product. Without a GPU, a note follows."""
+    """Return the table of all devices, with their rates of a copy and of a product.
+
+    If no GPU was measured, a note follows the table.
+    """
     body = [["an H200-class GPU", *(f"{rate / 1e9:,.0f}" for rate in ASSUMED), "**assumed**, not measured"]]
     for folder in folders(results):
         rows, races = _measurements(folder)

@@ -1,17 +1,17 @@
 """Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
-A contest is a model, a set of images and a radius. Its contestants are the compared attacks. They run one after the
-other in one process, and every round runs all of them, so that other load on the machine affects all contestants in the
-same way. All results are evaluated in the same way: the images that an attack returns are clipped to the ball, and the
-model classifies them. A random model classifies each image several times, with new random numbers.
+A contest is a model, a set of images and a radius. The contestants of a contest are the compared attacks. They run one
+after the other in one process. Each round runs every contestant once, so that other load on the machine affects all
+contestants alike. All results are evaluated alike: the images that an attack returns are clipped to the ball, and the
+model classifies the clipped images. A random model classifies each image several times, with new random numbers.
 
-Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a contest can be
-run alone, by its name. A row of the results file has all runs of a contestant in a contest. It names the weights, the
-images, and the attacks with their revisions. If any of these changes, the contestant runs again.
+Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a single contest
+can be run by its name. A row of the results file has all runs of a contestant in a contest. The row also identifies the
+weights, the images, and the attacks with their revisions. If one of these has changed, the contestant runs again.
 
-The contests on robust networks (``--robust``) are larger. Here a run may attack only a part of the images. The images
-in forward passes and in gradients are counted. The results file has the outcome of each image, so that two contestants
-can be compared image by image.
+The contests on robust networks (``--robust``) are larger. In these contests a run may attack only a part of the images.
+The images in all forward passes and gradient computations are counted. The results file has the outcome of each image,
+so that two contestants can be compared image by image.
 """
 
 from __future__ import annotations
@@ -61,16 +61,18 @@ from . import revisions
 from .counted_model import CountedModel
 from .studies.carso import resnet18
 
-#: The results file, and the file with the table for docs/evaluation.md. The two files in the second line are those of
-#: the contests on robust networks.
+#: The results file, and the file with the table for docs/evaluation.md. The files in the second line are those of the
+#: contests on robust networks.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: The protocol rand also runs as a second contestant with fewer steps. This is the number of its steps, and its name.
+#: A second contestant runs the protocol rand with fewer steps. SHORT_STEPS is the number of steps, and SHORT_RAND is
+#: the name of the contestant.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
-#: A random model classifies each returned image JUDGES times. Attacks on it average DRAWS gradients in each step.
+#: A random model classifies each returned image JUDGES times. An attack on a random model averages DRAWS gradients in
+#: each step.
 JUDGES, DRAWS = 20, 20
 #: The number of images in a batch, which is the default of the official implementation.
 BATCH = 250
@@ -90,7 +92,7 @@ class Amount:
         steps: largest number of steps of an attack. An attack that does not set a number of steps takes this number.
         queries: number of queries of Square.
         draws: number of random predictions whose gradients an attack on a random model averages.
-        rounds: number of runs of every contestant. The shortest time counts.
+        rounds: number of runs of every contestant. The tables show the shortest time.
     """
 
     images: int | None = None
@@ -122,7 +124,7 @@ class Subject:
     random: bool = False
 
 
-#: A function that attacks a `Subject`. It returns the share of wrong new predictions for each image, ``[N]``.
+#: A function that attacks a `Subject`. It returns the share of wrong predictions on each attacked image, ``[N]``.
 Contestant = Callable[[Subject, Amount], Tensor]
 
 
@@ -168,7 +170,7 @@ class Protocol:
     seed: int = 0
 
     def reduced(self, spec: AttackSpec, amount: Amount) -> AttackSpec:
-        """Return the attack with its numbers of steps, queries and draws limited to those of an amount."""
+        """Return the attack, with its numbers of steps, queries and draws limited by an amount."""
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
         given = {name: getattr(spec.resolved, name, None) for name in most}
         less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
@@ -216,9 +218,10 @@ class Protocol:
 
 
 def standard_error(share: float, draws: int) -> float:
-    """Return the standard error of a share of wrong predictions, as the half width of Wilson's interval.
+    """Return the standard error of a share of wrong predictions.
 
-    The half width of one standard deviation is used. It is above 0 even if all predictions agree.
+    The result is half the width of Wilson's interval for one standard deviation, so it is above 0 even if all
+    predictions agree.
 
     Args:
         share: share of wrong predictions, in [0, 1].
@@ -316,8 +319,9 @@ def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
 def _published(folder: Path | None) -> Subject:
     """Load a published, adversarially trained network for MNIST, from the subfolder ``networks`` of the data folder.
 
-    It is the network of SDP-FO (Dathathri et al., NeurIPS 2020), which alpha-beta-CROWN distributes. Its authors report
-    200 images at this radius: 76.0 % of the images were proved robust, and the best attack left 76.5 % right.
+    The network is that of SDP-FO (Dathathri et al., NeurIPS 2020), as alpha-beta-CROWN distributes it. The authors of
+    alpha-beta-CROWN report on 200 images at this radius: 76.0 % of the images were proved robust, and 76.5 % were
+    classified correctly after the best attack.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():
@@ -343,8 +347,8 @@ CONTESTS = {
     "digits, ARREST": _digits("digits-arrest"),
     "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
     "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
-    # Use only 100 of the 500 images, because the official attack takes several minutes even for 100 images: each of its
-    # steps averages 20 draws of eight samples.
+    # Use only 100 of the 500 images, because the official attack takes several minutes even for 100 images: each step
+    # averages 20 draws of eight samples.
     "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
 }
@@ -406,7 +410,7 @@ def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted
     begin, work = time.perf_counter(), time.process_time()
     wrong = attack(subject if door is None else replace(subject, model=door), amount)
     row["seconds"].append(time.perf_counter() - begin)
-    # Measure the processor time too, because other programs on the machine change it less than the wall time.
+    # Measure the processor time too, because other programs on the machine affect it less than the wall time.
     row["cpu_seconds"].append(time.process_time() - work)
     row["robust"], row["error"] = accuracy(subject, wrong)
     if door is not None:
@@ -454,8 +458,8 @@ def run_contest(
         whole: attacked model and images.
         contestants: compared attacks, by name.
         amount: numbers of images, steps and runs.
-        known: rows of an interrupted contest. A run in them is repeated only if the weights, the images or the attacks
-            have changed.
+        known: rows of an interrupted contest. A run in these rows is repeated only if the weights, the images or the
+            attacks have changed.
     """
     counted, before, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
@@ -485,11 +489,12 @@ def run_contest(
 def sign_test(one: str, other: str) -> float:
     """Return the p-value of the difference between two attacks, by an exact two-sided sign test.
 
-    The test uses the images on which the attacks differ. Its null hypothesis says that both attacks are equally likely
-    to be the better attack on such an image.
+    The test uses the images that exactly one of the attacks breaks. The null hypothesis is that both attacks are
+    equally likely to break such an image.
 
     Args:
-        one: a text with "1" for each image that is right after the first attack, and "0" for each other image.
+        one: a text with "1" for each image that is classified correctly after the first attack, and "0" for each other
+            image.
         other: the same text for the second attack.
     """
     better, worse = (sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one)))
@@ -500,7 +505,8 @@ def robust_markdown(rows: list[Row]) -> list[str]:
     """Return the table of the contests on robust networks.
 
     Args:
-        rows: rows of `run_contest`. A contestant that is not finished has fewer images, and is compared on these.
+        rows: rows of `run_contest`. A contestant that is not finished has fewer images, and is compared on these images
+            only.
     """
     head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p"]
     body = []
@@ -523,7 +529,7 @@ def robust_markdown(rows: list[Row]) -> list[str]:
 
 
 def picture(rows: list[Row], path: Path) -> bool:
-    """Draw each contestant's robust accuracy minus that of AutoAttack, against the forward passes per image.
+    """Plot each contestant's robust accuracy minus that of AutoAttack over the forward passes per image.
 
     Args:
         rows: rows of `run_contest` on robust networks.
@@ -576,7 +582,7 @@ def markdown(rows: list[Row]) -> list[str]:
         else:
             faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
             if row["device"] != first["device"]:
-                # Times of two machines say nothing about the attacks.
+                # Times on different machines cannot be compared.
                 faster = ["", ""]
             lead = f"{row['robust'] - first['robust']:+.1f}"
             body.append(["", "", "", f"**{row['contestant']}**", robust, lead, spent, *faster])
@@ -598,7 +604,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _beside(row: Row, other: Row) -> bool:
-    """Tell whether another row may stay in the file beside a new row. Rows of a contest must have the same amount."""
+    """Tell whether another row may stay in the file beside a new row. Rows of a contest must have the same `Amount`."""
     return other["contest"] != row["contest"] or other["amount"] == row["amount"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Counts:
-    """The counted work. All copies of a counted model share one object, because a deep copy returns the object itself.
+    """The counted work. A deep copy of this object is the object itself, so copies of a counted model share it.
 
     Attributes:
         forwards: number of images in all forward passes.
@@ -29,13 +29,14 @@ class Counts:
 class CountedModel(nn.Module):
     """A model that counts the images of its forward passes and gradients.
 
-    If an attack computes gradients in a copy of the model, the copy shares the counts.
+    If an attack computes gradients in a copy of the model, the images in the copy are counted too.
 
     Args:
         model: classifier, images ``[B, C, H, W]`` to logits ``[B, classes]``.
     """
 
-    #: The counts do not change predictions, so fingerprints and captured steps ignore them (`purify_fast.model_state`).
+    #: The counts do not change predictions, so fingerprints and captured steps ignore the counts
+    #: (`purify_fast.model_state`).
     not_dependencies = frozenset({"counts"})
 
     def __init__(self, model: nn.Module):
@@ -46,8 +47,8 @@ class CountedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.counts.forwards += len(x)
         if x.requires_grad:
-            # Put the hook on a new tensor for this pass. On the attack's tensor the hook would remain, and would count
-            # the gradients of later passes again.
+            # Put the hook on a new tensor for this pass. A hook on the attack's tensor would remain there, and would
+            # count the gradients of later passes too.
             x = x.view_as(x)
             x.register_hook(self.counts.count_gradient)
         return self.model(x)

@@ -1,11 +1,12 @@
 """Evaluate trained models, and put them into `purify_fast.zoo`. Each model has a card with the evaluated accuracies.
 
-The argument NAME=FOLDER packs a model under a name. FOLDER is the folder that a training wrote, with a saved classifier
-or defence. A new model needs a ``card.json`` in FOLDER, which describes the model. The evaluation replaces the numbers
-of this card. The argument NAME evaluates a model that is already in the zoo, and writes its card again.
+The argument NAME=FOLDER packs the model in FOLDER under the name NAME. FOLDER is the folder that a training wrote, with
+a saved classifier or defence. A new model needs a ``card.json`` in FOLDER, which describes the model. The evaluation
+replaces the numbers of this card. The argument NAME evaluates a model that is already in the zoo, and writes the
+model's card again.
 
-The classifier of a defence must be in the zoo too, and several defences can share it. An interrupted evaluation
-continues where it stopped.
+The classifier of a defence must be in the zoo too. Several defences can share a classifier. If an evaluation was
+interrupted, the same command continues it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def size_of(folder: Path) -> int:
 
 
 def card_of(name: str, source: Path) -> Card:
-    """Return the card of a model as it is before the evaluation.
+    """Return the card that a model has before the evaluation.
 
     Raises:
         Unfit: neither the zoo nor the folder has a card for the model.
@@ -174,8 +175,8 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
         raise Unfit(str(error)) from error
     if model.own_classifier:
         raise Unfit(
-            f"the defence in {folder} has a classifier that was trained together with the purifier: give the folder "
-            f"of a defence whose classifier is the zoo's model {card.classifier!r}, without changes."
+            f"the classifier of the defence in {folder} was trained together with the purifier: give the folder of a "
+            f"defence whose classifier is the unchanged model {card.classifier!r} of the zoo."
         )
     return model
 
@@ -208,7 +209,7 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         model: model in evaluation mode.
         images: number of held-out images. Each protocol attacks its share in `protocols_of`.
         data: data set on which the model was trained.
-        out: folder for the reports. An interrupted evaluation continues from there.
+        out: folder for the reports. An interrupted evaluation continues from the files in this folder.
     """
     name, attacked = card.name, {}
     for protocol, share in protocols_of(card).items():
@@ -333,7 +334,7 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
         raise Unfit(f"the zoo would have {total:,} bytes. It may have at most {ALL:,}: pack fewer models.")
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
     for path in models.glob(f"*/{FILE}"):
-        # If a classifier is replaced, check that the defences of the zoo that share it fit the new classifier.
+        # If a classifier is replaced, check that all defences of the zoo that use this classifier fit the new one.
         if (card := read_card(path.parent)).name not in cards and card.classifier in cards:
             loaded(card, folders, models)
     judged = [

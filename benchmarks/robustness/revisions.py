@@ -23,7 +23,7 @@ from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 
 class AnyModel(nn.Module):
-    """A classifier of ten classes. `of_protocol` gives it to a protocol to find out which attacks the protocol runs.
+    """A classifier of ten classes. `of_protocol` uses it to find out which attacks a protocol runs.
 
     Args:
         random: True if two predictions of the same image differ.
@@ -54,7 +54,7 @@ class AnyPurifier(AnyModel):
 
 
 def of_attacks(specs: Iterable[AttackSpec]) -> list[str]:
-    """Return a description of each attack: its label, options and revision, and the images that it attacks.
+    """Return a description of each attack: its label, options and revision, and the rules that select its images.
 
     Args:
         specs: specifications of the attacks with their final options.
@@ -77,14 +77,15 @@ def of_protocol(
         name: name of the protocol.
         random: True if two predictions of the model differ.
         diffusion: True for a purifier by diffusion.
-        change: function that changes the options of an attack.
+        change: function that changes the options of each attack before the attack is described.
     """
     x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
     with torch.random.fork_rng([]):
         model = AnyPurifier(random) if diffusion else AnyModel(random)
         subject = Subject(model, x, y, batch_size=2, n_eval=2, seed=0)
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
-    # These protocols may add attacks through surrogates of the model, so the revision of the surrogates counts too.
+    # These protocols may add attacks through surrogates of the model, so the result includes the revision of the
+    # surrogates.
     surrogates = name == "strong" or (name == "standard" and random)
     return of_attacks(map(change, specs)) + ([f"surrogates {REVISION}"] if surrogates else [])
 

@@ -1,7 +1,7 @@
 """Time every convolution of AToP's generator at 128 px, ours and PyTorch's: ``python -m benchmarks convolutions``.
 
 The convolutions run in bfloat16 and channels_last, on 4 images and one thread. Our convolution and PyTorch's run in
-turn, and their CPU time is measured. The forward pass and the two gradients are timed separately.
+turn. The CPU time of each is measured. The forward pass and the two gradients are timed separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DIRECTIONS = ("convolution", "convolution_input_gradient", "convolution_weight_g
 
 @dataclass(frozen=True)
 class Layer:
-    """A square convolution. ``side`` is the side of its input images in pixels."""
+    """A convolution with a square kernel, on square images. ``side`` is the side of these images in pixels."""
 
     inputs: int
     outputs: int
@@ -96,7 +96,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def table(layers: dict[Layer, int], runs: int) -> list[str]:
-    """Return the table of all layers: milliseconds of PyTorch's convolution and of ours, and GFLOP/s of ours.
+    """Return the table of all layers: milliseconds of PyTorch's convolution and of ours, and the GFLOP/s of ours.
 
     The last line has the milliseconds of all layers of the generator together.
     """
@@ -129,7 +129,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(chosen: argparse.Namespace) -> str:
-    """Return the table of all layers in Markdown. This limits PyTorch to one thread in the whole process.
+    """Limit PyTorch to one thread in the whole process, and return the table of all layers in Markdown.
 
     Raises:
         Unfit: the package has no kernel for convolutions on this machine.

@@ -1,4 +1,4 @@
-"""Count the floating point operations (FLOP) of products in a call."""
+"""Count the floating point operations (FLOP) of the matrix products and convolutions in a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import purify_fast.ops.convolution  # noqa: F401
 
 
 class _NoModules(SimpleNamespace):
-    """Replaces the part of PyTorch's counter that tracks modules, so that all operators count for a single module."""
+    """Replaces the part of PyTorch's counter that tracks modules, so that all operators are counted together."""
 
     def __enter__(self) -> None:
         pass
@@ -25,8 +25,8 @@ class _NoModules(SimpleNamespace):
 
 
 def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # For a weight [O, K, L, C] and a result [B, H, W, O], there are a multiplication and an addition for each weight
-    # and each pixel of the result.
+    # The weight is [O, K, L, C], and the result is [B, H, W, O]. Each pair of a number of the weight and a pixel of the
+    # result needs a multiplication and an addition.
     return 2 * math.prod(weight) * math.prod(out_shape[:3])
 
 
@@ -39,7 +39,7 @@ def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> 
 
 
 class Flops(FlopCounterMode):
-    """PyTorch's counter of FLOP without its hooks on modules, which count for each module separately.
+    """PyTorch's counter of FLOP without the hooks that count for each module separately.
 
     These hooks raise an error in an attack, where `torch.autograd.grad` computes the gradient of a module's input.
     """
@@ -57,7 +57,7 @@ class Flops(FlopCounterMode):
 
 
 def flop_of(run: Callable[[], object]) -> int:
-    """Call a function, and return the number of FLOP of its products."""
+    """Call a function, and return the FLOP of its matrix products and convolutions."""
     with Flops() as counter:
         run()
     return counter.get_total_flops()

@@ -86,7 +86,7 @@ def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
 def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
     """Measure how much the gradient raises the peak memory of this process. Return one row of the results file.
 
-    The memory of the networks themselves does not count.
+    The memory of the networks themselves is not included.
 
     Args:
         name: name of the network.

@@ -23,7 +23,7 @@ QUICK = (8 << 20, 256, 3)
 
 
 def times_of(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
-    """Return the seconds of ``runs`` calls. The functions take turns, and each is called once before, untimed."""
+    """Call each function once untimed. Then call the functions in turn, and return the seconds of ``runs`` calls."""
     for call in calls:
         call()
     return [timing.seconds([call], device) for call, _ in zip(cycle(calls), range(runs), strict=False)]
@@ -42,7 +42,7 @@ def copies(device: torch.device, length: int, runs: int) -> tuple[int, list[floa
 
 
 def operands(device: torch.device, *shape: int) -> Tensor:
-    """Return a random bfloat16 matrix. Constant values would not do, because a GPU multiplies them faster."""
+    """Return a random bfloat16 tensor. It must not be constant, because a GPU multiplies constant values faster."""
     return torch.randn(shape, device=device).to(torch.bfloat16)
 
 

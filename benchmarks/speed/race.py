@@ -30,7 +30,7 @@ from .timing import allocated, environment, quantile, seconds
 
 @dataclass(frozen=True)
 class Effort:
-    """The number of timed runs in a race, and the sizes of the products that are timed beside them.
+    """The number of timed runs in a race, and the sizes of the products that measure the device's speed.
 
     Attributes:
         runs: number of runs of each contestant.
@@ -48,7 +48,7 @@ QUICK = Effort(runs=2, pause=0.0, matrix=128)
 
 
 def _matrix_rate(device: torch.device, size: int) -> float:
-    """Return the highest bfloat16 FLOP/s of a large matrix product and of a 3 x 3 convolution, in three runs each."""
+    """Return the highest bfloat16 FLOP/s in three matrix products and three 3 x 3 convolutions, all of them large."""
     product, times = limits.products(device, size, 3)
     channels, side = min(size, 256), 16
     x = limits.operands(device, max(1, size // 32), channels, side, side)
@@ -93,7 +93,7 @@ class _Process:
         theirs.close()
 
     def order(self, command: str) -> None:
-        """Send a command. `answer` waits for its result."""
+        """Send a command. `answer` waits for the command's result."""
         # Ignore a process that has ended, because `answer` reports it.
         with contextlib.suppress(OSError):
             self.pipe.send(command)
@@ -137,7 +137,7 @@ def race(
     quick: bool,
     limit: float = math.inf,
 ) -> list[dict]:
-    """Time all contestants of a case, and return one row of the results file for each.
+    """Time all contestants of a case, and return one row of the results file for each contestant.
 
     The row of a contestant whose result is wrong has no times. A contestant that is not ready within ``limit`` seconds
     is left out. The first contestant and ours are always timed.
@@ -157,7 +157,7 @@ def race(
     try:
         truth = None
         needed = {next(iter(case.contestants)), "ours"}
-        # If there is a time limit, prepare the two contestants first that are always timed.
+        # If there is a time limit, first prepare the two contestants that are always timed.
         order = sorted(case.contestants, key=lambda label: limit < math.inf and label not in needed)
         for label in order if together else ():
             prepare(label)

@@ -38,13 +38,14 @@ def device_class(device: torch.device) -> str:
 
 @dataclass
 class Budget:
-    """The time limit of a run, and the list of work that did not fit into it. By default there is no limit.
+    """The time limit of a run, and the list of work that did not fit into this limit. By default there is no limit.
 
     Attributes:
         seconds: time limit in seconds. An item of work is not started if it would end too late, assuming that it takes
-            as long as the longest item before.
+            as long as the longest earlier item.
         resume: True to keep the measurements of an earlier run. False measures them again.
-        failed: dictionary that collects tracebacks by the name of the item. If it is None, an error ends the run.
+        failed: dictionary that collects the traceback of each failed item, by the item's name. If it is None, an error
+            ends the run.
         left_out: names of the items that were not started.
     """
 
@@ -54,7 +55,7 @@ class Budget:
     left_out: list[str] = field(default_factory=list)
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
-        """Run the items of ``work``, pairs of a name and a function, within the time limit."""
+        """Run items of work within the time limit. Each item of ``work`` is a pair of a name and a function."""
         start, spent, longest = time.monotonic(), 0.0, 0.0
         with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
             for index, (name, run) in enumerate(progress):
@@ -73,7 +74,7 @@ class Budget:
 
 
 def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
-    """Return (rank of the case, op, case, direction, style) for every row that is to be measured."""
+    """Return the rows to measure: the case's index in its op, the op, the case, the direction, and the style."""
     rows = []
     for name in names:
         cases = ops[name]()
@@ -100,7 +101,7 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
     """
     budget = budget or Budget()
     effort = timing.QUICK if quick else timing.Effort()
-    # On a GPU, a quick run uses the cases for a CPU, which are smaller, if the op has them.
+    # On a GPU, a quick run uses the cases for a CPU if the op has such cases, because these cases are smaller.
     ops = registry(device.type) | (registry("cpu") if quick else {})
     path = out / sheets.ROWS
     kept = {tuple(row[k] for k in KEY): row for row in sheets.rows_of(path)}
@@ -138,7 +139,7 @@ def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path
     done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
     known = {name: pipelines.registry()[name](quick) for name in names}
     work = [(name, label) for name, cases in known.items() for label in cases if (name, label) not in done]
-    # Limit the time to prepare a case, which is mostly compilation, so that no case uses up the time of the others.
+    # Limit the time to prepare a case (mostly compilation), so that no case uses up the time of the other cases.
     share = budget.seconds / 3
 
     def run(name: str, label: str) -> None:

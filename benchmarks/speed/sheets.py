@@ -69,7 +69,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
     for op, direction, backend in dict.fromkeys((row["op"], row["direction"], row["backend"]) for row in rows):
         own = [row for row in rows if (row["op"], row["direction"], row["backend"]) == (op, direction, backend)]
         eager, graph = ([row for row in own if row["style"] == style] for style in STYLES)
-        # Without eager calls there is nothing to decide. A time limit may have excluded them.
+        # Without rows of eager calls there is nothing to decide. A time limit may have excluded these rows.
         if not eager:
             continue
         behind, behind_in_graphs = (
@@ -96,8 +96,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
 def _ahead(rows: list[dict]) -> bool:
     """Tell whether a compiled graph should use a kernel, although the compiler cannot fuse the kernel with other code.
 
-    There are two conditions. The kernel must be much faster in all rows. And compilers must not fuse the reference,
-    because a user's model may have more operations than the measured graph that could be fused with the reference.
+    There are two conditions. The kernel must be much faster in all rows. And the op must be one whose reference is not
+    fused by compilers. In a user's model, a compiler could fuse a reference with more operations than in the measured
+    graph.
     """
     many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
@@ -141,7 +142,7 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
     Args:
         rows: rows of ops.csv or pipelines.csv.
-        kind: name of a column. If there were several machines, the sentence names the column's values for each.
+        kind: name of a column. If there were several machines, the sentence names the column's values for each machine.
     """
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -154,7 +155,7 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
 
 def verdicts_table(rows: list[dict]) -> list[str]:
-    """Return the table of the chosen implementation of each op, and of the speed of our kernel."""
+    """Return the table with the chosen implementation of each op, and with the speed of our kernel."""
     head = ["op", "direction", "eager calls", "in graphs", "slower, eager", "slower, graph", "gain", "worst ratio"]
     return table([*head, "where"], (line.values() for line in verdicts(rows)))
 
@@ -167,7 +168,7 @@ def markdown(rows: list[dict]) -> str:
     body = []
     for row in rows:
         cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
-        # Only some rows have the autotuned implementation. If its time is missing, its result was not wrong.
+        # Only some rows have the autotuned implementation, so its missing time does not mean that its result was wrong.
         cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
         cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
         body.append(cells)

@@ -1,7 +1,7 @@
 """Write ``purify_fast/ops/races.json``, the choices between kernel and reference that are part of the package.
 
 The choices for a device come from two files in its folder of results. ``raced.json`` was written by
-``purify-fast tune`` on that device. It has the faster implementation by variant, dtype and size. ``ops.csv`` was
+``purify-fast tune`` on that device. It has the faster implementation for each variant, dtype and size. ``ops.csv`` was
 written by ``python -m benchmarks ops``. It decides where raced.json has no choice, such as inside compiled graphs.
 """
 
@@ -30,7 +30,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge two entries of an op. If both entries have a value, the value of the first is used."""
+    """Merge two entries of an op. If both entries have a value, the first entry's value is used."""
     ours, theirs = first.get("cells", {}), second.get("cells", {})
     cells = {name: theirs.get(name, {}) | ours.get(name, {}) for name in sorted({*ours, *theirs})}
     return {**second, **first, "cells": cells}
@@ -62,7 +62,7 @@ def take(device: torch.device, folder: Path) -> Path:
     """Copy the results of `purify-fast tune` on a device of this machine into a folder of results.
 
     Raises:
-        FileNotFoundError: there are no results, or they were made by other sources or versions.
+        FileNotFoundError: there are no results for this machine and this version of the package.
     """
     raced = races.read(device)
     if not raced.get("ops"):

@@ -4,11 +4,11 @@ The compared implementations are called contestants. ``eager`` is the reference 
 of the reference. ``ours`` is the C++, Triton or CUDA kernel. On a GPU there is also ``autotuned``, which is
 torch.compile with the mode max-autotune-no-cudagraphs.
 
-There are two styles of calls. In the style ``eager`` the function is called from Python. In the style ``graph`` it
-stands between a multiplication and a sum, and the whole is compiled. There the compiler can fuse the reference with its
-neighbors, but it cannot fuse our op.
+There are two styles of calls. In the style ``eager``, the op is called from Python. In the style ``graph``, the op is
+compiled together with a multiplication before it and a sum after it. The compiler can fuse the op's reference with
+these two operations, but it cannot fuse our kernel.
 
-On a GPU the time is measured by CUDA events. Small inputs would stay in the GPU's cache, so several sets of them take
+On a GPU the time is measured by CUDA events. Small inputs would stay in the GPU's cache, so several sets of inputs take
 turns.
 """
 
@@ -42,8 +42,8 @@ from .ops import Case
 STYLES = ("eager", "graph")
 CONTESTANTS = ("eager", "compile", "ours")
 AUTOTUNED = "autotuned"
-#: The largest number of input sets that take turns. Inputs that would need more sets are small, and their time is not
-#: limited by memory.
+#: The largest number of input sets that take turns. Inputs that would need more sets are so small that memory does not
+#: limit the time.
 MOST_SETS = 8
 
 
@@ -54,8 +54,8 @@ class Effort:
     Attributes:
         runs: number of runs of each contestant in an attempt.
         seconds: approximate seconds of a run.
-        attempts: largest number of attempts. The attempt with the least spread counts.
-        steady: largest ratio of the 80th to the 20th percentile at which no further attempt is made.
+        attempts: largest number of attempts. The attempt with the least spread is used.
+        steady: largest ratio of the 80th to the 20th percentile of the times at which no further attempt is made.
     """
 
     runs: int = 15
@@ -116,7 +116,8 @@ class Contestant:
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
-            # Use no mode with CUDA graphs: they would copy the inputs, and overwrite the outputs of the previous run.
+            # Use no mode with CUDA graphs: the graphs would copy the inputs, and overwrite the outputs of the previous
+            # run.
             mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
             function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
@@ -158,11 +159,11 @@ def agree(
 
 
 def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Run calls one after the other, and return the seconds of all of them. On a GPU, CUDA events measure the time."""
+    """Run calls one after the other, and return the sum of their seconds. On a GPU, CUDA events measure the time."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        # Name the stream, because an event would use the stream of the current device, which may be another device.
+        # Name the stream. Otherwise an event would use the stream of the current device, which may be another device.
         stream = torch.cuda.current_stream(device)
         began.record(stream)
         for call in calls:
@@ -177,7 +178,7 @@ def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
 
 
 def allocated(work: Callable[[], object], device: torch.device) -> int:
-    """Return the peak bytes of tensors that a function allocates. Allocations in compiled code count too.
+    """Return the peak bytes of tensors that a function allocates, including allocations in compiled code.
 
     Args:
         work: measured function, which is called once.
@@ -235,7 +236,7 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
-    # Create the inputs on the device itself, because copying large inputs takes long.
+    # Create the inputs on the device itself, because it would take long to copy large inputs.
     with device:
         sets = [[tensor.to(device) for tensor in case.inputs()]]
     sets += [[tensor.clone() for tensor in sets[0]] for _ in range(count - 1)]
@@ -244,7 +245,7 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     return [tuple(one) for one in sets]
 
 
-#: Forbid donated buffers, because a backward pass that runs several times must not reuse its saved buffers.
+#: Forbid donated buffers: the backward pass runs several times, so it must not overwrite its saved buffers.
 @functorch_config.patch(donated_buffer=False)
 def measure(
     op: str,
@@ -260,7 +261,7 @@ def measure(
 
     Args:
         op: name of the op.
-        case: inputs and function.
+        case: inputs and function of the op.
         direction: "forward" or "backward".
         style: "eager" or "graph".
         device: device of the inputs.

@@ -43,7 +43,7 @@ PF_INLINE void lane_range(const W* __restrict__ tile, int64_t samples, int64_t w
   }
 }
 
-// The largest number of lanes that are computed together. Compilers need this many to vectorise the loops. More lanes
+// The largest number of lanes that are computed together. Compilers need this many to vectorize the loops. More lanes
 // would not fit into the first-level cache.
 constexpr int64_t aggregate_lanes = 64;
 
@@ -115,7 +115,7 @@ PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x
 
 // For each of `rows` rows of x, writes the index of the first largest of its `classes` numbers. The rows are
 // contiguous, and there are at most aggregate_lanes of them. NaN counts as the largest. The inner loop runs over the
-// rows, because in a search along one row every comparison has to wait for the previous comparison.
+// rows, because in a loop along one row every comparison has to wait for the previous comparison.
 template <class T>
 PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
   using W = wide_t<T>;
@@ -134,7 +134,7 @@ PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t clas
   }
 }
 
-// Does the same as `first_largest` for one long row. It finds the largest number, and then the first index that has it.
+// Does the same as `first_largest` for one long row. It finds the largest number, and then its first index.
 template <class T>
 PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   using W = wide_t<T>;

@@ -7,7 +7,7 @@ namespace pf {
 
 template <class W>
 struct ApgdStep : PgdStep<W> {
-  // a and 1 - a of the momentum. 1 - a is computed before it is rounded to W.
+  // momentum is a, and rest is 1 - a, which is computed before it is rounded to W.
   W momentum, rest;
 };
 

@@ -11,7 +11,7 @@ struct Plane {
 };
 
 // Returns the power of two that scales `peak` into [1, 2), or, if this power is not a normal float, the nearest power
-// of two that is.
+// of two that is a normal float.
 template <class W>
 PF_INLINE W scale_of(W peak) {
   constexpr int mantissa = std::numeric_limits<W>::digits - 1;
@@ -31,8 +31,9 @@ struct Way {
 };
 
 // Finds t by Newton's method. A coordinate moves by t for linf (`Alike`) and by t * slope for l2, but at most by its
-// room. Each iteration computes the next t from two numbers: the contribution of the coordinates at the border, and
-// that of the other coordinates per unit of t. t grows until no further coordinate reaches the border.
+// room. Each iteration computes the next t from two numbers: the progress to the plane by the coordinates at the
+// border, and the progress of the other coordinates per unit of t. t grows until no further coordinate reaches the
+// border.
 template <bool Alike, class W>
 PF_INLINE W newton_step(Way<W> way, int64_t n) {
   const W *slope = way.slope, *room = way.room;
@@ -68,7 +69,8 @@ PF_INLINE Threshold<W> threshold(Way<W> way, int64_t n, W peak) {
       return slope[i] >= least ? gain : W(0);
     });
   };
-  // The coordinates with slope >= low reach the plane, or low is 0. The coordinates with slope >= high do not reach it.
+  // If the coordinates with slope >= low move, the plane is reached, or low is 0. If those with slope >= high move, it
+  // is not reached.
   bits_t<W> low = 0, high = bit_cast<bits_t<W>>(peak) + 1;
   while (high - low > 1) {
     const bits_t<W> middle = low + (high - low) / 2;
@@ -97,7 +99,7 @@ PF_INLINE void hyperplane_projection(const T* x, const T* w, T* out, int64_t n, 
   for (int64_t i = 0; i < n; ++i) slope[i] *= scale;
   const W gap = plane.offset * scale -
                 ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return normal(i) * scale * load(x[i]); });
-  // The sign of normal * side is the direction in which a coordinate moves. Compilers do not vectorise a comparison of
+  // The sign of normal * side is the direction in which a coordinate moves. Compilers do not vectorize a comparison of
   // two conditions, so `side` is a number.
   const W side = gap < 0 ? W(-1) : W(1);
   const auto ahead = [=](int64_t i) PF_INLINED_LAMBDA { return normal(i) * side; };

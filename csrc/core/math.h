@@ -1,7 +1,7 @@
-// Code that every kernel shares: storage types, float32 functions that a compiler can vectorise, and sums in a fixed
+// Code that every kernel shares: storage types, float32 functions that a compiler can vectorize, and sums in a fixed
 // order.
 //
-// The float32 functions are branch-free polynomials (our own minimax fits). Their error is at most 2 ulp. They
+// The float32 functions are branch-free polynomials (our own minimax fits). Their error is at most 2 ulp. The functions
 // propagate NaN and handle infinities. Without fused multiply-adds they give the same bits on every CPU. The float64
 // functions call libm.
 #pragma once
@@ -79,7 +79,7 @@ PF_INLINE void store(half& to, float x) {
 }
 
 // max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. The first conditional expression
-// propagates NaN in b, and the second NaN in a. Compilers vectorise this form, but not `a > b || a != a`.
+// propagates NaN in b, and the second NaN in a. Compilers vectorize this form, but not `a > b || a != a`.
 template <class W>
 PF_INLINE W max_nan(W a, W b) {
   const W most = a > b ? a : b;
@@ -164,7 +164,7 @@ PF_INLINE float exp(float x) {
 
 // Holds exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. The member `exp` has
 // the same bits as the function exp, except that it is 0 where exp(x) is subnormal. It needs only two thirds of the
-// instructions. NaN gives NaN.
+// instructions of exp. NaN gives NaN.
 template <class W>
 struct ExpUnit {
   W exp, minus_one;
@@ -252,7 +252,7 @@ PF_INLINE W log_sigmoid(W x) {
 }
 
 // Sets out[i] = value(i) for all i < n. Rounding to 16 bits is done in a second loop, because compilers do not
-// vectorise a loop that has both clamps and rounding.
+// vectorize a loop that has both clamps and rounding.
 template <class T, class F>
 PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   if constexpr (sizeof(T) == 2) {

@@ -24,7 +24,7 @@ PF_INLINE W reconstruction_loss_slope(W logit, W target) {
   return sigmoid(logit) - target;
 }
 
-// Returns the loss, with additions in the same order, and writes the slope at every pixel.
+// Returns the loss as the sum of reconstruction_loss_term in the order of ordered_sum. Also writes every pixel's slope.
 template <class L, class T, class W = wide_t<L>>
 PF_INLINE W reconstruction_loss_and_slope(const L* logits, const T* target, W* __restrict__ slope, int64_t n) {
   return ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA {

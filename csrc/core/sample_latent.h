@@ -1,4 +1,4 @@
-// Draws the reparameterised sample, and computes the posterior's divergence from N(0, I).
+// Draws the reparameterized sample, and computes the posterior's divergence from N(0, I).
 // purify_fast/ops/sample_latent.py has the definition.
 #pragma once
 

@@ -22,7 +22,7 @@ PF_INLINE void copy_row(const T* from, T* to, int64_t classes, bool more) {
     for (int64_t c = 0; c < classes; ++c) to[c] = from[c];
   }
 }
-// Returns true if 16 numbers of sample k may be copied at once. The extra numbers belong to the next samples of the
+// Returns true if 16 numbers of sample k may be copied together. The extra numbers belong to the next samples of the
 // same image, so later copies overwrite them.
 PF_INLINE bool room_behind(int64_t k, int64_t samples, int64_t classes) {
   return classes < lanes && (samples - k) * classes >= lanes;
@@ -77,7 +77,7 @@ PF_INLINE void from_tile(const W* __restrict__ tile, T* __restrict__ out, int64_
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_tile(Aggregation method, const T* logits, W* out, int64_t images, int64_t samples,
                             int64_t classes, int64_t width, W* scratch) {
-  // `width` is a multiple of `lanes`. This line does not change it, but lets the compiler know that.
+  // `width` is a multiple of `lanes`, so this line does not change it. The line tells this fact to the compiler.
   width = width / lanes * lanes;
   W *tile = scratch, *row = tile + samples * width;
   to_tile(logits, tile, images, samples, classes, width);

@@ -19,9 +19,9 @@
 
 #include "../core/math.h"
 
-// Compiles a loop once per instruction set. The library chooses a copy when it is loaded, so it is fast on every CPU
-// without -march=native. Templates cannot have this attribute, so each file has non-template overloads. v3 is AVX2 with
-// FMA and F16C, and v4 is AVX-512.
+// Compiles a loop once per instruction set. The library chooses one version of the loop when the library is loaded, so
+// the loop is fast on every CPU without -march=native. Templates cannot have this attribute, so each file has
+// non-template overloads. v3 is AVX2 with FMA and F16C, and v4 is AVX-512.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define PF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) static
 #elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && defined(__GNUC__)
@@ -76,8 +76,8 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // Requests pages of 2 MiB for a large new tensor. C's allocator returns freed blocks of 32 MiB or more to the system,
-// so the result of every call is fresh memory. Each first write to a page of fresh memory is a page fault, and 2 MiB
-// pages have far fewer of them than 4 KiB pages.
+// so the result of every call is fresh memory. Each first write to a page of fresh memory causes a page fault, and
+// pages of 2 MiB cause far fewer faults than pages of 4 KiB.
 inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = 2 << 20, least = 32 << 20;
@@ -118,7 +118,7 @@ inline void streamed() {
 #endif
 }
 
-// Returns a new, uninitialised CPU tensor.
+// Returns a new, uninitialized CPU tensor.
 inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -130,7 +130,7 @@ inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t 
   prefer_large_pages(made, bytes);
   return made;
 }
-// Returns a new, uninitialised, contiguous CPU tensor.
+// Returns a new, uninitialized, contiguous CPU tensor.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   constexpr int64_t most = 16;
   std::array<int64_t, most> strides;
@@ -190,7 +190,8 @@ void with_pair(const Tensor& first, const Tensor& second, const char* op, F f) {
   });
 }
 
-// Calls f(begin, end) for ranges of rows, on PyTorch's threads. `cost` is the work of a row, measured in elements.
+// Calls f(begin, end) for ranges of rows, on PyTorch's threads. `cost` is the work of a row. Its unit is the work per
+// element in a simple loop.
 template <class F>
 void parallel_rows(int64_t rows, int64_t cost, const F& f) {
   const int64_t step = grain / (cost > 0 ? cost : 1) + 1;

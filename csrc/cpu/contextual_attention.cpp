@@ -173,11 +173,12 @@ class Scratch {
 
  private:
   int64_t room_, matrix_;
-  // The memory is uninitialised. Everything that affects the result is written before it is read.
+  // The memory is uninitialized. Everything that affects the result is written before it is read.
   std::unique_ptr<W[]> memory_;
 };
 
-// Calls f(sample, begin, end, scratch) for parts of the `units` of a sample. The work of a unit is `cost` numbers.
+// Calls f(sample, begin, end, scratch) for parts of the `units` of a sample. `cost` is the work of a unit, as in
+// `parallel_rows`.
 template <class F>
 struct Pass {
   int64_t units, cost;

@@ -48,9 +48,9 @@ Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, co
 }
 
 // Winograd's algorithm is used only for images with at least this number of tiles, because the transform of the weights
-// takes the same time for every number of tiles. With four tiles per image, the algorithm was faster in both directions
-// for a batch of eight images, but a third slower for the gradient of a single image. The gradient of the weights needs
-// more tiles, because its sums must be transformed, which takes more time.
+// takes the same time for every number of tiles. With four tiles per image, the algorithm was faster for a batch of
+// eight images, forward and backward, but a third slower for the gradient of a single image. The gradient of the
+// weights needs more tiles, because its sums must be transformed, which takes more time.
 constexpr int64_t fewest_tiles = 4, fewest_tiles_of_gradient = 64;
 
 // If `turned`, `input` is the gradient of the output, and the result is the gradient of the input.

@@ -82,7 +82,7 @@ class Kept {
   size_t total = 0;
 };
 
-// Uninitialised memory that is aligned to cache lines.
+// Uninitialized memory that is aligned to cache lines.
 template <class T>
 struct Lines {
   explicit Lines(int64_t count) {
@@ -100,9 +100,9 @@ struct Lines {
   Kept::Piece held{nullptr, 0};
 };
 
-// A group of channels that are computed together: `count` channels from channel `first` on. Their data are stored
-// position by position, with room for `pitch` channels per position. Blocks are stored one after the other. At each
-// position, the blocks before this block have room for `before` channels in total.
+// A group of channels that are computed together: `count` channels, beginning with channel `first`. Their data are
+// stored position by position, with room for `pitch` channels per position. Blocks are stored one after the other. At
+// each position, the blocks before this block have room for `before` channels in total.
 struct Block {
   int64_t first, count, pitch, before;
 };

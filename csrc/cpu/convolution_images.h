@@ -1,5 +1,5 @@
 // Computes a convolution, or the gradient of its input, which is also a convolution. The sums over taps and input
-// channels are computed for a few output pixels and many output channels at once. The instruction vdpbf16ps multiplies
+// channels are computed for a few output pixels and many output channels together. The instruction vdpbf16ps multiplies
 // pairs of numbers (see convolution.h). Here, the two numbers of a pair come from neighboring channels, which are
 // adjacent in memory.
 #pragma once
@@ -128,7 +128,8 @@ Tiles<Number> tiles_of(int64_t channels) {
 }
 
 // row and column: the input pixel that the tap reads, relative to the output pixel. kernel: the index of the tap in the
-// kernel. together: a number of taps from this tap on, whose weights are adjacent and which read adjacent pixels.
+// kernel. together: the number of taps, beginning with this tap, whose weights are adjacent and which read adjacent
+// pixels.
 struct Tap {
   int64_t row, column, kernel, together = 1;
 };
@@ -292,8 +293,8 @@ class Images {
     }
   }
 
-  // Copies those of the rows [top, stop) that lie within the image. Adds zeros on both sides of a row, and one zero
-  // after the channels of a pixel if their number is odd.
+  // Copies the rows of [top, stop) that lie within the image. Adds zeros on both sides of a row, and one zero after the
+  // channels of a pixel if their number is odd.
   void take(const uint16_t* image, int64_t top, int64_t stop, uint16_t* to) const {
     const int64_t even = 2 * pairs, line = columns * even;
     for (int64_t y = std::max<int64_t>(0, top); y < std::min(stop, p.height); ++y) {

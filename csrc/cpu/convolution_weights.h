@@ -77,7 +77,7 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   return made[(many + 7) / 8 - 1](singles);
 }
 
-// Computes the gradient of the bias, which is the sum over all pixels, for 16 channels from `first` on.
+// Computes the gradient of the bias, which is the sum over all pixels, for 16 channels, beginning with channel `first`.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
   const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -105,8 +105,8 @@ class WeightGradient {
         of_gradient(many_is_gradient ? vectors(s.outputs, 3) : singles(s.outputs)),
         of_input(many_is_gradient ? singles(s.inputs) : vectors(s.inputs, 3)),
         pairs((s.out_width + 1) / 2),
-        // There is one extra column before the row. If the last output pixel has no neighbor, there is also one extra
-        // column per kernel column.
+        // A row has `stride` extra columns. If the last output pixel has no neighbor, a row also has one extra column
+        // per kernel column.
         columns(s.width + s.stride[1] + (s.out_width % 2 ? s.kernel[1] : 0)),
         taps(s.kernel[0] * s.kernel[1]) {
     const Blocks& many = many_is_gradient ? of_gradient : of_input;

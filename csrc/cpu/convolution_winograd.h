@@ -51,8 +51,8 @@ struct Grid {
 // Returns true if Winograd's algorithm is faster than a direct convolution. With few channels or fewer tiles than
 // `least`, most of the time would be spent before and after the products. A direct convolution omits the zeros of the
 // border, so it has few products if the padding or the dilation is large. Winograd's algorithm is used only if it needs
-// less than 3/4 of those products. The decision depends only on the sizes of one image, so an image has the same result
-// in every batch.
+// less than 3/4 of the products of a direct convolution. The decision depends only on the sizes of one image, so an
+// image has the same result in every batch.
 inline bool by_tiles(const Sizes& s, int64_t least) {
   if (s.kernel[0] != 3 || s.kernel[1] != 3 || s.stride[0] != 1 || s.stride[1] != 1) return false;
   const int64_t tiles = Grid(s.out_height, s.out_width, s.dilation).each;
@@ -115,7 +115,7 @@ struct Pixels {
   }
 };
 
-// Computes B' d B for 16 channels from `c` on.
+// Computes B' d B for 16 channels, beginning with channel `c`.
 PF_PAIRS_INLINE void spread_input(const Pixels& pixels, int64_t c, __mmask16 mask, Floats& d) {
   PF_UNROLL for (int i = 0; i < 16; ++i) {
     d[i / 4][i % 4] = load_numbers(pixels.from[i] + c, static_cast<__mmask16>(mask & pixels.seen[i]));
@@ -123,7 +123,7 @@ PF_PAIRS_INLINE void spread_input(const Pixels& pixels, int64_t c, __mmask16 mas
   spread_input(d);
 }
 
-// Computes A Y A' for 16 channels from `c` on.
+// Computes A Y A' for 16 channels, beginning with channel `c`.
 PF_PAIRS_INLINE void spread_gradient(const Pixels& pixels, int64_t c, __mmask16 mask, Floats& d) {
   const __m512 zero = _mm512_setzero_ps();
   __m512 y[4], half[4][2];

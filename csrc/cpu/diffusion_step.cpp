@@ -14,7 +14,7 @@
 namespace pf::cpu {
 namespace {
 
-// The number of elements of a row that are computed at once. They fit into the cache.
+// The number of elements of a row that are computed together. They fit into the cache.
 constexpr int64_t chunk = 2048;
 constexpr int coefficients_of_a_row = 8;
 // This number must be equal to purify_fast.ops.diffusion_step.STEPS.
@@ -82,8 +82,9 @@ struct Planes {
   int64_t channels, pixels;
   bool channels_last;
 };
-// Calls f(offset in memory, count) for parts of the `count` elements from `first` on, where elements are counted as in
-// a contiguous row. Elements of one part belong to one channel, so they are `channels` elements apart in memory.
+// Calls f(offset in memory, count) for parts of the `count` elements that begin with element `first`, where elements
+// are counted as in a contiguous row. Elements of one part belong to one channel, so they are `channels` elements apart
+// in memory.
 template <class F>
 void for_planes(Planes planes, int64_t first, int64_t count, F f) {
   for (const int64_t end = first + count; first < end;) {
@@ -131,7 +132,7 @@ struct Job {
     const W image = k[2] == k[2] ? k[3] : k[2];
     return {k[0], k[1], k[2], image, k[4], k[5], k[6], k[7]};
   }
-  // Draws normal numbers for `count` elements of a row, from `first` on. `first` must be a multiple of 4.
+  // Draws normal numbers for `count` elements of a row, beginning with element `first`, a multiple of 4.
   void draw(int64_t row, int64_t first, int64_t count, float* noise) const {
     const auto word = static_cast<uint32_t>(static_cast<uint64_t>(draws[row]) * steps + step);
     fill_groups(Distribution::normal, key, word, static_cast<uint32_t>(sample_ids[row]), Stream::diffusion, first / 4,
@@ -162,8 +163,8 @@ Job job_of(const Tensor& x, const Tensor& prediction, const Tensor& coefficients
           coefficients};
 }
 
-// Calls f(row, first, count) for the elements of all rows, one chunk at a time. `cost` says how many times as long an
-// element takes as copying it.
+// Calls f(row, first, count) for the elements of all rows, one chunk at a time. `cost` is the time of an element as a
+// multiple of the time to copy it.
 template <class F>
 void for_chunks(const Job& job, int64_t cost, const F& f) {
   const int64_t chunks = (job.n + chunk - 1) / chunk;

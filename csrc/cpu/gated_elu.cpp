@@ -74,7 +74,7 @@ PF_INLINE void backward_loop(const T* grad, const T* features, T* out, int64_t n
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Returns half of the number of elements in the dimensions from `dim` on.
+// Returns half of the number of elements in dimension `dim` and all later dimensions together.
 int64_t half_row(const Tensor& features, int64_t dim) {
   int64_t n = 1;
   for (int64_t i = dim; i < features.dim(); ++i) n *= features.size(i);

@@ -60,7 +60,7 @@ PF_INLINE void load_lanes(const half* from, Words& out) {
   std::memcpy(&out, numbers, sizeof out);
 }
 
-// One term of a sum of rows: the numbers from `from` on, in the places where the mask has set bits.
+// One term of a sum of rows: the numbers that begin at `from`, in the places where the mask has set bits.
 template <class T, class W = wide_t<T>>
 struct Term {
   const T* from;
@@ -138,7 +138,7 @@ class Masks {
   }
 
   PF_INLINE int64_t size() const { return size_; }
-  // The mask of the keys that have a neighbour `down` rows below and `right` columns to the right. Both are -1, 0 or 1.
+  // The mask of the keys that have a neighbor `down` rows below and `right` columns to the right. Both are -1, 0 or 1.
   PF_INLINE const Word* neighbour(int down, int right) const { return mask(3 * (down + 1) + right + 1); }
   PF_INLINE const Word* every() const { return neighbour(0, 0); }
   PF_INLINE const Word* none() const { return mask(none_); }
@@ -200,8 +200,8 @@ class Dense {
   const T* tail_;
 };
 
-// Writes the nine terms of query n. A term is the row of a query that is shifted by one of the nine offsets, and its
-// keys are shifted by the same offset. `first` is the index of the first row of the matrix.
+// Writes the nine terms of query n, one for each offset. A term is the row of the query at this offset from query n,
+// with its keys shifted by the same offset. `first` is the index of the first row of the matrix.
 template <class T, class Matrix>
 PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
                                Term<T>* terms) {

@@ -7,7 +7,7 @@ namespace pf::cpu {
 
 constexpr double smallest_norm = 1e-4;
 
-// Calls f(j) for the cell i and each of its neighbours.
+// Calls f(j) for the cell i and each of its neighbors.
 template <class F>
 PF_INLINE void for_neighbours(Grid grid, int64_t i, F f) {
   const int64_t y = i / grid.width, x = i % grid.width;

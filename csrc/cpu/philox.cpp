@@ -24,7 +24,7 @@
 namespace pf::cpu {
 namespace {
 
-// The number of counters that are computed at once.
+// The number of counters that are computed together.
 constexpr int lanes = 64;
 
 // Computes the four words of every counter.

@@ -27,7 +27,7 @@ struct word_of<8> {
 template <class T>
 using word_t = typename word_of<sizeof(T)>::type;
 
-// Neighbouring columns that are all visible, or all hidden.
+// Neighboring columns that are all visible, or all hidden.
 struct Run {
   int64_t begin, length;
   bool seen;
@@ -119,7 +119,7 @@ PF_INLINE void add_loop(const T* __restrict__ grad, int64_t apart, int64_t strid
   const auto added = [=](int64_t i, int64_t at) PF_INLINED_LAMBDA {
     W total = sum[i];
     for (int j = 0; j < passes; ++j) {
-      // The value is read in any case, because only a loop without a branch vectorises.
+      // The value is read in any case, because only a loop without a branch is vectorized.
       const W g = static_cast<W>(load(grad[j * apart + at]));
       total += owner[i] == first + static_cast<uint32_t>(j) ? W(0) : g;
     }
@@ -146,9 +146,9 @@ struct Blocks {
   const uint8_t* owners;
   int64_t columns, tall, wide;
 };
-// Computes the sums of add_passes for `rows` rows from `first` on. Requires wide blocks and contiguous pixels. Blocks
-// are processed as a whole, so the pass that hides a block is not read. The other passes are added in their order,
-// three at a time.
+// Computes the sums of add_passes for `rows` rows, beginning with row `first`. Requires wide blocks and contiguous
+// pixels. Blocks are processed as a whole, so the pass that hides a block is not read. The other passes are added in
+// their order, three at a time.
 template <class T, class W>
 PF_INLINE void add_blocks_loop(const T* grad, int64_t apart, int64_t passes, Blocks blocks, int64_t first, int64_t rows,
                                W* sum) {

@@ -10,7 +10,7 @@
 namespace pf::cpu {
 namespace {
 
-// The number of pixels of a plane that are computed at once. They fit into the cache. Longer stretches are faster if
+// The number of pixels of a plane that are computed together. They fit into the cache. Longer stretches are faster if
 // planes are read and written without gaps.
 constexpr int64_t chunk = 1024, long_chunk = 8192;
 // A block that is at least this wide is processed as a run of pixels. Narrower blocks are processed pixel by pixel.

@@ -91,7 +91,7 @@ Tensor scaled_rows(Tensor grad, Tensor rows, ScalarType dtype) {
     using W = wide_t<T>;
     const W *factors = data<W>(g), *values = data<W>(from);
     T* to = writable<T>(out);
-    // `parallel_rows` counts the work in elements that cost five times as much as a multiplication.
+    // A multiplication is half a unit of the work in `parallel_rows`.
     parallel_rows(count, n / 2, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) scale(factors[b], values + b * n, to + b * n, n);
     });

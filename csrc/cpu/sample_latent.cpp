@@ -5,7 +5,7 @@
 namespace pf::cpu {
 namespace {
 
-// The number of random numbers that are drawn at once. They fit into the cache.
+// The number of random numbers that are drawn together. They fit into the cache.
 constexpr int64_t chunk = 2048;
 
 template <class T, class W = wide_t<T>>

@@ -21,7 +21,7 @@ PF_CLONES void share_out(const uint16_t* __restrict__ row, const uint16_t* __res
   for (int64_t pass = 0; pass < passes; ++pass, out += stride) {
     const auto part = static_cast<uint16_t>(pass);
     for (int64_t i = 0; i < n; ++i) {
-      // The value is read in any case, so that the loop vectorises.
+      // The value is read in any case, so that the loop is vectorized.
       const uint16_t value = row[i];
       out[i] = owner[i] == part ? value : uint16_t(0);
     }

@@ -1,12 +1,13 @@
 """Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and an automatic step size.
 
-A checkpoint halves the step of an image in two cases. In the first case, at most a share rho of the steps since the
-last checkpoint raised the loss. In the second case, the last checkpoint did not halve the step, and the highest loss
-has not risen since. The search of this image then continues at its point of highest loss.
+At fixed steps, the checkpoints, the step size of an image may be halved. This happens in two cases. In the first case,
+at most a share rho of the steps since the last checkpoint raised the loss. In the second case, the last checkpoint did
+not halve the step size, and the highest loss has not risen since. After a halving, the search of the image continues at
+its point of highest loss.
 
-The first checkpoint comes after 22 % of the steps. The following intervals become shorter and shorter, rounded as in
-the authors' implementation. Two things are not in the paper: the first point is uniform in the ball, and a random
-model's loss is the mean over the draws.
+The first checkpoint comes after 22 % of the steps. Each further interval between checkpoints is shorter, until a
+smallest length. The intervals are rounded as in the authors' implementation. Two things are not in the paper: the first
+point is uniform in the ball, and the loss of a random model is the mean over several draws.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from .search import better_of, forgiven
 
 #: The paper's alpha. A move is alpha times the new step plus (1 - alpha) times the last move.
 MOMENTUM = 0.75
-#: A run in the l1 ball begins in larger balls. LARGER: the factors of their radii; the last ball has the given radius.
-#: LARGER_STEPS: the share of the steps in each ball.
+#: A run in the l1 ball searches three balls in turn. LARGER: their radii, as multiples of the given radius.
+#: LARGER_STEPS: the share of the steps in each of them.
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
 #: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). FIRST_SHARE: the share of the coordinates that
 #: the first steps move. SPARSER: a later step moves the share of coordinates in which the best point differs from the
-#: image, divided by SPARSER. SHRINK: a step is shortened by a division by SHRINK. SHORTEST: the smallest step is eps
-#: divided by SHORTEST.
+#: image, divided by SPARSER. SHRINK: a checkpoint divides the step size by SHRINK. SHORTEST: the smallest step size is
+#: eps divided by SHORTEST.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
-#: If the number of changed coordinates falls below this share of the number at the last checkpoint, the step gets its
-#: full length again.
+#: If the number of changed coordinates falls below this share of the number at the last checkpoint, the step size is
+#: eps again.
 FEWER = 0.95
 
 
@@ -55,7 +56,7 @@ class APGD(EngineAttack):
             takes all wrong classes.
         loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the
             model has too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
-        rho: a checkpoint halves the step of an image if at most this share of the steps since the last checkpoint
+        rho: a checkpoint halves the step size of an image if at most this share of the steps since the last checkpoint
             raised the loss.
         leave_when_fallen: whether the attack of an image ends once the model itself has confirmed a misclassified
             point; this point is then returned. If not, every run takes all of its steps, and further runs leave out
@@ -117,16 +118,16 @@ class APGD(EngineAttack):
 apgd = as_function(
     "apgd",
     APGD,
-    "Per image the point that most draws misclassify; among equal points, the point of highest loss.",
+    "Per image the point that the most draws misclassify; among equal points, the point of highest loss.",
     precision="float32",
 )
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """Return a dict from each checkpoint, a number of steps, to the number of steps since the previous checkpoint.
+    """Return a dict from the step of each checkpoint to the number of steps since the checkpoint before.
 
     The first interval has 22 % of all steps. Each further interval is shorter by 3 % of all steps, but has at least 6 %
-    of them.
+    of all steps.
     """
     length, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     marks, at = {}, length
@@ -151,12 +152,14 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 class AutoPgd(RowSearch):
     """One run of Auto-PGD. It takes the arguments of `RowSearch` too.
 
-    A checkpoint may halve the step of a row. The search of this row then continues at its point of highest loss,
-    ``top``.
+    A checkpoint may halve the step size of a row (see `Rows`). The search of this row then continues at ``top``, its
+    point of highest loss.
 
     Args:
-        rho: a checkpoint halves a step if at most this share of the steps since the last checkpoint raised the loss.
-        claims: whether a misclassified point counts as a success. It does not count while the run is in a larger ball.
+        rho: a checkpoint halves a step size if at most this share of the steps since the last checkpoint raised the
+            loss.
+        claims: whether a misclassified point counts as a success; False while the run is in a ball that is larger than
+            the given ball.
     """
 
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
@@ -223,8 +226,8 @@ class AutoPgd(RowSearch):
         """Remove the rows of fallen images, and the rows that are given up."""
         share, fell = self.active.confirm_successes(self.rows.owner, self.best, self.score[0], self.rows.run)
         self.score = torch.stack([share, self.score[1]])
-        # The border is the smallest value that a loss can have at a misclassified image. It is 0 for all margins. In
-        # the cross-entropy it is log 2, because the true class then has at most half of the probability.
+        # The border is the smallest loss that a misclassified image can have. For the cross-entropy it is log 2,
+        # because the true class of such an image has at most half of the probability. For all other losses it is 0.
         border = math.log(2) if self.objective.loss == "ce" else 0.0
         lost = self.out_of_reach(step, border - self.top_loss)
         if lost is None and not fell:
@@ -238,8 +241,8 @@ class AutoPgd(RowSearch):
             self.see_given_up(index)
         if kept is not None:
             if self.health is not None:
-                # Removed rows of fallen images count as images, but never as unmoved images, because they may have
-                # begun at a misclassified point.
+                # A removed row of a fallen image counts as an image, but never as an unmoved image, because the row may
+                # have begun at a misclassified point.
                 self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
             self.take(kept)
 
@@ -253,7 +256,7 @@ class AutoPgd(RowSearch):
             self.health.see_move(self.rows.begin[index], self.point[index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
-        """Compare the best and the last points of some rows, let the model judge them, and remember the best."""
+        """For some rows, let the model judge the better of the best and the last point, and pass it to `keep_best`."""
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
@@ -273,10 +276,10 @@ class AutoPgd(RowSearch):
 class AutoPgdL1(AutoPgd):
     """One run of Auto-PGD in the l1 ball.
 
-    A step moves only a share of the coordinates, which depends on the number of changed coordinates of the best point.
+    A step moves only a share of the coordinates. This share depends on how many coordinates the best point has changed.
 
     Args:
-        share: the share of the coordinates that the first steps move, ``[R]``. With None, they move a fifth.
+        share: the share of the coordinates that the first steps move, ``[R]``; None: a fifth.
     """
 
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
@@ -307,7 +310,7 @@ class AutoPgdL1(AutoPgd):
 def run_from_larger(objective: Objective, active: ActiveSet, rows: Rows, steps: int) -> None:
     """Make one run in the l1 ball: first with three times its radius, then with twice its radius, then with its radius.
 
-    The first points may lie outside of the ball. ``steps`` is the number of steps in all three balls.
+    The first points of the rows may lie outside of the ball. ``steps`` is the total number of steps in the three balls.
     """
     parts = [math.ceil(part * steps) for part in LARGER_STEPS[:-1]]
     # The last ball gets at least one step.

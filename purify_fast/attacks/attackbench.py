@@ -1,4 +1,4 @@
-"""Adapts this package's attacks to AttackBench (Cina et al., AAAI 2025), which is the package attackbenchlib.
+"""Adapts the attacks of purify_fast to AttackBench (Cina et al., AAAI 2025), the package attackbenchlib.
 
 AttackBench counts the queries of each image at the model's input, and stops an attack after a budget of queries.
 """
@@ -29,7 +29,7 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
 
     Returns:
         The attack ``(model, inputs, labels, targets, targeted, threat_model, epsilon, seed)``, which returns
-        adversarial images. It raises ValueError for ``targeted=True`` and for the norm l0.
+        adversarial images. It raises ValueError for ``targeted=True``, for given ``targets`` and for the norm l0.
 
     Raises:
         ValueError: no attack, an attack with a radius of its own, or an eps that is not allowed.
@@ -55,8 +55,8 @@ def for_attackbench(*attacks: Attack, eps: float) -> Callable[..., Tensor]:
     ) -> Tensor:
         if targeted or targets is not None:
             raise ValueError(
-                f"targeted must be False and targets must be None, got targeted={targeted} and "
-                f"{'no' if targets is None else 'some'} targets: these attacks accept any wrong class"
+                f"targeted must be False and targets must be None, got targeted={targeted} and targets "
+                f"{'None' if targets is None else 'with classes'}: leave both out, any wrong class is a success here"
             )
         radius = eps if epsilon is None else epsilon
         context = AttackContext(eps=radius, norm=threat_model, draws_differ=False, seed=seed)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Prepares the model under attack: it is frozen, and a model that writes to its input is refused.
 
-A model that writes to its input would change the points of an attack. The module also tests whether a random model
-draws once for all images of a call.
+A model that writes to its input would change the points of an attack. `drawn_once_per_call` tests whether a random
+model draws its random numbers once for all images of a call.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_im
 Answer = TypeVar("Answer")
 
 #: The sizes of the test whether a model draws only once per call. TRIED_IMAGES: the number of images. TRIED_ROWS: the
-#: size of a batch with several draws of each image. TRIED_CALLS: the number of calls with each image once. A model that
-#: picks one of two networks in each call picks the same network in all of these calls with the probability 1/128.
+#: size of a batch that contains each image several times. TRIED_CALLS: the number of calls with a batch that contains
+#: each image once. A model that picks one of two networks in each call picks the same network in all of these calls
+#: with the probability 1/128.
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
-#: Draws of the same call count as equal if their difference is below this share of the difference between two calls.
+#: Draws of the same call are taken as equal if their difference is below this share of the difference between two
+#: calls.
 ALIKE = 0.01
 
-#: Two outputs of a model count as equal if no logit differs by more than SAME_SPREAD times the largest spread of an
+#: Two outputs of a model are taken as equal if no logit differs by more than SAME_SPREAD times the largest spread of an
 #: image's logits plus SAME_SIZE times the largest absolute logit.
 SAME_SPREAD = 1e-5
 #: About 16 times the rounding of float32.
@@ -37,8 +39,8 @@ SAME_SIZE = 2e-6
 def frozen(model: Classifier) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    At the end of the context both are restored. The parameters are frozen to save time: a compiled backward pass would
-    compute the gradients of all parameters with ``requires_grad=True``, which is about a third of an attack's work.
+    At the end of the context, modes and flags are restored. The parameters are frozen to save time: a compiled backward
+    pass would compute the gradients of all parameters with ``requires_grad=True``, about a third of an attack's work.
     Modules in a plain list, in an object or in a hook of the model are frozen too
     (`purify_fast.model_state.hidden_modules`).
 
@@ -163,7 +165,7 @@ def differ(first: Tensor, second: Tensor) -> bool:
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first.
 
-    If the model can share work between draws (`SharesDraws`), its method makes all draws together.
+    If the model can share work between draws (`SharesDraws`), its method ``draw_logits`` makes all draws together.
     """
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
@@ -175,7 +177,7 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
     """Tell whether a random model draws once for all images of a call, like a model that picks one of two networks.
 
-    The model draws once if several draws of an image in the same batch are equal, but differ from those of another
+    The result is True if several draws of an image in the same batch are equal, but differ from the draw of another
     call. The random generators are restored afterwards. The comparison waits for the device.
 
     Args:
@@ -183,8 +185,8 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         x: images ``[B, ...]``; only the first few are tested.
         draws: the number of draws that an attack will take. With a single draw the model is not called, and the result
             is False. A model whose class promises a draw for each image is not called either
-            (`purify_fast.protocols.draws_for_each_image`): the promise saves a training the test in every step.
-        most: the most images in one forward pass; None: no limit.
+            (`purify_fast.protocols.draws_for_each_image`), so that a training does not repeat the test in every step.
+        most: the largest number of images in one forward pass; None: no limit.
     """
     rows = min(TRIED_ROWS, len(x) * draws, TRIED_ROWS if most is None else most)
     if draws == 1 or rows < 2 or draws_for_each_image(model):
@@ -205,5 +207,5 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
 
     # The position of an image in a batch may change the last bits of its logits, and in bfloat16 even the second digit.
-    # So draws count as equal if they are close.
+    # So draws are taken as equal if they are close.
     return apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * apart(first, other)

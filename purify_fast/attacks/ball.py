@@ -27,7 +27,8 @@ class Ball:
         clip_max: the largest value of a pixel.
     """
 
-    #: `eps` is not compared, because a captured step takes it as an input and so can be replayed for every radius.
+    #: A comparison of balls ignores `eps`: a step that was captured as a CUDA graph takes eps as an input, so it can be
+    #: replayed for every radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: float = 0.0
@@ -68,7 +69,7 @@ def philox_key(seed: int, device: torch.device) -> Tensor:
     """The key of Philox for a seed, int64 ``[1]``; ValueError for a seed outside the range of int64."""
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
-    # The tensor is made on the device, because a copy to the device would wait for it.
+    # The tensor is made on the device, because a copy to the device would wait for the device.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 

@@ -1,7 +1,7 @@
 """The interface of an attack, and functions that run an attack without an evaluation.
 
 Each attack is defined once, as a frozen dataclass whose fields are its options. The function of an attack makes such an
-object and runs it on one batch: `apgd` makes an `APGD`. An option that is None usually gets the value of an
+object and runs it on one batch: `apgd` makes an `APGD`. An option that is None usually takes its value from an
 `AttackContext`.
 """
 
@@ -38,7 +38,7 @@ USUAL_TARGETS = 9
 
 
 class ThreatModel(NamedTuple):
-    """The set in which an attack may change an image."""
+    """The norm and the radius of the set of changed images that an attack may return."""
 
     #: "linf", "l2" or "l1"; "flow" for an attack that shifts pixels instead of changing their values.
     norm: str
@@ -51,11 +51,11 @@ class AttackResult:
     """The outcome of an attack on a batch of images.
 
     Args:
-        images: adversarial images, with the shape and dtype of the clean ones.
+        images: adversarial images, with the shape and dtype of the clean images.
         health: the counts of faulty gradients and unmoved images; None if nothing was counted.
         warnings: warnings for the reader of the result.
-        fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
-            on which that run succeeded.
+        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
+            succeeded.
         stood_still: the number of images that survived only because every search gave up without any progress towards a
             decision boundary; a number or a tensor []. Their survival says nothing about the defence.
         proved: the number of images for which a complete search has proved that no point of the ball is misclassified;
@@ -87,9 +87,9 @@ class Attack(abc.ABC):
     A subclass with `norms` searches a ball. Its fields ``eps`` and ``norm`` override the ball of the evaluation.
 
     Args:
-        eot_iter: number of draws of a random model that are averaged in each step. They are computed in one batch. If
-            the model draws only once per call, each draw takes a separate call. None takes the evaluation's number, or
-            1 without an evaluation.
+        eot_iter: number of draws of a random model that are averaged in each step. The draws are computed in one batch,
+            or in separate calls if the model draws only once per call. None takes the evaluation's number, or 1 without
+            an evaluation.
     """
 
     #: The attack's name in saved results: "pgd", "apgd", ...
@@ -183,16 +183,16 @@ class Attack(abc.ABC):
         return None
 
     def may_end_early(self, context: AttackContext) -> bool:
-        """Tell whether a search may stop before its last step because it would not succeed."""
+        """Tell whether a search may stop before its last step because a success is out of reach."""
         return False
 
     @abc.abstractmethod
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        """Search adversarial images for a batch.
+        """Search for adversarial images of a batch of images.
 
         Args:
-            target: the model to search, which the method `target` has returned; images to logits. Afterwards the modes
-                and gradient flags of an ``nn.Module`` are restored.
+            target: the model that the method `target` has returned; images to logits. Afterwards the modes and gradient
+                flags of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             context: the settings besides the attack's own options.
@@ -226,7 +226,9 @@ class Attack(abc.ABC):
         """
         context = AttackContext.from_options(**options)
         if "eps" not in options and self.threat_model(context).eps == 0:
-            raise ValueError(f"eps must be given: {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
+            raise ValueError(
+                f"eps must be given, got no radius: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)"
+            )
         return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
@@ -241,9 +243,9 @@ class Attack(abc.ABC):
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
-        """The model that the attack searches in order to fool ``model``: by default the same model.
+        """The model whose outputs and gradients the attack uses in order to fool ``model``: by default the same model.
 
-        `BPDA` overrides this method, because it searches a model with other gradients.
+        `BPDA` overrides this method, because it uses a model with other gradients.
         """
         return model
 
@@ -280,8 +282,9 @@ def worst_of_runs(
 ) -> AttackResult:
     """Make all runs of an attack, and return for each image the best point of all runs.
 
-    The best point is misclassified by the most draws. Among equal points it has the largest margin. A prediction with
-    NaN counts as misclassified, with a margin larger than any other. So a further run never undoes a success.
+    The best point is misclassified by the most draws; among points with the same number, it has the largest margin. A
+    prediction with NaN is a misclassification with a margin larger than any other. So a further run never replaces a
+    success by a failure.
 
     Args:
         attack: an attack with ``restarts``.
@@ -328,14 +331,16 @@ class EngineAttack(Attack):
     Args:
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        restarts: number of runs for each target; a run searches the images that have not fallen yet.
+        restarts: number of runs for each target; a run attacks only the images that have not fallen yet.
         precision: precision of the search: "float32", "bfloat16" (a copy of the model computes in bfloat16) or "auto"
-            (such a copy is used if it saves time). Every success is checked on the model itself.
+            (such a copy is used if the device is faster in bfloat16 and the model is large enough). Every success is
+            checked on the model itself.
         give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
-            times its recent pace. Attacks with gradients check this after 40, 60 and 80 % of the steps, if there are 50
-            or more. After 15 % they also stop searches that are much farther from the boundary than earlier searches
-            ever moved. Square checks the pace from query 500 on. Auto-PGD ignores the option in the l1 ball and with
-            ``leave_when_fallen=False``. Square ignores it with several draws.
+            times its recent pace. Attacks with gradients check the pace after 40, 60 and 80 % of the steps, if there
+            are at least 50 steps. After 15 % of the steps they also stop a search that is much farther from the
+            boundary than any earlier search has moved after its first 15 %. Square checks the pace from query 500 on.
+            Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with
+            several draws.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -379,7 +384,7 @@ class EngineAttack(Attack):
 
     @abc.abstractmethod
     def explore(self, active: ActiveSet, objective: Objective, context: AttackContext) -> None:
-        """Search an adversarial image for each clean image of ``active``. The model is in evaluation mode (`frozen`).
+        """Search for an adversarial image of each clean image in ``active``. The model is in evaluation mode.
 
         The objective is the loss that the search maximizes. Its model is the attacked model, a fast copy of the
         attacked model, or `AttackContext.gradients_from`.

@@ -2,9 +2,9 @@
 
     forward: classifier(purify(x));   backward: as if purify(x) were x
 
-The classifier's gradient at the purified image replaces the gradient at x, which is sensible if purify(x) is near x. If
-the purifier has a useful gradient, an attack with this gradient is stronger. BPDA then is a check: if it finds more
-adversarial images, the gradient is not useful.
+The classifier's gradient at the purified image replaces the gradient at x. This is sensible if purify(x) is near x. If
+the purifier has a useful gradient, an attack with the purifier's gradient is stronger than BPDA. Then BPDA is only a
+check: if BPDA finds more adversarial images than that attack, the purifier's gradient is not useful.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BpdaModel(nn.Module):
         classifier: purified images to logits ``[B, classes]``.
         aggregation: how the logits of K draws are aggregated: a method of `purify_fast.ops.aggregate`, or a function
             ``[B, K, classes] -> [B, classes]``.
-        modules: the modules to which the functions above belong, if they are methods. An attack puts these modules into
+        modules: the modules of which ``purify`` and ``classifier`` are methods. An attack puts these modules into
             evaluation mode together with this module (`frozen`).
 
     Raises:

@@ -3,14 +3,19 @@
 The result is a misclassified point, or a proof that the ball contains none. For each other class, the "lead" is the
 true class's logit minus the other class's logit. Over the ball the lead is bounded from below: each ReLU is replaced by
 a line above it and a line below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). If the bound is not above 0,
-the problem is split at a ReLU into two subproblems, called nodes. In the first the ReLU's input is at least 0, in the
-second it is at most 0, so the ReLU is linear in both (Bunel et al., JMLR 2020, arXiv 1909.06588). A Lagrange multiplier
-for each split puts its constraint into the bound (beta-CROWN, Wang et al., NeurIPS 2021, arXiv 2103.06624).
+the problem is split at a ReLU into two subproblems, called nodes. In the first node the ReLU's input is at least 0, in
+the second node it is at most 0. So the ReLU is linear in each node (Bunel et al., JMLR 2020, arXiv 1909.06588). A
+Lagrange multiplier for each split puts the split's constraint into the bound (beta-CROWN, Wang et al., NeurIPS 2021,
+arXiv 2103.06624).
 
-Three things are not in these papers. The multipliers and the slopes of the lower lines are optimized by Polyak's steps,
-because their goal is known, a bound above 0. In each subproblem a misclassified point is searched too: from the
-minimizers of the bound, the same kind of steps lower the lead and the violations of the splits. And some of the next
-subproblems are chosen because they have the most splits: such subproblems are the first to find a misclassified point.
+Three things are not in these papers:
+
+- The multipliers and the slopes of the lower lines are optimized by Polyak's steps. Polyak's steps need a known goal:
+  here the goal is a bound above 0.
+- Each node is also searched for a misclassified point. The search begins at the minimizers of the bound. From there,
+  Polyak's steps reduce the lead and the violations of the splits.
+- Some of the nodes that are split next are chosen because they have the most splits: misclassified points are found in
+  such nodes first.
 
 The search does not depend on useful gradients of the network, so masked gradients cannot hide a misclassified point.
 """
@@ -34,26 +39,26 @@ from .context import AttackContext
 from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
-#: The numbers of steps per subproblem. RAISES: steps that raise its lower bound. DESCENTS: steps that search a
+#: The numbers of steps per node. RAISES: steps that raise the node's lower bound. DESCENTS: steps that search for a
 #: misclassified point.
 RAISES, DESCENTS = 5, 15
-#: SAFE: a bound counts as a proof if it is above this share of the image's largest logit, because the model computes in
-#: float32, but this search in float64. ALIKE: the model's logits may differ from the logits in float64 by this share of
-#: the largest logit.
+#: SAFE: a bound is a proof only if it is above this share of the image's largest absolute logit, because the model
+#: computes in float32, but this search in float64. ALIKE: the model's logits may differ from the logits in float64 by
+#: at most this share of the largest absolute logit.
 SAFE, ALIKE = 5e-5, 2e-5
-#: IMAGES: the number of images that are searched together. AT_ONCE: the most subproblems that are split together.
-#: NUMBERS: the most elements of the matrices that bound these subproblems.
+#: IMAGES: the number of images that are attacked together. AT_ONCE: the largest number of nodes that are split
+#: together. NUMBERS: the largest number of elements of the matrices that bound these nodes.
 IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
-#: The share of the next subproblems that are chosen because they have the most splits. The others are chosen because
-#: they have the lowest bounds.
+#: The share of the next nodes that are chosen because they have the most splits. All other next nodes are chosen
+#: because they have the lowest bounds.
 DEEPEST = 0.5
 #: The next ReLU to split is chosen by the error of its relaxation at the minimizer, plus this weight times the width of
 #: the relaxation.
 WIDTH = 0.3
 #: A step tries to raise the bound to GOAL times the absolute value of the present bound, plus twice the smallest bound
-#: that counts as a proof (see SAFE).
+#: that is a proof (see SAFE).
 GOAL = 0.05
-#: The steps that search a misclassified point are Polyak's steps with the goal 0, times this factor.
+#: The steps that search for a misclassified point are Polyak's steps with the goal 0, times this factor.
 LONG = 3.0
 TINY = 1e-12
 
@@ -69,7 +74,8 @@ class BranchAndBound(Attack):
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, which can only be "linf"; a norm needs an eps beside it. None takes the evaluation's
             norm.
-        nodes: the approximate limit of subproblems per image. An image that needs more is not proved.
+        nodes: the approximate limit of nodes (subproblems) per image. An image that needs more nodes is not proved
+            robust.
         relus: the largest number of ReLUs that a network may have.
 
     Raises:
@@ -89,12 +95,12 @@ class BranchAndBound(Attack):
         return "branch and bound"
 
     def layers(self, model: Classifier, x: Tensor, max_forward_batch: int | None = None) -> list[Affine]:
-        """Read the layers of the network that is searched.
+        """Read the affine layers of a network.
 
         Args:
-            model: images to logits.
+            model: the network, images to logits.
             x: images ``[B, C, H, W]``, on which the layers are compared with the model.
-            max_forward_batch: the most images in one forward pass; None: no limit.
+            max_forward_batch: the largest number of images in one forward pass; None: no limit.
 
         Raises:
             ValueError: the model does not consist of affine layers and ReLUs, or is too large.
@@ -167,7 +173,7 @@ class _Nodes(NamedTuple):
         return _Nodes(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def halves(self) -> _Nodes:
-        """Split the nodes that have a ReLU to split; return both halves of them, and the other nodes."""
+        """Return two halves of each node that has a ReLU to split, and all other nodes unchanged."""
         others, split = self.take(self.unit < 0), self.take(self.unit >= 0)
         signs = [split.signs.scatter(1, split.unit[:, None], sign) for sign in (1, -1)]
         return _Nodes.joined([others, *(split._replace(signs=each) for each in signs)])
@@ -179,7 +185,7 @@ class _Search:
     Args:
         layers: the layers of the network.
         active: all images of the attack.
-        part: the indices of the images that are searched here, int64 ``[n]``.
+        part: the indices of the images that are attacked here, int64 ``[n]``.
     """
 
     def __init__(self, layers: Sequence[Affine], active: ActiveSet, part: Tensor):
@@ -194,7 +200,7 @@ class _Search:
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
-        """Search until every image has fallen, is proved or had ``limit`` nodes.
+        """Search until every image has fallen, is proved robust or has had ``limit`` nodes.
 
         Returns:
             bool ``[n]``, True for the images that are proved robust.
@@ -226,7 +232,7 @@ class _Search:
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
-        """Bound some nodes, and search a misclassified point in each; return the undecided nodes and their next splits.
+        """Bound some nodes, and search each of them for a misclassified point; return the undecided nodes.
 
         The field ``unit`` of a returned node is its next ReLU to split.
         """
@@ -319,7 +325,7 @@ class _Search:
             if step == RAISES or not self.widths:
                 break
             up, dearer = torch.autograd.grad(total, (slopes, prices))
-            # A value at the end of its range cannot move beyond it, so such a gradient is set to 0.
+            # A slope or price at the end of its range must not leave the range, so an outward gradient is set to 0.
             up = up * torch.where(up > 0, slopes < 1, slopes > 0)
             dearer = unit * dearer * ((dearer > 0) | (prices > 0))
             missing = (2 * self.safe[nodes.owner] + GOAL * bound.abs() - bound).clamp(min=0)
@@ -343,7 +349,7 @@ class _Search:
         return F.pad(score, (1, 0), value=-torch.inf).argmax(1) - 1
 
     def descend(self, nodes: _Nodes, boxes: _Boxes, x: Tensor) -> None:
-        """Search a misclassified point in each node, beginning at the points x, ``[B, pixels]``.
+        """Search each node for a misclassified point, beginning at the points x, ``[B, pixels]``.
 
         A point is in a node if the inputs of the split ReLUs have the signs of the node.
         """

@@ -3,9 +3,9 @@
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
 Plain autograd keeps the activations of all n steps. Here only the x_i are kept, and each step is computed again for its
-gradient. This takes the time of another forward pass, and the memory of one step plus one x per step. If memory allows,
-the activations of some steps are kept, and these steps are not computed again. The gradient is exact, in contrast to an
-adjoint equation or to a gradient of some of the steps.
+gradient. The second computation takes the time of another forward pass. The memory is that of one step plus one x per
+step. If memory allows, the activations of some steps are kept, and these steps are not computed again. The gradient is
+exact, in contrast to the gradient of an adjoint equation, and to a gradient through only some of the steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Keep = int | Literal["auto"]
 #: "auto" fills this share of the free memory with activations. The rest remains for other computations, such as a
 #: classifier, and for other processes.
 SHARE = 0.25
-#: "auto" runs this number of first steps, and measures the memory of the last of them, because the first step may keep
-#: less than the other steps.
+#: "auto" runs this number of first steps, and measures the activations of the last one of these steps, because the
+#: first step may keep less than the other steps.
 MEASURED = 3
 
 
@@ -59,18 +59,18 @@ def checkpointed_steps(
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
             may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
         keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
-            "auto" keeps as many as fit into a quarter of the memory that is free now. To find this number, it measures
-            the activations of the third step. It always keeps the activations of the first three steps.
+            "auto" keeps as many as fit into a quarter of the memory that is free now. To find this number, "auto"
+            measures the activations of the third step. The activations of the first three steps are always kept too.
 
     Returns:
         The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
 
     Raises:
         ValueError: n or keep is negative, or keep is neither a number nor "auto".
-        RuntimeError: ``step`` writes into its x. The backward pass raises it if ``step`` records no gradient.
+        RuntimeError: ``step`` writes into its x; or, in the backward pass, ``step`` records no gradient.
 
-    When a step is computed again, autocast and PyTorch's function modes are the same as the first time. A function mode
-    may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
+    When a step is computed again, autocast and PyTorch's function modes are the same as the first time, because a
+    function mode may change the gradient of a step. Inside ``torch.compile`` the loop is a plain loop.
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
@@ -128,7 +128,7 @@ def check_keep(keep: object) -> None:
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
     """A context that counts the bytes that autograd keeps for the computations in it.
 
-    A storage is counted once, even if several tensors or several ``with`` blocks share it, as they share a weight.
+    A storage is counted once, even if several tensors or several ``with`` blocks share it, such as that of a weight.
 
     Attributes:
         last: the bytes that autograd keeps for the last ``with`` block, without storages that an earlier block keeps.
@@ -157,7 +157,7 @@ def draws_numbers(function: Callable[[], object], device: torch.device) -> bool:
 
     Args:
         function: the function, which is called once.
-        device: the device on which it computes.
+        device: the device on which the function computes.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         before = _generators(device)
@@ -235,7 +235,7 @@ def _function_modes() -> list[Any]:
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
     """Apply a step with gradients recorded, as the backward pass does when it computes the step again.
 
-    An active function mode may return another result without recorded gradients.
+    Without recorded gradients, the step might return another result under an active function mode.
     """
     # Modes are disabled here, because they may replace the functions that detach tensors and enable gradients.
     with torch._C.DisableTorchFunction():

@@ -1,7 +1,7 @@
 """The settings that an attack gets from its caller.
 
-An evaluation makes an `AttackContext` from its own settings. Without an evaluation, it is made from the arguments of
-the call.
+An evaluation makes an `AttackContext` from its own settings. Without an evaluation, the context is made from the
+arguments of the call.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ Radius = float | Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Settings that concern the time and memory of an attack, and what it counts.
+    """Settings that concern the time, the memory and the counts of an attack.
 
     Args:
-        max_forward_batch: the most images in one forward pass; it changes no result. None: no limit.
-        batch_size: the most images in one batch of a search. An attack may search several targets and restarts of an
-            image together; each of them then counts as an image. None stands for 64, or for the number of images if
-            that is larger.
+        max_forward_batch: the largest number of images in one forward pass; the limit changes no result. None: no
+            limit.
+        batch_size: the largest number of images in one batch of a search. If an attack searches with several targets or
+            restarts of an image together, each of these searches takes the place of an image. None stands for 64, or
+            for the number of images if that is larger.
         counts_health: whether the attack counts faulty gradients and unmoved images.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: nothing is
             captured.
@@ -68,7 +69,7 @@ class AttackContext:
         draws_differ: whether two predictions of the same image may differ. If not, every attack takes one draw.
         judge_draws: number of fresh draws that must confirm a success on a random model, because a single draw may be
             lucky. None takes the number of draws that a step averages.
-        judge_share: the share of these draws that must be misclassified for a success.
+        judge_share: the share of the fresh draws that must be misclassified for a success.
         seed: seed of all random numbers.
         begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball. With
             None, the run begins at random points.

@@ -1,10 +1,11 @@
-"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020) searches the nearest point of each target class.
+"""FAB-T (Croce & Hein, "Fast Adaptive Boundary Attack", ICML 2020) searches for the nearest point of a target class.
 
 Each step linearizes the model, and moves the point to the decision boundary of the target class (its "border") and a
 little towards the clean image. A point across the border is first moved back towards the clean image. The search itself
-has no radius. It succeeds for an image when a misclassified point lies in the ball, and the image then is removed from
-the batch. Two things are not in the paper. A point across the border is moved back after its gradient is taken, which
-saves a forward pass per step. And at the end the nearest point across the border is projected onto the ball and tried.
+has no radius. The search succeeds for an image when a misclassified point lies in the ball. The image is then removed
+from the batch. Two things are not in the paper. A point across the border is moved back after its gradient is taken,
+which saves a forward pass per step. At the end, the nearest point across the border is projected onto the ball and
+tried.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class FABT(EngineAttack):
         return f"FAB-T {self.decided(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
 
     def cost(self, context: AttackContext) -> int:
-        # At its end a run scores its last point and its nearest point across the border. The model judges the nearest.
+        # At its end a run scores its last point and its nearest point. The model also judges the nearest point.
         steps, draws, _, targets = self.decided(context)
         runs, judges = self.restarts * (targets or 1), context.judges(draws)
         order = cost_of_borders(self.n_target_classes, context.num_classes, draws)
@@ -88,7 +89,7 @@ class _FabSearch(RowSearch):
     Attributes:
         nearest: the nearest point across the border in each row, ``[R, ...]``; the first point of the row until a point
             across the border is found.
-        distance: the distance from the image to this point in the norm of the ball, ``[R]``; infinite until a point
+        distance: the distance from the image to ``nearest`` in the norm of the ball, ``[R]``; infinite until a point
             across the border is found.
     """
 
@@ -154,9 +155,10 @@ def _length(rows: Rows, moved: Tensor) -> Tensor:
 
 
 def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
-    """Mix a step from the origin to the linearized border with a step from the clean image, which has a small weight.
+    """Mix two steps to the linearized border: one from ``origin``, and one of small weight from the clean image.
 
-    ``at_point`` is the gradient, at ``point``, of the target's logit minus the label's logit.
+    ``origin`` is ``point``, moved back if it is across the border. ``at_point`` is the gradient, at ``point``, of the
+    target's logit minus the label's logit.
     """
     bounds = rows.ball.bounds
     # The border of the linearized model is the hyperplane with this normal and this offset.

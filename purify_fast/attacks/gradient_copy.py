@@ -41,9 +41,9 @@ from .attacked_model import gradient_to
 FEWEST_WEIGHTS = 250_000
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
-#: The limit for errors in a copy's logits. A class's gap is the predicted class's logit minus its own logit. The copy's
-#: gap may differ from the model's gap by this share of the model's gap. If the model's gap is small, the limit is this
-#: share of the median gap between the leading classes.
+#: The limit for errors in a copy's logits. The gap of a class is the logit of the predicted class minus the logit of
+#: this class. The copy's gap may differ from the model's gap by this share of the model's gap. If the model's gap is
+#: small, the limit is this share of the median gap between the leading classes.
 TOLERANCE = 0.1
 #: A copy is used only if its purified images differ from its model's purified images by at most this number, averaged
 #: over the pixels, in image units.
@@ -52,7 +52,8 @@ PURIFIED_TOLERANCE = 0.03
 LEAST_COSINE = 0.8
 #: The number of copies that are kept: an evaluation attacks several variants of one model, one after the other.
 REMEMBERED = 2
-#: The number of wrappers around copies that are kept, so that a captured step finds the same object again.
+#: The number of wrappers around copies that are kept, because a step that was captured as a CUDA graph can be replayed
+#: only for the same object.
 WRAPPERS = 8
 
 
@@ -74,8 +75,8 @@ class GradientCopies:
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
         """Return ``around``, a wrapper around the copy ``inner``, or the equal object of an earlier call.
 
-        As long as ``wrapper`` and ``inner`` are the same, the result is the same object, because a captured step can be
-        replayed only for the object with which it was captured.
+        As long as ``wrapper`` and ``inner`` are the same, the result is the same object, because a step that was
+        captured as a CUDA graph can be replayed only for the object with which it was captured.
         """
         known = self._around.get(id(wrapper))
         if known is None or known[0] is not wrapper or known[1] is not inner:
@@ -128,11 +129,11 @@ def gradient_copy(
     small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
     if precision == "auto" and small:
         return model
-    # A model may draw random numbers while it is copied. They must not change the random numbers of the attack.
+    # A model may draw random numbers while it is copied. These draws must not change the random numbers of the attack.
     with _same_draws(x.device):
         duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
     # A kept copy is compared again for two reasons. Some changes of a user's model cannot be detected. And the choice
-    # for these images must not depend on the images or the time with which the copy was made.
+    # must not depend on when, and on which images, the copy was first compared.
     return duplicate if duplicate is not None and _fits(duplicate, model, x) else model
 
 
@@ -165,9 +166,10 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
     if copies is not None:
         around = copies.same_around(wrapper, copied, around)
     if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
-        # A wrapper that counts images does not change the logits. A comparison would add its images to the count.
+        # A wrapper that counts images does not change the logits, and a comparison would add images to its count.
         return around
-    # So far only the model inside was compared. The attack calls it through the wrapper, so the whole is compared too.
+    # So far only the model inside was compared. The attack calls this model through the wrapper, so the two wrappers
+    # are compared too.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
 
@@ -226,14 +228,14 @@ def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     """
     want, got = (_run(each, x, each) for each in (model, duplicate))
     # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
-    # classes, measure to an earlier class, because the smallest logit may be far from the others.
+    # than nine classes, measure to an earlier class, because the smallest logit may be far from all others.
     leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
     if want.shape != got.shape or not bool(got.isfinite().all()):
         return False
     top = want.argmax(1, keepdim=True)
     behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
-    # Each class has its own limit. With a common limit, a class with a very low logit would allow large errors in the
-    # others.
+    # Each class has its own limit. With a common limit, a class with a very low logit would allow large errors in all
+    # other classes.
     allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
     return bool(((its_own - behind).abs() <= allowed).all())
 

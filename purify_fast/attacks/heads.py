@@ -1,7 +1,7 @@
 """Other aggregations of a defence's samples, from which an attacker may take gradients.
 
 The gradient of the defence's own aggregation may be saturated, or may depend on a single sample. So an attacker may
-take the gradients from another aggregation. The points that are found are then tried on the unchanged defence.
+take the gradients from another aggregation. The unchanged defence then judges the points that are found.
 """
 
 from __future__ import annotations

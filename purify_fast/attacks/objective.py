@@ -1,8 +1,8 @@
 """The loss that an attack maximizes, averaged over the draws of a random model, and its gradient.
 
 All draws of an image are computed in one batch (expectation over transformation, Athalye et al., ICML 2018). A batch is
-split if it is larger than the allowed forward pass, which changes only the rounding of sums. If a model draws only once
-for a whole batch, each draw takes a separate pass, because all draws of one batch would be the same.
+split if it is larger than the allowed forward pass. The split changes only the rounding of sums. If a model draws only
+once for a whole batch, each draw takes a separate pass, because all draws of one batch would be the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Objective:
         model: images ``[B, ...]`` to logits ``[B, classes]``; in evaluation mode, see `purify_fast.attacks.frozen`.
         loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`.
         eot_iter: number of draws of a random model that are averaged.
-        max_forward_batch: the most images in one forward pass; None: all draws of all images at once.
+        max_forward_batch: the largest number of images in one forward pass; None: all draws of all images.
         apart: whether each draw takes a separate forward pass, because the model draws only once per call.
         graphs: captures the steps of attacks as CUDA graphs; None: nothing is captured.
     """
@@ -54,7 +54,7 @@ class Objective:
     loss: str = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
-    #: `graphs` is not compared, because it does not change the result.
+    #: A comparison of objectives ignores `graphs`, because graphs do not change the result.
     graphs: StepGraphs | None = field(default=None, compare=False)
     apart: bool = False
 
@@ -92,8 +92,8 @@ class Objective:
         """Sums over all draws; ``one_pass(x, y, draws)`` returns the sums for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
-            # This is the most frequent case. The sums and copies below would take about as long as the pass of a small
-            # model, so they are skipped.
+            # This is the most frequent case. The sums and concatenations below would take about as long as the pass
+            # of a small model, so they are skipped.
             return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
@@ -119,7 +119,7 @@ class Objective:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "the attack needs gradients, which torch.inference_mode() does not record: call the attack outside of "
-                "it, or use torch.no_grad() instead"
+                "torch.inference_mode(), or use torch.no_grad() instead"
             )
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()

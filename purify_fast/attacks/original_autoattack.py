@@ -40,16 +40,16 @@ def implementation() -> Any:
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(package).AutoAttack
     raise ModuleNotFoundError(
-        "AutoAttack is not installed: run pip install 'purify-fast[eval]', which installs pyautoattack, or use "
-        "protocol standard, which runs this package's own versions of the four attacks"
+        "AutoAttack is not installed: run pip install 'purify-fast[eval]', or use protocol standard, which runs this "
+        "package's own versions of the four attacks"
     )
 
 
 def parts(version: str, classes: int) -> tuple[list[str], str | None]:
-    """Return the attacks of AutoAttack that can run with ``classes`` classes, and the attack that cannot, or None.
+    """Return AutoAttack's attacks that can run with ``classes`` classes, and the attack that cannot run, or None.
 
-    The DLR loss needs at least 3 classes, and its targeted form at least 4. An attack without enough classes is
-    replaced by PGD on the margin.
+    The DLR loss needs at least 3 classes, and the targeted DLR loss at least 4. PGD on the margin replaces an attack
+    that cannot run.
     """
     if version == "rand":
         return (["apgd-ce", "apgd-dlr"], None) if classes >= 3 else (["apgd-ce"], "apgd-dlr")
@@ -156,23 +156,23 @@ class AutoAttack(Attack):
         adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
         for part in (adversary.apgd, adversary.apgd_targeted):
             part.n_iter = part.n_iter_orig = steps
-            # APGD's constructor computes the checkpoints from the number of steps, so they must be computed again.
+            # APGD's constructor has computed these lengths of its intervals from the old number of steps.
             part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
         adversary.fab.n_iter = steps
         adversary.square.n_queries = self.n_queries
         if self.version == "rand":
             adversary.apgd.eot_iter = draws
         # The package autoattack prints, names the batch size `bs`, and returns only the images. pyautoattack does not
-        # print, names it `batch_size`, and returns a tuple.
+        # print, names the batch size `batch_size`, and returns a tuple.
         adversary.verbose = False
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
         result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """Attack the images that have not fallen by PGD on the margin, and put the new successes into the points.
+        """Run PGD on the margin on all images that have not fallen, and put the new successes into the points.
 
-        This PGD replaces the attack that cannot run with so few classes, see `parts`.
+        PGD replaces the attack that cannot run with so few classes, see `parts`.
         """
         steps, draws, *_ = self.decided(context)
         margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
@@ -189,12 +189,13 @@ class AutoAttack(Attack):
 
 @contextlib.contextmanager
 def _listening(warnings: list[str]) -> Iterator[None]:
-    """Collect AutoAttack's warnings instead of printing them, and undo its change of Python's trace function."""
+    """Collect AutoAttack's warnings instead of printing them, and restore Python's trace function at the end."""
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
-        # Two warnings are dropped because they do not apply. AutoAttack mistakes a compiled model for a dynamic defence
-        # at its first call. And a loss that cannot be used with so few classes is replaced by PGD on the margin.
+        # Two warnings are dropped because they do not apply. AutoAttack warns of a dynamic defence at the first call of
+        # a compiled model. It also warns of a loss that needs more classes, but here PGD on the margin replaces that
+        # loss.
         known = "dynamic defense" in text or "it is not possible to use the" in text
         if record.levelno >= logging.WARNING and not known and text not in warnings:
             warnings.append(text)

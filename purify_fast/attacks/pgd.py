@@ -2,12 +2,13 @@
 
 In the l1 ball PGD takes SLIDE's sparse steps (Tramer & Boneh, NeurIPS 2019), and projects onto the intersection of ball
 and box (Croce & Hein, ICML 2021): see `purify_fast.ops.pgd_step`. SLIDE moves a constant share of the coordinates, all
-by the same amount. So the change cannot concentrate in the few coordinates where it raises the loss most. This
+by the same amount. So the change cannot concentrate in the few coordinates with the largest gradients. This
 implementation reduces the share from step to step. FGSM is the fast gradient sign method (Goodfellow et al., ICLR
 2015).
 
 Models map images [B, C, H, W] in [clip_min, clip_max] to logits [B, classes]. During an attack the model is in
-evaluation mode, and its parameters get no gradients. Both are restored afterwards (`purify_fast.attacks.frozen`).
+evaluation mode, and its parameters get no gradients; both settings are restored afterwards
+(`purify_fast.attacks.frozen`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Ascent:
     Args:
         objective: the loss that is maximized.
         ball: the norm and the box of the step; the radii are those of the state.
-        density: the share of the coordinates that a step in "l1" moves. With None, the share changes from step to step:
-            the result then has the gradient instead of the next point, and the caller takes the step by `move`.
+        density: the share of the coordinates that a step in "l1" moves. With None, the share changes from step to step.
+            The result of a call then has the gradient instead of the next point, and the caller takes the step by
+            `move`.
 
     The state has the clean images ``x`` and the points ``point``, both ``[B, ...]``; the labels ``y``; ``eps`` and
     ``alpha``, ``[B]``; and the memory of a `Search`. If ``density`` is None, it also has ``gradient``, ``[B, ...]``.
@@ -141,12 +143,12 @@ class PGD(Attack):
         steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
         random_start: whether the first run begins at a random point; every further run begins at a random point.
         keep_best: whether a run returns its best point instead of its last point. The best point is misclassified by
-            the most draws; among equal points it has the highest mean loss. This takes one more forward pass, or two
-            with several draws.
+            the most draws; among equal points it has the highest mean loss. The option takes one more forward
+            pass, or two with several draws.
         restarts: number of runs.
         alpha: length of a step in image units, a number or ``[B]``. With None, the length falls geometrically from eps
-            to eps / 100. This attack is stronger than with a constant length: `make demo` shows both on its base
-            classifier.
+            to eps / 100. The attack is stronger with falling lengths than with a constant length: `make demo` shows
+            both on its base classifier.
         start_std: standard deviation, in image units, of a normal random start that is projected onto the ball. With
             None, the start is uniform in the ball.
 
@@ -229,12 +231,12 @@ class LeavingPGD(PGD):
 
     def __post_init__(self) -> None:
         if not self.keep_best:
-            raise ValueError("keep_best must be True for LeavingPGD, because it returns best points, got False")
+            raise ValueError("keep_best must be True, because LeavingPGD returns the best points, got False")
         super().__post_init__()
 
     def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
         whole, state = begin, begin
-        # For each tensor, the dimension that counts images. A tensor without dimensions belongs to all images.
+        # For each tensor, the dimension that has an entry per image. A tensor without dimensions belongs to all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         for first in range(0, steps, self.look_every):

@@ -1,8 +1,8 @@
 """Reads the matrices of a network whose affine layers have ReLUs between them.
 
 The model is called on the vectors of a basis of its images, and the outputs of each ReLU are replaced by the vectors of
-a basis. The model may contain only ReLUs and operations that are affine or polynomial. A polynomial that agrees with
-the matrices on random images is affine. So the matrices equal the model on every image, not only on the tried images.
+a basis. The model may contain only ReLUs and polynomial operations. A polynomial that agrees with an affine layer on
+random images is this layer. So the matrices give the model's logits on every image, not only on the tried images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
     Args:
         model: affine layers and ReLUs in turn; it is not changed.
         shape: the shape of an image, ``[C, H, W]``.
-        most: the most ReLUs. With a number, the model may also have at most `MOST_WEIGHTS` weights. None: no limits.
+        most: the largest number of ReLUs; if it is given, `MOST_WEIGHTS` limits the weights too. None: no limits.
 
     Returns:
         The layers, with the model's weights in float64, on the CPU.

@@ -106,7 +106,7 @@ def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
     """The new values of `Search.memory` after one more point, computed without waiting for the device.
 
-    ``memory`` may also have tensors of the attack under names that `Search` does not use. These are ignored.
+    ``memory`` may also have tensors of the attack under names that `Search` does not use. Such tensors are ignored.
     """
     new: State = {}
     if "nonfinite" in memory:
@@ -156,8 +156,8 @@ class Search:
     def result(self, x: Tensor, last: Tensor) -> Tensor:
         """The images that an attack on the clean images x returns: the last points, or the best with ``keep_best``.
 
-        The steps have not compared the last points with the best points, so this method does. If several draws are
-        averaged, fresh draws score both.
+        The steps have not compared the last points with the best points, so this method compares them. If several draws
+        are averaged, fresh draws score both.
         """
         if self.health is not None:
             nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]

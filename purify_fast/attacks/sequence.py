@@ -16,7 +16,7 @@ from .base import Attack
 from .context import AttackContext
 from .engine.row_batches import Judge, has_fallen
 
-#: The number of images with which `drawn_once_per_call` tests the model.
+#: The number of images that are passed to `drawn_once_per_call`, which tests the first of them.
 FEW = 8
 
 
@@ -32,7 +32,7 @@ class AttackSequence:
 
     Attributes:
         images: the best known point of each image, ``[N, C, H, W]``; the clean image if no point is better.
-        share: the share of fresh draws that misclassify this point, ``[N]``.
+        share: the share of fresh draws that misclassify the best known point, ``[N]``.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """Square (Andriushchenko et al., ECCV 2020): a random search with squares that needs no gradient.
 
-Each proposal changes one square of an image, and is accepted if it raises the margin. The random numbers of an image
-depend only on the seed and its id, so that the result does not depend on the batches. Three things are not in the
-paper:
+Each proposal changes one square of an image, and is accepted if it raises the margin, which is the largest wrong logit
+minus the true logit. The random numbers of an image depend only on the seed and the image's id, so that the result does
+not depend on the batches. Three things are not in the paper:
 
-- Few late proposals raise the margin, so several are tried in one batch, and the best is taken.
+- Few late proposals raise the margin, so several proposals are tried in one batch, and the best is taken.
 - For a random model, the margin is the mean over several draws, and fresh draws decide whether an image has fallen. The
   margin of the present point is drawn again from time to time. Otherwise a lucky draw would block all better proposals.
 - The search of an image can be given up if the decision boundary (its "border") is out of reach.
@@ -33,17 +33,17 @@ from .objective import Objective
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
-#: The keys are queries, the values are the numbers of proposals per image that are tried in one batch from this query
-#: on. At first every second proposal is accepted, and the next proposal should start from it. Later few proposals are
-#: accepted, so that more of them can be tried from the same point.
+#: The keys are queries. The value is the number of proposals per image that are tried in one batch from this query on.
+#: At first every second proposal is accepted, and the next proposal should start from the accepted point. Later few
+#: proposals are accepted, so more proposals can be tried from the same point.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: The number of queries for which random numbers are made at once.
 BLOCK = 64
 #: A round is one batch of proposals. After this number of rounds, the misclassified points are judged, fallen images
 #: are removed, and a random model draws the margin of the present points again.
 ROUNDS = 10
-#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the factor by which the rise of their margin
-#: per query is assumed to grow at most.
+#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the factor by which the rise of a margin per
+#: query is assumed to grow at most.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
 #: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the share is halved after each of
 #: these queries.
@@ -122,8 +122,8 @@ class _SquareSearch:
         self.monitor: PaceMonitor | None = None
         self._once_for_all_queries()
         self.share, self.margin = self._scored(self.point)
-        # The margin of each row's point at its last judgment. The first value is just below 0, so that a point with
-        # margin 0, which lies on the border, is judged too.
+        # The margin that the point of each row had when the row was last judged. The first value is just below 0, so
+        # that a point with margin 0, which lies on the border, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
 
     def _once_for_all_queries(self) -> None:

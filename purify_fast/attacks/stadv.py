@@ -33,8 +33,8 @@ from .search import GradientHealth, Search
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
 BETAS, TINY = (0.9, 0.999), 1e-16
-#: For neighbors whose flows differ by less than this, the gradient of the flow loss is reduced, because such a
-#: difference is only rounding. The value is far below any step.
+#: If the flows of two neighbors differ by less than this value, the gradient of the flow loss is reduced, because such
+#: a difference is only rounding. The value is far below any step.
 CORNER = 1e-5
 
 

@@ -58,7 +58,7 @@ class Check(Command):
     def evaluated(self, folder: Path) -> Evaluate:
         """The `evaluate` command that wrote the report in a folder, or a command with MODEL if the user gives MODEL.
 
-        The command is not run. It loads the model.
+        The command is not run; it only loads the model.
         """
         if self.model is not None:
             words = [self.model]

@@ -58,7 +58,7 @@ class DataCommand(Command):
         data: Data set: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet; or an .npz
             file with x_train, y_train, x_test and y_test; or a folder with train/<class>/*.jpg|png, and val/ or test/
             in the same form.
-        data_root: Folder in which data sets are searched and to which they are downloaded. Default: the variable
+        data_root: Folder that contains the data sets, and to which they are downloaded. Default: the variable
             PURIFY_FAST_DATA, or else the current folder.
         download: Let torchvision download the official files of a data set if they are missing.
         size: Height and width to which images are resized and cropped before any attack. A single number is used for

@@ -42,8 +42,8 @@ class Evaluate(DataCommand, Purification):
         folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME for a model of the zoo. Or your
             function, as path/to/file.py:function or package.module:function. The function is called without arguments,
             and must return a module, or a function from images in [0, 1] to logits.
-        official: Folder with the weights that CARSO's authors published, instead of FOLDER. It contains the three
-            .safetensors files of the purifier and the file of its classifier. This option needs --recipe.
+        official: Folder with the weights that CARSO's authors published, instead of FOLDER: the three .safetensors
+            files of the purifier and the file of its classifier. This option needs --recipe.
         recipe: Name of the published system in the folder --official. It sets the data set, K and the radius.
         classifier: Classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Folders of other
             defences contain their classifier.
@@ -121,7 +121,7 @@ class Evaluate(DataCommand, Purification):
             return self.of_zoo or self.folder.name
         source, _, function = self.own.rpartition(":")
         if source.endswith(".py"):
-            # The path is relative to the working folder, so that both may be moved together.
+            # The path is relative to the working folder, so that the title is the same if the working folder is moved.
             file = os.path.relpath(Path(source).resolve(), Path.cwd().resolve())
             source = file.removesuffix(".py").replace("..", "up").replace(os.sep, ".")
         return f"{source}.{function}"
@@ -239,7 +239,7 @@ class Evaluate(DataCommand, Purification):
         if self.eps is not None:
             check_eps(self.eps, self.norm or "linf")
         with contextlib.ExitStack() as stack:
-            # Only the first of several processes writes and locks the folder. If it cannot, all of them end.
+            # Only the first of several processes writes and locks the folder. If this fails, all processes end.
             from_first(lambda: stack.enter_context(folder_lock(self.report_folder())))
             self.judge(self.load_data())
 

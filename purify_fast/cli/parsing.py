@@ -91,7 +91,7 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _InTyroLookup:
-    """Marks a type while tyro's own rule for it is searched, so that the rule below does not apply again."""
+    """Marks a type while tyro's own rule for the type is looked up, so that the rule below does not apply again."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:

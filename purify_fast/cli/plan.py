@@ -55,7 +55,7 @@ def of_training(command: Training) -> Forecast:
 
     if isinstance(command, OnClassifier) and command.classifier is None:
         raise ValueError(
-            "plan train ... needs --classifier FOLDER: train the classifier first; that training has its own plan"
+            "plan train ... needs --classifier FOLDER: train the classifier first, and plan its training separately"
         )
     images = command.load_data()
     return forecast(command.task(images), images.x_train, images.y_train, command.loop)

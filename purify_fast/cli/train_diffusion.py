@@ -58,8 +58,8 @@ class TrainDiffusion(OnClassifier, Purification):
     Args:
         init: Folder that this command wrote before, or zoo:NAME. Its denoiser is fine-tuned or distilled.
         width: Number of channels of the U-Net at full size: a multiple of 16, or an even number below 16.
-        patch: Side of the squares of pixels that the U-Net turns into channels. With 2, it computes a quarter of the
-            operations of 1.
+        patch: Side of the squares of pixels that the U-Net turns into channels. With 2, the U-Net takes a quarter of
+            the operations that it takes with 1.
         attention: Use attention over all positions at the lowest level of the U-Net.
     """
 
@@ -130,8 +130,8 @@ class TrainDiffusion(OnClassifier, Purification):
         denoiser, saved = self.saved_denoiser()
         if self.method.last_time > saved["last_time"]:
             raise ValueError(
-                f"--last-time must be at most {saved['last_time']}, the last time that the denoiser of {self.init} was "
-                f"trained for, got {self.method.last_time}: give --last-time {saved['last_time']}"
+                f"--last-time must be at most {saved['last_time']}, because the denoiser of {self.init} was not "
+                f"trained for later times, got {self.method.last_time}: give --last-time {saved['last_time']}"
             )
         origin = weights_fingerprint(denoiser)
         return ConsistencyTask(denoiser.to(images.y_train.device), self.method, origin, process=saved["process"])

@@ -66,14 +66,14 @@ class TrainPurifier(OnClassifier):
 
 @dataclass(frozen=True)
 class KeepsAttacks(Training):
-    """A command that can save its attacked images in a file, the adversarial bank, and use them again.
+    """A command that can save its attacked images in a file, the adversarial bank, and use the images again.
 
     Args:
         bank: Save up to this number of attacked versions ("variants") of each image in a file, and train on them again
-            in later epochs instead of attacking. This needs the paper's objective, which attacks only the classifier.
+            in later epochs instead of attacking. A bank needs the paper's objective, which attacks only the classifier.
             Default: attack in every step.
-        bank_refresh: With --bank: share of the adversarial images that are attacked again. They replace the oldest
-            variants.
+        bank_refresh: With --bank: share of the adversarial images that are attacked again. The new variants replace the
+            oldest variants.
         bank_folder: With --bank: folder of the file, which later runs can use too. Default: the folder banks in the
             folder of caches.
         bank_gigabytes: With --bank: the largest size of all banks in that folder together, in GB.
@@ -107,7 +107,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
 
     Args:
         init: Folder of a saved CARSO from which the training starts, for example to fine-tune it through the pipeline.
-            It sets the sizes.
+            The saved CARSO sets the sizes.
         layers: Names of the classifier's layers whose outputs form the representation. The default is for small_cnn.
         cond_dim: Size of the condition, the vector to which the representation is compressed.
         latent_dim: Size of the random latent vector of each sample.
@@ -167,7 +167,7 @@ class TrainGenerator(TrainPurifier):
     An interrupted training continues if the same command is run again.
 
     Args:
-        purifier: Network of the purifier. deepfill was designed for images of 256 x 256, and its sides must be
+        purifier: Network of the purifier. deepfill was designed for images of 256 x 256, and needs sides that are
             multiples of 8. For sides below 128, use small_generator: deepfill's attention then has few keys.
         width: Width of the purifier's network. Default: 8 for small_generator, 48 for deepfill, 64 for
             masked_autoencoder.

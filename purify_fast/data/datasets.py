@@ -1,6 +1,6 @@
 """Load data sets by name or path as uint8 images ``[N, C, H, W]``.
 
-A data set is the digits of this package, an ``.npz`` file, the official files of a data set, or an image folder.
+The images come from this package (the digits), an ``.npz`` file, official files of a data set, or an image folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .streaming import ResizedImages, StreamedImages
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "imagenette", "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-#: When the images of a folder are decoded.
+#: When to decode the images of a folder: once, or each time they are read.
 Decode = Literal["once", "each_time"]
 
 
@@ -93,22 +93,23 @@ def load_dataset(
             An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8, or
             float32 or float64 in exact multiples of 1/255. Their shape is ``[N, H, W]``, ``[N, H, W, C]`` or
             ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or ``[N, 1]``, and every number from 0 to the
-            largest label occurs.
+            largest label must occur, unless ``num_classes`` is given.
             An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
             tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB.
-        root: folder in which the data set is also searched. The ending ``.npz`` may be left out
-            (``load_dataset("set", "data")``). For a name, None is the current folder.
-        num_classes: number of classes, for a data set in which some labels do not occur; None: it is counted.
+        root: folder in which to look for the data set too. The ending ``.npz`` may be left out
+            (``load_dataset("set", "data")``). If ``name_or_path`` is one of the names, None means the current folder.
+        num_classes: number of classes. Give it if some labels do not occur in the data set. None means the largest
+            label plus 1.
         download: whether torchvision may download the official files to root if they are missing.
-        image_size: height and width. The shorter side of an image is resized to it, and the center is cropped. None
-            keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an image_size.
-            Images that are not from a folder are resized whenever they are read
+        image_size: height and width. An image is resized until it just covers this size, and its center is cropped.
+            None keeps the sizes; all images of a folder must then have the same size. ``imagenette`` needs an
+            image_size. Images that are not from a folder are resized whenever they are read
             (`purify_fast.data.streaming.ResizedImages`).
         stream: whether to read a folder's decoded images batch by batch even if they fit into memory. Images that need
             more than half of the available memory are always read batch by batch.
         decode: when the images of a folder are decoded. "once": before the first use, into ``cache``. "each_time":
             whenever an image is read; this needs no space on the disk, but an image that cannot be decoded is found
-            only when it is read. The pixels are the same.
+            only when it is read. Both give the same pixels.
         cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder.
         workers: number of threads that decode the images of a folder; 0 counts as 1; None: the number of CPUs.
 
@@ -116,7 +117,8 @@ def load_dataset(
         A `DataSet` on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such data set. The message says where it was searched and how to get it.
+        FileNotFoundError: there is no such data set. The message says where the program looked, and how to get the data
+            set.
         OSError: the cache cannot be written.
         ModuleNotFoundError: ``svhn`` needs scipy, which is not installed.
         ValueError: an argument does not fit the data set, or the content of the files is not allowed. The message names
@@ -255,11 +257,11 @@ def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tupl
     checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS}
     shapes = [list(checked[name].shape[1:]) for name in ("x_train", "x_test")]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"x_test must have the images' shape of x_train, got [C, H, W] = {shapes[0]} and {shapes[1]}")
+        raise ValueError(f"x_test must have images of the shape {shapes[0]}, like x_train, got {shapes[1]}")
     for part in ("train", "test"):
         x, y = checked[f"x_{part}"], checked[f"y_{part}"]
         if len(x) != len(y):
-            raise ValueError(f"y_{part} has {len(y)} labels for the {len(x)} images of x_{part}")
+            raise ValueError(f"y_{part} must have a label for each of the {len(x)} images of x_{part}, got {len(y)}")
         if num_classes is not None:
             _refuse(f"y_{part}", y, y >= num_classes, f"labels of 0 .. {num_classes - 1}")
     present = np.union1d(checked["y_train"], checked["y_test"])
@@ -308,7 +310,7 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
         _refuse(name, array, ~np.isfinite(array), "finite values")
         _refuse(name, array, (array < 0) | (array > 1), "values in [0, 1], as floats, or uint8 in 0 .. 255")
         level = np.rint(array * 255)
-        # Depending on how it was computed, k / 255 may be wrong by about an ulp.
+        # A user's k / 255 may be wrong by about an ulp (the distance between neighboring floats).
         off = np.abs(array * 255 - level) > 255 * 2 * np.finfo(array.dtype).eps
         _refuse(name, array, off, "multiples of 1/255; quantize it first with (x * 255).round() / 255")
         array = level.astype(np.uint8)
@@ -316,8 +318,8 @@ def _images(name: str, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array[:, None])
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
     if first == last:
-        why = "both the second and the last" if first else "neither the second nor the last"
-        raise ValueError(f"{name} has the shape {list(array.shape)}: {why} dimension can be 1 or 3 channels")
+        why = "the second and the last dimension are both" if first else "neither the second nor the last dimension is"
+        raise ValueError(f"{name} has the shape {list(array.shape)}: no channels found, because {why} 1 or 3")
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if last else array)
 
 

@@ -1,6 +1,6 @@
 """Read image folders.
 
-The images are decoded once into a cache of uint8 arrays, or whenever an image is read.
+Images are decoded either once, into a cache of uint8 arrays, or each time they are read.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .streaming import GIVE_SIZE, StreamedImages
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CACHE = ".purify_fast"
-#: Version of the cache. If a cache has another version, the images are decoded again.
+#: Version of the cache's format. If a cache has another version, the images are decoded again.
 FORMAT = 1
 #: The largest number of files or classes that a message names.
 NAMED = 10
 #: Modes of Pillow with 8 bits or less per channel.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-#: Number of images for each thread that are decoded ahead and kept in memory.
+#: Number of images per thread that are decoded ahead of their use. They remain in memory until then.
 CHUNK = 32
 FORM = (
     "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "

@@ -37,7 +37,7 @@ def to_float(x: Tensor) -> Tensor:
 def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
     """Compute the mean and standard deviation of each channel, for the normalization in a network.
 
-    They are computed exactly, from histograms. The standard deviation is at least 1 / 255, so that it can be a divisor.
+    Both are computed exactly, from histograms. The standard deviation is at least 1 / 255, so that it can be a divisor.
 
     Args:
         x: images, uint8 ``[N, C, H, W]``.
@@ -64,7 +64,7 @@ def statistics(x: Tensor | StreamedImages) -> tuple[list[float], list[float]]:
 def crop_flip(
     x: Tensor, seed: int, sample_ids: Tensor, padding: int = 4, flip: bool = True, *, epoch: int = 0
 ) -> Tensor:
-    """Pad each image with zeros, crop it back at a random place, and mirror it with probability 1/2.
+    """Pad each image with zeros, crop it to its old size at a random place, and mirror it with probability 1/2.
 
     Args:
         x: images ``[B, C, H, W]``, any dtype.
@@ -72,8 +72,8 @@ def crop_flip(
         sample_ids: indices of the images in the data set, int64 ``[B]`` on the device of ``x``.
         padding: number of zero pixels on each side. 0 means no crop.
         flip: whether to mirror left and right.
-        epoch: number of the epoch. Each epoch has other draws, because the number is the draw index of the Philox
-            stream AUGMENTATION.
+        epoch: number of the epoch. Each epoch has other draws, because the epoch is the draw index of the Philox stream
+            AUGMENTATION.
 
     Returns:
         A new tensor of the shape and dtype of ``x``.

@@ -1,7 +1,7 @@
 """Choose the batches of an epoch, or a balanced subset of a data set.
 
-The choice depends only on a seed. It uses NumPy's RandomState, and NumPy promises that its random numbers never change.
-So an interrupted run can continue at any batch.
+The choice depends only on a seed. It uses NumPy's RandomState, whose random numbers NumPy promises never to change. So
+an interrupted run can continue at any batch.
 """
 
 from __future__ import annotations

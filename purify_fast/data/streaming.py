@@ -54,7 +54,7 @@ class StreamedImages:
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
             raise ValueError(f"{self.path} must contain a single uint8 array [N, C, H, W]")
         with warnings.catch_warnings():
-            # PyTorch warns that the array must not be written to. It is only read.
+            # PyTorch warns that this array must not be written to. Ignore the warning, because the array is only read.
             warnings.simplefilter("ignore")
             self._rows = torch.from_numpy(array)
         self.shape = self._rows.shape
@@ -96,7 +96,7 @@ class StreamedImages:
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """Facts that change when the file is written to. None if it was removed, because then nobody can write it."""
+        """Facts that change when the file is written to. None if it was removed: nobody can write to it then."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:
@@ -117,8 +117,8 @@ class StreamedImages:
 class ResizedImages(StreamedImages):
     """Images that are resized bilinearly and cropped whenever they are read, as `load_dataset` describes.
 
-    This saves memory. For example, AToP attacks CIFAR-10 at 256 x 256 pixels, which would need 9.8 GB, but the images
-    at 32 x 32 need 0.15 GB.
+    This saves memory. For example, AToP attacks CIFAR-10 at 256 x 256 pixels. All training images need 9.8 GB at this
+    size, and 0.15 GB at the stored 32 x 32 pixels.
 
     Args:
         images: the stored images, uint8 ``[N, C, H, W]``. They are kept on the CPU.
@@ -147,8 +147,9 @@ class ResizedImages(StreamedImages):
 def read_ahead(x: Tensor | StreamedImages, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of an epoch, as pairs of indices and images.
 
-    For streamed images, a thread reads the next `AHEAD` batches while the caller works with a batch. For a CUDA device
-    they are read into pinned memory, from which the copy does not block. No other batches are in memory.
+    For streamed images, a thread reads the next `AHEAD` batches while the caller works with a batch. For a CUDA device,
+    the thread reads the images into pinned memory, so that their copy to the device does not block. No other batches
+    are in memory.
 
     Args:
         x: images, uint8 ``[N, C, H, W]``.

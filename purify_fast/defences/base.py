@@ -1,4 +1,4 @@
-"""The base class of this package's defences: a frozen classifier behind a purifier, which can be accelerated."""
+"""The base class of this package's defences: a purifier in front of a frozen classifier. Both can be accelerated."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Defence(StochasticDefence):
     #: The reader of the classifier's representation (the outputs of some of its layers), for a defence that uses a
     #: representation.
     representation: Representation | None = None
-    #: The names of the methods that ``accelerate(compile=True)`` compiles. They map tensors ``[B, ...]`` to a tensor.
+    #: The names of the methods that ``accelerate(compile=True)`` compiles. Each method maps tensors ``[B, ...]`` to a
+    #: tensor.
     compiled_parts: ClassVar[tuple[str, ...]] = ()
     not_dependencies = frozenset({"bank"})
 
@@ -71,7 +72,8 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
-        #: The training step from which each term of the loss was used, by the name of the term. Empty if untrained.
+        #: For each term of the training loss, by its name: the first training step that used the term. Empty if
+        #: untrained.
         self.acts_from_step: dict[str, int] = {}
         #: The settings of the adversarial bank, the file of attacked images that a training uses again: the number of
         #: variants of an image, and the share of a step's images that is attacked again. Empty without a bank.
@@ -101,7 +103,7 @@ class Defence(StochasticDefence):
     def frozen_classifier(self) -> nn.Module:
         """The classifier without the purifier: its accelerated copy, or the classifier itself.
 
-        Its images and logits are float32, even if the classifier has another dtype.
+        The result takes and returns float32, even if the classifier has another dtype.
         """
         if self.fast is not None:
             return self.fast.classifier

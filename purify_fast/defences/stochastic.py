@@ -1,4 +1,4 @@
-"""The base class of random defences, which aggregate the logits of K samples, and the control of their noise.
+"""The base class of random defences. It aggregates the logits of K samples, and controls the random noise.
 
 `NoisyEnsemble` is a baseline for purifiers. It has the same classifier and aggregation as a purifier, but adds only
 noise.
@@ -106,8 +106,8 @@ class StochasticDefence(nn.Module):
         owner = self._noise_owner
         if owner is not None and owner != threading.get_ident():
             raise RuntimeError(
-                "another thread is inside fixed_noise(), deterministic() or noise_ids() of this defence, which would "
-                "change this thread's draws too: give each thread a copy.deepcopy of the defence"
+                "another thread is inside fixed_noise(), deterministic() or noise_ids() of this defence. That block "
+                "would change this thread's draws too: give each thread a copy.deepcopy of the defence"
             )
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ class StochasticDefence(nn.Module):
             device: device of the results.
 
         Returns:
-            The seed, int64 ``[1]``, and the sample ids, int64 ``[batch]`` or ``[1]``.
+            The seed, int64 ``[1]``, and the sample ids: int64 ``[batch]``, or ``[1]`` if all images get the same draws.
 
         Raises:
             ValueError: the ids of `noise_ids` are for another number of images.
@@ -227,7 +227,7 @@ class WithAggregation(nn.Module):
     Args:
         defence: module with the method ``sample_logits(x) -> [B, K, classes]``. If ``deterministic`` is True, the
             module also needs a method ``deterministic()``. If it has a method ``draw_sample_logits``, this method is
-            used. A `StochasticDefence` has all three.
+            used. A `StochasticDefence` has these three methods.
         aggregation: a method of `purify_fast.ops.aggregate`.
         deterministic: whether to run the defence without noise.
     """

@@ -20,7 +20,7 @@ LARGEST = 1e30
 
 
 def undecided(logits: Tensor) -> Tensor:
-    """Tell which predictions decide for no class: those with a NaN, or with several infinite largest logits.
+    """Tell which predictions decide for no class: those with a NaN, or with several largest logits that are infinite.
 
     A single infinite logit is a decision. CARSO's published output has such logits for confident predictions.
 
@@ -39,8 +39,8 @@ def majority(logits: Tensor) -> Tensor:
     """Combine the logits of several draws by a majority vote over the predicted classes.
 
     A count of votes has no gradient. So the result is the logarithm of the mean probabilities over the draws, which
-    has a gradient. If another class has more votes than the class with the largest result, its result is raised until
-    it is the largest. If several classes have the most votes, the mean probabilities decide. A draw without a decision
+    has a gradient. If the class with the most votes does not have the largest result, its result is raised until it is
+    the largest. If several classes have the most votes, the mean probabilities decide. A draw without a decision
     (`undecided`) makes the result NaN.
 
     Args:

@@ -1,7 +1,7 @@
 """The demonstration: train defences on digits and attack them with adaptive attacks, in minutes on a CPU.
 
 - CARSO in front of an adversarially trained classifier, and AToP in front of a standard classifier. Both are trained
-  with the paper's objective, and also through the whole pipeline, which the papers do not do.
+  with the objective of their paper, and also through the whole pipeline, which the papers do not do.
 - ARREST, which finetunes the standard classifier, and CARSO in front of ARREST's result.
 
 A defence is compared with its base (the classifier without the defence) under the same attacks.
@@ -54,7 +54,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     _train_and_attack(workspace)
     reports: dict[str, Report] = {}
     # This dictionary has for each model its clean accuracy, its lowest accuracy under attack, and a text with the signs
-    # that this number is wrong.
+    # that this lowest accuracy is wrong.
     summary: dict[str, tuple[Row, Row, str]] = {}
     sections = []
     for title in METHODS:
@@ -160,7 +160,7 @@ def _share(report: Report, row: str) -> str:
 
 
 def _against(report: Report, other: Report, row: str, what: str) -> str:
-    """A text with the difference of two models on the same images. It is significant above two standard errors."""
+    """Describe the difference of two models on the same images. It is significant above two standard errors."""
     paired = report.paired(other, row)
     points = f"{100 * paired.difference:+.1f} ± {100 * paired.standard_error:.1f} points"
     verdict = "significantly better" if paired.difference > 0 else "significantly worse"

@@ -54,8 +54,8 @@ FOLDERS = {
 CARSO_MODELS = (STANDARD, BASE, CARSO_OBJECTIVE, CARSO_PIPELINE)
 ATOP_MODELS = (BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE)
 ARREST_MODELS = (FINETUNED, ARREST, CARSO_ON_ARREST)
-#: For each method, two tuples of models. The first has the models of the method, whose images are shown. The second has
-#: models of other methods that the tables of the method also contain.
+#: For each method, two tuples of models. The first has the models of the method. Only their images are shown. The
+#: second has models of other methods, which the tables of the method also contain.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CARSO": (CARSO_MODELS, ()),
     "AToP": (ATOP_MODELS, ()),
@@ -67,8 +67,8 @@ PEEL = "through PeeL, as its authors attack it"
 ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr, through everything"
 
 THROUGH_CARSO = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=7), learning_rate=4e-3)
-# This config trains with the paper's objective, and with clean images as target. Weight, learning rate and schedule
-# were chosen on digits.
+# This config trains with the paper's objective, and with clean images as target. The weight of the classifier's loss,
+# the learning rate and the schedule were chosen on digits.
 ATOP_CONFIG = AtopConfig(
     attack=TrainingAttack(eps=EPS, steps=10),
     reconstruction_target="clean",
@@ -100,7 +100,7 @@ ARREST_CONFIG = ArrestConfig(
 
 
 def train(workspace: Workspace, name: str) -> None:
-    """Train a model of `FOLDERS`, or continue its training. The model from which it starts is already trained."""
+    """Train a model of `FOLDERS`, or continue its training. The model that it starts from must be trained already."""
     task, epochs, batch_size = _task(workspace, name)
     folder, images, loop = workspace.out / FOLDERS[name], digits(), FitConfig(epochs, batch_size, workspace.seed)
     fit(task, images.x_train, images.y_train, loop, folder, title=FOLDERS[name], progress=workspace.progress)

@@ -77,7 +77,7 @@ class Budget:
         objective_epochs: epochs of CARSO with the paper's objective.
         pipeline_epochs: epochs of CARSO's fine-tuning through the pipeline.
         steps: steps of PGD on CARSO, ARREST and their bases.
-        eot: number of draws of a random defence that a step averages.
+        eot: number of draws of a random defence over which a step averages the gradient.
         peel_steps: steps of PGD through the PeeL output.
         peel_images: number of images for the attack through the PeeL output.
         autoattack_images: number of images for AutoAttack.
@@ -85,7 +85,7 @@ class Budget:
         autoattack_queries: queries of AutoAttack's Square.
         generator_epochs: epochs of AToP's pre-training.
         atop_objective_epochs: epochs of AToP with the paper's objective.
-        atop_cls_delay: how many of these epochs, at the beginning, have no cross-entropy in the loss.
+        atop_cls_delay: number of these epochs, from the first, whose loss has no cross-entropy.
         atop_pipeline_epochs: epochs of AToP's fine-tuning through the pipeline.
         atop_steps: steps of PGD on AToP.
         atop_images: number of images for the attacks on AToP.

@@ -36,17 +36,17 @@ from .surrogates import WithoutNoise
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
 #: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
 FIRST_STEPS = 10
-#: Steps of the targeted search of "fast" on many images. 100 steps found only 1 more image in 500, and took a fifth
-#: longer.
+#: Steps of the targeted attack of "fast" on many images. With 100 steps only 1 more image in 500 fell, and the attack
+#: took a fifth longer.
 FAST_STEPS = 60
-#: An attack of "fast" or "standard" stops early when hardly any of the images that it has not searched can still fall,
+#: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The images with the smallest margins are searched again, because they decide the accuracy. These are the numbers of
+#: The images with the smallest margins are attacked again, because they decide the accuracy. These are the numbers of
 #: such images. NEAREST: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for
-#: the slowest attacks of both.
+#: the slowest attacks of both protocols.
 NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
-#: Square's number of queries per image if it searches many images.
+#: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
 RAND_DRAWS = 20
@@ -65,7 +65,7 @@ def protocol_attacks(
         subject: the attacked model.
         ball: norm and radius of the evaluation.
         base: an undefended classifier, whose adversarial images are tried on the model; None: no transfer attack.
-        steps: the most steps of Auto-PGD, except of a first attack with `FIRST_STEPS`; None: no limit.
+        steps: upper limit for the steps of Auto-PGD; a first attack with `FIRST_STEPS` ignores it. None: no limit.
 
     Raises:
         ValueError: an unknown protocol.
@@ -120,7 +120,7 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
         *(_left(attack, until=STANDARD_SHARE) for attack in searches),
         *_without_noise(subject, ball),
         _nearest(FABT(give_up=True), NEAREST),
-        # The images with the smallest margins decide the accuracy, so they are searched from many starts.
+        # The images with the smallest margins decide the accuracy, so they are attacked from many starts.
         *(_nearest(attack, FEWEST_NEAREST) for attack in (every, again, FABT(n_target_classes=None))),
         _nearest(Square(give_up=True), FEWEST_NEAREST),
     ]
@@ -139,7 +139,7 @@ def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    # Unlike in the other protocols, every attack here searches all remaining images, and makes all of its steps.
+    # In contrast to other protocols, every attack here gets all remaining images, and takes all of its steps.
     attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
     attacks.append(_left(every, "APGD-T margin, every target, float32"))
@@ -177,11 +177,11 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Make every attack search all images and take all steps, and add attacks with the gradients of surrogates.
+    """Give every attack all images and all steps, and add attacks with the gradients of surrogates.
 
-    The attacks with surrogates come before FAB-T and Square. They come after the attacks with the model's own
-    gradients, so that the report shows how many images fall to the model's own gradients. A list that already fulfills
-    all of this is returned unchanged.
+    The attacks with surrogates come before FAB-T and Square, and after the attacks with the model's own gradients, so
+    that the report shows how many images fall to the model's own gradients. A list that needs no change is returned
+    unchanged.
 
     Args:
         attacks: attacks of a protocol.
@@ -241,7 +241,7 @@ def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
-    """Return the notes of a report on its protocol. Only "authors" has a note, which says whose evaluation it repeats.
+    """Return the notes of a report on its protocol. Only "authors" has a note: it says whose evaluation is repeated.
 
     Args:
         name: name of the protocol; None for a list of attacks.

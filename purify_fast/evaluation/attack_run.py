@@ -1,4 +1,4 @@
-"""Runs an attack on its images, batch by batch. Each batch is independent of the others, and is saved when finished."""
+"""Runs an attack on its images, batch by batch. The batches are independent; each is saved when it is finished."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AttackedBatch:
         health: the counts of `GradientHealth`, by name.
         seconds: duration of the attack.
         warnings: warnings of the attack.
-        fallen: a dict from the name of a target and restart to the number of images on which that run succeeded.
+        fallen: a dict from the name of a run to the number of images on which this run succeeded.
         fell: for each image in order, 1 if the attacked model misclassifies the attacked image, otherwise 0. Empty if
             no `StoppingRule` needs it.
         stood_still: number of images that no search brought nearer to a decision boundary.
@@ -65,8 +65,8 @@ class AttackRun:
         index: indices of the images, int64.
         subject: the judged model with all images.
         context: the settings of the attack.
-        folder: a folder for the finished batches. It may contain batches of an interrupted run or of another process.
-            It is made when the first batch is saved. With None, no batch is saved.
+        folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
+            process. It is made when the first batch is saved. With None, no batch is saved.
         rule: decides after each batch whether the attack stops. With None, every batch is attacked.
     """
 
@@ -143,7 +143,7 @@ class AttackRun:
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(
-            # The copy to the CPU waits until the device has finished, so that the duration below is complete.
+            # The transfer to the CPU waits until the device has finished, so that the duration below is complete.
             images=result.images.detach().cpu(),
             health={name: health.count(name) for name in COUNTS},
             seconds=time.perf_counter() - begin,

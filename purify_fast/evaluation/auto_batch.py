@@ -1,8 +1,8 @@
 """Chooses the number of images in each pass of the model by the available memory, for ``batch_size="auto"``.
 
 The batches of an attack always have the usual size, because the result of some attacks depends on the batch. The memory
-limits only the number of images, and of their draws, in a pass of the model. This changes no result of a deterministic
-model.
+limits only the number of images, and of their draws, in a pass of the model. This limit changes no result of a
+deterministic model.
 """
 
 from __future__ import annotations

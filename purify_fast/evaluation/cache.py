@@ -84,7 +84,7 @@ class RowCache:
         same sources computes the same.
 
         Args:
-            settings: everything except the models on which the row depends, as plain values.
+            settings: everything on which the row depends, except the models, as plain values.
             models: the models that the attack used; None for a model that was not used.
 
         Returns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 
-#: A claim is refuted if an accuracy as low as the measured accuracy, or lower, would have a probability below this
-#: number under the claim.
+#: A claim is refuted if, under the claim, an accuracy of at most the measured accuracy has a probability below this
+#: number.
 REFUTED = 0.01
 #: The largest number of images that a report names as necessary to refute a claim.
 MOST = 10**6

@@ -33,8 +33,9 @@ class EvaluateConfig:
             evaluation of the defence's authors, for a comparison with their numbers; its rows do not count for the
             robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
             ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.attack_lists`.
-        steps: number of steps of PGD and APGD, for attacks that set no number of steps. It also limits the steps of a
-            protocol's attacks, except of a first attack with ten steps. FAB-T takes 100 steps, as in its authors' code.
+        steps: number of steps of PGD and APGD, for attacks that set no number of steps. This number also limits the
+            steps of a protocol's attacks, except of a first attack with ten steps. FAB-T takes 100 steps, as in its
+            authors' code.
         eot_iter: number of draws averaged per step, for attacks that set no number of draws. On a deterministic model
             attacks take one draw.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
@@ -42,39 +43,40 @@ class EvaluateConfig:
             prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
             gradient of the mean probabilities. With both rules the attacks know the rule, and every attack is repeated
             under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
-            wrong, attacks search images that five fresh draws misclassify, and no attack is repeated under fixed noise.
+            wrong, attacks search for images that five fresh draws misclassify, and no attack is repeated under fixed
+            noise.
         batch_size: number of images that are attacked together. "auto": 250, the default, but each pass of the model
             has only as many images as fit into memory. The number per pass is measured on a pass of a few images, and
-            is halved when memory runs out. It does not change the result of a deterministic model, but changes the
-            draws of a random model, as max_forward_batch does. With "auto", functions, and attacks of other packages,
-            get 250 images at once.
-        max_forward_batch: the most images in a forward pass of an attack; it changes no result of a deterministic
-            model. None: no limit.
-        memory: with batch_size "auto", the most memory of the model's device that this process may use in total, in
-            bytes or as "20GB". None allows all free memory, on a CPU within the limits of the process and its control
-            group.
-        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured once its launches have taken as
-            much time as a capture, and the graph is used if a replay saves at least a tenth of the time. "always":
-            every step that can be captured. "off": never. Choose "off" if the model changes its settings during an
-            attack, and stores them in an object that is not a module, dataclass or namespace, because a captured step
-            does not follow such changes.
+            is halved when memory runs out. The number per pass does not change the result of a deterministic model, but
+            it changes the draws of a random model, as max_forward_batch does. With "auto", attacks that are functions
+            or belong to other packages get 250 images at once.
+        max_forward_batch: largest number of images in a forward pass of an attack. This limit changes no result of
+            a deterministic model. None: no limit.
+        memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
+            "20GB". None allows all free memory, on a CPU within the limits of the process and its control group.
+        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured as a graph when its repetitions
+            have taken as much time as a capture takes; the graph is used if it saves at least a tenth of the time.
+            "always": every step that can be captured is captured. "off": no step is captured. Choose "off" if the model
+            changes its settings during an attack, and stores them in an object that is not a module, dataclass or
+            namespace: a graph does not follow such changes.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN measure its algorithms for each shape of a batch,
-            and use the fastest; "auto" does not if the process requires deterministic algorithms. The choice, and with
-            it the last bits of a gradient, may differ from run to run.
+            and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The chosen algorithm,
+            and so the last bits of a gradient, may differ from run to run.
         seed: seed of all random numbers.
         curve: further radii, in image units, for a curve of robust accuracy over the radius. At each radius, the
-            attacks that set no radius search the images that have not fallen at a smaller radius. They begin at the
-            best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255"; `Report.curve`
-            has all of them.
+            attacks that set no radius run on the images that have not fallen at a smaller radius. The attacks begin at
+            the best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255";
+            `Report.curve` has the results of all radii.
         probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different
-            numbers of steps and draws, by small steps in random directions, and by repeated predictions. By default it
-            is tested with every protocol except "authors", but not with a list of attacks.
+            numbers of steps and draws, by small steps in random directions, and by repeated predictions. Default: test
+            with every protocol except "authors", but not with a list of attacks.
         keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
             every fallen image, exactly as the model got it, in a file next to the report, 25 KB for each image of
             CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.
         claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
             many images would be needed for a decision.
-        dataset_name: name of the data set, for the report's title. The command line's default is its data set's name.
+        dataset_name: name of the data set, for the report's title. On the command line, the default is the data set's
+            name.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
             with the same arguments, and attacks some of the batches of batch_size images. The result is the same as
             that of a single process. Only the first process writes and prints; the other processes get the report
@@ -161,7 +163,7 @@ def check_claim(claim: Any) -> None:
     if isinstance(claim, bool) or not isinstance(claim, (int, float)):
         raise TypeError(f"claim must be a percentage from 0 to 100, got {claim!r}: give a number, such as claim=70")
     if not 0 <= claim <= 100:
-        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: it is a robust accuracy in percent, such as 70")
+        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give a robust accuracy in percent, such as 70")
     if 0 < claim <= 1:
         raise ValueError(
             f"claim must be in percent, got {claim!r}: write a claim of {100 * claim:g} % as claim={100 * claim:g}. "

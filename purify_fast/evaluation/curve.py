@@ -49,7 +49,7 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
         if short(one) == short(other):
             raise ValueError(
                 f"curve must have radii with different names, got {one} and {other}, which both have the name "
-                f"{short(one)} in a report: leave one of them out"
+                f"{short(one)} in a report: leave one of the two out"
             )
     radii.remove(float(eps))
     return radii
@@ -70,7 +70,7 @@ def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: 
     if radii and not chosen:
         raise ValueError(
             "curve needs an attack that can run at every radius, and none of the given attacks can: add an attack of "
-            "purify_fast.attacks without eps, variant, judge and max_images, for example APGD(), or give the protocol "
+            "purify_fast.attacks that sets no eps, variant, judge or max_images, such as APGD(), or give the protocol "
             "fast, standard, rand or strong"
         )
     names = {ball_name(context.norm, radius) for radius in radii}
@@ -130,8 +130,8 @@ class Curve:
                 rows.append(row)
                 standing = row.robust & ~safe
                 if following is not None:
-                    # The search at the next radius begins at the best points of this radius. Their distances from the
-                    # clean images are scaled to the next radius.
+                    # The attacks at the next radius begin at the best points of this radius. The distances of these
+                    # points from the clean images are scaled to the next radius.
                     points = x.clone()
                     points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
                     begin = x + (points - x) * (following / radius)

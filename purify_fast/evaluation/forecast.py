@@ -35,8 +35,8 @@ def forecast(
 ) -> Forecast:
     """Predict the cost of `evaluate` with the same arguments, on the model's device.
 
-    More and more images are evaluated, until a trial takes at least half of ``seconds``. The other images are assumed
-    to take the same time per image.
+    Trials with more and more images are made, until a trial takes at least half of ``seconds``. The remaining images
+    are assumed to take the same time per image.
 
     Args:
         model: see `evaluate`.

@@ -1,8 +1,8 @@
 """Automatic BPDA: finds modules without a gradient inside a model, and gives them the identity's gradient.
 
-A module may have no gradient because it uses NumPy, a compression, a floor division or a user's own function. If its
-output has the shape and about the range of its input, it is differentiated as the identity (BPDA, Athalye, Carlini &
-Wagner, ICML 2018, section 4).
+A module may have no gradient because it uses NumPy, a compression, a floor division or a user's own function. If the
+output of such a module has the shape and about the range of its input, the module is differentiated as the identity
+(BPDA, Athalye, Carlini & Wagner, ICML 2018, section 4).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ OUTSIDE = 0.1
 class PassedThrough(HoldingMode):
     """A context in which modules have their usual output and the gradient of the identity.
 
-    It is a function mode only because `purify_fast.attacks.checkpointed_steps` enters function modes again when it
-    computes a step again for its gradient. It changes no function.
+    The context changes no function of PyTorch, but is a function mode, because
+    `purify_fast.attacks.checkpointed_steps` enters the function modes again when it computes a step again for its
+    gradient.
 
     Args:
         modules: modules whose first argument and output are images of the same shape.
@@ -74,7 +75,7 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
 
     Returns:
         A list of groups, each a dict of such modules by name; empty if there are no such modules. The first group has
-        the innermost of these modules. If the outermost are other modules, they form a second group.
+        the innermost of these modules. The outermost modules form a second group if they differ from the innermost.
     """
     named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}

@@ -16,7 +16,7 @@ from ..protocols import Classifier
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: Phrases in PyTorch's error messages about wrong shapes of images.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
-#: The most members of a tuple that an error message describes.
+#: The largest number of members of a tuple that an error message describes.
 MEMBERS = 4
 #: Advice for a model that returns probabilities instead of logits.
 INSTEAD_OF_PROBABILITIES = (
@@ -35,9 +35,9 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
     """Check images and labels, and convert them part by part.
 
     Args:
-        x: images in a form that `collect` accepts, which are one part; or, without ``y``, a DataLoader or another
-            iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, and the
-            indices are not used.
+        x: images in a form that `collect` accepts; then there is a single part. Or, without ``y``, a DataLoader or
+            another iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, and
+            the indices are not used.
         y: labels, integers ``[N]``.
         least: the smallest number of images in each part of an iterable; only the last part may have fewer.
 
@@ -63,7 +63,7 @@ def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterat
         labels.append(batch_labels)
     if not images:
         raise ValueError(
-            "x must yield at least one batch, got none: a generator can be read only once, so make a new one"
+            "x must yield at least one batch, got none: a generator can be read only once, so make a new generator"
         )
     yield *collect(torch.cat(images), torch.cat(labels)), False
 
@@ -147,8 +147,8 @@ def _range(x: Tensor) -> str:
         )
     elif least < 0:
         advice = (
-            "; if the images are normalized, give the images before the normalization, x * std + mean, and as the "
-            "model lambda x: model((x - mean) / std), which normalizes them"
+            "; if the images are normalized, give x * std + mean as the images, and lambda x: model((x - mean) / std) "
+            "as the model"
         )
     return f"values from {least:.3g} to {most:.3g}{advice}"
 
@@ -247,8 +247,8 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
         raise ValueError(
             f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
-            "[B, classes] of two classes at least. For one logit z of the second class give "
-            "lambda x: torch.cat([-model(x), model(x)], 1) / 2, whose softmax is sigmoid(z)"
+            "[B, classes] of at least two classes. If the number is the logit of the second of two classes, give "
+            "lambda x: torch.cat([-model(x), model(x)], 1) / 2, which has the same probabilities"
         )
     if logits.dim() != 2 or len(logits) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")

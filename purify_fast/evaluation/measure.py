@@ -64,8 +64,8 @@ class Measure:
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The last attack on a variant other than "random", and its outcome. Its images are then tried on the model as it is
-    # deployed.
+    # The last attack on a variant other than "random", and its outcome. The deployed model then judges the attack's
+    # images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
     def turn_to(self, subject: Subject) -> None:
@@ -118,7 +118,7 @@ class Measure:
             row = self._judged(run, sums, settings, alive, alive)
             row.health = sums.health if sums.health["gradients"] else None
             target = spec.other_model if spec.target is None else spec.target
-            # Another aggregation of the same samples does not count as another model.
+            # A model that differs only in the aggregation of its samples is not taken as another model.
             row.transferred = target is not None and not isinstance(target, (WithAggregation, AttackersHead))
             row.seconds += sums.seconds
             return row
@@ -130,7 +130,7 @@ class Measure:
         return row
 
     def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
-        """The row of the deployed model, which classifies with fresh draws the images of an attack on another variant.
+        """The row in which the deployed model judges, with fresh draws, the images of an attack on another variant.
 
         Args:
             spec: the attack.
@@ -160,12 +160,12 @@ class Measure:
         return row
 
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
-        """Return the indices of the images that an attack searches, int64, in the order of the search.
+        """Return the indices of the images that an attack gets, int64, in the order in which they are attacked.
 
         Args:
             spec: the attack.
-            index: indices of the images that the attack may search, int64.
-            margins: the smallest margin that other attacks reached on each of all images, ``[n]``.
+            index: indices of the images that the attack may get, int64.
+            margins: the smallest margin that other attacks reached on each image of the subject, ``[n]``.
         """
         if spec.nearest is not None:
             return by_margin(index, margins)[: spec.nearest]
@@ -176,13 +176,13 @@ class Measure:
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Return the images for an attack, bool ``[n]``.
 
-        These are the images in ``left`` if the attack takes only survivors, and otherwise the images that the variant
-        classifies correctly.
+        An attack on survivors gets the images in ``left``. Any other attack gets the images that the variant classifies
+        correctly.
         """
         return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
 
     def _most(self, spec: AttackSpec) -> int | None:
-        """Return how many of the present images an attack may search; None: all of them."""
+        """Return how many of the present images an attack may get; None: all of the images."""
         return None if spec.max_images is None else max(0, spec.max_images - self.subject.offset)
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class Measure:
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
         key = self.cache.key(whole, *models) if named else None
         row = self.cache.row(key, make)
-        # These fields are not a part of the key, so they are also set for a cached row.
+        # The following fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
         row.threat = threat_name(specs[0], context) if specs else None
         row.deterministic = not self.subject.is_random
@@ -271,14 +271,14 @@ class Measure:
 
         Args:
             spec: the attack.
-            index: indices of these images, int64, in the order of the search.
+            index: indices of these images, int64, in the order in which they are attacked.
             folder: the folder for the batches in the cache, in which there may be batches of an interrupted run. With
                 None, the batches are not cached.
             begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
 
         Returns:
             The run of the attack, and its outcome (see `AttackRun.sums`). The outcome has only the images that the
-            attack may search by its ``max_images``.
+            attack may get by its ``max_images``.
         """
         team = self.team
         shared = team.folder(folder, self.cache.folder)
@@ -333,7 +333,7 @@ class Measure:
         if task.begins and content is None:
             raise ValueError(
                 f"{folder / BEGIN} is missing or damaged, although process 0 has written the first points of the "
-                "attack to it: start all processes again"
+                "attack to this file: start all processes again"
             )
         begin = None if content is None else content[1]["points"]
         with self._run(self.attacks[task.attack], index, folder, begin, task.draws_differ) as run:
@@ -353,7 +353,7 @@ class Measure:
 
         Args:
             spec: the attack.
-            index: indices of the attacked images, int64, in the order of the search.
+            index: indices of the attacked images, int64, in the order in which they are attacked.
             folder: the folder for the batches; None: they are not saved.
             begin: first points of the search; None: the attack's usual first points.
             draws_differ: whether two predictions of the target differ; None lets a test decide.
@@ -363,7 +363,7 @@ class Measure:
         target = self._target(spec)
         with subject.variant(spec.variant), frozen(target):
             # Some aggregations give infinite logits, which hide differences between draws. The draws of a random model
-            # then count as different.
+            # are then taken as different.
             may_hide = subject.is_random and spec.variant == "random"
             hidden = may_hide and not target(subject.sample_images()).isfinite().all()
             # Every process makes this test, even if its result is given. The test takes random draws, and afterwards
@@ -391,8 +391,8 @@ class Measure:
             run: the run of the attack.
             sums: the outcome of the run.
             settings: the settings of the row.
-            alive: bool ``[n]``, True for images that the attack might search. Only these images count as fallen to it,
-                although fresh draws of a random model may misclassify other images.
+            alive: bool ``[n]``, True for images that the attack might get. All other images keep their state, even
+                if fresh draws of a random model misclassify them.
             standing: bool ``[n]``, True for images that have not fallen in an earlier row.
         """
         begin, spec = time.perf_counter(), run.spec
@@ -423,12 +423,12 @@ class Measure:
     def _examples(self, index: Tensor, images: Tensor, judged: Judgement, given: np.ndarray) -> Examples | None:
         """Select the images that a row stores: some or all of the fallen images.
 
-        If no image fell, they are some of the images that withstood the attack.
+        If no image fell, some of the images that withstood the attack are selected.
         """
         subject = self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
-            # Fresh draws of a random model may misclassify further images, but only images that the attack got count.
+            # Fresh draws of a random model may misclassify further images, but only images for the attack are stored.
             wrong &= torch.from_numpy(given)
             others = torch.ones_like(wrong).index_fill(0, index, False)
             fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])

@@ -34,9 +34,9 @@ def feasible(
 ) -> tuple[list[AttackSpec], list[str]]:
     """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out.
 
-    A variant is a mode of the model: "random" (as it is), "fixed" (noise) or "deterministic". For a deterministic model
-    all variants are the same, so only "random" is attacked. A variant that fails its test (`Subject.fault`) is not
-    attacked, because its accuracy would have no meaning.
+    A variant is a mode of the model: "random" (as it is), "fixed" (with fixed noise) or "deterministic". For a
+    deterministic model all variants are the same, so only "random" is attacked. A variant that fails its test
+    (`Subject.fault`) is not attacked, because its accuracy would have no meaning.
 
     Args:
         specs: the attacks, in order.
@@ -73,8 +73,8 @@ def feasible(
     double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
     if double:
         raise ValueError(
-            f"attacks must have different labels, got several with the label {', '.join(double)}: give each of them "
-            "another label by AttackSpec(..., label=...)"
+            f"attacks must have different labels, got several with the label {', '.join(double)}: give each attack "
+            "a label of its own by AttackSpec(..., label=...)"
         )
     return plan, notes
 

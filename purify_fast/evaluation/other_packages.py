@@ -1,4 +1,4 @@
-"""Attacks of torchattacks, Foolbox and ART, which `purify_fast.evaluation.evaluate` runs unchanged on its model.
+"""Attacks of torchattacks, Foolbox and ART; `purify_fast.evaluation.evaluate` runs them unchanged on its model.
 
 An attack is recognized by its base class. A package is imported only when one of its attacks runs.
 """
@@ -40,7 +40,7 @@ class OtherAttack(abc.ABC):
     package: ClassVar[str]
     #: The base class of the package's attacks: the first part of its module's name, and the name of the class.
     base: ClassVar[tuple[str, str]]
-    #: A template of the code that makes such an attack. The name of its class and the radius are filled in.
+    #: A template of the code that makes such an attack. The name of the attack's class and the radius are filled in.
     code: ClassVar[str]
 
     def __init__(self, attack: Any):
@@ -95,8 +95,8 @@ class OtherAttack(abc.ABC):
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images
-        # An attack without a radius searches the nearest adversarial image. If this image lies outside the ball, the
-        # attack has failed, and the clean image is returned.
+        # An attack without a radius searches for the nearest adversarial image. If this image lies outside the ball,
+        # the attack has failed, and the clean image is returned.
         order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
         lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
         inside = lengths <= threat.eps * (1 + ROUNDED)
@@ -176,7 +176,7 @@ class OfFoolbox(OtherAttack):
 
 
 class OfArt(OtherAttack):
-    """An attack of the Adversarial Robustness Toolbox; the judged model is put into its estimator while it runs."""
+    """An attack of the Adversarial Robustness Toolbox; during the attack, its estimator contains the judged model."""
 
     package, base = "ART", ("art", "EvasionAttack")
     code = "{name}(PyTorchClassifier(model, loss, input_shape, nb_classes, clip_values=(0, 1)), eps={eps:.6g})"

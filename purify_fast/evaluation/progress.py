@@ -23,8 +23,8 @@ class Progress:
     Args:
         name: name of the model.
         shown: whether the progress is shown.
-        costs: the most forward passes of single images, for the probes and then for each row; None for an unknown
-            number.
+        costs: upper limits for the number of forward passes of single images: first for the probes, then for each row;
+            None for an unknown number.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
@@ -46,7 +46,7 @@ class Progress:
 
         Args:
             label: label of the row.
-            total: the most forward passes of single images; None if the number is unknown.
+            total: upper limit for the number of forward passes of single images; None if it is unknown.
         """
         self.in_row = 0
         place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
@@ -98,15 +98,16 @@ class Progress:
 class CountedModel(nn.Module):
     """A module that wraps any callable, and counts the images of its forward passes. AutoAttack requires a module.
 
-    During an evaluation there is a single such object for each model, because a captured CUDA graph belongs to a
-    module.
+    During an evaluation there is a single such object for each model, because the CUDA graph of a step belongs to the
+    module with which the step was captured.
 
     Args:
         model: the callable.
         progress: counts the images.
     """
 
-    #: Attributes that a captured step ignores, because they do not change the computation (`purify_fast.model_state`).
+    #: Attributes whose changes need no new CUDA graph, because they do not change the computation
+    #: (`purify_fast.model_state`).
     not_dependencies = frozenset({"progress"})
 
     def __init__(self, model: Classifier, progress: Progress):
@@ -123,7 +124,7 @@ class CountedModel(nn.Module):
         return self
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
-        """Return the same counter around another model, which ``replace`` makes from the inner model."""
+        """Return a wrapper with the same counter around the model that ``replace`` makes from the inner model."""
         return counted_model(replace(self.model), self.progress)
 
     def counted(self) -> int:
@@ -131,7 +132,7 @@ class CountedModel(nn.Module):
         return self.progress.images
 
     def count(self, images: int) -> None:
-        """Add to the number of images, also for replayed steps; a negative number removes images of a test."""
+        """Add to the number of images, also for steps of a CUDA graph; a negative number removes images of a test."""
         self.progress.count(images)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -151,8 +151,8 @@ class Report:
     def one_draw(self, row: Row) -> float | None:
         """The mean accuracy of a single draw of a random model after the attacks of a row.
 
-        The row's own accuracy requires that all draws on an image are correct. Here a fallen image counts by the share
-        of correct draws after the attack to which it fell. If several attacks got all images, the lowest mean is
+        The row's own accuracy requires that all draws on an image are correct. Here a fallen image contributes the
+        share of correct draws after the attack to which it fell. If several attacks got all images, the lowest mean is
         returned. An attack on survivors is combined with the attacks before it.
 
         Args:
@@ -199,14 +199,14 @@ class Report:
         if mine.data != theirs.data:
             raise ValueError(
                 f"paired needs rows on the same images, but {mine.model} and {theirs.model} were evaluated on "
-                "different images"
+                "different images: evaluate both models on the same images"
             )
         within = self._threat_of(mine), other._threat_of(theirs)
         # A report without a threat model is assumed to have the threat model of the other report.
         if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
             raise ValueError(
                 f"paired needs rows of the same threat model, but {mine.model} was attacked within {within[0]}, and "
-                f"{theirs.model} within {within[1]}"
+                f"{theirs.model} within {within[1]}: attack both models with the same norm and radius"
             )
         n = min(mine.n, theirs.n)
         d = mine.robust[:n].astype(float) - theirs.robust[:n].astype(float)
@@ -271,7 +271,7 @@ class Report:
 
     @property
     def title(self) -> list[str]:
-        """The words of the title: threat model, data set, protocol, rule to predict, precision, version, if known."""
+        """The known words of the title: threat model, data set, protocol, prediction rule, precision and version."""
         named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
         named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
         return [*named, *([self.about["version"]] if "version" in self.about else [])]
@@ -334,7 +334,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
         # The witnesses are written before the report that names their file, so that after an interruption there is no
-        # report without them.
+        # report without its witnesses.
         if self.witnesses is None:
             (folder / FILE).unlink(missing_ok=True)
         else:
@@ -349,7 +349,7 @@ class Report:
 def merge(reports: Iterable[Report]) -> Report:
     """Merge reports into a report on several models.
 
-    If threat models, rules to predict or precisions differ, they are added to each model's name in brackets, such as
+    If threat models, prediction rules or precisions differ, they are added to each model's name in brackets, such as
     ``base (L-inf 8/255)``.
 
     Args:
@@ -360,8 +360,8 @@ def merge(reports: Iterable[Report]) -> Report:
     """
     merged = Report()
     together = list(reports)
-    # A report without a threat model is assumed to have the threat model of the others. A report without a precision
-    # has float32.
+    # A report without a threat model is assumed to have the threat model of the other reports. A report without a
+    # precision has float32.
     facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]
@@ -392,7 +392,7 @@ def merge(reports: Iterable[Report]) -> Report:
 
 
 def _options_of_report(folder: Path) -> list[Path]:
-    """The file with the options of the command that made a report, if it exists; options of a training do not count."""
+    """Return a list with the file of the options of a report's evaluation; empty if there is no such file."""
     path = folder / OPTIONS
     try:
         written = path.read_text(encoding="utf-8")
@@ -402,7 +402,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """Return a part of a report's JSON. A report replaces an earlier report only if their parts are equal."""
+    """Return a part of a report's JSON. A report replaces an earlier report only if this part is equal in both."""
     apart = ("date", "command", "call", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")

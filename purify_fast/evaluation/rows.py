@@ -67,7 +67,7 @@ class Row:
             for a repeated evaluation by other authors, on their model.
         variant: the variant of the model that was judged. ``random``: the model as it is deployed, also if it draws no
             random numbers. ``fixed`` (noise) or ``deterministic``: a random model without randomness.
-            `describe_variant` returns the words.
+            `describe_variant` returns the report's words.
         robust: bool ``[n]``. In a clean row: the first prediction was correct. In an attack's row: the clean image was
             classified correctly, and all ``n_eval`` predictions on the adversarial image were correct.
         mean: accuracy of single predictions, averaged over the ``n_eval`` predictions. The predictions count as wrong
@@ -85,11 +85,11 @@ class Row:
             names.
         deterministic: whether two predictions of the model are equal; None if unknown.
         attacked: number of images that the attack got; None in a clean row.
-        fell_to: if there are several targets or restarts, a dict from the name of each to the number of images on which
-            it succeeded.
+        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
+            succeeded; empty for attacks that do not count it.
         may_end_early: whether a search may have ended before its last step.
-        unsearched: number of images that the attack got but did not search, because it stopped before.
-        may_hold: the largest number of these images that would fall, with 95 % confidence.
+        unsearched: number of images that the attack got but did not reach, because it stopped before.
+        may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
         proved: number of images that a complete search proved robust.
         warnings: warnings of the attack for the reader of the report.
         doubts: names of the alarms that make a ``worst`` row doubtful.
@@ -97,7 +97,7 @@ class Row:
         threat: the threat model, such as ``L2 0.5``; None for the report's threat model. A row with another threat
             model counts only for the ``worst`` row of this threat model, and never for the headline.
         transferred: whether the images were found on another model than the judged model, or with another model's
-            gradients. Another aggregation of the same samples does not count as another model.
+            gradients. A model that differs only in the aggregation of its samples is not taken as another model.
         nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
             logits; they count as wrong.
         examples: some attacked images, for the pictures.
@@ -176,7 +176,7 @@ class Row:
 
     @property
     def lacked_gradients(self) -> bool:
-        """Tell whether the counts of the attack's gradients show that they were not usable."""
+        """Tell whether the counts show that the attack's gradients were not usable."""
         return self.health is not None and not GradientHealth(dict(self.health)).reliable
 
     @property
@@ -234,7 +234,7 @@ class Row:
         return f"{text} / {_share(h['unmoved'], h['images'])}" if h["images"] else f"{text} / -"
 
     def health_in_words(self) -> str:
-        """The same shares in words."""
+        """The shares of `describe_health` in words."""
         nonfinite, zero, unmoved = self.describe_health().split(" / ")
         moves = "" if unmoved == "-" else f", and {unmoved} of the images did not move"
         return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
@@ -286,9 +286,9 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     whole = [each.mean for each in mine if not each.of_survivors]
     if whole or not mine:
         return min(whole) if worst and whole else None
-    # In the mean of a row, an image that withstood counts 1, an image that fell to this attack counts its share of
-    # correct draws, and all other images count 0. So mean minus accuracy is the part of the images that fell to this
-    # attack.
+    # In the mean of a row, an image that withstood contributes 1. An image that fell to this attack contributes its
+    # share of correct draws. All other images contribute 0. So mean minus accuracy is the contribution of the images
+    # that fell to this attack.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
 
 

@@ -85,7 +85,7 @@ def called_by_people(function: F) -> F:
         if "device" in kwargs:
             raise TypeError(
                 f"evaluate takes no device, got device={kwargs['device']!r}: the model is evaluated on its own device. "
-                "Move the model before, such as by model.to('cuda'); the images are moved to the model's device"
+                "Move the model first, for example by model.to('cuda'); the images are moved to the model's device"
             )
         if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
             words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
@@ -127,7 +127,7 @@ def evaluate(
     revision: str | None = None,
     progress: bool = True,
 ) -> Report:
-    """Run attacks on a model, and report its accuracy under them.
+    """Run attacks on a model, and report the model's accuracy under the attacks.
 
     Args:
         model: images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``; any callable that does not write
@@ -137,9 +137,10 @@ def evaluate(
             mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
             float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
-            indices). It is read once, in parts of four batches of ``batch_size`` images, at least 64 images. A part is
-            attacked by all attacks before the next part is read. The first part remains in memory to the end, for the
-            alarms, and every other part until the next is read. Each batch is checked when it is read.
+            indices). The iterable is read once, in parts. A part has four batches of ``batch_size`` images, but at
+            least 64 images. A part is attacked by all attacks before the next part is read. The first part remains in
+            memory to the end, for the alarms. Every other part remains until the next part is read. Each batch is
+            checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
         config: the settings, such as the protocol, the steps and the seed.
@@ -151,8 +152,8 @@ def evaluate(
             variant (see `AttackSpec`) is left out, with a note, if the model has no such variant, or if the variant
             fails its test (for example if ``fixed_noise`` does not fix the noise).
         out: a folder. Each finished row is cached in ``out/rows``, and is used again if settings, weights, data and the
-            source code of the model's classes are the same. The rows of a model that cannot be compared, such as a
-            plain function, are not cached, with a warning.
+            source code of the model's classes are the same. If the model cannot be compared, for example a plain
+            function, its rows are not cached, and a warning says so.
         name: name of the model in the report.
         revision: a name for the model's code. With it, the rows of every model are cached. Choose another name after a
             change of a function, or of code that the model's classes use from an imported module.
@@ -175,7 +176,7 @@ def evaluate(
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
             `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device``, or
             a setting outside of the config, is given.
-        ModuleNotFoundError: an attack needs AutoAttack's package, and it is not installed.
+        ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
     _check_kinds(config, base)
@@ -259,7 +260,7 @@ def _read_attacks(
     if config.protocol is not None and attacks is not None:
         raise ValueError(
             f"protocol and attacks exclude each other, got protocol={config.protocol!r} and a list of attacks: leave "
-            "one out"
+            "one of the two out"
         )
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
@@ -466,7 +467,7 @@ class _Evaluation:
         self.choose_attacks(further)
 
     def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-        """Make batches, and parts of the probes, for the first process, and return its report when it is finished."""
+        """Make batches and parts of the probes for the first process; at the end, return the report of that process."""
         measure = self.measure
         for task in measure.team.tasks():
             if task.attack == PROBES:
@@ -505,7 +506,8 @@ class _Evaluation:
         left: dict[tuple[str, str | None], np.ndarray] = {}
         # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The images that withstood all attacks so far that got all images and were judged on the deployed model.
+        # The images that withstood all attacks so far. Attacks on some of the images, or on another variant than the
+        # deployed model, are left out.
         standing = measure.clean("random").robust.copy()
         for spec in self.plan:
             if spec.max_images is not None and spec.max_images <= subject.offset:

@@ -1,10 +1,10 @@
 """Lets gradients pass through the thresholds, masks, rounding, gates and detached parts of any model.
 
 Functions of PyTorch are replaced while the model's code runs. A comparison still returns its bool tensor, the mask. In
-addition, a counterpart of the mask is stored: a floating-point tensor that is a smooth step of the difference. If the
-model uses the mask in arithmetic, the counterpart is used too, and gives the result a gradient. (An estimator that
-keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.) Functions that this module does not
-know run unchanged.
+addition, a counterpart of the mask is stored: a floating-point tensor that is a smooth step of the difference between
+the compared values. If the model uses the mask in arithmetic, the counterpart is used too, and gives the result a
+gradient. (An estimator that keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.)
+Functions that this module does not know run unchanged.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 #: A function of PyTorch, or a formula that replaces it.
 Rule = Callable[..., Any]
 Args = tuple[Any, ...]
-#: The origin of a tensor of indices, such as a result of argmax. It is either a pair of the values among which the
-#: indices were chosen and the dimension of the choice, or a pair of the weights of all possible indices and None.
+#: The origin of a tensor of indices, such as a result of argmax. It is a pair (values, dim): the values among which the
+#: indices were chosen, and the dimension of the choice. Or a pair (weights, None): the weights of all possible indices.
 Choice = tuple[Tensor, int | None]
 
 
@@ -48,7 +48,8 @@ def _names(text: str) -> frozenset[str]:
 
 #: Functions that saturate. Their first argument is divided by the temperature.
 _SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
-#: Functions whose gradient is zero, everywhere or outside of a range. The gradient of the identity replaces it.
+#: Functions whose gradient is zero everywhere or outside of a range; the gradient of the identity replaces their
+#: gradient.
 _FLAT = _names(
     "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
     "fake_quantize_per_channel_affine"
@@ -266,8 +267,8 @@ class Softening(HoldingMode):
                 self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
             return hard if soft is None else self._soft(hard, call(soft, *args[1:]))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
-            # Arithmetic with an infinity, such as the mask of a softmax, has no softened form, so the condition above
-            # excludes it.
+            # Arithmetic with an infinity, as in the mask of a softmax, has no softened form, so the condition above
+            # excludes such arithmetic.
             rule = func if name in _ARITHMETIC else _OF_MASKS.get(name)
             if name == "where" and _floating(first):
                 # For x.where(mask, other) the mask is put first, as in torch.where.
@@ -453,7 +454,8 @@ class Softening(HoldingMode):
                 return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
             rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
             found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
-            # If the table depends on the images, `hard` has its gradient, so only the gradient of the choice is added.
+            # If the table depends on the images, `hard` already has the table's gradient, so only the gradient of the
+            # choice is added.
             return hard + (found - found.detach()) if table.requires_grad else found
         # For a rounded index, the gradient is the slope between the values at the next lower and the next higher index.
         least, most, whole = *index.aminmax(), index.long()

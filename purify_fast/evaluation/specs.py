@@ -185,7 +185,7 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
     if beyond > ROUNDING:
         raise ValueError(
             f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: "
-            f"{beyond:.3g} outside the allowed range [0, 1]"
+            f"the values are up to {beyond:.3g} outside the allowed range [0, 1]"
         )
     how_far = moved(images, x, threat)
     if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
@@ -235,18 +235,19 @@ class AttackSpec:
         label: the name of the row; None makes a name from the other fields. Another threat model than the report's, and
             the target ``"classifier"``, are added to the name.
         max_images: number of first images that are attacked. With None, all images are attacked.
-        survivors_only: whether only images are attacked that withstood all earlier attacks on this variant and in this
-            threat model. All other images count as fallen in this row. With cheap attacks first, this saves most of the
-            work of later attacks.
+        survivors_only: whether the attack gets only images that withstood all earlier attacks on this variant and in
+            this threat model. All other images count as fallen in this row. If cheap attacks come first, later attacks
+            have little work.
         gradients_from: a surrogate model from which the gradients are taken; the defence itself checks every success.
             Only some attacks support it, such as `purify_fast.attacks.APGD`.
         seed: a number that is added to the evaluation's seed for this attack. Another seed gives another random start.
         judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction.
-            It is also attacked if there is no target. Such a row does not count for the headline or for ``worst``,
-            because it says nothing about the defence. Its label must begin with "as", and name the source.
-        until: a share of all images. The attack first searches the images with the smallest margins. It stops when at
-            most this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.stopping`). With
-            None, or on a random model, every image is searched.
+            If there is no target, this model is also attacked. The row does not count for the headline or for
+            ``worst``, because it says nothing about the defence. The row's label must begin with "as", and name the
+            source.
+        until: a share of all images. The attack begins with the images of the smallest margins. It stops when at most
+            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.stopping`). With None,
+            or on a random model, every image is attacked.
         nearest: number of images to attack: the images with the smallest margins after the earlier attacks. With None,
             all images are attacked.
         published: the publication of this attack, if its rule for a robust image differs from that of this package. The
@@ -301,7 +302,7 @@ class AttackSpec:
                 odd = "survivors_only" if self.survivors_only else given[0]
                 raise ValueError(
                     f"judge allows no target except {CLASSIFIER!r}, no aggregation, no gradients_from and no "
-                    f"survivors_only, got {odd}: leave it out"
+                    f"survivors_only, got {odd}: leave {odd} out"
                 )
             if not (self.label or "").startswith("as "):
                 raise ValueError(
@@ -310,8 +311,8 @@ class AttackSpec:
                 )
         if isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]):
             raise ValueError(
-                f"{given[0]} must be None for BPDA, got {getattr(self, given[0])!r}: BPDA attacks the defence itself. "
-                "Another aggregation is an option of the attack, BPDA(aggregation=...)"
+                f"{given[0]} of an AttackSpec must be None for BPDA, got {getattr(self, given[0])!r}: BPDA attacks the "
+                "defence itself. Give another aggregation as BPDA(aggregation=...)"
             )
 
     @property
@@ -344,10 +345,10 @@ def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
 
     The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
-    8/255; at another eps the length has the same proportion to eps. The sign is taken of the mean gradient over 20
-    draws. Two things differ from the paper. The attack returns the best iterate instead of the last. And an image
-    counts as robust only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for every
-    attack of an evaluation. The field ``mean`` of the row counts single predictions.
+    8/255; at another eps the length has the same proportion to eps. A step takes the sign of the mean gradient over 20
+    draws. Two things differ from the paper. The attack returns the best iterate instead of the last iterate. And an
+    image counts as robust only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for
+    every attack of an evaluation. The field ``mean`` of the row is the accuracy of single predictions.
 
     Args:
         eps: radius in image units.

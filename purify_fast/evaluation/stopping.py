@@ -1,12 +1,12 @@
-"""The rule by which an attack stops before it has searched every image, because few of the other images could fall.
+"""The rule by which an attack stops before it has reached every image, because few of the remaining images could fall.
 
-Images are searched in rounds. The search begins with the images that earlier attacks brought nearest to the decision
-boundary. These have the smallest margins on the model itself. A later image is less likely to fall. So a series of
-images that withstand the attack gives a bound for the images that are not searched yet. If the last ``w`` images all
-withstood, each unsearched image falls with a probability of at most ``1 - a ** (1 / w)`` at the confidence ``1 - a``
-(for ``a = 0.05`` this is the rule of three, ``3 / w``). Because the rule is applied after each round, ``a`` is 0.05
-divided by the number of rounds. The attack stops when this probability, times the number of unsearched images, is at
-most a given share of all images. The report states this bound.
+Images are attacked in rounds. The attack begins with the images that earlier attacks brought nearest to the decision
+boundary: those with the smallest margins on the model itself. A later image is less likely to fall. So a series of
+images that withstand the attack gives a bound for the images that the attack has not reached yet, the unsearched
+images. If the last ``w`` images all withstood, each unsearched image falls with a probability of at most
+``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for ``a = 0.05`` this is the rule of three, ``3 / w``). Because the
+rule is applied after each round, ``a`` is 0.05 divided by the number of rounds. The attack stops when this probability,
+times the number of unsearched images, is at most a given share of all images. The report states this bound.
 
 The order may be wrong for some images, for example if gradients are masked. For this reason some images of each round
 are drawn at random. An image that withstood does not count for ``w`` if its search came no nearer to the decision
@@ -26,7 +26,7 @@ from ..attacks.ball import philox_key
 from ..ops.philox import Stream, philox
 from .rows import Row
 
-#: Increase this number whenever a change here makes the same attack search other images. Cached rows with an older
+#: Increase this number whenever a change here makes the same attack reach other images. Cached rows with an older
 #: number are then made again.
 REVISION = 1
 #: The confidence of the bound on the images that may still fall, over all rounds together.
@@ -47,12 +47,12 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
 
 
 def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
-    """Sort images into the order in which they are searched.
+    """Sort images into the order in which they are attacked.
 
     Args:
         index: indices of the images, int64 ``[n]``.
         margins: for each of all images, the smallest margin that any attack has reached, ``[N]``; infinite if no attack
-            has searched the image.
+            has reached the image.
         first: the number of the first image in the data set. The random position of an image depends on its number in
             the data set.
         seed: seed of the random positions.
@@ -76,7 +76,7 @@ class StoppingRule:
         total: number of all images, including those that the attack did not get.
 
     Attributes:
-        unsearched: number of images that the attack has not searched.
+        unsearched: number of images that the attack has not reached.
         misses: number of images that withstood since the last image that fell; only images whose search could have
             succeeded count.
     """
@@ -126,7 +126,7 @@ def notes_of_proofs(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
-    """The note of a report on images that attacks did not search; empty if every attack searched all of its images."""
+    """The note of a report on images that attacks did not reach; empty if every attack reached all of its images."""
     stopped = [row for row in rows if row.threat is None and row.unsearched]
     if not stopped:
         return []

@@ -44,14 +44,14 @@ logger = logging.getLogger("purify_fast")
 Variant = Literal["random", "fixed", "deterministic"]
 #: Each phase of an evaluation has its own seed, so that no attack knows the draws by which its images are judged.
 PHASES = {"clean": 0, "attack": 1, "judge": 2}
-#: The largest differences of an image's logits that count as rounding, as shares of the spread of the logits (largest
-#: minus smallest). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of different shapes, for
-#: which libraries may choose different algorithms.
+#: The largest differences of an image's logits that are taken as rounding, as shares of the spread of the logits
+#: (largest minus smallest logit). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of
+#: different shapes, for which libraries may choose different algorithms.
 SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
 #: A variant is refused only if the logits of more than this share of the images differ by more than rounding. A few
 #: images may differ, because rounding inside the model may move a value across a discontinuity.
 FEW = 0.25
-#: The most modules that a note names.
+#: The largest number of modules that a note names.
 _NAMED = 3
 
 
@@ -69,9 +69,9 @@ class Fault:
     repeats: bool
 
 
-#: A tuple for each variant. The first element is the variant's context manager. The others are the advice for three
-#: faults: two calls in the same context differ, two contexts with the same seed differ, or the logits of an image
-#: depend on the batch.
+#: A tuple for each variant. The first element is the variant's context manager. The next three elements are the advice
+#: for three faults: two calls in the same context differ; calls in two contexts with the same seed differ; or the
+#: logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",
@@ -95,7 +95,7 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
 
 
 def precision_name(model: Classifier, device: torch.device) -> str | None:
-    """The precision of a model's multiplications, which the report names; None for float32, which it does not name.
+    """The precision of a model's multiplications for the report; None for float32, which the report does not name.
 
     bfloat16 is recognized only in accelerated defences of this package.
     """
@@ -134,10 +134,10 @@ class Subject:
         model: images to logits.
         x: images, float32 in [0, 1].
         y: labels, int64.
-        batch_size: the most images in a prediction.
+        batch_size: the largest number of images in a forward pass.
         n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
         seed: seed of all random numbers.
-        predict: rule by which these predictions decide; None decides like "worst_of".
+        predict: rule by which the predictions on an image decide; None decides like "worst_of".
 
     Attributes:
         offset: number of the first image among all evaluated images, if the images come in parts.
@@ -148,7 +148,7 @@ class Subject:
         is_random: whether two predictions of the model on the same images differ.
         draws_once_per_call: whether the model draws once for all images of a call, and not for each image.
         has_probabilities: whether the model returns probabilities instead of logits.
-        has_one_hot: whether these probabilities are all 0 or 1.
+        has_one_hot: whether the probabilities are all 0 or 1.
 
     Raises:
         ValueError: a label is not a class of the model, the model writes to its input, or ``predict`` is given for a
@@ -197,7 +197,7 @@ class Subject:
 
     @property
     def batch_size(self) -> int:
-        """The most images in a prediction that also fit into memory."""
+        """The largest number of images in a forward pass, which must also fit into memory."""
         return self.room.at_most(self._batch_size)
 
     def _check_labels(self) -> None:
@@ -332,7 +332,8 @@ class Subject:
     ) -> Judgement:
         """Predict some of the images, clean or attacked, and compare the predictions with the labels.
 
-        A prediction without a class counts as wrong. It has NaN among its logits, or several infinite largest logits.
+        A prediction with NaN among its logits, or with several infinite largest logits, names no class and counts as
+        wrong.
 
         Args:
             x: the images.
@@ -380,8 +381,8 @@ def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
 def notes_of_modules(model: Classifier, name: str) -> list[str]:
     """Notes on modules that the model uses in training mode, and on modules that PyTorch does not know of.
 
-    An evaluation puts a model and its modules into evaluation mode. But it does not change the mode of modules that
-    only a function uses, or that are in a global variable.
+    An evaluation puts a model and its modules into evaluation mode. But the mode of modules that only a function uses,
+    or that are in a global variable, is not changed.
 
     Args:
         model: the judged model, frozen by `purify_fast.attacks.frozen`.
@@ -413,7 +414,7 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
 
 
 def _listed(modules: Sequence[tuple[str, nn.Module]]) -> str:
-    """Name the first modules by place and class, without duplicates, and count the others."""
+    """Name the first modules by place and class, without duplicates, and give the number of further modules."""
     names = list(dict.fromkeys(f"{place} ({type(module).__name__})" for place, module in modules))
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more

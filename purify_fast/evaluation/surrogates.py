@@ -1,9 +1,10 @@
 """Makes surrogates for adaptive attacks: a model's parts, softened copies, copies with less noise or fewer samples.
 
 The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
-zero, but useless. A surrogate is a copy of the model without this problem, and images that are found on it are tried on
-the model itself. A softened copy can be made of any model, because PyTorch's sharp functions, such as comparisons and
-rounding, are replaced while the model's code runs (`purify_fast.evaluation.softening`).
+zero, but useless. A surrogate is a model without this problem that is made from the attacked model. The images that are
+found with a surrogate are tried on the attacked model itself. A softened copy can be made of any model, because
+PyTorch's sharp functions, such as comparisons and rounding, are replaced while the model's code runs
+(`purify_fast.evaluation.softening`).
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from .softening import REVISION, Softening
 #: The temperatures of the softened copies, by which the arguments of gates are divided. A larger temperature makes a
 #: copy softer. Another copy has exact values, and changes only the gradients.
 TEMPERATURES = (10.0, 100.0)
-#: The most parts of a model that are attacked alone; outer modules are tried first.
+#: The largest number of parts of a model that are attacked alone; outer modules are tried first.
 MOST_PARTS = 4
-#: The depth of nested modules down to which parts are searched.
+#: The depth of nested modules down to which a model is searched for parts.
 DEPTH = 2
 #: Two gradients are the same if, for each image, their values differ by at most this share of the largest value.
 ROUNDING = 1e-4
-#: The most characters of the reason why a surrogate is missing.
+#: The largest number of characters of the reason why a surrogate is missing.
 REASON = 160
 #: The standard deviation of random points, as a multiple of the radius. The points are projected onto the ball, so most
 #: of them lie at its border. Gradients are compared at these points too.

@@ -1,10 +1,9 @@
-"""Shares an evaluation among several processes: all attack batches and run probes, the first does all other work.
+"""Shares an evaluation among processes: every process attacks batches and runs probes, the first does all other work.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
 batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
 difficult images. A finished batch is a file in a folder that all processes can read. A resumed evaluation reads these
-files too. A batch does not depend on the process that makes it: it depends only on its images, and its seed on its
-number.
+files too. A batch does not depend on the process that makes it, because its random seed depends only on its number.
 
 The processes communicate only through the store of the process group, without collective operations. So no process
 waits for a slow process, and the first process makes the batches of a dead process.
@@ -36,7 +35,7 @@ logger = logging.getLogger("purify_fast")
 
 #: The longest pause between two reads of the store, in seconds.
 LONGEST = 0.5
-#: The longest time that the first process waits for the others at the end, in seconds.
+#: The longest time that the first process waits for all other processes at the end, in seconds.
 GOODBYE = 10.0
 #: The longest time until a folder of another machine becomes visible on this machine, in seconds.
 VISIBLE = 60.0
@@ -160,7 +159,7 @@ class Team:
         if different:
             raise ValueError(
                 f"process {self.rank} evaluates something else than process 0 (different: {', '.join(different)}): "
-                "call evaluate with the same arguments in all processes, or with together=False for separate ones"
+                "call evaluate with the same arguments in all processes, or with together=False in each process"
             )
 
     # -- the first process --------------------------------------------------------------------------------------------
@@ -268,7 +267,7 @@ class Team:
     # -- all processes ------------------------------------------------------------------------------------------------
 
     def claimed(self, task: Task, progress: Progress) -> Iterator[int]:
-        """Take free batches one by one, and yield their numbers; a batch counts as finished when the loop continues.
+        """Take free batches one by one, and yield their numbers; a batch is finished when the caller asks for the next.
 
         Args:
             task: the batches.
@@ -345,13 +344,13 @@ class Team:
     def _end(self, result: object) -> None:
         """Send the result to the other processes, and wait until they have read it.
 
-        The store may be a part of this process. Without the wait, it might end before they have read the result.
+        The store may be a part of this process. Without the wait, the store might end before they have read the result.
         """
         self._ended = True
         self.store.set("ended", _as_text(result))
         end = time.monotonic() + GOODBYE
-        # The signs of life are read once more, to find processes that have just started. This process waits for them
-        # too.
+        # The signs of life are read once more, to find processes that have just started. This process waits for such
+        # processes too.
         self.signs.give_and_read()
         for other in range(1, self.world):
             here = other in self.signs.signs and not self.store.check([f"lost {other}"])

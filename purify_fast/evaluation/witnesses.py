@@ -1,7 +1,7 @@
 """Witnesses: the adversarial images of a report, stored in a file, so that anybody can check them later.
 
 For an image that fell, the witness is the attacked image that the model misclassified. `evaluate` with ``keep="all"``
-stores the witness of every fallen image, exactly as the model got it. `check_witnesses` tests all of them again.
+stores the witness of every fallen image, exactly as the model got it. `check_witnesses` tests all witnesses again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FORMAT = 2
 TENSORS = ("clean", "adversarial", "labels", "numbers", "margins", "attacks")
 #: The length of a witness's checksum, in characters.
 SHORT = 12
-#: The most images that a text names.
+#: The largest number of images that a text names.
 NAMED = 10
 
 
@@ -262,7 +262,7 @@ def check_witnesses(
     Args:
         report: the folder of a report that was made with ``keep="all"``.
         model: the model of the report, or another model; it computes on its own device.
-        batch_size: the most images in a forward pass.
+        batch_size: the largest number of images in a forward pass.
         seed: seed of a random model's draws. None: another seed than the report's, so that the draws are fresh. The
             draws are judged by the report's rule.
 

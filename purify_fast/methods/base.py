@@ -185,7 +185,7 @@ class MethodTask(Task):
         """Make a moving average of a module's weights, update it after every step, and add it to the checkpoints.
 
         Args:
-            name: name of the model in checkpoints, beside "average".
+            name: name of the model in checkpoints. The average has the name "average" there.
             module: the model, or a part of it.
             decay: as in `purify_fast.training.moving_average.moving_average`; 0 for no average.
             warm_up: as in `purify_fast.training.moving_average.moving_average`.

@@ -301,8 +301,8 @@ def representation_before_pooling(model: nn.Module) -> str:
         model: a classifier of `CLASSIFIERS`.
 
     Returns:
-        The name of the layer whose output is the last map before pooling. In a network without pooling, its output is
-        the vector before the last linear layer.
+        The name of the layer whose output is the last map before pooling. In a network without pooling, the output of
+        the named layer is the vector before the last linear layer.
 
     Raises:
         ValueError: the model is not a classifier of `CLASSIFIERS`.
@@ -339,7 +339,7 @@ def build_classifier(
         std: standard deviation of the images, in the same form; ``small_cnn`` always uses 0.5.
 
     Raises:
-        ValueError: the name is unknown, or the network has no width, depth or activation to set.
+        ValueError: the name is unknown, or a width, depth or activation is given for a network that has none.
     """
     if name not in CLASSIFIERS:
         raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got {name!r}")

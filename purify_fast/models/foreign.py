@@ -311,7 +311,7 @@ def _imported(spec: str, place: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Import a file as a module. Its name begins with ``own_``, so that it does not hide another module."""
+    """Import a file as a module. The module's name begins with ``own_``, so that it does not hide another module."""
     name = f"own_{path.stem}"
     place = importlib.util.spec_from_file_location(name, path.resolve())
     assert place is not None and place.loader is not None

@@ -9,9 +9,9 @@ In training mode with several processes, BatchNorm uses the statistics of the im
 must then run the same layers, and must have at least one image. There are two implementations. Each exchanges one
 tensor in the forward pass and one in the backward pass.
 
-- On CUDA, it calls the functions of PyTorch that torch.nn.SyncBatchNorm uses (torch/nn/modules/_functions.py): five
-  operators forward and four backward. SyncBatchNorm itself also allows processes without images, but it waits for the
-  device to find them.
+- The implementation for CUDA calls the functions of PyTorch that torch.nn.SyncBatchNorm uses
+  (torch/nn/modules/_functions.py): five operators forward and four backward. SyncBatchNorm itself also allows processes
+  without images. But to find such processes, it waits for the device.
 - On other devices these functions do not exist, and SyncBatchNorm refuses tensors on a CPU. The second implementation
   works on all devices, with more operators.
 """
@@ -77,11 +77,11 @@ class _LiteralBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_LiteralBatchNorm, nn.BatchNorm1d):
-    """torch's BatchNorm1d with its default eps and momentum, changed as this module describes."""
+    """torch's BatchNorm1d with its default eps and momentum, changed as the docstring of this file describes."""
 
 
 class BatchNorm2d(_LiteralBatchNorm, nn.BatchNorm2d):
-    """torch's BatchNorm2d with its default eps and momentum, changed as this module describes."""
+    """torch's BatchNorm2d with its default eps and momentum, changed as the docstring of this file describes."""
 
 
 def check_sizes(num_classes: int, **counts: int) -> None:

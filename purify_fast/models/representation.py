@@ -1,8 +1,8 @@
 """Read the internal representation of a classifier: the outputs of layers that are given by name.
 
 Forward hooks read the outputs. They are registered once, because new hooks would make `torch.compile` compile again.
-A first pass finds the layers whose output is later overwritten in place, such as by ``x += shortcut``. It compares the
-output's version counter in the hook with the counter after the pass. Only the outputs of these layers are cloned.
+A first pass finds the layers whose output is later overwritten in place, such as by ``x += shortcut``. The version
+counter of such an output is higher after the pass than in the hook. Only the outputs of these layers are cloned.
 """
 
 from __future__ import annotations

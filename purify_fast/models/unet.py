@@ -1,12 +1,13 @@
 """A small U-Net that predicts what a diffusion process has added to an image. It accepts images of any size.
 
     e      = MLP(sin and cos of t at frequencies from 1 to 1 / 10,000)
-    block  : h + conv(silu(norm(conv(silu(norm(h))) + W e))); a 1x1 convolution of the first h if the channels differ
+    block  : h + conv(silu(norm(conv(silu(norm(h))) + W e))); a 1x1 convolution in place of the first h if
+             the numbers of channels differ
     path   : width channels at full size, 2 width at half size, 4 width at a quarter, and back up with skips
 
-The network is a small form of that in Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", NeurIPS 2020,
-appendix B. It has three levels, one block per level and direction, resizing without weights, and one attention at the
-lowest level.
+This is a small form of the network in Ho, Jain, Abbeel: "Denoising Diffusion Probabilistic Models", NeurIPS 2020,
+appendix B. The small form has three levels, one block per level and direction, resizing without weights, and one
+attention at the lowest level.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class UNet(nn.Module):
         width: number of channels at full size: a multiple of 16, or an even number below 16. Half size has 2 times as
             many, and a quarter of the size 4 times.
         patch: side of the squares of pixels that are turned into channels before the first layer, and back into pixels
-            after the last layer. With 2, the network computes a quarter of the operations of 1.
+            after the last layer. With patch 2, the network computes a quarter of the operations that it computes with
+            patch 1.
         attention: whether the lowest level has attention over its positions.
 
     ``forward(x, t)``: images x ``[B, C, H, W]``, floating point; H and W are multiples of ``patch``, at least
@@ -104,8 +106,8 @@ class UNet(nn.Module):
     ``[B, C, H, W]`` in the dtype of the convolutions.
 
     With patch 1 and width 32, the forward pass of an image 3 x 32 x 32 has 310 million floating-point operations, with
-    a multiply-add counted as two. They grow with the number of pixels and with the square of the width. The network has
-    about 930 ``width ** 2`` weights.
+    a multiply-add counted as two. This number grows with the number of pixels and with the square of the width. The
+    network has about 930 ``width ** 2`` weights.
 
     Raises:
         ValueError: a size does not fit. The constructor or `forward` raises this error.
@@ -176,15 +178,15 @@ def _pixels(h: Tensor, patch: int) -> Tensor:
 
 
 def _halved(h: Tensor) -> Tensor:
-    """Halve the size of a map by averages over 2 x 2 pixels. At odd sizes, the last averages have fewer pixels."""
+    """Halve the size of a map by averages over 2 x 2 pixels, or over fewer at the end of an odd size."""
     return F.avg_pool2d(h, 2, ceil_mode=True)
 
 
 class _Doubled(torch.autograd.Function):
     """Doubles the size of a map: each pixel becomes a square of 2 x 2 pixels.
 
-    The gradient sums the gradients of the squares. PyTorch's gradient takes ten times as long on a CPU, in bfloat16 and
-    channels_last.
+    The gradient of a pixel is the sum of the gradients in its square. PyTorch's gradient takes ten times as long on a
+    CPU, in bfloat16 and channels_last.
     """
 
     @staticmethod

@@ -12,9 +12,9 @@
 CARSO's P (arXiv 2306.06081, section 4.5). ``mean_sigmoid`` is the aggregation "prob" in CARSO's code. ``vote`` has no
 gradient, so attack ``lse`` in its place.
 
-The last two are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. If K = 8, it is infinite
-from a margin of about 1.2 on. Its gradients are then NaN, so an attack on it gives a meaningless result.
-``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
+The last two are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. With K = 8 and all other
+logits 0, it is infinite if the top logit is above about 1.2. Its gradients are then NaN, so an attack on it gives a
+meaningless result. ``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
 
 Above q = 70, exp(q) is continued along its tangent. So S is finite (for logits up to 1e8 in float32), and the order of
 the classes is preserved.
@@ -101,9 +101,9 @@ def vote_reference(logits: Tensor) -> Tensor:
 #: CARSO's published forms. Attacks on them give meaningless results.
 UNSAFE = {"peel_reference": peel_reference, "vote_reference": vote_reference}
 #: The keys are the method, the shape, and the standard deviation of the logits. The values are the dtypes in which the
-#: example verifies kernels on a GPU (`Example.gpu`). Some shapes have few classes. The others have more classes than a
-#: vector has lanes, and their number is not a multiple of the lanes. In the last example, the logits are so large that
-#: peel uses the tangent. Its slope exp(70) is infinite in float16.
+#: example verifies kernels on a GPU (`Example.gpu`). Some shapes have few classes. The other shapes have more classes
+#: than a vector has lanes, and the number of classes is not a multiple of the lanes. In the last example, the logits
+#: are so large that peel uses the tangent. The tangent's slope exp(70) is infinite in float16.
 EXAMPLES = {
     ("lse", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 10), 3.0): "fb",

@@ -66,7 +66,7 @@ def apgd_step(
     lo: float = 0.0,
     hi: float = 1.0,
 ) -> Tensor:
-    """Move ``x`` along ``grad`` and along its last move, within the ball around ``x_nat`` and the box [lo, hi].
+    """Move ``x`` along ``grad`` and along x's last move, within the ball around ``x_nat`` and the box [lo, hi].
 
     Args:
         x: current images of the attack, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.

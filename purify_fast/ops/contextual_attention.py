@@ -7,7 +7,7 @@ the grid h x w = H/2 x W/2, is a query q and a key p. Positions are numbered in 
     X[q, p]   R[q, p] / max(|K_p|, 1e-4)
     S[q, p]   X after two passes of X[q, p] <- X[q, p] + X[q-1, p-1] + X[q+1, p+1]
     A[q, p]   v_p softmax_p(scale v_p S[q, p])
-    y         1/4 of the sum of overlapping 4x4 patches: the patch at q is the sum over p of A[q, p] F's patch at p
+    y         1/4 of the sum of overlapping 4x4 patches: the patch at q is the sum over p of A[q, p] (F's patch at p)
 
 The 4x4 patches have stride 2 and padding 1. Everything outside the grid or the image is zero. The two passes are called
 "fuse". In the second pass, positions are numbered in column-major order. v_p is 1 for a valid key and 0 for an invalid
@@ -131,7 +131,7 @@ def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed:
     # These are not the norms of 3x3 patches, but the op accepts any positive numbers.
     norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
-    # Everything else between the products is float32.
+    # Between the products, all tensors except the mask have the dtype of the arithmetic.
     inner = wide_dtype(dtype)
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
@@ -165,7 +165,7 @@ BACKWARD = define_backward(
     ),
     saved=_saved,
     constants=1,
-    # The sums in the backward are as large as its largest output, so their rounding errors are too.
+    # The backward rounds sums that are as large as its largest output.
     changes={"slack": 32.0},
     size_key=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )
@@ -315,9 +315,9 @@ def key_validity(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         bool ``[B, h * w]``, row-major. A cell of the grid is missing if any pixel of the mask inside the cell is
-        nonzero. For 256 px images with blocks of 32 px, this is the published sampling of every eighth pixel. At
-        smaller sizes that sampling would miss blocks. Cells outside the grid do not count as missing. There is no
-        gradient.
+        nonzero. For 256 px images with blocks of 32 px, the result is that of the published code, which reads every
+        eighth pixel. At smaller sizes, reading every eighth pixel would miss blocks. Cells outside the grid do not
+        count as missing. There is no gradient.
 
     Raises:
         ValueError: if mask is not [B, 1, H0, W0] or is empty, or if h or w is below 1.

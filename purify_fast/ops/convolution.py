@@ -13,10 +13,10 @@ Sums are in float32. The gradients of weight and bias are not rounded to bfloat1
 Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
 and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), which needs half the products. It multiplies
 sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normal numbers, the result has a
-relative error of 0.4 %. Rounding the exact result to bfloat16 has an error of 0.17 %. An infinity or a NaN also affects
-neighboring pixels, and infinities become NaN. Sums of numbers near the largest bfloat16 number can overflow. Even
-without Winograd's algorithm, a non-finite weight or gradient may affect pixels at the border that it does not affect in
-PyTorch.
+relative error of 0.4 %. For comparison: rounding the exact result to bfloat16 gives an error of 0.17 %. An infinity or
+a NaN also affects neighboring pixels, and infinities become NaN. Sums of numbers near the largest bfloat16 number can
+overflow. Even without Winograd's algorithm, a non-finite weight or gradient may affect pixels at the border that it
+does not affect in PyTorch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_op, wide
 
-#: The processor multiplies 16 channels at once. With fewer channels part of each instruction is wasted.
+#: The processor multiplies 16 channels together. With fewer channels part of each instruction is wasted.
 FEW = 16
 _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
@@ -252,7 +252,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(**named)
     for name, tensor in named.items():
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise ValueError(f"{name} is {tensor.dtype}, but input is {input.dtype}; without autocast they must agree")
+            raise ValueError(f"{name} must be {input.dtype} like input outside autocast, got {tensor.dtype}")
     if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"got {list(input.shape)} and {list(weight.shape)}"
         raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L] without a size of 0, {shapes}")
@@ -281,7 +281,7 @@ def _elements(input: Tensor, weight: Tensor, stride: list[int], padding: list[in
     sides = output_size(size, kernel, stride, padding, dilation)
     if min(sides) < 1:
         words = f"{list(size)}, padding {padding}, kernel {list(kernel)}, dilation {dilation}"
-        raise ValueError(f"input with its padding is smaller than the kernel: {words}")
+        raise ValueError(f"input with its padding must be at least as large as the kernel, got {words}")
     return input.shape[0] * weight.shape[0] * sides[0] * sides[1]
 
 
@@ -298,7 +298,8 @@ def conv2d(
     Args:
         input: images ``[B, C, H, W]``, floating point, H and W at least 1. A kernel needs bfloat16, or autocast to
             bfloat16.
-        weight: ``[O, C, K, L]`` in input's dtype, or in any dtype under autocast. Its gradient has its dtype.
+        weight: ``[O, C, K, L]`` in input's dtype, or in any dtype under autocast. The gradient of weight has weight's
+            dtype.
         bias: ``[O]``, with the same dtypes as weight, or None.
         stride: stride of rows and columns, or one number for both.
         padding: number of zeros added on each side, or two numbers for rows and columns.

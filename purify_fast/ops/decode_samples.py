@@ -3,8 +3,8 @@
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
 This is CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the condition is processed
-once per image. `decode_prior` accepts a decoder with folded and packed weights, which has a linear layer and transposed
-convolutions. It is a single op with Triton kernels:
+once per image. `decode_prior` is a single op with Triton kernels. Its decoder has folded and packed weights of a linear
+layer and of transposed convolutions:
 
         a_bk = z_bk W_z + c_b
         a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
@@ -165,7 +165,7 @@ def reference(
 
 
 def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: Any) -> Tensor:
-    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. This computes the feature maps again."""
+    """Return grad [B * K, C, H, W] times dimage/dcondition, [B, H * W * C]. The feature maps are computed again."""
     seed, ids, packed, biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)

@@ -20,14 +20,14 @@ c = inf means no clipping. A, B and s can be those of
     the forward process alpha x + sigma z: P = Q = A = 0, B = alpha, s = sigma. Here x is also passed as the prediction.
 
 With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x.
-Its first half is m. Its second half v interpolates between the logarithms lo and hi of two variances. Then s is only 1
-or 0:
+The first half of the prediction is m. The second half, v, interpolates between the logarithms lo and hi of two
+variances. Then s is only 1 or 0:
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
-If s = 0 there is no noise, even if v is NaN. The elements of a row are numbered as in a contiguous tensor. The noise of
-a row depends on its sample id and on the low 32 bits of the index 2^16 draw + step. So it does not depend on the row's
-place in the batch, and every step and every draw has its own noise.
+If s = 0 there is no noise, even if v is NaN. A row is one entry of the batch. The elements of a row are numbered as in
+a contiguous tensor. The noise of a row depends on its sample id and on the low 32 bits of the index 2^16 draw + step.
+So it does not depend on the row's place in the batch, and every step and every draw has its own noise.
 
 With learned variances, the backward draws z again from the seed. Only the inputs are stored. Let g be the gradient of
 out. Let g0 = A g where -c <= P x + Q m <= c, and 0 elsewhere. Then
@@ -241,8 +241,8 @@ def diffusion_step(
         prediction: output of the network for x, ``[B, C, ...]``, or ``[B, 2C, ...]`` with learned variances; float16,
             bfloat16 or float32 (float64 for a float64 x); contiguous or channels_last (other layouts are copied).
         coefficients: numbers named in `COEFFICIENTS`, ``[8]`` for the whole batch or ``[B, 8]``, with x's dtype and
-            device. A schedule is a table of coefficients, and a step uses a row of it. The host never reads their
-            values. Without learned variances the last two are ignored. They get no gradient.
+            device. A schedule is a table of coefficients, and a step uses a row of it. The host never reads the values
+            of the coefficients. Without learned variances the last two are ignored. The coefficients get no gradient.
         seed: int64 ``[1]``, on x's device.
         sample_ids: int64 ``[B]``, the global index of each row's image (see `philox`).
         draws: int64 ``[B]``, the index of each row among the draws of its image, from 0 to 65,535.

@@ -28,7 +28,7 @@ from .dispatch.examples import ROWS, examples, normal, wide_dtype
 from .dispatch.gradient import first_order, needs_gradient, transformed
 from .dispatch.registry import define_backward, define_op, second_argument, wide
 
-#: The number of channels that the kernel processes at once. They must belong to one group.
+#: The number of channels that the kernel processes together. They must belong to one group.
 LANES = 16
 
 

@@ -72,8 +72,8 @@ def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
-    # `filled` is the contribution of the coordinates that have reached the border of the box. `rate` is the
-    # contribution of the other coordinates per unit of t.
+    # `filled` is the progress to the plane by the coordinates that have reached the border of the box. `rate` is the
+    # progress of the other coordinates per unit of t.
     filled = gain.cumsum(1)
     rate = torch.where(full > 0, rate, 0.0).flip(1).cumsum(1).flip(1)
     reached = filled - gain + full * rate

@@ -9,8 +9,8 @@ Sources: linf and l2 are from Madry et al., ICLR 2018. In l1, s is the sparse di
 NeurIPS 2019, arXiv 1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at
 the border of the box whose g points outwards are excluded, as in SLIDE's implementations. Coordinates with the same |g|
 as the last selected coordinate are selected too. The projection is that of Croce & Hein ("Mind the box", ICML 2021,
-arXiv 2103.01208), onto the ball and the box at once. Projecting onto the ball and clipping afterwards would not use all
-of eps. Let d = y - x_nat. Let room be the distance from x_nat to the border of the box in the direction of d. Then
+arXiv 2103.01208), onto the intersection of ball and box. Projecting onto the ball and clipping afterwards would not use
+all of eps. Let d = y - x_nat. Let room be the distance from x_nat to the border of the box in the direction of d. Then
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
@@ -60,7 +60,7 @@ def direction(grad: Tensor, norm: int) -> Tensor:
 
 
 def chosen(size: int, density: float) -> int:
-    """Return the number of the ``size`` coordinates that an l1 step moves if all of them have different |grad|."""
+    """Return how many of ``size`` coordinates an l1 step moves, if all coordinates have different |grad|."""
     return max(1, int(density * size + 0.5))
 
 
@@ -79,7 +79,7 @@ def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: flo
 
 
 def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """Project ``x`` onto the ball around ``x_nat`` and then onto the box (linf, l2), or onto both at once (l1).
+    """Project ``x`` onto the ball around ``x_nat`` and then onto the box (linf, l2), or onto their intersection (l1).
 
     eps is [B, 1, ...].
     """

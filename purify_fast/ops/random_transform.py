@@ -4,14 +4,15 @@
     t = (1 - m) (2 z - 1),         m = 1 where hidden, constant on blocks
     packed = [t, 1, m]             along the channels
 
-RT1 has sigma = 0, and RT2 has sigma > 0. RT3 makes N passes over one noisy image. Its blocks are divided into N equal
-sets, and pass i hides set i. Source: AToP (arXiv 2401.16352), section 3. The defaults are those of its official code.
+RT1 has sigma = 0, and RT2 has sigma > 0. RT3 makes N passes over one noisy image. The blocks of the image are divided
+into N equal sets, and pass i hides set i. Source: AToP (arXiv 2401.16352), section 3. The defaults are those of its
+official code.
 
 The way a mask is drawn is specific to this package. Each of the G blocks gets a 32-bit key from the stream MASK. The
 keys are ranked, and blocks with equal keys are ranked by their index. RT1 and RT2 hide the blocks with the lowest
 ranks. In RT3, a block is hidden by the pass with the index rank // (G / N), which is called the owner of the block.
 
-The backward draws n again from the seed. It stores only the owners of the blocks, one byte per block:
+The backward draws n again from the seed. For the backward, only the inputs and the owners of the blocks are stored:
 
     dx = sum over draws and passes of 2 (1 - m) [0 <= x + sigma n <= 1] dt
 """
@@ -197,7 +198,7 @@ def random_transform(
         block: side of a block in pixels. It must divide H and W. An image has G = (H / block) (W / block) blocks.
         mask_ratio: fraction of the blocks that RT1 and RT2 hide, in [0, 1). The number of hidden blocks is
             int(mask_ratio G). RT3 ignores it. Under torch.compile, a new value of mask_ratio causes a new compilation.
-            A new value of block, num_passes or samples may cause it too. A new value of sigma does not.
+            A new value of block, num_passes or samples may also cause one. A new value of sigma does not.
         num_passes: number N of passes of RT3, a divisor of G from 1 to min(G, 255). With N = 1, the only pass hides
             everything. The default, None, stands for RT1 and RT2, which have a single pass.
         samples: S, the number of independent draws of noise and mask for every image.
@@ -208,10 +209,10 @@ def random_transform(
 
     Returns:
         ``packed [S B N, C + 2, H, W]`` and ``owners``. In packed, the pass varies fastest, then the image, then the
-        draw (N = 1 for RT1 and RT2). Its channels are t, which is in [-1, 1] and 0 where hidden; a plane of ones; and
-        the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``. For RT1
-        and RT2, it is 1 for a hidden block and 0 for the others. For RT3, it is the index of the pass that hides the
-        block (see `stitch`).
+        draw (N = 1 for RT1 and RT2). The channels of packed are t, which is in [-1, 1] and 0 where hidden; a plane of
+        ones; and the mask m, which is 1 where hidden and 0 elsewhere. owners is uint8 ``[S, B, H / block, W / block]``.
+        For RT1 and RT2, it is 1 for a hidden block and 0 for the others. For RT3, it is the index of the pass that
+        hides the block (see `stitch`).
 
     Raises:
         TypeError: if seed or sample_ids is not a tensor.

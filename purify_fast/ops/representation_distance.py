@@ -107,7 +107,7 @@ def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
 
 
 def _variant(layers: int) -> str:
-    """Return the variant of a call. Calls with several layers have a variant of their own, whose backend is separate.
+    """Return the variant of a call. Calls with several layers have their own variant and backend.
 
     The reason is that the reference launches its operators once for each layer.
     """
@@ -215,8 +215,8 @@ def representation_distance(
             float32 or float64. It gets a gradient.
         teacher: layer or layers with the same shapes and device, in any of these dtypes. It gets no gradient, even if
             it requires one.
-        kind: ``abs_cosine`` (0 parallel or antiparallel, 1 orthogonal), ``cosine`` (0 to 2), ``angular`` (0 to 1, in
-            half turns) or ``l2`` (Euclidean, in the features' unit).
+        kind: ``abs_cosine`` (0 for parallel and antiparallel vectors, 1 for orthogonal vectors), ``cosine`` (0 to 2),
+            ``angular`` (0 to 1, in half turns) or ``l2`` (Euclidean, in the features' unit).
 
     Returns:
         ``[B]`` for one tensor, ``[B, L]`` for L layers, never negative; float32 (float64 if a layer of the student is),
@@ -228,10 +228,10 @@ def representation_distance(
             if a dtype is not floating point, or if the kind is unknown.
 
     NaN or infinity in a representation gives NaN (for ``l2``, infinity gives infinity). In float32 this also happens if
-    squares overflow, from norms of 1.8e19 on. Below norms of 1e-15 the result is inaccurate. Near 0 and 1, ``angular``
-    has an error of up to 2e-4, because the rounding of the cosine changes the angle. Every memory format is supported:
-    the gradient has the student's format, and two channels_last feature maps are not copied. The op has first-order
-    gradients only and is deterministic. It does not support ``vmap``.
+    squares overflow, which norms above 1.8e19 cause. Below norms of 1e-15 the result is inaccurate. Near 0 and 1,
+    ``angular`` has an error of up to 2e-4, because the rounding of the cosine changes the angle. Every memory format is
+    supported: the gradient has the student's format, and two channels_last feature maps are not copied. The op has
+    first-order gradients only and is deterministic. It does not support ``vmap``.
     """
     single = isinstance(student, Tensor)
     if single != isinstance(teacher, Tensor):

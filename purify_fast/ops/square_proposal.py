@@ -7,9 +7,10 @@
     l1:      z = argmin |z - (x_nat + d)|_2,   |z - x_nat|_1 <= eps,  lo <= z <= hi
 
 W and V are square windows at random places. s is a random sign per channel. P is a pattern of length 1 in W. |d|_W is
-the norm of one channel inside the window W. So l2 and l1 set the perturbation in the rest of V to 0, and give W the
-norm of both windows and the part of the radius that was unused. Source: Andriushchenko et al., "Square Attack", ECCV
-2020 (arXiv 1912.00049), algorithms 2 and 3. l1 is the version of AutoAttack, with the projection of `pgd_step`.
+the norm of one channel inside the window W. u is the unused part of the radius, to the power p, and C is the number of
+channels. So l2 and l1 set the perturbation in the rest of V to 0, and give W the norm of both windows together with the
+unused part of the radius. Source: Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithms 2
+and 3. l1 is the version of AutoAttack, with the projection of `pgd_step`.
 
 The caller passes the random numbers of each image, for several proposals at once: the places of W and V (row and column
 of each), the orientation of the pattern, and the signs of the channels. The place of a window is computed in float32
@@ -50,7 +51,7 @@ def from_border(place: Tensor, edge: int, size: int) -> Tensor:
 
     Args:
         place: uniform numbers in [0, 1), ``[...]``.
-        edge: edge of the window, in pixels.
+        edge: side of the window, in pixels.
         size: number of pixels along the axis.
     """
     first = (place.float() * (size - edge + 1)).long()
@@ -62,7 +63,7 @@ def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
 
     Args:
         place: uniform numbers in [0, 1), ``[..., 2]``.
-        edge: edge of the window, in pixels.
+        edge: side of the window, in pixels.
         height: height of the images.
         width: width of the images.
     """
@@ -74,7 +75,7 @@ def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
 
 
 def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor:
-    """Return the pattern at the place of the first window, [..., 1, height, width]. Values outside it are arbitrary."""
+    """Return the pattern at the place of the first window, [..., 1, height, width]. Other values are arbitrary."""
     edge = pattern.shape[1]
     rows = from_border(numbers[..., 0], edge, height).clamp(0, edge - 1)
     columns = from_border(numbers[..., 1], edge, width).clamp(0, edge - 1)
@@ -126,14 +127,15 @@ def reference(
     else:
         moved = (clean + _moved_mass(point - clean, radius, drawn, pattern, 1)).flatten(0, 1)
         centers = clean.expand(len(drawn), *clean.shape).flatten(0, 1)
-        # With a length of 0, the step is only the projection.
+        # With alpha = 0, the step only projects.
         radii = eps.repeat(len(drawn))
         points = pgd_step(moved, torch.zeros_like(moved), centers, alpha=0.0, eps=radii, norm="l1", lo=lo, hi=hi)
     return points.to(x.dtype).contiguous()
 
 
-#: The keys are norm, shape, proposals and edge of the windows. The values are the dtypes in which the example verifies
-#: kernels on a GPU (`Example.gpu`). The last shape has more pixels than a program of l2 or l1 processes at once.
+#: The keys are the norm, the shape, the number of proposals and the side of the windows. The values are the dtypes in
+#: which the example verifies kernels on a GPU (`Example.gpu`). The last shape has more pixels than a program of l2 or
+#: l1 processes together.
 EXAMPLES = {
     (norm, shape, draws, edge): gpu.get(norm, "")
     for norm in NORMS
@@ -222,12 +224,12 @@ def square_proposal(
         numbers: uniform numbers in [0, 1), float32 ``[B, T, 5 + C]``, for T proposals per image: the places of two
             windows (two numbers each), the orientation of the pattern, and the signs of the channels. ``linf`` uses
             only the first place and the signs.
-        edge: edge of the windows, in pixels, from 1 to the smaller side of the images.
+        edge: side of the windows, in pixels, from 1 to the smaller side of the images.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
-        pattern: content of a window in its two orientations, for ``l2`` and ``l1``; float32 ``[2, edge, edge]``, of
-            length 1 in that norm.
+        pattern: content of a window in its two orientations, for ``l2`` and ``l1``; float32 ``[2, edge, edge]``. Each
+            has length 1 in ``norm``.
 
     Returns:
         The points, ``[T * B, C, H, W]`` in x's dtype, contiguous: the first proposal of every image, then the second of

@@ -2,7 +2,7 @@
 
     out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
 
-bh and bw are the height and the width of a block. This is the last step of AToP's RT3 (arXiv 2401.16352):
+bh and bw are the height and the width of a block. The op is the last step of AToP's RT3 (arXiv 2401.16352):
 sum_i m_i g(t_i, m_i) with masks m_i that tile the image. The op selects pixels instead of adding N images. The backward
 gives the gradient of every block to its pass, and 0 to the other passes.
 """
@@ -108,7 +108,7 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
             them. rows divides H, and columns divides W. A block whose owner is N or more becomes 0.
 
     Returns:
-        ``[S * B, C, H, W]`` in images' dtype and memory format. Every element is a copy.
+        ``[S * B, C, H, W]`` in images' dtype and memory format. Every element is copied unchanged.
 
     Raises:
         ValueError: if a shape, dtype or device is wrong.
@@ -130,7 +130,7 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
         )
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(
-            f"the length of images must be a multiple of S * B = {samples} * {batch}, the first sizes of owners, got "
+            f"images must have a length that is a multiple of S * B = {samples} * {batch}, as owners has, got "
             f"{images.shape[0]}"
         )
     if needs_gradient(images) and not OP.uses_reference(images.device, images.dtype, images.numel()):

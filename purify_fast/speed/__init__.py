@@ -17,7 +17,7 @@ def retain_freed_memory() -> bool:
     """Let glibc keep freed memory for later tensors instead of returning it to the system.
 
     Without this setting, half of the time of a plain float32 forward pass on a CPU was spent in page faults. The
-    setting affects the whole process, which then never returns the memory of its peak. The command line calls this
+    setting affects the whole process, whose memory then hardly shrinks after its peak. The command line calls this
     function. In your own program, call it if you want this effect.
 
     Returns:

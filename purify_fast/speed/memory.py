@@ -44,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, unless it is already counted, until it is freed."""
+        """Count a storage until it is freed. A storage that is already counted is not counted twice."""
         key = storage._cdata
         if key in self.seen:
             return
@@ -99,8 +99,8 @@ def images_that_fit(work: Callable[[int], object], free: int, device: torch.devi
     The state of torch's random generators is the same afterwards.
 
     Args:
-        work: function of the number of images, which makes a pass.
-        free: bytes that it may use.
+        work: function that makes a pass over the given number of images.
+        free: bytes that the pass may use.
         device: device on which it computes.
 
     Returns:

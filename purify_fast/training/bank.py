@@ -3,8 +3,8 @@
 If a training attacks a model that it never changes, its adversarial images have the same distribution in every epoch.
 A *variant* of an image is the result of one of the training's attacks on it, from one random start. The bank stores up
 to M variants of each image. A step attacks an image until the bank is full for this image and attack. After that, it
-reads one of the variants. A share rho of the adversarial images is attacked in any case, and replaces the oldest
-variants.
+reads one of the variants. For a share rho of the adversarial images, the attack runs in any case, and its result
+replaces the oldest variant.
 
 Let x be an image and x' the attacked image. The bank stores the variant as
 
@@ -62,8 +62,8 @@ class BankConfig:
         variants: M, the number of variants of an image that are stored, over all attacks of the training; at least 1
             for each attack. An attack without a random start makes the same image each time, so it has 1 variant.
         refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants.
-            Only attacks with a random start are repeated; the others would make the same image again. With 1, the
-            training has exactly the results of a training without a bank.
+            Only attacks with a random start are repeated; the others would make the same image again. With refresh 1,
+            the training has exactly the results of a training without a bank.
         folder: folder of the bank's file, which later runs can use too. None means ``banks`` in the folder of caches
             (PURIFY_FAST_CACHE).
         gigabytes: limit for the size of all banks in the folder, in units of 10^9 bytes. To make room for a new bank,
@@ -170,8 +170,8 @@ class AdversarialBank:
     The file has M places for each image, with one record in each place. A record contains a checksum of its content and
     its place. A record is damaged if it is incomplete, or if two processes wrote it at the same time. Its checksum is
     then wrong, so the record counts as missing, and its variant is made again. Therefore no process has to wait for
-    another process. Processes on one machine see at once what the others wrote. No other run removes the file while
-    this object exists.
+    another process. A process sees immediately what the others on the same machine wrote. No other run removes the file
+    while this object exists.
 
     Attributes:
         path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
@@ -196,7 +196,7 @@ class AdversarialBank:
         if attacks is None:
             raise ValueError(
                 "bank must be None for this training, which attacks a model that it changes, or attacks nothing. A "
-                "bank needs attacks on a frozen classifier: CARSO, or AToP with attack_target='classifier'"
+                "bank needs attacks on a frozen classifier: CARSO or AToP with attack_target='classifier'"
             )
         self.config, self.attacks, self.images = config, attacks, images
         self.slots = _slots(config.variants, attacks)
@@ -397,7 +397,8 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     random = sum(one.random for one in every)
     counts, place, seen = [], 0, 0
     for one in every:
-        # The attacks with a random start share the places. If these do not divide evenly, the first attacks get 1 more.
+        # The attacks with a random start share the remaining places. If these do not divide evenly, the first attacks
+        # get 1 more.
         share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
         seen += one.random
         counts.append(slice(place, place + share))
@@ -442,7 +443,7 @@ def _remove_unused(path: Path, size: int, limit: int) -> None:
     for other in others:
         if total <= limit:
             break
-        # no run can open the file between the check and the removal, because that needs the lock of the folder
+        # no run can open the file between the check and the removal, because opening needs the lock of the folder
         if _is_unused(other):
             with contextlib.suppress(OSError):
                 other.unlink()

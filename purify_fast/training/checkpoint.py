@@ -140,7 +140,7 @@ def save_model(
 
 
 def _unfinished(folder: Path) -> str:
-    """Return the end of an error about a folder without a saved model. It may hold a training that has not ended."""
+    """Return the end of an error about a folder without a saved model. The folder may hold an unfinished training."""
     parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     for place in (folder, *parts):
         # a damaged checkpoint is ignored

@@ -179,7 +179,7 @@ class FitConfig:
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
             images again. With None, every epoch is a whole pass.
         checkpoint_seconds: seconds between checkpoints within an epoch. The end of an epoch always writes a checkpoint.
-        validation_share: share of the images that are held out from training for validation, drawn by the seed. 0 means
+        validation_share: share of the images that are held out for validation. The seed decides which images. 0 means
             no validation.
         validation_every: epochs from one validation to the next. The last epoch always ends with a validation.
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of

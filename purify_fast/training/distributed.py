@@ -5,8 +5,8 @@ DistributedDataParallel would average them during the backward pass. But it requ
 of its model, and tasks also call other methods. It would save little time: 92 % of CARSO's training is the attack on
 the frozen classifier, which needs no communication.
 
-If a process ends, the exchanges of gloo fail in the other processes. With NCCL, an exchange returns at once, and the
-next operation that needs its result waits in the driver until the group's timeout. Neither gloo nor NCCL notices a
+If a process ends, the exchanges of gloo fail in the other processes. With NCCL, an exchange returns immediately, and
+the next operation that needs its result waits in the driver until the group's timeout. Neither gloo nor NCCL notices a
 process that was stopped, such as by SIGSTOP. So within `fit`, every process writes signs of life into the store of the
 process group, and checks those of the other processes. A process that hangs in its own work still gives signs of life.
 When an exchange with such a process fails after the timeout, the error names the process and its last step.
@@ -54,8 +54,8 @@ _GLOO = re.compile(r"\[[^\]\s]*gloo/[^\]\s]*\.(cc|h):\d+\]")
 def is_lost(error: RuntimeError) -> bool:
     """Tell whether an error comes from a failed exchange between processes, and not from the model.
 
-    The errors of NCCL and of the store have classes of their own, and those of gloo begin in their own way. Words such
-    as "timeout" are not used, because any other error may contain them.
+    The errors of NCCL and of the store have classes of their own, and gloo's errors begin with a line of gloo's source
+    code. Words such as "timeout" are not used, because any other error may contain them.
     """
     return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
 
@@ -65,7 +65,7 @@ def report_missing_process(step: int | None = None) -> Iterator[None]:
     """Within the block, a failed exchange raises an error that names the missing process.
 
     Args:
-        step: number of the training's step, which the other processes may report; None for the number of the last call.
+        step: number of the present step, for the errors of other processes. None means the number from the last call.
 
     Raises:
         ProcessLost: another process is lost or does not answer.
@@ -178,7 +178,7 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # In the order of memory, a tensor can be flattened without a copy, and one call can write all means back.
+        # Flattening in the order of memory needs no copy, so that one call can write all means back.
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world
@@ -189,8 +189,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 def from_first(make: Callable[[], Any]) -> Any:
     """Call ``make`` in the first process, and return its value or raise its exception in every process.
 
-    This includes KeyboardInterrupt and SystemExit, because otherwise the other processes would wait forever. If an
-    exception cannot be pickled, the other processes raise RuntimeError with its message.
+    KeyboardInterrupt and SystemExit are raised everywhere too, because otherwise the other processes would wait
+    forever. If an exception cannot be pickled, the other processes raise RuntimeError with its message.
 
     Args:
         make: function that only the first process calls. It returns nested dicts and lists of tensors, numbers, strings
@@ -262,7 +262,7 @@ def torchrun_group() -> Iterator[None]:
         if rank == 0:
             store.set("failed", "yes")
             raise
-        # this wait fails if the first process still works, or if it has ended, because the store ends with it
+        # this wait fails if the first process still works, or if it has ended and the store with it
         with contextlib.suppress(Exception):
             store.wait(["failed"], PATIENCE)
             # the first process needs time to print its error before torchrun notices that this process has ended
@@ -276,10 +276,10 @@ def torchrun_group() -> Iterator[None]:
 def _store_of_this_launch(store: Store, rank: int, world: int) -> Store:
     """Return a part of torchrun's store that belongs to this start only; raise DistError if a process is missing.
 
-    torchrun uses one store for all of its restarts. It contains the addresses of processes from earlier starts, and new
-    processes would try to reach those. No variable of torchrun identifies a start. So the first process writes a random
-    name for the start. Each other process adds a random word under this name. The first process confirms by writing the
-    list of all words, and a process that finds its own word in the list uses the name.
+    torchrun uses one store for all of its restarts. The store contains the addresses of processes from earlier starts,
+    and new processes would try to reach these addresses. No variable of torchrun identifies a start. So the first
+    process writes a random name for the start. Each other process adds a random word under this name. The first process
+    confirms by writing the list of all words, and a process that finds its own word in the list uses the name.
     """
     own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
 
@@ -319,8 +319,8 @@ def own_device(device: str) -> str:
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
         raise ValueError(
-            f"device cuda needs one GPU for each process of a machine, got {gpus} for at least {local + 1} processes: "
-            "start fewer processes"
+            f"device cuda needs one GPU for each process of a machine, got {gpus} GPUs for at least {local + 1} "
+            "processes: start fewer processes"
         )
     torch.cuda.set_device(local)
     return f"cuda:{local}"

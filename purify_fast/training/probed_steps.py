@@ -28,9 +28,9 @@ def forecast(
 ) -> Forecast:
     """Predict the cost of `purify_fast.training.fit` with the same arguments, on the model's device.
 
-    This takes steps with the task and changes its weights, so make a new task for `fit`. From the step in which a
-    delayed term of the loss begins, each step takes longer. So steps are measured at the start of the run, and again
-    for each step in which a term begins.
+    This function takes steps with the task, which change the task's weights, so make a new task for `fit`. From the
+    step in which a delayed term of the loss begins, each step takes longer. So steps are measured at the start of the
+    run, and again for each step in which a term begins.
 
     Args:
         task: the training.
@@ -71,7 +71,7 @@ def _steps(run: Run, begin: int) -> Iterator[Batch]:
 
 
 def _timed(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the median time of at least two calls, which run for ``seconds``. One call before them is not timed."""
+    """Time at least two calls, for about ``seconds``, and return the median. A call before these is not timed."""
 
     def finished() -> float:
         if device.type == "cuda":

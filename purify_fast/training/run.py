@@ -45,7 +45,7 @@ LOOK = 8
 
 
 class Run:
-    """The state of a run. The first of several processes writes its files.
+    """The state of a run. With several processes, only the first writes the run's files.
 
     Args:
         task: the training's task.

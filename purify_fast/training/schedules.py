@@ -1,9 +1,9 @@
 """Computes the length of a run, the step in which each delayed loss term begins, and the learning rate of each step.
 
 Learning rates are functions of the progress of the run, or of the epoch. A function has no state that checkpoints would
-have to store. torch's schedulers are also unsuitable because published runs could not be repeated to the bit:
-OneCycleLR reaches its end at the step before the last and joins its halves one step later, and the factor of LambdaLR
-rounds differently.
+have to store. torch's schedulers have such a state. They are also unsuitable because published runs could not be
+repeated to the bit: OneCycleLR reaches its end at the step before the last and joins its halves one step later, and the
+factor of LambdaLR rounds differently.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class InMemory:
         )
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
-        """Yield this process's share of the epoch's batches, from batch number ``first`` on."""
+        """Yield this process's share of the epoch's batches, beginning with batch number ``first``."""
         for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
 
@@ -277,6 +277,6 @@ def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
             f"is {k} of {n} images"
         )
     # NumPy promises never to change the numbers of RandomState. The seed has one word more than the seeds of
-    # `data.batches`, so that the numbers differ from theirs.
+    # `data.batches`, so that the two generators draw other numbers.
     order = np.random.RandomState([seed & 0xFFFFFFFF, 0, 0, 1]).permutation(n)
     return torch.from_numpy(np.sort(order[k:])), torch.from_numpy(np.sort(order[:k]))

@@ -27,11 +27,11 @@ class Accuracy:
 
     Args:
         share: share of the images that are classified correctly, in [0, 1]. For a random model under attack, an image
-            counts only if every draw is correct.
+            counts as correct only if every draw classifies it correctly.
         images: number of images.
         reliable: whether the checks of the evaluation found no reason to doubt the number.
-        one_draw: for a random model under attack, the share of single draws that are correct. None for a deterministic
-            model, and for a card without this number.
+        one_draw: for a random model under attack, the mean accuracy of a single draw. None for a deterministic model,
+            and for a card without this number.
     """
 
     share: float
@@ -67,7 +67,7 @@ class Card:
         training: command that trains the model.
         judged: command that measured the accuracies.
         version: version of this package that measured the accuracies.
-        licence: licence of the weights.
+        licence: license of the weights.
         clean: accuracy on images that are not attacked.
         attacked: accuracy for each protocol of `purify_fast.evaluation.evaluate`, by its name. "votes" is the protocol
             "rand" with the majority of ten draws as prediction.
@@ -152,7 +152,8 @@ def list() -> builtins.list[str]:
 def folder(name: str) -> Path:
     """The folder of a model. Do not write there, because the folder belongs to the installed package.
 
-    The folder of a defence does not contain its classifier, whose folder is `classifier_folder`. `load` reads both.
+    The folder of a defence does not contain its classifier. `classifier_folder` is the classifier's folder. `load`
+    reads both folders.
 
     Args:
         name: a name in `list`.

@@ -209,7 +209,7 @@ def test_wrong_options(attack, options, message):
     [
         ("8/255", r"eps must be a number, such as 8 / 255, got '8/255': write 8 / 255 without quotes"),
         ([0.1], r"eps must be a number, such as 8 / 255, got \[0.1\]"),
-        (torch.tensor([0.1]), r"eps must be .*, got torch.Tensor \[1\]: float\(eps\) makes a number"),
+        (torch.tensor([0.1]), r"eps must be .*, got torch.Tensor \[1\]: convert it by float\(eps\)"),
         (True, "eps must be a number, such as 8 / 255, got True"),
     ],
     ids=str,

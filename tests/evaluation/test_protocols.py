@@ -293,7 +293,7 @@ def test_models_that_return_other_things_than_logits():
             r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
         (lambda z: None, TypeError, "the name logits, got NoneType$"),
-        (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*two classes at least"),
+        (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*at least two classes"),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
         (lambda z: net(z).mean(0, keepdim=True), ValueError, r"a row of 10 logits for each image, got \[1, 10\] for"),
         (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),

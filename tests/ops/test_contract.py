@@ -499,11 +499,14 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
             ({"weight": None}, "weight must be a tensor, got NoneType"),
             ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
-            ({"bias": torch.zeros(10).double()}, "bias is torch.float64.*autocast"),
+            (
+                {"bias": torch.zeros(10).double()},
+                "bias must be torch.float32 like input outside autocast, got torch.float64",
+            ),
             ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
             ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
             ({"dilation": 1.5}, "dilation must be one or two whole numbers of at least 1, got 1.5"),
-            ({"dilation": 9}, "input with its padding is smaller than the kernel"),
+            ({"dilation": 9}, "input with its padding must be at least as large as the kernel"),
         ],
     ),
     "diffusion_step": (

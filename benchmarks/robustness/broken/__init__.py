@@ -1,1 +1,1 @@
-"""Test the reports of this package on small copies of broken published defences, and on models that are robust."""
+"""Test the reports of this package on rebuilt defences that were broken, and on models that are robust as claimed."""

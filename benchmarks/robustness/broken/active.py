@@ -2,8 +2,8 @@
 
 To plant a point, a random corner of an image's ball is made adversarial: the model's last linear layer gets another row
 of weights, which separates the corner from the image and from many points inside the ball. Then a short attack along
-the model's gradients searches for any point on the corner's side. The power of the attack is the share of images for
-which it finds such a point. If random corners of a ball also reach this side, its image proves nothing.
+the model's gradients tries to find any point on the corner's side. The power of the attack is the share of images for
+which it finds such a point. If random corners of a ball are also on this side, the image of this ball proves nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from purify_fast.attacks import apgd, frozen
 #: again.
 REVISION = 1
 #: PLANTED is the number of images with a planted corner. INSIDE is the number of points inside each ball. LOOKING is
-#: the number of random corners that test if chance alone reaches the side of the planted corner. DRAWS is the number of
-#: predictions over which a random model is averaged.
+#: the number of random corners of each ball that are tried, to see whether chance alone finds the side of the planted
+#: corner. DRAWS is the number of predictions over which a random model is averaged.
 PLANTED, INSIDE, LOOKING, DRAWS = 32, 64, 10, 8
-#: The points inside the ball have at most the distance NEAR times the radius from the image. The added row has its
-#: border between the highest score of these points and the score of the corner, at the share BORDER of the difference.
+#: The distance of the points inside the ball from the image is at most NEAR times the radius. The added row of weights
+#: scores points. A point is on the corner's side if its score is above a border. The border lies at the share BORDER of
+#: the way from the highest score of the points inside to the score of the corner.
 NEAR, BORDER = 0.95, 0.9
-#: The short attack takes STEPS steps from each of STARTS random starts. If it finds less than the share LEAST of the
-#: planted corners, attacks on the model count as unreliable.
+#: The short attack takes STEPS steps from each of STARTS random starts. If this attack finds less than the share LEAST
+#: of the planted points, attacks on the model are called unreliable.
 STEPS, STARTS, LEAST = 20, 2, 0.8
 
 
@@ -53,7 +54,7 @@ class Power:
 
 
 def linear_inputs(model: nn.Module, x: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """Return the linear layers that a model calls for images, each with its input. Their order is that of the calls."""
+    """Return the linear layers that a model calls for images, in the order of the calls, each with its input."""
     called: list[tuple[nn.Module, Tensor]] = []
     linear = {module for module in model.modules() if isinstance(module, nn.Linear)}
     handles = [each.register_forward_pre_hook(lambda m, inputs: called.append((m, inputs[0]))) for each in linear]
@@ -127,7 +128,7 @@ def row_of(inside: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
-    """Plant points in the balls of some images, and let a short attack search for them.
+    """Plant points in the balls of some images, and count those that a short attack finds.
 
     Args:
         model: classifier, images to logits.
@@ -164,7 +165,7 @@ def power(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Power:
         def reached(images: Tensor) -> Tensor:
             return torch.stack([planted(images)[:, 1] > 0 for _ in range(draws)]).float().mean(0) > 0.5
 
-        # Count only corners whose score is above 0, because the other corners are not adversarial.
+        # Use only corners whose score is above 0, because the other corners are not adversarial.
         valid = reached(targets)
         chance = torch.stack([reached(corners(x)) for _ in range(LOOKING)]).any(0)
         attacked = apgd(

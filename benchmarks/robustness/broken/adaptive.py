@@ -1,9 +1,9 @@
 """Build adaptive attacks, which compute about ten times as many gradients as the protocol ``standard``.
 
-An adaptive attack is a chain of searches. Each search attacks the images that the earlier searches did not break. The
-searches attack every wrong class from several starts, with two losses and many steps, and do not stop early. Each step
-on a random model averages over many random predictions. On an image that is never broken, ``standard`` computes some
-hundreds of gradients, and a chain computes some thousands.
+An adaptive attack is a chain of parts, called searches. Each search attacks the images that the earlier searches did
+not break. The searches aim at every wrong class from several starts, with two losses and many steps, and do not stop
+early. Each step on a random model averages over many random predictions. On an image that is never broken, ``standard``
+computes several hundred gradients, and a chain computes several thousand gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DRAWS, MANY_DRAWS = 20, 40
 
 
 def every_class(follows: int = 1, *, steps: int = 200, restarts: int = 2, classes: int = 9, **more: Any) -> Search:
-    """Return a search towards each wrong class in turn. Its loss is the margin, which does not saturate.
+    """Return a search towards each wrong class in turn. The loss is the margin, whose gradient does not vanish.
 
     Args:
         follows: index of the model whose gradients are used, as in `Search`.
@@ -61,10 +61,10 @@ def long(*follow: int, steps: int = 200) -> tuple[Search, ...]:
 
 
 def drawn(*follow: int, draws: int = DRAWS, steps: int = 100, classes: int = 4) -> tuple[Search, ...]:
-    """Return searches for a random model. There are fewer runs, but each step averages over many random predictions.
+    """Return searches for a random model: fewer runs than in `long`, but each step averages over many predictions.
 
-    The loss of the first search divides the margin of each prediction by the spread of its logits, so that all
-    predictions count equally.
+    The loss of the first search divides the margin of each prediction by the spread of the prediction's logits, so that
+    all predictions have equal weight.
 
     Args:
         follow: indices of the models whose gradients are used, as in `Search`.
@@ -96,7 +96,8 @@ def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec
 
     Args:
         entry: entry of the table.
-        followed: models that `Build` returned. None stands for the first of them, which is the deployed model.
+        followed: models that the entry's ``build`` returned. None stands for the first of these, which is the deployed
+            model.
     """
     return [
         AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)

@@ -29,8 +29,8 @@ JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
 STEPS = 100
-#: A judge has found the weakness of a defence if its robust accuracy is at most this share above that of the adaptive
-#: attack. The tiny second term allows for rounding.
+#: A judge has found the weakness of a defence if the judge's robust accuracy is at most this share above that of the
+#: adaptive attack. The tiny second term allows for rounding.
 CLOSE = 0.02 + 1e-9
 
 #: The type of a result, which is a row of the results file.
@@ -42,7 +42,7 @@ def left(result: Result, images: int | None = None) -> float:
 
     Args:
         result: result of a judge that attacks images.
-        images: number of the first images that count. None counts all images.
+        images: number of the first images that are used. None means all images.
     """
     return statistics.fmean(image == "1" for image in result["robust"][:images])
 
@@ -70,8 +70,8 @@ def verdicts(each: dict[str, Result]) -> dict[str, str]:
 
     Returns:
         A verdict for each judge. It is "found" if the judge's robust accuracy is close to that of the adaptive attack,
-        "flagged" if it is too high but the judge calls it unreliable, and otherwise "missed". It is "-" if the judge or
-        the adaptive attack has no result.
+        "flagged" if this accuracy is higher but the judge calls it unreliable, and otherwise "missed". The verdict is
+        "-" if the judge or the adaptive attack has no result.
     """
     said = {}
     for judge in ATTACKERS:
@@ -100,7 +100,7 @@ def _numbers(each: dict[str, Result]) -> list[str]:
 
 
 def _noticed(each: dict[str, Result]) -> list[str]:
-    """Return table cells with the findings of ``standard``, of the indicators, and of the active test on a model."""
+    """Return table cells with the findings of ``standard``, the indicators and the active test on a model."""
     cells = [", ".join(each[judge]["unreliable"]) or "none" if judge in each else "-" for judge in (STANDARD, PINTOR)]
     test = "-"
     if ACTIVE in each:
@@ -178,7 +178,7 @@ WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", A
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a table that compares the methods that detect failed attacks, by the models that each of them flags."""
+    """Return a table that compares the methods that detect failed attacks, by the models that each method flags."""
     asked = {judge: {name for name, each in every.items() if judge in each} for judge in WAYS}
     flagged = {judge: {name for name in names if every[name][judge]["unreliable"]} for judge, names in asked.items()}
     defences, *others = _groups(every)

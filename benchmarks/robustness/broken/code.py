@@ -1,7 +1,7 @@
 """Compute short hashes of the code on which a result depends.
 
 Each result is saved with its hashes. If a hash has changed, the result is outdated. A result belongs to a model and a
-judge, which is a method that evaluates the model, such as a protocol. It depends on the code of the model, on the
+judge. A judge is a method that evaluates models, such as a protocol. A result depends on the code of the model, on the
 attacks of the judge, and on the signs by which a report is called unreliable.
 """
 
@@ -60,8 +60,8 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         specs = adaptive.specs(entry, [None] * 10)
         follows = [str(part.follows) for part in adaptive.chain(entry)]
         return [*revisions.of_attacks(specs), *follows]
-    # If a protocol finds signs of masked gradients, it also attacks surrogates of the model. So include the revision of
-    # the surrogates and the limits of the signs.
+    # If a protocol finds signs of masked gradients, the protocol also attacks surrogates of the model. So include the
+    # revision of the surrogates and the limits of the signs.
     return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
 
 
@@ -76,8 +76,8 @@ def _of_signs() -> list[str]:
 def _of_model(name: str) -> str:
     """Return a hash of a model.
 
-    It covers the source of the function that builds the model, all code of this folder that the function uses, and the
-    weights of models of the zoo that are named in this code.
+    The hash covers the source of the function that builds the model, all code of this folder that the function uses,
+    and the weights of models of the zoo that are named in this code.
     """
     entry = ENTRIES[name]
     found: dict[int, str] = {}
@@ -95,7 +95,7 @@ def _weights(name: str) -> str:
 
 
 def _collect(thing: Any, found: dict[int, str]) -> None:
-    """Collect the source of a function or class, and of everything in this folder that it uses, directly or indirectly.
+    """Collect the source of a function or class, and of all code in this folder that it uses, directly or indirectly.
 
     Args:
         thing: function, class, constant, or a tuple, list or partial of these.
@@ -111,7 +111,8 @@ def _collect(thing: Any, found: dict[int, str]) -> None:
         found[id(thing)] = ""
     elif isinstance(thing, type | types.FunctionType) and thing.__module__.startswith(str(__package__)):
         source = inspect.getsource(thing)
-        # Leave out the decorator `entry`. It has texts of the table and the attack, which are not part of the model.
+        # Leave out the decorator `entry`. The decorator has texts of the table, and the attack, which are not part of
+        # the model.
         found[id(thing)] = source[max(source.find("def "), 0) :] if source.startswith("@entry") else source
         functions = [thing] if isinstance(thing, types.FunctionType) else vars(thing).values()
         referred = [one for each in functions if isinstance(each, types.FunctionType) for one in _referred(each)]

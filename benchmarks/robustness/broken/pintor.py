@@ -1,10 +1,10 @@
 """Compute the indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
 
-An indicator examines a run of an attack on each image. It is computed as in the code of the paper's authors. The run is
-PGD on the cross-entropy, and its result is the last point. The indicator "transfer failure" is left out, because it is
-only for attacks that were computed on another model. An indicator fires if it is true for more than a tenth of the
-images. The indicator "unstable predictions" is a number. It fires if its mean over the images is above 0.1, the
-paper's threshold.
+An indicator examines a run of an attack on each image. The indicators are computed as in the code of the paper's
+authors. The attack is PGD on the cross-entropy, and its result is the last point. The indicator "transfer failure" is
+left out, because it is only for attacks that were computed on another model. An indicator fires if it is true for more
+than a tenth of the images. The indicator "unstable predictions" is a number, and fires if its mean over the images is
+above 0.1, the paper's threshold.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ REVISION = 1
 #: PGD attacks IMAGES images with STEPS steps. The length of a step is LENGTH times eps. For the attack without a ball
 #: the length is UNCONSTRAINED, in image units.
 IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
-#: The loss of an image is compared with the loss at POINTS random points. Each is the image plus uniform noise, whose
-#: range has the width WIDTH in image units. An indicator fires if its value is above PASSES.
+#: The loss of an image is compared with the loss at POINTS random points. A random point is the image plus uniform
+#: noise, whose range has the width WIDTH in image units. An indicator fires if its value is above PASSES.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
-#: A loss is still rising if, in the last LAST steps, its highest value so far has grown by more than FALLS times the
-#: range of the loss over all steps.
+#: A loss is still rising if its running maximum grows, within its last LAST values, by more than FALLS times the range
+#: of all values.
 LAST, FALLS = 10, 0.05
 #: The indicators in the order of the paper, without "transfer failure".
 INDICATORS = (
@@ -80,7 +80,7 @@ def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tu
 
 
 def still_rising(loss: Tensor) -> Tensor:
-    """Tell for each image whether the highest loss so far is still rising in the last steps.
+    """Tell for each image whether the loss is still rising in the last steps.
 
     Args:
         loss: losses of the images after each step, ``[steps, B]``.
@@ -101,7 +101,7 @@ def unstable(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def indicators(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
-    """Return the value of each indicator: the share of images for which it is true, or its mean if it is a number.
+    """Return the value of each indicator: the share of images for which it is true, or the mean of a number.
 
     Args:
         model: classifier, images to logits.

@@ -1,8 +1,9 @@
 """Run ``python -m benchmarks broken``: several judges evaluate broken defences and robust models.
 
 A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, the indicators
-of Pintor et al., or the active test. Each result is saved at once, so the command can be interrupted at any time. A
-result has hashes of the code that made it. It is computed again if the model, the attacks or the signs have changed.
+of Pintor et al., or the active test. Each result is saved as soon as it is computed, so the command can be interrupted
+at any time. A result has hashes of the code that made it. A result is computed again if the model, the attacks or the
+signs of a failed attack have changed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from .code import code
 
 #: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
-#: DRAWS is the number of random predictions over which a step averages if an adaptive attack does not set this number.
-#: STRONG_IMAGES is the largest number of images that the protocol `STRONG` attacks.
+#: DRAWS is the number of random predictions over which a step of an adaptive attack averages, if the attack does not
+#: set this number. STRONG_IMAGES is the largest number of images that the protocol `STRONG` attacks.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 

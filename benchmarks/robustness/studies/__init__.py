@@ -2,9 +2,9 @@
 
 A study is a list of jobs. Each job trains or attacks a model, and writes ``result.json`` into its folder. Jobs can run
 in parallel. A finished job is not run again, so a stopped study can be resumed. The settings of a job are saved in
-``job.json`` in the same folder. If an existing folder has other settings, the study is refused.
+``job.json`` in the same folder. If the folder of a job already exists with other settings, the study does not start.
 
-The results of a study are shown in a table. Each job has the name of a row, and a seed.
+The results of a study are shown in a table. A job belongs to a row of the table, and has a seed.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ class Job:
         return result_of(root, name or self.name, self.seed)
 
     def asked(self) -> dict:
-        """Return the settings as JSON values. An existing folder is used again only if its settings are equal to these.
+        """Return the settings as JSON values. An existing folder is used again only if it has the same settings.
 
-        The folder of the data and the device are left out, because a run may continue with another folder or device.
+        The folder of the data and the device are left out, because a study may be resumed with another folder or
+        device.
         """
         settings = {name: value for name, value in self.settings.items() if name not in ("data", "device")}
         plain = json.dumps({"work": self.work.__name__, "needs": self.needs, **settings}, default=vars)
@@ -127,7 +128,7 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
         raise ValueError("jobs must have different folders, but several jobs have the same name and seed")
     needs = {(job.name, job.seed): job.needed() for job in jobs}
     if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
-        raise ValueError(f"jobs must contain all (row, seed) that other jobs need, but lacks {sorted(missing)}")
+        raise ValueError(f"jobs must contain every (row, seed) that another job needs; missing: {sorted(missing)}")
     # `prepare` raises CycleError, which is a ValueError, if jobs need each other.
     TopologicalSorter(needs).prepare()
     for job in jobs:
@@ -148,7 +149,7 @@ def _check(jobs: Sequence[Job], root: Path) -> None:
 def run(
     jobs: Sequence[Job], root: Path, workers: int = 2, after_each: Callable[[], object] = lambda: None
 ) -> list[dict]:
-    """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends all jobs at once.
+    """Run the unfinished jobs, and return all results in the order of ``jobs``. An interrupt ends all jobs.
 
     If a job fails, its error is raised after the running jobs have ended.
 
@@ -221,11 +222,11 @@ class Study:
         parser.add_argument("--data", default="data", help="folder of the images; default: data")
 
     def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        """Raise ValueError or FileNotFoundError for options that would later stop the study or its table."""
+        """Raise ValueError or FileNotFoundError for options with which the study or its table would fail later."""
         self.jobs(chosen)
 
     def variant(self, chosen: argparse.Namespace) -> str:
-        """Return the suffix of the name of the runs' folder. It differs for different budgets."""
+        """Return the suffix of the name of the runs' folder. Each budget has its own suffix."""
         return "" if chosen.amount == "default" else f"-{chosen.amount}"
 
     def is_whole(self, chosen: argparse.Namespace) -> bool:
@@ -237,13 +238,13 @@ class Study:
         raise NotImplementedError
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Prepare the run, for example by copying existing results from ``folder``. By default this does nothing."""
+        """Prepare the run, for example by copying existing results from ``folder``. The default does nothing."""
 
     def after_each(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
-        """Called after each finished job, for example to write the tables so far. By default this does nothing."""
+        """Do some work after each finished job, such as writing the tables so far. The default does nothing."""
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-        """Write the page with the tables, and its results, into ``folder``. Read the jobs' folders in ``root``."""
+        """Write the page and its numbers into ``folder``, from the results in the jobs' folders in ``root``."""
         raise NotImplementedError
 
 

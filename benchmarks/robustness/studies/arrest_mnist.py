@@ -1,6 +1,6 @@
 """A study of ARREST on MNIST at L-inf eps 0.3.
 
-It compares adversarial training from scratch, adversarial finetuning, and finetuning by ARREST.
+The study compares adversarial training (AT) from scratch, adversarial finetuning (AFT), and finetuning by ARREST.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 **On MNIST** the radius is eps = 0.3. A classifier that was trained on clean images is combined with three purifiers.
 The first is only pre-trained, the second is fine-tuned with the paper's objective (FGSM on the classifier), and the
-third is fine-tuned through the whole pipeline. An adversarially trained classifier is combined with the third kind
-only. Each defence is attacked with full gradients. For comparison, each defence is also attacked as in the paper's
-ablation, where the attack sees only the classifier.
+third is fine-tuned through the whole pipeline. An adversarially trained classifier is combined with a purifier of the
+third kind only. Each defence is attacked with gradients of the whole defence. For comparison, each defence is also
+attacked as in the paper's ablation, where the attack sees only the classifier.
 
 **On digits** the study makes a single change at a time, over several seeds. The row "pipeline" is the starting point: a
-purifier that was fine-tuned through the whole defence, on an adversarially trained classifier. It adds a correction to
-the image, which is zero before the training. The names of the other rows say what is different there. All rows are
-compared with the classifier without a defence.
+purifier that was fine-tuned through the whole defence, on an adversarially trained classifier. This purifier adds a
+correction to the image. Before the training, the correction is zero. The name of another row says how the row differs
+from "pipeline". All rows are compared with the classifier without a defence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, sta
     Args:
         job: job with the seed.
         folder: folder of the saved defence.
-        defence: trained defence.
+        defence: defence whose purifier is trained.
         images: data set with the training images.
         stage: settings of the training: ``epochs``, ``batch_size``, and options of `AtopConfig`. ``images`` is the
             number of the first images that are used; the default is all images. ``pretraining`` is True for a training
@@ -79,7 +79,7 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
         generator = SmallGenerator(1, **budget.generator)
         defence = Atop(load_classifier(place), generator, images.image_shape, **budget.defence)
     else:
-        # Do not require the same classifier, because the pre-training did not use its classifier.
+        # Do not check that the classifier is the same, because the pre-training did not use its classifier.
         defence = load_defence(job.folder(root, PRETRAINED), load_classifier(place), check=False)
     return train_stage(job, folder, defence, images, getattr(budget, job.settings["stage"]), EPS)
 
@@ -141,17 +141,18 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
-    """Train the purifier of a row. The purifier is new, or it is the trained purifier of another row."""
+    """Train the purifier of a row. It starts with random weights, or as the trained purifier of another row."""
     s, images = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if "start" in s:
-        # Do not require the same classifier, because the training of the other row did not use its classifier.
+        # Do not check that the classifier is the same, because the training of the other row did not use its
+        # classifier.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])
     defence = Atop(base, purifier, images.image_shape, **s["defence"])
-    # A quick run has three epochs, because the paper's cross-entropy takes part only after two epochs.
+    # A quick run has three epochs, because the cross-entropy of the paper's objective takes part only after two epochs.
     stage = s["stage"] | ({"epochs": 3, "images": 128} if s["quick"] else {})
     train_stage(job, folder, defence, images, stage, digits.EPS)
     return _attacked(defence, job) | {"parameters": count(defence)}

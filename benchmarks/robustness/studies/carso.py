@@ -4,20 +4,20 @@
 
 1. an adversarially trained classifier;
 2. CARSO with the paper's objective, attacked through PeeL, which is the output that CARSO's authors attack;
-3. the same CARSO, attacked through exact gradients;
+3. the same CARSO, attacked with exact gradients;
 4. CARSO that was fine-tuned through the whole pipeline.
 
-**On digits** the study makes a single change at a time, over three seeds. Every model is attacked in the same way. Its
-randomness is switched off (z = 0, no noise). Then it is attacked by PGD-100 with cross-entropy, by PGD-100 with DLR,
-and by AutoAttack, each on the images that remain. The main models are also attacked with their randomness, by PGD that
-averages over draws.
+**On digits** the study makes a single change at a time, over three seeds. Every model is attacked without its
+randomness (z = 0, no noise), by PGD-100 with cross-entropy, then by PGD-100 with DLR, and then by AutoAttack. Each
+attack runs only on the images that the earlier attacks did not break. The main models are also attacked with their
+randomness, by PGD that averages over draws.
 
-**On CIFAR-10** the classifier is the ResNet-18 of pyautoattack's examples. It is used unchanged, and CARSO names its
-layers by their module paths. A purifier is trained for a short time in bfloat16. First it is trained with the paper's
-objective for a single epoch. The KL term is left out, because the paper's objective leaves it out for the first eighth
-of the epochs. So the purifier only learns to rebuild clean images. Then it is trained through the pipeline. All models
-face the same attacks. The radius is eps = 2/255, where differences are visible. At the usual radius of 8/255 the
-attacks would break both the classifier and this purifier.
+**On CIFAR-10** the classifier is the ResNet-18 of pyautoattack's examples. It is used unchanged, and CARSO reads layers
+that are named by their module paths. A purifier is trained for a short time in bfloat16. First the purifier is trained
+with the paper's objective for a single epoch. The KL term has no part in this epoch, because in the paper's objective
+it has no part in the first eighth of the epochs. So the purifier only learns to rebuild clean images. Then the purifier
+is trained through the pipeline. All models face the same attacks. The radius is eps = 2/255, where differences between
+the models are visible. At the usual radius of 8/255 the attacks would break both the classifier and this purifier.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train_stage(job: Job, folder: Path, defence: Carso, images: data.DataSet, st
     Args:
         job: job with the seed.
         folder: folder of the saved defence.
-        defence: trained defence.
+        defence: defence whose purifier is trained.
         images: data set with the training images.
         stage: settings of the training: ``epochs``, ``batch_size``, ``eps``, ``norm`` and ``steps`` of the attack, and
             options of `CarsoConfig`. ``images`` is the number of the first images that are used; the default is all.
@@ -186,7 +186,7 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     """Train a purifier with the paper's objective, or train the purifier of another row through the pipeline.
 
     The job's settings are ``base`` and ``epochs`` and, optionally, ``start``, ``layers``, ``config``, ``attack``,
-    ``eps`` and ``norm``.
+    ``bank``, ``eps`` and ``norm``.
     """
     s, images, start = job.settings, setting.digits(), "start" not in job.settings
     base = load_classifier(job.folder(root, s["base"]))
@@ -197,7 +197,7 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     else:
         defence = load_defence(job.folder(root, s["start"]), base)
         stage = {"batch_size": 128, "steps": 7, "attack_target": "pipeline", "learning_rate": 4e-3}
-    # A quick run starts with three epochs, because with fewer epochs the KL term would never take part.
+    # In a quick run, the first training has three epochs, because with fewer epochs the KL term would never take part.
     epochs = (3 if start else 1) if s["quick"] else s["epochs"]
     stage |= {"epochs": epochs, **ball_of(job), **s.get("attack", {}), **s.get("config", {})}
     stage |= {"bank": s["bank"]} if "bank" in s else {}
@@ -207,14 +207,14 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
 
 
 def attack_copies(job: Job, folder: Path, root: Path) -> dict:
-    """Attack a classifier that averages over noisy copies of the image. The setting ``sigma`` is their noise."""
+    """Attack a classifier that averages over noisy copies of the image, with noise of size ``sigma`` (a setting)."""
     s = job.settings
     defence = NoisyEnsemble(load_classifier(job.folder(root, s["base"])), s["sigma"], 8)
     return _attacked(defence, job) | {"parameters": count(defence)}
 
 
 def attack_samples(job: Job, folder: Path, root: Path) -> dict:
-    """Attack a trained model with another number K of samples in a prediction, which is the setting ``samples``."""
+    """Attack the trained defence of another row, with another number K of samples, which is the setting ``samples``."""
     return _attacked(with_samples(job, root), job)
 
 
@@ -271,7 +271,7 @@ class CarsoResnet18(CarsoReports):
 
     def model(self, job: Job, root: Path, name: str) -> nn.Module:
         if name == RESNET:
-            # Compute in bfloat16, as the accelerated defences do. So all models have the same precision.
+            # Compute in bfloat16, as the accelerated defences do, so that all models have the same precision.
             return InferenceCopy(resnet18(), (3, 32, 32))
         return load_defence(job.folder(root, name), resnet18()).accelerate()
 

@@ -5,13 +5,13 @@ classifier, these classifiers alone, and CARSO and AToP. All models of a data se
 the same radius.
 
 PGD-200 attacks with exact gradients, averaged over 20 random predictions. Ten predictions of each attacked image are
-saved. They give four numbers: the accuracy of a single prediction, the mean accuracy of the ten predictions, the share
-of images that are right in all ten, and the accuracy of the majority vote. Then the protocol `strong` attacks a few
-images, except those that PGD has broken.
+saved. These predictions give four numbers: the accuracy of a single prediction, the mean accuracy of the ten
+predictions, the share of images that are right in all ten, and the accuracy of the majority vote. Then the protocol
+`strong` attacks a few images, except those that PGD has broken.
 
-The module also makes the tables of the study, and sentences for docs/diffusion.md. In this part, an outcome is an array
-with a number for each image: 1 if the image is right after the attack, 0 if it is wrong, or the share of right
-predictions.
+The module also makes the tables of the study, and sentences for docs/diffusion.md. For the tables, an outcome is an
+array with a number for each image: 1 if the image is classified correctly after the attack, 0 if it is not, or the
+share of right predictions.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def model_of(name: str, process: dict[str, Any] | None) -> nn.Module:
 
 
 def images_of(job: Job) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a job. They are balanced over the classes, and so are the first images alone."""
+    """Return the images and labels of a job. The classes are balanced, also among the first images alone."""
     s = job.settings
     whole = data.load_dataset(s["dataset"], s["data"])
     count = min(s["budget"].images, s.get("first", s["budget"].images))
@@ -73,7 +73,7 @@ def images_of(job: Job) -> tuple[Tensor, Tensor]:
 
 
 def quiet(model: nn.Module, fixed: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a random model has fixed noise if ``fixed`` is True. Otherwise it changes nothing."""
+    """Return a context in which a random model has fixed noise. If ``fixed`` is False, the context changes nothing."""
     return model.fixed_noise(0) if fixed else contextlib.nullcontext()  # type: ignore[operator]
 
 
@@ -126,7 +126,7 @@ def in_bits(right: Tensor) -> str:
 
 
 def told(classes: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return the right images as texts of bits: a text for each draw, and a text for the majority vote."""
+    """Return texts of bits that say which images are right: a text for each draw, and a text for the majority vote."""
     return {"draws": [in_bits(one == y) for one in classes], "vote": in_bits(classes.mode(0).values == y)}
 
 
@@ -141,7 +141,7 @@ def exact(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
 
 
 def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """Attack by PGD-200 with fixed noise. Then there is a single draw, which the attack knows."""
+    """Attack by PGD-200 with fixed noise. The result has a single draw, with the noise that the attack knows."""
     found = found_by_pgd(model, x, y, job.settings, fixed=True)
     with quiet(model, True):
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
@@ -158,7 +158,7 @@ def reported(
 
 
 def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """Run the attacks of the purifiers' authors. AutoAttack, which is one of them, attacks only the first images."""
+    """Run the attacks of the purifiers' authors. AutoAttack, one of these attacks, attacks only the first images."""
     budget = job.settings["budget"]
     assert isinstance(model, AuthorsEvaluation)
     specs = [

@@ -171,7 +171,7 @@ class DigitsStudy(Study):
         return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """Return the jobs of the chosen rows, and of the rows that they need. Rows with all seeds come first."""
+        """Return the jobs of the chosen rows, and of the rows that they need. Rows that have all seeds come first."""
         table, jobs = settings_of(self.name), []
         more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
         for part, seeds in (("rows", chosen.seeds), ("ablations", more)):

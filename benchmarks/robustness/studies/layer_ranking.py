@@ -2,17 +2,17 @@
 
 This is our own method, because CARSO's paper does not say how to choose layers (arXiv 2306.06081, section 6). Each
 layer gets three scores. Here x is a clean image, x~ the same image after an attack, x' another image, and f(x) the
-features of x.
+features of x. E is the mean over the images.
 
     probe = accuracy of a linear classifier of the features, fitted by ridge regression on f(x) of one half of the
             images, and tested on f(x~) of the other half
     image = share of the variance of the clean images that a linear regression on the features explains, fitted and
             tested in the same way
-    drift = E |f(x~) - f(x)| / E |f(x) - f(x')|: 0 if the attack does not move the features, and 1 if it moves them as
-            far as those of another image
+    drift = E |f(x~) - f(x)| / E |f(x) - f(x')|: 0 if the attack does not move the features, and 1 if it moves them by
+            the distance between the features of two images
 
 The probe is fitted on clean features, because an attack on the true label puts information about this label into the
-image. A probe that was fitted on attacked features would use this information, and would almost always be right.
+image. A probe that is fitted on attacked features would use this information, and would almost always be right.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from purify_fast.models.representation import Representation
 
 @dataclass(frozen=True)
 class LayerScore:
-    """The scores of a layer, which the docstring of this module defines.
+    """The scores of a layer. The docstring of this module defines the scores.
 
     Args:
         layer: path of the layer's module.
@@ -61,7 +61,7 @@ def rank_layers(
     steps: int = 20,
     seed: int = 0,
 ) -> list[LayerScore]:
-    """Compute the scores of layers on images that were attacked on the classifier alone. The best probe comes first.
+    """Compute the scores of layers, by an attack on the classifier alone. The layer with the best probe comes first.
 
     Args:
         classifier: images ``[B, C, H, W]`` in [0, 1] to logits.
@@ -74,7 +74,7 @@ def rank_layers(
         seed: seed of the attack.
 
     Raises:
-        ValueError: unknown layers.
+        ValueError: a layer is unknown.
     """
     # Copy the classifier, so that no hooks remain on the caller's model.
     classifier = copy.deepcopy(classifier).eval()

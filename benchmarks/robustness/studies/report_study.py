@@ -137,15 +137,15 @@ class ReportStudy(Study):
     def reports(self, root: Path, budget: SimpleNamespace) -> dict[str, Report]:
         """Return a report for each model, with the rows of all groups of attacks, and the worst case over all of them.
 
-        The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD would
-        skip the images of a classifier that PGD had broken. It would not skip those of a defence, because it attacks
-        the defence without its randomness.
+        The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
+        classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
+        attacks the defence without its randomness.
         """
         reports = {}
         for name in self.models:
             folders = [Job(f"{name} {group}", 0, self.attack).folder(root) for group in self.attacks(name, budget)]
             parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-            # Every group repeats the row of the clean accuracy. The dictionary keeps it once.
+            # Every group has the row of the clean accuracy. The dictionary contains this row only once.
             rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
             notes = dict.fromkeys(note for part in parts for note in part.notes)
             reports[name] = Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes))

@@ -68,7 +68,7 @@ def main(chosen: argparse.Namespace) -> str:
     study = STUDIES[chosen.name]
     root, results = places(chosen)
     if chosen.so_far:
-        # Take no lock, because the study may be running. This only reads the folders of the jobs.
+        # Take no lock, because the study may be running. The folders of the jobs are only read.
         return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)

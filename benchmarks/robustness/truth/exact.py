@@ -3,12 +3,12 @@
 There are three steps. A step runs only if the steps before it did not decide the image.
 
 1. Bounds that hold for the whole ball may prove that all its points are classified correctly.
-2. A search may find a misclassified point of the ball.
+2. Signed gradient steps from random points may find a misclassified point of the ball.
 3. For each class that the bounds did not exclude, a mixed-integer program finds a point whose logit of this class is
    above that of the correct class, or proves that the ball has no such point.
 
 No attack of the package is used. The bounds are those of CROWN (Zhang et al., NeurIPS 2018, arXiv 1811.00866). The
-program is that of Tjeng et al. (ICLR 2019, arXiv 1711.07356), and HiGHS solves it.
+program is that of Tjeng et al. (ICLR 2019, arXiv 1711.07356). It is solved by HiGHS.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from purify_fast.attacks.relu_layers import Affine, forward
 
-#: A lower bound of the margin is a proof only if it is above this number, because HiGHS satisfies constraints only up
-#: to 1e-6. If a point has a margin between -TOLERANCE and 0, the search goes on for a point with a lower margin, which
-#: is misclassified in float32 too.
+#: The margin of a point is the logit of the correct class minus the highest other logit. A lower bound of the margin is
+#: a proof only if it is above TOLERANCE, because HiGHS satisfies constraints only up to 1e-6. A point with a margin
+#: between -TOLERANCE and 0 may be classified correctly in float32. Therefore a point with a lower margin is then
+#: sought.
 TOLERANCE = 1e-5
 #: A bound that HiGHS computes is made looser by this amount, because of rounding.
 SLACK = 1e-6
@@ -40,7 +41,7 @@ ROBUST, FALLS, UNDECIDED = "robust", "falls", "undecided"
 BOUND, POINT, MILP = "bound", "point", "milp"
 
 
-#: The lowest and the highest value of each pixel or unit, two flat tensors in float64.
+#: The lowest and the highest value of each pixel or unit, as two flat tensors in float64.
 Box = tuple[Tensor, Tensor]
 
 
@@ -78,8 +79,8 @@ def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], b
     weight, constant = functions
     for (low, high), (matrix, bias) in zip(reversed(bounds), reversed(layers), strict=True):
         slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low).clamp(min=1e-300)))
-        # If the sign of a unit is not known, both 0 and the unit's input are lower bounds of the ReLU. Use the bound
-        # for which the area between the bounds is smaller.
+        # If the sign of a unit is not known, both 0 and the unit's input are lower bounds of the ReLU. Use the lower
+        # bound for which the area below the upper bound is smaller.
         below = torch.where((low < 0) & (high > 0), (high > -low).to(slope.dtype), slope)
         shift = torch.where((low < 0) & (high > 0), -low * slope, torch.zeros_like(low))
         constant = constant + weight.clamp(max=0) @ shift
@@ -137,11 +138,11 @@ def search(layers: Sequence[Affine], box: Box, y: int) -> Tensor | None:
 
 
 class Program:
-    """A mixed-integer program with the hidden layers of a network over a box as linear constraints.
+    """A mixed-integer program. Its linear constraints describe the hidden layers of a network for the images of a box.
 
     The value of a hidden unit before its ReLU is a - s, where a is its positive part and s its negative part. If the
-    sign of the unit is not known, a binary variable allows only one of the two parts. Units that are never above 0 are
-    left out.
+    sign of the unit is not known, a binary variable allows only one of the two parts to be above 0. Units that are
+    never above 0 are left out.
 
     Args:
         box: box of flat images.
@@ -151,8 +152,8 @@ class Program:
         self.lower, self.upper = (end.numpy() for end in box)
         self.whole = np.zeros(len(self.lower))
         self.rows = LinearConstraint(sparse.csr_matrix((0, len(self.lower))), [], [])
-        #: `kept` are the indices of those units of the last added layer that are not left out. `columns` are the
-        #: columns of these units in the program.
+        #: `kept` are the indices of the units of the last added layer that are in the program. `columns` are the
+        #: columns of these units. Before the first layer is added, the units are the pixels.
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:
@@ -188,8 +189,8 @@ class Program:
         """Add linear constraints.
 
         Args:
-            terms: pairs of columns and a matrix. The constraints bound the sum over the pairs of the matrix times the
-                variables in the columns.
+            terms: pairs of columns and a matrix. Each matrix is multiplied by the variables in its columns. The
+                constraints bound the sum of these products.
             low: lower bounds of the sum.
             high: upper bounds of the sum.
         """
@@ -229,7 +230,7 @@ class Program:
 
 
 def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: float) -> Program:
-    """Make the program of all hidden layers. Its relaxed form also improves the bounds of units of unknown sign.
+    """Make the program of all hidden layers. Improve the bounds of units of unknown sign by the relaxed program.
 
     Args:
         layers: layers of the network.
@@ -274,8 +275,8 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
         weight, bias = ahead.weight[other], float(ahead.bias[other])
-        # First search for any point with a small enough margin. If the margin of the found point is not clearly below
-        # 0, minimize the margin.
+        # First find any point with a small enough margin. If the margin of this point is not clearly below 0, minimize
+        # the margin.
         for most in (TOLERANCE - bias, None):
             found = program.minimize(weight, until - time.monotonic(), most)
             if found.status == INFEASIBLE:

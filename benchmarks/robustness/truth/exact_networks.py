@@ -23,7 +23,7 @@ from ..broken.entry import Step, cross_entropy, train
 #: TRAINING_IMAGES is the largest number of images on which a network is trained. IMAGES is the number of images that
 #: are decided for each network.
 TRAINING_IMAGES, IMAGES = 10_000, 250
-#: The weight of the divergence between the outputs in the loss of TRADES.
+#: The weight of the divergence between clean and attacked outputs in the loss of TRADES.
 BETA = 6.0
 
 
@@ -35,7 +35,7 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, tar
         x: images ``[B, C, H, W]`` in [0, 1], the centers of the balls.
         y: labels, int64 ``[B]``. The attack maximizes the cross-entropy with these labels.
         eps: L-inf radius on images in [0, 1].
-        steps: number of steps. The length of all steps together is 2.5 eps.
+        steps: number of steps. Together the steps have the length 2.5 eps.
         target: probabilities ``[B, classes]`` that the cross-entropy uses in place of the labels.
     """
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
@@ -75,7 +75,7 @@ def convolution(channels: int, kernel: int, stride: int, side: int, hidden: int)
 
 
 def purified(pixels: int, code: int, hidden: int) -> nn.Sequential:
-    """Make a purifier followed by a classifier. This is similar to CARSO's pipeline with a latent of 0.
+    """Make a purifier followed by a classifier. The network is similar to CARSO's pipeline with a latent of 0.
 
     Two ReLUs clip the reconstruction to [0, 1], in place of CARSO's sigmoid.
     """

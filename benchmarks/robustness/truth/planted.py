@@ -1,22 +1,21 @@
-"""Make networks with a known answer: some hide an adversarial example, and others are robust by construction.
+"""Make networks of two kinds: some hide a known adversarial example, and others are robust by construction.
 
 **Networks that hide an adversarial example.** The example is a random corner of an image's ball. The training follows
-SoundnessBench (Zhou et al., arXiv 2412.03154). The networks are trained adversarially on other images, and the loss has
+SoundnessBench (Zhou et al., arXiv 2412.03154). The networks are trained adversarially on other images. The loss has
 three further terms:
 
 1. The first term makes the corner misclassified by a small margin.
-2. The second term makes other points of the ball classified correctly, such as points that PGD found in the last
-   updates.
-3. The third term is our own. It raises the lead of the true class on the way from the image to the corner: the nearer a
-   point is to the corner, the larger its lead must be. So gradients lead away from the corner. `GAPS` says by how much
-   the lead grows.
+2. The second term makes other points of the ball classified correctly, such as the points of PGD in the last updates.
+3. The third term is our own. It concerns the lead, which is the logit of the true class minus the highest other logit.
+   On the way from the image to the corner, the lead must grow. So gradients point away from the corner. `GAPS` says by
+   how much the lead grows.
 
-SoundnessBench trains networks with thousands of units, and stores the points of 300 steps. The networks here are
-perceptrons for digits with 64 inputs. At this size, without the third term, PGD would still find the corner.
+SoundnessBench trains networks with thousands of units, and stores the points of PGD in 300 updates. The networks here
+are perceptrons for digits with 64 inputs. At this size, without the third term, PGD would still find the corner.
 
-**Networks that are robust by construction.** The logit of a class is minus the mean distance between the pixels of the
-image and those of a random prototype. If every pixel changes by at most eps, the logit changes by at most eps. So an
-image whose logit leads by m is robust up to the radius m / 2.
+**Networks that are robust by construction.** Each class has a random prototype. The logit of the class is minus the
+mean absolute difference between the pixels of the image and those of the prototype. If every pixel changes by at most
+eps, each logit changes by at most eps. So an image with the lead m is robust up to the radius m / 2.
 
 All networks of a kind are trained together, with their weights in one tensor.
 """
@@ -43,15 +42,16 @@ GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
 #: PLANTED is the number of images of each network whose balls have a planted corner. EPS is the L-inf radius, and
 #: WIDTHS are the widths of the network's layers.
 PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
-#: The margin by which a planted corner is misclassified, in logits. It is that of SoundnessBench.
+#: The margin by which a planted corner is misclassified, in logits. SoundnessBench has the same margin.
 LEAD = 0.01
-#: A point counts as the corner if its mean distance from the corner is less than this share of the radius.
+#: A point is treated as the corner if its mean distance from the corner is at most this share of the radius.
 NEAR = 0.03
-#: A corner counts as hidden if PGD with STEPS steps from STARTS random starts finds no adversarial example.
+#: A corner is called hidden if PGD with STEPS steps from STARTS random starts finds no adversarial example.
 #: SoundnessBench uses 1,000 starts.
 STEPS, STARTS = 50, 100
-#: CONSTRUCTED is the number of networks that are robust by construction. PROTOTYPES are their number of pixels and the
-#: number of classes. The networks are attacked at the share SHARE of the proven radius, because of rounding in float32.
+#: CONSTRUCTED is the number of networks that are robust by construction. PROTOTYPES has the number of pixels of a
+#: prototype, and the number of prototypes. The networks are attacked at the share SHARE of the proven radius, because
+#: of rounding in float32.
 CONSTRUCTED, PROTOTYPES, SHARE = 50, (25, 4), 0.95
 
 
@@ -63,7 +63,8 @@ class Effort:
         updates: number of updates of the weights.
         window: number of the last updates whose PGD points are stored.
         starts: number of random starts of PGD.
-        others: number of random points in each image's ball, and of points on the way to its corner.
+        others: number of random points in each image's ball. The number of points on the way to the image's corner is
+            the same.
         batch: number of other images on which the network is trained adversarially.
     """
 
@@ -75,7 +76,7 @@ class Effort:
 
 
 class Stack:
-    """Several perceptrons of the same widths, which are computed together. Each of them gets different images.
+    """Several perceptrons of the same widths, which are computed together. Each perceptron gets different images.
 
     Args:
         weights: weights of each layer, ``[networks, outputs, inputs]``.
@@ -117,7 +118,7 @@ def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Ball(NamedTuple):
-    """The balls around images: the lowest and the highest value of each pixel, and the classes of the images.
+    """The balls around images, as the lowest and the highest value of each pixel, and the classes of the images.
 
     The values have the shape ``[networks, images, pixels]``, and the classes ``[networks, images]``.
     """
@@ -132,7 +133,7 @@ class Ball(NamedTuple):
         return cls((x - EPS).clamp(0, 1), (x + EPS).clamp(0, 1), y)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return random points of each ball, ``[networks, count, images, pixels]``. Half of them are corners."""
+        """Return random points of each ball, ``[networks, count, images, pixels]``. About half of these are corners."""
         networks, images, _ = self.low.shape
         share = torch.rand(networks, count, *self.low.shape[1:], generator=generator)
         corner = torch.rand(networks, count, images, 1, generator=generator) < 0.5
@@ -207,7 +208,8 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
     window: list[Tensor] = []
     for _ in range(effort.updates):
         point, wrong = ball.attacked(stack, effort.starts, 10, generator)
-        # Store one point for each image, from the first start of PGD that succeeded.
+        # Store one point for each image, from the first start of PGD that succeeded. If no start succeeded, use the
+        # first start.
         first = wrong.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, point.shape[-1])
         window = [*window, point.gather(1, first)[:, 0]][-effort.window :]
         picked = torch.randint(len(train_x), (networks, effort.batch), generator=generator)
@@ -235,8 +237,9 @@ def _away(
 ) -> Tensor:
     """Return the loss that makes the lead of the true class grow on the way from the image to the corner.
 
-    A point on the way has a random share of the corner's pixels. Its lead must be at least the lead of the image plus
-    this share of the gap. The loss is the amount by which the lead is too small.
+    A point on the way has a random share of the corner's pixels. The other pixels are random. The lead of the point
+    must be at least the lead of the image plus this share of the gap. The loss is the amount by which the point's lead
+    is too small.
     """
     (x, corner), shape = ends, (len(gaps), count, ball.y.shape[1])
     share = 0.3 + 0.6 * torch.rand(*shape, 1, generator=generator)
@@ -267,7 +270,8 @@ def constructed(seed: int) -> Part:
     y = torch.randperm(classes, generator=generator)[:PLANTED]
     x = (prototypes[y] + 0.2 * (torch.rand(PLANTED, pixels, generator=generator) - 0.5)).clamp(0, 1)
     model = perceptron(pixels, 2 * classes * pixels, classes).eval().requires_grad_(False)
-    # The first layer computes x - c and c - x for each pixel. The sum of their positive parts is |x - c|.
+    # The first layer computes x - c and c - x for each pixel x of the image and the same pixel c of a prototype. The
+    # sum of the positive parts is |x - c|.
     one = torch.eye(pixels).repeat(classes, 1)
     model[1].weight.copy_(torch.cat([one, -one]))
     model[1].bias.copy_(torch.cat([-prototypes.flatten(), prototypes.flatten()]))

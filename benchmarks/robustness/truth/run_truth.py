@@ -1,10 +1,10 @@
 """Run ``python -m benchmarks truth``: count the adversarial examples that AutoAttack and the protocols miss.
 
 A subject is a network or a group of networks, and a contestant is AutoAttack or a protocol. The results file has two
-kinds of rows. The row of a subject's truth says for each image whether the ball contains an adversarial example. The
+kinds of rows. The row of a subject's truth says for each image whether its ball contains an adversarial example. The
 truth is computed once, because it does not depend on attacks. The row of a contestant on a subject says which images
-the contestant did not break. It is computed again if the networks or the attacks of the protocol have changed. Each row
-is saved at once, so the command can be interrupted at any time.
+the contestant did not break. This row is computed again if the networks or the attacks have changed. Each row is saved
+as soon as it is computed, so the command can be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LETTERS = {exact.ROBUST: ROBUST, exact.FALLS: FALLS, exact.UNDECIDED: UNDECIDED}
 
 
 def decided(part: Part, seconds: float) -> Row:
-    """Decide the images of a network. Return a letter for the verdict on each image, and a letter for the last step.
+    """Decide the images of a network. Return, for each image, a letter for the verdict and a letter for the last step.
 
     Args:
         part: network and its images.
@@ -60,14 +60,14 @@ def decided(part: Part, seconds: float) -> Row:
 
 
 def write(out: Path, kind: str, row: Row) -> None:
-    """Write a row into the results file, where it replaces the row with the same key.
+    """Write a row into the results file. If the file has a row with the same key, the new row replaces it.
 
     Args:
         out: folder of the results.
         kind: "truth" or "contestants".
         row: the new row.
     """
-    # Read the file again, because another process may have written rows since then.
+    # Read the file here, because another process may have written rows into it.
     results = read(out)
     others = [one for one in results[kind] if key(one) != key(row)]
     results[kind] = sorted([*others, row | timing.environment(torch.device("cpu"))], key=key)
@@ -75,7 +75,7 @@ def write(out: Path, kind: str, row: Row) -> None:
 
 
 def find(setting: Setting, name: str) -> None:
-    """Compute the truth about a subject. Do nothing if it is already known for these networks.
+    """Compute the truth about a subject. Do nothing if the truth about its networks is already known.
 
     Args:
         setting: folders and amounts.
@@ -96,7 +96,7 @@ def find(setting: Setting, name: str) -> None:
 
 
 def attack(setting: Setting, name: str, who: str, seed: int) -> None:
-    """Let a contestant attack the networks of a subject. Networks that the same attacks have attacked are skipped.
+    """Let a contestant attack the networks of a subject. Networks with a result of the same attacks are skipped.
 
     Args:
         setting: folders and amounts.
@@ -145,7 +145,7 @@ def main(chosen: argparse.Namespace) -> str:
     work = [(name, partial(find, setting, name)) for name in names]
     for who in chosen.contestants:
         for name in names:
-            # Use one seed for networks that hide an adversarial example, because there are many such networks.
+            # Use one seed for a group of many networks.
             for seed in range(CONTESTANTS[who][1] if name in NETWORKS else 1):
                 work.append((f"{name}, {who}, seed {seed}", partial(attack, setting, name, who, seed)))
     Budget(60 * chosen.minutes).go(work, "row")

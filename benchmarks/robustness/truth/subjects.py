@@ -1,7 +1,7 @@
 """Return the attacked networks with their images and radii. Networks are trained once, and saved with the results.
 
-A subject is a group of networks with one row in the tables. It is one network of `NETWORKS`, all networks that hide an
-adversarial example with the same gap, or all networks that are robust by construction.
+A subject is a group of networks with one row in the tables. It is either one network of `NETWORKS`, or all networks
+that hide an adversarial example with the same gap, or all networks that are robust by construction.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Setting:
         data: folder of MNIST.
         images: number of images that are decided for each network of `NETWORKS`.
         seconds: time limit for an image. An image that needs more time is undecided.
-        hidden: number of networks for each gap.
-        effort: effort of the training of these networks.
+        hidden: number of networks that hide an adversarial example, for each gap.
+        effort: effort of the training of the networks that hide an adversarial example.
         constructed: number of networks that are robust by construction.
     """
 
@@ -107,7 +107,7 @@ def parts_of(setting: Setting, name: str) -> list[Part]:
 
 @functools.cache
 def hidden(setting: Setting) -> planted.Hidden:
-    """Return the networks of all gaps. If there are no saved weights, all of them are trained together."""
+    """Return the networks of all gaps. If there are no saved weights, all these networks are trained together."""
     kept, layers = setting.kept, range(len(planted.WIDTHS) - 1)
     if "hidden/corner" not in kept:
         gaps = torch.tensor(list(HIDDEN.values())).repeat_interleave(setting.hidden)

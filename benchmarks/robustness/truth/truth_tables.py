@@ -1,7 +1,7 @@
 """Read the results of the exact decisions, and make the tables for docs/evaluation.md and README.
 
 A subject is a network or a group of networks. A contestant is AutoAttack or a protocol of this package. The truth says
-for each image whether the ball contains an adversarial example.
+for each image whether its ball contains an adversarial example.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .subjects import CONSTRUCTED, HIDDEN, SUBJECTS
 FILE = "truth.json"
 #: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
 CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
-#: The letters for the truth about an image. An image falls if its ball contains an adversarial example. A score counts
-#: only robust images and images that fall. It does not count images that fall only in float64, undecided images,
-#: misclassified images, and images with a planted corner for which PGD finds an adversarial example.
+#: The letters for the truth about an image. An image falls if its ball contains an adversarial example. A score
+#: includes only robust images and images that fall. The other images are those that fall only in float64, undecided
+#: images, misclassified images, and images with a planted corner for which PGD finds an adversarial example.
 ROBUST, FALLS, FALLS_IN_FLOAT64, UNDECIDED, WRONG, FOUND_BY_PGD = "rfe?wp"
 
 Results = dict[str, list[Row]]
@@ -48,7 +48,7 @@ def key(row: Row) -> tuple[int, int, int]:
 
 
 def outdated(results: Path) -> list[str]:
-    """Return a message for each row whose attacks or networks differ from the present ones.
+    """Return a message for each row whose attacks or networks have changed since the row was computed.
 
     Args:
         results: the folder ``benchmarks/results``.
@@ -69,7 +69,8 @@ class Score(NamedTuple):
     Attributes:
         falls: number of attacked images whose ball contains an adversarial example.
         missed: number of these images for which the contestant found no adversarial example.
-        contradicted: number of robust images for which the contestant reports an adversarial example. It must be 0.
+        contradicted: number of robust images for which the contestant reports an adversarial example. This number must
+            be 0.
     """
 
     falls: int = 0
@@ -95,7 +96,7 @@ def score(truths: Iterable[Row], rows: Sequence[Row]) -> Score:
 
 
 def scores(results: Results, names: Iterable[str]) -> dict[str, list[Score]]:
-    """Return the scores of each contestant, one for each seed with which it has attacked all subjects.
+    """Return the scores of each contestant: a score for each seed with which the contestant has attacked all subjects.
 
     Args:
         results: result of `read`.
@@ -120,7 +121,7 @@ def _counts(rows: Iterable[Row], column: str, letters: str) -> list[str]:
 
 
 def _groups(results: Results, names: Iterable[str]) -> Iterator[tuple[str, list[Row], list[str]]]:
-    """Yield, for each subject and for all of them: a title, the rows of the truth, and the numbers of missed images."""
+    """Yield a title, the rows of the truth, and the numbers of missed images, for each subject and for all together."""
     truths = {row["subject"]: row for row in results["truth"] if row["subject"] in names}
     for title, group in (*((name, [name]) for name in names if name in truths), ("all", list(truths))):
         every = scores(results, group).values()

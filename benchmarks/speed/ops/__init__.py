@@ -3,8 +3,8 @@
 - SHAPES are the measured shapes. LARGE are the shapes for a GPU, with the largest first. Without LARGE, a GPU uses
   SHAPES.
 - KINDS are the measured pairs of a dtype and a variant of the op. An op without variants has no KINDS.
-- The function ``case(shape, dtype, variant)`` makes the case of a shape and a pair. It is called for every combination.
-- A function ``chosen(shapes)``, if there is one, returns the combinations to measure in place of all of them.
+- The function ``case(shape, dtype, variant)`` makes a `Case`. It is called for every combination of a shape and a pair.
+- A module may have a function ``chosen(shapes)``. It returns the combinations to measure, in place of all combinations.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Case:
     """The inputs of an op at one shape, and the least work that the op requires.
 
     Attributes:
-        inputs: function that makes the input tensors on torch's default device. In the style "graph" the first input
-            is the result of a multiplication.
+        inputs: function that makes the input tensors on torch's default device. In the style "graph" (see `timing`),
+            the first input is multiplied by 2 before the call.
         call: public function of the op.
-        work: formulas of the bytes and of the FLOP for each direction. Every input is read once, and every output is
-            written once. A formula may use ``symbols``, the number n of elements, and the bytes s of an element.
+        work: formulas of the bytes and of the FLOP for each direction. The bytes are those of reading every input once,
+            and of writing every output once. A formula may use ``symbols``, the number n of elements, and the bytes s
+            of an element.
         differentiable: positions of the inputs that get a gradient.
         symbols: values of the symbols in the formulas.
         slack: factor by which the usual tolerance is multiplied when results are compared.

@@ -1,7 +1,7 @@
 """Cases of the op decode_samples: K samples of each of B images, by the two decoders of the CARSO paper.
 
-On a GPU the op is one kernel. The other implementations run the decoder's layers one by one, with BatchNorm folded, in
-bfloat16 and channels_last. They unpack the weights once.
+Our implementation on a GPU is one kernel. The other implementations run the decoder's layers one by one, with BatchNorm
+folded, in bfloat16 and channels_last. They unpack the weights once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 from . import Case, normal
 
 SHAPES = ((512, 8, 3, 32, 32), (8, 8, 3, 32, 32), (64, 8, 3, 32, 32), (2048, 8, 3, 32, 32), (256, 8, 3, 64, 64))
-#: The preset of the CARSO paper for images of each side: its name, and the widths of its condition and its latent.
+#: For each side of the images: the name of a preset of the CARSO paper, and the preset's widths of condition and
+#: latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
 def multiplications(side: int) -> tuple[int, int, int]:
-    """Return three numbers: the multiplications for a sample, the multiplications for a condition, and the weights."""
+    """Return three counts: multiplications for a sample, multiplications for a condition, and the decoder's weights."""
     _, condition, latent = SIZES[side]
     start, layers = published_decoder((3, side, side))
     first, weights = prod(start), latent * prod(start)
@@ -51,7 +52,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, preset: str) -> Case:
     return Case(
         inputs,
         call,
-        # Images and weights have 2 bytes per element. The part of the first map that comes from the condition has 4.
+        # Images and weights have 2 bytes per element. The part of the first map that comes from the condition has 4
+        # bytes per element.
         {
             "forward": (f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B", f"2*{of_sample}*B*K + 2*{of_condition}*B"),
             "backward": (f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B", f"4*{of_sample}*B*K + 2*{of_condition}*B"),

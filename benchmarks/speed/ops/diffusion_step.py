@@ -1,6 +1,6 @@
 """Cases of the op diffusion_step: a sampler's states in float32 and a denoiser's predictions.
 
-On a CPU there are 128 images of the size of CIFAR-10, and 8 images of 256 x 256 pixels.
+A CPU gets 128 images of the size of CIFAR-10, or 8 images of 256 x 256 pixels.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from . import Case, kinds, normal
 SHAPES = ((128, 3, 32, 32), (8, 3, 256, 256))
 LARGE = ((128, 3, 256, 256), (4096, 3, 32, 32))
 KINDS = kinds("fixed", "learned", "noiseless")
-#: The coefficients of a DDPM step that clips the image. The last two bound the logarithm of a learned variance.
+#: The coefficients of a DDPM step that clips the image. The last two coefficients are the bounds of the logarithm of a
+#: learned variance.
 COEFFICIENTS = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     b, c, *sides = shape
     halves = 2 if variant == "learned" else 1
-    # A normal number takes 45 operations, see `philox`.
+    # To draw a number from a normal distribution takes 45 operations (see ``philox.py``).
     normals = 0 if variant == "noiseless" else 45
     return Case(
         lambda: (

@@ -1,6 +1,6 @@
 """Cases of the op gated_elu: outputs of gated convolutions in AToP's generator, for images of 256, 128 and 32 px.
 
-An output has 2C channels, of which the op makes C channels.
+An output has 2C channels, from which the op makes C channels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from purify_fast.ops import gated_elu
 
 from . import Case, kinds, normal
 
-# Each pair of shapes has the output of the first convolution and the output of a convolution in the middle. The pairs
-# are for 1 image of 256 px, 4 images of 256 px, images of 128 px, and 64 images of 32 px.
+# Each pair has the shape of the output of the first convolution, and that of the output of a convolution in the middle.
+# The pairs are for 1 image of 256 px, 4 images of 256 px, 1 or 4 images of 128 px, and 64 images of 32 px.
 SHAPES = (
     (1, 48, 256, 256),
     (1, 192, 64, 64),

@@ -1,6 +1,6 @@
 """Cases of the op group_norm_silu: feature maps of a U-Net of width 32, for 32 x 32 images in patches of 2 x 2.
 
-The maps have the full, half and quarter size. Some of them are concatenated with the map of a skip connection.
+The maps have 16, 8 or 4 pixels a side. Some maps are concatenated with the map of a skip connection.
 """
 
 from __future__ import annotations

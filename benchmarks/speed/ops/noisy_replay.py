@@ -1,6 +1,7 @@
 """Cases of the op noisy_replay: images and their adversarial examples.
 
-In one variant a quarter of the images get noise in place of the attack, and in the other variant all images.
+In the variant "quarter", a quarter of the images get noise in place of the attack. In the variant "all", all images get
+noise.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KINDS = kinds("quarter", "all")
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     pixels, batch = math.prod(shape), shape[0]
-    # The drifts are uniform in [0, 1), so a threshold of 0.75 selects a quarter of the images.
+    # The drifts are evenly spaced in [0, 1), so a quarter of the images exceed a threshold of 0.75.
     threshold = 0.75 if variant == "quarter" else -1.0
     return Case(
         lambda: (
@@ -31,8 +32,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(batch),
         ),
         lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
-        # Only one of the two images is read. A replayed element needs a uniform number (27 operations, see `philox`)
-        # and five more operations.
+        # The op reads an element of only one of the two images. An element with noise needs a uniform random number (27
+        # operations, see ``philox.py``) and five more operations.
         {"forward": ("2*n*s", "32*r")},
         symbols={"r": pixels // 4 if variant == "quarter" else pixels},
     )

@@ -1,6 +1,6 @@
 """Cases of the op philox. A shape has the number of ids, the number of draws, and the number of values in a draw.
 
-The numbers are those of a batch of latents, and those of the noise for images of 3 x 32 x 32.
+SHAPES are the shapes of a batch of latents, and of the noise for images of 3 x 32 x 32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Cases of the op random_transform: images that AToP transforms.
 
-On a CPU there are 8 images of 256 x 256 pixels with blocks of 32, and 64 images of 32 x 32 pixels with blocks of 4.
+A CPU gets 8 images of 256 x 256 pixels with blocks of 32, or 64 images of 32 x 32 pixels with blocks of 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     b, c, h, w = shape
     num_passes = 4 if variant == "rt3" else None
     sigma = 0.0 if variant == "rt1" else 0.25
-    # A normal number takes 45 operations, see `philox`.
+    # To draw a number from a normal distribution takes 45 operations (see ``philox.py``).
     noise = 0 if variant == "rt1" else 45
     return Case(
         lambda: (uniform(*shape, dtype=torch.float32), torch.tensor([1234567890123]), torch.arange(b)),

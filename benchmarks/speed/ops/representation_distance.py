@@ -1,7 +1,7 @@
 """Cases of the op representation_distance: features of a student and of its teacher.
 
 The features are those of ResNet-18, WRN-34-10 and a small CNN, after pooling or before it. For eager calls the
-reference is ``F.cosine_similarity``, which users would write. In compiled code it is the formula of the op.
+reference is ``F.cosine_similarity``, which users would write. In compiled code the reference is the formula of the op.
 """
 
 from __future__ import annotations

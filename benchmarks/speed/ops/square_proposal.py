@@ -1,6 +1,6 @@
 """Cases of the op square_proposal: the current images of the Square attack, and the clean images.
 
-Each image has a single proposal, or eight proposals as late in the attack.
+Each image has a single proposal, or eight proposals, which is usual late in the attack.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, norm: str) -> Case:
     return Case(
         inputs,
         lambda x, nat, numbers, *shapes: square_proposal(x, nat, eps, numbers, edge, norm, 0.0, 1.0, *shapes),
-        # The formula of l1 omits the search for its shift.
+        # The formula of l1 leaves out the operations that find the shift.
         {"forward": ("(2 + T)*n*s", {"linf": "10*n*T", "l2": "30*n*T", "l1": "60*n*T"}[norm])},
         symbols={"n": math.prod(shape) // draws, "T": draws},
     )

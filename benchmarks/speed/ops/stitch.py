@@ -1,6 +1,6 @@
 """Cases of the op stitch: images that are assembled from the blocks of four passes.
 
-On a CPU there are 8 images of 256 x 256 pixels with blocks of 32, and 64 images of 32 x 32 pixels with blocks of 4.
+A CPU gets 8 images of 256 x 256 pixels with blocks of 32, or 64 images of 32 x 32 pixels with blocks of 4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure pipelines. A pipeline is a whole computation, such as a prediction or a training step, and has a module.
+"""Measure pipelines: whole computations, such as a prediction or a training step. Each pipeline has a module.
 
 A case of a pipeline compares several implementations of the same work, which are called contestants. "Ours" is the
 implementation by this package. "Plain" is an implementation in plain PyTorch.
@@ -23,7 +23,8 @@ class Job:
     Attributes:
         run: function that is timed.
         result: function that returns numbers, which must agree with those of the first contestant.
-        parts: functions that do a part of the work of ``run``, by name. They are timed separately.
+        parts: for each named part of the work of ``run``, a function that does this part alone. The parts are timed
+            separately.
     """
 
     run: Callable[[], object]
@@ -41,11 +42,12 @@ class Contestant:
 
     Attributes:
         make: function that makes the contestant's job.
-        raised: True to raise the thresholds of glibc's memory allocator, so that it keeps freed memory.
+        raised: True to raise the thresholds of glibc's memory allocator, so that the allocator keeps freed memory.
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
         compared: True if the result must agree with that of the first contestant. False for a contestant that does
-            other work than ours. `Case.flops` does not apply to it, and only its time and memory are measured.
+            other work than ours. `Case.flops` does not apply to such a contestant, and only its time and memory are
+            measured.
     """
 
     make: Make
@@ -62,7 +64,7 @@ class Case:
         shape: description of the input, for the tables.
         tolerance: largest allowed relative L2 distance between the results of a contestant and of the first contestant.
         contestants: compared implementations, by name.
-        flops: formula of the FLOP of ours. docs/performance.md explains its symbols.
+        flops: formula of the FLOP of our implementation. docs/performance.md explains the symbols.
     """
 
     shape: str
@@ -87,15 +89,15 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
-    """Return the usual contestants of a case: plain in float32 and in bfloat16, and ours in bfloat16.
+    """Return the usual contestants: plain in float32 and in bfloat16, and ours in bfloat16, each also compiled.
 
     On a machine with a GPU there are two further contestants: plain in TF32, which is PyTorch's default for
     convolutions, and ours with the step of its attack captured as a CUDA graph.
 
     Args:
-        plain: function that makes a job of plain PyTorch. The keyword ``compiled=True`` compiles it.
-        ours: function that makes a job of this package, with the same keyword. The keyword ``captured=True`` captures
-            the step of the attack as a CUDA graph.
+        plain: function that makes a job of plain PyTorch. With the keyword ``compiled=True``, the job is compiled.
+        ours: function that makes a job of this package, with the same keyword. With ``captured=True``, the step of the
+            attack is captured as a CUDA graph.
         captured: True if ``ours`` accepts the keyword ``captured``.
     """
 

@@ -5,7 +5,7 @@ drift is the distance between the representations of the student (the trained ne
 before the finetuning). In the first half of a training, images with a large drift are replayed, which means that they
 get random noise in place of the attack. In the second half every image is attacked.
 
-The case "half replayed" computes the drifts too, but replays every second image whatever its drift is. If a threshold
+The case "half replayed" computes the drifts too, but then ignores them, and replays every second image. If the drifts
 decided, contestants would attack different numbers of images, because rounding moves some drifts across the threshold.
 """
 
@@ -69,7 +69,7 @@ def every_second(x: Tensor) -> Tensor:
 
 
 class HalfReplayed(ArrestTask):
-    """ARREST's task with fixed drifts. The true drifts are computed too, so that the step does the same work."""
+    """ARREST's task with fixed drifts. The true drifts are computed too, because a step of ARREST has this work."""
 
     def drift(self, x: Tensor, of_teacher: list[Tensor]) -> Tensor:
         super().drift(x, of_teacher)

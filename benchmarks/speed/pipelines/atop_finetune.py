@@ -1,8 +1,10 @@
-"""Measure one step of AToP's fine-tuning, with FGSM on the classifier, the transform RT2 and the purifier DeepFillv2.
+"""Measure one step of AToP's fine-tuning.
 
-There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, some of which the
-gradients of the step do not need. "Lean" leaves out the unneeded work, and so does ours. A comparison with "lean"
-therefore shows the gain by kernels and bfloat16 alone.
+The attack is FGSM on the classifier, the transform is RT2, and the purifier is DeepFillv2.
+
+There are two implementations in plain PyTorch. "As released" does all work of the authors' notebooks, also work that
+does not change the gradients of the step. "Lean" leaves out this unneeded work, and so does our implementation. A
+comparison with "lean" therefore shows the gain from kernels and bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from . import Case, Job, columns, optimizer_step, random_batch
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
-#: The largest allowed distance between two results. The rounding to bfloat16 alone makes a distance of 0.01 to 0.02,
-#: which includes its effect on the signs of gradients in the attack.
+#: The largest allowed distance between two results. Rounding to bfloat16 alone makes a distance of 0.01 to 0.02, partly
+#: because it changes signs of gradients in the attack.
 TOLERANCE = 0.04
 #: The factor by which `compared` multiplies the refined image. The values of this image are about 0.1.
 IMAGE = 10
@@ -49,10 +51,10 @@ def sizes(quick: bool) -> tuple[int, int, int]:
 
 
 def generator(width: int) -> DeepFillGenerator:
-    """Return a generator with random weights. Its output depends on its input, also through the attention.
+    """Return a generator with random weights, whose output depends on the input, also through the attention.
 
     With the published initialization, an untrained generator would always return mid-gray, so that all contestants
-    would agree. With larger weights than these, rounding to bfloat16 would change the image completely.
+    would agree. With larger random weights than here, rounding to bfloat16 would change the image completely.
     """
     made = DeepFillGenerator(5, width)
     for layer in made.modules():
@@ -121,7 +123,7 @@ def weights(scores: Tensor, valid: Tensor, h: int, w: int) -> Tensor:
 
 
 class ReleasedAttention(nn.Module):
-    """Contextual attention as in the released code. For each image, its patches are the kernels of convolutions."""
+    """Contextual attention as in the released code. The kernels of its convolutions are the patches of each image."""
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         h, w = features.shape[2] // 2, features.shape[3] // 2
@@ -152,7 +154,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainStep:
-    """The step in plain PyTorch, without work that its gradients do not need."""
+    """The step in plain PyTorch, with only the work that its gradients need."""
 
     attention: type[nn.Module] = PlainAttention
 
@@ -167,7 +169,7 @@ class PlainStep:
                     setattr(block, name, PlainGate(layer))
         for layer in self.generator.modules():
             if isinstance(layer, Conv2d):
-                # The plain implementation uses PyTorch's layers. The change of the class leaves the weights unchanged.
+                # The plain implementation uses PyTorch's layers. The new class keeps the layer's weights.
                 layer.__class__ = nn.Conv2d
         self.classifier = copy.deepcopy(made.classifier).to(memory_format=torch.contiguous_format)
         self.optimizer = self.adam(self.generator)
@@ -217,7 +219,7 @@ class PlainStep:
         self.optimizer.step()
 
     def result(self) -> Tensor:
-        """Compute the compared result, with the noise and the masks that ours draws."""
+        """Compute the compared result, with the noise and the masks that our implementation draws."""
         x, b = self.adversarial(), self.batch
         packed, _ = self.made.draw(x, noise=(torch.full((1,), b.seed, device=x.device), b.sample_ids))
         return compared(*self.losses(x, packed.contiguous(), packed[:, -1:].contiguous()))

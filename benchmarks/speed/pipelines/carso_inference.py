@@ -58,7 +58,7 @@ class Plain(nn.Module):
         self.made = made
 
     def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Decode the latents of a sample, ``[B, latent_dim]``, to image logits, ``[B, C, H, W]``."""
+        """Decode one latent of each image, ``[B, latent_dim]``, to image logits, ``[B, C, H, W]``."""
         decoder = self.made.decoder
         h = F.leaky_relu(decoder.adapter(torch.cat([z, condition], 1)), 0.2)
         return decoder.stack(h.unflatten(1, decoder.start))

@@ -4,8 +4,8 @@ The purifier has a process of 100 steps and K = 8 samples of each image. There a
 gradient through the steps of DDPM, and the gradient through the reverse SDE.
 
 DiffPure's authors compute the last gradient by torchsde's adjoint method (NVlabs/DiffPure at 985703f,
-runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde. So only its
-time and memory are compared. If torchsde is not installed, this contestant is left out.
+runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde, so only the
+time and memory of their method are compared. If torchsde is not installed, their method is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ PREDICTION_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
 def denoiser(width: int) -> UNet:
     """Return a denoiser with random weights.
 
-    A new U-Net has weights of 0 in its last layers, so it would always predict 0. These layers get random weights too.
+    The last layers of a new U-Net have weights of 0, so the U-Net would always predict 0. These layers get random
+    weights too.
     """
     torch.manual_seed(0)
     made = UNet(3, width, patch=2)
@@ -127,7 +128,7 @@ class Plain:
         return self.classify((x + 1) / 2).unflatten(0, (-1, self.made.samples)).mean(1)
 
     def fixed(self, x: Tensor, i: int) -> Tensor:
-        """Return the noise that ours draws under `fixed_noise`, so that the results can be compared."""
+        """Return the noise that our implementation draws under `fixed_noise`, so that the results can be compared."""
         names = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         draws = torch.arange(len(x), device=x.device) % self.made.samples
         only_noise = torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0], device=x.device)
@@ -149,7 +150,7 @@ def _plain(
 ) -> Job:
     plain = Plain(device, quick, compiled, keep, sde)
     call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
-    # Use only PyTorch's operators, because the denoiser is a network of this package.
+    # Use only PyTorch's operators. Otherwise the denoiser, which is a network of this package, would use our kernels.
     call = use_backend("reference")(call)
     return Job(lambda: call(fresh), lambda: call(plain.fixed))
 

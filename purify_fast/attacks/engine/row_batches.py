@@ -6,13 +6,14 @@ random: among a hundred steps, some draw is misclassified by luck. An image with
 of its rows are removed.
 
 A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, a CUDA graph is
-captured. So a shrinking batch only takes sizes of a fixed list, and rows of fallen images fill it up. On a CPU with a
-large model or with many draws, a row takes longer than a new batch size. There every row of a fallen image is removed.
+captured. So a shrinking batch only takes sizes of a fixed list, and rows of fallen images fill the batch up. On a CPU
+with a large model or with many draws, a row takes longer than a new batch size. In that case every row of a fallen
+image is removed.
 
-A strong attack spends most of its time on images that it never moves near a decision boundary (a "border"), for example
-on steps towards the ninth target class, or on the last of 5,000 squares. The progress per step (the "pace") hardly ever
-rises again. So a row can be given up if it would not reach its border even at several times its recent pace. This rule
-is empirical: it also gives up a search that made no progress for a while, although such a search might succeed later.
+A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), for example on
+steps towards the ninth target class, or on the last of 5,000 squares. The progress per step of such a row (its "pace")
+hardly ever rises. So a row can be given up if it would not reach its border even at several times its recent pace. This
+rule is empirical: it also gives up a row that made no progress for a while, although the row might succeed later.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Gradients, Objective
 from ..search import GradientHealth, better_of, faults
 
-#: The distance to the border is computed for this number of wrong classes: those with the highest logits. If an attack
-#: has more targets, it computes the distance for as many classes as it has targets.
+#: The distance to the border is computed for this number of wrong classes: those with the highest logits. An attack
+#: with more target classes than this computes the distance for as many classes as it has target classes.
 CANDIDATES = 20
 #: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
 #: times the dual norm of its gradient.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 #: At least this number of rows is searched at once, if there are enough runs, because a small batch is slow.
 FEWEST_ROWS = 64
-#: With this many draws or more, one more image takes more time on a CPU than a new batch size, for any model.
+#: With at least this number of draws, one more row takes more time on a CPU than a new batch size, for any model.
 MANY_DRAWS = 4
 #: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
 PER_DOUBLING = 4
 #: SMALLEST: the smallest batch size on a GPU, because a smaller batch takes the same time. FINER_FROM: from this size
-#: on there are two sizes per doubling, because the arithmetic then takes longer than the launches.
+#: on there are two sizes per doubling, because the arithmetic then takes longer than the launches of kernels.
 SMALLEST, FINER_FROM = 16, 128
 #: Attacks with gradients may give rows up after these SHARES of the steps. A row is given up if it would not reach its
 #: border even at TIMES its recent pace. On the models of docs/evaluation.md this rule misses no adversarial image. A
@@ -74,9 +75,9 @@ def takes_every_size(device: torch.device) -> bool:
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
     """The smallest allowed batch size that holds ``items`` items, at least 1.
 
-    On a CPU every size below 8 is allowed, and then the powers of two times 1, 5/4, 6/4 and 7/4. If items are costly,
-    every size is allowed, because one more item takes longer than a new size. On a GPU the allowed sizes are 16, 32,
-    64, and from 128 on the powers of two times 1 and 3/2.
+    On a CPU every size below 8 is allowed, and from 8 on the powers of two times 1, 5/4, 6/4 and 7/4. With ``costly``,
+    every size is allowed on a CPU, because one more item takes longer than a new size. On a GPU the allowed sizes are
+    16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
         return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
@@ -84,7 +85,7 @@ def bucket(items: int, device: torch.device, costly: bool = False) -> int:
 
 
 def _rounded_up(items: int, parts: int) -> int:
-    """Round up to a multiple of the largest power of two below ``items`` divided by ``parts``."""
+    """Round ``items`` up to a multiple of p / ``parts``, where p is the largest power of two below ``items``."""
     step = (1 << ((items - 1).bit_length() - 1)) // parts if items > 1 else 1
     return -(-items // step) * step
 
@@ -106,7 +107,7 @@ class Judge:
     Args:
         model: the model under attack, not a copy.
         draws: number of fresh draws of a random model; 1 for a model that predicts the same every time.
-        max_forward_batch: the most images in one forward pass; None: no limit.
+        max_forward_batch: the largest number of images in one forward pass; None: no limit.
         apart: whether each draw takes a separate forward pass, because the model draws once per call.
         enough: the share of the draws that must be misclassified for an image to fall.
     """
@@ -138,6 +139,8 @@ class Judge:
 @dataclass(frozen=True)
 class Rows:
     """The rows that are searched together; every field has an entry per row.
+
+    A row is an image with one target class and one restart.
 
     Args:
         owner: the index of each row's image, int64 ``[R]``.
@@ -212,7 +215,7 @@ class PaceMonitor:
             n / 2 on.
         steps: the number of steps of the whole search.
         times: the factor by which the pace is assumed to rise at most.
-        gains: the gains of the rows that the attack has searched before; None: only the pace decides.
+        gains: the gains of earlier rows of the same attack; None: only the pace decides.
     """
 
     def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
@@ -254,7 +257,11 @@ class PaceMonitor:
         return lost
 
     def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are given up because of the gains of other rows, and note the gains of these rows."""
+        """Tell which rows are given up because of the gains of earlier rows.
+
+        The decision is made once, at the end of the early steps. At later steps the gains of the present rows are
+        recorded.
+        """
         if self.gains is None:
             return None
         if self.last_step < self.early_step <= step:
@@ -292,16 +299,16 @@ class ActiveSet:
         leave: whether the attack stops for an image that has fallen. If not, every image is attacked to the end. The
             best point is then the point that the most draws misclassify; among equal points, it has the highest loss.
         best: the best known point of each image, ``[N, ...]``; x at first.
-        score: the share of misclassified draws and the loss of this point, ``[2, N]``; minus infinity at first.
+        score: the share of misclassified draws and the loss of the best point, ``[2, N]``; minus infinity at first.
         fallen: bool ``[N]``, True for fallen images; always False if ``leave`` is False.
         felled_by: int64 ``[N]``, the number of the run that succeeded on the image; -1 if no run has.
         correct: bool ``[N]``, True for clean images that the model classifies correctly.
-        costly: whether a batch on a CPU may shrink to every size.
+        costly: whether a batch on a CPU may shrink to any size.
         tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
             before it was given up.
         gains: the gains of the rows after their early steps.
-        fell_to: a dict from the name of a target and restart, such as "target 2, restart 1", to the number of images
-            on which that run succeeded.
+        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
+            succeeded.
         health: counts faulty gradients and unmoved images in all searches; None: nothing is counted.
     """
 
@@ -375,10 +382,10 @@ class ActiveSet:
             lost: True for rows that are given up, bool ``[R]``; None: no row is given up.
 
         Returns:
-            Indices of the rows, int64; None if the batch keeps its size. If ``lost`` is None, they are the rows of
-            images that have not fallen, and then rows of fallen images up to the size of `bucket`. Otherwise they are
-            only rows that are not given up, of images that have not fallen. On a GPU the first rows are then repeated
-            up to the size of `bucket`.
+            Indices of the rows, int64; None if the batch keeps its size. If ``lost`` is None: first the rows of images
+            that have not fallen, then rows of fallen images up to the size of `bucket`. Otherwise: only rows that are
+            not given up and whose images have not fallen. On a GPU, the first of these rows are repeated up to the size
+            of `bucket`.
         """
         if lost is not None:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
@@ -393,7 +400,7 @@ class ActiveSet:
         return gone.to(torch.int8).argsort(stable=True)[:size]
 
     def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> None:
-        """Remember, for each image that has not fallen, its best row's point if it is better than the known point.
+        """For each image that has not fallen, store the point of its best row if it is better than the stored point.
 
         Args:
             owner: the index of each row's image, int64 ``[R]``.
@@ -427,10 +434,10 @@ def waves(
     Args:
         active: the images.
         goals: the target class of each run for all images, int64 ``[N]``; None for a run without a target.
-        restarts: the number of times that all of these runs are made.
-        context: the settings of the attack. Its seed plus the number of a run gives the random starts. The
-            ``batch_size`` of its resources is the most rows at once. The first run begins at its ``begin``, if given,
-            except with ``at_image``.
+        restarts: how often the runs for all goals are made.
+        context: the settings of the attack. The seed of a run's random starts is the context's seed plus the number of
+            the run. The ``batch_size`` of the resources is the largest number of rows at once. If the context has
+            ``begin``, the first run begins there, except with ``at_image``.
         at_image: whether the first run for each target begins at the images themselves.
     """
     x, y, count, begin = active.x, active.y, len(active.x), context.begin
@@ -493,7 +500,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     The distance to a border is the difference of the two logits, divided by the norm of this difference's gradient.
     MALT orders target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the
     norm is the dual of the ball's norm. Only images that have not fallen get target classes. The distance is computed
-    for the `CANDIDATES` wrong classes of highest logit, or for ``count`` if that is more. Each class takes a gradient.
+    for the `CANDIDATES` wrong classes of highest logit, or for ``count`` classes if that is more. The distance of each
+    class takes a gradient.
 
     Args:
         active: the images.
@@ -523,7 +531,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
 
 class RowSearch:
-    """One run of a search with gradients over a batch of rows; the rows of fallen images are removed from it.
+    """One run of a search with gradients over a batch of rows; the rows of fallen images are removed from the batch.
 
     Args:
         objective: the loss, on the model that gives the gradients.
@@ -570,7 +578,7 @@ class RowSearch:
         """Count the gradients that the given-up rows ``index`` no longer take, without waiting for the device.
 
         Such a row counts as if it had taken every step, with its share of faulty gradients so far. Otherwise the rows
-        that are searched to the end, such as rows without gradients, would have a larger weight than others.
+        that are searched to the end, such as rows without gradients, would have too large a weight.
         """
         if self.health is not None:
             left = self.steps - self.counted

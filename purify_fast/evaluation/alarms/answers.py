@@ -20,19 +20,19 @@ from ..subject import Subject, Variant
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
 Missing = Literal["not finite", "no gradient", "zero gradient"]
 
-#: The most images for the probes, which are short tests of the model.
+#: The largest number of images for the probes; a probe is a short test of the model.
 PROBED = 64
 #: The number of times that a probe repeats the predictions on the same images.
 AGAIN = 8
 #: The number of images that are also predicted in batches of size 1.
 ALONE = 16
-#: Lengths of the small steps with which gradients are tested, in image units. A model that rounds its input to 256
-#: levels does not change after the first step, so the second step has the length of two levels.
+#: Lengths of the small steps with which gradients are tested, in image units. The shorter step does not change the
+#: output of a model that rounds its input to 256 levels, so the longer step has the length of two levels.
 SMALL = (1e-3, 8e-3)
 #: The number of random directions for each length of step.
 DIRECTIONS = 2
-#: An image's logits count as equal if they differ by at most this share of their spread (largest minus smallest).
-#: Rounding in bfloat16 causes smaller differences.
+#: An image's logits in two predictions are taken as equal if they differ by at most this share of their spread (largest
+#: minus smallest logit). Rounding in bfloat16 causes smaller differences.
 SAME_LOGITS = 0.05
 
 
@@ -42,7 +42,7 @@ def in_parts(model: Classifier, most: int) -> Classifier:
 
 
 class Before:
-    """Stores a model's predictions and state before the attacks, and compares them with those after the attacks."""
+    """Stores a model's predictions and state before the attacks, to compare them with those after the attacks."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
@@ -181,10 +181,11 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
         points: images ``[B, C, H, W]``: the clean images, and images near them.
 
     Returns:
-        Two values. The first is the smallest cosine, over the points, between the predicted and the measured changes.
-        If there is no cosine, it is the reason: "not finite" (a logit or a gradient is NaN or infinite), "no gradient"
-        (PyTorch has no gradient of the output with respect to the images) or "zero gradient" (the gradient is 0
-        everywhere). The second is the largest share of images whose gradient is zero, not finite or missing.
+        Two values. The first is the cosine between the predicted and the measured changes, at the points where it is
+        smallest. If there is no cosine, the first value is the reason: "not finite" (a logit or a gradient is NaN or
+        infinite), "no gradient" (PyTorch has no gradient of the output with respect to the images) or "zero gradient"
+        (the gradient is 0 everywhere). The second value is the share of images whose gradient is zero, not finite or
+        missing, at the points where it is largest.
     """
     measured = [_differences(subject, point, y) for point in points]
     missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]

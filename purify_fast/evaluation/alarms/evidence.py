@@ -81,7 +81,7 @@ class Evidence:
         probes: the measurements of the probes; None if there were no probes.
         classes: number of the model's classes; None if unknown.
         probabilities: whether the model returns probabilities instead of logits; None if unknown.
-        one_hot: whether these probabilities are all 0 or 1.
+        one_hot: whether the probabilities are all 0 or 1.
         protocol: name of the protocol; None for a list of attacks.
     """
 
@@ -103,7 +103,7 @@ class Evidence:
     def tried(self) -> set[str]:
         """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`.
 
-        An attack on only the few images with the smallest margins does not count.
+        An attack on only the few images with the smallest margins is left out.
         """
         tried = {"strong"} if self.protocol == "strong" else set[str]()
         for row in self.attacks():

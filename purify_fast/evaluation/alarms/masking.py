@@ -1,6 +1,6 @@
 """Signs of masked gradients, which are measured before the attacks.
 
-With such signs, every attack searches all images that have not fallen, and takes all of its steps.
+If there are such signs, every attack gets all images that have not fallen, and takes all of its steps.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from .probes import Probes
 from .signs import MOST_MISSED, WRONG_GRADIENTS, _surely_above, _surely_more
 
-#: Gradients count as masked if more than this share of the images has no usable gradient.
+#: The gradients of a model are taken as masked if more than this share of the images has no usable gradient.
 #: `purify_fast.attacks.GradientHealth` has the same limit for zero gradients of an attack.
 MOST_WITHOUT = 0.05
 
@@ -28,8 +28,8 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     elif asked.cosine < WRONG_GRADIENTS:
         signs.append(f"the model does not change as its gradients predict (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
-    # On a random model some images fall to every further attack by chance. So only the surrogate with the most images
-    # counts there, instead of the sum over all surrogates.
+    # On a random model, some images fall to every further attack by chance. So for such a model the largest number of a
+    # single surrogate is taken instead of the sum over all surrogates.
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
         signs.append(

@@ -1,8 +1,8 @@
 """Probes are short attacks on a few images, and tests of the model's predictions. The alarms judge their results.
 
-The short attacks run before the attacks of the report. If they find signs of masked gradients, the attacks of the
-report search all images that have not fallen, and take all of their steps. The short attacks take gradients from the
-same copy of the model as the attacks of the report, and skip images that have fallen.
+The short attacks run before the attacks of the report. If the short attacks find signs of masked gradients, the attacks
+of the report get all images that have not fallen, and take all of their steps. The short attacks take gradients from
+the same copy of the model as the attacks of the report, and skip images that have fallen.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ Probe = Callable[[AttackContext], Any]
 class Probes:
     """The measurements of the probes, as plain values. A curve is a list of pairs of a setting and an accuracy.
 
-    The fields after ``absent`` are measured after the attacks of the report, the others before them.
+    The fields up to ``absent`` are measured before the attacks of the report, and the fields from ``left`` on after the
+    attacks.
 
     Args:
         n: number of images.
@@ -218,13 +219,13 @@ class _Short:
         self.draws, self.judges, self.targets = _effort(before.subject, context)
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
-        """Tell which images most draws classify correctly, bool ``[n]``."""
+        """Tell which images more than half of the draws classify correctly, bool ``[n]``."""
         logits = (in_parts(self.model, self.context.resources.batch_size or len(x))(x) for _ in range(self.judges))
         right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
         return torch.stack(right).float().mean(0) > 0.5
 
     def robust(self, among: Tensor, **options: Any) -> Tensor:
-        """Tell which images are classified correctly after Auto-PGD, bool ``[n]``; False for images not attacked.
+        """Tell which images are attacked by Auto-PGD and then still classified correctly, bool ``[n]``.
 
         Args:
             among: the images that are attacked, bool ``[n]``.

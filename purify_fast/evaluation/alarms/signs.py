@@ -21,13 +21,13 @@ from .probes import STEPS, Probes
 #: The gradients are doubtful if more than this share of the images withstands the attacks with the model's own
 #: gradients, but falls to other attacks.
 MOST_MISSED = 0.03
-#: Limits for the cosine between the predicted and the measured changes of the margin, which is 1 for exact gradients.
-#: Below WRONG_GRADIENTS the robust accuracy is unreliable, below ODD_GRADIENTS the cosine is noted.
+#: Limits for the cosine between the predicted and the measured changes of the margin; exact gradients give a cosine of
+#: 1. Below WRONG_GRADIENTS the robust accuracy is unreliable, below ODD_GRADIENTS the cosine is noted.
 WRONG_GRADIENTS, ODD_GRADIENTS = 0.6, 0.9
 #: Limits for the share of images that fall only if each step averages many draws. Above DRAWS_UNRELIABLE the robust
 #: accuracy is unreliable, above DRAWS_NOTED the share is noted.
 DRAWS_UNRELIABLE, DRAWS_NOTED = 0.15, 0.05
-#: It is noted if the class changes from draw to draw for more than this share of the correctly classified images.
+#: If the class changes from draw to draw for more than this share of the correctly classified images, this is noted.
 VARYING = 0.03
 #: Rounding may change at most this share of the predictions. A larger share of changes makes the accuracy unreliable.
 ROUNDED = 0.02
@@ -100,8 +100,8 @@ class Outcome(NamedTuple):
     advice: Advice | None = None
 
 
-#: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. It returns
-#: None if the alarm does not apply to the model.
+#: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. The function
+#: returns None if the alarm does not apply to the model.
 Judge = Callable[..., Outcome | None]
 
 
@@ -176,7 +176,7 @@ def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
 
 
 def _surely_more(count: int, share: float, n: int) -> bool:
-    """Tell whether ``count`` of n images are more than this share of them, by more than chance."""
+    """Tell whether ``count`` images are more than the share ``share`` of n images, by more than chance."""
     return count - 1.5 * math.sqrt(count) > share * n
 
 
@@ -320,8 +320,8 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     missed = {name: len(probes.fallen(fell)) for name, fell in probes.copies.items()}
-    # The short attack with the model's own gradients counts only if it found an image. If it found none, this is no
-    # evidence, because these gradients may be masked.
+    # The short attack with the model's own gradients is used only if it found an image. Otherwise it is no evidence,
+    # because the model's gradients may be masked.
     if own := len(probes.fallen(probes.fell)):
         missed = {ITSELF: own} | missed
     if not missed:
@@ -371,7 +371,8 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     )
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
     robust = evidence.robust(n)
-    # The report's attacks are stronger than this probe. If they found more, their number of draws was large enough.
+    # The report's attacks are stronger than this probe. If they found more images, their number of draws was large
+    # enough.
     if strong and robust is not None and robust.mean() < by_many:
         strong = False
         text += f"; the attacks of the report leave {100 * robust.mean():.0f} % of the same images, which is less"

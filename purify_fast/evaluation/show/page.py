@@ -22,7 +22,7 @@ from ..rows import CURVE, Examples, Row
 from ..subject import device_of
 from .text import render
 
-#: The most purified images, and the most transformed images, that are shown for each image.
+#: The largest number of purified images, and of transformed images, that are shown for each image.
 SAMPLES = 4
 
 #: An image ``[C, H, W]`` in [0, 1] with C = 1 or 3, its caption, and whether the class in the caption is the true class
@@ -101,8 +101,8 @@ def _curve(points: Sequence[Sequence[float]], images: int) -> list[dict[str, Any
 def pictured_row(evidence: Evidence) -> tuple[Row | None, int]:
     """Return the attack whose images are shown, and the number of images that fell to it.
 
-    This attack is the attack on the deployed model to which most images fell, because images of a weaker attack would
-    make the model look better than it is.
+    The images of the attack on the deployed model to which the most images fell are shown, because images of a weaker
+    attack would make the model look better than it is.
     """
     fallen = [(row, int(fell.sum())) for row, fell in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]

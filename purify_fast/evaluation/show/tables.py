@@ -154,7 +154,8 @@ def warning(row: Row) -> Cell:
     return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
 
 
-#: The columns of the table of all rows. The function of a column gets all rows and one of them, and makes its cell.
+#: The columns of the table of all rows. The function of a column gets all rows and a single row, and makes the cell of
+#: the single row.
 _CELLS: dict[str, Callable[[Sequence[Row], Row], str | Cell]] = {
     "model": lambda rows, row: row.model,
     "attack": lambda rows, row: row.attack,

@@ -30,7 +30,7 @@ from .tables import (
 if TYPE_CHECKING:
     import jinja2
 
-#: The type `purify_fast.evaluation.Report`, which cannot be imported here, because it imports this module.
+#: The type `purify_fast.evaluation.Report`, which cannot be imported here, because its module imports this module.
 Report = Any
 
 #: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.

@@ -2,7 +2,7 @@
 
 `ar_bd` and `ar_point_dist` are measures of this package. They are based on the Bjontegaard delta of video coding, like
 the "Accuracy Robustness Distance" (ARDist) of ARREST (Suzuki et al., arXiv 2308.16454). But they are not ARDist, whose
-definition was not found, so their numbers must not be compared with its numbers.
+definition we could not find. So their numbers must not be compared with numbers of ARDist.
 
 Pictures need matplotlib and adjustText, from the extra ``demo``.
 """
@@ -23,8 +23,9 @@ from ..._files import atomic
 
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
-#: The most iterations that move the names in a picture away from each other. For twenty models, all iterations take two
-#: seconds; they are made if a name finds no free place. Ten times this number does not improve the picture.
+#: The largest number of iterations that move the names in a picture away from each other. All iterations are made if a
+#: name finds no free place; for twenty models this takes two seconds. Ten times this number does not improve the
+#: picture.
 ROUNDS = 300
 
 
@@ -84,7 +85,7 @@ def ar_bd(reference: Iterable[Iterable[float]], test: Iterable[Iterable[float]])
     Returns:
         Points of robust accuracy, positive if ``test`` is better. NaN, with a warning, if the curves have no common
         interval of standard accuracies. There is also a warning if the common interval is less than 75 % of the
-        interval that both cover together.
+        interval that both curves cover together.
 
     Raises:
         ValueError: too few points, repeated standard accuracies, or accuracies not within 0 to 100.
@@ -138,7 +139,7 @@ def _check_percent(name: str, value: float) -> float:
 
 
 def check_pair(name: str, values: Iterable[float]) -> tuple[float, float]:
-    """Return the pair (standard, robust) as floats; if it is not two percentages, a ValueError names ``name``."""
+    """Return the pair (standard, robust) as floats; a ValueError with ``name`` refuses other values."""
     try:
         standard, robust = values
     except (TypeError, ValueError):
@@ -187,8 +188,8 @@ def linear_delta(reference_x: np.ndarray, reference_y: np.ndarray, test_x: np.nd
 def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
     """The point of a piecewise cubic that is nearest to (x, y).
 
-    On each piece the squared distance is a function of u in [0, 1]. Its minimum is at an end of the piece, or at a root
-    of its derivative, which is a quintic.
+    On each piece the squared distance is a function of u in [0, 1]. The minimum of this function is at an end of the
+    piece, or at a root of the function's derivative, which is a quintic.
     """
     us = [np.array([0.0, 1.0])] * (len(curve.x) - 1)
     for i, width in enumerate(np.diff(curve.x)):
@@ -222,7 +223,7 @@ def plot_tradeoff(
     Args:
         path: path of the PNG, which is written atomically.
         points: a mapping from names to (standard %, robust %), or to (standard %, robust %, standard error, standard
-            error) with both standard errors in points, which are drawn as error bars.
+            error). Both standard errors are in points, and are drawn as error bars.
         reference: pairs (standard %, robust %) as for `ar_bd`, drawn with the curve of `ar_point_dist`; None: no curve.
         reference_name: the curve's name in the legend.
         title: title of the picture.

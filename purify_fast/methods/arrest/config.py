@@ -16,7 +16,7 @@ class ArrestConfig:
 
     "Paper" is the abstract of arXiv 2308.16454, or a text that quotes the paper. "Port" is a re-implementation by
     readers of the paper (sgmath12/FAT). "Own" is this package's choice. With ``distillation_weight=0, replay=False``,
-    the training is plain adversarial finetuning; with a fresh classifier, it is then PGD adversarial training.
+    the training is plain adversarial finetuning. If the classifier is also untrained, it is PGD adversarial training.
 
     Args:
         attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random
@@ -26,8 +26,11 @@ class ArrestConfig:
         distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".
         pooled: whether maps and tokens are averaged over all positions before they are compared (port). The paper
-            compares the maps before pooling (according to the port). It must be False if all layers return vectors.
-        replay: whether to use noisy replay: an image whose drift is above tau gets noise in place of an attack.
+            compares the maps before pooling (according to the port). ``pooled`` must be False if all layers return
+            vectors.
+        replay: whether to use noisy replay: an image whose drift is above tau gets noise in place of an attack. The
+            drift is the distance between the image's representations in the classifier and in the teacher (the
+            classifier before the training).
         angle: phi, threshold of the replay as an angle in degrees (port: 30). tau is then the distance of two vectors
             with this angle between them.
         tau: threshold of the replay as a distance, in place of ``angle``; required for the distance "l2". None means

@@ -28,7 +28,7 @@ class ArrestRecipe(Recipe):
     settings = ArrestConfig
 
     def build_classifier(self, width: int | None = None) -> nn.Module:
-        """Build the recipe's network with fresh weights. ARREST requires that it is first trained on clean images.
+        """Build the recipe's network with fresh weights. Before ARREST, train this network on clean images.
 
         Args:
             width: width of the network, as in `purify_fast.models.build_classifier`. None means the recipe's width.

@@ -1,7 +1,7 @@
 """ARREST: adversarial finetuning of a standard classifier, in which its representation changes as little as possible.
 
-Let f and h be the logits and the representation of the trained classifier, and h* the representation of the teacher, a
-frozen copy of its start. Then
+Let f and h be the logits and the representation of the classifier, and h* the representation of the teacher, which is a
+frozen copy of the classifier as it was before the training. Then
 
     drift_i = d(h(x_i), h*(x_i))
     x_in    = x + u, u ~ Uniform(-eps, eps), where drift_i > tau in the first half of the epochs   (noisy replay)
@@ -49,8 +49,8 @@ class ArrestTask(MethodTask):
 
     Args:
         model: the classifier to train in place, images ``[B, *image_shape]`` in [0, 1] to logits. For ARREST it must
-            have been trained on clean images. With fresh weights, without distillation and replay, this is PGD
-            adversarial training.
+            have been trained on clean images. With fresh weights, and without distillation and replay, the training is
+            PGD adversarial training.
         config: settings of the training.
         image_shape: (C, H, W).
         layers: paths of the modules whose outputs are the representation. The distances of several layers are averaged.
@@ -60,8 +60,8 @@ class ArrestTask(MethodTask):
         compile: whether to compile the attacked copy of the classifier with `torch.compile`, once for all batch sizes.
 
     Attributes:
-        teacher: the `Teacher`. If images are not augmented, ``task.teacher.keep(x)`` before the training saves a
-            forward pass of the teacher in each step.
+        teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then no
+            step needs a forward pass of the teacher.
 
     Raises:
         ValueError: layers are unknown, or are required but not given; or ``pooled`` is True and all layers return
@@ -130,7 +130,7 @@ class ArrestTask(MethodTask):
             return self.distance(self.forward(x)[1], of_teacher)
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
-        """Attack the images with the indices ``rows``, or all images if it is None, by PGD on the cross-entropy.
+        """Attack the images with the indices ``rows``, or all images if ``rows`` is None, by PGD on cross-entropy.
 
         The other images are returned unchanged.
         """
@@ -140,7 +140,7 @@ class ArrestTask(MethodTask):
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return x_in, and the share of the examples that are replayed.
+        """Return x_in, and the share of the examples that are replayed (get noise in place of an attack).
 
         If the attack is captured as a CUDA graph, replayed examples are attacked too (see `attacks_all_rows`).
         """
@@ -162,9 +162,9 @@ class ArrestTask(MethodTask):
     def attacks_all_rows(self, device: torch.device) -> bool:
         """Tell whether the replayed images are attacked too, although the result is not used.
 
-        A CUDA graph has a fixed number of images, and its replay takes less time than the kernel launches for fewer
-        images without a graph. If the last attack could not be captured, or its replays saved too little time, replayed
-        images are not attacked.
+        A CUDA graph has a fixed number of images. To run the graph takes less time than to launch the kernels for fewer
+        images. If the last attack could not be captured, or its graph saved too little time, replayed images are not
+        attacked.
 
         Args:
             device: device of the images.
@@ -196,7 +196,7 @@ class ArrestTask(MethodTask):
     # -- adversarial weight perturbation ------------------------------------------------------------------------------
 
     def _perturb(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> None:
-        """Add gamma |W| g / |g| to each weight matrix W, where g is the loss's gradient. `before_step` removes it."""
+        """Add gamma |W| g / |g| to each weight matrix W, where g is the loss's gradient. `before_step` undoes this."""
         buffers = [(b, b.clone()) for b in self.classifier.buffers()]
         weights = [p for p in self.classifier.parameters() if p.requires_grad and p.dim() > 1]
         gradients = torch.autograd.grad(self.loss(x, y, of_teacher)[0], weights, allow_unused=True)
@@ -224,7 +224,7 @@ class ArrestTask(MethodTask):
 
     def describe(self) -> dict[str, Any]:
         attack = self.config.attack
-        # alpha None is replaced by the number that it means, so that a run can be resumed with either
+        # alpha None is replaced by the number that it means, so that a run can be resumed with None or with that number
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         return {**super().describe(), **facts, "structure": structure_fingerprint(self.classifier)}
 
@@ -304,7 +304,7 @@ class Teacher:
         Do not use this if the training augments its images.
 
         Args:
-            x: the training images, uint8 ``[N, C, H, W]``. All outputs are held in the memory of its device.
+            x: the training images, uint8 ``[N, C, H, W]``. All outputs are held in the memory of the device of ``x``.
             batch_size: number of images per forward pass.
             progress: whether to show a progress bar.
         """

@@ -24,7 +24,8 @@ class AtopConfig:
             and must have their defaults if attack_method is not "pgd".
         reconstruction_target: the image that the purifier is trained to rebuild. "adversarial": the adversarial image,
             from the transformed adversarial image (released notebooks; one pass of the purifier). "clean": the clean
-            image, from the transformed clean image, in a second pass with the same noise and mask (the logged run).
+            image, from the transformed clean image (the authors' logged run). The cross-entropy then uses a second
+            pass, over the adversarial image with the same noise and mask.
         cls_weight: weight lambda of the classifier's cross-entropy (official: 0.05; 0.1 on ImageNette).
         cls_delay: length of the first part of the training, in which the cross-entropy has weight 0 (official: 2
             epochs; the notebooks end an epoch after 625 steps of 8 images each).
@@ -37,7 +38,7 @@ class AtopConfig:
         gan_grad: whether L_G trains the purifier, as in the paper's formula. In the official code the gradient of L_G
             is cut off, so the discriminator has no effect. With False, there is no discriminator.
         gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
-            refined images in the hole, and the transformed images elsewhere (pre-training).
+            refined images in the hidden blocks, and the transformed images elsewhere (pre-training).
         precision: "float32" (official), which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU
             rounds the factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or
             "bfloat16", which trains the accelerated defence (own).

@@ -2,8 +2,8 @@
 
     t = random transform of x,   xhat = (g(t, m) + 1) / 2,   logits = f(xhat)
 
-RT1 hides blocks of the image. RT2 adds noise before that. RT3 adds noise and makes N passes, in which each block is
-hidden once; each block of xhat is from the pass in which it was hidden.
+RT1 hides blocks of the image. RT2 first adds noise, and then hides blocks. RT3 adds noise and makes N passes. Each
+block is hidden in one of the passes, and xhat has the block from this pass.
 
 Lin, Li, Zhang, Tanaka, Zhao: "Adversarial Training on Purification (AToP): Advancing Both Robustness and
 Generalization", arXiv 2401.16352 (ICLR 2024), section 3. The paper predicts from one draw; predictions from S draws are
@@ -149,7 +149,8 @@ class Atop(Defence):
 
         Returns:
             ``(packed [T, C + 2, H, W], owners [draws S, B, H / block, W / block])``, see `random_transform`. T is draws
-            S B, and with rt3 N times that. The gradient reaches x.
+            * S * B, and with rt3 N * draws * S * B. The owner of a block is the pass that hides it. The gradient
+            reaches x.
 
         Raises:
             ValueError: the images have a wrong shape.
@@ -194,7 +195,7 @@ class Atop(Defence):
 
         Args:
             images: images of the last stage, ``[T, C, H, W]`` in [-1, 1].
-            owners: the owners from `draw`, ``[S, B, H / block, W / block]``.
+            owners: the tensor ``owners`` from `draw`, ``[S, B, H / block, W / block]``.
         """
         whole = stitch(images, owners) if self.num_passes is not None else images
         return (whole.unflatten(0, owners.shape[:2]) + 1) / 2

@@ -71,8 +71,8 @@ class MaskedAutoencoder(nn.Module):
 
     A patch counts as hidden if all of its pixels are hidden. The encoder's attention does not read hidden patches. This
     is equivalent to encoding only the visible patches, whose number may differ from image to image. Each patch is
-    embedded together with its part of the mask (not in the paper), because blocks that are smaller than a patch hide
-    only a part of it. The class token is always read.
+    embedded together with its part of the mask (not in the paper), because blocks that are smaller than a patch may
+    hide only a part of the patch. The class token is always read.
 
     The default sizes were chosen for images of 16 x 16 to 32 x 32. DMAE has the sizes of ViT-B/16: in the order of the
     arguments, (3, 224, 224), 16, 768, 12, 12, 512, 8, 16.

@@ -1,7 +1,7 @@
 """The published trainings of AToP. ``recipes.json`` has every number and its source.
 
 The paper's sections on the method could not be read first-hand. So nearly all facts are from the released notebooks
-(glin2022/atop, commit 9fa1e91). The line numbers count over all code cells of a notebook. "train.yaml" is
+(glin2022/atop, commit 9fa1e91). A line number of a notebook counts the lines of all its code cells. "train.yaml" is
 ``configs/train.yaml`` of the same repository. The repository has no license, so none of its code is copied here.
 """
 

@@ -1,7 +1,7 @@
-"""Trains AToP's purifier: the pre-training, the training by the paper's objective, and training through the pipeline.
+"""Trains AToP's purifier in three ways: pre-training, by the paper's objective, and through the whole pipeline.
 
 Let x' be the adversarial image, t a random transform of x' (in [-1, 1]) with the mask m, and (x1, x2) = g(t, m) the
-coarse and the refined image. The purifier's loss, with a frozen classifier f, is
+coarse and the refined image. The purifier's loss, with a frozen classifier f and weights w_adv, w and lambda, is
 
     L = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y),   L_G = -mean D(x2, m)
 
@@ -9,8 +9,9 @@ and the loss of the discriminator D, of a hinge GAN, is
 
     L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2
 
-Sources: arXiv 2401.16352, section 3, and the official code. In the released notebooks, s is x'. In the logged run, s is
-the clean x, and the L1 terms are from a second pass on x. In the official code, the gradient of L_G never reaches g.
+Sources: arXiv 2401.16352, section 3, and the official code. The target s of the reconstruction is x' in the released
+notebooks. In the authors' logged run, s is the clean x, and the L1 terms are from a second pass on x. In the official
+code, the gradient of L_G never reaches g.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
     """Return the adversarial images x' of a batch; without an attack, the images themselves.
 
     Args:
-        defence: the defence. The attack is on it or on its classifier.
+        defence: the defence. The attack targets the defence or its classifier.
         batch: the images.
         config: the attack and its target.
         graphs: captures the attack's step in a CUDA graph; None captures nothing.
@@ -177,7 +178,7 @@ def training_loss(
 ) -> tuple[Tensor, Metrics]:
     """Return the loss of one batch without a discriminator, for a training loop of your own.
 
-    The loop calls backward and the optimizer's step.
+    Your loop must call backward and the optimizer's step.
 
     Args:
         defence: the defence whose purifier is trained.

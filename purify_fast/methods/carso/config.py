@@ -23,8 +23,8 @@ class CarsoConfig:
         attack_target: target of the attacks on training examples: "classifier" (paper), or "pipeline", the whole
             defence with exact gradients (own).
         attack: the attack. Paper: linf, eps 8/255 for color images and 0.3 for MNIST, 40 steps of length 0.01 (chosen
-            for eps 8/255). Alpha None is this package's choice. In the training with "classifier", half of the attacked
-            images have half of eps (paper). If alpha is given, it is the same for all attacked images.
+            for eps 8/255). The default alpha=None is this package's choice. In the training with "classifier", half of
+            the attacked images have half of eps (paper). If alpha is given, it is the same for all attacked images.
         eps_mode: "paper" uses eps unchanged. "official_code" divides eps by the mean of the defence's std, because the
             official code attacks unnormalized images with the radius for normalized images.
         adversarial_fraction: share of each batch that is attacked, divided evenly among four attacks (paper: 0.5, on
@@ -33,8 +33,9 @@ class CarsoConfig:
             that no image is attacked. This happens in the official TinyImageNet run.
         kl_delay: length of the first part of the run, in which the KL term has weight 0 (paper: 0.125 of the epochs).
             Afterwards its weight rises linearly, for a third of this length. Both lengths are rounded up to whole
-            units. The weight is still 0 in the first unit after the delay: with a delay of 1 epoch, it is 0 in the
-            first two epochs and full from the third on. With 0, it is full from the first step on.
+            units. The rise begins at 0, so the weight is also 0 in the first unit after the delay. For example, a delay
+            of 1 epoch has a rise of 1 epoch: the weight is 0 in epochs 1 and 2, and full from epoch 3. With kl_delay 0,
+            the weight is full from the first step.
         kl_delay_unit: unit of kl_delay: "share" of the epochs (paper), "epochs", "steps" or "images".
         beta: final weight of the KL term (paper: 1).
         free_bits: lower bound, in nats, for the mean KL of a batch. A smaller mean has no gradient, so that the decoder
@@ -48,8 +49,8 @@ class CarsoConfig:
         joint: whether the defence's copy of the classifier is trained too, in the training through the pipeline (own;
             the paper's classifier is frozen).
         reduction: reduction of the loss over the batch, "mean" (own) or "sum" (paper).
-        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper). The result of the latter is the
-            slow weights.
+        optimizer: "adamw" (own), or "radam_lookahead", RAdam within Lookahead (paper). With Lookahead, the trained
+            weights are its slow weights.
         lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
         schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
@@ -108,7 +109,7 @@ class CarsoConfig:
             )
         if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
             raise ValueError(
-                "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it trains with no frozen "
+                "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it leaves no frozen "
                 f"classifier, got targets={self.targets!r} and precision={self.precision!r}"
             )
         if self.kl_delay_unit == "share" and self.kl_delay >= 1:

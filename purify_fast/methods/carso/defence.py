@@ -70,9 +70,10 @@ class Carso(Defence):
         encoder_depth: blocks per pre-encoder. No effect on ``v1``.
         mean: mean by which the posterior encoder normalizes its input, a number or a list with a number per channel.
         std: standard deviation by which the posterior encoder normalizes its input, in the same form, above 0.
-        decoder: (start, layers): the shape (C, h, w) of the decoder's first map, and its layers, each a `Deconvolution`
-            or its fields. None means `decoder_plan` for image_shape and decoder_width, or for ``v1`` the decoder of
-            the first version. `published_decoder` returns the decoders of the paper.
+        decoder: (start, layers): the shape (C, h, w) of the decoder's first map, and the decoder's layers, each as a
+            `Deconvolution` or as a dictionary of its fields. None means `decoder_plan` for image_shape and
+            decoder_width, or for ``v1`` the decoder of the first version. `published_decoder` returns the decoders of
+            the paper.
         version: ``v4`` for versions 4 to 6 of the paper, or ``v1`` for the first version, for 28 x 28 images.
 
     Raises:
@@ -232,7 +233,7 @@ class Carso(Defence):
         return images.unflatten(0, z.shape[:2]).to(self.purifier_dtype)
 
     def decodes_in_one_kernel(self) -> bool:
-        """Tell whether a kernel draws and decodes the latents. It never does if the decoder needs gradients."""
+        """Tell whether a kernel draws and decodes the latents. No kernel does so if the decoder needs gradients."""
         if self.noise_is_off or not self.computes_in_bfloat16 or self._weight_to_pack() is None:
             return False
         return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters()))
@@ -305,8 +306,8 @@ class Carso(Defence):
             classifier: the classifier for which the files were trained.
             directory: folder with ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder``.
             stem: common name of the files; None if the folder has only one system.
-            layers: paths of the modules whose outputs form the representation; None for a
-                `purify_fast.models.WideResNet`, which knows them.
+            layers: paths of the modules whose outputs form the representation. None means those that a
+                `purify_fast.models.WideResNet` names itself.
             samples: K.
 
         Raises:

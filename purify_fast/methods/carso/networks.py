@@ -104,7 +104,7 @@ class PosteriorEncoder(nn.Module):
     """Maps an image and the condition c to mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
 
     Two convolution blocks of stride 2 (C, 2 C, 4 C channels) read the image. Their flattened output and c are the input
-    of a linear block, which two linear heads follow.
+    of a linear block. Two linear heads follow this block.
     """
 
     runs_in_order = True
@@ -116,7 +116,7 @@ class PosteriorEncoder(nn.Module):
         self.log_variance = nn.Linear(size, latent_dim)
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
-        """Return the layers that read the image, the layers after them that also read c, and their output size."""
+        """Return the layers that read the image, the later layers that also read c, and the latter's output size."""
         channels, h, w = image_shape
         first, second = conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1)
         size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
@@ -172,9 +172,9 @@ class Deconvolution:
 def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     """Return the shape of the first map and the layers of a decoder that is similar to the paper's two decoders.
 
-    The sizes are computed from the image back to the first map. With each layer, height and width are halved (rounded
-    up), until both are at most 4, and the channels are doubled, from ``width`` to at most ``8 width``. The last layer
-    is 3 x 3 with stride 1.
+    The sizes are computed from the image back to the first map. Each layer on this way halves height and width (rounded
+    up), until both are at most 4, and doubles the channels, from ``width`` to at most ``8 width``. The last layer is 3
+    x 3 with stride 1.
 
     Args:
         image_shape: (C, H, W).

@@ -51,7 +51,8 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
 def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
     """Return the mean and std by which a classifier normalizes images.
 
-    They are read from its `Normalize` module, or from its attributes, as models of RobustBench have them.
+    Both are read from the classifier's `Normalize` module, or from its attributes ``mean`` and ``std``, which models of
+    RobustBench have.
     """
     for module in classifier.children():
         if isinstance(module, Normalize):

@@ -110,7 +110,7 @@ class CarsoRecipe(Recipe):
             names = ", ".join(path.name for path in chosen) or "none"
             raise (ValueError if chosen else FileNotFoundError)(
                 f"{folder} must hold one file ({', '.join(endings)}) with the weights of the system's classifier, "
-                f"which the authors call {weights}, got {names}. Otherwise give the file as --classifier-weights"
+                f"which the authors call {weights}, got {names}: choose one by --classifier-weights FILE"
             )
         return chosen[0]
 

@@ -60,11 +60,11 @@ def balanced_batch(
     """Return the balanced batch: clean images, and images that PGD and FGSM made on a classifier.
 
     The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
-    With an adversarial bank, images are read from the bank if it has them, and the others are attacked.
+    With an adversarial bank, attacked images are read from the bank, and only images that the bank lacks are attacked.
 
-    Every process does this with its own share of the batch, like the official code. Let n be `atom_size` of the whole
-    batch. If the number of processes divides n, the processes attack the same images as a single process would.
-    Otherwise each process rounds its number of attacked images down, and fewer images are attacked.
+    Every process balances its own share of the batch, like the official code. Let n be `atom_size` of the whole batch.
+    If the number of processes divides n, the processes attack the same images as a single process would. Otherwise each
+    process rounds its number of attacked images down, and fewer images are attacked.
 
     Args:
         classifier: the attacked classifier, images to logits.
@@ -153,8 +153,8 @@ def published_step(
 def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[None]:
     """Within the block, the defence has the state for the training through the pipeline.
 
-    It draws train_samples samples of each image, and its noise belongs to the images of the batch. It is in evaluation
-    mode, so BatchNorm uses its running statistics, and the attack and the loss see the same function.
+    The defence draws train_samples samples of each image, with the noise of `noise_of`. It is in evaluation mode, so
+    BatchNorm uses its running statistics, and the attack and the loss see the same function.
 
     Args:
         defence: the defence to train.

@@ -28,8 +28,8 @@ class DiffusionConfig:
         last_time: the last time for which the denoiser is trained, as a share of the process (paper: 1). A purifier
             only uses times up to its t*, the time up to which it adds noise. A small denoiser removes this noise better
             if it is trained only up to t* (own).
-        denoising_weight: weight of the loss on clean images in the fine-tuning, where it is added to the cross-entropy
-            (own). No effect in the other trainings.
+        denoising_weight: weight of the loss on clean images in the fine-tuning, where this loss is added to the
+            cross-entropy (own). No effect in the other trainings.
         ema_decay: decay of a moving average of the weights, which is the result (paper: 0.9999). 0 means no moving
             average. The decay is at most (1 + n) / (10 + n) after n steps (own).
         learning_rate: highest learning rate of a one-cycle schedule (own; paper: 2e-4, constant).

@@ -68,11 +68,12 @@ class DiffusionPurifier(Defence):
         samples: K, processes per prediction.
         aggregation: aggregation of the K predictions: ``mean`` of the logits; ``mean_softmax``, the log of the mean
             softmax; ``lse``, logsumexp; or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
-        max_forward_batch: largest batch of the denoiser, where each draw of an image counts. None means no limit.
+        max_forward_batch: largest batch of the denoiser, where each draw of an image counts as one image. None means no
+            limit.
         last_time: last time for which the denoiser was trained, as a share of the process.
-        keep: number of steps, from the last backward, whose activations are stored for the gradient and not computed
-            again. "auto" stores as many as fit into a quarter of the free memory. The number changes no result, and is
-            not saved.
+        keep: number of steps, counted back from the last step, whose activations are stored for the gradient and not
+            computed again. "auto" stores as many as fit into a quarter of the free memory. The number changes no
+            result, and is not saved.
 
     Raises:
         ValueError: a setting is out of range, t_star is after ``last_time``, or the denoiser or the classifier is
@@ -186,9 +187,9 @@ class DiffusionPurifier(Defence):
 
         The deviation is a mean squared difference of states in [-1, 1]. Before each step of a round, the state of the
         reverse process is compared with the round's image, noised up to the same time with the noise of the round. The
-        end of a round is compared with the round's image itself. The gradients reach x, and always take the memory of
-        one step. Source: the deviated reconstruction of DiffAttack, Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124,
-        equation 8, with the weight 1 for every time.
+        end of a round is compared with the round's image itself. The gradients reach x, and their computation always
+        takes the memory of only one step. Source: the deviated reconstruction of DiffAttack, Kang, Song & Li, NeurIPS
+        2023, arXiv 2311.16124, equation 8, with the weight 1 for every time.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -279,7 +280,7 @@ class DiffusionPurifier(Defence):
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
 
     def with_process(self, process: Process) -> DiffusionPurifier:
-        """Return a defence with another process that shares this denoiser and classifier, and is not accelerated.
+        """Return a defence with another process. It shares this denoiser and classifier, and is not accelerated.
 
         Args:
             process: the other process, such as one with fewer steps.
@@ -298,8 +299,8 @@ class DiffusionPurifier(Defence):
 
         See `purify_fast.protocols.OwnSurrogates`.
 
-        A gradient through many steps is a product of many derivatives, which may be useless. So Lee & Kim, ICCV 2023,
-        arXiv 2303.09051, section 4.2, attack through a process with fewer steps.
+        A gradient through many steps is a product of many derivatives, and such a product may be useless. So Lee & Kim,
+        ICCV 2023, arXiv 2303.09051, section 4.2, attack through a process with fewer steps.
         """
         ends = [j for j, begins in enumerate(self.begins) if begins] + [len(self.begins)]
         counts = [after - before - 1 for before, after in pairwise(ends)]
@@ -353,7 +354,7 @@ class DiffusionPurifier(Defence):
 
     @property
     def _network(self) -> Denoiser:
-        """The network that predictions use. This is the denoiser, or its bfloat16 copy if accelerated and frozen."""
+        """The network that predictions use: the denoiser, or its bfloat16 copy if it is accelerated and frozen."""
         fast = self.fast
         return self.denoiser if fast is None or fast.packed is None or self._weight_to_pack() is None else fast.packed
 

@@ -152,7 +152,7 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         denoiser: the network; it is changed in place.
-        path: a file with a state dict, such as those of guided-diffusion; or a checkpoint of score-SDE, which has the
+        path: a file with a state dict, such as a file of guided-diffusion; or a checkpoint of score-SDE, which has the
             network as ``model`` and a moving average of its weights as ``ema`` (models/ema.py of
             yang-song/score_sde_pytorch). The moving average is then used. Only tensors are read.
 
@@ -173,7 +173,7 @@ def load_denoiser(denoiser: nn.Module, path: str | Path) -> nn.Module:
     if [tensor.shape for tensor in averaged] != [parameter.shape for parameter in trained]:
         raise ValueError(
             f"{path} must have a moving average of the network's {len(trained)} trained parameters; it has "
-            f"{len(averaged)} tensors, whose shapes differ from them"
+            f"{len(averaged)} tensors of other shapes"
         )
     with torch.no_grad():
         for parameter, tensor in zip(trained, averaged, strict=True):
@@ -237,7 +237,7 @@ class Denoiser(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
                 if type(layer) is nn.Conv2d:
-                    # on a CPU, this class computes the same by this package's convolution, if that is faster
+                    # on a CPU, this class computes the same by the op `conv2d`, where the op has a kernel
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)

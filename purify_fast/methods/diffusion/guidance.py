@@ -2,9 +2,9 @@
 
     x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z',   w = variance g sigma / alpha
 
-Here y is the input image, y_t is the input with noise up to the time t, and "variance" is the variance of the step's
-noise. A learned variance differs from pixel to pixel, as in guided-diffusion, whose guidance also moves the mean of the
-step (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
+Here y is the input image, y_t is the input with noise up to the time t, g is `Process.guidance_scale`, and "variance"
+is the variance of the step's noise. A learned variance differs from pixel to pixel, as in guided-diffusion, whose
+guidance also moves the mean of the step (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
 
 D is the mean squared difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With the
 local means E under a Gaussian window, m = E[x] and n = E[y]:
@@ -14,8 +14,8 @@ local means E under a Gaussian window, m = E[x] and n = E[y]:
 
 The gradients are explicit formulas, so autograd can differentiate the guided process. The authors' code
 (JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
-pytorch_diffusion/diffusion.py:80-82 and 269-271. It also averages D over the images of a batch. Here, each image has
-its own D, so images do not influence each other.
+pytorch_diffusion/diffusion.py:80-82 and 269-271. The authors' code also averages D over the images of a batch. Here,
+each image has its own D, so images do not influence each other.
 """
 
 from __future__ import annotations

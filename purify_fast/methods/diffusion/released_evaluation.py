@@ -66,7 +66,7 @@ class AdjointGradient(nn.Module):
 
 
 class TenPaths(nn.Module):
-    """A purifier that predicts from ten purifications. Its ``purify``, for BPDA, makes only one, as in GDMP's code.
+    """A purifier that predicts from ten purifications. For BPDA, `purify` makes one purification, as in GDMP's code.
 
     Args:
         defence: a `DiffusionPurifier` with any number of samples.
@@ -141,9 +141,9 @@ class _Adjoint(torch.autograd.Function):
 def authors_attacks(defence: Any, eps: float) -> list[AttackSpec]:
     """Return the attacks of the protocol "authors", which this module describes.
 
-    There are three differences. This package's PGD and BPDA return their best point; the authors' return the last.
-    This package's BPDA averages the gradients of its draws; GDMP's sums their signs. And GDMP's PGD has a radius of
-    8/256.
+    There are three differences from the authors' attacks. This package's PGD and BPDA return their best point; the
+    authors' PGD and BPDA return the last point. This package's BPDA averages the gradients of its draws; GDMP's BPDA
+    sums the signs of the gradients. And GDMP's PGD has a radius of 8/256.
 
     Args:
         defence: a `DiffusionPurifier`.

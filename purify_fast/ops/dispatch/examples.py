@@ -44,9 +44,9 @@ class Example:
             numbers, for example, differ by a few ulp.
         variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
         summed: whether the results are sums over the samples.
-        jumps: whether the result jumps where a number changes its sign. Rounding can change the sign of some numbers,
-            so the error of a single number has no bound. If True, the root mean square of the error is compared, and
-            may be up to a tenth of the root mean square of the result.
+        jumps: whether the result jumps (is not continuous) where a number changes its sign. Rounding can change the
+            sign of some numbers, so the error of a single number has no bound. If True, the root mean square of the
+            error is compared, and may be up to a tenth of the root mean square of the result.
         gpu: dtypes in which the example verifies the op's kernel on a GPU, where kernels are compiled for each dtype
             and setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of
             its dtypes. They cover every kernel in float32 and in a 16-bit dtype. They cover every setting, layout and

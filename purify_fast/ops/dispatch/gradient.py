@@ -73,7 +73,8 @@ def differentiable(
         forward: function that maps the inputs to one output or a tuple of outputs.
         backward: function that maps the gradients of the outputs, then the saved tensors, then the saved settings, to
             the gradient of the first input, or to a tuple of gradients of the first inputs. The other inputs have no
-            gradient. It must be a plain function, because torch.compile cannot trace an op that a closure holds.
+            gradient. ``backward`` must be a plain function, because torch.compile cannot trace an op that a closure
+            holds.
         saved: function that selects the arguments of backward from the inputs and the outputs, tensors first.
         constants: number of outputs, counted from the last, that have no gradient.
 

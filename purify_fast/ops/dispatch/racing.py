@@ -420,7 +420,8 @@ def tune(
 
     Args:
         device: the device.
-        seconds: time limit. No race begins after so many seconds, and calls without a finished race keep their backend.
+        seconds: time limit. No race begins after this many seconds, and calls without a finished race keep their
+            backend.
         full: whether calls inside graphs of ``torch.compile`` are raced too.
         ops: names of ops; empty for all ops that have a kernel for the device.
         again: whether to repeat races whose results are known for this device and these versions of the package, torch
@@ -443,7 +444,7 @@ def tune(
             raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
     chosen = {name: with_kernel[name] for name in tuple(ops) or with_kernel}
     facts = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
-    # Write the file before any race, so that an unwritable folder raises an error at once.
+    # Write the file before any race, so that an unwritable folder raises an error immediately.
     races.write(device, {}, facts)
     wrong: dict[str, str] = {}
     for index, (name, op) in enumerate(chosen.items()):

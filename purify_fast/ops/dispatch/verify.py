@@ -46,8 +46,8 @@ MODES = ("first_use", "off")
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-#: If a result jumps (`Example.jumps`), the root mean square of its error may be at most this multiple of the root mean
-#: square of the result.
+#: If a result is not continuous (`Example.jumps`), the root mean square of its error may be at most this multiple of
+#: the root mean square of the result.
 JUMPS = 0.1
 #: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
@@ -73,8 +73,8 @@ class Deviation:
     """The deviation of a result from the definition.
 
     Attributes:
-        error: the largest absolute error, or the root mean square if the result is not continuous; infinite if a result is not
-            finite but should be.
+        error: the largest absolute error, or the root mean square of the errors if the result is not continuous
+            (`Example.jumps`). Infinite if a result is not finite but should be.
         budget: the allowed error.
         case: the example and its dtype, or the error that a kernel raised.
     """

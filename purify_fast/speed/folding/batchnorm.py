@@ -2,10 +2,10 @@
 
     w' = w gamma / sqrt(var + eps),   b' = (b - mean) gamma / sqrt(var + eps) + beta
 
-A forward pass finds the pairs in any module: a BatchNorm whose input is the output tensor of a convolution or linear
-layer. The pass does not show whether the output is also used elsewhere, or whether the layer of a subclass computes
-something else. So the folded model is compared with the original in float64. A pair that changes the result is not
-folded.
+A forward pass finds the pairs to fold, in any module: a BatchNorm whose input is the output tensor of a convolution or
+linear layer. The pass does not show whether the output is also used elsewhere, or whether the layer of a subclass
+computes something else. So the folded model is compared with the original in float64. A pair that changes the result is
+not folded.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         want = _response(original, example.double())
     except RuntimeError as error:
         raise ValueError(
-            f"model must run in float64, in which folding is verified, but failed: {error}. fold=False skips folding"
+            f"model must run in float64, because folding is verified in float64. It failed with: {error}. Pass "
+            "fold=False to skip folding"
         ) from error
 
     def same(chosen: list[tuple[str, str]]) -> bool:

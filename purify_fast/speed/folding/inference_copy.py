@@ -22,7 +22,8 @@ from ...models.representation import Representation, evaluation_mode, without_re
 from .batchnorm import FoldedPairs, fold_batchnorm
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: For batches below this size, PyTorch chooses another convolution on a CPU, so torch.compile makes another graph.
+#: For batches below this size, PyTorch chooses another convolution algorithm on a CPU, so torch.compile makes another
+#: graph.
 SMALL_BATCH = 16
 #: The number of batch sizes that are compiled separately on a GPU: that of a full batch, and that of the last, smaller
 #: batch. torch.compile makes at most eight graphs of a function.

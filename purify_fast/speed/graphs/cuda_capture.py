@@ -68,8 +68,8 @@ class CudaCapture:
         """Capture a function.
 
         Args:
-            run: the function. It has run on the stream of captures before, and does not wait for the device. It may
-                draw from torch's generator of the device.
+            run: the function. It must have run on the stream of captures before, and must not wait for the device. It
+                may draw from torch's generator of the device.
             device: device on which the function computes.
 
         Returns:

@@ -1,9 +1,9 @@
 """Capture the steps of an attack as CUDA graphs, and replay them.
 
 A step is a function from named tensors to named tensors. Its results replace the tensors of the same names, which are
-the state. In an eager loop, the state becomes the new tensors. In a captured loop, the state is in fixed buffers, and
-the step writes its results to them. Both loops call the same function, so the formula of an attack is written only
-once.
+the state. In an eager loop (without a graph), the new tensors become the state. In a captured loop, the state is in
+fixed buffers, and the step writes its results to them. Both loops call the same function, so the formula of an attack
+is written only once.
 
 A graph contains the launches of a step, but not its Python code. So a step is captured only if its Python code reads no
 values of tensors. A graph is replayed only while all tensors, settings and objects of its model are unchanged
@@ -84,7 +84,7 @@ class StepFunction(Protocol):
 
 @dataclass
 class LaunchCost:
-    """The cost of a step without a graph, at a batch size.
+    """The cost of a step without a graph, at one batch size.
 
     Args:
         steps: number of launches of the step so far.
@@ -185,7 +185,8 @@ class Steps:
     def _ask(self, graphs: StepGraphs) -> None:
         """Use the graph of the step, if there is one or if the step can be captured now.
 
-        Otherwise set `launched`, in which later steps count their launches. It is None if they need not be counted.
+        Otherwise set `launched`, in which later steps count their launches. `launched` is None if launches need not be
+        counted.
         """
         found = graphs.find(self.function, self._first)
         if not isinstance(found, Captured):
@@ -211,7 +212,7 @@ class Captured:
         model: the model that the step uses. The graph is deleted when the model no longer exists.
         buffers: the tensors of the state.
         replay: function that launches the captured step.
-        counts: number of images that each counting part of the model counts in a step.
+        counts: for each part of the model that counts its images, the number that a step adds to its count.
         objects: objects on whose identity the step depends, which must be kept alive.
         loop: the last loop that used this step. Its state is in the buffers until another loop begins.
     """
@@ -277,7 +278,7 @@ class StepGraphs:
 
     Args:
         mode: "auto": a step is captured when its launches have taken as much time as a capture. "always": a step is
-            captured at once. "off": no step is captured.
+            captured at its first use. "off": no step is captured.
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
 
     Attributes:
@@ -318,7 +319,7 @@ class StepGraphs:
             state: the initial state: tensors by name, on the same device.
 
         Returns:
-            The loop. It replays a graph at once if the step is already captured.
+            The loop. If the step is already captured, even the first step is a replay.
         """
         off = self.mode == "off" or next(iter(state.values())).device.type != self.capture.kind
         nothing = any(value.numel() == 0 for value in state.values())

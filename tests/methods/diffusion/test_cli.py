@@ -121,7 +121,7 @@ def test_what_is_refused(made, denoiser, tmp_path, capsys):
     distilling += ["--init", denoiser]
     assert f"{denoiser} sets the network: leave out --prediction" in refused(*distilling, "--prediction", "noise")
     assert "leave out --classifier, or give an --eps above 0" in refused(*distilling, *classifier)
-    assert "--last-time must be at most 0.6, the last time that the denoiser of" in refused(*distilling)
+    assert "--last-time must be at most 0.6, because the denoiser of" in refused(*distilling)
     tuning = [train_to, "--eps", 0.1, "--init", denoiser, *classifier]
     assert f"--init {denoiser} sets the network: leave out --width" in refused(*tuning, "--width", 8)
     assert "t_star must be at most 0.6" in refused(*tuning, "--t-star", 0.7)

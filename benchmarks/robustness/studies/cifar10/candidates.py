@@ -1,8 +1,8 @@
 """TRADES, and candidates for better defences on CIFAR-10.
 
 A candidate is a method that could be more robust than the base, which is the adversarially trained classifier of the
-study. The candidates are defences and a mixture of two classifiers. The defences start from the purifier that was
-trained with the paper's objective, and are trained through the pipeline. The mixture needs no training.
+study. The candidates are variants of CARSO, and a mixture of two classifiers. The variants start from the purifier that
+was trained with the paper's objective, and are trained through the pipeline. The mixture needs no training.
 
 Every candidate has a row in the table, even if it is not better than the base. No setting is chosen on test images.
 """
@@ -23,7 +23,7 @@ from purify_fast.methods.carso.task import as_trained
 from purify_fast.training import Batch
 from purify_fast.training.task import Metrics
 
-#: The weight of the divergence in TRADES. It is that of its paper for CIFAR-10.
+#: The weight of the divergence in TRADES. The paper has the same weight for CIFAR-10.
 BETA = 6.0
 
 
@@ -33,9 +33,10 @@ class TradesTask(ArrestTask):
         L = CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on the cross-entropy within the ball
 
     In the paper, the inner attack maximizes the divergence. Here it maximizes the cross-entropy, because this package's
-    PGD has this loss and not the divergence. Gowal et al. ("Uncovering the limits of adversarial training", arXiv
-    2010.03593) compared the two attacks. The attack, the optimizer, the schedule, the precision and the moving average
-    are those of `ArrestTask`. The config must have no distillation, no replay and no weight perturbation.
+    PGD has the cross-entropy as a loss, but not the divergence. Gowal et al. ("Uncovering the limits of adversarial
+    training", arXiv 2010.03593) compared the two attacks. The attack, the optimizer, the schedule, the precision and
+    the moving average are those of `ArrestTask`. The config must have no distillation, no replay and no weight
+    perturbation.
     """
 
     def training_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,12 +98,12 @@ class CandidateTask(CarsoTask):
     """CARSO's training through the pipeline with another loss.
 
     Args:
-        defence: trained defence.
+        defence: defence that is trained.
         config: settings of a training through the pipeline. For the loss "distilled", the setting ``targets`` must be
             "classifier".
         origin: fingerprint of the purifier at the start.
-        loss: "trades" trains with the loss of TRADES on the predictions of the whole defence. The other names train
-            with the loss of the config.
+        loss: with "trades", the loss is that of TRADES on the predictions of the whole defence. With the other names,
+            the loss is that of the config.
     """
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str, loss: Loss):
@@ -132,9 +133,9 @@ class CandidateTask(CarsoTask):
 class Mixed(nn.Module):
     """A mixture of two models. Its logits are the logarithm of a weighted mean of the models' probabilities.
 
-    A robust model is usually more confident when it is right than when it is wrong. Here a power of its normalized
-    logits increases this difference, so that the accurate model decides mostly where the robust model is unsure. We
-    chose the constants of this class ourselves.
+    A robust model is usually more confident when it is right than when it is wrong. Here a power of the robust model's
+    normalized logits increases this difference, so that the accurate model decides mostly where the robust model is
+    unsure. We chose the constants ourselves.
 
     Args:
         accurate: model with the higher clean accuracy.

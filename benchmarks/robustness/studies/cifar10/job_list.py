@@ -1,4 +1,4 @@
-"""List the jobs of the study on CIFAR-10, and run those that evaluate models.
+"""List the jobs of the study on CIFAR-10. The functions that evaluate models are here too.
 
 A job is a training or a judging. A judging evaluates a model by a protocol of this package, or by the attacks of a
 method's authors.
@@ -28,9 +28,10 @@ MakeJob = Callable[..., Job]
 
 
 def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
-    """Return the trainings of a seed, in an order in which each comes after the trainings that it needs.
+    """Return the trainings of a seed, in an order in which each training comes after those that it needs.
 
-    The first seed has all trainings. The other seeds have only those of `study.COMPARED`, and those that these need.
+    The first seed has all trainings. The other seeds have only the trainings of `study.COMPARED`, and the trainings
+    that these need.
     """
     amount = budget.training
     pairs = [(weight, angle) for weight in amount.weights for angle in amount.angles]
@@ -47,7 +48,8 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.AFT, models.finetune, study.STANDARD),
     ]
     if seed > 0:
-        # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need these jobs.
+        # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need jobs of the
+        # first seed.
         tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
         return [
             *every,
@@ -172,7 +174,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
-        # With the first seed, the best candidate is chosen now. With another seed, it was chosen before its training.
+        # With the first seed, the best candidate is chosen here. With another seed, it was chosen before its training.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model = attacked(job, root, name)
     torch.manual_seed(job.seed)

@@ -3,14 +3,14 @@
 All models are trained with crops and flips. Adversarially trained classifiers, including AFT and ARREST, keep a moving
 average of their weights. For the base and ARREST the weights without the average are evaluated too.
 
-Rows with the paper's objective have the attacked target and the loss of the paper. Their networks, optimizers and
-budgets are those of this study, so they do not follow a recipe of `purify_fast.methods.recipes`. Three trainings use
-float32: the pre-training of AToP's generator, AToP with the paper's objective, and the candidate whose classifier is
-trained too. All other trainings use bfloat16.
+The trainings with the paper's objective have the attacked target and the loss of the paper. Networks, optimizers and
+budgets are those of this study, so these trainings do not follow a recipe of `purify_fast.methods.recipes`. Three
+trainings use float32: the pre-training of AToP's generator, AToP with the paper's objective, and the candidate whose
+classifier is trained too. All other trainings use bfloat16.
 
 The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
 training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen by short
-trial trainings, on training images that these trainings leave out. Nothing is chosen on test images.
+trial trainings. The choice uses training images that these trials leave out. Nothing is chosen on test images.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def attack_of(budget: SimpleNamespace, share: float = 1.0) -> TrainingAttack:
 
 
 def adversarial(budget: SimpleNamespace, share: float = 1.0, awp: bool = False) -> ArrestConfig:
-    """Return the settings of adversarial training with PGD from random weights."""
+    """Return the settings of adversarial training with PGD."""
     rate = {"learning_rate": 0.1, "schedule": "one_cycle", "awp_gamma": budget.awp_gamma if awp else 0.0}
     return replace(finetuning(budget, 0.0, None), attack=attack_of(budget, share), **rate)
 
@@ -118,7 +118,7 @@ def loop(job: Job, epochs: int, **more: object) -> FitConfig:
 
 
 def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
-    """Count the FLOP per image of a training step on a few images. This changes the gradients of the task's weights."""
+    """Run a training step on a few images, and return its FLOP per image. This changes the weights' gradients."""
     x = data.to_float(images.x_train[:count])
     # Count a late step, in which all terms of the loss take part.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
@@ -184,7 +184,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     facts = _fitted(job, folder, task, task.result, epochs, images)
     save_classifier(task.result, folder)
     if task.result is not task.classifier:
-        # Save the weights without the moving average too. They are another row of the table, without another training.
+        # Save the weights without the moving average too. These weights have their own row of the table.
         save_classifier(task.classifier, folder / study.LIVE)
     return facts
 
@@ -206,7 +206,7 @@ def take_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
-    """Finetune by ARREST for a short time, with given lambda and phi. Evaluate it on held-out training images."""
+    """Finetune by ARREST for a short time, with given lambda and phi. Return metrics on held-out training images."""
     images, budget = images_of(job), job.settings["budget"]
     model = trained_classifier(job, root, study.STANDARD)
     config = finetuning(budget, job.settings["weight"], job.settings["angle"])
@@ -217,7 +217,10 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 
 
 def chosen(job: Job, root: Path) -> tuple[float, float]:
-    """Return the lambda and phi with the highest accuracy under attack on held-out images, for the first seed."""
+    """Return the chosen lambda and phi: those with the highest accuracy under attack on held-out images.
+
+    The results of the first seed decide for all seeds. On a given base the values are `study.CHOSEN`.
+    """
     budget = job.settings["budget"]
     if "base" in job.settings:
         return study.CHOSEN
@@ -245,9 +248,9 @@ def finetune(job: Job, folder: Path, root: Path) -> dict:
 def best(job: Job, root: Path) -> str:
     """Return the name of the candidate with the highest accuracy under attack on held-out training images.
 
-    If two candidates are equal, the candidate with the higher clean accuracy is chosen. A candidate whose accuracy
-    under attack is unreliable is chosen only if there is no other candidate. The results of the first seed decide for
-    all seeds.
+    Among candidates with equal accuracy under attack, the candidate with the higher clean accuracy is chosen. A
+    candidate whose accuracy under attack is unreliable is chosen only if there is no other candidate. The results of
+    the first seed decide for all seeds.
 
     Args:
         job: job of any seed. The candidates of the first seed must have been evaluated.
@@ -273,7 +276,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[st
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Copy weights from the purifier that was trained with the paper's objective, where the shapes are equal.
+    """Copy weights of equal shape from the purifier that was trained with the paper's objective.
 
     Return the fingerprint of the defence with this purifier.
     """
@@ -291,8 +294,8 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """Train CARSO with the paper's objective, or continue its training through the pipeline.
 
-    The training through the pipeline belongs to one of CARSO's rows, to a candidate, or to the best candidate. If the
-    best candidate is the mixture of two classifiers, nothing is trained.
+    A training through the pipeline is for one of CARSO's rows, for a candidate, or for the best candidate. If the best
+    candidate is the mixture of two classifiers, nothing is trained.
     """
     name = best(job, root) if job.name == study.BEST else job.name
     if name == study.MIXED:
@@ -322,7 +325,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def mix(job: Job, folder: Path, root: Path) -> dict:
-    """Return the costs of the mixture. Its training costs are the sum of those of its two classifiers."""
+    """Return the costs of the mixture. Its training costs are the sum of the training costs of the two classifiers."""
     parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
     flop = 1e9 * sum(part["training_gflop"] for part in parts)
     return costs(model_of(job, root, study.MIXED), images_of(job), flop)

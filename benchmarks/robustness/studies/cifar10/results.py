@@ -1,8 +1,8 @@
 """Collect the numbers of the study on CIFAR-10 from the folders of its jobs, and save them with the results.
 
-The folders of the jobs are large, because they contain models. When a table is written, some folders may have been
-deleted, or be on another machine. So the numbers are also saved in a results file. A table has the numbers from the
-folders, and the other numbers from the results file.
+The folders of the jobs are large, because they contain models. When a table is written, some folders may be deleted, or
+may be on another machine. So the numbers are also saved in a results file. A table takes a number from a folder, or
+else from the results file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BUDGET = "budget.json"
 
 
 class OtherBudget(Unfit):
-    """Existing runs or results have another budget than the requested budget, so one table cannot show both."""
+    """Raised if existing runs or results have another budget than the requested one. A table shows only one budget."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SeedFolders:
         return Report.from_json((folder / "report.json").read_text()) if (folder / RESULT).is_file() else None
 
     def log(self, model: str) -> list[dict[str, Any]]:
-        """Return the log of the training of a row's model, a dictionary for each epoch.
+        """Return the log of the training of a row's model, with a dictionary for each epoch.
 
         The log is empty for a classifier that was not trained in this study.
         """
@@ -72,7 +72,7 @@ class SeedFolders:
         """Return the hours of a model's training, computed from the speeds in its log.
 
         The wall time of a process would be wrong, because an interrupted training ran in several processes. The hours
-        of the mixture are those of its two parts.
+        of the mixture are the sum of those of the two classifiers.
 
         Args:
             model: name of the model's row.
@@ -95,7 +95,7 @@ class Results:
 
     Attributes:
         lines: lines by the row's name and seed. There are further lines for the candidates on held-out images, and for
-            the rows of `AS_AUTHORS`. Pages quote single numbers from lines.
+            the rows of `AS_AUTHORS`. Pages quote single numbers of all these lines.
         reports: reports of the main protocol, by the row's name and seed.
     """
 
@@ -117,14 +117,15 @@ class Results:
     def over(self, earlier: Results) -> Results:
         """Return these results, completed by lines and reports of earlier results.
 
-        If both have a line, the line of these results is used as a whole. A message on stderr names the models that
-        were trained again, because the user must remove the lines of models whose training began with them.
+        If both results have a line for a row, the line of these results is used as a whole. A message on stderr names
+        the models that were trained again. The user must then remove the lines of models whose training started from
+        one of these models.
 
         Args:
             earlier: earlier results of the same budget.
         """
         for name, seed in sorted(self.lines.keys() & earlier.lines.keys()):
-            # The hours come from the log of the training, so a model with other hours was trained again.
+            # The hours come from the log of the training, so other hours mean that the model was trained again.
             if self.lines[name, seed].get("hours") != earlier.lines[name, seed].get("hours"):
                 print(f"{name}, seed {seed}: trained again; remove results that began with it", file=sys.stderr)
         return Results(earlier.lines | self.lines, earlier.reports | self.reports)
@@ -301,8 +302,8 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
         counts: number of images of each protocol.
 
     Returns:
-        A line for each evaluated row of `AS_AUTHORS`. It has the accuracies under both groups of attacks, and
-        their paired difference (the main protocol minus the authors' attacks) with its standard error.
+        A line for each evaluated row of `AS_AUTHORS`. The line has the accuracies under the authors' attacks and under
+        the main protocol, and their paired difference (main protocol minus authors' attacks) with its standard error.
     """
     lines: list[dict[str, Any]] = []
     for name in study.AS_AUTHORS:
@@ -330,7 +331,7 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
 
 
 def first(report: Report, count: int) -> np.ndarray:
-    """Return the mask of the first images that are right after all attacks, bool ``[count]``.
+    """Return a bool ``[count]``: True for those of the first images that are classified correctly after all attacks.
 
     Args:
         report: report on one model.

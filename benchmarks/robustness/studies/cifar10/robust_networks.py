@@ -1,9 +1,9 @@
 """Train robust networks for the comparison of attacks: ``python -m benchmarks robust_networks NAME``.
 
-Each network starts as a network of the zoo, and is trained like the base of the study, for a single pass over the
-images. An interrupted training is resumed. The trained network is written in bfloat16 into the subfolder ``zoo`` of its
-folder. Then ``python -m benchmarks zoo NAME=FOLDER`` evaluates the network, and puts it into the zoo, which already has
-its card.
+Each training starts with a network of the zoo. The training is that of the base of the study on CIFAR-10, but for a
+single pass over the images. An interrupted training is resumed. The trained network is written in bfloat16 into the
+subfolder ``zoo`` of its folder. Then ``python -m benchmarks zoo NAME=FOLDER`` evaluates the network, and puts it into
+the zoo. The zoo already has the network's card.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .. import Job, run
 from .models import train_base
 from .study import budget_of
 
-#: The network of the zoo with which the trainings start. Therefore one pass over the images is enough.
+#: The network of the zoo with which the trainings start. It is already robust, so one pass over the images is enough.
 BASE = "cifar10-pgd-at-w16"
 
 

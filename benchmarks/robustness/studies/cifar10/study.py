@@ -22,11 +22,11 @@ class Judging:
         clean: number of test images for clean accuracy.
         fast: number of test images for the protocol fast.
         standard: number of test images for the protocol standard.
-        strong: number of test images for the protocol strong, and of held-out training images for the candidates.
+        strong: number of test images for the protocol strong.
         official: number of test images for the official AutoAttack.
         held_out: number of held-out training images for the clean accuracy of the candidates.
         authors: number of test images for the attacks of the authors, on the rows of `AS_AUTHORS`.
-        tried: protocol that evaluates the candidates.
+        tried: protocol that attacks the candidates. It attacks as many held-out training images as test images.
     """
 
     clean: int = 10000
@@ -80,8 +80,8 @@ class Budget:
         """Return the same budget with networks of another width. The larger base is wider in the same proportion.
 
         The size of a purifier does not depend on the width of the classifier. Therefore, at another width, the larger
-        base does not have the parameters of base and purifier together, and the longer base does not have their
-        training compute.
+        base does not have as many parameters as base and purifier together, and the training of the longer base does
+        not need as much compute as the trainings of base and purifier together.
 
         Args:
             width: number of channels of the first stage.
@@ -116,12 +116,12 @@ ATOP_STANDARD = "AToP, paper's objective, on standard"
 PEEL = "CARSO, paper's objective, through PeeL"
 #: The row of AToP under attacks on the classifier alone, as in the training of its authors' notebooks.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: AS_AUTHORS are the rows under the attacks of the method's authors. AUTHORS stands for these attacks where other rows
-#: have the name of a protocol.
+#: AS_AUTHORS are the rows under the attacks of the method's authors. In the names of their jobs, AUTHORS takes the
+#: place of a protocol's name.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
-#: The rows that share the training of another row. The other row's folder has their weights.
+#: For each row that shares the training of another row, the name of this other row, whose folder has the weights.
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
 #: The subfolder of a training with the weights without the moving average.
 LIVE = "without_average"
@@ -154,7 +154,8 @@ PAIRS = (
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
 #: Rows that the official AutoAttack attacks too.
 OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST_EMA)
-#: Rows that are compared on held-out training images, with their sources: two references, and then the candidates.
+#: Rows that are compared on held-out training images, each with its source. First come two references, and then the
+#: candidates.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",

@@ -93,7 +93,7 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
     Args:
         results: results of the study.
         budget: amounts of the study.
-        elsewhere: rows that another page shows. They do not count as missing here.
+        elsewhere: rows that another page shows. Such rows are not called missing here.
     """
     sentences = []
     for seed in range(budget.seeds):
@@ -107,14 +107,15 @@ def not_judged(results: Results, budget: Budget, elsewhere: Sequence[str]) -> li
 def write(root: Path, folder: Path, budget: Budget, base: str | None = None) -> Path:
     """Write the page of the study, its numbers, reports and pictures into ``folder``, for all evaluated models.
 
-    Earlier results of the same budget in ``folder`` are kept, except for rows that ``root`` has too. So a study can be
-    done in parts, on several machines.
+    Earlier results of the same budget in ``folder`` are kept, except for rows that ``root`` has too. So parts of a
+    study can run on several machines.
 
     Args:
         root: folder of the study.
         folder: folder of the results.
         budget: amounts of the study.
-        base: name of a given base in the zoo, whose rows have a separate page. None writes the page of the whole study.
+        base: name of a given base in the zoo. The rows on this base have a separate page. None writes the page of the
+            whole study.
 
     Raises:
         NothingJudged: ``root`` has no evaluated model, or no row of the first seed has been evaluated.
@@ -169,7 +170,7 @@ def plot(lines: dict[str, dict[str, Any]], budget: Budget, path: Path) -> None:
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names if name in points):
-        # A curve can have only one value at a clean accuracy, so use the highest robust accuracy there.
+        # A curve can have only one point at a clean accuracy. Use the point with the highest robust accuracy.
         curve[clean] = max(robust, curve.get(clean, 0.0))
     line = sorted(curve.items()) if len(curve) > 1 else None
     # Leave out the generator, because it is only a stage of other models. Leave out the base without moving average,
