@@ -682,9 +682,9 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"owners": torch.zeros(1, 2, 4, 4, device="meta").byte()}, DEVICES),
             ({"owners": torch.zeros(1, 2, 3, 4).byte()}, "owners.* 8 x 8.* 3 x 4"),
             ({"owners": torch.zeros(1, 2, 0, 4).byte()}, "owners.* 8 x 8.* 0 x 4"),
-            ({"owners": torch.zeros(1, 4, 4, 4).byte()}, "images.* 1 x 4.* got 6"),
-            ({"owners": torch.zeros(1, 0, 4, 4).byte()}, "images.* 1 x 0.* got 6"),
-            ({"images": torch.zeros(0, 3, 8, 8)}, "images.* 1 x 2.* got 0"),
+            ({"owners": torch.zeros(1, 4, 4, 4).byte()}, r"images.* 1 \* 4.* got 6"),
+            ({"owners": torch.zeros(1, 0, 4, 4).byte()}, r"images.* 1 \* 0.* got 6"),
+            ({"images": torch.zeros(0, 3, 8, 8)}, r"images.* 1 \* 2.* got 0"),
         ],
     ),
 }
