@@ -109,8 +109,8 @@ def _products(
 ):
     """Sum over the taps of a residue and over the channels. For tap j, a row reads the input pixel at y + STEP * j.
 
-    All residues have as many programs as the residue with the most rows needs. A program that is not ``busy`` has no
-    rows.
+    Every residue gets the same number of programs. This number suffices for the residue with the most rows. A program
+    that is not ``busy`` has no rows.
     """
     lane = tl.arange(0, CHUNK)
     place = in_ptr + ((sample * HEIGHT + y) * WIDTH + x)[:, None] * CHANNELS + lane[None, :]

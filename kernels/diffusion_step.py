@@ -21,7 +21,7 @@ STEPS = tl.constexpr(65536)
 
 @triton.jit
 def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
-    """Return the positions of a row's elements in the prediction, and the distance from each to its variance."""
+    """Return the offsets of a row's elements in the prediction, and how much larger the offset of the variance is."""
     if CHANNELS_LAST:
         plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
         channel = element // plane

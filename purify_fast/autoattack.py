@@ -73,7 +73,8 @@ class ApgdSettings(FabSettings):
         n_iter: number of gradient steps in a run.
         n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
         eot_iter: number of draws of a random model over which each gradient step averages the gradient.
-        rho: the step size is halved if fewer than this share of the steps since its last check raised the loss.
+        rho: the step size is halved at a check if the share of the steps since the last check that raised the loss is
+            smaller than this.
     """
 
     eot_iter: int = 1

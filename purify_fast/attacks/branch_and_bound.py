@@ -111,8 +111,8 @@ class BranchAndBound(Attack):
         apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
         if not apart <= ALIKE * logits.abs().max():
             raise ValueError(
-                "model must compute in float32 or float64, got logits that differ from those in float64 by up to "
-                f"{apart:.2g}: switch off TF32 and other low precisions"
+                "the model's logits must agree with those of its layers in float64, got a difference of "
+                f"{apart:.2g}: if TF32 or bfloat16 is on, switch it off"
             )
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan(Command):
-    """Predict the time and the memory of a training or an evaluation, from a trial of about ten seconds.
+    """Predict the time and the memory of a training or an evaluation, from a short trial.
 
     The command of the run comes after plan: purify-fast plan train classifier --data mnist ...
     """
 
     called: ClassVar[str] = "plan"
 
+    config: Annotated[Path | None, tyro.conf.Suppress] = None
     run_planned: Annotated[Command | None, tyro.conf.Suppress] = None
 
     def run(self) -> None:
@@ -64,8 +66,10 @@ def of_training(command: Training) -> Forecast:
 def of_evaluation(command: Evaluate) -> Forecast:
     """Predict the cost of a command that evaluates."""
     from ..evaluation.forecast import forecast
+    from ..speed.precision import float32_products
 
     images = command.load_data()
-    model, base = command.loaded(images)
+    model, base = command.prepared(images)
     (eps, norm), (x, y, _) = command.ball(), command.chosen(images)
-    return forecast(model, x, y, config=command.settings, eps=eps, norm=norm, base=base)
+    with float32_products(tf32=command.precision == "tf32"):
+        return forecast(model, x, y, config=command.settings, eps=eps, norm=norm, base=base)

@@ -87,10 +87,12 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
 
 def read_run_file(path: Path) -> dict[str, Any]:
     """Read a table of options from a YAML file. Raises a ValueError if there is no such file, YAML or table."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: give the path of a run.yaml, which every run writes to its folder")
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(
+            f"there is no file {path}: give the path of a run.yaml, which every run writes to its folder"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     table = {} if table is None else table

@@ -132,9 +132,14 @@ def _listed(folder: Path) -> tuple[dict[str, Split], list[str]]:
 
 def _refuse_circles(folder: Path, files: Sequence[Path]) -> None:
     """Raise a ValueError for a link to a folder that contains the link, because its images would repeat."""
-    for place in sorted({parent for path in files for parent in path.parents if parent.is_relative_to(folder)}):
-        if place != folder and place.is_symlink() and place.parent.resolve().is_relative_to(place.resolve()):
-            raise ValueError(f"{place} links to a folder that contains it, so images would repeat: remove the link")
+    parents = {path.parent for path in files}
+    places = {place for parent in parents for place in (parent, *parent.parents) if place.is_relative_to(folder)}
+    real = {place: place.resolve() for place in places}
+    for place in sorted(places - {folder}):
+        up = place.is_symlink() and real[place.parent].is_relative_to(real[place])
+        # Several links may form a circle. Then a folder is the same as a folder above it.
+        if up or any(real[place] == real.get(above) for above in place.parents):
+            raise ValueError(f"{place} leads to a folder that contains it, so images would repeat: remove the link")
 
 
 def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
@@ -225,10 +230,20 @@ def _write(
             f"the decoded images need {needed} bytes, but {place} has {free} bytes free: give another folder as cache"
         )
     images: dict[str, StreamedImages] = {}
+    paths, failed = {part: _array(place, part, source) for part in splits}, list[str]()
     for part, split in splits.items():
-        path, resize, title = _array(place, part, source), image_size is not None, f"decode {part} images"
-        with atomic(path) as temporary:
-            decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
+        with atomic(paths[part]) as temporary:
+            how: dict[str, Any] = {"resize": image_size is not None, "title": f"decode {part} images"}
+            failed += decode(split.files, size, out=temporary, workers=workers, **how)
+    if failed:
+        for path in paths.values():
+            path.unlink()
+        total = sum(len(split.files) for split in splits.values())
+        names = "; ".join(failed[:NAMED]) + ("; ..." if len(failed) > NAMED else "")
+        raise ValueError(
+            f"{len(failed)} of {total} images cannot be decoded: replace or remove them. The errors are: {names}"
+        )
+    for part, path in paths.items():
         array = np.load(path, mmap_mode="r")
         content = content_hash(torch.uint8, array.shape)
         content.update(array.data)
@@ -252,7 +267,9 @@ def first_size(files: Sequence[Path]) -> tuple[int, int]:
     )
 
 
-def decode(files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str) -> None:
+def decode(
+    files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
+) -> list[str]:
     """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time.
 
     Args:
@@ -263,25 +280,26 @@ def decode(files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: P
         workers: number of threads that decode.
         title: text of the progress bar.
 
+    Returns:
+        The errors of the images that cannot be decoded. If there are any, the file is not complete.
+
     Raises:
-        ValueError: images cannot be decoded, or an image has another size.
+        ValueError: an image has another size.
+        OSError: the file cannot be written.
     """
     bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
-    array = np.lib.format.open_memmap(out, mode="w+", dtype=np.uint8, shape=(len(files), 3, *size))
     failed: list[str] = []
-    with bar:
-        for number, image in enumerate(_decoded(files, size, resize=resize, workers=workers)):
+    # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
+    with bar, out.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, *size)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in _decoded(files, size, resize=resize, workers=workers):
             bar.update()
             if isinstance(image, str):
                 failed.append(image)
-            else:
-                array[number] = image
-    if failed:
-        names = "; ".join(failed[:NAMED]) + ("; ..." if len(failed) > NAMED else "")
-        raise ValueError(
-            f"{len(failed)} of {len(files)} images cannot be decoded: replace or remove them. The errors are: {names}"
-        )
-    array.flush()
+            elif not failed:
+                file.write(image.tobytes())
+    return failed
 
 
 def _decoded(files: Sequence[Path], size: tuple[int, int], *, resize: bool, workers: int) -> Iterator[np.ndarray | str]:

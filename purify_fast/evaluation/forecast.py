@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._memory import resident_memory
@@ -55,7 +56,9 @@ def forecast(
         return evaluate(model, x[:count], y[:count], config=config, **options)
 
     together = min(config.images_together, len(x))
-    memory = peak_memory(lambda: some(few), device) * together / few
+    # The peak does not contain what was allocated before, such as the model.
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
+    memory = before + peak_memory(lambda: some(few), device) * together / few
     count = few
     while True:
         began = time.perf_counter()
@@ -71,9 +74,7 @@ def forecast(
         signs = time.perf_counter() - began - _of_attacks(asked)
     # The alarms use at most PROBED images, so their time does not grow beyond that number.
     whole = _of_attacks(report) * len(x) / count + max(0.0, signs) * min(PROBED, len(x)) / few
-    return Forecast(
-        f"{len(x):,} images on {device.type}", whole, memory + (resident_memory() if device.type == "cpu" else 0)
-    )
+    return Forecast(f"{len(x):,} images on {device.type}", whole, memory)
 
 
 def _of_attacks(report: Report) -> float:

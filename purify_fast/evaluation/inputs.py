@@ -248,7 +248,8 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
         raise ValueError(
             f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
             "[B, classes] of at least two classes. If the number is the logit of the second of two classes, give "
-            "lambda x: torch.cat([-model(x), model(x)], 1) / 2, which has the same probabilities"
+            f"lambda x: torch.{'stack' if logits.dim() == 1 else 'cat'}([-model(x), model(x)], 1) / 2, which has the "
+            "same probabilities"
         )
     if logits.dim() != 2 or len(logits) != len(some):
         raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")

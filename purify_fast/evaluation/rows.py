@@ -235,8 +235,11 @@ class Row:
 
     def health_in_words(self) -> str:
         """The shares of `describe_health` in words."""
-        nonfinite, zero, unmoved = self.describe_health().split(" / ")
-        moves = "" if unmoved == "-" else f", and {unmoved} of the images did not move"
+        if self.health is None:
+            return "the gradients were not counted"
+        h = self.health
+        nonfinite, zero = _share(h["nonfinite"], h["gradients"]), _share(h["zero"], h["gradients"])
+        moves = f", and {_share(h['unmoved'], h['images'])} of the images did not move" if h["images"] else ""
         return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
 
 

@@ -151,8 +151,8 @@ class Subject:
         has_one_hot: whether the probabilities are all 0 or 1.
 
     Raises:
-        ValueError: a label is not a class of the model, the model writes to its input, or ``predict`` is given for a
-            deterministic model.
+        ValueError: a label is not a class of the model, the model writes to its input or does not return a row of
+            logits for each image, or ``predict`` is given for a deterministic model.
     """
 
     def __init__(
@@ -174,13 +174,7 @@ class Subject:
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, self.sample_images()[:1])
         check_leaves_images(self.model, self.sample_images()[:1])
-        one, other = self.model(self.sample_images()), self.model(self.sample_images())
-        rows = len(self.sample_images())
-        if one.shape != (rows, self.num_classes):
-            raise ValueError(
-                f"the model must return a row of {self.num_classes} logits for each image, got {list(one.shape)} for "
-                f"{rows} images: does it mix or drop images of a batch?"
-            )
+        one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
         self.is_random = differ(one, other) or self.answers_vary(self.model)
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
@@ -199,6 +193,16 @@ class Subject:
     def batch_size(self) -> int:
         """The largest number of images in a forward pass, which must also fit into memory."""
         return self.room.at_most(self._batch_size)
+
+    def logits(self, model: Classifier, x: Tensor) -> Tensor:
+        """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
+        logits = ask(model, x)
+        if logits.shape != (len(x), self.num_classes):
+            raise ValueError(
+                f"the model must return a row of {self.num_classes} logits for each image, got {list(logits.shape)} "
+                f"for {len(x)} images: does it mix or drop images of a batch?"
+            )
+        return logits
 
     def _check_labels(self) -> None:
         bad = (self.y < 0) | (self.y >= self.num_classes)
@@ -351,7 +355,7 @@ class Subject:
             with self.variant(variant):
                 for _ in range(draws):
                     parts = x.split(self.batch_size)
-                    logits = torch.cat([ask(model, part.to(self.device, copy=True)) for part in parts])
+                    logits = torch.cat([self.logits(model, part.to(self.device, copy=True)) for part in parts])
                     decided, nameless = logits.argmax(1), undecided(logits)
                     leads += -margin(logits.float(), y.to(logits.device)).cpu()
                     nonfinite += int(nameless.sum())

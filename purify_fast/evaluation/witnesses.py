@@ -132,11 +132,11 @@ class Witnesses:
             content, tensors = read_sealed(path)
             if content.get("format") != FORMAT:
                 raise ValueError(f"the format is {content.get('format')!r}, but this version reads format {FORMAT}")
-        except ValueError as error:
+            return cls(**{name: tensors[name] for name in TENSORS}, about=content["about"])
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} cannot be read: {error}. Restore the file, or evaluate and save the report again"
             ) from error
-        return cls(**tensors, about=content["about"])
 
 
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:

@@ -84,8 +84,8 @@ def apgd_step(
         The new x, with the same shape and dtype, contiguous. There is no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if momentum is outside [0, 1], or
-            if lo > hi.
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if eps is a number and negative
+            or NaN, if momentum is outside [0, 1], or if lo > hi.
 
     The op is deterministic, and ``linf`` is bit-exact across backends.
     """

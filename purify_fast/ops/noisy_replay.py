@@ -98,10 +98,10 @@ def noisy_replay(
 
     Raises:
         TypeError: if seed or sample_ids is not a tensor.
-        ValueError: if shapes, dtypes or devices do not match, or if lo > hi.
+        ValueError: if shapes, dtypes or devices do not match, if eps is a number and negative or NaN, or if lo > hi.
 
     For a given seed, the op is deterministic and has the same bits in every backend, for every batch split. NaN in x or
-    eps propagates.
+    in a tensor eps propagates.
     """
     check_alike(x=x, x_adv=x_adv)
     if drift.shape != x.shape[:1] or not drift.is_floating_point():

@@ -234,8 +234,8 @@ def pgd_step(
         The new x, with the same shape and dtype, contiguous. There is no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if lo > hi, or if density is
-            outside (0, 1].
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if eps is a number and negative
+            or NaN, if lo > hi, or if density is outside (0, 1].
 
     The op is deterministic, and ``linf`` is bit-exact across backends.
     """

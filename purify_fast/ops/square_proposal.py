@@ -236,8 +236,8 @@ def square_proposal(
         every image, and so on. There is no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if lo > hi, if edge is larger
-            than an image, or if pattern is missing or not allowed.
+        ValueError: if shapes, dtypes or devices do not match, if the norm is unknown, if eps is a number and negative
+            or NaN, if lo > hi, if edge is larger than an image, or if pattern is missing or not allowed.
 
     The op is deterministic, and ``linf`` is bit-exact across backends. Numbers outside [0, 1) give undefined results.
     """

@@ -226,7 +226,7 @@ class AdversarialBank:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """M and rho, and ``made``, ``read`` and ``damaged`` of this process so far. The run's log records them."""
+        """M, rho, and this process's counts ``made``, ``read`` and ``damaged``. The log of the run records them."""
         return {**self.config.facts, "made": self.made, "read": self.read, "damaged": self.damaged}
 
     def at_step(self, step: int, seed: int, sample_ids: Tensor, mirrored: Tensor | None = None) -> BankedStep:
@@ -303,7 +303,7 @@ class AdversarialBank:
         return records, whole
 
     def flush(self) -> None:
-        """Write the variants to the disk, and set the time at which the file was last used to now.
+        """Write the variants to the disk, and record that the file was used just now.
 
         Without this, a power failure may lose variants. A process that is killed loses none.
         """

@@ -240,8 +240,9 @@ def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
+    kept = "" if run.folder is None else "; the last checkpoint is kept"
     return Diverged(
-        f"epoch {epoch}: training diverged, {where}; the last checkpoint is kept. Lower the learning rate, "
+        f"epoch {epoch}: training diverged, {where}{kept}. Lower the learning rate, "
         f"which was {run.rate:g} times that of the settings (on_nan='back_off' lowers it by itself), raise eps_warmup, "
         "or use the precision float32 if it is bfloat16",
         step,

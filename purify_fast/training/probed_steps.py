@@ -59,7 +59,7 @@ def forecast(
             with run.finished():
                 whole += passes * len(batches) * _timed(lambda: run.measure(batches[0]), device, 0.0)
     what = f"{run.total:,} steps of {source.batch_size or 'given'} images on {device.type}"
-    memory = peak_resident_memory() if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
     return Forecast(what, whole, memory)
 
 

@@ -110,7 +110,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path, short
     assert model.arguments["num_classes"] == 2 and model.arguments["mean"] != [0.5]
     assert run("evaluate", out, *few[:4], "--eps", "0.1", "--images", "2", "--steps", "1", "--protocol", "fast")[0] == 0
     code, printed = run("train", "classifier", "--model", "torchvision:shufflenet_v2_x0_5", "--width", "3", *few)
-    assert code == 2 and "--width " in printed and "got 3: torchvision:shufflenet_v2_x0_5" in printed
+    assert code == 2 and "--width " in printed and "for torchvision:shufflenet_v2_x0_5" in printed
     for model, message in (
         ("resnet", "torchvision has no classifier 'resnet'"),
         ("squeezenet1_1", "torchvision:squeezenet1_1 does not run on images 1x16x16 of bars: "),

@@ -1,7 +1,6 @@
 """``purify-fast plan``: what a trial measures and continues, and what is refused."""
 
 import re
-import time
 
 import pytest
 import torch
@@ -16,38 +15,41 @@ from purify_fast.evaluation import EvaluateConfig, Report
 from purify_fast.evaluation import forecast as evaluations
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.run_cost import Forecast, in_words
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig
-from purify_fast.training.probed_steps import forecast
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, probed_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Slow(ClassifierTask):
-    """Its steps take 10 ms, those of the second half 30 ms, and each validation of a batch 20 ms."""
+    """Its steps take a second, those of the second half 3 seconds, and each validation of a batch 20 seconds."""
 
-    def __init__(self):
+    def __init__(self, clock):
         torch.manual_seed(0)
+        self.clock = clock
         super().__init__(SmallCNN(1, 2, (8, 8), 2), ClassifierConfig())
 
     def terms(self, length):
         return {"late": length.steps // 2}
 
     def training_step(self, batch):
-        time.sleep(0.01 if batch.step < 6 else 0.03)
+        self.clock[0] += 1 if batch.step < 6 else 3
         return super().training_step(batch)
 
     def validate(self, batch):
-        time.sleep(0.02)
+        self.clock[0] += 20
         return super().training_step(batch)[1] | {"loss": torch.zeros(())}
 
 
-def test_a_training_takes_its_steps_its_late_steps_and_its_validations():
+def test_a_training_takes_its_steps_its_late_steps_and_its_validations(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(probed_steps.time, "perf_counter", lambda: clock[0])
     x, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 2
-    planned = forecast(Slow(), x, y, FitConfig(3, 16), seconds=0.1)
-    assert 0.24 < planned.seconds < 0.8 and planned.memory > 10**8
-    held = forecast(Slow(), x, y, FitConfig(3, 16), seconds=0.1, validation=(x, y))
-    # Each of 3 epochs ends with a validation of one batch.
-    assert 0.30 < held.seconds < 1.0
+    planned = probed_steps.forecast(Slow(clock), x, y, FitConfig(3, 16), seconds=10.0)
+    # Three epochs have 4 steps each.
+    assert planned.seconds == 6 * 1 + 6 * 3 and planned.memory > 10**8
+    held = probed_steps.forecast(Slow(clock), x, y, FitConfig(3, 16), seconds=10.0, validation=(x, y))
+    # Each epoch ends with a validation of one batch.
+    assert held.seconds == planned.seconds + 3 * 20
 
 
 def test_an_evaluation_is_measured_on_few_images(monkeypatch):
@@ -119,6 +121,7 @@ def test_the_command(capsys, short_signs):
     [
         ("plan", "plan needs a command"),
         ("plan train arrest", "needs --classifier FOLDER"),
+        ("plan evaluate zoo:digits-standard --precision bfloat16 --images 8", "only for defences of this package"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(words, message, capsys):

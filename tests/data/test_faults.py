@@ -1,8 +1,11 @@
 """Data that are damaged, too large, elsewhere, or change under a run."""
 
+import io
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from purify_fast import cli, data
 from purify_fast.cli.show import Info
 from purify_fast.data import StreamedImages
+from purify_fast.data.folders import decode
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 
@@ -55,8 +59,30 @@ def test_links_are_followed(pets, tmp_path):
 def test_links_that_lead_in_a_circle(pets, target):
     """They were read forty times over, until the system refused to follow them."""
     (pets / "train" / "cat" / "loop").symlink_to(target)
-    with pytest.raises(ValueError, match="links to a folder that contains it"):
+    with pytest.raises(ValueError, match="leads to a folder that contains it"):
         load(pets)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
+def test_links_that_lead_in_a_circle_over_two_classes(pets):
+    (pets / "train" / "cat" / "x").symlink_to("../dog")
+    (pets / "train" / "dog" / "y").symlink_to("../cat")
+    with pytest.raises(ValueError, match="leads to a folder that contains it"):
+        load(pets)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
+def test_images_are_written_from_front_to_back(pets, tmp_path):
+    """So a full disk makes a write fail. With a memory map of a sparse file, it would end the process by SIGBUS."""
+    files, pipe = sorted(pets.glob("train/*/*.png")), tmp_path / "pipe"
+    how = {"resize": False, "workers": 0, "title": ""}
+    with pytest.raises(OSError, match="No space left"):
+        decode(files, (8, 8), out=Path("/dev/full"), **how)
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        assert decode(files, (8, 8), out=pipe, **how) == []
+    assert np.array_equal(np.load(io.BytesIO(read.result())), load(pets).x_train.numpy())
 
 
 def test_a_file_that_changes_while_it_is_streamed(pets):

@@ -136,11 +136,12 @@ def test_files_that_cannot_be_decoded_are_all_named(tmp_path, workers):
     (train / "cat" / "003.png").write_bytes((train / "cat" / "003.png").read_bytes()[:60])
     (train / "dog" / "007.png").write_text("no image")
     Image.fromarray(np.zeros((10, 8), np.uint16)).save(train / "dog" / "039.png")
+    next(tmp_path.glob("[vt][ae][ls]*/dog/001.png")).write_text("no image")
     with pytest.raises(ValueError) as error:
         data.load_dataset(tmp_path, workers=workers)
     text = str(error.value)
-    assert text.startswith("3 of 80 images cannot be decoded")
-    for name in ("cat/003.png", "dog/007.png", "dog/039.png: its mode is I;16"):
+    assert text.startswith("4 of 84 images cannot be decoded")
+    for name in ("cat/003.png", "dog/007.png", "dog/039.png: its mode is I;16", "dog/001.png"):
         assert name in text
     assert not list((tmp_path / ".purify_fast").rglob("*.npy"))
 

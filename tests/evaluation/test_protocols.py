@@ -293,15 +293,20 @@ def test_models_that_return_other_things_than_logits():
             r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
         (lambda z: None, TypeError, "the name logits, got NoneType$"),
-        (lambda z: net(z)[:, 0], ValueError, r"a single number for each image, \[1\].*at least two classes"),
-        (lambda z: net(z)[:, :1], ValueError, "a single number for each image"),
+        (
+            lambda z: net(z)[:, 0],
+            ValueError,
+            r"a single number for each image, \[1\].*at least two classes.*torch.stack",
+        ),
+        (lambda z: net(z)[:, :1], ValueError, "a single number for each image.*torch.cat"),
         (lambda z: net(z).mean(0, keepdim=True), ValueError, r"a row of 10 logits for each image, got \[1, 10\] for"),
+        (lambda z: net(z[:9]), ValueError, r"a row of 10 logits for each image, got \[9, 10\] for 12 images"),
         (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
         (nn.Linear, TypeError, r"the model must be an object, got the class Linear: give Linear\(\.\.\.\)"),
         ("resnet18", TypeError, "the model must be a callable from images to logits, got str"),
     ):
         with pytest.raises(error, match=message):
-            evaluate(model, x[:4], y[:4], attacks=[PGD(steps=1)], **QUIET)
+            evaluate(model, x[:12], y[:12], attacks=[PGD(steps=1)], **QUIET)
 
 
 def test_a_defence_that_takes_gradients_itself_has_softened_copies():

@@ -425,6 +425,7 @@ BALL = [
     ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
     ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
     ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+    ({"eps": math.nan}, "eps must be at least 0, got nan"),
 ]
 NAMED = [
     ({"seed": 7}, r"seed must .* shape \[1\], got the number 7: write torch\.tensor\(\[7\]\)"),

@@ -147,7 +147,7 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     with pytest.raises(ValueError, match=r"device must be cuda or cpu for several processes.*'cuda:0'"):
         distributed.own_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"device cuda .*has 1 GPUs and at least 2 processes"):
+    with pytest.raises(ValueError, match=r"device cuda needs one GPU .* got 1 GPUs for at least 2 processes"):
         distributed.own_device("cuda")
     monkeypatch.setattr(distributed, "processes", lambda: (0, 1))
     assert distributed.own_device("cuda:0") == "cuda:0"

@@ -219,7 +219,7 @@ class _Short:
         self.draws, self.judges, self.targets = _effort(before.subject, context)
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
-        """Tell which images more than half of the draws classify correctly, bool ``[n]``."""
+        """Tell for which images more than half of the draws are correct, bool ``[n]``."""
         logits = (in_parts(self.model, self.context.resources.batch_size or len(x))(x) for _ in range(self.judges))
         right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
         return torch.stack(right).float().mean(0) > 0.5

@@ -91,8 +91,8 @@ class PurifierAdapter(nn.Module):
         shaped = all(isinstance(image, Tensor) and list(image.shape) == want for image in images)
         if not images or not shaped or not all(i.is_floating_point() and i.isfinite().all() for i in images):
             raise ValueError(
-                f"purifier: {name} must return a finite floating-point image {want} of images {given}, or a tuple of "
-                f"such images, whose last is the purified image; it returned {actual}"
+                f"purifier: {name} must return a finite floating-point tensor {want} for the images {given}, or a "
+                f"tuple of such tensors, the last of which is the purified image; it returned {actual}"
             )
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:

@@ -20,9 +20,9 @@ Backend = Literal["reference", "cpp", "triton"]
 
 #: The types of devices on which each backend computes.
 BACKENDS: dict[Backend, tuple[str, ...]] = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
-#: The sizes that are raced separately. A call belongs to the first size whose number here is above the bit length of
-#: its number of elements. So calls with fewer than 2 ** 16 elements are small, and calls with 2 ** 20 or more are
-#: large.
+#: The sizes that are raced separately, each with a limit for the bit length of the number of elements. A call has the
+#: first size whose limit it stays below: a call with fewer than 2 ** 16 elements is small, and a call with 2 ** 20 or
+#: more is large.
 SIZES = {"small": 17, "medium": 21, "large": 1000}
 
 

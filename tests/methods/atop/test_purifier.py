@@ -99,8 +99,8 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
         (lambda t, m: (t, t[..., :8]), r"it returned .*\[2, 3, 16, 16\], .*\[2, 3, 16, 8\]"),
         (lambda t, m: {"image": t}, r"it returned .*dict"),
         (lambda t, m: (), r"it returned \[\]"),
-        (lambda t, m: t / 0, r"must return a finite floating-point image"),
-        (lambda t, m: t.int(), r"must return a finite floating-point image .* torch\.int32"),
+        (lambda t, m: t / 0, r"must return a finite floating-point tensor"),
+        (lambda t, m: t.int(), r"must return a finite floating-point tensor .* torch\.int32"),
         (lambda t, m: t.view(7), r"Own does not run on images \[2, 3, 16, 16\] and masks \[2, 1, 16, 16\]: "),
     ],
 )

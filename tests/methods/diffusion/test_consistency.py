@@ -150,7 +150,9 @@ def test_one_evaluation_comes_closer_to_the_end_of_the_teachers_way():
 def test_what_cannot_be_distilled():
     with pytest.raises(ValueError, match="intervals must be at least 1 to distill a denoiser, got 0"):
         ConsistencyTask(Scaled(0.5), DiffusionConfig())
-    with pytest.raises(ValueError, match=r"steps must be at most 100, the training steps up to t_star = 0\.1, got 101"):
+    with pytest.raises(
+        ValueError, match=r"steps must be at most 100, because t_star = 0\.1 is training step 100, got 101"
+    ):
         ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))
     with pytest.raises(ValueError, match="intervals must be 0 to train a denoiser from noise, got 3"):
         DiffusionTask(Scaled(0.5), DiffusionConfig(intervals=3))
