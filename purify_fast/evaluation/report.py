@@ -306,9 +306,7 @@ class Report:
         place.mkdir()
         for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
             path.replace(place / path.name)
-        note = (
-            f"the report that was in this folder before, on {', '.join(words) or 'something else'}, is now in {place}"
-        )
+        note = f"the earlier report of this folder, which has other contents or settings, is now in {place}"
         self.notes.append(note)
         # The note is also logged, because the report with its notes may have been printed before.
         logger.warning(note)

@@ -283,7 +283,8 @@ def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, 
     place = tmp_path / "earlier, L-inf 8_255"
     assert {path.name for path in place.iterdir()} >= {"run.yaml", "report.json", "report.witnesses.safetensors"}
     assert not (tmp_path / "run.yaml").exists()
-    assert caplog.messages == [f"the report that was in this folder before, on L-inf 8/255, is now in {place}"]
+    text = f"the earlier report of this folder, which has other contents or settings, is now in {place}"
+    assert caplog.messages == [text]
     # the options of a training are no report's
     (tmp_path / "run.yaml").write_text("command: train carso\n")
     Report([row(seed=5)], about=about()).save(tmp_path)

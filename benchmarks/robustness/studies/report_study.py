@@ -16,7 +16,7 @@ from purify_fast import data, load_defence
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
 from purify_fast.evaluation.rows import Row, worst_rows
 from purify_fast.evaluation.show import tables
-from purify_fast.evaluation.show.tables import draws, percent
+from purify_fast.evaluation.show.tables import draws, percent_always
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import (
     ClassifierConfig,
@@ -156,11 +156,13 @@ class ReportStudy(Study):
         reports = self.reports(root, budget)
         facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values()) if name is not None}
         whole = merge(reports.values())
+        # Git keeps the report of an earlier run, so it needs no folder of its own.
+        (folder / self.name / "report.json").unlink(missing_ok=True)
         whole.save(folder / self.name)
 
         def single_predictions(row: Row) -> str:
             return tables.single_predictions(whole.rows, row)
 
-        functions = (draws, percent, single_predictions)
+        functions = (draws, percent_always, single_predictions)
         given = {"study": self, "whole": whole, "reports": reports, "facts": facts, "b": budget}
         return write_page(folder, self.name, functions, **given, **self.page(reports, budget))

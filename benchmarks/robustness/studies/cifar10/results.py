@@ -145,6 +145,8 @@ class Results:
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(self.reports[name, seed] for name in order if (name, seed) in self.reports)
             if seed == 0:
+                # Git keeps the report of an earlier run, so it needs no folder of its own.
+                (folder / stem / "report.json").unlink(missing_ok=True)
                 merged.save(folder / stem)
             else:
                 # Save other seeds only as JSON, because pages show the report of the first seed.
