@@ -17,7 +17,7 @@ _patched = threading.Lock()
 
 
 def compile_together(launch: Callable[[], None]) -> None:
-    """Compile the kernels that a function launches, in parallel, and run none of them.
+    """Compile, in parallel, the kernels that a function launches. Run none of them.
 
     A kernel that cannot be compiled is skipped. Its next launch raises the error.
 

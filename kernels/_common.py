@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: A program that sums over a sample adds BLOCK elements in each iteration, and CHUNK elements in total. These numbers
-#: determine the order of the additions, so they are the same for every device and batch.
+#: A program that sums over a sample adds at most BLOCK elements in each iteration, or 2 * BLOCK in some kernels. If a
+#: kernel divides the sample into chunks, a program adds the CHUNK elements of one chunk. These numbers determine the
+#: order of the additions, so they are the same for every device and batch.
 BLOCK = 1024
 CHUNK = 8192
 #: WARPS is the number of warps of an elementwise program. VECTORS is the number of 16-byte vectors that a thread moves

@@ -64,7 +64,7 @@ def moved_out(x, last, VECTOR: tl.constexpr):
 
 @triton.jit
 def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
-    """Return x[n - 1, i - 1]. ``pointer`` is row n.
+    """Return m[n - 1, i - 1] for every key i. ``pointer`` is row n of the matrix m.
 
     ``has_begun`` is False for the first group in a line of the grid. The first number of this group has no predecessor,
     and 0 takes its place.
@@ -76,7 +76,7 @@ def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
 
 @triton.jit
 def next_pair(pointer, stride, at, inside, goes_on, VECTOR: tl.constexpr):
-    """Return x[n + 1, i + 1]. ``pointer`` is row n.
+    """Return m[n + 1, i + 1] for every key i. ``pointer`` is row n of the matrix m.
 
     ``goes_on`` is False for the last group in a line of the grid. The last number of this group has no successor, and 0
     takes its place.
@@ -88,9 +88,10 @@ def next_pair(pointer, stride, at, inside, goes_on, VECTOR: tl.constexpr):
 
 @triton.jit
 def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """Return the sum of x[n + o, i + o] for o = -1, 0 and 1, without terms that are in another line of the grid.
+    """Return the sum of m[n + o, i + o] for o = -1, 0 and 1, without terms that are in another line of the grid.
 
-    ``pointer`` is row n, ``x`` is the column of the query, and ``column`` is the column of each group's first key.
+    ``pointer`` is row n of the matrix m. ``x`` is the column of the query in the grid, and ``column`` is the column of
+    each group's first key.
     """
     total = load(pointer, at, inside, VECTOR)
     total += previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
@@ -101,9 +102,9 @@ def line(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
 
 @triton.jit
 def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: tl.constexpr):
-    """Return the sum of x[n + o, i + o] over those of the nine steps o for which query and key remain on the grid.
+    """Return the sum of m[n + o, i + o] over those of the nine steps o for which query and key remain on the grid.
 
-    ``pointer`` is row n.
+    ``pointer`` is row n of the matrix m. The query is in row ``y`` and column ``x`` of the grid.
     """
     total = line(pointer, size, at, inside=inside, x=x, column=column, width=width, VECTOR=VECTOR)
     far = width * tl.cast(size, tl.int64) + width

@@ -1,8 +1,8 @@
 """`aggregate` in Triton: a tile has all K samples and some classes of one image.
 
 lse, mean and mean_sigmoid treat each class separately, so they use one program per image and tile. peel and vote
-compare classes, so they use one program per image, which processes the tiles twice. Computing a tile twice is cheaper
-than writing and reading it.
+compare classes, so they use one program per image, which processes the classes in two loops. peel computes each tile in
+both loops, because this is cheaper than writing the tiles in the first loop and reading them in the second.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ a large GPU. There are no atomics.
 Query and key are always shifted together. So a sum over the nine offsets is a sum over three lines of the grid: the
 line of the query, the line before and the line after. Each line contributes the sum of three numbers. A thread has
 ``VECTOR`` adjacent keys: four if the width of the grid is a multiple of four, and one otherwise. In each of the three
-lines, the thread loads its keys, and one more number for the shift to the left and for the shift to the right.
+lines, the thread loads the numbers of its keys, and one more number for each of the two shifts, left and right.
 
 The input of "fuse" is stored with wings: ``width`` numbers of a row are stored again before the row, and ``width``
 numbers after it. With the wings, the successor of key i in column-major order is always at i + width, and its
@@ -205,7 +205,7 @@ def _attend(
 
 @triton.jit
 def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constexpr):
-    """Return x[n, i] + x[n - 1, i - 1] and x[n, i] + x[n + 1, i + 1], within a line of the grid."""
+    """Return m[n, i] + m[n - 1, i - 1] and m[n, i] + m[n + 1, i + 1], within a line. ``pointer`` is row n of m."""
     here = load(pointer, at, inside, VECTOR)
     left = previous_pair(pointer, stride, at, inside=inside & (x > 0), has_begun=column > 0, VECTOR=VECTOR)
     right = next_pair(
@@ -241,7 +241,7 @@ def _spread(
 
 @triton.jit
 def _half_line(pointer, stride, at, inside, x, column, width, RIGHT: tl.constexpr, VECTOR: tl.constexpr):
-    """Return x[n, i] plus x[n + 1, i + 1] if ``RIGHT``, or plus x[n - 1, i - 1] if not, within a line of the grid."""
+    """Return m[n, i] plus m[n + 1, i + 1] if ``RIGHT``, or plus m[n - 1, i - 1] if not, within a line of the grid."""
     total = load(pointer, at, inside, VECTOR)
     if RIGHT:
         total += next_pair(

@@ -1,4 +1,4 @@
-"""`decode_samples` in Triton: a launch computes a layer of the decoder by matrix products, or the last two layers.
+"""`decode_samples` in Triton: a launch computes one layer of the decoder, or the last two, by matrix products.
 
 A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s. All outputs with the same
 residue use the same taps, so the products contain no inserted zeros. The rows of a product are pixels of all samples,
@@ -35,14 +35,15 @@ LATENT = 1
 #: The largest number of bytes of feature maps that are in memory together. If there are too many samples, they are
 #: decoded in parts.
 MEMORY = 1 << 29
-#: The kinds of `_layer`. They compute the first feature map, a later feature map, an image, and the gradient of a
-#: feature map.
+#: The kinds of `_layer`. FIRST computes the first feature map, BETWEEN a later feature map, IMAGE an image, and
+#: GRADIENT the gradient of a feature map.
 FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
 #: The largest number of columns for one cell of the image.
 CELL = 16
 #: The dtypes for which the last two layers can be one launch. In float32 they do not fit into the registers.
 TOGETHER = (torch.bfloat16,)
-#: The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256.
+#: The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256
+#: rows.
 FEWER_ROWS = {8: 128, 12: 128}
 #: The lowest major compute capability whose shared memory has room for the tiles of `_last_two`.
 OLDEST = 8
@@ -410,7 +411,7 @@ def tiles(columns: int, channels: int, dtype: torch.dtype, device: torch.device)
 
 
 def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device) -> dict[str, int]:
-    """Return the tile of `_last_two`. It has fewer rows on devices whose registers have no room for 256."""
+    """Return the tile of `_last_two`. It has fewer rows on devices whose registers have no room for 256 rows."""
     rows = FEWER_ROWS.get(_common._major(device), 256)
     tile = {"ROWS": rows, "TILE": max(16, stride**2 * columns), "CHUNK": _power(channels, 64)}
     return tile | {"num_warps": 8, "num_stages": 2}

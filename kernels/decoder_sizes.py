@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: The channels of feature maps and the columns of an image are padded to a multiple of these sizes. A single matrix
-#: product of the kernels has these sizes.
+#: The number of channels of a feature map is padded to a multiple of CHANNEL_TILE. The matrix product that computes an
+#: image has a column per channel of the image, and the number of columns is padded to a multiple of COLUMN_TILE. So the
+#: kernels can divide channels and columns into whole tiles.
 CHANNEL_TILE, COLUMN_TILE = 32, 16
 
 

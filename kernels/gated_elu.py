@@ -46,7 +46,7 @@ def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.cons
     tail = tl.exp(-tl.abs(b))
     inverse = 1.0 / (1.0 + tail)
     to_a = g * (tl.where(b < 0, tail, 1.0) * inverse) * tl.exp(tl.where(a > 0, 0.0, a))
-    # 1 - sigmoid(b) would lose digits, so this is sigmoid(b) sigmoid(-b).
+    # The slope of sigmoid(b) is computed as sigmoid(b) sigmoid(-b), because 1 - sigmoid(b) would lose digits.
     to_b = g * _elu(a) * (tail * inverse * inverse)
     tl.store(out_ptr + at, to_a.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + at + size, to_b.to(out_ptr.dtype.element_ty), mask=inside)

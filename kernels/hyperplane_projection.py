@@ -30,7 +30,8 @@ def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
 
 @triton.jit
 def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
-    # Return the largest |w|, the power of two that scales it into [1, 2), the distance to the plane, and the side of x.
+    # The normal w is scaled by the power of two that brings the largest |w| into [1, 2). Return the largest |w| after
+    # scaling, this power of two, the scaled distance to the plane, and the side of the plane on which x is (1 or -1).
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         highest = tl.maximum(highest, tl.abs(_normal(w_ptr, row * size + first + lane, first + lane < size)))
@@ -53,8 +54,8 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
     # A coordinate moves by t (linf) or by t times its slope (l2), and stops at the border of the box. `filled` is the
     # progress to the plane by the stopped coordinates. `rate` is the progress of the moving coordinates per unit of t.
-    # Both give the next t. t grows until no further coordinate stops. It is infinite if all coordinates stop before the
-    # plane.
+    # Both give the next t. t grows until no further coordinate stops. t becomes infinite if all coordinates stop before
+    # the plane.
     reached, ahead = -1.0, 0.0
     while ahead > reached:
         reached = ahead
@@ -93,8 +94,8 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     peak, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # If the coordinates with slopes above ``high`` move, the plane is not reached. If those with slopes above ``low``
-    # move, it is reached, unless ``low`` is -1.
+    # The plane is not reached if only the coordinates with slopes above ``high`` move. The plane is reached if the
+    # coordinates with slopes above ``low`` move, or ``low`` is -1.
     low, high = -1, peak.to(tl.int32, bitcast=True)
     while high - low > 1:
         middle = low + (high - low) // 2

@@ -138,8 +138,8 @@ def _candidates(x, g, lo, hi):
 
 @triton.jit
 def _narrowed(low, high, count, chosen):
-    # Bisect [low, high): at least ``chosen`` candidates are >= low, and fewer are >= high. If exactly ``chosen``
-    # candidates are >= middle, the search ends.
+    # Bisect [low, high): at least ``chosen`` candidates are >= low, and fewer are >= high. ``count`` candidates are >=
+    # middle. If these are exactly ``chosen`` candidates, the search ends.
     middle = low + (high - low) // 2
     end = tl.where(count == chosen, middle + 1, high)
     return tl.where(count >= chosen, middle, low), tl.where(count >= chosen, end, middle)
@@ -165,7 +165,7 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
     d = x - nat
     left = tl.maximum(tl.abs(d) - shift, 0.0)
     x = tl.where(moves, nat + tl.where(d < 0, -left, left), x)
-    # The difference is NaN only if nat is NaN.
+    # If nat is NaN, the result must be NaN. Then d is NaN, but x can be finite.
     return _clamp(tl.where(d != d, d, x), lo, hi)
 
 

@@ -14,7 +14,7 @@ from .philox import in_order, in_pairs, noise, words
 #: The fourth words of Philox's counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = 2
 MASK = 3
-#: The number of blocks of an image that a program compares with each other together.
+#: A program ranks at most this number of blocks of an image. It compares them with at most as many blocks at a time.
 TILE = 64
 
 
@@ -67,10 +67,10 @@ def _owners(
 
 @triton.jit
 def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the plane of a block, its first group of random numbers, its pixels, and which pixels are in the plane."""
+    """Return the plane, first group of random numbers and pixels of a program, and which pixels are in the plane."""
     tile = block // planes
     channel = block - tile * planes
-    # The first element of the plane in its image. Its group may begin in the plane before.
+    # The index of the plane's first element in the image. The group of this element may begin in the previous plane.
     first = channel.to(tl.int64) * plane
     # The random stream counts groups with 32 bits.
     group = (first >> 2).to(tl.int32) + tile * GROUPS

@@ -1,8 +1,8 @@
-"""`representation_distance` in Triton. All layers are one launch: a program sums one chunk of one layer of one sample.
+"""`representation_distance` in Triton: a program sums one chunk of one layer of one sample.
 
-If a layer has a single chunk, the program also computes the layer's distance. If any layer has several chunks, a second
-launch adds them in order. The chunk has a fixed size and there are no atomics, so a sample has the same bits in every
-batch.
+A launch has up to ``LAYERS`` layers. If each of them has a single chunk, the program also computes the distance.
+Otherwise, a second launch adds the chunks in order and computes the distances. The chunk has a fixed size and there are
+no atomics, so a sample has the same bits in every batch.
 
 Layers are tuples of pointers and sizes. Each layer has its own copy of the kernel's code, so dtypes and shapes may
 differ.
@@ -66,7 +66,7 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 def _angle(dot, uu, vv, kind):
     """Return (distance, scale, along), where the gradient of the distance by u is scale (v - along u).
 
-    One kernel computes all kinds of distances and selects one of them, because this is little work.
+    One kernel computes the distances of all three angular kinds and selects one of them, because this is little work.
     """
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS

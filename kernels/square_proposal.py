@@ -86,8 +86,8 @@ def _root(mass, L1: tl.constexpr):
 def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
     """Read some pixels of an image in all channels.
 
-    Returns the natural pixels, the offsets, masks of the pixels in the windows W and V, the positions in the image, a
-    mask of the positions that exist, and the positions in W.
+    Returns the natural pixels, the offsets of x from them, masks of the pixels in the windows W and V, the positions in
+    the image, a mask of the positions that exist, and the positions in W.
     """
     x_ptr, nat_ptr = images
     channels, height, width, edge = shape

@@ -16,9 +16,10 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile
 def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
     """Return this program's groups of neighboring elements [GROUPS, 1], whether each group exists, and its owner.
 
-    The width of a block of the mask is a multiple of a group, so a thread divides once for all elements of its group.
-    ``line`` and ``cell`` are the numbers of groups in a line of the image and in a line of a block. The divisions are
-    unsigned and use 32 bits. A signed division needs six more instructions, and a 64-bit division about a hundred more.
+    A line of a block of the mask consists of whole groups, so a thread divides once for all elements of its group.
+    ``line`` is the number of groups in a line of the image. ``cell`` is the number of groups in a line of a block. The
+    divisions are unsigned and use 32 bits. A signed division needs six more instructions, and a 64-bit division about a
+    hundred more.
     """
     group = tl.program_id(0).to(tl.uint32) * GROUPS + tl.arange(0, GROUPS)
     inside = group < tl.cast(groups, tl.uint32)

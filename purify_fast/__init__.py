@@ -9,7 +9,7 @@
 - `purify_fast.ops`: the fused operations. `purify_fast.speed`: faster copies of frozen models, and CUDA graphs.
 - `purify_fast.zoo`: small trained models to attack.
 - `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
-- `purify_fast.protocols`: the methods that your own model may have. The package uses each method that it finds.
+- `purify_fast.protocols`: optional Python methods of your own model. The package uses those that your model has.
 
 Each name is imported when it is first used. So ``purify-fast --help`` does not wait for the import of PyTorch, which
 takes 1.8 seconds.

@@ -1,4 +1,4 @@
-"""Write files atomically, lock folders, and tell whether the extension was built from the present C++ sources.
+"""Write files atomically, lock folders, and tell whether the extension was built from the current C++ sources.
 
 A file is first written under a temporary name, synced, and then renamed.
 
@@ -44,7 +44,7 @@ PATIENCE = 0.2
 #: in a forked child, which does not have its parent's locks.
 _owners: dict[Path, tuple[int, int]] = {}
 
-#: The file beside the extension that contains, among other facts, the hash of the C++ sources it was built from.
+#: The file beside the compiled extension that contains, among other facts, the hash of the extension's C++ sources.
 RECORD = "_build.json"
 #: The folders of ``csrc`` whose files are compiled into the extension.
 PARTS = ("core", "cpu")

@@ -21,7 +21,7 @@ def bytes_of(amount: int | str) -> int:
         amount: a number of bytes, or a text such as "20GB", "512 MB" or "8GiB".
 
     Raises:
-        ValueError: ``amount`` is another text, or less than one byte.
+        ValueError: ``amount`` cannot be read as an amount of memory, or is less than one byte.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
     if found is None or found[2] not in UNITS or (count := int(float(found[1]) * UNITS[found[2]])) < 1:

@@ -131,8 +131,8 @@ def check_literal(name: str, value: Any, literal: Any) -> None:
 def check_types(config: Any) -> None:
     """Raise a ValueError if a field of a dataclass does not have the type and the `Range` of its annotation.
 
-    Python itself does not check annotations. A wrong type, such as "5" in place of 5, could stop a training only after
-    hours.
+    Python itself does not check annotations. Without this check, a wrong type, such as "5" in place of 5, could remain
+    unnoticed for hours, and then stop a training.
 
     Args:
         config: the dataclass. A field is checked if its type is bool, int, float, str, ``typing.Literal``, a dataclass

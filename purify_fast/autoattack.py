@@ -73,8 +73,8 @@ class ApgdSettings(FabSettings):
         n_iter: number of gradient steps in a run.
         n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
         eot_iter: number of draws of a random model over which each gradient step averages the gradient.
-        rho: the step size is halved at a check if the share of the steps since the last check that raised the loss is
-            smaller than this.
+        rho: a share of steps. At a check, the step size is halved if the loss has risen in a smaller share of the steps
+            since the previous check.
     """
 
     eot_iter: int = 1
@@ -174,7 +174,7 @@ class AutoAttack:
             return_labels: whether to return also the classes that are predicted for the returned images.
             state_path: must be None, because this class cannot resume a run. Use `purify_fast.evaluate` with ``out``
                 for a run that can be resumed.
-            batch_size: the name of ``bs`` in pyautoattack.
+            batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
@@ -207,7 +207,7 @@ class AutoAttack:
             y_orig: labels, integers ``[N]``.
             bs: number of images that are attacked together.
             return_labels: whether to return also the classes that are predicted for the returned images.
-            batch_size: the name of ``bs`` in pyautoattack.
+            batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:
             For each attack, by its name, the result that `run_standard_evaluation` would return for this attack alone.

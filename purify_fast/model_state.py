@@ -166,8 +166,8 @@ class _Walk:
 
     Attributes:
         values: the plain values, the names, and the marks that `open` returns, in the order of the visit.
-        path: the values that are being visited, outermost first. Each has the name of the child that is being visited
-            in it.
+        path: the values that are being visited, outermost first. Each value is paired with the name of its child that
+            is being visited.
     """
 
     def __init__(self) -> None:
@@ -515,8 +515,8 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find modules that a model contains without having registered them, such as modules in a plain list.
 
     PyTorch does not find such modules: ``modules()``, ``eval()``, ``parameters()``, ``to()`` and ``state_dict()`` leave
-    them out. This function searches the attributes and hooks of the model and of all its submodules: lists, tuples,
-    sets, dicts, objects and functions.
+    them out. This function searches the attributes and hooks of the model and of all its submodules. It also looks
+    inside the lists, tuples, sets, dicts, objects and functions that it finds there.
 
     Args:
         model: any module.

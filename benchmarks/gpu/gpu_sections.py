@@ -271,7 +271,7 @@ def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: n
 
 
 def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[dict]:
-    """Evaluate a model. Return a row for each attack, compared with the evaluation without CUDA graphs."""
+    """Evaluate a model. Return a row for each attack, with the difference from the evaluation without CUDA graphs."""
     folder = context.out / "gpu_check" / "standard"
     protocol = "fast" if context.dry else "standard"
     config = EvaluateConfig(protocol=protocol, batch_size=contests.BATCH, cuda_graphs=mode, probes=False)
@@ -284,7 +284,7 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
 
 
 def _official(context: Context, subject: contests.Subject) -> list[dict]:
-    """Run the official AutoAttack on a subject. Return a row, compared with our attacks without CUDA graphs."""
+    """Run the official AutoAttack. Return a row with the difference from our attacks without CUDA graphs."""
     began = time.perf_counter()
     images = contests.official("standard")(subject, contests.QUICK if context.dry else contests.Amount())
     seconds = time.perf_counter() - began
@@ -425,9 +425,9 @@ def tests(context: Context) -> Outcome:
 
 
 def sanitizer(context: Context) -> Outcome:
-    """Run every op once alone, and then under compute-sanitizer, which checks the memory accesses of the kernels.
+    """Run every op once without compute-sanitizer, and then under this tool, which checks the kernels' memory accesses.
 
-    If this tool is missing, only the first run takes place.
+    If the tool is missing, only the first run takes place.
     """
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
     # Give every tensor a separate allocation, so that the tool finds accesses beyond a tensor.

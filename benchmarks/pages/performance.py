@@ -17,7 +17,8 @@ from ..speed.ops import Case, registry
 from ..speed.sheets import table
 from ..speed.timing import AUTOTUNED
 
-#: The name of a file in a device's folder. The notes in this file are written by hand, and end the device's chapter.
+#: The name of a file in a device's folder. The notes in this file are written by hand, and stand at the end of the
+#: device's chapter.
 NOTES = "notes.md"
 #: The assumed rates of an H200-class GPU: the bytes/s of a copy, and the FLOP/s of a bfloat16 product.
 ASSUMED = (4.3e12, 790e12)

@@ -310,7 +310,7 @@ def _network(name: str, count: int, first: int = 0) -> Contest:
 
 
 def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
-    """Train the adversarially trained classifier of the demo with a seed. Return it with the held-out digits."""
+    """Train the classifier of the demo adversarially, with a seed. Return it with the held-out digits."""
     held_out, place = digits(), Path("runs/digits_seeds") / str(seed)
     train(Workspace(place, Budget(), seed, progress=False), BASE)
     return Subject(load_classifier(place / FOLDERS[BASE]), to_float(held_out.x_test), held_out.y_test, EPS)
@@ -320,8 +320,8 @@ def _published(folder: Path | None) -> Subject:
     """Load a published, adversarially trained network for MNIST, from the subfolder ``networks`` of the data folder.
 
     The network is that of SDP-FO (Dathathri et al., NeurIPS 2020), as alpha-beta-CROWN distributes it. The authors of
-    alpha-beta-CROWN report on 200 images at this radius: 76.0 % of the images were proved robust, and 76.5 % were
-    classified correctly after the best attack.
+    alpha-beta-CROWN report on 200 images at the radius of this contest: 76.0 % of the images were proved robust, and
+    76.5 % were classified correctly after the best attack.
     """
     path = (folder or Path("data")) / "networks" / "mnist_cnn_a_adv.model"
     if not path.exists():

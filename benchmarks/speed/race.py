@@ -140,7 +140,7 @@ def race(
     """Time all contestants of a case, and return one row of the results file for each contestant.
 
     The row of a contestant whose result is wrong has no times. A contestant that is not ready within ``limit`` seconds
-    is left out. The first contestant and ours are always timed.
+    is not timed, and its row has the verdict "left out". This limit does not apply to the first contestant and to ours.
     """
     effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
     together = device.type == "cuda"

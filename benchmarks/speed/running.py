@@ -74,7 +74,7 @@ class Budget:
 
 
 def _rows(ops: dict[str, Callable[[], list[Case]]], names: list[str], quick: bool) -> list[tuple]:
-    """Return the rows to measure: the case's index in its op, the op, the case, the direction, and the style."""
+    """Return the rows to measure, as tuples: index of the case in its op, name of the op, case, direction, style."""
     rows = []
     for name in names:
         cases = ops[name]()

@@ -57,7 +57,8 @@ def verdicts(rows: list[dict]) -> list[dict]:
 
     Eager calls use our kernel if it is at most 5 percent slower than the best other implementation in every row.
     Otherwise they use the reference in PyTorch. A compiled graph uses our kernel if it is at least `IN_GRAPHS` times as
-    fast as the best other implementation in every row, and if compilers do not fuse the reference.
+    fast as the best other implementation in every row, and if the reference needs many launches that compilers do not
+    fuse.
 
     Args:
         rows: rows of ops.csv.
@@ -96,9 +97,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
 def _ahead(rows: list[dict]) -> bool:
     """Tell whether a compiled graph should use a kernel, although the compiler cannot fuse the kernel with other code.
 
-    There are two conditions. The kernel must be much faster in all rows. And the op must be one whose reference is not
-    fused by compilers. In a user's model, a compiler could fuse a reference with more operations than in the measured
-    graph.
+    There are two conditions. First, the kernel must be much faster in all rows. Second, the reference must need many
+    launches that compilers do not fuse (see `Op.serves_unraced`). In a user's model, a compiler could fuse a reference
+    with more operations than in the measured graph.
     """
     many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(

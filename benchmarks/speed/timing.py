@@ -55,7 +55,8 @@ class Effort:
         runs: number of runs of each contestant in an attempt.
         seconds: approximate seconds of a run.
         attempts: largest number of attempts. The attempt with the least spread is used.
-        steady: largest ratio of the 80th to the 20th percentile of the times at which no further attempt is made.
+        steady: if the ratio of the 80th to the 20th percentile of every contestant's times is at most this number, no
+            further attempt is made.
     """
 
     runs: int = 15
@@ -280,7 +281,7 @@ def measure(
     del results
     clocks = {}
     for kind, entry in entries.items():
-        # After three untimed runs everything is compiled, and the memory allocator has its blocks.
+        # After three runs whose times are not saved, everything is compiled, and the allocator has reserved memory.
         for _ in range(3):
             once = _clock(entry, len(entry.calls), device)
         repeats = max(len(entry.calls), math.ceil(effort.seconds / once))

@@ -11,10 +11,11 @@ namespace pf {
 
 enum class Aggregation : int { lse = 0, peel = 1, mean = 2, probability = 3, vote = 4 };
 
-// With this bound, float32 remains finite for logits up to about 1e8.
+// With this bound, tangent_exp remains finite in float32 for logits up to about 1e8.
 constexpr double tangent_from = 70.0;
 
-// exp(q) for q <= tangent_from. Above that, the function continues along the tangent.
+// Returns exp(q) for q <= tangent_from. For a larger q, returns the value at q of the tangent of exp at tangent_from.
+// Also writes the derivative to `slope`.
 template <class W>
 PF_INLINE W tangent_exp(W q, W& slope) {
   constexpr W from = static_cast<W>(tangent_from);
@@ -186,12 +187,12 @@ PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
   return s;
 }
 
-// Above this number, sigmoid(-x) and exp(-x) are equal to the last bit, and a sum of such small numbers would
-// underflow.
+// Above this number, sigmoid(-x) and exp(-x) are equal to the last bit, so a shift loses no digits. For much larger x,
+// a sum without a shift would underflow.
 constexpr double sigmoid_shift_from = 40.0;
 
 // Computes the shifts for both signs: the sums of `sigmoid_sums` are divided by the exponential of the shift. A shift
-// is 0 unless all sigmoids of a lane are tiny. Returns true if any shift is not 0.
+// is 0 unless all sigmoids of a lane are tiny. Returns false only if all shifts are 0.
 template <class W>
 PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
                               W* __restrict__ no_shift) {
@@ -207,8 +208,8 @@ PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64
   return shifted != 0;
 }
 
-// For both signs, sums the sigmoids over the samples, divided by the exponential of the shift. If `keep` is true and
-// `shifted` is false, it also overwrites each number with the slope of its sigmoid.
+// For both signs, computes the sum of the sigmoids over the samples, divided by the exponential of the shift. If `keep`
+// is true and `shifted` is false, also overwrites each number with the slope of its sigmoid.
 template <bool shifted, bool keep, class W>
 PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
                             const W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {

@@ -7,11 +7,12 @@ namespace pf {
 
 template <class W>
 struct ApgdStep : PgdStep<W> {
-  // momentum is a, and rest is 1 - a, which is computed before it is rounded to W.
+  // momentum is the factor a of the definition, and rest is 1 - a. The difference is computed in double, then rounded.
   W momentum, rest;
 };
 
-// Moves from x to z, the result of the step without momentum, and adds a part of the previous move.
+// z is the result of the step without momentum. Returns x plus a part of the move from x to z, plus a part of the
+// previous move.
 template <class W>
 PF_INLINE W with_momentum(W x, W z, W previous, ApgdStep<W> step) {
   return x + step.momentum * (z - x) + step.rest * (x - previous);

@@ -54,8 +54,8 @@ PF_INLINE W newton_step(Way<W> way, int64_t n) {
   return reached;
 }
 
-// For l1, coordinates with a larger slope move first. `least` is the slope at which the plane is reached. `share` is
-// the fraction of their room by which the coordinates with exactly that slope move.
+// For l1, coordinates with a larger slope move first. `least` is the slope at which the plane is reached. Coordinates
+// with exactly this slope move by the fraction `share` of their room.
 template <class W>
 struct Threshold {
   W least, share;
@@ -69,8 +69,8 @@ PF_INLINE Threshold<W> threshold(Way<W> way, int64_t n, W peak) {
       return slope[i] >= least ? gain : W(0);
     });
   };
-  // If the coordinates with slope >= low move, the plane is reached, or low is 0. If those with slope >= high move, it
-  // is not reached.
+  // In every iteration, low is 0, or the plane is reached if the coordinates with slope >= low move. The plane is not
+  // reached if only the coordinates with slope >= high move.
   bits_t<W> low = 0, high = bit_cast<bits_t<W>>(peak) + 1;
   while (high - low > 1) {
     const bits_t<W> middle = low + (high - low) / 2;

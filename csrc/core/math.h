@@ -163,14 +163,14 @@ PF_INLINE float exp(float x) {
 }
 
 // Holds exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. The member `exp` has
-// the same bits as the function exp, except that it is 0 where exp(x) is subnormal. It needs only two thirds of the
-// instructions of exp. NaN gives NaN.
+// the same bits as the function exp, except that it is 0 where exp(x) is subnormal. Its computation needs only two
+// thirds of the instructions of the function. NaN gives NaN.
 template <class W>
 struct ExpUnit {
   W exp, minus_one;
 };
 PF_INLINE ExpUnit<float> exp_units(float x) {
-  // With this shift, the low bits of the sum are the biased exponent of the result.
+  // With this shift, the low bits of `shifted` are the biased exponent of the result.
   constexpr float least = -87.33654f, shift = detail::magic + 127.0f;
   const float bounded = x < least ? least : x;
   const float shifted = bounded * 1.44269504f + shift;

@@ -102,8 +102,8 @@ template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
 // Returns a positive threshold: x_i >= threshold for the k largest of the x_i, i < n, and for all elements equal to the
-// k-th largest. All x_i must be in [0, most]. The search bisects bit patterns, because the bit patterns of such numbers
-// have the same order as the numbers.
+// k-th largest. Elements that are 0 are below the threshold in every case. All x_i must be in [0, most]. The search
+// bisects bit patterns, because the bit patterns of such numbers have the same order as the numbers.
 template <class W>
 PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   // At least k elements are >= low, and fewer than k are >= high.

@@ -6,8 +6,8 @@
 
 namespace pf {
 
-// Returns max(l, 0) - l t + log(1 + exp(-|l|)). The terms are added in an order in which the loss of a pixel that is
-// predicted correctly and with certainty loses no digits.
+// Returns max(l, 0) - l t + log(1 + exp(-|l|)), where l is the logit and t the target. The order of the additions keeps
+// all digits of the small loss of a pixel that is predicted correctly and with certainty.
 template <class W>
 PF_INLINE W reconstruction_loss_term(W logit, W target) {
   return ((1 - target) * logit - min_nan(logit, W(0))) + log1p_unit(exp_unit(-abs(logit)));

@@ -159,8 +159,9 @@ PF_INLINE void mean_image_backward(const W* grad, T* out, int64_t samples, int64
   }
 }
 
-// Computes the result of the op. Also stores three rows per image for the backward: the largest logits, the factors of
-// their exponentials, and, for "peel", the probabilities of the classes. `scratch` has room for one row.
+// Computes the result of the op. Also stores three rows per image for the backward. Per class, they contain the largest
+// logit, the factor by which the backward multiplies exp(logit - largest logit), and, for "peel", the probability.
+// `scratch` has room for one row.
 template <class T, class W = wide_t<T>>
 PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, int64_t samples, int64_t classes,
                           W* scratch) {

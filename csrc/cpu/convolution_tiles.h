@@ -30,8 +30,8 @@ class TiledImages {
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* weight, const float* bias, uint16_t* out,
            const Parallel& parallel) const {
-    // The number of tiles in one part of the work. It is a multiple of 8, 12 and 16, because the functions of
-    // `tiles_of` multiply so many tiles together.
+    // The number of tiles in one part of the work. It is a multiple of 8, 12 and 16, because a function of `tiles_of`
+    // multiplies up to 8, 12 or 16 tiles together.
     constexpr int64_t together = 48;
     const int64_t pairs = (inputs + 1) / 2, pitch = (inputs + 15) / 16 * 16, of_weights = blocks.pitch * pairs;
     Lines<uint32_t> packed(products * of_weights);

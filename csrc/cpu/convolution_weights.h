@@ -237,8 +237,9 @@ class WeightGradient {
       uint32_t* place = to + block.before * positions + position * block.pitch;
       pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
       if (s.out_width % 2) {
-        // The last pixel has no neighbor. It gets a pair of its own, with a distance that reaches beyond every row. So
-        // pixels that the output does not reach are never multiplied, not even by zero.
+        // The last output pixel has no neighbor. It gets a pair of its own. The distance in this pair is larger than
+        // any row, so the second pixel of the pair counts as 0. So input pixels that no output pixel uses are never
+        // multiplied, not even by zero.
         place += (s.width + stride) * block.pitch;
         const int64_t last = (s.out_width - 1) * stride - s.padding[1];
         pack_pairs(row, s.width, s.inputs, block, last, s.dilation[1], int64_t{1} << 40, s.kernel[1], place);

@@ -192,7 +192,7 @@ PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t chan
   }
 }
 
-// Computes G' m G for 16 sums, into to[9][16]. The sums of two products are `step` numbers apart.
+// Computes G' m G for 16 sums, into to[9][16]. The sums of consecutive products are `step` numbers apart.
 PF_PAIRS inline void give_kernel(const float* sums, int64_t step, __mmask16 mask, float* to) {
   const __m512 half = _mm512_set1_ps(0.5f);
   __m512 rows[3][4];

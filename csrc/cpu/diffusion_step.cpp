@@ -82,9 +82,9 @@ struct Planes {
   int64_t channels, pixels;
   bool channels_last;
 };
-// Calls f(offset in memory, count) for parts of the `count` elements that begin with element `first`, where elements
-// are counted as in a contiguous row. Elements of one part belong to one channel, so they are `channels` elements apart
-// in memory.
+// Calls f(offset in memory, size of the part) for parts of the `count` elements that begin with element `first`. The
+// elements are counted as in a contiguous row. Elements of one part belong to one channel, so they are `channels`
+// elements apart in memory.
 template <class F>
 void for_planes(Planes planes, int64_t first, int64_t count, F f) {
   for (const int64_t end = first + count; first < end;) {

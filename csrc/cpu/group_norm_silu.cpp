@@ -139,7 +139,7 @@ PF_PAIRS void backward_group(const Sizes& s, const Operands& in, const uint16_t*
       const __m512 near = sigmoid(n), far = _mm512_sub_ps(one, near);
       const __m512 slope = _mm512_mul_ps(near, _mm512_fmadd_ps(n, far, one));
       // m is the gradient of (x - center), without the parts that come through the mean and the deviation. The second
-      // loop subtracts them.
+      // loop subtracts these parts.
       const __m512 g = load_numbers(grad + first + p * s.channels + c, all);
       const __m512 m = _mm512_mul_ps(_mm512_mul_ps(g, slope), a.scale);
       sums = _mm512_add_ps(sums, m);

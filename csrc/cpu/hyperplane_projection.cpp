@@ -26,7 +26,7 @@ Tensor project_all(Tensor x, Tensor w, Tensor b, int64_t norm, double lo, double
     const T *px = data<T>(x), *pw = data<T>(w);
     const W* pb = data<W>(b);
     T* to = writable<T>(out);
-    // A row makes about ten to thirty short passes.
+    // The projection of a row makes about ten to thirty short passes over its elements.
     parallel_rows(rows, 10 * n, [&](int64_t begin, int64_t end) {
       std::vector<W> scratch(2 * n);
       for (int64_t row = begin; row < end; ++row) {

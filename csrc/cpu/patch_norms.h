@@ -35,8 +35,8 @@ void inverse_norms(const W* products, Grid grid, W* out) {
   }
 }
 
-// Adds the part of the gradient that comes from the norms to the diagonal of `slopes` [cells][cells]. A diagonal entry
-// is a factor of the pixel itself. Overwrites to_inverse, the gradient of the inverse norms.
+// Adds, to the diagonal of `slopes` [cells][cells], the part of the gradient that comes from the norms. A pixel's own
+// gradient includes the pixel times its diagonal entry. Overwrites to_inverse, the gradient of the inverse norms.
 template <class W>
 void add_norm_slopes(W* to_inverse, const W* inverse, Grid grid, W* slopes) {
   const W clamped = inverse_norm(W(0));

@@ -166,7 +166,8 @@ void fill_these(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stre
 void fill_rows(Distribution kind, const Rows& rows, int64_t begin, int64_t end, int64_t numel, uint32_t* out) {
   const int64_t groups = (numel + 3) / 4, last = (end - begin) * groups;
   int64_t row = begin, group = 0;
-  // A block may contain the end of a row without extra work, because it continues with the counters of the next row.
+  // A block of `lanes` counters may contain the end of a row. The block then continues with the counters of the next
+  // row, so no counter is wasted.
   for (int64_t start = 0; start < last; start += lanes) {
     const int64_t left_in_row = groups - group;
     if (numel % 4 == 0 && left_in_row >= lanes) {

@@ -17,7 +17,8 @@ namespace {
 
 // -- masks ------------------------------------------------------------------------------------------------------------
 
-// Three arguments of the op, which determine how the blocks of an image are divided between the passes.
+// The numbers that determine how the blocks of an image are divided between the passes. `blocks` is the number of
+// blocks. The other two are arguments of the op.
 struct Mask {
   int64_t blocks, masked_blocks, num_passes;
 };
@@ -48,7 +49,7 @@ void assign_each(Key key, const int64_t* sample_ids, int64_t samples, int64_t ba
   });
 }
 
-// Writes a mask for every draw, which all images share.
+// For every draw, writes one mask that all images share.
 void assign_shared(Key key, int64_t samples, int64_t batch, Mask mask, uint8_t* out) {
   parallel_rows(batch > 0 ? samples : 0, 32 * mask.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t draw = begin; draw < end; ++draw) {
@@ -223,7 +224,7 @@ struct Backward {
     std::vector<Run> runs;
   };
 
-  // Returns the place of the sum, over all draws, of the gradient of channel c of x.
+  // Returns the memory in which the gradient of channel c of x is summed over all draws.
   W* total(Piece piece, int64_t c, Scratch& scratch) const {
     if constexpr (in_place) return result + job.in_images(piece) + c * job.images.plane();
     return scratch.totals.data() + c * job.most_pixels();

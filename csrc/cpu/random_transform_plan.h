@@ -10,8 +10,8 @@
 namespace pf::cpu {
 namespace {
 
-// The number of pixels of a plane that are computed together. They fit into the cache. Longer stretches are faster if
-// planes are read and written without gaps.
+// The numbers of pixels of a plane that are computed together. These pixels fit into the cache. `long_chunk` is faster
+// if planes are read and written without gaps.
 constexpr int64_t chunk = 1024, long_chunk = 8192;
 // A block that is at least this wide is processed as a run of pixels. Narrower blocks are processed pixel by pixel.
 constexpr int64_t least_wide = 16;
@@ -140,8 +140,8 @@ Strip strip_of(const Job& job, Piece piece, int64_t draw, std::vector<Run>& runs
       .rows = piece.rows, .width = job.images.width, .runs = runs.data(), .count = static_cast<int64_t>(runs.size())};
 }
 
-// Draws the normal numbers for the pixels of a piece, for one image, draw and channel. Returns null if there is no
-// noise.
+// Draws the normal numbers for the pixels of a piece, for one image, draw and channel. Both functions return null if
+// there is no noise.
 class Noise {
  public:
   explicit Noise(const Job& job) : job_(job), numbers_(job.most_pixels() + 8), groups_(job.most_pixels() / 4 + 1) {}

@@ -5,9 +5,9 @@ at most a share rho of the steps since the last checkpoint raised the loss. In t
 not halve the step size, and the highest loss has not risen since. After a halving, the search of the image continues at
 its point of highest loss.
 
-The first checkpoint comes after 22 % of the steps. Each further interval between checkpoints is shorter, until a
-smallest length. The intervals are rounded as in the authors' implementation. Two things are not in the paper: the first
-point is uniform in the ball, and the loss of a random model is the mean over several draws.
+The first checkpoint comes after 22 % of the steps. Each further interval between checkpoints is shorter than the
+interval before, down to a smallest length. The intervals are rounded as in the authors' implementation. Two things are
+not in the paper: the first point is uniform in the ball, and the loss of a random model is the mean over several draws.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ MOMENTUM = 0.75
 #: LARGER_STEPS: the share of the steps in each of them.
 LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
 #: Constants for the l1 ball (Croce & Hein, "Mind the box", ICML 2021). FIRST_SHARE: the share of the coordinates that
-#: the first steps move. SPARSER: a later step moves the share of coordinates in which the best point differs from the
-#: image, divided by SPARSER. SHRINK: a checkpoint divides the step size by SHRINK. SHORTEST: the smallest step size is
-#: eps divided by SHORTEST.
+#: the first steps move, if `AutoPgdL1` is not given another share. SPARSER: at a checkpoint, the share of the
+#: coordinates in which the point of highest loss differs from the image is divided by SPARSER; the next steps move the
+#: resulting share. SHRINK: a checkpoint divides the step size by SHRINK. SHORTEST: the smallest step size is eps
+#: divided by SHORTEST.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
 #: If the number of changed coordinates falls below this share of the number at the last checkpoint, the step size is
 #: eps again.
@@ -59,8 +60,8 @@ class APGD(EngineAttack):
         rho: a checkpoint halves the step size of an image if at most this share of the steps since the last checkpoint
             raised the loss.
         leave_when_fallen: whether the attack of an image ends once the model itself has confirmed a misclassified
-            point; this point is then returned. If not, every run takes all of its steps, and further runs leave out
-            only the images whose best point all draws misclassify.
+            point; this point is then returned. If not, every run takes all of its steps, and a further run leaves out
+            an image only if all draws misclassify its best point.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -241,8 +242,8 @@ class AutoPgd(RowSearch):
             self.see_given_up(index)
         if kept is not None:
             if self.health is not None:
-                # A removed row of a fallen image counts as an image, but never as an unmoved image, because the row may
-                # have begun at a misclassified point.
+                # A removed row of a fallen image is counted in ``images``, but never in ``unmoved``, because the row
+                # may have begun at a misclassified point.
                 self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
             self.take(kept)
 
@@ -256,7 +257,10 @@ class AutoPgd(RowSearch):
             self.health.see_move(self.rows.begin[index], self.point[index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
-        """For some rows, let the model judge the better of the best and the last point, and pass it to `keep_best`."""
+        """For some rows, pass the better of two points to `keep_best`: the best point so far, and the last point.
+
+        With ``leave`` (see `ActiveSet`), the model itself judges the better point before.
+        """
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]
         if self.objective.eot_iter > 1:
@@ -276,7 +280,8 @@ class AutoPgd(RowSearch):
 class AutoPgdL1(AutoPgd):
     """One run of Auto-PGD in the l1 ball.
 
-    A step moves only a share of the coordinates. This share depends on how many coordinates the best point has changed.
+    A step moves only a share of the coordinates. This share depends on the number of coordinates in which the point of
+    highest loss differs from the image.
 
     Args:
         share: the share of the coordinates that the first steps move, ``[R]``; None: a fifth.

@@ -37,7 +37,7 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         label = int(y.min())
         least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
     except RuntimeError:
-        # Tensors inside torch.func.vmap have no values, nor have fake tensors outside of their mode.
+        # Tensors inside torch.func.vmap have no values. Neither do fake tensors outside of their mode.
         return
     if label < 0:
         raise ValueError(f"y must have class numbers of at least 0, got {label}")

@@ -40,7 +40,8 @@ def frozen(model: Classifier) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
     At the end of the context, modes and flags are restored. The parameters are frozen to save time: a compiled backward
-    pass would compute the gradients of all parameters with ``requires_grad=True``, about a third of an attack's work.
+    pass would also compute the gradients of all parameters with ``requires_grad=True``. That would be about a third of
+    an attack's work.
     Modules in a plain list, in an object or in a hook of the model are frozen too
     (`purify_fast.model_state.hidden_modules`).
 
@@ -80,9 +81,9 @@ class WritesToItsInput(ValueError):
 def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     """Call a model on images, and refuse a model that writes to them; the check takes no time.
 
-    The check compares PyTorch's count of the writes to x. Writes through ``x.data``, or through a NumPy array with the
-    same memory, are not counted. After an error the images may have been changed, so a caller that still needs them
-    must pass a copy.
+    The check compares PyTorch's count of the writes to x before and after the call. Writes through ``x.data``, or
+    through a NumPy array with the same memory, are not counted. After an error the images may have been changed, so a
+    caller that still needs them must pass a copy.
 
     Raises:
         WritesToItsInput: the model wrote to the images, or tried to write to them while gradients were recorded.

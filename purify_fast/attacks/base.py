@@ -76,7 +76,8 @@ class Decided(NamedTuple):
     steps: int
     eot_iter: int
     loss: Any
-    #: The number of wrong classes that are targeted, each in its own run; None if the attack has no targets.
+    #: The number of wrong classes that are targeted, each in its own run. Auto-PGD has None here if its loss is not
+    #: targeted. Other attacks without targets ignore the number.
     n_target_classes: int | None
 
 
@@ -171,7 +172,7 @@ class Attack(abc.ABC):
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
-        """Replace options that are None by values, and a loss for which the model has too few classes by "margin"."""
+        """Choose a value for each option that is None, and "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
@@ -226,9 +227,7 @@ class Attack(abc.ABC):
         """
         context = AttackContext.from_options(**options)
         if "eps" not in options and self.threat_model(context).eps == 0:
-            raise ValueError(
-                f"eps must be given, got no radius: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)"
-            )
+            raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
         return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
@@ -336,9 +335,10 @@ class EngineAttack(Attack):
             (such a copy is used if the device is faster in bfloat16 and the model is large enough). Every success is
             checked on the model itself.
         give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
-            times its recent pace. Attacks with gradients check the pace after 40, 60 and 80 % of the steps, if there
-            are at least 50 steps. After 15 % of the steps they also stop a search that is much farther from the
-            boundary than any earlier search has moved after its first 15 %. Square checks the pace from query 500 on.
+            times its recent pace (its progress per step). Attacks with gradients check the pace after 40, 60 and 80 %
+            of the steps, if there are at least 50 steps. After 15 % of the steps they also stop a search whose distance
+            to the boundary is much larger than the distance by which any earlier search came nearer to its boundary
+            after its first 15 %. Square checks the pace from query 500 on.
             Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with
             several draws.
 

@@ -69,7 +69,8 @@ class BpdaModel(nn.Module):
 
         Args:
             defence: a defence with ``purify(x)`` and ``classifier``.
-            aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation.
+            aggregation: how the logits of several draws are aggregated; None: the defence's own aggregation, or "lse"
+                if it has none.
         """
         own = cast(Aggregates, defence).aggregate if supports(defence, Aggregates) else "lse"
         modules = [defence] if isinstance(defence, nn.Module) else []

@@ -1,7 +1,7 @@
 """Branch and bound on a small ReLU network: a complete search of an L-inf ball.
 
-The result is a misclassified point, or a proof that the ball contains none. For each other class, the "lead" is the
-true class's logit minus the other class's logit. Over the ball the lead is bounded from below: each ReLU is replaced by
+The result is a misclassified point, or a proof that the ball contains none. For each wrong class, the "lead" is the
+true class's logit minus the wrong class's logit. Over the ball the lead is bounded from below: each ReLU is replaced by
 a line above it and a line below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). If the bound is not above 0,
 the problem is split at a ReLU into two subproblems, called nodes. In the first node the ReLU's input is at least 0, in
 the second node it is at most 0. So the ReLU is linear in each node (Bunel et al., JMLR 2020, arXiv 1909.06588). A
@@ -266,14 +266,14 @@ class _Search:
     def least(
         self, boxes: _Boxes, functions: Affine, slopes: Tensor, prices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Bound linear functions of the outputs of a layer's ReLUs from below, by CROWN's backward pass.
+        """Compute lower bounds of linear functions of the outputs of a layer's ReLUs, by CROWN's backward pass.
 
         Args:
             boxes: the boxes up to this layer.
             functions: weights ``[B, F, units of the layer]`` and constants ``[B, F]``. The dimension B may be missing
                 if all nodes have the same functions.
-            slopes: the slopes of the lines below those ReLUs whose inputs have both signs, ``[B, units]`` over all
-                layers of ``boxes``.
+            slopes: the slopes of the lines below those ReLUs whose inputs can be negative or positive, ``[B, units]``
+                over all layers of ``boxes``.
             prices: the multiples of the ReLUs' inputs that are subtracted from the functions, ``[B, units]``; None:
                 nothing is subtracted.
 
@@ -336,7 +336,7 @@ class _Search:
         return nodes, torch.stack(corners), torch.cat([*changes, low[:, :0]], 1)
 
     def to_split(self, nodes: _Nodes, boxes: _Boxes, corner: Tensor, weights: Tensor) -> Tensor:
-        """The next ReLU to split, whose relaxation lowers the bound most; -1 if no input has both signs."""
+        """The next ReLU to split, whose relaxation lowers the bound most; -1 if the sign of every input is known."""
         low, high = _of_all(boxes)
         at, inputs = corner, [low[:, :0]]
         for i, (weight, bias) in enumerate(self.layers[:-1]):

@@ -2,10 +2,11 @@
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
-Plain autograd keeps the activations of all n steps. Here only the x_i are kept, and each step is computed again for its
-gradient. The second computation takes the time of another forward pass. The memory is that of one step plus one x per
-step. If memory allows, the activations of some steps are kept, and these steps are not computed again. The gradient is
-exact, in contrast to the gradient of an adjoint equation, and to a gradient through only some of the steps.
+Here g_i is the gradient with respect to x_i. Plain autograd keeps the activations of all n steps. This module keeps
+only the x_i, and computes each step again for its gradient. The second computation takes the time of another forward
+pass. The memory is that of one step plus one x per step. If memory allows, the activations of some steps are kept, and
+these steps are not computed again. The gradient is exact, in contrast to the gradient of an adjoint equation, and to a
+gradient through only some of the steps.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def check_keep(keep: object) -> None:
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
     """A context that counts the bytes that autograd keeps for the computations in it.
 
-    A storage is counted once, even if several tensors or several ``with`` blocks share it, such as that of a weight.
+    A storage, such as that of a weight, is counted once, even if several tensors or several ``with`` blocks share it.
 
     Attributes:
         last: the bytes that autograd keeps for the last ``with`` block, without storages that an earlier block keeps.

@@ -61,7 +61,7 @@ class AttackContext:
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
-        num_classes: number of the model's classes; 0 if it is not known. Then no loss is replaced.
+        num_classes: number of the model's classes; 0 if it is not known. With 0, "margin" replaces no other loss.
         steps: number of steps of an attack whose own ``steps`` is None.
         eot_iter: number of draws averaged per step, for an attack whose own ``eot_iter`` is None.
         votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step

@@ -40,7 +40,7 @@ class FABT(EngineAttack):
     Only a misclassified point inside the ball is a success.
 
     Args:
-        steps: steps of a run. None stands for 100, as in its authors' code; the ``steps`` of an `EvaluateConfig` are
+        steps: steps of a run. None stands for 100, as in the authors' code; the ``steps`` of an `EvaluateConfig` are
             not used.
         n_target_classes: the number of target classes, each with a run of its own. They are the wrong classes whose
             borders are nearest, by the model's linear approximation at the image. None takes all wrong classes.
@@ -119,7 +119,7 @@ class _FabSearch(RowSearch):
         self._try(self.rows, self.nearest)
 
     def _note(self, point: Tensor, across: Tensor) -> None:
-        """Remember each row's point if ``across``, bool ``[R]``, is True and the point is nearer than all before."""
+        """Remember the points ``across`` the border, bool ``[R]``, that are nearer to their images than all before."""
         far = _length(self.rows, point - self.rows.x).to(self.distance.dtype)
         nearer = across & (far < self.distance)
         self.nearest = torch.where(per_image(nearer, point), point, self.nearest)

@@ -116,8 +116,8 @@ def gradient_copy(
 
     Returns:
         The copy, or the model itself if no copy is used. No copy is used for a plain function, for a model that cannot
-        be copied or folded, or if logits, purified images or input gradients of the copy differ from the model's. Both
-        draw the same noise during this comparison.
+        be copied or folded, or if logits, purified images or input gradients of the copy differ from the model's. The
+        copy and the model draw the same noise during this comparison.
     """
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model

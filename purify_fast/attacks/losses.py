@@ -1,6 +1,7 @@
 """The losses that an attack maximizes.
 
-Each loss returns a number per image, and has first-order gradients with respect to the logits.
+Each loss returns a number per image, and has first-order gradients with respect to the logits. In the formulas, l_j is
+the logit of class j, y is the true class, and l_(k) is the k-th largest logit.
 """
 
 from __future__ import annotations
@@ -109,6 +110,6 @@ def usable_loss(loss: ApgdLoss, num_classes: int) -> ApgdLoss:
 
     Args:
         loss: a name of `LOSSES` or `TARGETED`.
-        num_classes: number of the model's classes; 0 if it is not known. Then the loss itself is returned.
+        num_classes: number of the model's classes; 0 if it is not known. With 0 the loss itself is returned.
     """
     return "margin" if 0 < num_classes < FEWEST_CLASSES.get(loss, 2) else loss

@@ -145,8 +145,8 @@ class Objective:
         """Sums over the draws, ``[B]``: the losses, and the number of misclassified draws.
 
         A draw with NaN among its logits counts as misclassified, because it predicts no class. With the loss "margin",
-        a draw also counts as misclassified if several of its logits are infinite and largest: the margin is NaN in
-        exactly these two cases.
+        a draw also counts as misclassified if its largest logit is infinite, and the true class is only one of several
+        classes with this logit: the margin is then NaN.
         """
         top, decided = logits.max(1)
         nameless = losses if self.loss == "margin" else top

@@ -170,7 +170,7 @@ class AutoAttack(Attack):
         return result[0] if isinstance(result, tuple) else result
 
     def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """Run PGD on the margin on all images that have not fallen, and put the new successes into the points.
+        """Run PGD with the loss "margin" on all images that have not fallen, and put new successes into ``points``.
 
         PGD replaces the attack that cannot run with so few classes, see `parts`.
         """

@@ -122,12 +122,12 @@ def ascend(
 
 
 def fall(i: int, steps: int) -> float:
-    """The factor for the length of step i, from 0: 1 at the first step, a hundredth at the last."""
+    """The factor for the length of step i (counted from 0): 1 at the first step, a hundredth at the last."""
     return 100.0 ** (-i / max(1, steps - 1))
 
 
 def density_at(norm: str, i: int, steps: int) -> float:
-    """The share of the coordinates that step i, from 0, moves in l1; for other norms an unused constant."""
+    """The share of the coordinates that step i (counted from 0) moves in l1; for other norms an unused constant."""
     # For the other norms the number is constant, because torch.compile would compile the step again for a new number.
     return FIRST_DENSITY * fall(i, steps) if norm == "l1" else FIRST_DENSITY
 
@@ -141,7 +141,7 @@ class PGD(Attack):
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
         steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
-        random_start: whether the first run begins at a random point; every further run begins at a random point.
+        random_start: whether the first run begins at a random point, as every further run does.
         keep_best: whether a run returns its best point instead of its last point. The best point is misclassified by
             the most draws; among equal points it has the highest mean loss. The option takes one more forward
             pass, or two with several draws.
@@ -213,10 +213,10 @@ class PGD(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class LeavingPGD(PGD):
-    """PGD that stops for an image once all draws of a step misclassify it; the image keeps the point of this step.
+    """PGD that stops for an image at the first check after a step whose draws all misclassify it.
 
-    The draws of a step are fresh: the point was found without them. So twenty wrong draws are twenty independent wrong
-    predictions.
+    The image then takes no further steps. The draws of a step are fresh: the point was found without them. So twenty
+    wrong draws are twenty independent wrong predictions.
 
     Args:
         look_every: the number of steps between two checks for misclassified images.

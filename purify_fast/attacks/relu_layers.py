@@ -123,7 +123,7 @@ class _Reading(TorchDispatchMode):
     """A mode that records the input of every ReLU, and replaces its output by vectors of a basis.
 
     Args:
-        basis: the numbers of the vectors; None: the output is not replaced.
+        basis: the indices of the vectors in the basis; None: a ReLU returns its input.
 
     Attributes:
         seen: the flat input of each ReLU.
@@ -134,7 +134,7 @@ class _Reading(TorchDispatchMode):
         self.basis, self.seen = basis, list[Tensor]()
 
     def vectors(self, width: int) -> Tensor:
-        """The vectors of a basis, ``[B, width]``; a vector whose number is at least ``width`` is 0."""
+        """The vectors of a basis, ``[B, width]``; a vector whose index is at least ``width`` is 0."""
         assert self.basis is not None
         return (self.basis[:, None] == torch.arange(width)).double()
 

@@ -32,9 +32,9 @@ class GradientHealth:
     """The counts that show whether an attack had usable gradients.
 
     All gradients of an attack are counted. A gradient is non-finite if any of its elements is non-finite. It is zero if
-    all of its elements are zero and the image is not misclassified yet. An image is unmoved if the clean image is
-    classified correctly and the last point of the run equals its first point. The counts remain on the device until a
-    property is read.
+    all of its elements are zero; for some losses, misclassified images are exempt (`forgiven`). An image is unmoved if
+    the clean image is classified correctly and the last point of the run equals its first point. The counts remain on
+    the device until a property is read.
 
     Args:
         counts: a dict from the names that `count` accepts to numbers or tensors []; empty at first.
@@ -130,7 +130,7 @@ class Search:
         health: counts faulty gradients and unmoved images; None: nothing is counted.
 
     Attributes:
-        memory: the tensors that a step updates by `noted`; empty without ``keep_best`` and ``health``.
+        memory: the tensors that a step updates by `noted`; empty if ``keep_best`` is False and ``health`` is None.
     """
 
     def __init__(self, objective: Objective, begin: Tensor, y: Tensor, keep_best: bool, health: GradientHealth | None):
@@ -146,7 +146,7 @@ class Search:
             self.memory |= {"best": begin, "best_score": score}
 
     def see(self, point: Tensor, gradient: Gradient) -> None:
-        """Remember the points ``[B, ...]`` that are the best so far, and count their faulty gradients."""
+        """Remember the points ``[B, ...]`` that are the best so far, and count the faulty gradients at all points."""
         self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
@@ -157,7 +157,7 @@ class Search:
         """The images that an attack on the clean images x returns: the last points, or the best with ``keep_best``.
 
         The steps have not compared the last points with the best points, so this method compares them. If several draws
-        are averaged, fresh draws score both.
+        are averaged, fresh draws score both kinds of points.
         """
         if self.health is not None:
             nonfinite, zero = self.memory["nonfinite"], self.memory["zero"]

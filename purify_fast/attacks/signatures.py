@@ -47,7 +47,8 @@ def docstring(summary: str, **sections: Iterable[str]) -> str:
     """Make a docstring from a summary and from sections, such as ``Args``, with their entries."""
     blocks = [summary]
     for title, texts in sections.items():
-        # The second line of an entry is indented, except in a section whose entries have no names.
+        # The further lines of an entry are indented more than its first line, except in "Returns", whose entries have
+        # no names.
         further = " " * (4 if title == "Returns" else 8)
         entries = (textwrap.fill(text, WIDTH, initial_indent=" " * 4, subsequent_indent=further) for text in texts)
         blocks.append("\n".join([f"{title}:", *entries]))

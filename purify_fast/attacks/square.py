@@ -33,7 +33,7 @@ from .objective import Objective
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
-#: The keys are queries. The value is the number of proposals per image that are tried in one batch from this query on.
+#: Each key is a query, and its value is the number of proposals per image that one batch tries from this query on.
 #: At first every second proposal is accepted, and the next proposal should start from the accepted point. Later few
 #: proposals are accepted, so more proposals can be tried from the same point.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
@@ -42,8 +42,8 @@ BLOCK = 64
 #: A round is one batch of proposals. After this number of rounds, the misclassified points are judged, fallen images
 #: are removed, and a random model draws the margin of the present points again.
 ROUNDS = 10
-#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the factor by which the rise of a margin per
-#: query is assumed to grow at most.
+#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the largest factor by which the rise of a
+#: margin per query is assumed to grow.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
 #: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the share is halved after each of
 #: these queries.
@@ -158,7 +158,7 @@ class _SquareSearch:
         self._once_for_all_queries()
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
-        """Make ``n_queries`` queries for every image; with ``give_up`` images out of reach are removed earlier."""
+        """Make ``n_queries`` queries for every image; with ``give_up``, images out of reach are removed earlier."""
         self.monitor = PaceMonitor(GIVEN_UP_AFTER, n_queries, TIMES) if give_up else None
         query = rounds = 0
         while query < n_queries:
@@ -254,7 +254,7 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
-    """Return two patterns of norm 1, float32 ``[2, edge, edge]``, each with two opposite pyramids.
+    """Return two patterns of norm 1, float32 ``[2, edge, edge]``, each with two pyramids of opposite signs.
 
     In the first pattern one pyramid is above the other. In the second pattern they are side by side.
     """

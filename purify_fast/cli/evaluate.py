@@ -187,7 +187,7 @@ class Evaluate(DataCommand, Purification):
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the models, in bfloat16 if --precision asks for it.
 
-        TF32 is a setting of PyTorch instead of the model, so `judge` switches it on.
+        TF32 is a setting of PyTorch, not of the model, so the callers of this method switch it on.
         """
         import torch
 

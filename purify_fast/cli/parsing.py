@@ -5,8 +5,8 @@ A recipe and the file ``--config`` change the defaults of the options. Options o
 tyro reads the values. Three rules differ from tyro's own rules:
 
 - Numbers may be fractions: ``--eps 8/255``. The error for a word that is not a number names the option.
-- An option with a fixed set of words accepts any word. Then the configuration class refuses a wrong word, because its
-  message is clearer than tyro's.
+- If an option has a fixed set of words, tyro still accepts any word. The configuration class then refuses a wrong word,
+  because the class's message is clearer than tyro's.
 - The error of a configuration class is printed unchanged, without tyro's text around it.
 """
 

@@ -131,7 +131,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
 def on_images(model: Model, spec: str, images: DataSet) -> Model:
     """Move a module to the device of the images, and try the model on two images.
 
-    The modules that a function uses are not moved.
+    If the model is a function, the modules that it uses are not moved.
 
     Raises:
         ValueError: the model fails, or returns too few logits for the classes of the data set.

@@ -96,8 +96,9 @@ def load_dataset(
             largest label must occur, unless ``num_classes`` is given.
             An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
             tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB.
-        root: folder in which to look for the data set too. The ending ``.npz`` may be left out
-            (``load_dataset("set", "data")``). If ``name_or_path`` is one of the names, None means the current folder.
+        root: folder of the data sets. If ``name_or_path`` is one of the names, None means the current folder. A
+            relative path is looked up as it is and in root, where the ending ``.npz`` may be left out
+            (``load_dataset("set", "data")``).
         num_classes: number of classes. Give it if some labels do not occur in the data set. None means the largest
             label plus 1.
         download: whether torchvision may download the official files to root if they are missing.

@@ -162,7 +162,7 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
 
 
 def _annotated(path: Path, classes: list[str]) -> Split:
-    """Read the list of held-out images of tiny-imagenet-200. A line has a file name, a class and a box, with tabs."""
+    """Read tiny-imagenet-200's list of held-out images: in each line, tabs separate a file name, a class and a box."""
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     for number, row in enumerate(rows, 1):
         if len(row) < 2 or row[1] not in classes:

@@ -180,8 +180,8 @@ class Defence(StochasticDefence):
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Call a part, in its compiled form if there is any.
 
-        In training mode, parts are not compiled: the padding of a compiled part would change the statistics of
-        BatchNorms.
+        In training mode, the compiled form is not called, because the padding of its inputs would change the statistics
+        of BatchNorms.
         """
         if self.fast is None or self.training:
             return part(*inputs)

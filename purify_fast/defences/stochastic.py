@@ -44,8 +44,8 @@ class StochasticDefence(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # This is the id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`; None if no thread
-        # is.
+        # This is the id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`. It is None while no
+        # thread is inside.
         self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
@@ -274,7 +274,7 @@ class WithAggregation(nn.Module):
 
 
 class NoisyEnsemble(StochasticDefence):
-    """Classifies K noisy copies of an image, and aggregates them like the K reconstructions of CARSO.
+    """Classifies K noisy copies of an image, and aggregates their logits as CARSO does for its K reconstructions.
 
         x_k = clamp(x + sigma n_k, 0, 1),  n_k ~ N(0, I);   logits_i = logsumexp_k classifier(x_k)_i
 

@@ -54,14 +54,14 @@ FOLDERS = {
 CARSO_MODELS = (STANDARD, BASE, CARSO_OBJECTIVE, CARSO_PIPELINE)
 ATOP_MODELS = (BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE)
 ARREST_MODELS = (FINETUNED, ARREST, CARSO_ON_ARREST)
-#: For each method, two tuples of models. The first has the models of the method. Only their images are shown. The
-#: second has models of other methods, which the tables of the method also contain.
+#: For each method, two tuples of models. The first tuple has the models of the method. The method's report shows
+#: pictures for these models only. The second tuple has other models, which the tables also contain.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CARSO": (CARSO_MODELS, ()),
     "AToP": (ATOP_MODELS, ()),
     "ARREST": (ARREST_MODELS, (STANDARD, BASE)),
 }
-#: Names of attacks in the reports, from which the sentences take their numbers.
+#: Names of attacks in the reports. The sentences about the results find their numbers by these names.
 AUTOATTACK = "AutoAttack standard (CARSO: z = 0)"
 PEEL = "through PeeL, as its authors attack it"
 ALONE, ADAPTIVE = "PGD ce on the classifier alone (not adaptive)", "PGD ce + dlr, through everything"
@@ -87,8 +87,8 @@ THROUGH_ATOP = replace(
     reconstruction_target="adversarial",
     cls_delay=0,
 )
-# The attack and the optimizer are those of the base. The default weight (lambda) of 50 comes from a re-implementation
-# for CIFAR, so another weight was chosen for digits.
+# The attack and the optimizer are those of the base. The default weight of the distillation (lambda), 50, comes from a
+# re-implementation for CIFAR, so another weight was chosen for digits.
 ARREST_CONFIG = ArrestConfig(
     attack=replace(BASE_TRAINING.attack, relative_alpha=2.5, alpha=BASE_TRAINING.attack.step_size(EPS)),
     distillation_weight=5.0,

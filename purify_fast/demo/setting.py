@@ -1,4 +1,4 @@
-"""The settings that the demonstration shares with the studies in `benchmarks` on digits.
+"""The settings that the demonstration shares with the studies on digits in `benchmarks`.
 
 These settings are the images, the radius, the training of the base, and the sizes of CARSO. This module also has the
 demonstration's own numbers of epochs, steps and images (`Budget`), and the folder of its files (`Workspace`).
@@ -85,7 +85,8 @@ class Budget:
         autoattack_queries: queries of AutoAttack's Square.
         generator_epochs: epochs of AToP's pre-training.
         atop_objective_epochs: epochs of AToP with the paper's objective.
-        atop_cls_delay: number of these epochs, from the first, whose loss has no cross-entropy.
+        atop_cls_delay: number of the first epochs of AToP with the paper's objective, in which the loss has no
+            cross-entropy.
         atop_pipeline_epochs: epochs of AToP's fine-tuning through the pipeline.
         atop_steps: steps of PGD on AToP.
         atop_images: number of images for the attacks on AToP.

@@ -1,7 +1,7 @@
 """Defines the protocols, which are functions from the model and the ball to a list of attacks.
 
-To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first,
-because fallen images are not attacked again, so that expensive attacks get few images.
+To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first.
+Images that fall to them are not attacked again, so the expensive attacks get few images.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     """Give every attack all images and all steps, and add attacks with the gradients of surrogates.
 
-    The attacks with surrogates come before FAB-T and Square, and after the attacks with the model's own gradients, so
-    that the report shows how many images fall to the model's own gradients. A list that needs no change is returned
-    unchanged.
+    The attacks with surrogates come directly before the first FAB-T or Square. Attacks with the model's own gradients
+    come earlier, so that the report shows how many images fall to these gradients. A list that needs no change is
+    returned unchanged.
 
     Args:
         attacks: attacks of a protocol.

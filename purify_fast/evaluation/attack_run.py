@@ -35,7 +35,8 @@ class AttackedBatch:
         health: the counts of `GradientHealth`, by name.
         seconds: duration of the attack.
         warnings: warnings of the attack.
-        fallen: a dict from the name of a run to the number of images on which this run succeeded.
+        fallen: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
+            succeeded.
         fell: for each image in order, 1 if the attacked model misclassifies the attacked image, otherwise 0. Empty if
             no `StoppingRule` needs it.
         stood_still: number of images that no search brought nearer to a decision boundary.
@@ -56,8 +57,8 @@ class AttackedBatch:
 class AttackRun:
     """The batches of an attack, which this class makes, saves, reads and sums up.
 
-    On a deterministic model the result does not depend on the batches, because the random start of an image depends on
-    its index. On a random model each batch has a separate seed.
+    On a deterministic model the result of most attacks does not depend on the batches, because the random start of an
+    image depends only on its index. On a random model each batch has a separate seed.
 
     Args:
         spec: the attack.

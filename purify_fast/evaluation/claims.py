@@ -5,11 +5,11 @@ from __future__ import annotations
 import bisect
 import math
 
-#: A claim is refuted if, under the claim, an accuracy of at most the measured accuracy has a probability below this
-#: number.
+#: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
+#: at most the measured accuracy would have a probability below this number.
 REFUTED = 0.01
 #: The largest number of images that a report names as necessary to refute a claim.
-MOST = 10**6
+MOST = 2**20
 
 
 def chance_of_at_most(left: int, images: int, share: float) -> float:
@@ -41,7 +41,7 @@ def images_to_decide(left: float, claim: float) -> int | None:
         claim: the claimed share of robust images, in [0, 1].
 
     Returns:
-        The number of images; None if no number refutes the claim, or more than a million images are needed.
+        The number of images; None if the claim is not refuted by any of the numbers 1, 2, 4, 8 and so on up to `MOST`.
     """
     if left >= claim:
         return None

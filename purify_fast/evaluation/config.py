@@ -43,8 +43,8 @@ class EvaluateConfig:
             prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
             gradient of the mean probabilities. With both rules the attacks know the rule, and every attack is repeated
             under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
-            wrong, attacks search for images that five fresh draws misclassify, and no attack is repeated under fixed
-            noise.
+            wrong, attacks search for images that all of five fresh draws misclassify, and no attack is repeated
+            under fixed noise.
         batch_size: number of images that are attacked together. "auto": 250, the default, but each pass of the model
             has only as many images as fit into memory. The number per pass is measured on a pass of a few images, and
             is halved when memory runs out. The number per pass does not change the result of a deterministic model, but

@@ -56,7 +56,7 @@ def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
 
 
 def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
-    """Select the attacks that can be run at any radius, on all images and on the deployed model.
+    """Select the attacks on the deployed model that can be run at any radius, and that have no ``max_images``.
 
     Args:
         plan: the attacks of the report.
@@ -64,7 +64,7 @@ def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: 
         radii: radii of the curve.
 
     Raises:
-        ValueError: there are radii but no such attack, or an attack of the report has a ball of the curve.
+        ValueError: there are radii but no such attack, or an attack of the report already has one of the radii.
     """
     chosen = [spec for spec in plan if _fits(spec)]
     if radii and not chosen:

@@ -428,7 +428,8 @@ class Measure:
         subject = self.subject
         wrong = torch.from_numpy(~judged.right.all(0))
         if self.keep_all:
-            # Fresh draws of a random model may misclassify further images, but only images for the attack are stored.
+            # Fresh draws of a random model may also misclassify images that fell earlier, or that the attack could not
+            # get. Such images are not stored.
             wrong &= torch.from_numpy(given)
             others = torch.ones_like(wrong).index_fill(0, index, False)
             fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])

@@ -158,7 +158,7 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
 
 
 def _own_name(spec: AttackSpec, context: AttackContext) -> str:
-    # Without noise, or with fixed noise, a model always predicts the same, so the name must not contain draws.
+    # Without noise, or with fixed noise, a model always predicts the same, so the name has no number of draws.
     own = context if spec.variant == "random" else dataclasses.replace(context, draws_differ=False)
     name = spec.resolved.name(own)
     if spec.aggregation is not None:

@@ -152,15 +152,16 @@ class Report:
         """The mean accuracy of a single draw of a random model after the attacks of a row.
 
         The row's own accuracy requires that all draws on an image are correct. Here a fallen image contributes the
-        share of correct draws after the attack to which it fell. If several attacks got all images, the lowest mean is
-        returned. An attack on survivors is combined with the attacks before it.
+        share of correct draws after the attack to which it fell. An attack on survivors is combined with the attacks
+        before it. For the worst over several attacks, the result is the lowest mean of the attacks that got all images,
+        if there are such attacks.
 
         Args:
             row: an attack, or the worst over all attacks, such as `headline`.
 
         Returns:
-            The mean, which is at least the row's accuracy. None for a deterministic model, and if attacks on survivors
-            are mixed with attacks that they did not follow.
+            The mean, which is at least the row's accuracy. None for a deterministic model, and for an attack on
+            survivors after an attack that got all images.
         """
         return one_draw(self.rows, row)
 

@@ -70,9 +70,10 @@ class Row:
             `describe_variant` returns the report's words.
         robust: bool ``[n]``. In a clean row: the first prediction was correct. In an attack's row: the clean image was
             classified correctly, and all ``n_eval`` predictions on the adversarial image were correct.
-        mean: accuracy of single predictions, averaged over the ``n_eval`` predictions. The predictions count as wrong
-            for an image that was not attacked, because it was misclassified or had fallen before. A row of kind
-            ``worst`` has no predictions: its ``mean`` and ``worst`` equal its accuracy, and tables do not show them.
+        mean: accuracy of single predictions, averaged over the ``n_eval`` predictions. An image that was not
+            attacked, because it was misclassified or had fallen before, counts with only wrong predictions. A row of
+            kind ``worst`` has no predictions: its ``mean`` and ``worst`` equal its accuracy, and tables do not show
+            them.
         worst: share of the images for which all ``n_eval`` predictions are correct.
         n_eval: number of predictions that judged each image.
         seed: seed of all random numbers.
@@ -95,7 +96,7 @@ class Row:
         doubts: names of the alarms that make a ``worst`` row doubtful.
         fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
         threat: the threat model, such as ``L2 0.5``; None for the report's threat model. A row with another threat
-            model counts only for the ``worst`` row of this threat model, and never for the headline.
+            model counts only for the ``worst`` row of that threat model, and never for the headline.
         transferred: whether the images were found on another model than the judged model, or with another model's
             gradients. A model that differs only in the aggregation of its samples is not taken as another model.
         nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
@@ -181,7 +182,7 @@ class Row:
 
     @property
     def is_attack(self) -> bool:
-        """Tell whether this is the row of a single attack on the model, and not a clean, ``worst`` or repeated row."""
+        """Tell whether this is the row of a single attack, and not of the kind ``clean``, ``worst`` or ``authors``."""
         return self.kind not in ("clean", "worst", AUTHORS)
 
     @property
@@ -370,7 +371,7 @@ def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float) -> None
 
     Args:
         rows: rows of one model.
-        fallen: numbers of the images that fell within the report's ball.
+        fallen: indices of the images that fell within the report's ball.
         eps: radius of this ball. The images count as fallen within every larger ball too.
     """
     for row in rows:

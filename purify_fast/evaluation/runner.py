@@ -1,10 +1,10 @@
-"""Runs an evaluation: all attacks on all correctly classified images, fresh predictions that judge them, and alarms.
+"""Runs an evaluation: attacks on correctly classified images, fresh predictions on the attacked images, and alarms.
 
 A row of the report is one attack. The model is attacked and judged in one of three variants: ``random`` is the model as
 it is deployed, ``fixed`` is the model in the context ``model.fixed_noise(seed)``, and ``deterministic`` is the model in
-the context ``model.deterministic()``. Any callable can be evaluated. The two contexts are tested, and used if the model
-has them. The images of an attack on ``fixed`` or ``deterministic`` are also tried on the deployed model, because only
-the deployed model counts for the headline, the robust accuracy of the report.
+the context ``model.deterministic()``. Any callable can be evaluated. A model may lack the two contexts; if it has them,
+they are tested before they are used. The images of an attack on ``fixed`` or ``deterministic`` are also tried on the
+deployed model, because only the deployed model counts for the headline, the robust accuracy of the report.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def evaluate(
             float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
             indices). The iterable is read once, in parts. A part has four batches of ``batch_size`` images, but at
             least 64 images. A part is attacked by all attacks before the next part is read. The first part remains in
-            memory to the end, for the alarms. Every other part remains until the next part is read. Each batch is
-            checked when it is read.
+            memory to the end, for the alarms. Each of the following parts remains only until the next part is read.
+            Each batch is checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
         config: the settings, such as the protocol, the steps and the seed.
@@ -561,7 +561,7 @@ class _Evaluation:
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
-        # If no attack counted gradients, the row is still reliable if the probes could use the model's gradients.
+        # If no attack counted gradients, the headline is still reliable if the probes could use the model's gradients.
         followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
         for row in report.rows:
             # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.

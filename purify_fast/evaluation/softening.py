@@ -28,9 +28,9 @@ from .._tensors import per_image
 #: are then made again.
 REVISION = 2
 #: A softened comparison is a smooth step of the difference divided by the size of the compared values. These numbers
-#: are the slopes of the step. EXACT_SLOPE is used if all values are exact. SOFT_SLOPE is used at temperature 1; at
-#: another temperature it is divided by the root of the temperature. A larger slope is closer to a hard threshold. With
-#: a tenth of these slopes, attacks find little.
+#: are the slopes of the step. EXACT_SLOPE is used without a temperature, when only the gradients are softened.
+#: SOFT_SLOPE is used at temperature 1; at another temperature it is divided by the root of the temperature. A larger
+#: slope is closer to a hard threshold. With a tenth of these slopes, attacks find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 
 
@@ -518,7 +518,9 @@ def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float 
 
 @functools.lru_cache(maxsize=64)
 def _with_gradient(function: Any, always: bool) -> type:
-    """Make a subclass of a user's ``autograd.Function`` with the identity's gradient for inputs of the output's shape.
+    """Make a subclass of a user's ``autograd.Function`` with the gradient of the identity.
+
+    Only the first input that needs a gradient and has the shape of the output gets this gradient.
 
     Args:
         function: the user's class.

@@ -234,7 +234,7 @@ class AttackSpec:
             judged defence does not change. For BPDA use its own option.
         label: the name of the row; None makes a name from the other fields. Another threat model than the report's, and
             the target ``"classifier"``, are added to the name.
-        max_images: number of first images that are attacked. With None, all images are attacked.
+        max_images: the attack gets only this number of images, from the first image on. With None, it gets all images.
         survivors_only: whether the attack gets only images that withstood all earlier attacks on this variant and in
             this threat model. All other images count as fallen in this row. If cheap attacks come first, later attacks
             have little work.

@@ -249,7 +249,7 @@ class Subject:
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
     def answers_vary(self, model: Classifier) -> bool:
-        """Tell whether predictions of a model differ. Several are compared, since two may be equal by chance."""
+        """Tell whether predictions on the same images differ. Several are compared: two may be equal by chance."""
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
             return True

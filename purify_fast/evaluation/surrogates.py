@@ -1,7 +1,7 @@
 """Makes surrogates for adaptive attacks: a model's parts, softened copies, copies with less noise or fewer samples.
 
 The gradient through a sharp gate, a threshold, a rounding, a detached part or a saturated output may be finite and not
-zero, but useless. A surrogate is a model without this problem that is made from the attacked model. The images that are
+zero, but useless. A surrogate is made from the attacked model, and does not have this problem. The images that are
 found with a surrogate are tried on the attacked model itself. A softened copy can be made of any model, because
 PyTorch's sharp functions, such as comparisons and rounding, are replaced while the model's code runs
 (`purify_fast.evaluation.softening`).

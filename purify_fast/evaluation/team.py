@@ -1,4 +1,4 @@
-"""Shares an evaluation among processes: every process attacks batches and runs probes, the first does all other work.
+"""Shares an evaluation among processes. All processes attack batches and run probes; the first does all other work.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
 batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
@@ -179,7 +179,7 @@ class Team:
         return self._scratch / str(self._tasks)
 
     def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
-        """Let all processes make the batches of a task. The batches that a dead process has taken are left out.
+        """Let all processes make the batches of a task; the caller must make those that a dead process has taken.
 
         Args:
             task: the batches.

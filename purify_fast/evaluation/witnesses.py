@@ -187,7 +187,8 @@ class CheckedWitnesses:
         draws: number of predictions that judged each witness.
         wrong: number of wrong predictions on each witness, int64 ``[W]``.
         outside: bool ``[W]``, True for witnesses that are outside the ball or [0, 1] by more than rounding.
-        changed: bool ``[W]``, True for witnesses whose image, clean image or label differs from the report.
+        changed: bool ``[W]``, True for witnesses whose image, clean image, label, index or attack differs from the
+            report.
         margins: the true logit minus the largest other logit in the report's evaluation, float32 ``[W]``.
         model: a sentence on whether the model is the report's model.
         same_model: whether the model is the report's model; None if they cannot be compared.

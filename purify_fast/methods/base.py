@@ -28,7 +28,7 @@ from ..training.task import Batch, Task, check_labels
 D = TypeVar("D", bound=Defence)
 R = TypeVar("R", bound="Recipe")
 
-#: The source of a fact. "code": the authors' code. "paper": the paper. "second-hand": a text or code of other people,
+#: The source of a fact. "code": the authors' code. "paper": the paper. "second-hand": a text or code of other people
 #: who have read the paper. "inferred": a conclusion from facts of the other grades.
 Grade = Literal["code", "paper", "second-hand", "inferred"]
 
@@ -52,7 +52,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The facts of a published system. A subclass for each method builds the system and its training from them.
+    """The facts of a published system. A subclass for each method builds the system and its training from the facts.
 
     The key of a fact begins with the part of the system that it describes, such as ``data.``, ``classifier.`` or
     ``defence.``. Facts with ``method.`` are fields of the method's config, facts with ``attack.`` are fields of
@@ -235,7 +235,7 @@ class PurifierTask(MethodTask, Generic[D]):
         self.model = defence
         # the fingerprint is taken before the training, because a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
-        # a defence that has this precision already is not changed, because it may be compiled
+        # `accelerate` would end a compilation, so a defence that already has this precision is not changed
         if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         # an earlier task may have made the classifier trainable
@@ -348,7 +348,7 @@ def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-    """Within the block, the defence draws the noise of each image by its position in the batch of all processes.
+    """Return a context in which a defence draws each image's noise by its position in the batch of all processes.
 
     So several processes draw the same noise as a single process.
 

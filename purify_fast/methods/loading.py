@@ -105,6 +105,6 @@ def load_defence(
     if odd:
         names = ", ".join(sorted(odd)[:4])
         raise ValueError(f"{folder} holds tensors that do not fit its settings, or the given module, such as {names}")
-    # the state has no tensors of a frozen classifier; all others were checked above
+    # the state has no tensors of a frozen classifier; all other tensors were checked above
     defence.load_state_dict(state, strict=False)
     return defence.eval()

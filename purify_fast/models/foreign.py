@@ -80,7 +80,7 @@ class ForeignClassifier(nn.Module):
             timm = importlib.import_module("timm")
             self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
         else:
-            # A saved classifier contains this name, and loading the classifier must not run a file from any place.
+            # A saved classifier contains this name, and loading the classifier must not run an arbitrary file.
             if spec.rpartition(":")[0].endswith(".py"):
                 raise ValueError(
                     f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}. Only "

@@ -39,7 +39,7 @@ Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
 class Conv2d(nn.Conv2d):
     """torch's Conv2d, which calls `purify_fast.ops.conv2d` where that op has a kernel (AVX512-BF16 without AMX).
 
-    The op computes only convolutions with one group and zero padding. torch computes all others.
+    The op computes only convolutions with one group that pad with zeros. torch computes all other convolutions.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

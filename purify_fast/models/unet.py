@@ -1,4 +1,4 @@
-"""A small U-Net that predicts what a diffusion process has added to an image. It accepts images of any size.
+"""A small U-Net that predicts what a diffusion process has added to an image. It accepts images of different sizes.
 
     e      = MLP(sin and cos of t at frequencies from 1 to 1 / 10,000)
     block  : h + conv(silu(norm(conv(silu(norm(h))) + W e))); a 1x1 convolution in place of the first h if
@@ -27,7 +27,7 @@ from .layers import Conv2d
 
 #: The number of channels in a group of the group normalization. If the width of the network is smaller than this
 #: number, a group has as many channels as the width. The paper's network has 4 channels in a group at full size. With
-#: 16, the normalization took a tenth of the time on an AMD EPYC, in channels_last bfloat16.
+#: 16 in place of 4, the normalization took a tenth of the time on an AMD EPYC, in channels_last bfloat16.
 GROUP = 16
 
 
@@ -59,7 +59,7 @@ class TimeLayer(nn.Linear):
 
 
 class _Block(nn.Module):
-    """A residual block. A linear layer of the embedded time, ``[B, 4 width]``, is added between its convolutions."""
+    """A residual block. It adds a linear function of the embedded time, ``[B, 4 width]``, between its convolutions."""
 
     def __init__(self, inputs: int, outputs: int, width: int):
         super().__init__()
@@ -94,8 +94,8 @@ class UNet(nn.Module):
 
     Args:
         channels: number of channels C of the images.
-        width: number of channels at full size: a multiple of 16, or an even number below 16. Half size has 2 times as
-            many, and a quarter of the size 4 times.
+        width: number of channels at full size: a multiple of 16, or an even number below 16. There are 2 times as
+            many at half size, and 4 times as many at a quarter of the size.
         patch: side of the squares of pixels that are turned into channels before the first layer, and back into pixels
             after the last layer. With patch 2, the network computes a quarter of the operations that it computes with
             patch 1.

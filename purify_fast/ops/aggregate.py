@@ -62,7 +62,7 @@ def reference(logits: Tensor, method: int) -> Tensor:
 
 
 def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
-    """Return grad [B, C] times the Jacobian, [B, K, C], in the logits' dtype."""
+    """Return the gradient of the logits, [B, K, C] in their dtype, from the gradient of the result, [B, C]."""
     x, g = wide(logits), wide(grad)
     name = METHODS[method]
     if name in ("lse", "peel"):

@@ -14,15 +14,16 @@ The 4x4 patches have stride 2 and padding 1. Everything outside the grid or the 
 key. So an invalid key has the logit 0 in the softmax, and the weight 0 in A.
 
 Source: DeepFillv2 (Yu et al., CVPR 2018, ICCV 2019), as in the generator of AToP (arXiv 2401.16352), except that every
-sample has its own keys. The patches are never built. Let G = P'P. If both positions of G and of A are shifted by the
-same offset o, and numbers outside the grid are zero, then
+sample has its own keys. The patches are never built. Let G = P'P, where P' is the transpose of P. In the
+following sums, the same offset o shifts both positions of G or A, and numbers outside the grid are zero:
 
     R[q, p] = sum over the 9 offsets o in {-1, 0, 1} x {-1, 0, 1} of G[q+o, p+o]
     y_ab = U_ab F_ab,   U_ab[q, p] = 1/4 sum over o in {0, a'} x {0, b'} of A[q+o, p+o]
 
-where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), and a' = 2a - 1. The first line needs a ninth of the
-products that patches would need, and the second a quarter. PyTorch computes the matrix products. The op computes the
-part between them, from G to U. Its sums are symmetric in o, so the backward uses the same sums.
+where F_ab, a, b in {0, 1}, holds the pixels (2i + a, 2j + b), a' = 2a - 1 and b' = 2b - 1. The first line needs a ninth
+of the products that patches would need, and the second a quarter. PyTorch computes the matrix products. The op computes
+the part between them, from G to U. The sums of R and of the two passes are symmetric, so the backward uses the same
+sums. In the backward of U, the offsets are -o.
 """
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
         # The kernels of the whole function are used where the op's kernels would be used, forward and backward.
         if whole and not (gradient and BACKWARD.uses_reference(features.device, features.dtype, pairs)):
             return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
-        # [B, C, h, a, w, b]
+        # The shape of the grid is [B, C, h, a, w, b]. The indices a and b are those of F_ab.
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))
         # Each memory layout uses the matrix products that need no transposed copy.
         if last:

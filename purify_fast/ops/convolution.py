@@ -12,11 +12,11 @@ Sums are in float32. The gradients of weight and bias are not rounded to bfloat1
 
 Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
 and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), which needs half the products. It multiplies
-sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normal numbers, the result has a
-relative error of 0.4 %. For comparison: rounding the exact result to bfloat16 gives an error of 0.17 %. An infinity or
-a NaN also affects neighboring pixels, and infinities become NaN. Sums of numbers near the largest bfloat16 number can
-overflow. Even without Winograd's algorithm, a non-finite weight or gradient may affect pixels at the border that it
-does not affect in PyTorch.
+sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normally distributed numbers, the
+result has a relative error of 0.4 %. For comparison: rounding the exact result to bfloat16 gives an error of 0.17 %. An
+infinity or a NaN also affects neighboring pixels, and infinities become NaN. Sums of numbers near the largest bfloat16
+number can overflow. Even without Winograd's algorithm, a non-finite weight or gradient may affect pixels at the border
+that it does not affect in PyTorch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _fake_weight_gradient(grad: Tensor, input: Tensor, kernel: list[int], *setti
     return grad.new_empty(outputs, *kernel, input.shape[3], dtype=dtype), grad.new_empty(outputs, dtype=dtype)
 
 
-#: Settings for which the kernel uses Winograd's algorithm.
+#: Those `EXAMPLES` for which the kernel uses Winograd's algorithm.
 _TILED = (
     ((ROWS, 17, 16, 40), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
     ((ROWS, 18, 23, 32), 40, (3, 3), (1, 1), (2, 0), (2, 1)),

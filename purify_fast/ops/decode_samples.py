@@ -2,9 +2,9 @@
 
     z_bk ~ N(0, I) from the Philox stream LATENT, draw index k;   out_bk = decoder(z_bk, c_b)
 
-This is CARSO's inference (arXiv 2306.06081, section 4.4). K is folded into the batch, and the condition is processed
-once per image. `decode_prior` is a single op with Triton kernels. Its decoder has folded and packed weights of a linear
-layer and of transposed convolutions:
+This is CARSO's inference (arXiv 2306.06081, section 4.4). The latents of all images form one batch, and the condition
+is processed once per image. `decode_prior` is a single op with Triton kernels. Its decoder is a linear layer and
+transposed convolutions. BatchNorms are folded into their weights, and the weights are packed (`pack`):
 
         a_bk = z_bk W_z + c_b
         a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
@@ -226,7 +226,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
     first = normal(seed + 20, *sizes.start, sizes.latent_dim, scale=sizes.latent_dim**-0.5)
     packed, shifts = pack(first, weights, biases)
     condition = normal(seed + 30, ROWS, math.prod(sizes.start)).float()
-    # The weights are parameters, because `tile` repeats all other tensors.
+    # The weights are parameters, because a race repeats the rows of all tensors that are not parameters.
     parameters = Parameter(packed.to(weight_dtype), False), Parameter(shifts.float(), False)
     return condition, *stream(seed), *parameters, sizes.numbers(), samples, 0.2, bool(squash), squash == "", dtype
 
@@ -252,7 +252,7 @@ BACKWARD = define_backward(
     reference=reference_backward,
     fake=lambda grad, image, condition, *rest: condition.new_empty(condition.shape),
     saved=_saved,
-    # The slope of a LeakyReLU depends on the sign of its input.
+    # The slope of a LeakyReLU depends on the sign of its input, which the rounding to bfloat16 can change.
     changes={"jumps": lambda decoder, samples, weights, squashed: weights == torch.bfloat16},
 )
 

@@ -21,7 +21,7 @@ c = inf means no clipping. A, B and s can be those of
 
 With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x.
 The first half of the prediction is m. The second half, v, interpolates between the logarithms lo and hi of two
-variances. Then s is only 1 or 0:
+variances. In this case s is either 1 or 0:
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 

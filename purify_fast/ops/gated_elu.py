@@ -3,7 +3,7 @@
     y = ELU(a) s(b),   ELU(a) = a for a > 0, exp(a) - 1 else,   s the sigmoid
 
 Source: DeepFillv2 (Yu et al., ICCV 2019), the generator of AToP (arXiv 2401.16352). The backward needs only the
-features:
+features and g, the gradient of y:
 
     da = g s(b) (1 for a > 0, exp(a) else)        db = g ELU(a) s(b) s(-b)
 """

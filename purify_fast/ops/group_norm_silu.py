@@ -4,8 +4,8 @@
 
 The mean and the variance of h are over the pixels and channels of one group of one image (Wu & He, "Group
 Normalization", ECCV 2018, arXiv 1803.08494). The shift is a number per channel, such as the embedded time of a
-diffusion model. The backward needs only the inputs. With m = g s(n) (1 + n s(-n)), u = (h - mean) / sqrt(var + eps) and
-means over the group:
+diffusion model. The backward needs only the inputs and g, the gradient of y. With m = g s(n) (1 + n s(-n)),
+u = (h - mean) / sqrt(var + eps) and means over the group:
 
     dx = (w m - mean(w m) - u mean(w m u)) / sqrt(var + eps)       dw = sum m u       db = sum m
 
@@ -53,7 +53,7 @@ def reference_backward(
 ) -> Tensor:
     """Return grad times dy/dx, in x's dtype and shape."""
     h = wide(x).flatten(1, -2) if shift is None else wide(x).flatten(1, -2) + wide(shift)[:, None]
-    # [B, pixels, groups, channels of a group]
+    # The new shape of h is [B, pixels, groups, channels of a group].
     h, size = h.unflatten(2, (groups, -1)), (1, 3)
     w, b = (wide(one).view(groups, -1) for one in (weight, bias))
     variance, mean = torch.var_mean(h, size, correction=0, keepdim=True)

@@ -75,7 +75,7 @@ def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
 
 
 def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor:
-    """Return the pattern at the place of the first window, [..., 1, height, width]. Other values are arbitrary."""
+    """Return the pattern in the first window, [..., 1, height, width]. Values outside the window are arbitrary."""
     edge = pattern.shape[1]
     rows = from_border(numbers[..., 0], edge, height).clamp(0, edge - 1)
     columns = from_border(numbers[..., 1], edge, width).clamp(0, edge - 1)
@@ -164,7 +164,7 @@ def _arguments(
     pattern = pattern / pattern.norm(p=power, dim=(1, 2), keepdim=True)
     images = (clean + offset).to(dtype), clean.to(dtype), radius.to(wide_dtype(dtype))
     numbers = uniform(seed + 200, shape[0], draws, PLACES + shape[1]).float()
-    # The pattern is a parameter, because `tile` repeats all other tensors.
+    # The pattern is a parameter, because a race repeats the rows of all tensors that are not parameters.
     return *images, numbers, Parameter(pattern.float(), False) if index else None, edge, index, 0.1, 0.9
 
 

@@ -90,7 +90,8 @@ def _passes(count: int, results: int) -> int:
     return count // results if results else 1
 
 
-# The number of passes is computed inside, because Dynamo cannot track a quotient of dynamic sizes that is an argument.
+# These functions compute the number of passes themselves, because Dynamo cannot track an argument that is a quotient of
+# dynamic sizes.
 _stitch = differentiable(
     lambda images, owners: OP.handle(images, owners, _passes(images.shape[0], owners.shape[0] * owners.shape[1])),
     lambda grad, owners, count: BACKWARD(grad, owners, _passes(count, grad.shape[0])),

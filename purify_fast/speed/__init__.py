@@ -24,5 +24,5 @@ def retain_freed_memory() -> bool:
         True if the setting was changed (on Linux with glibc), or else False.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    # Only glibc has this function.
+    # Only glibc has `mallopt`, so on other systems it is None.
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

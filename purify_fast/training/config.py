@@ -151,7 +151,7 @@ class TrainingAttack:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Return a training's configuration as one flat dict, in which its `TrainingAttack` is replaced by its fields.
+    """Return a training's configuration as one flat dict. The fields of a `TrainingAttack` replace the attack itself.
 
     Checkpoints store this dict, and the error of a refused resume names its keys. So all fields have different names.
     """

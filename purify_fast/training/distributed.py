@@ -65,7 +65,7 @@ def report_missing_process(step: int | None = None) -> Iterator[None]:
     """Within the block, a failed exchange raises an error that names the missing process.
 
     Args:
-        step: number of the present step, for the errors of other processes. None means the number from the last call.
+        step: number of the current step, for the errors of other processes. None means the number from the last call.
 
     Raises:
         ProcessLost: another process is lost or does not answer.
@@ -93,7 +93,7 @@ class _Watch(_distributed.Heartbeat):
     lost = ""
 
     def watch(self) -> None:
-        """Wait until another process gives no more signs of life, and end this process if it does not end by itself."""
+        """Wait until another process gives no signs of life. Then end this process, unless it ends by itself."""
         while not self.lost:
             if self.over.wait(_distributed.BEAT):
                 return
@@ -178,7 +178,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # Flattening in the order of memory needs no copy, so that one call can write all means back.
+        # Each tensor is flattened in its own memory order, and its mean is viewed with the tensor's strides. So one
+        # call can copy all means back.
         flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world

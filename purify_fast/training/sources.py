@@ -41,7 +41,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 class InMemory:
-    """Returns batches of tensors or streamed images, in an order that depends only on the seed and the epoch.
+    """Returns batches from tensors or streamed images, in an order that depends only on the seed and the epoch.
 
     Attributes:
         description: text that must be equal for a run to be resumed.

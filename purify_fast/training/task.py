@@ -163,7 +163,7 @@ class Task:
         return {"model": self.optimizer}
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """Yield the updates of one step. Each update is computed after the update before it has been applied.
+        """Yield the updates of one step. Each update is computed only when the previous update has been applied.
 
         The loss and the metrics of the last update are logged.
 

@@ -153,6 +153,6 @@ def test_an_attack_of_this_package_is_called(defended):
         found = attack(net, x, y, eps=EPS, norm="l2", seed=3)
         assert torch.equal(found, function(net, x, y, eps=EPS, norm="l2", seed=3, **options))
         assert not torch.equal(found, x)
-    with pytest.raises(ValueError, match=r"eps must be given: PGD\(\.\.\.\)\(model, x, y, eps="):
+    with pytest.raises(ValueError, match=r"eps must be given: call PGD\(\.\.\.\)\(model, x, y, eps="):
         PGD()(net, x, y)
     assert (PGD(steps=2, eps=0.1)(net, x, y) - x).abs().max() <= 0.1 + 1e-6

@@ -83,7 +83,7 @@ def still_rising(loss: Tensor) -> Tensor:
     """Tell for each image whether the loss is still rising in the last steps.
 
     Args:
-        loss: losses of the images after each step, ``[steps, B]``.
+        loss: losses of the images before the first step and after each step, ``[steps + 1, B]``.
     """
     best = loss.nan_to_num().cummax(0).values
     least, most = loss.nan_to_num().amin(0), best[-1]

@@ -131,7 +131,7 @@ def order(work: tuple[str, str]) -> tuple[bool, int, int]:
 def is_asked(name: str, judge: str, results: list[Result]) -> bool:
     """Tell whether a judge evaluates a model.
 
-    The judge `STRONG` evaluates only models that ``standard`` has found or flagged.
+    The judge `STRONG` evaluates a model only if the verdict of ``standard`` on this model is "found" or "flagged".
 
     Args:
         name: name of the model.

@@ -156,7 +156,8 @@ class ReportStudy(Study):
         reports = self.reports(root, budget)
         facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values()) if name is not None}
         whole = merge(reports.values())
-        # Git keeps the report of an earlier run, so it needs no folder of its own.
+        # Remove the report of an earlier run. Otherwise `save` would move this report into a subfolder, although Git
+        # keeps it.
         (folder / self.name / "report.json").unlink(missing_ok=True)
         whole.save(folder / self.name)
 

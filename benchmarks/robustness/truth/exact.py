@@ -28,8 +28,8 @@ from purify_fast.attacks.relu_layers import Affine, forward
 
 #: The margin of a point is the logit of the correct class minus the highest other logit. A lower bound of the margin is
 #: a proof only if it is above TOLERANCE, because HiGHS satisfies constraints only up to 1e-6. A point with a margin
-#: between -TOLERANCE and 0 may be classified correctly in float32. Therefore a point with a lower margin is then
-#: sought.
+#: between -TOLERANCE and 0 may be classified correctly in float32. Therefore, if such a point was found, the search for
+#: a point with a lower margin continues.
 TOLERANCE = 1e-5
 #: A bound that HiGHS computes is made looser by this amount, because of rounding.
 SLACK = 1e-6
@@ -80,7 +80,7 @@ def lowest(layers: Sequence[Affine], functions: Affine, bounds: Sequence[Box], b
     for (low, high), (matrix, bias) in zip(reversed(bounds), reversed(layers), strict=True):
         slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low).clamp(min=1e-300)))
         # If the sign of a unit is not known, both 0 and the unit's input are lower bounds of the ReLU. Use the lower
-        # bound for which the area below the upper bound is smaller.
+        # bound that has the smaller area between itself and the upper bound.
         below = torch.where((low < 0) & (high > 0), (high > -low).to(slope.dtype), slope)
         shift = torch.where((low < 0) & (high > 0), -low * slope, torch.zeros_like(low))
         constant = constant + weight.clamp(max=0) @ shift

@@ -42,7 +42,7 @@ def read(out: Path) -> Results:
 
 
 def key(row: Row) -> tuple[int, int, int]:
-    """Return the sort key of a row, which no other row of the same kind has."""
+    """Return the sort key of a row. No other row of the same kind has this key."""
     who = list(CONTESTANTS).index(row["contestant"]) if "contestant" in row else 0
     return SUBJECTS.index(row["subject"]), who, row.get("seed", 0)
 

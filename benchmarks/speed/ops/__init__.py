@@ -1,4 +1,6 @@
-"""Define the inputs with which each op is measured. Their shapes are those of real uses. Each op has a module:
+"""Define the inputs with which each op is measured. Their shapes are those of real uses.
+
+Each op has a module with these parts:
 
 - SHAPES are the measured shapes. LARGE are the shapes for a GPU, with the largest first. Without LARGE, a GPU uses
   SHAPES.

@@ -32,8 +32,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
             torch.arange(batch),
         ),
         lambda x, adv, drift, seed, ids: noisy_replay(x, adv, drift, threshold, 8 / 255, seed, ids),
-        # The op reads an element of only one of the two images. An element with noise needs a uniform random number (27
-        # operations, see ``philox.py``) and five more operations.
+        # At each position, the op reads an element of only one of the two images. An element with noise needs a uniform
+        # random number (27 operations, see ``philox.py``) and five more operations.
         {"forward": ("2*n*s", "32*r")},
         symbols={"r": pixels // 4 if variant == "quarter" else pixels},
     )

@@ -91,6 +91,8 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
     """Return the usual contestants: plain in float32 and in bfloat16, and ours in bfloat16, each also compiled.
 
+    Plain in float32 is timed twice: with raised thresholds of the memory allocator, and without.
+
     On a machine with a GPU there are two further contestants: plain in TF32, which is PyTorch's default for
     convolutions, and ours with the step of its attack captured as a CUDA graph.
 

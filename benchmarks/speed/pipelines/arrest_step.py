@@ -93,7 +93,7 @@ class _Split(nn.Module):
 
 
 class PlainStep:
-    """The step in plain PyTorch, with contiguous float32 tensors. PGD attacks every image, by ``loss.backward()``."""
+    """The step in plain PyTorch, with contiguous float32 tensors. PGD attacks every image, and calls ``backward()``."""
 
     def __init__(self, device: torch.device, quick: bool, replay: bool, compiled: bool):
         now, start, _ = networks(device, quick)

@@ -229,7 +229,7 @@ class ReleasedStep(PlainStep):
     """The step of the released notebooks in plain PyTorch.
 
     The generator runs twice. A discriminator is trained, but it does not change the gradients of the generator,
-    because its input is detached. Noise and masks are drawn on the CPU.
+    because the input of the discriminator is detached. Noise and masks are drawn on the CPU.
     """
 
     attention = ReleasedAttention

@@ -58,7 +58,7 @@ def defence(device: torch.device, quick: bool, sde: bool = False) -> DiffusionPu
     Args:
         device: device of the networks.
         quick: True for small networks and images.
-        sde: True for the reverse SDE without clipping as process. False for DDPM.
+        sde: True to use the reverse SDE, without clipping. False to use DDPM.
     """
     side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
     network = denoiser(width)
@@ -90,7 +90,7 @@ class Plain:
         compiled: True to compile the denoiser and the classifier.
         keep: True if autograd stores all activations. False if `torch.utils.checkpoint` computes each step again in
             the backward pass.
-        sde: True for the reverse SDE as process. False for DDPM.
+        sde: True to use the reverse SDE. False to use DDPM.
     """
 
     def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool, sde: bool):

@@ -5,10 +5,10 @@ image. A success of a search is only a claim until the model itself has confirme
 random: among a hundred steps, some draw is misclassified by luck. An image with a confirmed success has fallen, and all
 of its rows are removed.
 
-A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, a CUDA graph is
-captured. So a shrinking batch only takes sizes of a fixed list, and rows of fallen images fill the batch up. On a CPU
-with a large model or with many draws, a row takes longer than a new batch size. In that case every row of a fallen
-image is removed.
+A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, and a CUDA graph is
+captured. So a shrinking batch takes only sizes from a fixed list, and rows of fallen images fill the batch up to such a
+size. On a CPU with a large model or with many draws, a row takes longer than a new batch size. In that case every row
+of a fallen image is removed.
 
 A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), for example on
 steps towards the ninth target class, or on the last of 5,000 squares. The progress per step of such a row (its "pace")
@@ -211,10 +211,10 @@ class PaceMonitor:
     """Watches the distance of each row from its border, and decides which rows are given up.
 
     Args:
-        checks: the steps after which rows may be given up. Before a check at step n, the pace is measured from step
-            n / 2 on.
+        checks: the steps after which rows may be given up. For a check at step n, the pace is measured from step n / 2
+            to step n.
         steps: the number of steps of the whole search.
-        times: the factor by which the pace is assumed to rise at most.
+        times: the largest factor by which the pace is assumed to rise.
         gains: the gains of earlier rows of the same attack; None: only the pace decides.
     """
 
@@ -225,11 +225,12 @@ class PaceMonitor:
         #: For each check: the step at which the distances were noted, and these distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
         #: True for the rows that came nearer to their borders during the measurement of the last check, bool ``[R]``.
+        #: At the end of the early steps it is True for all rows.
         self.came_nearer = torch.tensor(False)
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Tell whether `lost` has an effect at this step. A search with cheap steps calls `lost` only then."""
+        """Tell whether `lost` has an effect at this step, without ``gains``. A search may call `lost` only then."""
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
@@ -302,7 +303,7 @@ class ActiveSet:
         score: the share of misclassified draws and the loss of the best point, ``[2, N]``; minus infinity at first.
         fallen: bool ``[N]``, True for fallen images; always False if ``leave`` is False.
         felled_by: int64 ``[N]``, the number of the run that succeeded on the image; -1 if no run has.
-        correct: bool ``[N]``, True for clean images that the model classifies correctly.
+        correct: bool ``[N]``, True unless enough draws of the judge misclassify the clean image, see `has_fallen`.
         costly: whether a batch on a CPU may shrink to any size.
         tried: bool ``[N]``, True for images with a complete search, or with a search that came nearer to the border
             before it was given up.
@@ -346,7 +347,7 @@ class ActiveSet:
     ) -> tuple[Tensor, bool]:
         """Let the judge check the rows whose search claims a success.
 
-        This waits for the device once, and a second time if there are claims.
+        This waits for the device once. It waits again if there are claims, and once more if an image has fallen.
 
         Args:
             owner: the index of each row's image, int64 ``[R]``.
@@ -561,8 +562,8 @@ class RowSearch:
         """Continue with some of the rows, selected by an int64 index."""
         take_rows(self, index, by_column=("faulty", "score"))
         if len(index):
-            # Delete the old loop first. Otherwise the new loop would first copy the old loop's state out of the CUDA
-            # graph's buffers.
+            # Delete the old object first. Otherwise the new object would first copy the old object's state out of the
+            # buffers of their CUDA graph.
             del self.gradients
             self.gradients = Gradients(self.objective, self.point, self.rows.labels)
 

@@ -104,7 +104,7 @@ class Probes:
 
 
 def cost(subject: Subject, context: AttackContext) -> int:
-    """Estimate how many forward passes of single images the probes make; the estimate is rather too high."""
+    """Estimate how many forward passes of single images the probes make; the estimate tends to be too high."""
     draws, judges, targets = _effort(subject, context)
     passes = sum(ITERATIONS) * draws + len(ITERATIONS) * judges
     passes += (1 + USUAL_SURROGATES) * (targets * STEPS * draws + judges)
@@ -225,11 +225,11 @@ class _Short:
         return torch.stack(right).float().mean(0) > 0.5
 
     def robust(self, among: Tensor, **options: Any) -> Tensor:
-        """Tell which images are attacked by Auto-PGD and then still classified correctly, bool ``[n]``.
+        """Attack images by Auto-PGD, and tell which of them are still classified correctly, bool ``[n]``.
 
         Args:
             among: the images that are attacked, bool ``[n]``.
-            **options: options of `apgd` that differ from a short attack on the margin.
+            **options: further options of `apgd`; they also replace the usual steps, draws and loss of a short attack.
         """
         context, robust, at = self.context, among.clone(), among.nonzero()[:, 0]
         torch.manual_seed(context.seed)

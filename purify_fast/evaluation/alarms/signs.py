@@ -31,7 +31,7 @@ DRAWS_UNRELIABLE, DRAWS_NOTED = 0.15, 0.05
 VARYING = 0.03
 #: Rounding may change at most this share of the predictions. A larger share of changes makes the accuracy unreliable.
 ROUNDED = 0.02
-#: A difference must be at least this number of images, because a difference of one or two images may be chance.
+#: A difference counts only if it is at least this number of images, because one or two images may differ by chance.
 MORE_THAN_LUCK = 3
 
 #: The name of the model itself, in a list with its surrogates.
@@ -137,7 +137,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     """Run all alarms, and return their findings in order.
 
     A robust accuracy of 0 cannot be too high, even if an attack has failed. So if every image has fallen, "unreliable"
-    becomes "noted", except if the model's predictions themselves are inconsistent.
+    becomes "noted". But if an "unreliable" finding is about missing or inconsistent predictions, no verdict changes.
 
     Args:
         evidence: rows and probes of one model.
@@ -277,7 +277,7 @@ def _of_counted(evidence: Evidence) -> Outcome:
 
 @Alarm("missed images", Advice("the model's own gradients do not show where it falls", ("BPDA", "strong")))
 def missed_images(evidence: Evidence) -> Outcome:
-    """Alarm if images withstand the attacks with the model's own gradients, but fall to other or shorter attacks."""
+    """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
     outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
     if not outcomes:
         text = evidence.blind() or "only attacks along the model's own gradients were tried"
@@ -310,7 +310,8 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
     """Judge how many images withstood all attacks of the report, but fell to a short attack of the probes.
 
-    The result is None if there were no such short attacks, or if no image withstood all attacks.
+    The result is None if no image withstood all attacks, or if there were no such short attacks although no surrogate
+    is missing.
     """
     probes = evidence.probes
     if probes is None or not any(probes.left):

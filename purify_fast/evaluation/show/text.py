@@ -104,7 +104,7 @@ def without_probes(findings: Sequence[Finding]) -> bool:
 
 
 def not_asked(findings: Sequence[Finding]) -> list[str]:
-    """The names of the alarms that were not asked, including those that need probes if there were no probes."""
+    """The names of the alarms with the verdict "not asked"; without probes, all alarms that need probes are added."""
     absent = [alarm.name for alarm in ALARMS if alarm.of_probes] if without_probes(findings) else []
     return [finding.alarm for finding in findings if finding.verdict == "not asked"] + absent
 

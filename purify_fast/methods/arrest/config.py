@@ -21,7 +21,7 @@ class ArrestConfig:
     Args:
         attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random
             start). If alpha is None, a step has the length 2.5 eps / steps, which is 2/255 for these numbers. All steps
-            together must be at least as long as eps. The port has no warm-up.
+            together must be at least as long as eps. In the port, eps has no warm-up.
         distillation_weight: lambda, weight of the distillation (port: 50). 0 means no distillation.
         distance: d, distance of two representations: "abs_cosine" (port; the paper calls it angular), "cosine",
             "angular" or "l2".
@@ -48,7 +48,7 @@ class ArrestConfig:
             means no moving average.
         awp_gamma: gamma of adversarial weight perturbation, Wu et al., NeurIPS 2020 (an extra, not part of ARREST). 0
             means no perturbation.
-        precision: "float32", which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU rounds the
+        precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the
             factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
             matrix products (own).
 

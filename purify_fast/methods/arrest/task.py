@@ -1,4 +1,4 @@
-"""ARREST: adversarial finetuning of a standard classifier, in which its representation changes as little as possible.
+"""ARREST: adversarial finetuning that changes the representation of a standard classifier as little as possible.
 
 Let f and h be the logits and the representation of the classifier, and h* the representation of the teacher, which is a
 frozen copy of the classifier as it was before the training. Then
@@ -60,8 +60,8 @@ class ArrestTask(MethodTask):
         compile: whether to compile the attacked copy of the classifier with `torch.compile`, once for all batch sizes.
 
     Attributes:
-        teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then no
-            step needs a forward pass of the teacher.
+        teacher: the `Teacher`. If images are not augmented, call ``task.teacher.keep(x)`` before the training. Then
+            the teacher runs only on the first batch of each epoch, to check the stored outputs.
 
     Raises:
         ValueError: layers are unknown, or are required but not given; or ``pooled`` is True and all layers return
@@ -257,7 +257,7 @@ class Teacher:
     """The teacher of the distillation: a frozen copy of a classifier in evaluation mode, which returns h*.
 
     Called with a `Batch`, it returns the outputs of ``layers`` for the batch's images, without gradients. If `keep` was
-    called, it returns the stored outputs.
+    called, it returns the stored outputs, and checks them on the first batch of each epoch.
 
     Args:
         classifier: images ``[B, *image_shape]`` in [0, 1] to logits. It is copied, and not changed.
@@ -299,7 +299,7 @@ class Teacher:
         return pool(features) if self.pooled else features
 
     def keep(self, x: Tensor | StreamedImages, batch_size: int = 256, progress: bool = True) -> None:
-        """Store the outputs for all training images, so that a step needs no forward pass of the teacher.
+        """Store the outputs for all training images, so that most steps need no forward pass of the teacher.
 
         Do not use this if the training augments its images.
 

@@ -20,8 +20,8 @@ class AtopConfig:
         attack_method: "fgsm" (official: one step, no random start), "pgd", or "none", as in pre-training.
         attack_target: target of the attacks: "classifier" (official), or "pipeline", the whole defence with exact
             gradients (own).
-        attack: the attack. Its norm and eps set the ball (official: linf, eps 8/255). Its other settings are for PGD,
-            and must have their defaults if attack_method is not "pgd".
+        attack: the attack. Its norm, eps and eps_warmup set the ball (official: linf, eps 8/255). Its other settings
+            are for PGD, and must have their defaults if attack_method is not "pgd".
         reconstruction_target: the image that the purifier is trained to rebuild. "adversarial": the adversarial image,
             from the transformed adversarial image (released notebooks; one pass of the purifier). "clean": the clean
             image, from the transformed clean image (the authors' logged run). The cross-entropy then uses a second
@@ -39,7 +39,7 @@ class AtopConfig:
             is cut off, so the discriminator has no effect. With False, there is no discriminator.
         gan_fake: fake images in the discriminator's loss. "refined": the refined images (fine-tuning). "pasted": the
             refined images in the hidden blocks, and the transformed images elsewhere (pre-training).
-        precision: "float32" (official), which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU
+        precision: "float32" (official), with full IEEE precision on a GPU too; "tf32" (own), which on a GPU
             rounds the factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or
             "bfloat16", which trains the accelerated defence (own).
         schedule: schedule of the learning rate: "constant" (official) or "one_cycle" (own).

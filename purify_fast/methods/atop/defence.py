@@ -137,7 +137,7 @@ class Atop(Defence):
         packed, owners = self.draw(x, draws)
         return self.join(self._run_part(self._refine, packed), owners).transpose(0, 1)
 
-    # -- its parts ----------------------------------------------------------------------------------------------------
+    # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     def draw(self, x: Tensor, draws: int = 1, noise: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Transform images at random, in the current noise mode.

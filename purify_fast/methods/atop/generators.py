@@ -69,7 +69,7 @@ def _upsample(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _to_image(inputs: int, channels: int) -> nn.Sequential:
-    """Return the convolution before the tanh, which has no gate: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
+    """Return a convolution without a gate, for use before the tanh: ``[B, inputs, H, W] -> [B, channels, H, W]``."""
     conv = Conv2d(inputs, channels, 3, 1, 1)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(OrderedDict(conv=conv))
@@ -87,7 +87,10 @@ def _up(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class _Attention(nn.Module):
-    """Contextual attention on a map whose sides are a quarter of the image's. Checkpoints store its fuse_weight too."""
+    """Contextual attention on a map whose sides are a quarter of the image's.
+
+    ``fuse_weight`` is not used. It is here because published checkpoints contain it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +321,7 @@ class SmallGenerator(nn.Module):
 
     The forward pass of one image has 9.7 million floating-point operations for 1 x 16 x 16 (7.9 million without
     attention), 30.0 million for 1 x 28 x 28 (24.2 million), and 41.6 million for 3 x 32 x 32 (33.9 million). A
-    multiplication with its addition counts as two. The operations grow with the square of the width.
+    multiplication with its addition counts as two. The number of operations grows with the square of the width.
 
     Args:
         channels: channels C of the images.
@@ -353,5 +356,5 @@ class SmallGenerator(nn.Module):
         return coarse, self._finish(refined, coarse)
 
     def _finish(self, painted: Tensor, base: Tensor) -> Tensor:
-        # the factor KEPT makes this finite, with a gradient other than 0, for all images in [-1, 1]
+        # with the factor KEPT, atanh is finite for all images in [-1, 1], so the gradient of tanh is not 0
         return torch.tanh(painted + torch.atanh(KEPT * base) if self.residual else painted)

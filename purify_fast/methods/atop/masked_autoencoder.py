@@ -1,8 +1,8 @@
 """A masked autoencoder as a purifier, similar to AToP's AE purifier, which is a denoising masked autoencoder (DMAE).
 
 DMAE is from Wu et al., "Denoising Masked Autoencoders Help Robust Classification", ICLR 2023, and is based on He et
-al., CVPR 2022. AToP's AE purifier has never been published, and it is not known how its predictions become an image. In
-this package, the network predicts pixels through a tanh.
+al., CVPR 2022. AToP's AE purifier has never been published, and it is not known how its predictions are converted to an
+image. In this package, the network predicts pixels through a tanh.
 
 A vision transformer encodes the visible patches, and a smaller transformer decodes all patches. There is no dropout, so
 training and evaluation mode are the same function.
@@ -74,8 +74,8 @@ class MaskedAutoencoder(nn.Module):
     embedded together with its part of the mask (not in the paper), because blocks that are smaller than a patch may
     hide only a part of the patch. The class token is always read.
 
-    The default sizes were chosen for images of 16 x 16 to 32 x 32. DMAE has the sizes of ViT-B/16: in the order of the
-    arguments, (3, 224, 224), 16, 768, 12, 12, 512, 8, 16.
+    The default sizes were chosen for images of 16 x 16 to 32 x 32. DMAE has the sizes of ViT-B/16: image_shape
+    (3, 224, 224), patch 16, width 768, depth 12, heads 12, decoder_width 512, decoder_depth 8 and decoder_heads 16.
 
     Args:
         image_shape: (C, H, W); H and W are multiples of ``patch``.

@@ -1,4 +1,4 @@
-"""Gives all purifiers the same interface: generators with two stages, autoencoders, and modules of users."""
+"""Gives all purifiers (generators with two stages, autoencoders, and modules of users) the same interface."""
 
 from __future__ import annotations
 

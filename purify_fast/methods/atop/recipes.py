@@ -23,8 +23,8 @@ from .task import AtopTask
 class AtopRecipe(Recipe):
     """A published AToP training.
 
-    With ``official_code``, the training is that of the notebooks: in the cross-entropy, the classifier's input is
-    purified images in [-1, 1], and the gradient of the GAN term is cut off.
+    With ``official_code``, the training is that of the notebooks: for the cross-entropy, the classifier gets purified
+    images in [-1, 1], and the gradient of the GAN term is cut off.
     """
 
     settings = AtopConfig

@@ -1,16 +1,16 @@
-"""Trains AToP's purifier in three ways: pre-training, by the paper's objective, and through the whole pipeline.
+"""Trains AToP's purifier: in pre-training, by the paper's objective, or against attacks on the whole pipeline.
 
 Let x' be the adversarial image, t a random transform of x' (in [-1, 1]) with the mask m, and (x1, x2) = g(t, m) the
 coarse and the refined image. The purifier's loss, with a frozen classifier f and weights w_adv, w and lambda, is
 
     L = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y),   L_G = -mean D(x2, m)
 
-and the loss of the discriminator D, of a hinge GAN, is
+and the loss of the discriminator D, which is that of a hinge GAN, is
 
     L_D = mean relu(1 - D(s, m)) / 2 + mean relu(1 + D(x2, m)) / 2
 
 Sources: arXiv 2401.16352, section 3, and the official code. The target s of the reconstruction is x' in the released
-notebooks. In the authors' logged run, s is the clean x, and the L1 terms are from a second pass on x. In the official
+notebooks. In the authors' logged run, s is the clean x, and the L1 terms are from a separate pass on x. In the official
 code, the gradient of L_G never reaches g.
 """
 
@@ -223,7 +223,7 @@ def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str
 
 
 def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
-    """Return the GAN term L_G, minus the mean score of the refined images. No gradient reaches the discriminator.
+    """Return the GAN term L_G = -mean D(x2, m) of the refined images x2. No gradient reaches the discriminator.
 
     Args:
         discriminator: images and masks to scores.

@@ -55,7 +55,7 @@ class CarsoConfig:
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
         schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see
             `purify_fast.training.schedules`.
-        precision: "float32", which has the precision of IEEE on a GPU too (in the official code, cuDNN's convolutions
+        precision: "float32", with full IEEE precision on a GPU too (in the official code, cuDNN's convolutions
             round to TF32 by PyTorch's default); "tf32" (own), which on a GPU rounds the factors of products to ten bits
             of mantissa while `purify_fast.training.fit` trains; or "bfloat16", which trains the accelerated defence
             (own).

@@ -181,7 +181,7 @@ class Carso(Defence):
             raise ValueError(f"z must be [B, K, {self.latent_dim}] with B = {x.shape[0]} or 1, got {list(z.shape)}")
         return torch.sigmoid(self._run_part(self.decode, z.expand(x.shape[0], -1, -1), condition))
 
-    # -- its parts ----------------------------------------------------------------------------------------------------
+    # -- the parts of a prediction ------------------------------------------------------------------------------------
 
     def condition(self, x: Tensor) -> Tensor:
         """Return the condition c(x), ``[B, cond_dim]``. The gradient reaches x.

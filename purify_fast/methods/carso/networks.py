@@ -319,8 +319,8 @@ class PosteriorEncoderV1(PosteriorEncoder):
     """Maps an image and the condition c to mean and log-variance of q(z | x, c), in the first version of CARSO.
 
     A 4 x 4 convolution reads the image; its output has at least as many numbers as the image. The flattened output and
-    c are the input of two linear blocks and a tanh with ``1.5 latent_dim`` outputs (published: 96 for 64), which two
-    linear heads follow.
+    c are the input of two linear blocks. A tanh with ``1.5 latent_dim`` outputs (published: 96 for 64) and two linear
+    heads follow.
     """
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:

@@ -8,7 +8,7 @@ Here x is the clean image, and x~ is x itself or an adversarial image against th
 
 The loss through the pipeline (not in the paper) is, for each image,
 
-    loss = mean_k CE(classifier(x_k), y) + w sum BCE(x_k, x),   z ~ N(0, I)
+    loss = mean_k [CE(classifier(x_k), y) + w sum BCE(x_k, x)],   z ~ N(0, I)
 
 Here x_k are the K purified images of x~, an adversarial image against the whole defence with exact gradients. The
 classifier is frozen, or is trained together with the purifier.
@@ -175,7 +175,7 @@ def as_trained(defence: Carso, batch: Batch, config: CarsoConfig) -> Iterator[No
 def pipeline_step(
     defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Return this package's own loss of a batch, after PGD through the whole defence.
+    """Attack a batch by PGD through the whole defence, and return this package's own loss of the result.
 
     The loss is the distance of the K predictions from their targets, plus the weighted reconstruction term.
 

@@ -34,7 +34,7 @@ class DiffusionConfig:
             average. The decay is at most (1 + n) / (10 + n) after n steps (own).
         learning_rate: highest learning rate of a one-cycle schedule (own; paper: 2e-4, constant).
         weight_decay: weight decay of AdamW (own; paper: Adam without weight decay).
-        precision: "float32", which has the precision of IEEE on a GPU too; "tf32" (own), which on a GPU rounds the
+        precision: "float32", with full IEEE precision on a GPU too; "tf32" (own), which on a GPU rounds the
             factors of products to ten bits of mantissa while `purify_fast.training.fit` trains; or "bfloat16" for
             matrix products (own).
 

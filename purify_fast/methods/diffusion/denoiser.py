@@ -1,4 +1,4 @@
-"""Gives all denoisers the same interface: this package's U-Net, the U-Net of diffusers, and modules of users."""
+"""Gives all denoisers (this package's U-Net, the U-Net of diffusers, and modules of users) the same interface."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ guidance also moves the mean of the step (Dhariwal & Nichol, NeurIPS 2021, arXiv
 D is the mean squared difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With the
 local means E under a Gaussian window, m = E[x] and n = E[y]:
 
-    SSIM = mean of S,  S = (2 m n + C1) / (m^2 + n^2 + C1) (2 cov + C2) / (var + C2),
+    SSIM = mean of S,  S = [(2 m n + C1) / (m^2 + n^2 + C1)] [(2 cov + C2) / (var + C2)],
     cov = E[x y] - m n,   var = E[x^2] - m^2 + E[y^2] - n^2
 
 The gradients are explicit formulas, so autograd can differentiate the guided process. The authors' code

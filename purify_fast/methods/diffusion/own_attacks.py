@@ -1,13 +1,13 @@
 """Attacks on purifiers by diffusion, which the protocol "strong" runs in addition to its other attacks.
 
 Lee & Kim (ICCV 2023, arXiv 2303.09051) evaluate such purifiers by PGD with 200 steps of 20 draws each. DiffBreak's
-attack (arXiv 2411.16598) uses the fact that noise hides low frequencies least, and optimizes filters that prefer them.
-Here, a single fixed filter is applied to the gradient g:
+attack (arXiv 2411.16598) uses the fact that noise hides low frequencies least, and optimizes filters that prefer low
+frequencies. Here, a single fixed filter is applied to the gradient g:
 
     g_low = F^-1 (m F g)
 
-m is 1 for frequencies up to a quarter of the highest frequency in each direction, and otherwise 0. The purifier itself
-decides if the images that this attack finds are misclassified.
+F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest frequency in each direction, and
+otherwise 0. The purifier itself decides if the images that this attack finds are misclassified.
 
 DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss that compares intermediate states.
 The gradient of this loss does not have to pass through all steps:

@@ -7,8 +7,9 @@ A step from the time t to the earlier time s is
 
     x0 = clip(P x + Q m, -c, c),   x_s = A x0 + B x + d z          (`purify_fast.ops.diffusion_step`)
 
-Here m is the denoiser's prediction at t. The coefficients are those below, with alpha and sigma at t, alpha' and sigma'
-at s. P and Q depend on the predicted quantity, and A, B and d depend on the solver:
+Here x is x_t, m is the denoiser's prediction at t, and z ~ N(0, I). c is 1, or infinite if `Process.clip` is False. P
+and Q depend on the predicted quantity, and A, B and d depend on the solver. Below, alpha and sigma belong to the time
+t, and alpha' and sigma' belong to the time s:
 
     noise   P = 1 / alpha,  Q = -sigma / alpha
     x0      P = 0,          Q = 1
@@ -17,7 +18,7 @@ at s. P and Q depend on the predicted quantity, and A, B and d depend on the sol
     ddpm      with b = 1 - alpha^2 / alpha'^2:              Ho et al., arXiv 2006.11239, equation 7
               A = b alpha' / sigma^2,  B = (1 - b)^(1/2) sigma'^2 / sigma^2,
               d^2 = b sigma'^2 / sigma^2 (small), b (large), or predicted by the denoiser between the two (learned)
-    ddim      d = eta sigma' / sigma b^(1/2),  e = (sigma'^2 - d^2)^(1/2),    Song et al., arXiv 2010.02502, equation 12
+    ddim      d = eta b^(1/2) sigma' / sigma,  e = (sigma'^2 - d^2)^(1/2),    Song et al., arXiv 2010.02502, equation 12
               A = alpha' - e alpha / sigma,  B = e / sigma
     vp_sde    with r = beta(t) (t - s):                     Song et al., arXiv 2011.13456, equation 6, by Euler-Maruyama
               A = r alpha / sigma^2,  B = 1 + r / 2 - r / sigma^2,  d^2 = r
@@ -56,7 +57,7 @@ class Table(NamedTuple):
     targets: Tensor
     #: The times in the denoiser's units, ``[n]``.
     times: Tensor
-    #: The factor w of the guidance, ``[n]``. With learned variances, this is w without its factor, the variance.
+    #: The factor w of the guidance, ``[n]``. With learned variances, this is w divided by the variance.
     weights: Tensor
 
 
@@ -181,14 +182,15 @@ class Process:
         return Table(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
 
     def denoising(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the coefficients of the steps of a reverse process, and the variances in the factor of the guidance.
+        """Return the coefficients of the steps of a reverse process, and the variances for the guidance.
 
         Args:
             times: times, float64 ``[n + 1]``, in descending order.
 
         Returns:
             The coefficients for `purify_fast.ops.diffusion_step`, float64 ``[n, 8]``, and the variances ``[n]`` of the
-            noise. The last step of ddpm adds no noise, and its variance is that of the step before, as in DDPM's code.
+            noise. The last step of ddpm adds no noise. Its variance is the small variance of the step before, as in
+            DDPM's code.
         """
         t, s = times[:-1], times[1:]
         kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)

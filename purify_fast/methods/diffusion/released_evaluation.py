@@ -9,6 +9,8 @@ computed output. From the purified image to t*, the steps are
 
     y <- y - f(t, y) dt - g(t) dW,    a <- a + dt (df(t, y) / dy)^T a
 
+Here f and g are the drift and the diffusion of the SDE, y is its state, and a is the gradient with respect to y.
+
 The authors of GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) use PGD with 10 steps on the classifier alone (lines 25 to 28
 of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with 40 steps of 2/255 at 8/255 and 15 draws
 (lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). Each draw of BPDA is one

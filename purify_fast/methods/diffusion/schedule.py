@@ -7,7 +7,7 @@ With N training steps, step i has the time t = i / N, and alpha_bar(i / N) is th
     linear   beta_i from 1e-4 to 0.02, evenly        Ho, Jain & Abbeel, NeurIPS 2020, arXiv 2006.11239, section 4
     cosine   alpha_bar = f(t) / f(0),                Nichol & Dhariwal, ICML 2021, arXiv 2102.09672, section 3.2
              f(t) = cos^2(pi / 2 (t + 0.008) / 1.008), and no beta above 0.999
-    vp       alpha_bar = exp(-b_0 t - (b_1 - b_0) t^2 / 2),  b = 0.1 and 20, at any t in between
+    vp       alpha_bar = exp(-b_0 t - (b_1 - b_0) t^2 / 2),  b_0 = 0.1, b_1 = 20, for any t in [0, 1]
              the variance preserving SDE of Song et al., ICLR 2021, arXiv 2011.13456, appendix C
 """
 
@@ -53,8 +53,8 @@ class Schedule:
 
     Args:
         kind: ``linear``, ``cosine`` or ``vp``; the module's docstring has the formulas.
-        steps: N, number of the denoiser's training steps. The times of vp are continuous. There, N is the number of
-            indices to which `told` rounds them.
+        steps: N, number of the denoiser's training steps. The times of vp are continuous; `told` can round them
+            to N indices.
         first_beta: variance that the first of 1,000 steps adds, for linear and vp; no effect on cosine.
         last_beta: variance that the last of 1,000 steps adds, for linear and vp; no effect on cosine.
 
@@ -145,7 +145,7 @@ class Schedule:
             steps: number of steps, at least 1. None means every training step.
 
         Raises:
-            ValueError: ``start`` is outside (0, 1], or there are fewer than ``steps`` training steps up to it.
+            ValueError: ``start`` is outside (0, 1], or there are fewer than ``steps`` training steps up to ``start``.
         """
         first = round(start * self.steps) if 0 < start <= 1 else 0
         if first < 1:
@@ -170,8 +170,8 @@ class Schedule:
 
         Args:
             t: times in (0, 1].
-            times: the units. ``index``: index of the training step, from 0 to N - 1. ``rescaled``: the index times
-                1,000 / N, as in guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
+            times: the units. ``index``: index of the training step, from 0 to N - 1. ``rescaled``: the index multiplied
+                by 1,000 / N, as in guided-diffusion's ``rescale_timesteps``. ``continuous``: 999 t, as in score-SDE.
         """
         if times == "continuous":
             return 999 * t.double()
@@ -185,8 +185,8 @@ class Schedule:
         The conversion is from Carlini et al., arXiv 2206.10550, section 3.
 
         Args:
-            sigma: standard deviation of the noise for images in [0, 1] with the factor 1. The images of the process are
-                in [-1, 1], where the noise is 2 sigma.
+            sigma: standard deviation of noise that is added to images in [0, 1], without scaling the images. The images
+                of the process are in [-1, 1], where the noise is 2 sigma.
 
         Raises:
             ValueError: sigma is not above 0, or no time has so much noise.

@@ -22,10 +22,11 @@ earlier time s, the loss is
     x_t = alpha x + sigma z,   x_s = the teacher's DDIM step from x_t,
     L = mean (F(x_t, t) - G(x_s, s))^2,   G(x_s, s) = x_s if s is the end of the process
 
-Here F is the image that the denoiser predicts. G is the image that the moving average of its weights predicts, without
-a gradient and clipped to [-1, 1]. So all states on a trajectory of the teacher's probability flow are mapped to the
-image at the end of this trajectory. The method is from Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv 2303.01469,
-algorithm 2. In that paper, the intervals are those of another schedule, and the distance for large images is LPIPS.
+Here F is the image that the denoiser predicts. G is the image that the moving average of the denoiser's weights
+predicts, without a gradient and clipped to [-1, 1]. So all states on a trajectory of the teacher's probability flow are
+mapped to the image at the end of this trajectory. The method is from Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv
+2303.01469, algorithm 2. In that paper, the intervals are those of another schedule, and the distance for large images
+is LPIPS.
 
 An ordinary denoiser predicts the mean of all images that may have become x_t. A single step of flow matching on
 straight lines predicts this mean too (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts one of

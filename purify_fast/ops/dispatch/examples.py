@@ -40,8 +40,8 @@ class Example:
         setting: the values in which this example differs from the other examples of its op.
         dtypes: dtypes that the op supports.
         exact: whether every backend must have the same bits as the reference.
-        slack: error that is allowed in addition to rounding, in units of float32's eps times the largest output. Normal
-            numbers, for example, differ by a few ulp.
+        slack: error that is allowed in addition to rounding, in units of float32's eps times the largest output. Random
+            numbers from a normal distribution, for example, differ between backends by a few ulp.
         variant: setting for which the op's backend is chosen separately; empty if the op has no such setting.
         summed: whether the results are sums over the samples.
         jumps: whether the result jumps (is not continuous) where a number changes its sign. Rounding can change the
@@ -108,12 +108,12 @@ def tile(arguments, times: int):
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
-    """Return normal numbers in float64."""
+    """Return random numbers from a normal distribution, in float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
 def uniform(seed: int, *shape: int) -> Tensor:
-    """Return uniform numbers in float64."""
+    """Return random numbers from the uniform distribution on [0, 1), in float64."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

@@ -132,9 +132,9 @@ SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 def transformed() -> bool:
     """Return True if an eager call is inside a transform of ``torch.func``.
 
-    The CPU kernels that save values cannot be used there. Their autograd functions receive the context in ``forward``,
-    which transforms do not support. With ``setup_context`` instead, each call would take 20 us more, because PyTorch
-    inspects a signature.
+    The CPU kernels that save values are not used there. Nor are autograd functions that receive the context in
+    ``forward``, such as those of `conv2d` and `group_norm_silu`, because transforms do not support them. With
+    ``setup_context`` instead, each call would take 20 us more, because PyTorch inspects a signature.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 

@@ -48,7 +48,7 @@ class Winner(NamedTuple):
 
 @functools.cache
 def shipped() -> tuple[dict[str, Any], ...]:
-    """Return the machines that were measured with the benchmarks."""
+    """Return the content of ``races.json``: the results of the machines that were measured with the benchmarks."""
     return tuple(json.loads(SHIPPED.read_text(encoding="utf-8")))
 
 

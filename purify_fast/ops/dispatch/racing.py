@@ -358,7 +358,8 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
         before, after = op.wanted(call).backend, op.kernel(device.type) if _wins(op, call, own) else "reference"
         if before != after:
             changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
-        # For calls that were not raced, the kernel is used only if it won every race of its op.
+        # A call that was not raced uses the kernel only if the kernel won every race of the call's variant or, for a
+        # variant that was not raced, every race of the op.
         for name in {"", call.variant, call.cell}:
             served = cells.setdefault(name, {})
             served[call.style] = "reference" if served.get(call.style) == "reference" else after

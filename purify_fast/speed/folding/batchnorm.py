@@ -82,7 +82,7 @@ def fold_sequential(model: nn.Module) -> None:
     """Fold every BatchNorm that follows a layer in an ``nn.Sequential``, in place.
 
     Unlike `fold_batchnorm`, this function needs no example, because the pairs follow from the order of the Sequential.
-    It is made for modules with several inputs, such as a decoder, and also folds transposed convolutions.
+    So it can fold modules with several inputs, such as a decoder. It also folds transposed convolutions.
 
     A module could call the layers of its Sequential separately, in another order. So a Sequential is considered only if
     the class of its module has the attribute ``runs_in_order = True``, which subclasses do not inherit. Layers that are
@@ -218,7 +218,7 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
 
 
 class FoldedPairs:
-    """Computes `folded` for all pairs of a model in training together, in float32.
+    """Computes `folded` for a model that is being trained: for all of its pairs together, in float32.
 
     On CUDA this needs eight launches for any number of pairs. PyTorch can multiply many tensors in a single launch only
     by tensors of the same shapes and strides. So the factors of the channels are first copied to tensors of the shapes

@@ -53,8 +53,8 @@ class CompiledRegion:
     computed without the compiler, because the padding would make it slower by a factor of two or more, and compilation
     saves less.
 
-    On a GPU, the first `STATIC_SIZES` batch sizes are compiled separately and without padding, with launches and
-    indices as constants. All further sizes share a graph, as on a CPU.
+    On a GPU, the first `STATIC_SIZES` batch sizes are compiled separately and without padding, so that the sizes of
+    launches and the indices are constants. All further sizes share a graph, as on a CPU.
 
     Inside another torch.compile graph, the function is traced without these steps.
 

@@ -461,7 +461,8 @@ class StepGraphs:
             results = function(buffers)
         if host_generators(device) != before:
             return f"{_name(function.model)} draws random numbers on the host, which every replay would repeat"
-        # `lift_fresh`, as in torch.tensor(1.0), waits only for a tensor on the device. In this case the capture fails.
+        # `lift_fresh`, as in torch.tensor(1.0), waits only if the tensor is on the device. It is not refused here,
+        # because in this case the capture fails anyway.
         blocking = [wait for wait in waits.counts if wait.operator != "lift_fresh"]
         if blocking:
             operator, file, name = blocking[0]

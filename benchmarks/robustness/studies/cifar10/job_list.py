@@ -160,7 +160,8 @@ def clean_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 def attacked(job: Job, root: Path, name: str) -> nn.Module:
     """Load the model that is evaluated, with a defence's randomness switched off, so that attacks need only one draw.
 
-    Without randomness, CARSO decodes the most likely latent, and AToP adds no noise.
+    Without randomness, CARSO decodes the most likely latent, and AToP adds no noise. In the rows of
+    `study.AS_AUTHORS` the defence keeps its randomness.
     """
     model = models.model_of(job, root, name)
     if isinstance(model, StochasticDefence) and name not in study.AS_AUTHORS:
@@ -170,7 +171,7 @@ def attacked(job: Job, root: Path, name: str) -> nn.Module:
 
 
 def judge(job: Job, folder: Path, root: Path) -> dict:
-    """Evaluate a model by a protocol. With the main protocol, also measure clean accuracy on many images."""
+    """Evaluate a model. With the main protocol or the authors' attacks, also measure clean accuracy on many images."""
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:

@@ -1,8 +1,8 @@
 """Collect the numbers of the study on CIFAR-10 from the folders of its jobs, and save them with the results.
 
-The folders of the jobs are large, because they contain models. When a table is written, some folders may be deleted, or
-may be on another machine. So the numbers are also saved in a results file. A table takes a number from a folder, or
-else from the results file.
+The folders of the jobs are large, because they contain models. When a table is written, some folders may no longer
+exist, or may be on another machine. So the numbers are also saved in a results file. A table takes a number from a
+folder, or else from the results file.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class Results:
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(self.reports[name, seed] for name in order if (name, seed) in self.reports)
             if seed == 0:
-                # Git keeps the report of an earlier run, so it needs no folder of its own.
+                # Remove the report of an earlier run. Otherwise `save` would move this report into a subfolder,
+                # although Git keeps it.
                 (folder / stem / "report.json").unlink(missing_ok=True)
                 merged.save(folder / stem)
             else:
@@ -333,7 +334,7 @@ def _authors_lines(folders: SeedFolders, counts: Judging) -> list[dict[str, Any]
 
 
 def first(report: Report, count: int) -> np.ndarray:
-    """Return a bool ``[count]``: True for those of the first images that are classified correctly after all attacks.
+    """Return, for each of the first images, whether it is classified correctly after all attacks, bool ``[count]``.
 
     Args:
         report: report on one model.

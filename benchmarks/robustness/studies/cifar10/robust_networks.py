@@ -1,9 +1,9 @@
 """Train robust networks for the comparison of attacks: ``python -m benchmarks robust_networks NAME``.
 
-Each training starts with a network of the zoo. The training is that of the base of the study on CIFAR-10, but for a
-single pass over the images. An interrupted training is resumed. The trained network is written in bfloat16 into the
-subfolder ``zoo`` of its folder. Then ``python -m benchmarks zoo NAME=FOLDER`` evaluates the network, and puts it into
-the zoo. The zoo already has the network's card.
+Each training starts with a network of the zoo. The training is that of the base of the study on CIFAR-10, but makes
+only a single pass over the images. An interrupted training is resumed. The trained network is written in bfloat16 into
+the subfolder ``zoo`` of its folder. Then ``python -m benchmarks zoo NAME=FOLDER`` evaluates the network, and puts it
+into the zoo. The zoo already has the network's card.
 """
 
 from __future__ import annotations

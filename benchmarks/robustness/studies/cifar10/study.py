@@ -99,7 +99,7 @@ def budget_of(amount: str) -> Budget:
 
 
 EPS = 8 / 255
-#: The layers of the classifier that CARSO reads: the last blocks of its last three stages.
+#: The layers of the classifier that CARSO reads: the last block of each of the classifier's last three stages.
 LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
@@ -114,7 +114,7 @@ ATOP_PIPELINE, ATOP_ZERO = "AToP pipeline", "AToP pipeline, sigma 0"
 ATOP_STANDARD = "AToP, paper's objective, on standard"
 #: The row of CARSO under attacks through PeeL, the output that CARSO's authors attack.
 PEEL = "CARSO, paper's objective, through PeeL"
-#: The row of AToP under attacks on the classifier alone, as in the training of its authors' notebooks.
+#: The row of AToP under attacks on the classifier alone. The training in the authors' notebooks attacks in this way.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
 #: AS_AUTHORS are the rows under the attacks of the method's authors. In the names of their jobs, AUTHORS takes the
 #: place of a protocol's name.
