@@ -91,7 +91,7 @@ def speed_table(results: Path) -> list[str]:
 
 
 def contests_sentence(results: Path) -> list[str]:
-    """Return the line of README's table of attacks that compares the default protocol with AutoAttack.
+    """Return the line in README's table of attacks that compares the default protocol with AutoAttack.
 
     Both attacked the same images and models.
 
@@ -128,7 +128,7 @@ def judges_sentences(results: Path) -> list[str]:
 
 
 def diffusion_sentence(results: Path) -> list[str]:
-    """Return the line of README's table of attacks about DiffPure.
+    """Return the line about DiffPure in README's table of attacks.
 
     The line compares the attacks of DiffPure's authors with attacks by exact gradients. The result is empty if the
     study has not run.
@@ -151,7 +151,7 @@ def diffusion_sentence(results: Path) -> list[str]:
 
 
 def broken_sentence(results: Path) -> list[str]:
-    """Return the line of README's table of attacks about broken defences.
+    """Return the line about broken defences in README's table of attacks.
 
     The line counts the defences that AutoAttack and the default protocol overestimate.
 

@@ -24,8 +24,8 @@ PF_INLINE W transformed_slope(W x, W noise, W sigma, W grad) {
 }
 
 // Returns the owner of a block: the index of the pass that hides the block. `rank` is the rank of the block's random
-// key. With num_passes = 0 there is one pass, which hides the `masked_blocks` blocks with the lowest ranks. These
-// blocks have owner 1, and the others have owner 0.
+// key. num_passes = 0 means a single pass, which hides the `masked_blocks` blocks with the lowest ranks. In this case
+// the result only tells whether a block is hidden (1) or not (0).
 PF_INLINE uint8_t owner_of(int64_t rank, int64_t blocks, int64_t masked_blocks, int64_t num_passes) {
   return static_cast<uint8_t>(num_passes == 0 ? rank < masked_blocks : rank / (blocks / num_passes));
 }

@@ -169,7 +169,8 @@ PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
 }
 
-// Makes the pairs (pixel j, pixel j + distance) from a row of pixels, for `count` values of j: from, from + step, ...
+// Makes the pairs (pixel j, pixel j + distance) from a row of pixels, for `count` values of j. The first j is `from`,
+// and each further j is larger by `step`.
 // Pixels beyond the row count as 0. Each pair is a 32-bit number per channel of the block.
 PF_PAIRS inline void pack_pairs(const uint16_t* row, int64_t width, int64_t channels, const Block& block, int64_t from,
                                 int64_t step, int64_t distance, int64_t count, uint32_t* to) {

@@ -41,8 +41,8 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: Number of images per thread that are decoded ahead of their use. They remain in memory until then.
 CHUNK = 32
 FORM = (
-    "train/<class>/*.jpg|png and val/ or test/ in the same form, or tiny-imagenet-200's val/images and "
-    "val/val_annotations.txt"
+    "train/<class>/*.jpg or *.png, and the held-out images: val/ or test/ in the same form, or val/images and "
+    "val/val_annotations.txt as in tiny-imagenet-200"
 )
 
 
@@ -145,7 +145,7 @@ def _refuse_circles(folder: Path, files: Sequence[Path]) -> None:
 def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     unknown = sorted(set(_classes_in(folder)) - set(classes))
     if unknown:
-        raise ValueError(f"{folder} has the classes {', '.join(unknown[:NAMED])}, which train lacks")
+        raise ValueError(f"{folder} has the classes {', '.join(unknown[:NAMED])}, which the folder train/ lacks")
     numbered = {name: label for label, name in enumerate(classes)}
     listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True)
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.

@@ -191,7 +191,7 @@ class Subject:
 
     @property
     def batch_size(self) -> int:
-        """The largest number of images in a forward pass, which must also fit into memory."""
+        """The largest number of images in a forward pass: the number asked for, or fewer if memory is too small."""
         return self.room.at_most(self._batch_size)
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:

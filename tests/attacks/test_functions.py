@@ -57,7 +57,7 @@ def test_the_docstring_has_the_texts_of_the_fields():
         entry = inspect.cleandoc(doc).partition(f"    {name}: ")[2].partition("\n    ")[0].split()
         assert len(entry) > 5 and " ".join(entry) in " ".join(text.partition(f"    {name}: ")[2].split())
     # a subclass describes a field of its base anew
-    assert "in its authors' code" in attacks.fab_t.__doc__ and "gradient steps of a run" not in attacks.fab_t.__doc__
+    assert "in the authors' code" in attacks.fab_t.__doc__ and "gradient steps of a run" not in attacks.fab_t.__doc__
     assert max(map(len, text.splitlines())) <= 120
 
 

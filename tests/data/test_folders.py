@@ -259,7 +259,7 @@ def test_refused(tmp_path):
         data.load_dataset(tmp_path)
     folder(tmp_path / "a")
     (tmp_path / "a" / "val" / "cow").mkdir()
-    with pytest.raises(ValueError, match="the classes cow, which train lacks"):
+    with pytest.raises(ValueError, match="the classes cow, which the folder train/ lacks"):
         data.load_dataset(tmp_path / "a")
     (tmp_path / "a" / "train" / "cow").mkdir()
     with pytest.raises(ValueError, match=r"cow contains no image \(\.jpg"):

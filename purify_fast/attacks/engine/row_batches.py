@@ -230,7 +230,7 @@ class PaceMonitor:
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Tell whether `lost` has an effect at this step, without ``gains``. A search may call `lost` only then."""
+        """Tell whether `lost` notes distances or decides at this step. A search may leave out all other calls of it."""
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:

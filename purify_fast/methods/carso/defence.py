@@ -330,10 +330,10 @@ class Carso(Defence):
             ValueError: the files cannot represent this defence.
         """
         if self.arguments["version"] != "v4" or any(len(shape) != 3 for shape in self.representation.shapes):
-            shapes = ", ".join(str(list(shape)) for shape in self.representation.shapes)
+            shapes = ", ".join("[" + ", ".join(map(str, ("B", *shape))) + "]" for shape in self.representation.shapes)
             raise ValueError(
                 "official files support only version v4 and layers that return maps [B, C, H, W], got version "
-                f"{self.arguments['version']} and, without B, the shapes {shapes}: use `save` for this defence"
+                f"{self.arguments['version']} and layers that return {shapes}: use `save` for this defence"
             )
         write_official(self.condition_encoder, self.decoder, directory, stem)
 

@@ -144,7 +144,8 @@ def examples(
 
     Args:
         arguments: function that makes the arguments of the kernel, called as ``arguments(*setting, dtype, seed)``.
-        settings: settings of the examples, which are also their names; a mapping gives each setting its `Example.gpu`.
+        settings: the setting of each example, from which its name is made. In a mapping, the value of a setting is the
+            attribute `gpu` of its example.
         **properties: other attributes of the examples, each a value or a function of the setting.
     """
     gpu = settings if isinstance(settings, Mapping) else {}
