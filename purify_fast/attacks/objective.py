@@ -92,8 +92,8 @@ class Objective:
         """Sums over all draws; ``one_pass(x, y, draws)`` returns the sums for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
-            # This is the most frequent case. The sums and concatenations below would take about as long as the pass
-            # of a small model, so they are skipped.
+            # In this frequent case the sums and concatenations below are not needed. They would take about as long as
+            # the pass of a small model.
             return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):

@@ -233,8 +233,8 @@ def _write(
     paths, failed = {part: _array(place, part, source) for part in splits}, list[str]()
     for part, split in splits.items():
         with atomic(paths[part]) as temporary:
-            how: dict[str, Any] = {"resize": image_size is not None, "title": f"decode {part} images"}
-            failed += decode(split.files, size, out=temporary, workers=workers, **how)
+            resize, title = image_size is not None, f"decode {part} images"
+            failed += decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
     if failed:
         for path in paths.values():
             path.unlink()

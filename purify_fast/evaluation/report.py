@@ -300,8 +300,7 @@ class Report:
             return
         about = there.get("about", {})
         named = ("threat", "dataset", "protocol", "predict", "precision")
-        words = [about[name] for name in named if name in about]
-        name = ", ".join(["earlier", *words]).replace("/", "_")
+        name = ", ".join(["earlier", *(about[each] for each in named if each in about)]).replace("/", "_")
         names = itertools.chain([name], (f"{name}, {number}" for number in itertools.count(2)))
         place = next(folder / each for each in names if not (folder / each).exists())
         place.mkdir()

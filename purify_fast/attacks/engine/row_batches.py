@@ -532,7 +532,9 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
 
 class RowSearch:
-    """One run of a search with gradients over a batch of rows; the rows of fallen images are removed from the batch.
+    """One run of a search that follows gradients, over a batch of rows.
+
+    During the run, the rows of fallen images are removed from the batch.
 
     Args:
         objective: the loss, on the model that gives the gradients.
