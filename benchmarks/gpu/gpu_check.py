@@ -14,8 +14,8 @@ its output to ``DIR/gpu_check/<section>.log``. Each row of a results file is wri
 The file ``DIR/gpu_check.md`` has a summary of all sections.
 
 A second run skips the sections that are complete. A section is complete if it did not fail, left out nothing, and was
-run with the same version, sources and device. If a section was killed, the next run keeps the rows that the section has
-written and the tests that have passed.
+run with the same versions, sources and device. If a section was killed, the next run keeps the rows that the section
+has written and the tests that have passed.
 
 At the end, every run makes two results: the device's chapter of docs/performance.md, and the list that says for each op
 where the package uses the op's kernel and where its reference. Both are written into DIR. If DIR is in

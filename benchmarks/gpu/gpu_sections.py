@@ -1,6 +1,6 @@
 """The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`.
 
-Five sections show where CUDA graphs and kernels save time. Each of these sections writes a file of its own:
+Five sections measure CUDA graphs and kernels in detail. Each writes a results file, whose name is this constant:
 
 1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay of the graph saves.
 2. `VERDICTS`: the correctness and the compile time of each kernel.

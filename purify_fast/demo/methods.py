@@ -1,9 +1,9 @@
 """The models of the demonstration, and their trainings and attacks.
 
 CARSO's classifier is the adversarially trained base. AToP's classifier is the standard classifier. AToP has three
-purifiers: pre-trained only, trained with the paper's objective, and fine-tuned through the whole pipeline. ARREST
-finetunes the standard classifier with and without its two parts (distillation and noisy replay), and a CARSO is trained
-on ARREST's result.
+purifiers: pre-trained only, trained with the paper's objective, and fine-tuned through the whole pipeline. The standard
+classifier is finetuned twice: by ARREST, and without ARREST's two parts, distillation and noisy replay (AFT). Another
+CARSO is trained with ARREST's result as its classifier.
 """
 
 from __future__ import annotations

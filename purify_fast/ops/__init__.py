@@ -1,4 +1,4 @@
-"""Fused operations. Each module defines an op: it has the formula, a reference in PyTorch and the public function."""
+"""Fused operations. The module of an op has its formula, its reference in PyTorch, and its public function."""
 
 import types
 

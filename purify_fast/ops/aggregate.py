@@ -12,9 +12,9 @@
 CARSO's P (arXiv 2306.06081, section 4.5). ``mean_sigmoid`` is the aggregation "prob" in CARSO's code. ``vote`` has no
 gradient, so attack ``lse`` in its place.
 
-The last two are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. With K = 8 and all other
-logits 0, it is infinite if the top logit is above about 1.2. Its gradients are then NaN, so an attack on it gives a
-meaningless result. ``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
+The last two formulas are for study only. ``peel_reference`` is the form of ``peel`` in CARSO's code. With K = 8 and all
+other logits 0, it is infinite if the top logit is above about 1.2. Its gradients are then NaN, so an attack on it gives
+a meaningless result. ``vote_reference`` is the aggregation "count" in CARSO's code. It is wrong for negative logits.
 
 Above q = 70, exp(q) is continued along its tangent. So S is finite (for logits up to 1e8 in float32), and the order of
 the classes is preserved.
@@ -40,7 +40,7 @@ TANGENT = 70.0
 
 def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
     """Return exp(q), continued linearly above TANGENT, and its derivative."""
-    # This is not a clamp, because the gradient of a clamp would be 0 at TANGENT itself.
+    # torch.clamp is not used, because its gradient at TANGENT itself differs between versions of torch.
     above = q > TANGENT
     slope = torch.exp(torch.where(above, TANGENT, q))
     return torch.where(above, slope * (1 + (q - TANGENT)), slope), slope

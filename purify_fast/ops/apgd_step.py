@@ -6,7 +6,7 @@
 Source: Croce & Hein, ICML 2020, algorithm 1. a is 0.75, and 1 in the first step. P and dir are those of `pgd_step`: P
 projects onto the ball, and then onto the box; dir is sign(g) (linf) or g / |g| (l2). If g is zero or not finite, dir is
 0, and only the momentum moves the element (linf) or the sample (l2). NaN in x, x_nat or previous propagates. Each
-sample has its own alpha and eps.
+sample has its own step length alpha and its own radius eps of the ball.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _operands(*setting: Any) -> tuple[Tensor, ...]:
-    """Make images, weights, a bias, and the gradient of the result, which is random."""
+    """Make random images, weights, a bias, and a gradient of the result."""
     shape, outputs, kernel, stride, padding, dilation, dtype, seed = setting
     # The weights are scaled, so that the results are about as large as the numbers of the images, as in a network.
     scale = (math.prod(kernel) * shape[-1]) ** -0.5

@@ -9,8 +9,8 @@ transposed convolutions. BatchNorms are folded into their weights, and the weigh
         a_bk = z_bk W_z + c_b
         a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
 
-Here c_b is the product of the condition with its half of the first layer's weights, plus the bias. It is computed once
-per image.
+In these formulas, c_b is not the condition itself. It is the product of the condition with the condition's half of the
+first layer's weights, plus the bias. It is computed once per image.
 
 The kernels (kernels/decode_samples.py) multiply bfloat16 numbers and add in float32. The activations between layers are
 bfloat16. The activations between the last two layers remain in registers.
@@ -324,7 +324,8 @@ def decode_prior(
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "samples must be an integer of at least 1 and below 2^63, and slope a finite number of at least 0"
         raise ValueError(f"{limits}, got samples = {samples} and slope = {slope}")
-    # The backward multiplies by image * (1 - image), but bfloat16 rounds images above 0.998 to 1.
+    # The backward multiplies by image * (1 - image), which would be 0 where bfloat16 rounds an image above 0.998 to 1.
+    # So the op computes images in the wider dtype if a gradient is needed.
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.uses_reference(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):

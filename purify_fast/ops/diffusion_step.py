@@ -3,8 +3,8 @@
     x0  = clip(P x + Q m, -c, c)
     out = A x0 + B x + s z,   z ~ N(0, 1) from the Philox stream DIFFUSION
 
-A solver is defined by its eight numbers (P, Q, c, A, B, s, lo, hi). If the forward process is x = alpha x_0 + sigma z,
-the network's type of prediction determines P and Q:
+x is the state, and m the network's prediction. A solver is defined by its eight numbers (P, Q, c, A, B, s, lo, hi). If
+the forward process is x = alpha x_0 + sigma z, the network's type of prediction determines P and Q:
 
     the noise:   P = 1 / alpha,  Q = -sigma / alpha   (DDPM, Ho et al., NeurIPS 2020, arXiv 2006.11239)
     the image:   P = 0,          Q = 1
@@ -20,8 +20,8 @@ c = inf means no clipping. A, B and s can be those of
     the forward process alpha x + sigma z: P = Q = A = 0, B = alpha, s = sigma. Here x is also passed as the prediction.
 
 With learned variances (Nichol & Dhariwal, ICML 2021, arXiv 2102.09672), the prediction has twice as many channels as x.
-The first half of the prediction is m. The second half, v, interpolates between the logarithms lo and hi of two
-variances. In this case s is either 1 or 0:
+The first half of the prediction is m. The second half, which is called v below, interpolates between the logarithms lo
+and hi of two variances. In this case s is either 1 or 0:
 
     out = A x0 + B x + s d z,   d = exp(((1 + v) / 2 hi + (1 - v) / 2 lo) / 2)
 
@@ -150,7 +150,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 def _arguments(*setting: Any) -> tuple[Any, ...]:
-    """Make arguments for which a third of the images are clipped. With learned variances, one row has no noise."""
+    """Make arguments for which about half of the pixels are clipped. With learned variances, one row has no noise."""
     shape, learned, noisy, memory, dtype, seed = setting
     inner = wide_dtype(dtype)
     x = normal(seed, *shape).to(inner)

@@ -104,7 +104,7 @@ BACKWARD = define_backward(
 
 
 class _Normalized(torch.autograd.Function):
-    """Compute images ``[B, C, H, W]`` by the kernel. The weights must not need a gradient."""
+    """Applies the kernel to images ``[B, C, H, W]``. The weights must not need a gradient."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, *numbers: Any) -> Tensor:
@@ -141,7 +141,7 @@ def _check(x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor |
     if shift is not None and shift.shape not in ((1, channels), (x.shape[0], channels)):
         raise ValueError(f"shift must be [B, C] = {[x.shape[0], channels]} or [1, C], got {list(shift.shape)}")
     if not isinstance(eps, (int, float, torch.SymFloat)) or not eps >= 0:
-        raise ValueError(f"eps must be a number, at least 0, got {eps!r}")
+        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
 
 
 def group_norm_silu(
@@ -162,7 +162,7 @@ def group_norm_silu(
         ``x``'s shape, in the dtype that PyTorch's operators return. A kernel returns bfloat16 in channels_last.
 
     Raises:
-        TypeError: if an argument is not a tensor.
+        TypeError: if x, weight, bias or shift is not a tensor.
         ValueError: if shapes, dtypes or devices do not match.
 
     The kernel has first-order gradients of x only. PyTorch's operators are used if another tensor needs a gradient, and

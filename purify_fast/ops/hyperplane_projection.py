@@ -18,7 +18,7 @@ least one breakpoint, and the last iteration gives t exactly. For l1 the kernels
 
 If the plane does not intersect the box, d leads to the corner of the box nearest to the plane. Non-finite elements of w
 count as 0, and a row with NaN in x or b does not move. w and b are scaled by a power of two first, so that the squares
-of tiny gradients do not underflow.
+of tiny elements of w do not underflow.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def reference(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) 
 
 
 def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
-    """Return the t for which the moves min(t unit, room) close the gap |g|, [B, 1]. It is infinite if no t does."""
+    """Return the t, [B, 1], for which the moves min(t unit, room) close the gap |g|; infinity if there is no such t."""
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
@@ -105,14 +105,14 @@ EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
 RACED = tuple((norm, shape) for norm in NORMS for (shape,) in RGB)
 PROPERTIES: dict[str, Any] = {
     "variant": lambda norm, _: norm,
-    # The distance of a row to its plane is a sum, and each backend rounds it in its own order. In l1, a single
-    # coordinate receives all of this error.
+    # The distance of a row to its plane is a sum. Each backend adds in its own order, so the rounding errors differ. In
+    # l1, a single coordinate receives all of this error.
     "slack": lambda norm, _: 2.0**14 if norm == "l1" else 256.0,
 }
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
-    """Make planes that are near, far and outside the box, and a normal with zeros, infinities and NaN."""
+    """Make planes that are near, far and outside the box. The normals have zeros, and one has infinity and NaN."""
     x, w = uniform(seed, *shape).to(dtype), normal(seed + 100, *shape)
     w[uniform(seed + 200, *shape) < 0.1] = 0
     w[1].view(-1)[:2] = torch.tensor([math.nan, math.inf])

@@ -77,7 +77,7 @@ def noisy_replay(
     lo: float = 0.0,
     hi: float = 1.0,
 ) -> Tensor:
-    """Choose what each sample is trained on: its adversarial example or, if it has drifted, itself with noise.
+    """Choose what each sample is trained on: its adversarial example or, if it has drifted, its clean image with noise.
 
     Args:
         x: clean images, ``[B, ...]``; float16, bfloat16, float32 or float64; image units.

@@ -179,7 +179,7 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """Return ``value`` as a tensor [B] on x's device, float32 (float64 for float64).
 
     Raises:
-        ValueError: if value has another shape, or is a negative number or NaN and named "eps".
+        ValueError: if value has another shape, or if ``name`` is "eps" and value is a negative number or NaN.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(value, Tensor):

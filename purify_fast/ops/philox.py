@@ -6,9 +6,9 @@
     normal, by Box-Muller over the word pairs (0, 1) and (2, 3), u = ((w + 256) >> 8) 2^-24 in (0, 1]:
         sqrt(-2 ln u_0) cos(2 pi v_1)  and  sqrt(-2 ln u_0) sin(2 pi v_1),  v = (w >> 8) 2^-24
 
-The same seed gives the same bits in every backend, for every batch split, chunk and rank. Normal numbers differ by a
-few ulp at most. Every purpose has its own stream, because numbers with equal counters would be correlated. The layout
-of the counter is specific to this package.
+The same seed gives the same bits in every backend, for every batch split, chunk and rank. Only normal numbers differ
+between backends, by a few ulp at most. Every purpose has its own stream, because numbers with equal counters would be
+correlated. The layout of the counter is specific to this package.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _fake(seed: Tensor, ids: Tensor, numel: int, stream: int, distribution: int,
 
 
 def _arguments(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    # Begin at a draw index for which a later index exceeds 32 bits.
+    # There are three draws. Begin at the index 2^32 - 2, so that the index of the third draw exceeds 32 bits.
     return *example_stream(seed), shape[-1], int(Stream.LATENT), DISTRIBUTIONS.index(distribution), 3, 2**32 - 2
 
 
@@ -164,7 +164,7 @@ def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **o
     if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
         raise ValueError(f"sample_ids must be an int64 tensor [B], got {sample_ids.dtype} {list(sample_ids.shape)}")
     if batch is not None and sample_ids.shape[0] != batch:
-        raise ValueError(f"sample_ids must have one entry per sample, {batch}, but it has {sample_ids.shape[0]}")
+        raise ValueError(f"sample_ids must have one entry per sample, so {batch}, but it has {sample_ids.shape[0]}")
     check_one_device(**others, seed=seed, sample_ids=sample_ids)
 
 

@@ -12,7 +12,7 @@ The way a mask is drawn is specific to this package. Each of the G blocks gets a
 keys are ranked, and blocks with equal keys are ranked by their index. RT1 and RT2 hide the blocks with the lowest
 ranks. In RT3, a block is hidden by the pass with the index rank // (G / N), which is called the owner of the block.
 
-The backward draws n again from the seed. For the backward, only the inputs and the owners of the blocks are stored:
+The backward draws n again from the seed, so only the inputs and the owners of the blocks are stored. The gradient is
 
     dx = sum over draws and passes of 2 (1 - m) [0 <= x + sigma n <= 1] dt
 """
@@ -242,7 +242,7 @@ def random_transform(
         raise ValueError(f"samples must be at least 1 and below 2^63, got {samples}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    # For 1/49 of 49 blocks this is one block, although the floating-point product is 0.999...
+    # 1e-6 compensates rounding: 1/49 of 49 blocks is one block, although the floating-point product is 0.999...
     masked_blocks = min(int(mask_ratio * blocks + 1e-6), blocks - 1) if num_passes is None else 0
     kernel = _random_transform if needs_gradient(x) else OP.handle
     call = reference if OP.uses_reference(x.device, x.dtype, x.numel()) else kernel

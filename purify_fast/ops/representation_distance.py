@@ -144,7 +144,8 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    # A different order of the sums changes the cosine by a few ulp. The cosine is ten times as large as the distance.
+    # Another order of the sums changes the cosine by a few ulp. The distance is only a tenth of the cosine, so the same
+    # error is ten times as many ulp of the distance.
     examples=examples(_arguments, EXAMPLES, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0, **VARIANT),
     raced=examples(_arguments, RACED, **VARIANT),
     compiler_fuses=("",),
@@ -194,13 +195,15 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not student or len(student) != len(teacher):
         raise ValueError(
-            "student and teacher must have the same number of layers, at least one, "
+            "student and teacher must have the same number of layers, and at least one layer, "
             f"got {len(student)} and {len(teacher)}"
         )
     for u, v in zip(student, teacher, strict=True):
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
-            raise ValueError(f"student and teacher must have the same shape [B, ...], and layers the same B, got {got}")
+            raise ValueError(
+                f"student and teacher must have equal shapes [B, ...], and all layers must have the same B, got {got}"
+            )
         check_floating(student=u, teacher=v)
         check_one_device(first=student[0], student=u, teacher=v)
 

@@ -132,7 +132,7 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(
             f"the number of images must be a multiple of S * B = {samples} * {batch} (the first two sizes of owners), "
-            f"and 0 only if that is 0, got {images.shape[0]}"
+            f"and 0 only if S * B is 0, got {images.shape[0]}"
         )
     if needs_gradient(images) and not OP.uses_reference(images.device, images.dtype, images.numel()):
         return _stitch(images, owners)

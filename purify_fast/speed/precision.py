@@ -80,8 +80,8 @@ def raced_convolutions(mode: CudnnBenchmark, device: torch.device) -> Iterator[N
     the algorithms differ in the last bits, and the choice may differ between runs.
 
     Args:
-        mode: "auto": on a CUDA device, unless deterministic algorithms are switched on in PyTorch. "on": on a CUDA
-            device in any case. "off": cuDNN's setting is not changed.
+        mode: "auto": cuDNN times its algorithms on a CUDA device, unless deterministic algorithms are switched on in
+            PyTorch. "on": it always does so on a CUDA device. "off": cuDNN's setting is not changed.
         device: device of the work.
     """
     check_literal("mode", mode, CudnnBenchmark)

@@ -1,4 +1,4 @@
-"""Small inputs of each op, in the form that its kernel accepts. They are used to verify, test and race kernels.
+"""Small inputs of each op, in the form that its kernel accepts. They are used to verify, test and time kernels.
 
 The module of each op defines its examples. ``python -m benchmarks.gpu.every_op`` runs every op once.
 """
@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_map_only
 from ..._tensors import last_channels, memory_format
 
 HALVES = (torch.bfloat16, torch.float16)
-#: The number of samples of an example. If the size of a tensor's dimension is a multiple of this number, the dimension
-#: is assumed to be that of the samples.
+#: The number of samples of an example. If the size of a tensor's first dimension is a multiple of this number, this
+#: dimension is assumed to count the samples; otherwise the second dimension is.
 ROWS = 3
 #: Image shapes for ops whose examples differ only in the shape. The last two shapes have more numbers per image than
-#: one Triton program processes in the kernels for losses and for steps in a norm. The letters are the dtypes for which
-#: kernels are verified with this shape on a GPU (`Example.gpu`).
+#: one Triton program processes in the kernels for losses and for steps in a norm. The letters beside a shape name the
+#: dtypes in which its example verifies kernels on a GPU (`Example.gpu`).
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
 #: The shape of the images for races, which compare the speeds of a kernel and its reference.
 RGB = (((ROWS, 3, 32, 32),),)
@@ -87,10 +87,11 @@ def double(arguments: tuple) -> tuple:
 
 
 def batch_dimension(tensor: Tensor) -> int | None:
-    """Return the dimension that counts the samples or passes; None for seeds, settings and parameters (the weights)."""
+    """Return the dimension that counts the samples; None for parameters (weights) and tensors of one number (seeds)."""
     if tensor.numel() <= 1 or isinstance(tensor, Parameter):
         return None
-    # Only one argument has another first dimension: `owners` of `random_transform` is [draws, samples, ...].
+    # The argument `owners` of `stitch` and `random_transform` is [draws, samples, ...]. The coefficients [8] of
+    # `diffusion_step` are the same for all samples. They have no dimension 1, so `tile` does not repeat them.
     return 0 if tensor.shape[0] % ROWS == 0 else 1
 
 

@@ -5,10 +5,10 @@ call that cannot have a gradient uses the kernel directly. docs/performance.md h
 
 An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than memory
 accesses. On a CPU, memory accesses are cheaper: saving a sigmoid, a normal number or a difference needs one store and
-one load. Computing it again would need dozens of instructions, or the read of a second matrix. ``torch.compile`` also
-saves such values. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. These kernels have the same
-results as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be used
-in both directions.
+one load. Computing such a value again would need dozens of instructions, or another read of a matrix. ``torch.compile``
+also saves such values. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. These kernels have the
+same results as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be
+used both forward and backward.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def differentiable(
             gradient. ``backward`` must be a plain function, because torch.compile cannot trace an op that a closure
             holds.
         saved: function that selects the arguments of backward from the inputs and the outputs, tensors first.
-        constants: number of outputs, counted from the last, that have no gradient.
+        constants: number of outputs without a gradient. These are the last outputs.
 
     Returns:
         The method ``apply`` of the autograd function, which is called with the inputs.

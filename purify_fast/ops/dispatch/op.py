@@ -20,9 +20,8 @@ Backend = Literal["reference", "cpp", "triton"]
 
 #: The types of devices on which each backend computes.
 BACKENDS: dict[Backend, tuple[str, ...]] = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
-#: The sizes that are raced separately, each with a limit for the bit length of the number of elements. A call has the
-#: first size whose limit it stays below: a call with fewer than 2 ** 16 elements is small, and a call with 2 ** 20 or
-#: more is large.
+#: The sizes that are raced separately. A call has the first size whose limit is above the bit length of the call's
+#: number of elements: a call with fewer than 2 ** 16 elements is small, and a call with 2 ** 20 or more is large.
 SIZES = {"small": 17, "medium": 21, "large": 1000}
 
 
@@ -78,12 +77,13 @@ class Definition:
         name: name without the name space.
         handle: the op as PyTorch dispatches it.
         reference: the definition, in PyTorch.
-        available: the backends that exist in this installation, by device type; the kernel is last.
+        available: the backends that exist in this installation, by device type. If there is a kernel, its backend is
+            the last.
         examples: inputs that verify its kernels.
         raced: inputs with which its kernels are raced. They have realistic shapes, but only a few samples.
         launch: function that starts its Triton kernel, or None.
-        few_launches: variants for which forward and backward together replace fewer than a dozen launches of the
-            reference. Without races, a GPU uses the reference for these variants, and the kernel for the others.
+        few_launches: variants whose reference has fewer than a dozen launches, forward and backward together. Without
+            races, a GPU uses the reference for these variants, and the kernel for all other variants.
         compiler_fuses: further variants, whose reference a compiler can fuse; ``""`` stands for an op without variants.
             Inside compiled graphs, the reference is used for these variants.
         size_key: function that returns, from the kernel's arguments, the dtype and the number of elements by which

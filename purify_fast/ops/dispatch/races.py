@@ -4,12 +4,12 @@ A race times the kernel and the reference of an op. The results are in two kinds
 file for this machine (`records`), and the package's ``races.json``, for machines that were measured with the
 benchmarks. The user's file has priority. It has hashes of the ops' sources, and entries for other sources are ignored.
 ``races.json`` has the results of several machines. The results of a machine with the same device are used, or else
-those of a machine with the same instruction set. If there is no such machine, a CPU uses the results of the first CPU,
-because a kernel that was faster on one CPU is faster on most. A GPU then uses no results.
+those of a machine with the same instruction set. If there is no such machine, a GPU uses no results, and a CPU uses the
+results of the first CPU, because a kernel that was faster on one CPU is faster on most.
 
-A file has an entry for each op. The entry's ``cells`` give the fastest backend of eager calls and inside graphs: for
-each measured combination of variant, dtype and size; for each variant; and, under an empty name, for the whole op. A
-call uses the most specific cell that matches it. `tune` writes such a file.
+A file has an entry for each op. The entry's ``cells`` give the fastest backend for eager calls and for calls inside
+graphs: for each measured combination of variant, dtype and size; for each variant; and, under an empty name, for the
+whole op. A call uses the most specific cell that matches it. `racing.tune` writes the user's file.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ of_run: dict[str, Any] = {}
 
 
 class Winner(NamedTuple):
-    """The winner of a race.
+    """The backend that should compute a call: the winner of a race or, without a race, the choice of a rule.
 
     Attributes:
-        backend: the fastest backend that is correct, over all measurements.
-        why: where and when the backend was measured, in words.
+        backend: name of the backend. Whether its kernel is correct is verified separately.
+        why: where and when the race took place, or the rule, in words.
         gain: the kernel's speed relative to its reference, in words; empty if unknown.
     """
 

@@ -7,8 +7,8 @@ timed inside a graph of ``torch.compile``, between operations that can be fused.
 
 A kernel is used for eager calls of a variant, dtype and size if it is faster in every layout and, on a GPU, in the
 replay too. A kernel that is already in use remains in use if it is at most five percent slower, so that two races on
-the same machine have the same result. Inside a compiled graph, a kernel prevents the fusion of its neighbors. There it
-must be twice as fast, and its reference must be one that compilers do not fuse.
+the same machine have the same result. Inside a compiled graph, a kernel prevents the fusion of its neighbors. So in a
+graph, the kernel must be twice as fast as the reference, and the reference must be one that compilers do not fuse.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ ATTEMPTS = 3
 RUN = 1e-3
 #: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. There
 #: the kernel cannot be fused with its neighbors, so its inputs and outputs are written and read once more. In a user's
-#: graph this can cost more than in the race, whose neighbors are a single product and a single sum.
+#: graph this can cost more than in the race, where the neighbors are one product and one sum.
 IN_GRAPHS = 2.0
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators in a block that a GPU would launch. Operators whose result is a view are not counted.
+    """Counts the operators of a block that would be launches on a GPU. An operator whose result is a view is no launch.
 
     Attributes:
         count: the number of operators.
@@ -153,7 +153,7 @@ class Row:
 
 
 def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
-    """Return the races of an op on a device, for those of these dtypes that the op supports."""
+    """Return the races of an op on a device. Dtypes that the op does not support are left out."""
     every = []
     for example in op.raced:
         for dtype in (one for one in dtypes if one in example.dtypes):
@@ -260,7 +260,10 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, capture: Capture | None = None) -> list[Row]:
-    """Return the rows of a race: eager calls and, if there is a ``capture``, replays; or calls in a compiled graph."""
+    """Run a race, and return its rows: one for a compiled graph; otherwise one for eager calls and one for replays.
+
+    Replays are timed only if there is a ``capture``.
+    """
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
@@ -435,7 +438,7 @@ def tune(
 
     Raises:
         ValueError: if an op does not exist or has no kernel for the device.
-        OSError: if the folder of verdicts cannot be written.
+        OSError: if the user's file cannot be written.
     """
     began = time.perf_counter()
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}

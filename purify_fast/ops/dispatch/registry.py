@@ -7,8 +7,9 @@ reference directly, which ``torch.compile`` can fuse.
 
 A kernel is used if it was measured to be faster for the dtype and the size of the call: on the user's machine, or on a
 similar machine that was measured for the package (`races`). Without a measurement, a GPU uses the kernel for eager
-calls if forward and backward replace at least a dozen launches. Inside compiled graphs, the reference must also be one
-that compilers do not fuse. In every case, the kernel must have been verified on this machine (`verify`).
+calls if the reference has at least a dozen launches, forward and backward together. Inside compiled graphs, the
+reference must also be one that compilers do not fuse. In every case, the kernel must have been verified on this machine
+(`verify`).
 
 The backends are ``reference`` (PyTorch, any device), ``cpp`` (C++, CPU) and ``triton`` (GPU). ``PURIFY_FAST_BACKEND``,
 which is read once at import, forces one or several backends, such as ``cpp,triton``. Each op uses the first of these
@@ -149,7 +150,7 @@ class Op(Definition):
     def may_serve(self, device: torch.device) -> bool:
         """Return True if some eager calls on a device use the kernel.
 
-        Return False if a forced backend does not exist.
+        Return False if backends are forced, and the op has none of them for the device.
         """
         try:
             forced = self.forced(device.type)
@@ -234,7 +235,7 @@ def define_op(
     qualified = f"purify_fast::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
-    # Without no_grad, autograd would trace the fallback.
+    # The op runs the reference if it has no kernel. Without no_grad, autograd would record the reference's operators.
     plain = torch.no_grad()(reference)
     available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
     if _library.has_kernel(qualified, "CPU"):
@@ -281,10 +282,10 @@ def define_backward(
         fake: function that returns gradients with the right shapes and dtypes. The default gradient is like the second
             argument, but contiguous.
         size_key: function that returns the dtype and the size by which races distinguish calls.
-        saved: function that selects the arguments after the gradients from the inputs and outputs of the op; see
-            `differentiable`.
-        constants: number of outputs, counted from the last, that have no gradient.
-        changes: properties of the examples that differ from those of the op, as in `examples`.
+        saved: function from the inputs and outputs of the op to the arguments of the backward that follow the
+            gradients; see `differentiable`.
+        constants: number of outputs without a gradient. These are the last outputs.
+        changes: properties in which the examples of the backward differ from those of the op, as in `examples`.
     """
 
     def derived(example: Example) -> Example:

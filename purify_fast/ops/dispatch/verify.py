@@ -149,12 +149,15 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # If an op's examples have no variants, its kernel is verified with all of them.
+    # If no example has the call's variant, use the examples of all variants; if none has its dtype, use all dtypes.
     return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """Compare an output on the CPU with the definition, in float64 (``golden``) and the output's dtype (``same``)."""
+    """Compare a kernel's output, copied to the CPU, with the output of the definition.
+
+    ``golden`` is the output of the definition in float64, and ``same`` that in the dtype of the kernel's output.
+    """
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
     ok = same.isfinite() & golden.isfinite()

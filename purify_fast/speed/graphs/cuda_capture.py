@@ -90,8 +90,8 @@ class CudaCapture:
             ):
                 run()
         except Exception as error:
-            # After a failure, the end of the capture fails too, and PyTorch raises this second error. The first error
-            # is its context.
+            # After an error, the end of the capture fails too, and PyTorch raises this second error. The first error is
+            # the context of the second.
             first = error.__context__ if isinstance(error.__context__, Exception) else error
             self._recover(device)
             raise RuntimeError(f"{type(first).__name__}: {str(first).strip().splitlines()[0]}") from error

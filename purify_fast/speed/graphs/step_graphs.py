@@ -6,15 +6,15 @@ fixed buffers, and the step writes its results to them. Both loops call the same
 is written only once.
 
 A graph contains the launches of a step, but not its Python code. So a step is captured only if its Python code reads no
-values of tensors. A graph is replayed only while all tensors, settings and objects of its model are unchanged
-(`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use the new values. Random draws
-from torch's generator of the device are the same as without a graph.
+values of tensors. A graph is replayed only while its model has the same settings, and the same objects as tensors and
+parts (`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use the new values. Random
+draws from torch's generator of the device are the same as without a graph.
 
 A capture takes the time of a dozen steps, and the number of future steps is unknown, because an image leaves the batch
 when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a capture would
 take. With this rule, which is known from the ski rental problem, the total time is at most twice that of the best
 choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than a tenth
-of the time, the step is not captured again at this batch size.
+of the time, the graph is deleted, and the step is not captured again at this batch size.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
 
 
 def write(values: State, buffers: State) -> None:
-    """Write the results of a step to the buffers. A result that is itself a buffer is copied before the writing begins.
+    """Write the results of a step to the buffers. A result in a buffer's memory is copied before the writing begins.
 
     Args:
         values: results of the step, by name.
@@ -277,8 +277,8 @@ class StepGraphs:
     may run at a time, so this object is not for several threads.
 
     Args:
-        mode: "auto": a step is captured when its launches have taken as much time as a capture. "always": a step is
-            captured at its first use. "off": no step is captured.
+        mode: "auto": a step is captured when its launches have taken as much time as a capture would take. "always": a
+            step is captured at its first use. "off": no step is captured.
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
 
     Attributes:
@@ -545,7 +545,7 @@ def no_trace(device: torch.device) -> Iterator[None]:
 def host_generators(device: torch.device) -> tuple[Any, ...]:
     """The states of the random generators on the host. A graph advances only the generator of the device."""
     array: Any = np.random.get_state()
-    # On a CPU, torch's generator of the host is the generator of the device.
+    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
     host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
 
