@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
-#: Number of threads that compile. They run in parallel, because Triton releases Python's interpreter lock while it
-#: optimizes and assembles.
+#: The largest number of threads that compile kernels. They run in parallel, because Triton releases Python's
+#: interpreter lock while it optimizes and assembles.
 MOST = 8
 _patched = threading.Lock()
 

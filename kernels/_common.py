@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 1024
 CHUNK = 8192
 #: WARPS is the number of warps of an elementwise program. VECTORS is the number of 16-byte vectors that a thread moves
-#: per tensor, by major compute capability; other devices use the value of 9. The values are calculated, not measured.
+#: per tensor, by major compute capability. Other devices use the value for 9. The values are calculated, not measured.
 #: At a latency of 0.7 us, the bandwidth requires this much data in flight on each multiprocessor: 13 kB (A100), 18 to
 #: 25 kB (H100, H200), 38 kB (B200), 7 kB (RTX 5090). One vector in each of 1,536 or 2,048 threads is 24 or 32 kB per
 #: tensor that is read.
@@ -28,7 +28,7 @@ VECTORS = {8: 1, 9: 1, 10: 2, 12: 1}
 
 
 def on(x: Tensor):
-    """Make x's device current while a kernel is launched. CPU tensors, for Triton's interpreter, need nothing."""
+    """Make x's device current while a kernel is launched. Do nothing for CPU tensors (Triton's interpreter)."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -44,7 +44,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 def dense(x: Tensor) -> Tensor:
     """Return x, contiguous and with an address that is a multiple of 16 bytes.
 
-    With another address, threads would process other elements, and a sum would have another order.
+    With another address, Triton would give each thread other elements, and a sum would have another order.
     """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
@@ -103,7 +103,7 @@ def program(rows):
 
 @triton.jit
 def first_of(block, size, WIDTH: tl.constexpr):
-    """Return the first element of a block of a row with ``size`` elements, uint32, or int64 if ``size`` is int64."""
+    """Return the index of a block's first element in a row of ``size`` elements: int64 if ``size`` is, else uint32."""
     # The product with 0 gives the sum the type of `size`.
     first = (size * 0 + block) * WIDTH
     return first if first.dtype == tl.int64 else first.to(tl.uint32, bitcast=True)

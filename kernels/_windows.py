@@ -1,7 +1,7 @@
 """Sums the numbers of a matrix over shifts, for `contextual_attention`. A shift moves query and key by the same step.
 
-A program computes one row of the matrix. A thread computes a group of ``VECTOR`` neighboring keys, where VECTOR is 1
-or 4.
+A row of the matrix belongs to a query and has a number for every key. The functions compute one row at a time. A thread
+computes a group of ``VECTOR`` neighboring keys, where VECTOR is 1 or 4.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def keys(size, width, VECTOR: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the first key of each group, whether it is one of the ``size`` keys, and its row and column."""
+    """Return each group's first key, whether it is one of the ``size`` keys, and its row and column in the grid."""
     at = tl.arange(0, GROUPS) * VECTOR
     y = (at.to(tl.uint32) // tl.cast(width, tl.uint32)).to(tl.int32)
     return at, at < size, y, at - y * width
@@ -27,7 +27,7 @@ def load(pointer, at, inside, VECTOR: tl.constexpr):
 
 @triton.jit
 def parts(x):
-    """Split [GROUPS, 4] into four blocks."""
+    """Return the four columns of x [GROUPS, 4]."""
     even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
     a, c = tl.split(even)
     b, d = tl.split(odd)
@@ -36,7 +36,7 @@ def parts(x):
 
 @triton.jit
 def whole(a, b, c, d):
-    """Join four blocks into [GROUPS, 4]."""
+    """Join four columns into [GROUPS, 4]."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
 
 
@@ -115,7 +115,7 @@ def window(pointer, size, at, inside, y, x, row, column, height, width, VECTOR: 
 
 @triton.jit
 def store_wings(pointer, at, value, size, width):
-    """Store those numbers of a row that belong into the wings of the row.
+    """Store copies of the numbers ``value`` in the wings of their row.
 
     The wings are duplicates of some of the numbers, before and after the row (see contextual_attention.py). ``pointer``
     is number 0 of the row.

@@ -50,8 +50,9 @@ def _odds(x, inside):
     """Compute the terms of the odds of mean(sigmoid(x)) over axis 0. Unused rows must be +inf.
 
     With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If all numbers of a column have
-    the same sign, the sum of the t / (1 + t) could underflow. So this sum is stored as its product with exp(|shift|),
-    where |shift| is the least |x|. shift has the sign of x. shift is 0 if the least |x| is at most 1 or infinite.
+    the same sign, the sum of the t / (1 + t) could underflow. So this sum is multiplied by exp(|shift|), where |shift|
+    is the least |x|. shift has the sign of x. If the signs differ, or the least |x| is at most 1 or infinite, shift is
+    0.
 
     Returns t exp(|shift|) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; shift; and
     exp(-|shift|).
@@ -88,8 +89,8 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
             out = tl.sum(x, 0) / samples
         else:
             tail, most, yes, no, shift, _least = _odds(x, inside)
-            # If the odds are nearly even, the logarithm needs the difference of the sums, so the difference is summed
-            # directly.
+            # If the odds are nearly even, the logarithm depends on the small difference of the two sums. So the terms
+            # of the difference are summed directly.
             excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
             more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
             out = tl.where(more == float("inf"), more, log1p(more))
@@ -115,8 +116,8 @@ def _columns_backward(
         out = _softmax(x, inside) * g[None, :]
     else:
         x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("inf"), K=K, C=C)
-        # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no). One of the two sums may be stored as its product with
-        # exp(|shift|).
+        # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no), where yes is the sum of sigmoid(x), and no the sum of
+        # sigmoid(-x). `_odds` returns the smaller sum, and `tail`, multiplied by exp(|shift|).
         tail, most, yes, no, shift, least = _odds(x, inside)
         small, large = tl.where(shift < 0, yes, no), tl.where(shift < 0, no, yes)
         out = tail * most * most * (g * (1.0 / small + least / large))[None, :]
@@ -187,7 +188,7 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         nan = x != x
         x = tl.where(nan, float("-inf"), x)
         high = tl.max(x, 1)
-        # Among equal classes the first wins, like in argmax.
+        # Among classes with equal logits, the first one wins, like in argmax.
         where = tl.min(tl.where((x == high[:, None]) & inside, c, classes), 1)
         index = tl.where(high > best, where, index)
         best = tl.maximum(best, high)
@@ -220,8 +221,8 @@ def forward(logits: Tensor, method: int) -> Tensor:
     x = logits.contiguous()
     with on(logits):
         if method == PEEL.value:
-            # s is a product. If it were fused with the subtraction, `s - top` would be the rounding error of s, and not
-            # 0, for the largest s.
+            # In `_peel`, s is a product. If the product were fused with the subtraction in `s - top`, the result for
+            # the largest s would be the rounding error of s, and not 0.
             _peel[(batch,)](x, out, samples, classes, **shape, enable_fp_fusion=False)
         elif method == VOTE.value:
             _vote[(batch,)](x, out, samples, classes, **shape)

@@ -1,4 +1,7 @@
-"""`apgd_step` in Triton: linf is elementwise and bit-exact (no fused multiply-add); l2 uses one program per sample."""
+"""`apgd_step` in Triton: linf is elementwise; l2 uses one program per sample.
+
+Without fused multiply-adds, linf has the same bits as the reference.
+"""
 
 from __future__ import annotations
 

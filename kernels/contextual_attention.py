@@ -1,11 +1,11 @@
 """`contextual_attention` in Triton: a program computes the rows of a few adjacent queries, which share neighbors.
 
-The forward has three kernels. The first computes the sums over the nine offsets, the second both passes of "fuse" and
-the softmax, and the third the sums for the four pixels of a cell (`purify_fast.ops.contextual_attention` has the
-formulas). The backward has three kernels too. The first computes the gradient through the sums of the forward's third
-kernel and through the softmax. The second computes the gradient through "fuse", and the gradient of the norms, summed
-over a few queries. The third computes the sums over the nine offsets. All intermediate results fit into the L2 cache of
-a large GPU. There are no atomics.
+The forward has three kernels. The first computes the sums over the nine offsets. The second computes both passes of
+"fuse" and the softmax. The third computes the sums for the four pixels of a cell
+(`purify_fast.ops.contextual_attention` has the formulas). The backward has three kernels too. The first computes the
+gradient through the sums of the forward's third kernel and through the softmax. The second computes the gradient
+through "fuse", and the gradient of the norms, summed over a few queries. The third computes the sums over the nine
+offsets. All intermediate results fit into the L2 cache of a large GPU. There are no atomics.
 
 Query and key are always shifted together. So a sum over the nine offsets is a sum over three lines of the grid: the
 line of the query, the line before and the line after. Each line contributes the sum of three numbers. A thread has
@@ -42,13 +42,13 @@ def warps(groups: int) -> int:
 
 @triton.jit
 def _next(i, size, width):
-    """Return the successor in column-major order. Every key except the last has a successor."""
+    """Return the successor of key i in column-major order. Every key except the last has a successor."""
     return tl.where(i < size - width, i + width, i + width - size + 1)
 
 
 @triton.jit
 def _previous(i, size, width):
-    """Return the predecessor in column-major order. Every key except the first has a predecessor."""
+    """Return the predecessor of key i in column-major order. Every key except the first has a predecessor."""
     return tl.where(i < width, i - width + size - 1, i - width)
 
 
@@ -118,10 +118,10 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
 
 @triton.jit
 def _column(pointer, stride, n, i, inside, size, width):
-    """Return x fused in column-major order at [n, i], where inside. ``i`` has single keys or groups of keys.
+    """Return x[n, i] fused in column-major order, or 0 if not ``inside``. ``i`` has single keys or groups of keys.
 
     If ``inside`` is a mask of groups, whole groups are loaded. The first key has no predecessor and the last key no
-    successor, so the terms that were loaded for these are set to 0.
+    successor, so the numbers that were loaded in place of these two are set to 0.
     """
     total = tl.load(pointer + n.to(tl.int64) * stride + i, mask=inside, other=0.0)
     following = pointer + _next(n, size, width).to(tl.int64) * stride + width

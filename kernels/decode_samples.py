@@ -10,11 +10,11 @@ Feature maps are stored as [samples, height, width, channels], with channels pad
 dtype of the weights. They are stored after the LeakyReLU, which preserves the sign of its input. The order of the
 additions depends only on the layer, so a sample has the same bits in every batch.
 
-If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighboring pixels
-of the second-last map. The products give all pixels of the cell at once, with zeros for taps that a pixel does not use.
-The results remain in registers. There, the last layer multiplies them, once for every neighboring cell of the image
-that they affect. Each cell of the image then adds the contributions of its neighbors. Neighboring programs compute
-some cells twice, because each program also needs the cells next to its own cells.
+If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighboring pixels of
+the second-last layer's result, where s is the stride of this layer. The products give all pixels of the cell together,
+with zeros for taps that a pixel does not use. The results remain in registers. There, the last layer multiplies them,
+once for each cell of the image that they affect. Each cell of the image then adds the contributions of its neighbors.
+Neighboring programs compute some cells twice, because each program also needs the cells next to its own cells.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MEMORY = 1 << 29
 FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
 #: The largest number of columns for one cell of the image.
 CELL = 16
-#: The dtypes for which the last two layers can be one launch. In float32 they do not fit into the registers.
+#: The dtypes for which the last two layers can be one launch. In float32 their numbers do not fit into the registers.
 TOGETHER = (torch.bfloat16,)
 #: The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256
 #: rows.
@@ -314,8 +314,8 @@ def _last_two(
 ):
     """Compute the last two layers, for some cells of the image.
 
-    For a cell, the first of the two layers reads input cells at the offsets ``LOW`` to ``HIGH``. The second reads cells
-    of the first layer's result at the offsets ``FROM`` to ``TO``.
+    For a cell, the first of the two layers reads input pixels at the offsets ``LOW`` to ``HIGH``. The second reads
+    cells of the first layer's result at the offsets ``FROM`` to ``TO``.
     """
     block, _ = program(tiles)
     BEFORE: tl.constexpr = -FROM * (CELLS_X + 1)
@@ -420,7 +420,7 @@ def tiles_of_two(channels: int, columns: int, stride: int, device: torch.device)
 def _reach(kernel: int, stride: int, padding: int, lead: int = 0) -> tuple[int, int]:
     """Return the offsets of the first and the last input cell that affect the pixels of an output cell.
 
-    ``lead`` is the position of the last pixel in an input cell. It is 0 if the cells are pixels.
+    ``lead`` is the position of the last pixel in an input cell. It is 0 if the input cells are single pixels.
     """
     return -((kernel - 1 + lead - padding) // stride), (stride - 1 + padding) // stride
 
@@ -500,7 +500,7 @@ class Decoder:
         )
 
     def forward(self, index: int, x: Tensor, out: Tensor, by_pixel: bool = False) -> None:
-        """Compute the feature map of a layer, after the LeakyReLU, or the image."""
+        """Compute the result of a layer: a feature map, after the LeakyReLU, or the image."""
         layer = self.geometry.layers[index]
         image = index == len(self.geometry.layers) - 1
         # The arguments are positional because they are in the order of the kernel's arguments.

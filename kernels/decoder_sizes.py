@@ -1,4 +1,4 @@
-"""Computes the sizes of a packed decoder, for the op `decode_samples` and its kernels. It does not need Triton."""
+"""Computes the sizes of a packed decoder, for the op `decode_samples` and its kernels. Does not import Triton."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Geometry:
     def products(self) -> list[tuple[int, int, int]]:
         """Return (taps, input channels, columns) of every matrix product, padded.
 
-        The first product is that of the first layer. The others are those of the transposed convolutions.
+        The first product computes the first feature map from a latent. The others compute the transposed convolutions.
         """
         channels, h, w = self.start
         out = [(h * w, padded(self.latent_dim, CHANNEL_TILE), padded(channels, CHANNEL_TILE))]

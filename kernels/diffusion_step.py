@@ -36,7 +36,7 @@ def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
 def _normals(
     seed_ptr, ids_ptr, draws_ptr, step_ptr, row, first, STREAM: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Draw normal numbers for the elements of this program, whose first group is ``first``."""
+    """Draw normal numbers for the elements of this program. ``first`` is the index of its first group of four."""
     draw = tl.load(draws_ptr + row) * STEPS + tl.load(step_ptr)
     return noise(
         tl.load(seed_ptr), first, draw, sample=tl.load(ids_ptr + row), stream=STREAM, GROUPS=GROUPS, PAIRS=PAIRS

@@ -22,7 +22,8 @@ def _normal(w_ptr, at, inside):
 
 @triton.jit
 def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
-    # Return the slope of a coordinate, its distance to the border of the box, and a number whose sign is its direction.
+    # Return, for each coordinate: its slope |w|, its distance to the border of the box in the direction of the move,
+    # and a number whose sign is this direction. w is scaled.
     x, ahead = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), _normal(w_ptr, at, inside) * scale * side
     free = tl.where(ahead < 0, x - lo, hi - x)
     return tl.abs(ahead), tl.where((ahead != 0) & (free > 0), free, 0.0), ahead
@@ -52,10 +53,10 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     _largest, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # A coordinate moves by t (linf) or by t times its slope (l2), and stops at the border of the box. `filled` is the
-    # progress to the plane by the stopped coordinates. `rate` is the progress of the moving coordinates per unit of t.
-    # Both give the next t. t grows until no further coordinate stops. t becomes infinite if all coordinates stop before
-    # the plane.
+    # A coordinate moves by t (linf) or by t times its slope (l2), and stops at the border of the box. Its progress to
+    # the plane is slope * move. `filled` is the progress of the stopped coordinates. `rate` is the progress of the
+    # moving coordinates per unit of t. Both give the next t. t grows until no further coordinate stops. t becomes
+    # infinite if all coordinates stop before the plane.
     reached, ahead = -1.0, 0.0
     while ahead > reached:
         reached = ahead
@@ -94,8 +95,8 @@ def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
     peak, scale, gap, side = _begun(x_ptr, w_ptr, b_ptr, row=row, lane=lane, size=size, WIDTH=WIDTH)
-    # The plane is not reached if only the coordinates with slopes above ``high`` move. The plane is reached if the
-    # coordinates with slopes above ``low`` move, or ``low`` is -1.
+    # ``low`` and ``high`` are the bits of two slopes. If all coordinates with slopes above high move, the plane is not
+    # reached. If all coordinates with slopes above low move, the plane is reached, or low is -1.
     low, high = -1, peak.to(tl.int32, bitcast=True)
     while high - low > 1:
         middle = low + (high - low) // 2

@@ -1,4 +1,7 @@
-"""`noisy_replay` in Triton. The kernel is elementwise and bit-exact, and draws noise for the replayed samples only."""
+"""`noisy_replay` in Triton. The kernel is elementwise, and draws noise only for the replayed samples.
+
+Without fused multiply-adds, the result has the same bits as the reference.
+"""
 
 from __future__ import annotations
 

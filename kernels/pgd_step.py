@@ -37,7 +37,7 @@ def _load(pointer, at, inside):
 
 @triton.jit
 def _linf_moved(x, g, nat, alpha, eps, lo, hi):
-    # NaN is neither up nor down.
+    # A gradient that is NaN or infinite moves x neither up nor down.
     up, down = (g > 0) & (g < float("inf")), (g < 0) & (g > float("-inf"))
     x += alpha * (up.to(tl.float32) - down.to(tl.float32))
     return _clamp(_clamp(x, nat - eps, nat + eps), lo, hi)
@@ -49,7 +49,7 @@ def _l2_direction(grad_ptr, row, lane, size, WIDTH: tl.constexpr):
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         g = _load(grad_ptr, row * size + first + lane, first + lane < size)
-        # tl.max would lose a NaN.
+        # tl.max would lose a NaN, so infinity replaces NaN.
         highest = tl.maximum(highest, tl.where(g == g, tl.abs(g), float("inf")))
     peak = tl.max(highest, 0)
     usable = (peak > 0) & (peak < float("inf"))
@@ -115,7 +115,7 @@ def _l2_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, h
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
-    # tl.max would lose a NaN.
+    # tl.max would lose a NaN, so infinity replaces NaN.
     peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), 0)
     usable = (peak > 0) & (peak < float("inf"))
     g = g / tl.where(usable, peak, 1.0)
@@ -217,7 +217,7 @@ def _l1_whole(
 
 @triton.jit
 def _reaching(x_ptr, grad_ptr, row, lane, size, lo, hi, least, WIDTH: tl.constexpr):
-    # Return how many candidates are >= ``least``, which is at least 1.
+    # Return how many candidates are >= ``least``. ``least`` must be at least 1, so that masked lanes do not count.
     count = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
@@ -233,7 +233,8 @@ def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
 
 @triton.jit
 def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, lo, hi, WIDTH: tl.constexpr):
-    # Return the l1 norm of the offset after each element is shortened by ``shift``, and the largest element.
+    # Shorten each element of the offset by ``shift``. Return the l1 norm of the result, and the largest |element|
+    # before that.
     left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size

@@ -65,7 +65,7 @@ def _radius(word):
     u = 2^e (1 + r) with r in [-1/3, 1/3]. The polynomial is a fit of -2 log(1 + r). A library's logarithm needs 50 %
     more instructions, because it also handles numbers that u never has: 0, infinity, and numbers below 2^-126.
     """
-    # The bits of u, which is 2^-24 times this integer.
+    # The bits of u, which is 2^-24 times the integer (word >> 8) + 1.
     bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x0C000000
     exponent = (bits - 0x3F2AAAAB) & -0x00800000
     r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -92,7 +92,10 @@ def box_muller(a, b):
 
 @triton.jit
 def in_order(a, b, c, d):
-    """Interleave four blocks of one word each into one block, four times as long, in the order of the elements."""
+    """Interleave four blocks into one block, in the order of the elements.
+
+    Block ``a`` has the first number of each group of four elements, ``b`` the second, and so on.
+    """
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 

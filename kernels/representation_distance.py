@@ -4,8 +4,8 @@ A launch has up to ``LAYERS`` layers. If each of them has a single chunk, the pr
 Otherwise, a second launch adds the chunks in order and computes the distances. The chunk has a fixed size and there are
 no atomics, so a sample has the same bits in every batch.
 
-Layers are tuples of pointers and sizes. Each layer has its own copy of the kernel's code, so dtypes and shapes may
-differ.
+The layers of a launch are passed as tuples of pointers and sizes. Each layer has its own copy of the kernel's code, so
+dtypes and shapes may differ.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """Return (distance, scale, along), where the gradient of the distance by u is scale (v - along u).
+    """Return (distance, scale, along). The gradient of the distance with respect to u is scale (v - along u).
 
-    One kernel computes the distances of all three angular kinds and selects one of them, because this is little work.
+    The distances of all three kinds that use the angle are computed, and one is selected, because this is little work.
     """
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)
     along = tl.div_rn(dot, uu)
-    # In this order of operations, c is exactly 1 at u = v.
+    # c is the cosine. In this order of operations, it is exactly 1 at u = v.
     c = along * tl.sqrt_rn(tl.div_rn(uu, vv))
     c = tl.where(norms < float("inf"), _clamp(c, -1.0, 1.0), float("nan"))
     c = tl.where(nothing, 0.0, c)
@@ -265,7 +265,7 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
 
 
 def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes: Tensor) -> list[Tensor]:
-    """Return grad [B, L] times dd/dstudent. Each layer has its own dtype and shape, and is contiguous."""
+    """Return grad [B, L] times the gradients of the distances, contiguous, in the dtype and shape of each layer."""
     outs = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in student]
     batch, layers = slopes.shape[:2]
     if batch == 0:

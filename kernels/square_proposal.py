@@ -1,4 +1,6 @@
-"""`square_proposal` in Triton: linf is elementwise and bit-exact; l2 and l1 use one program per proposal and image.
+"""`square_proposal` in Triton: linf is elementwise; l2 and l1 use one program per proposal and image.
+
+Without fused multiply-adds, linf has the same bits as the reference.
 
 A program of l2 or l1 processes all channels of some pixels together. It reads the images again in every pass: four
 passes for l2, and about thirty for l1.
@@ -134,7 +136,7 @@ def _l1_spread(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return the l1 norm of the offsets after each is shortened by ``shift``, and the largest offset."""
+    """Return the l1 norm of the offsets after each is shortened by ``shift``, and the largest offset before that."""
     left, largest = tl.zeros((CHANNELS, WIDTH), tl.float32), tl.zeros((CHANNELS, WIDTH), tl.float32)
     _channels, height, width, _edge = shape
     for first in range(0, height * width, WIDTH):
@@ -338,7 +340,7 @@ def forward(
     lo: float,
     hi: float,
 ) -> Tensor:
-    """Return the points [T * B, C, H, W], contiguous. ``norm`` is 0 for linf, 1 for l2 and 2 for l1."""
+    """Return the proposed images [T * B, C, H, W], contiguous. ``norm`` is 0 for linf, 1 for l2 and 2 for l1."""
     images, draws = numbers.shape[:2]
     out = torch.empty((draws * images, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:

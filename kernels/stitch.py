@@ -1,4 +1,7 @@
-"""`stitch` in Triton: every element is copied from the pass that owns its block. The backward copies gradients back."""
+"""`stitch` in Triton: every element is copied from the pass that owns its block.
+
+The backward copies every gradient to this pass, and writes 0 for the other passes.
+"""
 
 from __future__ import annotations
 

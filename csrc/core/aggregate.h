@@ -2,7 +2,7 @@
 // definition.
 //
 // The functions work on a tile [samples][width]. A lane is one (image, class) pair, so every loop is long even if there
-// are few classes. The caller rounds `width` up and must write a number into every lane.
+// are few classes. The caller may round `width` up. It must then write numbers into the additional lanes too.
 #pragma once
 
 #include "math.h"
@@ -14,8 +14,8 @@ enum class Aggregation : int { lse = 0, peel = 1, mean = 2, probability = 3, vot
 // With this bound, tangent_exp remains finite in float32 for logits up to about 1e8.
 constexpr double tangent_from = 70.0;
 
-// Returns exp(q) for q <= tangent_from. For a larger q, returns the value at q of the tangent of exp at tangent_from.
-// Also writes the derivative to `slope`.
+// Returns exp(q) for q <= tangent_from. Above tangent_from, the tangent of exp at tangent_from replaces exp. Also
+// writes the derivative to `slope`.
 template <class W>
 PF_INLINE W tangent_exp(W q, W& slope) {
   constexpr W from = static_cast<W>(tangent_from);
@@ -114,9 +114,10 @@ PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x
   }
 }
 
-// For each of `rows` rows of x, writes the index of the first largest of its `classes` numbers. The rows are
-// contiguous, and there are at most aggregate_lanes of them. NaN counts as the largest. The inner loop runs over the
-// rows, because in a loop along one row every comparison has to wait for the previous comparison.
+// For each of `rows` rows of x, writes the index of the largest of the row's `classes` numbers, and the lowest index if
+// several are equal. NaN counts as the largest. The rows are contiguous, and `rows` is at most aggregate_lanes. The
+// inner loop runs over the rows, because in a loop along one row every comparison has to wait for the previous
+// comparison.
 template <class T>
 PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
   using W = wide_t<T>;
@@ -191,8 +192,9 @@ PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
 // a sum without a shift would underflow.
 constexpr double sigmoid_shift_from = 40.0;
 
-// Computes the shifts for both signs: the sums of `sigmoid_sums` are divided by the exponential of the shift. A shift
-// is 0 unless all sigmoids of a lane are tiny. Returns false only if all shifts are 0.
+// For each lane, computes a shift for the sum of sigmoid(x) and a shift for the sum of sigmoid(-x). `sigmoid_sums`
+// divides each sum by exp(shift). A shift is 0 unless all sigmoids in the sum are tiny. Returns false only if all
+// shifts are 0.
 template <class W>
 PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64_t width, W* __restrict__ yes_shift,
                               W* __restrict__ no_shift) {
@@ -208,8 +210,8 @@ PF_INLINE bool sigmoid_shifts(const W* __restrict__ tile, int64_t samples, int64
   return shifted != 0;
 }
 
-// For both signs, computes the sum of the sigmoids over the samples, divided by the exponential of the shift. If `keep`
-// is true and `shifted` is false, also overwrites each number with the slope of its sigmoid.
+// Computes the sums of sigmoid(x) and of sigmoid(-x) over the samples, each divided by exp(shift). If `keep` is true
+// and `shifted` is false, also overwrites each number x with the slope of sigmoid at x.
 template <bool shifted, bool keep, class W>
 PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
                             const W* __restrict__ no_shift, W* __restrict__ yes_sum, W* __restrict__ no_sum) {
@@ -224,8 +226,8 @@ PF_INLINE void sigmoid_sums(W* __restrict__ tile, int64_t samples, int64_t width
     }
   }
 }
-// Overwrites the tile with the gradient through both sums of `sigmoid_sums`. Before that, the tile holds the logits if
-// `shifted` is true, and the slopes otherwise.
+// Overwrites the tile with the gradient through both sums of `sigmoid_sums`. Before the call, the tile must hold the
+// logits if `shifted` is true, and the slopes from `sigmoid_sums` otherwise.
 template <bool shifted, class W>
 PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t width, const W* __restrict__ yes_shift,
                               const W* __restrict__ no_shift, const W* __restrict__ of_yes,
@@ -293,7 +295,7 @@ PF_INLINE void softmax_parts(W* __restrict__ s, int64_t images, int64_t classes,
   sum_over_classes(sum, images, classes);
 }
 
-// The number of scratch rows, with `width` numbers each, that both functions below need.
+// The number of scratch rows, with `width` numbers each, that each of the two functions below needs.
 constexpr int aggregate_scratch_rows = 4;
 
 // Aggregates a tile [samples][width] into out [width]. Overwrites the tile.

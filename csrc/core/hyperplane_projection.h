@@ -22,8 +22,9 @@ PF_INLINE W scale_of(W peak) {
   return bit_cast<W>((twice - normal) << mantissa);
 }
 
-// One row after scaling. slope: the absolute value of each coordinate of the normal. room: the distance from each
-// coordinate to the border of the box. gap: the distance to the plane, measured along the scaled normal.
+// One row. slope: the absolute value of each coordinate of the normal w. room: the distance from each coordinate of x
+// to the border of the box, in the direction of the move. gap: |b - <w, x>| for the plane <w, x> = b. w and b are
+// scaled.
 template <class W>
 struct Way {
   const W *slope, *room;
@@ -31,9 +32,9 @@ struct Way {
 };
 
 // Finds t by Newton's method. A coordinate moves by t for linf (`Alike`) and by t * slope for l2, but at most by its
-// room. Each iteration computes the next t from two numbers: the progress to the plane by the coordinates at the
-// border, and the progress of the other coordinates per unit of t. t grows until no further coordinate reaches the
-// border.
+// room. Its progress to the plane is slope * move. Each iteration computes the next t from two sums: `filled`, the
+// progress of the coordinates at the border of the box, and `rate`, the progress of the other coordinates per unit of
+// t. t grows until no further coordinate reaches the border.
 template <bool Alike, class W>
 PF_INLINE W newton_step(Way<W> way, int64_t n) {
   const W *slope = way.slope, *room = way.room;
@@ -69,8 +70,8 @@ PF_INLINE Threshold<W> threshold(Way<W> way, int64_t n, W peak) {
       return slope[i] >= least ? gain : W(0);
     });
   };
-  // In every iteration, low is 0, or the plane is reached if the coordinates with slope >= low move. The plane is not
-  // reached if only the coordinates with slope >= high move.
+  // `low` and `high` are the bits of two slopes. If all coordinates with slope >= high move, the plane is not reached.
+  // If all coordinates with slope >= low move, the plane is reached, or low is 0.
   bits_t<W> low = 0, high = bit_cast<bits_t<W>>(peak) + 1;
   while (high - low > 1) {
     const bits_t<W> middle = low + (high - low) / 2;

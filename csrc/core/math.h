@@ -60,7 +60,7 @@ PF_INLINE float load(half x) {
   return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// A store rounds to the nearest number, and to the even one of two equally near numbers, like PyTorch.
+// A store rounds to the nearest number, and ties to even, like PyTorch.
 PF_INLINE void store(float& to, float x) { to = x; }
 PF_INLINE void store(double& to, double x) { to = x; }
 PF_INLINE void store(bfloat16& to, float x) {
@@ -78,8 +78,9 @@ PF_INLINE void store(half& to, float x) {
   to.bits = static_cast<uint16_t>(out | sign);
 }
 
-// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. The first conditional expression
-// propagates NaN in b, and the second NaN in a. Compilers vectorize this form, but not `a > b || a != a`.
+// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. In max_nan and min_nan, the
+// first conditional expression propagates NaN in b, and the second propagates NaN in a. Compilers vectorize this form,
+// but not `a > b || a != a`.
 template <class W>
 PF_INLINE W max_nan(W a, W b) {
   const W most = a > b ? a : b;
@@ -134,7 +135,8 @@ PF_INLINE float reduce_exp(float x, int32_t& n) {
 
 PF_INLINE float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
-// Returns log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2). `small` is added where no precision is lost.
+// Returns log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2). `small` is added to the small terms before f is, so
+// that no precision is lost.
 PF_INLINE float log_near_one(float f, float small) {
   float p = 0.067476823f;
   p = p * f - 0.116775028f;
@@ -163,8 +165,8 @@ PF_INLINE float exp(float x) {
 }
 
 // Holds exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. The member `exp` has
-// the same bits as the function exp, except that it is 0 where exp(x) is subnormal. Its computation needs only two
-// thirds of the instructions of the function. NaN gives NaN.
+// the same bits as the function exp, except that it is 0 where exp(x) is subnormal. exp_units needs only two thirds of
+// the instructions of the function exp. NaN gives NaN.
 template <class W>
 struct ExpUnit {
   W exp, minus_one;

@@ -26,9 +26,9 @@ PF_INLINE W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
-// The direction g / |g| of one sample. It is 0 if any element is not finite, or if all elements are 0. The factor 1 /
-// |g| is stored as two numbers, because a single number could overflow. There are no divisions per element, because
-// they would take most of the time.
+// The direction g / |g| of the gradient g of one sample. The direction is 0 if any element of g is not finite, or if
+// all are 0. The factor 1 / |g| is stored as two numbers, because a single number could overflow. The elements are
+// multiplied by it, because a division per element would take most of the time.
 template <class W>
 struct Direction {
   W scale, inverse;
@@ -101,9 +101,9 @@ PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, in
 template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
-// Returns a positive threshold: x_i >= threshold for the k largest of the x_i, i < n, and for all elements equal to the
-// k-th largest. Elements that are 0 are below the threshold in every case. All x_i must be in [0, most]. The search
-// bisects bit patterns, because the bit patterns of such numbers have the same order as the numbers.
+// Returns a threshold above 0. x_i >= threshold for the k largest of the x_i (i < n) and for all elements equal to the
+// k-th largest, except for elements that are 0. All x_i must be in [0, most]. The search bisects bit patterns, because
+// the bit patterns of such numbers have the same order as the numbers.
 template <class W>
 PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   // At least k elements are >= low, and fewer than k are >= high.

@@ -60,7 +60,7 @@ PF_INLINE void normal_pair(uint32_t a, uint32_t b, float& first, float& second) 
   second = radius * sine;
 }
 
-// Draws elements 4 group .. 4 group + 3 of one sample and draw. Floats are returned as their bit patterns.
+// Writes the elements 4 group .. 4 group + 3 for one sample id and one draw index. Floats are written as bit patterns.
 PF_INLINE void draw_group(Distribution kind, Key key, uint32_t group, uint32_t draw, uint32_t sample, uint32_t stream,
                           uint32_t out[4]) {
   uint32_t w[4] = {group, draw, sample, stream};

@@ -7,8 +7,8 @@ namespace pf {
 
 enum class Distance : int { abs_cosine = 0, cosine = 1, angular = 2, l2 = 3 };
 
-// If |u||v| is less than least_norms, it counts as 0. The slope of arccos is computed with 1 - c^2 bounded below by
-// least_square_sine.
+// If |u||v| is less than least_norms, the cosine c and its gradient count as 0. The slope of arccos is computed with
+// max(1 - c^2, least_square_sine).
 constexpr double least_norms = 1e-30, least_square_sine = 1e-4;
 
 // The numbers u.v, |u|^2 and |v|^2 of one sample.

@@ -1,4 +1,4 @@
-// Draws the reparameterized sample, and computes the posterior's divergence from N(0, I).
+// Computes a latent from mu, logvar and noise, and the KL divergence of N(mu, exp(logvar)) from N(0, I).
 // purify_fast/ops/sample_latent.py has the definition.
 #pragma once
 
@@ -33,7 +33,7 @@ template <class W>
 PF_INLINE W latent_logvar_slope(W logvar, W noise, W grad_z, W grad_kl) {
   return W(0.5) * (grad_z * (noise * exp(W(0.5) * logvar)) + grad_kl * expm1(logvar));
 }
-// Returns the same slope as the function above, from the stored deviation noise * exp(logvar / 2).
+// Returns the same slope as `latent_logvar_slope`, from the stored deviation noise * exp(logvar / 2).
 template <class W>
 PF_INLINE W latent_logvar_slope_kept(W logvar, W deviation, W grad_z, W grad_kl) {
   return W(0.5) * (grad_z * deviation + grad_kl * expm1(logvar));

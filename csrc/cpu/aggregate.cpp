@@ -102,7 +102,7 @@ template <class F>
 PF_INLINE void for_lanes(int64_t classes, F f) {
   const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
                 parts = (groups + most - 1) / most;
-  // A single call would be wider than a row.
+  // A single call, rounded up to a multiple of `lanes`, would be wider than a row.
   if (parts == 1 && classes % lanes != 0) {
     f(int64_t{0}, classes / lanes * lanes);
     f(classes - lanes, lanes);
@@ -319,7 +319,8 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
   return out;
 }
 
-// Supports the methods "lse" and "peel" if there are at least `lanes` classes.
+// Returns the result of the op and the rows that `keep_image` stores. Supports only the methods "lse" and "peel", and
+// only if there are at least `lanes` classes.
 std::tuple<Tensor, Tensor> aggregate_keeping(Tensor logits, int64_t method) {
   const Tensor x = dense(logits);
   const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);

@@ -31,8 +31,8 @@
 #endif
 
 #define PF_FOR_EACH_DTYPE(X) X(float) X(double) X(pf::half) X(pf::bfloat16)
-// Pairs of dtypes for two tensors. The second tensor has the dtype of the first, or the wide dtype, because images stay
-// float32 under autocast.
+// Pairs of dtypes for two tensors. The second tensor has the dtype of the first, or the dtype of the arithmetic,
+// because images stay float32 under autocast.
 #define PF_FOR_EACH_PAIR(X)     \
   X(float, float)               \
   X(double, double)             \
@@ -89,12 +89,13 @@ inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 #endif
 }
 
-// Results of this size do not fit into the caches that a few cores share.
+// A result with at least this number of bytes does not fit into a cache that a few cores share. It may be written by
+// `stream`.
 constexpr int64_t streamed_bytes = 32 << 20;
 
-// Copies without using the caches. A normal write first reads the target from memory into the cache. Without this read,
-// a write causes half of the memory traffic. Neither pointer needs to be aligned. Call `streamed` after the last copy
-// of a thread.
+// Copies without using the caches. A normal write first reads the target from memory into the cache. A write without
+// this read needs only half of the memory traffic. Neither pointer needs to be aligned. Call `streamed` after the last
+// copy of a thread.
 inline void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   auto* target = static_cast<char*>(to);
@@ -174,8 +175,8 @@ T* writable(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Calls f(pointer to a, pointer to b). Both tensors are contiguous, and their dtypes are a pair of PF_FOR_EACH_PAIR. b
-// is converted if necessary.
+// Calls f(pointer to the elements of first, pointer to the elements of second). `second` is converted if necessary, so
+// that the dtypes are a pair of PF_FOR_EACH_PAIR. A tensor that is not contiguous is copied.
 template <class F>
 void with_pair(const Tensor& first, const Tensor& second, const char* op, F f) {
   const ScalarType dtype = first.scalar_type();
@@ -204,7 +205,7 @@ void parallel_rows(int64_t rows, int64_t cost, const F& f) {
 }
 
 // Calls f(row, first, count) for ranges of the elements of `rows` rows with n elements each. A range lies within one
-// row. The threads divide the elements, not the rows. `first` counts from the beginning of the first row.
+// row. The threads divide the elements, not the rows. `first` is an index into the elements of all rows together.
 template <class F>
 void split_elements(int64_t rows, int64_t n, const F& f) {
   parallel_rows(rows * n, 1, [&](int64_t begin, int64_t end) {

@@ -24,9 +24,11 @@ struct Call {
 
 // -- loops over queries -----------------------------------------------------------------------------------------------
 
-// Each loop computes the queries begin .. end of a sample. `first` is the sample's first row in `Dense` matrices.
+// Each loop computes the queries begin .. end - 1 of a sample. `first` is the index of the sample's first row in a
+// `Dense`.
 
-// Computes the scores: the sums over the nine offsets of the products of pixels, times the inverse norm of the key.
+// Computes the scores before "fuse". A score is the sum of products of pixels over the nine offsets, times the inverse
+// norm of the key.
 template <class W>
 PF_INLINE void scores_loop(const Dense<W>& x, int64_t first, const W* inverse, W* out, const Call<W>& call,
                            int64_t begin, int64_t end) {
@@ -80,7 +82,7 @@ PF_INLINE void spread_loop(const W* weights, T* out, const Call<W>& call, int64_
     }
   }
 }
-// Computes the gradient of the scores from the gradient of the sums of the weights.
+// Computes the gradient of the scores after "fuse", from the gradient of the sums of the weights.
 template <class T, class W = wide_t<T>>
 PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights, W* out, const Call<W>& call,
                            int64_t begin, int64_t end) {
@@ -93,8 +95,8 @@ PF_INLINE void gather_loop(const Dense<T>& grad, int64_t first, const W* weights
     attention_row_backward(row, weights + n * call.cells(), call.scale, call.cells());
   }
 }
-// Applies both passes of "fuse" to the rows of `x`, scales the result, and writes it to `out`. Also computes the
-// gradient of the inverse norms, summed over these queries. `spare` has room for two rows.
+// Applies the row-major pass of "fuse" to `x`, multiplies the result by the inverse norms, and writes the products to
+// `out`. Also computes the gradient of the inverse norms, summed over these queries. `spare` has room for two rows.
 template <class W>
 PF_INLINE void inverse_loop(const W* x, const Dense<W>& correlation, int64_t first, const W* inverse, W* out,
                             W* to_inverse, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
@@ -177,8 +179,8 @@ class Scratch {
   std::unique_ptr<W[]> memory_;
 };
 
-// Calls f(sample, begin, end, scratch) for parts of the `units` of a sample. `cost` is the work of a unit, as in
-// `parallel_rows`.
+// A part of the computation. f(sample, begin, end, scratch) must compute the units begin .. end - 1 of a sample. A
+// sample has `units` units. `cost` is the work of a unit, as in `parallel_rows`.
 template <class F>
 struct Pass {
   int64_t units, cost;

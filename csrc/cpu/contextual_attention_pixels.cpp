@@ -13,7 +13,7 @@ struct Maps {
   int64_t phase() const { return channels * cells(); }
 };
 
-// Splits the planes begin .. end of contiguous maps. Plane c of sample b has the number b * channels + c.
+// Splits the planes begin .. end - 1 of contiguous maps. Plane c of sample b has the index b * channels + c.
 template <class T>
 PF_INLINE void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -21,8 +21,8 @@ PF_INLINE void split_planes_loop(const T* x, T* phases, Maps maps, int64_t begin
     split_plane(x + i * 4 * maps.cells(), to, maps.height, maps.width, maps.phase());
   }
 }
-// Joins the phases of the planes begin .. end. `more` [batch, channels, cells] is added to phase 0, if it is not null.
-// `spare` has room for one plane.
+// Joins the phases of the planes begin .. end - 1. `more` [batch, channels, cells] is added to phase 0, if `more` is
+// not null. `spare` has room for phase 0 of one plane.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_planes_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end, T* spare) {
   const int64_t cells = maps.cells();
@@ -35,7 +35,7 @@ PF_INLINE void join_planes_loop(const T* phases, const W* more, T* x, Maps maps,
     join_plane(more ? spare : from, from, x + i * 4 * cells, maps.height, maps.width, maps.phase());
   }
 }
-// Splits rows of pixels begin .. end of channels_last maps. Row y of sample b has the number b * 2 height + y.
+// Splits the rows of pixels begin .. end - 1 of channels_last maps. Row y of sample b has the index b * 2 height + y.
 template <class T>
 PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;
@@ -49,7 +49,8 @@ PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, 
     }
   }
 }
-// Joins the phases of the rows begin .. end. `more` [batch, cells, channels] is added to phase 0, if it is not null.
+// Joins the phases of the rows begin .. end - 1. `more` [batch, cells, channels] is added to phase 0, if `more` is not
+// null.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;

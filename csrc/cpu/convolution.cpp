@@ -47,13 +47,14 @@ Sizes sizes_of(int64_t images, int64_t height, int64_t width, int64_t inputs, co
   return s;
 }
 
-// Winograd's algorithm is used only for images with at least this number of tiles, because the transform of the weights
+// Winograd's algorithm is used only for images with at least `fewest_tiles` tiles, because the transform of the weights
 // takes the same time for every number of tiles. With four tiles per image, the algorithm was faster for a batch of
 // eight images, forward and backward, but a third slower for the gradient of a single image. The gradient of the
-// weights needs more tiles, because its sums must be transformed, which takes more time.
+// weights needs at least `fewest_tiles_of_gradient` tiles, because the transform of its sums takes additional time.
 constexpr int64_t fewest_tiles = 4, fewest_tiles_of_gradient = 64;
 
-// If `turned`, `input` is the gradient of the output, and the result is the gradient of the input.
+// Computes the convolution of `input`. If `turned`, computes the gradient of the convolution's input. The argument
+// `input` is then the gradient of the convolution's output.
 Tensor convolve(const Sizes& s, const Tensor& input, const Tensor& weight, bool turned, const float* bias) {
   Tensor out = turned ? new_tensor({s.images, s.height, s.width, s.inputs}, ScalarType::BFloat16)
                       : new_tensor({s.images, s.out_height, s.out_width, s.outputs}, ScalarType::BFloat16);
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
-  // Other processors have no kernel, and purify_fast runs the reference there.
+  // On other processors these ops have no kernel, and purify_fast runs their references.
   if (pf::cpu::convolution::supported()) {
     m.impl("convolution", TORCH_BOX(&pf::cpu::forward));
     m.impl("convolution_input_gradient", TORCH_BOX(&pf::cpu::input_gradient));

@@ -29,8 +29,8 @@ inline bool has_pairs() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-// Returns true if the processor has these instructions but no AMX tiles. With AMX, the convolutions of oneDNN are
-// faster.
+// Returns true if the processor has the instructions of PF_PAIRS but no AMX tiles. With AMX, the convolutions of oneDNN
+// are faster.
 inline bool supported() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
@@ -46,7 +46,7 @@ struct Sizes {
 // each page.
 class Kept {
  public:
-  // The largest number of bytes that a thread stores.
+  // The largest number of bytes that are held for a thread.
   static constexpr size_t most = 16 << 20;
   struct Piece {
     void* at;
@@ -101,8 +101,8 @@ struct Lines {
 };
 
 // A group of channels that are computed together: `count` channels, beginning with channel `first`. Their data are
-// stored position by position, with room for `pitch` channels per position. Blocks are stored one after the other. At
-// each position, the blocks before this block have room for `before` channels in total.
+// stored position by position (for example, pixel by pixel), with room for `pitch` channels per position. Blocks are
+// stored one after the other. `before` is the sum of the pitches of the blocks before this block.
 struct Block {
   int64_t first, count, pitch, before;
 };
@@ -128,8 +128,8 @@ inline Blocks vectors(int64_t channels, int64_t most) {
   }
   return made;
 }
-// Divides single channels into as few blocks as possible. A block has at most 8 channels, and the blocks have about the
-// same size.
+// Divides the channels into as few blocks as possible. A block has at most 8 channels, and the blocks have about the
+// same size. Kernels multiply each of these channels, one by one, with vectors of other channels (see `weight_tile`).
 inline Blocks singles(int64_t channels) {
   Blocks made;
   const int64_t blocks = (channels + 7) / 8;
@@ -140,7 +140,8 @@ inline Blocks singles(int64_t channels) {
   return made;
 }
 
-// Divides single channels into blocks that begin at multiples of 8. A vector that is split into halves requires this.
+// Divides the channels into blocks of 8, so that each half of a vector with 16 channels belongs to one block. The last
+// block may be smaller.
 inline Blocks eights(int64_t channels) {
   Blocks made;
   for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
@@ -170,8 +171,8 @@ PF_PAIRS_INLINE void store_pairs(__m256i x, __m256i y, uint32_t* to) {
 }
 
 // Makes the pairs (pixel j, pixel j + distance) from a row of pixels, for `count` values of j. The first j is `from`,
-// and each further j is larger by `step`.
-// Pixels beyond the row count as 0. Each pair is a 32-bit number per channel of the block.
+// and each further j is larger by `step`. Pixels outside the row are replaced by 0. A pair is stored as one 32-bit
+// number for each channel of the block.
 PF_PAIRS inline void pack_pairs(const uint16_t* row, int64_t width, int64_t channels, const Block& block, int64_t from,
                                 int64_t step, int64_t distance, int64_t count, uint32_t* to) {
   for (int64_t c = 0; c < block.pitch; c += 16) {

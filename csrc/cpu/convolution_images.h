@@ -139,7 +139,8 @@ struct Phase {
   std::vector<Tap> taps;
 };
 
-// The plan of a convolution from one image to another: its phases, and the distances between pixels.
+// The plan of a convolution: the sizes of the images that it reads and writes, the distances between pixels, the number
+// of taps, and the phases.
 struct Plan {
   int64_t images, height, width, inputs, out_height, out_width, outputs;
   int64_t in_step[2], out_step[2];
@@ -245,7 +246,7 @@ class Images {
     }
   }
 
-  // `bias` has one number per output channel, or is null.
+  // Computes the plan's convolution. `bias` has one number per output channel, or is null.
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* weight, bool turned, const float* bias, uint16_t* out,
            const Parallel& parallel) const {

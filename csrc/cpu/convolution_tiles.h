@@ -13,7 +13,8 @@ namespace pf::cpu::convolution {
 // Computes the convolution, or the gradient of its input.
 class TiledImages {
  public:
-  // If `turned`, the input is the gradient of the output, and the result is the gradient of the input.
+  // If `turned`, the argument `input` of `run` is the gradient of the convolution's output, and the result is the
+  // gradient of the convolution's input.
   TiledImages(const Sizes& s, bool turned)
       : images(s.images),
         height(turned ? s.out_height : s.height),
@@ -30,8 +31,8 @@ class TiledImages {
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* weight, const float* bias, uint16_t* out,
            const Parallel& parallel) const {
-    // The number of tiles in one part of the work. It is a multiple of 8, 12 and 16, because a function of `tiles_of`
-    // multiplies up to 8, 12 or 16 tiles together.
+    // The number of tiles in one part of the work. It is a multiple of 8, 12 and 16, because a function that `tiles_of`
+    // returns multiplies up to 8, 12 or 16 tiles together.
     constexpr int64_t together = 48;
     const int64_t pairs = (inputs + 1) / 2, pitch = (inputs + 15) / 16 * 16, of_weights = blocks.pitch * pairs;
     Lines<uint32_t> packed(products * of_weights);
@@ -111,7 +112,8 @@ class TiledWeightGradient {
     Lines<float> sums(products * total);
     std::memset(sums.get(), 0, products * total * sizeof(float));
     const int64_t tiles = s.images * grid.each, bytes = products * 2 * (of_gradient.pitch + of_input.pitch);
-    // The number of tiles per step, so that their transformed data fit into the cache of a core.
+    // `fitting` is the number of tiles per step. It is chosen so that the transformed data of these tiles fit into the
+    // cache of a core (`room` bytes).
     constexpr int64_t room = 1280 << 10;
     const int64_t fitting = std::clamp<int64_t>(room / bytes / few * few, few, (tiles + few - 1) / few * few);
     Lines<uint32_t> left(products * of_gradient.pitch * fitting / 2), right(products * of_input.pitch * fitting / 2);

@@ -17,7 +17,8 @@ namespace pf::cpu::convolution {
 struct Segment {
   int64_t gradient, input, pairs;
 };
-// One of the two factors of the products: its pairs, the numbers per position, and the step from one pair to the next.
+// One of the two factors of the products: its pairs, the number of channels per position (`pitch`), and the number of
+// positions from one pair of the sum to the next (`step`).
 struct Side {
   const uint32_t* pairs;
   int64_t pitch, step;
@@ -77,7 +78,8 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   return made[(many + 7) / 8 - 1](singles);
 }
 
-// Computes the gradient of the bias, which is the sum over all pixels, for 16 channels, beginning with channel `first`.
+// Computes the gradient of the bias for 16 channels, beginning with channel `first`. It is the sum of the output's
+// gradient over all pixels.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
   const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -105,8 +107,8 @@ class WeightGradient {
         of_gradient(many_is_gradient ? vectors(s.outputs, 3) : singles(s.outputs)),
         of_input(many_is_gradient ? singles(s.inputs) : vectors(s.inputs, 3)),
         pairs((s.out_width + 1) / 2),
-        // A row has `stride` extra columns. If the last output pixel has no neighbor, a row also has one extra column
-        // per kernel column.
+        // A packed row of the input has `stride` more columns than the input. If the last output pixel has no neighbor,
+        // a packed row also has one more column per kernel column.
         columns(s.width + s.stride[1] + (s.out_width % 2 ? s.kernel[1] : 0)),
         taps(s.kernel[0] * s.kernel[1]) {
     const Blocks& many = many_is_gradient ? of_gradient : of_input;
@@ -120,7 +122,8 @@ class WeightGradient {
   }
 
   // Writes the gradient to `result` [outputs, kernel, kernel, inputs]. parallel(count, f) must call f(begin, end) for
-  // parts that together cover the range. Every sum adds the pixels in the same order, whichever thread computes it.
+  // parts that together cover 0 .. count - 1. Every sum adds the pixels in the same order, whichever thread computes
+  // it.
   template <class Parallel>
   void run(const uint16_t* input, const uint16_t* gradient, float* result, const Parallel& parallel) const {
     const auto parts = static_cast<int64_t>(tiles.size());
@@ -153,7 +156,7 @@ class WeightGradient {
     Block many, single;
     int64_t sums;
   };
-  // The pairs of the gradient and of the input of a group, and the number of positions of each.
+  // The packed gradient and the packed input of a group of bands, and the number of positions in each of them.
   struct Packed {
     const uint32_t *gradient, *input;
     int64_t gradients, inputs;
@@ -167,7 +170,8 @@ class WeightGradient {
     return {first, std::max<int64_t>(0, stop - first)};
   }
 
-  // Groups all bands. A group has as many bands as fit, with both sides, into the cache of a core.
+  // Divides the images into bands, and the bands into groups. The packed gradient and the packed input of a group fit
+  // together into the cache of a core.
   std::vector<std::vector<Band>> grouped() const {
     constexpr int64_t room = 2048 << 10;
     const int64_t out_row = pairs * of_gradient.pitch * 4, in_row = columns * of_input.pitch * 4;
@@ -192,7 +196,8 @@ class WeightGradient {
     return groups;
   }
 
-  // Packs both sides of a group. Returns the number of positions on each side.
+  // Packs the gradient and the input of a group. Returns the number of positions of the gradient, and that of the
+  // input.
   template <class Parallel>
   std::pair<int64_t, int64_t> pack(const std::vector<Band>& group, const uint16_t* input, const uint16_t* gradient,
                                    uint32_t* left, uint32_t* right, const Parallel& parallel) const {
@@ -238,7 +243,7 @@ class WeightGradient {
       pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
       if (s.out_width % 2) {
         // The last output pixel has no neighbor. It gets a pair of its own. The distance in this pair is larger than
-        // any row, so the second pixel of the pair counts as 0. So input pixels that no output pixel uses are never
+        // any row, so 0 replaces the second pixel of the pair. So input pixels that no output pixel uses are never
         // multiplied, not even by zero.
         place += (s.width + stride) * block.pitch;
         const int64_t last = (s.out_width - 1) * stride - s.padding[1];

@@ -1,12 +1,13 @@
-// Convolutions with 3 x 3 taps and stride 1 by Winograd's algorithm F(2 x 2, 3 x 3). An output tile of 2 x 2 pixels
-// needs 16 products per pair of channels. A direct convolution needs 36.
+// Convolutions with 3 x 3 taps and stride 1 by Winograd's algorithm F(2 x 2, 3 x 3). For each input channel and each
+// output channel, an output tile of 2 x 2 pixels needs 16 products. A direct convolution needs 36.
 //
 // Y = A' [(G g G') * (B' d B)] A
 //
-// d is a tile of 4 x 4 input pixels, g is the kernel, Y is a tile of 2 x 2 output pixels, and * multiplies elements.
-// The gradient of the weights is G' [(A Y A') * (B' d B)] G, summed over the tiles. The factors are computed in float32
-// and then rounded to bfloat16. This extra rounding makes the errors about twice as large as those from rounding the
-// images and weights alone.
+// d is a tile of 4 x 4 input pixels, g is the kernel, Y is a tile of 2 x 2 output pixels, and * multiplies elements. A,
+// B and G are the constant matrices of the algorithm, and ' is the transpose. The gradient of the weights is
+// G' [(A Y A') * (B' d B)] G, summed over the tiles, where Y is a tile of the output's gradient. The factors are
+// computed in float32 and then rounded to bfloat16. This extra rounding makes the errors about twice as large as those
+// from rounding the images and weights alone.
 //
 // With dilation D, pixels at distance D form an image of their own. There are D x D such images.
 #pragma once
@@ -156,8 +157,9 @@ PF_PAIRS inline void take_input(const Pixels& pixels, int64_t channels, int64_t 
   }
 }
 
-// Writes pairs (tile, next tile) into to[16][plane] for all channels, from tiles of the gradient or of the input.
-// Blocks begin at multiples of 8. Each block has room for `positions` pairs.
+// Transforms two tiles of the gradient or of the input, and writes the pairs (number of the first tile, number of the
+// second tile) of all channels into to[16][plane]. Blocks begin at multiples of 8. Each block has room for `positions`
+// pairs.
 template <bool gradient>
 PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t channels, const Blocks& blocks,
                          int64_t position, int64_t positions, uint32_t* to) {
@@ -192,7 +194,8 @@ PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t chan
   }
 }
 
-// Computes G' m G for 16 sums, into to[9][16]. The sums of consecutive products are `step` numbers apart.
+// Computes G' m G for 16 channels, into to[9][16]. m are the sums of the 16 products. In `sums`, consecutive products
+// are `step` numbers apart.
 PF_PAIRS inline void give_kernel(const float* sums, int64_t step, __mmask16 mask, float* to) {
   const __m512 half = _mm512_set1_ps(0.5f);
   __m512 rows[3][4];
@@ -260,11 +263,11 @@ PF_PAIRS_INLINE void store_columns(const uint32_t (*from)[8], int64_t count, int
   }
 }
 
-// Packs the weights of a convolution [outputs, 9, inputs] as pairs of neighboring inputs, into
-// to[16][block][pair][channels].
+// Computes G g G' for the weights [outputs, 9, inputs] of a convolution, and packs the results as pairs of neighboring
+// input channels, into to[16][block][pair][output channels].
 PF_PAIRS inline void pack_kernels(const uint16_t* weight, int64_t inputs, const Blocks& blocks, uint32_t* to) {
   const int64_t pairs = (inputs + 1) / 2, plane = blocks.pitch * pairs;
-  // [product][output][pair]
+  // The results for 8 output channels and 16 input channels: [product][output channel][pair].
   alignas(32) uint32_t made[16][8][8];
   for (const Block& block : blocks.list) {
     uint32_t* place = to + block.before * pairs;
@@ -286,7 +289,7 @@ PF_PAIRS inline void pack_kernels(const uint16_t* weight, int64_t inputs, const 
   }
 }
 // Does the same as pack_kernels for the convolution that computes the gradient of the input. The pairs are those of
-// neighboring outputs, and the kernel is turned by 180 degrees.
+// neighboring output channels, and the kernel is turned by 180 degrees.
 PF_PAIRS inline void pack_turned_kernels(const uint16_t* weight, int64_t outputs, int64_t inputs, const Blocks& blocks,
                                          uint32_t* to) {
   const int64_t pairs = (outputs + 1) / 2, plane = blocks.pitch * pairs;
@@ -313,7 +316,8 @@ PF_PAIRS inline void pack_turned_kernels(const uint16_t* weight, int64_t outputs
   }
 }
 
-// Computes A' m A of one tile plus the bias, for the channels of a block. Writes the pixels that lie within the output.
+// Computes A' m A of one tile plus the bias, for the channels of a block. m are the sums of the 16 products. Writes the
+// pixels that lie within the output.
 PF_PAIRS inline void give_output(const float* sums, int64_t plane, const Block& block, const float* bias,
                                  const Spot& spot, const Grid& grid, int64_t channels, uint16_t* out) {
   uint16_t* to[4];

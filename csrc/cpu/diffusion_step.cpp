@@ -82,9 +82,9 @@ struct Planes {
   int64_t channels, pixels;
   bool channels_last;
 };
-// Calls f(offset in memory, size of the part) for parts of the `count` elements that begin with element `first`. The
-// elements are counted as in a contiguous row. Elements of one part belong to one channel, so they are `channels`
-// elements apart in memory.
+// Calls f(offset in memory, size of the part) for parts of the `count` elements of a channels_last row, beginning with
+// element `first`. The elements are counted as in a contiguous row. Elements of one part belong to one channel, so they
+// are `channels` elements apart in memory.
 template <class F>
 void for_planes(Planes planes, int64_t first, int64_t count, F f) {
   for (const int64_t end = first + count; first < end;) {
@@ -93,7 +93,7 @@ void for_planes(Planes planes, int64_t first, int64_t count, F f) {
     first = stop;
   }
 }
-// Returns a pointer to contiguous elements of a row. It copies them into `buffer` if the row is channels_last.
+// Returns a pointer to `count` contiguous elements of a row. Copies them into `buffer` if the row is channels_last.
 template <class T>
 const T* gathered(const T* row, Planes planes, int64_t first, int64_t count, T* buffer) {
   if (!planes.channels_last) return row + first;

@@ -5,8 +5,8 @@
 namespace pf::cpu {
 namespace {
 
-// A row has n numbers a, followed by n numbers b. A row is an image, or in channels_last a pixel. The elements a of all
-// rows are numbered without gaps, and a tile has `tile` of them. So the loops are long even if n is small.
+// A row has n numbers a, followed by n numbers b. A row is an image, or in channels_last a pixel. The numbers `a` of
+// all rows are indexed without gaps, and a tile has `tile` of them. So the loops are long even if n is small.
 constexpr int64_t tile = 1024;
 
 // Calls f(offset in the tile, index of a in the rows, length) for every contiguous part of the elements [first, first +
@@ -74,7 +74,7 @@ PF_INLINE void backward_loop(const T* grad, const T* features, T* out, int64_t n
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// Returns half of the number of elements in dimension `dim` and all later dimensions together.
+// Returns half of the product of the sizes of dimension `dim` and of all later dimensions.
 int64_t half_row(const Tensor& features, int64_t dim) {
   int64_t n = 1;
   for (int64_t i = dim; i < features.dim(); ++i) n *= features.size(i);

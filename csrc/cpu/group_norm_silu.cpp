@@ -97,7 +97,8 @@ class Group {
   const float* shift;
 };
 
-// The inputs of both directions. `shift` [rows, channels] has one row, or one row per image, or is null.
+// The inputs that the forward and the backward share. `shift` [rows, channels] has one row, or one row per image, or is
+// null.
 struct Operands {
   const uint16_t* x;
   const float *weight, *bias, *shift;
@@ -169,7 +170,8 @@ Tensor words_of(const Tensor& x, const char* name) {
 }
 const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
-// Calls f(sizes, operands, result), where the result has the shape of x. Does not call f if the result is empty.
+// Checks the arguments, makes a result with the shape of x, and calls f(sizes, operands, result), which fills the
+// result. Does not call f if the result is empty.
 template <class F>
 Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& shift,
             int64_t groups, double eps, F f) {
@@ -224,7 +226,7 @@ Tensor group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bia
 }  // namespace pf::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(purify_fast, CPU, m) {
-  // Other processors have no kernel, and purify_fast runs the reference there.
+  // On other processors these ops have no kernel, and purify_fast runs their references.
   if (pf::cpu::convolution::has_pairs()) {
     m.impl("group_norm_silu", TORCH_BOX(&pf::cpu::group_norm_silu));
     m.impl("group_norm_silu_backward", TORCH_BOX(&pf::cpu::group_norm_silu_backward));

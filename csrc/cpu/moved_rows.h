@@ -3,7 +3,8 @@
 // by the same step.
 //
 // The code adds 64 bytes at a time. Bit masks remove numbers from beyond a row or beyond the grid, so a NaN there has
-// no effect. Every row has room for a multiple of 64 bytes, and the memory next to a row may be read.
+// no effect. In scratch memory, every row has room for a multiple of 64 bytes, and the memory next to a row may be
+// read. `Dense` makes other matrices readable in the same way.
 #pragma once
 
 #include <cstring>
@@ -31,11 +32,12 @@ using word_of_t = typename Lanes<W>::Word;
 // The lengths of rows are rounded up to a multiple of this number.
 constexpr int64_t whole_lanes = 16;
 PF_INLINE int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / whole_lanes * whole_lanes; }
-// Returns the largest distance outside a matrix at which shifted rows are read.
+// Shifted rows extend beyond the first and the last number of a matrix by at most this number of elements.
 PF_INLINE int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
 
-// Loads 64 bytes of numbers at `from` as bits. The vector is an output argument, because functions cannot return a
-// vector on processors without instructions for it.
+// Loads the numbers at `from` that fill 64 bytes after 16-bit numbers are converted to float, and writes their bits to
+// `out`. This vector is an output argument, because functions cannot return it on processors without instructions for
+// vectors of 64 bytes.
 template <class Words>
 PF_INLINE void load_lanes(const float* from, Words& out) {
   std::memcpy(&out, from, sizeof out);
@@ -86,8 +88,8 @@ PF_INLINE void sum_terms(const Term<T>* terms, W* out, int64_t size) {
   }
 }
 
-// For each of the four phases, computes a quarter of the sum of those four of the nine terms that belong to the phase.
-// Writes four rows with `size` numbers.
+// Each of the four phases (see pixels.h) has four of the nine terms. For each phase, writes a row of `size` numbers: a
+// quarter of the sum of the phase's terms.
 template <class W>
 PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
   using Numbers = typename Lanes<W>::Numbers;
@@ -114,7 +116,7 @@ PF_INLINE void quarter_terms(const Term<W>* terms, W* out, int64_t size) {
   }
 }
 
-// The masks of all shifts. A mask has set bits for the keys for which the grid has a key at the shifted position.
+// The masks of all shifts. A mask has set bits for the keys that are still on the grid after the shift.
 template <class W>
 class Masks {
  public:
@@ -145,8 +147,9 @@ class Masks {
   // In row-major order: all keys except the first, and all keys except the last.
   PF_INLINE const Word* before() const { return mask(before_); }
   PF_INLINE const Word* after() const { return mask(after_); }
-  // In column-major order, the next key is the cell below, or the top of the next column. `below` and `next_top` mask
-  // the keys of the two cases. `above` and `last_bottom` do the same for the previous key.
+  // In column-major order, the next key is the cell below (for the keys of the mask `below`) or the top of the next
+  // column (for the keys of `next_top`). The previous key is the cell above (`above`) or the bottom of the previous
+  // column (`last_bottom`).
   PF_INLINE const Word* below() const { return mask(below_); }
   PF_INLINE const Word* next_top() const { return mask(next_top_); }
   PF_INLINE const Word* above() const { return mask(above_); }
@@ -169,8 +172,8 @@ struct Padded {
   PF_INLINE const T* at(int64_t row, int64_t column) const { return begin + row * stride + column; }
 };
 
-// Contiguous matrices in memory whose surroundings must not be read. Reads that could cross an end use a padded copy of
-// that end.
+// Contiguous matrices. The memory before the first matrix and after the last matrix must not be read. A read that could
+// cross one of these ends uses a padded copy of the end.
 template <class T>
 class Dense {
  public:
@@ -185,7 +188,7 @@ class Dense {
     tail_ = tail - (numbers_ - kept);
   }
 
-  // `row` counts through all matrices.
+  // `row` is an index into the rows of all matrices together.
   PF_INLINE const T* at(int64_t row, int64_t column) const {
     const int64_t offset = row * cells_ + column;
     if (offset < 0) return head_ + offset;
@@ -215,8 +218,8 @@ PF_INLINE void neighbour_terms(const Matrix& x, int64_t first, Grid grid, int64_
     }
   }
 }
-// Writes the terms whose sum, divided by 4, is the gradient of row n of the weights. They are rows of the gradients of
-// the four phases. `first` is the index of the first row of the first phase.
+// Writes 16 terms. Their sum, divided by 4, is the gradient of row n of the attention weights. The terms are rows of
+// the gradients of the four phases. `first` is the index of the first row of the first phase.
 template <class T>
 PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64_t n, const Masks<wide_t<T>>& masks,
                            Term<T>* terms) {

@@ -7,7 +7,7 @@ namespace pf::cpu {
 
 constexpr double smallest_norm = 1e-4;
 
-// Calls f(j) for the cell i and each of its neighbors.
+// Calls f(j) for j = i and for every neighbor j of the cell i.
 template <class F>
 PF_INLINE void for_neighbours(Grid grid, int64_t i, F f) {
   const int64_t y = i / grid.width, x = i % grid.width;
@@ -35,13 +35,15 @@ void inverse_norms(const W* products, Grid grid, W* out) {
   }
 }
 
-// Adds, to the diagonal of `slopes` [cells][cells], the part of the gradient that comes from the norms. A pixel's own
-// gradient includes the pixel times its diagonal entry. Overwrites to_inverse, the gradient of the inverse norms.
+// Adds the gradient that comes through the norms to the diagonal of `slopes` [cells][cells]. The gradient of the pixels
+// is `slopes` times the pixels, so a diagonal entry is the factor of a pixel in its own gradient. to_inverse is the
+// gradient of the inverse norms, and is overwritten.
 template <class W>
 void add_norm_slopes(W* to_inverse, const W* inverse, Grid grid, W* slopes) {
   const W clamped = inverse_norm(W(0));
   for (int64_t i = 0; i < grid.cells(); ++i) {
-    // -inverse^3 is twice the derivative of 1 / sqrt(squares), and the derivative of the squares is twice the pixel.
+    // The derivative of 1 / sqrt(squares) is -inverse^3 / 2. The derivative of the squares is twice the pixel. The
+    // factors 1/2 and 2 cancel.
     const W slope = -to_inverse[i] * inverse[i] * inverse[i] * inverse[i];
     to_inverse[i] = inverse[i] == clamped ? W(0) : slope;
   }

@@ -1,4 +1,4 @@
-// Without fused multiply-adds, the normal numbers have the same bits on every CPU and GPU.
+// Without fused multiply-adds, the normal numbers have the same bits on every CPU.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -11,8 +11,8 @@
 #include <cstring>
 
 // Philox needs products of 32 bits by 32 bits, with 64-bit results. AVX-512 has an instruction for them, but compilers
-// do not find it in the portable loop, which multiplies 64 bits by 64 bits. Both versions give the same bits. The
-// loader chooses the version, like for PF_CLONES.
+// do not use it for the portable loop, which multiplies 64 bits by 64 bits. Both versions give the same bits. One of
+// them is chosen when the library is loaded, like for PF_CLONES.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define PF_PORTABLE __attribute__((target("default")))

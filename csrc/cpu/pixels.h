@@ -80,7 +80,7 @@ PF_INLINE void split_plane(const T* x, T* phases, int64_t height, int64_t width,
   }
 }
 
-// Undoes `split_plane`. Phase 0 is read from `first`, and the others from `phases`.
+// Undoes `split_plane`. Phase 0 is read from `first`, and the other three phases from `phases`.
 template <class T>
 PF_INLINE void join_plane(const T* first, const T* phases, T* x, int64_t height, int64_t width, int64_t apart) {
   for (int64_t i = 0; i < height; ++i, x += 4 * width, phases += width, first += width) {
@@ -89,7 +89,6 @@ PF_INLINE void join_plane(const T* first, const T* phases, T* x, int64_t height,
   }
 }
 
-// Copies n numbers.
 template <class T>
 PF_INLINE void copy_numbers(const T* __restrict__ from, T* __restrict__ to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];

@@ -146,7 +146,7 @@ struct Blocks {
   const uint8_t* owners;
   int64_t columns, tall, wide;
 };
-// Computes the sums of add_passes for `rows` rows, beginning with row `first`. Requires wide blocks and contiguous
+// Computes the same sums as add_passes for `rows` rows, beginning with row `first`. Requires wide blocks and contiguous
 // pixels. Blocks are processed as a whole, so the pass that hides a block is not read. The other passes are added in
 // their order, three at a time.
 template <class T, class W>

@@ -13,7 +13,7 @@ namespace {
 // The numbers of pixels of a plane that are computed together. These pixels fit into the cache. `long_chunk` is faster
 // if planes are read and written without gaps.
 constexpr int64_t chunk = 1024, long_chunk = 8192;
-// A block that is at least this wide is processed as a run of pixels. Narrower blocks are processed pixel by pixel.
+// Blocks that are narrower than this are always processed pixel by pixel (`by_owners`, see Strategy).
 constexpr int64_t least_wide = 16;
 
 struct Images {
@@ -44,8 +44,8 @@ struct Piece {
 // - by_owners reads the owner of each pixel from a map. It works for every layout, dtype and block size.
 enum class Strategy { by_runs, by_blocks, by_owners };
 
-// The arguments of a call, and the sizes and strides of its tensors. The packed images are [draw, image, pass][channels
-// + 2 planes].
+// The arguments of a call, and the sizes and strides of its tensors. There is one packed image, with channels + 2
+// planes, for each draw, image and pass. The packed images are stored in this order: [draw, image, pass].
 struct Job {
   Images images;
   Grid grid;

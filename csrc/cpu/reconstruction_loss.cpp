@@ -80,8 +80,7 @@ std::tuple<Tensor, Tensor> reconstruction_loss_keeping(Tensor logits, Tensor tar
   return {loss, slope};
 }
 
-// Multiplies each row of `rows` [B, ...] by its number of grad [B], in the dtype of `rows`, and rounds the result to
-// `dtype`.
+// Multiplies row b of `rows` [B, ...] by grad[b], in the dtype of `rows`, and rounds the result to `dtype`.
 Tensor scaled_rows(Tensor grad, Tensor rows, ScalarType dtype) {
   const Tensor from = dense(rows), g = dense(grad, from.scalar_type());
   const int64_t count = from.size(0), n = count > 0 ? from.numel() / count : 0;
