@@ -31,7 +31,7 @@ def end_with_parent() -> None:
 def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> ProcessPoolExecutor:
     """Make a pool of spawned processes. Forked processes would lack the threads of this process.
 
-    Each process first calls ``prepare``. This function must call `end_with_parent`.
+    Each process first calls ``prepare``, which must call `end_with_parent`.
     """
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
 

@@ -95,10 +95,10 @@ def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
     """View a vector with the shape and the memory layout of ``x``.
 
     Args:
-        numbers: contiguous vector ``[N]``, where N is the number of elements of ``x``, in the order of
+        numbers: contiguous vector ``[N]`` with one number for each element of ``x``, in the order of
             `in_memory_order`.
-        x: a tensor. The view gets its shape. The view also gets its strides if there are no gaps in memory between the
-            numbers of ``x``.
+        x: the tensor whose shape the view gets. The view also gets the strides of ``x`` if there are no gaps in memory
+            between the numbers of ``x``.
     """
     ordered = in_memory_order(x)
     if ordered.is_contiguous():

@@ -54,7 +54,7 @@ class FabSettings:
     """FAB's settings, by their names in AutoAttack.
 
     Args:
-        n_restarts: number of runs of ``fab``. ``fab-t`` has a single run.
+        n_restarts: number of runs of ``fab`` for each target class. ``fab-t`` has a single run for each target class.
         n_iter: number of steps in a run.
         n_target_classes: number of wrong classes that are tried as targets.
     """
@@ -69,12 +69,12 @@ class ApgdSettings(FabSettings):
     """Auto-PGD's settings, by their names in AutoAttack.
 
     Args:
-        n_restarts: number of runs on each image.
+        n_restarts: number of runs on each image; ``apgd-t`` makes this number of runs for each target class.
         n_iter: number of gradient steps in a run.
         n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
         eot_iter: number of draws of a random model over which each gradient step averages the gradient.
-        rho: a share of steps. At a check, the step size is halved if the loss has risen in a smaller share of the steps
-            since the previous check.
+        rho: a check of the step size halves it if at most this share of the steps since the previous check raised the
+            loss.
     """
 
     eot_iter: int = 1

@@ -445,8 +445,8 @@ class _Values(_Walk):
         except Exception as error:
             raise self._cannot_compare(value) from error
         if isinstance(reduced, str):
-            # A string means that the value is a global variable of this name. A wrapper around a function has the
-            # function's name, so add the wrapped function.
+            # `__reduce_ex__` returns a string if the value is the global variable of this name. A wrapper around a
+            # function has the function's name, so add the wrapped function.
             reduced = _name(value), getattr(value, "__wrapped__", None)
         make, arguments, state, *members = (*cast(tuple[Any, ...], reduced), None)
         inside = [("class", kind), ("maker", make), ("arguments", arguments)]

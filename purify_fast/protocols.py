@@ -1,4 +1,4 @@
-"""Protocols that describe the methods of a user's model that this package can use.
+"""Protocols for methods that a user's model may have. The package uses those that the model has.
 
 A class satisfies a protocol if it has the protocol's methods. It need not inherit from the protocol.
 

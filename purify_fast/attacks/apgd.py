@@ -1,9 +1,9 @@
 """Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and an automatic step size.
 
-At fixed steps, the checkpoints, the step size of an image may be halved. This happens in two cases. In the first case,
-at most a share rho of the steps since the last checkpoint raised the loss. In the second case, the last checkpoint did
-not halve the step size, and the highest loss has not risen since. After a halving, the search of the image continues at
-its point of highest loss.
+Some fixed steps are checkpoints. A checkpoint halves the step size of an image in two cases. In the first case, at
+most a share rho of the steps since the last checkpoint raised the loss. In the second case, the last checkpoint did not
+halve the step size, and the highest loss has not risen since. After a halving, the search of the image continues at its
+point of highest loss.
 
 The first checkpoint comes after 22 % of the steps. Each further interval between checkpoints is shorter than the
 interval before, down to a smallest length. The intervals are rounded as in the authors' implementation. Two things are
@@ -259,7 +259,7 @@ class AutoPgd(RowSearch):
     def _finish(self, index: Tensor | slice) -> None:
         """For some rows, pass the better of two points to `keep_best`: the best point so far, and the last point.
 
-        With ``leave`` (see `ActiveSet`), the model itself judges the better point before.
+        With ``leave`` (see `ActiveSet`), the model itself first judges the better point.
         """
         owner, labels, run = self.rows.owner[index], self.rows.labels[index], self.rows.run[index]
         best, last, score = self.best[index], self.point[index], self.score[:, index]

@@ -336,9 +336,9 @@ class EngineAttack(Attack):
             checked on the model itself.
         give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
             times its recent pace (its progress per step). Attacks with gradients check the pace after 40, 60 and 80 %
-            of the steps, if there are at least 50 steps. After 15 % of the steps they also stop a search whose distance
-            to the boundary is much larger than the distance by which any earlier search came nearer to its boundary
-            after its first 15 %. Square checks the pace from query 500 on.
+            of the steps, if there are at least 50 steps. After 15 % of the steps they also compare the distance to the
+            boundary with the progress that earlier searches made after their first 15 %. If the distance is much larger
+            than the largest such progress, the search stops. Square checks the pace from query 500 on.
             Auto-PGD ignores the option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with
             several draws.
 

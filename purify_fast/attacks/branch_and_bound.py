@@ -39,8 +39,8 @@ from .context import AttackContext
 from .engine.row_batches import ActiveSet, Judge
 from .relu_layers import Affine, affine_layers, forward
 
-#: The numbers of steps per node. RAISES: steps that raise the node's lower bound. DESCENTS: steps that search for a
-#: misclassified point.
+#: The numbers of steps for each node. RAISES: steps that raise the node's lower bound. DESCENTS: steps that search for
+#: a misclassified point, from each of two first points.
 RAISES, DESCENTS = 5, 15
 #: SAFE: a bound is a proof only if it is above this share of the image's largest absolute logit, because the model
 #: computes in float32, but this search in float64. ALIKE: the model's logits may differ from the logits in float64 by
@@ -300,7 +300,7 @@ class _Search:
         return bound, weight, weights[::-1]
 
     def raised(self, nodes: _Nodes, boxes: _Boxes) -> tuple[_Nodes, Tensor, Tensor]:
-        """Raise the bounds of nodes by steps in their slopes and prices.
+        """Raise the bounds of nodes by steps in their slopes and in their prices (the multipliers of their splits).
 
         Returns:
             The nodes; the minimizer of the relaxation at each step, ``[steps, B, pixels]``; and the derivatives of the
@@ -363,7 +363,8 @@ class _Search:
                 for (weight, bias), box, sign in zip(self.layers, boxes[1:], signs, strict=False):
                     z = at @ weight.T + bias
                     lacks = lacks + (-sign * z).relu().square().sum(1)
-                    # A split ReLU is replaced by its line, even while its input has the wrong sign.
+                    # If the input of a ReLU has only one sign in the node, the ReLU is computed as a linear function,
+                    # even where the input has the other sign.
                     at = torch.where((box[0] < 0) & (box[1] > 0), z.relu(), z * (box[0] >= 0))
                 weight, bias = self.layers[-1]
                 lead = ((weight[y] - weight[rival]) * at).sum(1) + bias[y] - bias[rival]

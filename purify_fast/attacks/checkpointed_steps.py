@@ -61,7 +61,7 @@ def checkpointed_steps(
             may be False if the steps draw no numbers. Draws from other sources, such as NumPy, are never repeated.
         keep: the number of last steps whose activations are kept, so that they are not computed again; at least 0.
             "auto" keeps as many as fit into a quarter of the memory that is free now. To find this number, "auto"
-            measures the activations of the third step. The activations of the first three steps are always kept too.
+            measures the activations of the third step. "auto" also keeps the activations of the first three steps.
 
     Returns:
         The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
@@ -108,10 +108,10 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _room(device: torch.device) -> int:
-    """Return how many bytes of activations may be kept."""
+    """Return how many bytes of activations may be kept besides those of the first steps, which were measured."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # No activations are kept in a CUDA graph, because the graph would hold their memory as long as it exists. Also,
-        # the free memory cannot be queried during a capture.
+        # A CUDA graph keeps no further activations, because it would hold their memory as long as it exists. Also, the
+        # free memory cannot be queried during a capture.
         return 0
     return int(SHARE * free_memory(device, None))
 

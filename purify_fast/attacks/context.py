@@ -67,9 +67,9 @@ class AttackContext:
         votes: number of draws in one prediction of the attacked model, if the prediction is a vote over draws. A step
             then averages fewer predictions, so that its number of draws does not change.
         draws_differ: whether two predictions of the same image may differ. If not, every attack takes one draw.
-        judge_draws: number of fresh draws that must confirm a success on a random model, because a single draw may be
-            lucky. None takes the number of draws that a step averages.
-        judge_share: the share of the fresh draws that must be misclassified for a success.
+        judge_draws: number of fresh predictions that check a success on a random model, because a single prediction
+            may be wrong by luck. None takes the number of predictions that a step averages.
+        judge_share: the share of these fresh predictions that must be wrong for a success.
         seed: seed of all random numbers.
         begin: first points ``[B, ...]`` of the first run of Auto-PGD, such as points found in a smaller ball. With
             None, the run begins at random points.

@@ -119,7 +119,10 @@ class _FabSearch(RowSearch):
         self._try(self.rows, self.nearest)
 
     def _note(self, point: Tensor, across: Tensor) -> None:
-        """Remember the points ``across`` the border, bool ``[R]``, that are nearer to their images than all before."""
+        """Remember the points that are nearer to their images than all earlier points across the border.
+
+        Only points across the border count: those with True in ``across``, bool ``[R]``.
+        """
         far = _length(self.rows, point - self.rows.x).to(self.distance.dtype)
         nearer = across & (far < self.distance)
         self.nearest = torch.where(per_image(nearer, point), point, self.nearest)

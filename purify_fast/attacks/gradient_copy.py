@@ -60,10 +60,10 @@ WRAPPERS = 8
 class GradientCopies:
     """The copies of an evaluation's models; a copy is used again as long as its model has not changed.
 
-    A model has not changed if its `purify_fast.model_state.identity_key` is equal and every tensor in that key has the
-    same values. For this comparison the values are stored, which takes as much memory as the model. PyTorch's count of
-    writes cannot replace the comparison: it misses writes through ``.data``, and it also counts writes that change no
-    value, such as those of ``fixed_noise``.
+    A model has not changed if its `purify_fast.model_state.identity_key` is the same as before, and if its tensors have
+    the same values as before. For this comparison the values are stored, which takes as much memory as the model.
+    PyTorch's count of writes cannot replace the comparison: it misses writes through ``.data``, and it also counts
+    writes that change no value, such as those of ``fixed_noise``.
     """
 
     def __init__(self) -> None:
@@ -116,8 +116,8 @@ def gradient_copy(
 
     Returns:
         The copy, or the model itself if no copy is used. No copy is used for a plain function, for a model that cannot
-        be copied or folded, or if logits, purified images or input gradients of the copy differ from the model's. The
-        copy and the model draw the same noise during this comparison.
+        be copied or folded, or if logits, purified images or input gradients of the copy differ too much from the
+        model's. The copy and the model draw the same noise during this comparison.
     """
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model

@@ -89,7 +89,7 @@ class Objective:
         return total / self.eot_iter if self.eot_iter > 1 else total
 
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all draws; ``one_pass(x, y, draws)`` returns the sums for some of the images and draws."""
+        """Return sums over all draws; ``one_pass(x, y, draws)`` returns the sums for some of the images and draws."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
             # In this frequent case the sums and concatenations below are not needed. They would take about as long as
@@ -102,7 +102,7 @@ class Objective:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _at_once(self, images: int) -> tuple[int, int]:
-        """The number of images in one forward pass, and the number of draws per image."""
+        """The number of different images in one forward pass, and the number of draws of each image in this pass."""
         most = self.max_forward_batch or max(1, images * self.eot_iter)
         if self.apart:
             return _even(images, most), 1

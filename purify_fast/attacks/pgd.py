@@ -213,10 +213,10 @@ class PGD(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class LeavingPGD(PGD):
-    """PGD that stops for an image at the first check after a step whose draws all misclassify it.
+    """PGD that takes no further steps for an image once all draws of one step have misclassified the image.
 
-    The image then takes no further steps. The draws of a step are fresh: the point was found without them. So twenty
-    wrong draws are twenty independent wrong predictions.
+    This is checked every ``look_every`` steps. The draws of a step are fresh: the point was found without them. So
+    twenty wrong draws are twenty independent wrong predictions.
 
     Args:
         look_every: the number of steps between two checks for misclassified images.

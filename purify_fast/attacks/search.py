@@ -56,7 +56,10 @@ class GradientHealth:
         self.add(gradients=len(grad), nonfinite=nonfinite.sum(), zero=zero.sum())
 
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
-        """Count the images with ``correct``, bool [B], and those of them whose start and end, [B, ...], are equal."""
+        """Count the images where ``correct``, bool [B], is True, and those of them that did not move.
+
+        An image did not move if its first point ``start`` and its last point ``end``, [B, ...], are equal.
+        """
         still = (start == end).flatten(1).all(1)
         self.add(images=correct.sum(), unmoved=(still & correct).sum())
 
@@ -89,8 +92,8 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     """The better of two points per image, and its score.
 
     The better point is misclassified by more draws, or by the same number of draws and with a higher loss. The points
-    have the shape ``[B, ...]``; the scores have the shape ``[2, B]``, see `Gradient.score`. If the points are equal,
-    ``best`` is returned.
+    have the shape ``[B, ...]``; the scores have the shape ``[2, B]``, see `Gradient.score`. If the scores are equal,
+    the better point is ``best``.
     """
     higher = (score[0] > best_score[0]) | ((score[0] == best_score[0]) & (score[1] > best_score[1]))
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)

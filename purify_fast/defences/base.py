@@ -75,8 +75,9 @@ class Defence(StochasticDefence):
         #: For each term of the training loss, by its name: the first training step that used the term. Empty if
         #: untrained.
         self.acts_from_step: dict[str, int] = {}
-        #: The settings of the adversarial bank, the file of attacked images that a training uses again: the number of
-        #: variants of an image, and the share of a step's images that is attacked again. Empty without a bank.
+        #: The settings of the adversarial bank, which is a file of attacked images that a training uses again. The
+        #: settings are the number of variants of an image, and the share of the adversarial images that is attacked
+        #: again although the bank has enough variants. Empty without a bank.
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
@@ -248,7 +249,10 @@ class Defence(StochasticDefence):
         return fast
 
     def prepare_replay(self) -> None:
-        """If packed weights have changed, pack them again into the same memory (`PreparesReplay`)."""
+        """If weights that are packed for a kernel have changed, pack them again into the same memory.
+
+        This is the method of the protocol `PreparesReplay`.
+        """
         if self.fast is not None:
             self._update_packed(self.fast)
 

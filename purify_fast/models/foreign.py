@@ -52,8 +52,8 @@ class ForeignClassifier(nn.Module):
         std: standard deviation of the images, in the same form; a function of the user ignores it.
 
     Raises:
-        ValueError: there is no classifier of this name; the name contains a file; the function does not return a
-            module; or the name is that of a module that exists already, not of a function.
+        ValueError: there is no classifier of this name; the name contains the path of a file; the function does not
+            return a module; or the name is that of a module that exists already, not of a function.
         ModuleNotFoundError: the library or the module is not installed.
     """
 
@@ -323,7 +323,7 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _told(error: BaseException) -> str:
-    """Describe an error of the user's code in one line, with the file and line of that code where it occurred."""
+    """Describe an error in one line, with the file and the number of the last line of the user's code that ran."""
     places = [
         place
         for place in traceback.extract_tb(error.__traceback__)

@@ -73,7 +73,7 @@ def takes_every_size(device: torch.device) -> bool:
 
 
 def bucket(items: int, device: torch.device, costly: bool = False) -> int:
-    """The smallest allowed batch size that holds ``items`` items, at least 1.
+    """The smallest allowed batch size that holds ``items`` items; ``items`` is at least 1.
 
     On a CPU every size below 8 is allowed, and from 8 on the powers of two times 1, 5/4, 6/4 and 7/4. With ``costly``,
     every size is allowed on a CPU, because one more item takes longer than a new size. On a GPU the allowed sizes are
@@ -230,7 +230,10 @@ class PaceMonitor:
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Tell whether `lost` notes distances or decides at this step. A search may leave out all other calls of it."""
+        """Tell whether `lost` notes distances or measures the pace at this step.
+
+        A search without `gains` need not call `lost` at other steps.
+        """
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
