@@ -80,7 +80,7 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
     "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
-    "train diffusion --t-star 0.1 abc": "--t-star must be a number or a fraction such as 8/255, got 'abc'",
+    "evaluate runs/x --t-star 0.1 abc": "--t-star must be a number or a fraction such as 8/255, got 'abc'",
     "evaluate zoo:digits-pgd-at --out {bars}": "--out must be a folder, got {bars}: {bars} is a file",
     "evaluate zoo:digits-pgd-at --out {bars}/report": "--out must be a folder, got {bars}/report: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
