@@ -128,30 +128,6 @@ def test_a_classifier_is_no_defence(saved):
         purify_fast.load_defence(saved)
 
 
-def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run, bars, tmp_path):
-    """It was said that a file is missing, and nothing else."""
-    folder, data = tmp_path / "half", ["--data", bars, "--device", "cpu"]
-    words = [*data, "--epochs", "1", "--batch-size", "8", "--width", "2"]
-    assert run("train", "classifier", *words, "--out", folder)[0] == 0
-    (folder / "model.safetensors").unlink()
-    for command in ("train carso --classifier", "evaluate --eps 0.1", "train arrest --classifier"):
-        code, printed = run(*command.split(), folder, *data)
-        assert code == 2 and f"{folder} holds a training that has not ended, at step 4; `purify-fast " in printed
-    assert run(*printed.split("`")[1].split()[1:])[0] == 0
-    assert load_classifier(folder).arguments["width"] == 2
-    # a part of a run, which has no file of options of its own
-    (folder / "run.yaml").rename(tmp_path / "run.yaml")
-    folder.rename(tmp_path / "standard")
-    (tmp_path / "standard" / "model.safetensors").unlink()
-    code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
-    assert code == 2 and "has not ended (its part standard), at step 4; `purify-fast train classifier" in printed
-    (tmp_path / "run.yaml").unlink()
-    code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
-    assert code == 2 and "at step 4; run the command that started it again to continue" in printed
-    code, printed = run("evaluate", tmp_path / "nothing", *data, "--eps", "0.1")
-    assert code == 2 and f"{tmp_path / 'nothing'} is not a saved model" in printed
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
