@@ -131,7 +131,7 @@ class DiffusionTask(MethodTask):
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
         self.optimizer = self.adamw(denoiser.parameters())
         self.model: nn.Module = denoiser
-        self.keep_average("denoiser", denoiser, config.ema_decay, warm_up=True)
+        self.keep_average("denoiser", config.ema_decay, warm_up=True)
 
     def refuse(self, config: DiffusionConfig) -> None:
         """Raise ValueError if the settings select another training.
