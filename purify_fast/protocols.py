@@ -84,14 +84,6 @@ class Aggregates(Protocol):
 
 
 @runtime_checkable
-class HasOriginalLoss(Protocol):
-    """A generator that has the loss of its original authors."""
-
-    def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """The loss of each image, ``[N]``, from the outputs ``[N, C, H, W]`` of all stages and the target images."""
-
-
-@runtime_checkable
 class SampleLogits(Protocol):
     """Makes K predictions per image, which are then aggregated."""
 

@@ -169,8 +169,7 @@ class TrainGenerator(TrainPurifier):
     Args:
         purifier: Network of the purifier. deepfill was designed for images of 256 x 256, and needs sides that are
             multiples of 8. For sides below 128, use small_generator: deepfill's attention then has few keys.
-        width: Width of the purifier's network. Default: 8 for small_generator, 48 for deepfill, 64 for
-            masked_autoencoder.
+        width: Width of the purifier's network. Default: 8 for small_generator, 48 for deepfill.
         residual: Let a small_generator predict a correction of the image instead of a new image.
         weights: Checkpoint of deepfillv2-pytorch from which a deepfill starts. Only tensors are read from it.
         transform: Random transform before the purifier. rt1 hides blocks. rt2 adds noise and hides blocks. rt3 adds
@@ -187,7 +186,7 @@ class TrainGenerator(TrainPurifier):
     called: ClassVar[str] = "train generator"
 
     out: Path = Path("runs/generator")
-    purifier: Literal["deepfill", "small_generator", "masked_autoencoder"] = "small_generator"
+    purifier: Literal["deepfill", "small_generator"] = "small_generator"
     width: int | None = None
     residual: bool = False
     weights: Path | None = None
@@ -208,7 +207,7 @@ class TrainGenerator(TrainPurifier):
         from ..methods.atop.purifier import build_purifier
 
         if self.weights is None:
-            purifier = build_purifier(self.purifier, images.image_shape, width=self.width, residual=self.residual)
+            purifier = build_purifier(self.purifier, images.image_shape[0], width=self.width, residual=self.residual)
         elif self.purifier != "deepfill" or self.width is not None or self.residual:
             raise ValueError(
                 f"--weights {self.weights} needs --purifier deepfill without --width and --residual, got purifier "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..training import FitConfig
 from .command import DataCommand
-from .run_file import write_run_file
+from .run_file import values, write_run_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,7 +68,7 @@ class Training(DataCommand):
         if processes()[0] == 0:
             print(summary(last))
             self.save(task.result, images)
-            print(self.attacked_by(self.out) if self.method.attack.eps > 0 else f"saved to {self.out}")
+            print(self.attacked_by(self.out) if values(self).get("eps", 0) > 0 else f"saved to {self.out}")
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,9 @@ def load_dataset(
             The names are ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``svhn``, ``imagenette``
             and ``tiny_imagenet``. All except ``digits`` are read from ``<root>/<name>.npz`` if that file exists, or
             else from the official files under root, in torchvision's folders.
-            An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8, or
-            float32 or float64 in exact multiples of 1/255. Their shape is ``[N, H, W]``, ``[N, H, W, C]`` or
-            ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or ``[N, 1]``, and every number from 0 to the
-            largest label must occur, unless ``num_classes`` is given.
+            An ``.npz`` file has the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``. Images are uint8. Their
+            shape is ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` with C = 1 or 3. Labels are integers ``[N]`` or
+            ``[N, 1]``, and every number from 0 to the largest label must occur, unless ``num_classes`` is given.
             An image folder has ``train/<class>/*.jpg|png``, and ``val/`` or ``test/`` in the same form, or it is
             tiny-imagenet-200. The classes are the sorted folder names. Images are read as RGB.
         root: folder of the data sets. If ``name_or_path`` is one of the names, None means the current folder. A
@@ -301,20 +300,12 @@ def _refuse(name: str, array: np.ndarray, bad: np.ndarray, allowed: str) -> None
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """Convert images to contiguous uint8 ``[N, C, H, W]``."""
-    if array.dtype not in (np.uint8, np.float32, np.float64):
-        raise ValueError(f"{name} must be uint8 (or float32, float64 in [0, 1]), got {array.dtype}")
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name} must be uint8, got {array.dtype}")
     if array.ndim not in (3, 4):
         raise ValueError(f"{name} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got {list(array.shape)}")
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: its shape is {list(array.shape)}")
-    if array.dtype != np.uint8:
-        _refuse(name, array, ~np.isfinite(array), "finite values")
-        _refuse(name, array, (array < 0) | (array > 1), "values in [0, 1], as floats, or uint8 in 0 .. 255")
-        level = np.rint(array * 255)
-        # A user's k / 255 may be wrong by about an ulp (the distance between neighboring floats).
-        off = np.abs(array * 255 - level) > 255 * 2 * np.finfo(array.dtype).eps
-        _refuse(name, array, off, "multiples of 1/255; quantize it first with (x * 255).round() / 255")
-        array = level.astype(np.uint8)
     if array.ndim == 3:
         return np.ascontiguousarray(array[:, None])
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)

@@ -181,19 +181,18 @@ class MethodTask(Task):
         self.config = config
         self.tf32 = config.precision == "tf32"
 
-    def keep_average(self, name: str, module: nn.Module, decay: float, warm_up: bool = False) -> None:
-        """Make a moving average of a module's weights, update it after every step, and add it to the checkpoints.
+    def keep_average(self, name: str, decay: float, warm_up: bool = False) -> None:
+        """Make a moving average of the model's weights, update it after every step, and add it to the checkpoints.
 
         Args:
             name: name of the model in checkpoints. The average has the name "average" there.
-            module: the model, or a part of it.
             decay: as in `purify_fast.training.moving_average.moving_average`; 0 for no average.
             warm_up: as in `purify_fast.training.moving_average.moving_average`.
         """
-        self.averaged = module
+        self.averaged = self.model
         if decay > 0:
-            self.average = moving_average(module, decay, warm_up)
-            self.model = nn.ModuleDict({name: self.model, "average": self.average})
+            self.average = moving_average(self.averaged, decay, warm_up)
+            self.model = nn.ModuleDict({name: self.averaged, "average": self.average})
 
     def describe(self) -> dict[str, Any]:
         return {"task": self.name, **settings(self.config), "origin": self.origin}

@@ -6,10 +6,8 @@ also has a checksum of the content, which is verified at every reading: a file i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ MODEL = "model.safetensors"
 
 #: In a checkpoint's JSON, an object with this single key stands for a tensor.
 _TENSOR = "tensor of purify_fast"
-#: Finds the command in ``run.yaml``, the file of options that the command line writes into the folder of a run.
-_COMMAND = re.compile(r"^command: ([a-z ]+)$", re.MULTILINE)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -139,22 +135,6 @@ def save_model(
     with_room(lambda: write_sealed(path, facts, state), path)
 
 
-def _unfinished(folder: Path) -> str:
-    """Return the end of an error about a folder without a saved model. The folder may hold an unfinished training."""
-    parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    for place in (folder, *parts):
-        # a damaged checkpoint is ignored
-        with contextlib.suppress(ValueError):
-            if (saved := last_checkpoint(place)) is None:
-                continue
-            part = "" if place == folder else f" (its part {place.name})"
-            options, how = folder / "run.yaml", "run the command that started it again to continue"
-            if options.is_file() and (command := _COMMAND.search(options.read_text("utf-8", errors="replace"))):
-                how = f"`purify-fast {command[1]} --config {options} --out {folder}` continues it"
-            return f"holds a training that has not ended{part}, at step {saved['step']}; {how}"
-    return "is not a saved model"
-
-
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a model that `save_model` wrote.
 
@@ -162,12 +142,12 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         The description, with ``kind`` and ``arguments`` among its keys, and the state dict.
 
     Raises:
-        FileNotFoundError: the file is missing; the message says if the folder holds a training that has not ended.
+        FileNotFoundError: the file is missing.
         ValueError: the file is damaged, or was changed after it was written.
     """
     path = Path(folder) / MODEL
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} {_unfinished(Path(folder))}")
+        raise FileNotFoundError(f"{path} is missing: {folder} is not a saved model")
     try:
         facts, state = read_sealed(path)
         if "kind" not in facts:

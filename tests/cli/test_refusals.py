@@ -67,7 +67,7 @@ REFUSED = {
         for what in ("generator", "atop --init None")
         for options, message in {
             "--block 3": "block must be at least 1 and divide the image, got block = 3 for 16 x 16",
-            "--purifier gan": "purifier must be one of deepfill, small_generator, masked_autoencoder, got 'gan'",
+            "--purifier gan": "purifier must be one of deepfill, small_generator, got 'gan'",
             "--batch-size 33": "batch_size must be at most the number of images, 32, got 33",
         }.items()
     },
@@ -80,7 +80,7 @@ REFUSED = {
     "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
     "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
-    "train diffusion --t-star 0.1 abc": "--t-star must be a number or a fraction such as 8/255, got 'abc'",
+    "evaluate runs/x --t-star 0.1 abc": "--t-star must be a number or a fraction such as 8/255, got 'abc'",
     "evaluate zoo:digits-pgd-at --out {bars}": "--out must be a folder, got {bars}: {bars} is a file",
     "evaluate zoo:digits-pgd-at --out {bars}/report": "--out must be a folder, got {bars}/report: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
@@ -126,30 +126,6 @@ def test_images_of_more_channels_or_classes(run, bars, tmp_path):
 def test_a_classifier_is_no_defence(saved):
     with pytest.raises(ValueError, match=r"holds a classifier \(SmallCNN\), not a defence"):
         purify_fast.load_defence(saved)
-
-
-def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(run, bars, tmp_path):
-    """It was said that a file is missing, and nothing else."""
-    folder, data = tmp_path / "half", ["--data", bars, "--device", "cpu"]
-    words = [*data, "--epochs", "1", "--batch-size", "8", "--width", "2"]
-    assert run("train", "classifier", *words, "--out", folder)[0] == 0
-    (folder / "model.safetensors").unlink()
-    for command in ("train carso --classifier", "evaluate --eps 0.1", "train arrest --classifier"):
-        code, printed = run(*command.split(), folder, *data)
-        assert code == 2 and f"{folder} holds a training that has not ended, at step 4; `purify-fast " in printed
-    assert run(*printed.split("`")[1].split()[1:])[0] == 0
-    assert load_classifier(folder).arguments["width"] == 2
-    # a part of a run, which has no file of options of its own
-    (folder / "run.yaml").rename(tmp_path / "run.yaml")
-    folder.rename(tmp_path / "standard")
-    (tmp_path / "standard" / "model.safetensors").unlink()
-    code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
-    assert code == 2 and "has not ended (its part standard), at step 4; `purify-fast train classifier" in printed
-    (tmp_path / "run.yaml").unlink()
-    code, printed = run("evaluate", tmp_path, *data, "--eps", "0.1")
-    assert code == 2 and "at step 4; run the command that started it again to continue" in printed
-    code, printed = run("evaluate", tmp_path / "nothing", *data, "--eps", "0.1")
-    assert code == 2 and f"{tmp_path / 'nothing'} is not a saved model" in printed
 
 
 @pytest.mark.parametrize(

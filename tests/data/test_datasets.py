@@ -64,18 +64,6 @@ def test_layouts(tmp_path, shape):
     assert np.array_equal(d.y_train.numpy(), a["y_train"])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("scale", ["divided", "multiplied"])
-def test_floats_that_are_levels(tmp_path, dtype, scale):
-    a = arrays(n=256, shape=(4, 4))
-    a["x_train"][:, 0, 0] = np.arange(256)  # every level
-    f = {k: v.astype(dtype) for k, v in a.items() if k[0] == "x"}
-    f = {k: v / dtype(255) if scale == "divided" else v * dtype(1 / 255) for k, v in f.items()}
-    d = data.load_dataset(saved(tmp_path, **a | f))
-    assert np.array_equal(d.x_train[:, 0].numpy(), a["x_train"])
-    assert torch.allclose(data.to_float(d.x_train)[:, 0].double(), torch.from_numpy(f["x_train"]).double(), atol=1e-7)
-
-
 def test_two_classes_column_labels_and_override(tmp_path):
     a = arrays(classes=2)
     a["y_train"] = a["y_train"][:, None].astype(np.uint8)
@@ -93,14 +81,9 @@ def with_(array, index, value):
 
 
 X, Y = arrays()["x_test"], arrays()["y_test"]
-F = (X / 255).astype(np.float32)
 BAD = {
-    "nan": ({"x_test": with_(F, (2, 3, 4), np.nan)}, r"x_test\[2, 3, 4\] is nan: .*finite"),
-    "above": ({"x_test": with_(F, (1, 0, 2), 1.5)}, r"x_test\[1, 0, 2\] is 1.5: .*\[0, 1\]"),
-    "below": ({"x_test": with_(F, (1, 0, 2), -0.25)}, r"x_test\[1, 0, 2\] is -0.25"),
-    "between levels": ({"x_test": with_(F * 0, (0, 1, 1), 0.3)}, r"x_test\[0, 1, 1\] is 0.3.*multiples of 1/255"),
-    "int images": ({"x_test": X.astype(np.int32)}, "x_test must be uint8 .*int32"),
-    "half": ({"x_test": F.astype(np.float16)}, "x_test must be uint8 .*float16"),
+    "int images": ({"x_test": X.astype(np.int32)}, "x_test must be uint8, got int32"),
+    "float images": ({"x_test": (X / 255).astype(np.float32)}, "x_test must be uint8, got float32"),
     "flat": ({"x_test": X.reshape(6, -1)}, r"x_test must be \[N, H, W\].*\[6, 72\]"),
     "no channels": ({"x_test": X.reshape(6, 8, 3, 3)[:, :, :2, :2]}, "x_test has the shape .*neither"),
     "two channels": ({"x_test": np.zeros((6, 3, 8, 3), np.uint8)}, "x_test has the shape .*both"),

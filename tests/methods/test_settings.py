@@ -22,10 +22,6 @@ def carso(**options):
     return configured(CarsoConfig, **options)
 
 
-def diffusion(**options):
-    return configured(DiffusionConfig, **options)
-
-
 def atop_defence(**options):
     return Atop(SmallCNN(width=4), SmallGenerator(1, width=2), (1, 16, 16), **{"block": 4, **options})
 
@@ -60,7 +56,7 @@ REFUSED = {
         ({"steps": 7}, "steps=7 needs attack_method='pgd'"),
         ({"attack_method": "none", "alpha": 0.1}, "alpha=0.1 needs attack_method='pgd', got attack_method='none'"),
     ],
-    diffusion: [
+    DiffusionConfig: [
         ({"prediction": "eps"}, "prediction must be one of noise, x0, v, got 'eps'"),
         ({"noise_schedule": "x"}, "noise_schedule must be one of linear, cosine, vp, got 'x'"),
         ({"last_time": 0.0}, r"last_time must be in \(0, 1\], got 0.0"),

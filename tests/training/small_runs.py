@@ -5,7 +5,7 @@ import torch
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionPurifier, DiffusionTask, Process, PurificationTask
+from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
 from purify_fast.models import SmallCNN, UNet
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
@@ -80,12 +80,6 @@ def atop_task(target="classifier", steps=2, device="cpu", **options):
 def diffusion_task(**options):
     torch.manual_seed(0)
     return DiffusionTask(UNet(1, 4), DiffusionConfig(**options))
-
-
-def purification_task(**options):
-    torch.manual_seed(0)
-    defence = DiffusionPurifier(UNet(1, 4), SmallCNN(width=4), SHAPE, Process(t_star=0.2, steps=2))
-    return PurificationTask(defence, DiffusionConfig(**{"attack": attack(), **options}))
 
 
 class Listener:

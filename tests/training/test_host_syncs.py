@@ -17,7 +17,6 @@ from small_runs import (
     batch,
     carso_task,
     diffusion_task,
-    purification_task,
 )
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
@@ -43,7 +42,6 @@ STEPS = {
     "AToP": (lambda: atop_task("classifier"), {}),
     "AToP, pipeline": (lambda: atop_task("pipeline"), {}),
     "diffusion": (diffusion_task, {}),
-    "diffusion, purification": (purification_task, {}),
 }
 
 

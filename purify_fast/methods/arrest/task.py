@@ -99,7 +99,7 @@ class ArrestTask(MethodTask):
         if self.dtype != torch.float32 or compile:
             self.attacked = InferenceCopy(model, image_shape, self.dtype, compile=compile)
         self.model: nn.Module = model
-        self.keep_average("model", model, config.ema_decay)
+        self.keep_average("model", config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
         rate, decay = config.learning_rate, config.weight_decay
         self.optimizer: torch.optim.Optimizer

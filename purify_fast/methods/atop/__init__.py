@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .defence import Atop as Atop
     from .generators import DeepFillGenerator as DeepFillGenerator
     from .generators import SmallGenerator as SmallGenerator
-    from .masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
     from .task import training_loss as training_loss

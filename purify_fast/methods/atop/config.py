@@ -32,7 +32,7 @@ class AtopConfig:
         cls_delay_unit: unit of cls_delay: "epochs", "steps" or "images".
         classifier_range: range of the purified images in the cross-entropy. "unit": [0, 1], as in predictions.
             "doubled": [-1, 1], as in the released notebooks, although the classifier there was trained on [0, 1].
-        reconstruction_weight: weight of the L1 terms, or of the purifier's own ``original_loss`` (official: 1).
+        reconstruction_weight: weight of the L1 terms (official: 1).
         gan_weight: weight of the purifier's GAN term, L_G (official: 1).
         discriminator_width: channels of the discriminator's first layer (official: 64).
         gan_grad: whether L_G trains the purifier, as in the paper's formula. In the official code the gradient of L_G

@@ -45,7 +45,7 @@ class Atop(Defence):
     Args:
         classifier: any module from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. The defence uses a
             frozen copy in evaluation mode; the given module is not changed.
-        purifier: `DeepFillGenerator`, `SmallGenerator`, `MaskedAutoencoder`, or your own module
+        purifier: `DeepFillGenerator`, `SmallGenerator`, or your own module
             ``g(transformed [B, C, H, W], mask [B, 1, H, W]) -> image [B, C, H, W]``. Images are in [-1, 1], and the
             mask is 1 where an image is hidden. The defence uses a copy, which the training changes.
         image_shape: (C, H, W).

@@ -1,41 +1,34 @@
-"""Gives all purifiers (generators with two stages, autoencoders, and modules of users) the same interface."""
+"""Gives all purifiers (generators with two stages, and modules of users) the same interface."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor
-from ...protocols import HasOriginalLoss
 from ..base import answer_of
 from .generators import DeepFillGenerator, SmallGenerator
-from .masked_autoencoder import MaskedAutoencoder
 
 PURIFIERS: dict[str, type[nn.Module]] = {
     "deepfill": DeepFillGenerator,
     "small_generator": SmallGenerator,
-    "masked_autoencoder": MaskedAutoencoder,
 }
 
 
-def build_purifier(
-    name: str, image_shape: tuple[int, int, int], *, width: int | None = None, residual: bool = False
-) -> nn.Module:
+def build_purifier(name: str, channels: int, *, width: int | None = None, residual: bool = False) -> nn.Module:
     """Build a purifier's network with fresh weights, by its name in `PURIFIERS`.
 
     Args:
-        name: ``deepfill``, ``small_generator`` or ``masked_autoencoder``.
-        image_shape: (C, H, W).
-        width: width of the network. None means 48 for ``deepfill``, 8 for ``small_generator`` and 64 for
-            ``masked_autoencoder``.
+        name: ``deepfill`` or ``small_generator``.
+        channels: number of channels of the images.
+        width: width of the network. None means 48 for ``deepfill`` and 8 for ``small_generator``.
         residual: whether the network predicts a correction of its input in place of a whole image; only for
             ``small_generator``.
 
     Raises:
-        ValueError: the name is unknown, the network does not support the sizes, or ``residual`` is True for another
+        ValueError: the name is unknown, the network does not support the width, or ``residual`` is True for another
             network.
     """
     if name not in PURIFIERS:
@@ -43,9 +36,7 @@ def build_purifier(
     if residual and name != "small_generator":
         raise ValueError(f"residual needs purifier small_generator, got {name}")
     options: dict[str, Any] = ({} if width is None else {"width": width}) | ({"residual": True} if residual else {})
-    if name == "masked_autoencoder":
-        return MaskedAutoencoder(image_shape, **options)
-    return PURIFIERS[name](image_shape[0] + (2 if name == "deepfill" else 0), **options)
+    return PURIFIERS[name](channels + (2 if name == "deepfill" else 0), **options)
 
 
 class PurifierAdapter(nn.Module):
@@ -103,17 +94,3 @@ class PurifierAdapter(nn.Module):
 
     def forward(self, packed: Tensor) -> tuple[Tensor, ...]:
         return tuple(image.to(packed.dtype) for image in self._run(packed))
-
-    def original_loss(self, images: Sequence[Tensor], target: Tensor) -> Tensor:
-        """Return the purifier's original loss for each image, ``[N]``, without an adversarial term.
-
-        This is the module's ``original_loss(images, target)``, if the module has this method. Otherwise it is
-        DeepFillv2's loss: the mean absolute difference, summed over the stages.
-
-        Args:
-            images: the images that `forward` returned.
-            target: the images to rebuild, ``[N, C, H, W]`` in [-1, 1].
-        """
-        if isinstance(self.module, HasOriginalLoss):
-            return self.module.original_loss(images, target)
-        return sum(((image - target).abs().flatten(1).mean(1) for image in images), target.new_zeros(len(target)))

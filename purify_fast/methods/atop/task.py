@@ -146,7 +146,9 @@ def losses(defence: Atop, batch: Batch, config: AtopConfig, given: Inputs, image
     target = (2 * given.rebuild - 1).to(images[-1].dtype)
     # the inputs are ordered by sample, then by image, then by pass
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
-    reconstruction = defence.purifier.original_loss([image[:count] for image in images], target).mean()
+    # DeepFillv2's loss: the mean absolute difference, summed over the stages
+    apart = ((image[:count] - target).abs().flatten(1).mean(1) for image in images)
+    reconstruction = sum(apart, target.new_zeros(len(target))).mean()
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
     if given.cls_weight > 0:

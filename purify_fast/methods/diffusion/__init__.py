@@ -15,6 +15,5 @@ if TYPE_CHECKING:
     from .schedule import Schedule as Schedule
     from .task import ConsistencyTask as ConsistencyTask
     from .task import DiffusionTask as DiffusionTask
-    from .task import PurificationTask as PurificationTask
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
-#: A function that is called with three arguments: a state of the reverse process, the state of the forward process at
-#: the same time, and True if the reverse process begins with this state.
-Visit = Callable[[Tensor, Tensor, bool], None]
 #: Surrogates divide the number of steps, or the number of steps with a gradient of the denoiser, by this factor.
 FEWER = 4
 
@@ -152,7 +148,7 @@ class DiffusionPurifier(Defence):
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
-    def purify(self, x: Tensor, draws: int = 1, visit: Visit | None = None) -> Tensor:
+    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
         """Return purified images, ``[B, draws K, C, H, W]``. The gradient reaches x.
 
         The images are in [0, 1] if the process clips.
@@ -160,7 +156,6 @@ class DiffusionPurifier(Defence):
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
             draws: number of sets of K draws; at most 65,536 draws in all.
-            visit: function that is called with the states of the process, batch by batch.
 
         Raises:
             ValueError: the images have a wrong shape, or there are too many draws.
@@ -179,37 +174,8 @@ class DiffusionPurifier(Defence):
         names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
         most = self.max_forward_batch or max(1, len(rows))
         parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
-        purified = torch.cat([self._denoised(part, noisy, seed, key, draw, visit=visit) for part, key, draw in parts])
+        purified = torch.cat([self._denoised(part, noisy, seed, key, draw) for part, key, draw in parts])
         return self._as_images(purified).unflatten(0, (len(x), count))
-
-    def purify_with_deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return purified images, and the deviation of the reverse process from the forward process.
-
-        The deviation is a mean squared difference of states in [-1, 1]. Before each step of a round, the state of the
-        reverse process is compared with the round's image, noised up to the same time with the noise of the round. The
-        end of a round is compared with the round's image itself. The gradients reach x, and their computation always
-        takes the memory of only one step. Source: the deviated reconstruction of DiffAttack, Kang, Song & Li, NeurIPS
-        2023, arXiv 2311.16124, equation 8, with the weight 1 for every time.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-
-        Returns:
-            Images ``[B, K, C, H, W]``, and the deviations ``[B]``, means over pixels, states and draws.
-
-        Raises:
-            ValueError: the images have a wrong shape.
-        """
-        parts: list[list[Tensor]] = []
-
-        def visit(state: Tensor, noised: Tensor, first: bool) -> None:
-            if first:
-                parts.append([])
-            parts[-1].append((state - noised).square().flatten(1).mean(1))
-
-        purified = self.purify(x, visit=visit)
-        apart = torch.cat([torch.stack(part).mean(0) for part in parts])
-        return purified, apart.unflatten(0, purified.shape[:2]).mean(1)
 
     def _as_images(self, state: Tensor) -> Tensor:
         """Convert the last state to images. The SDE, its probability flow and guidance may exceed [-1, 1]."""
@@ -218,9 +184,7 @@ class DiffusionPurifier(Defence):
             state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
         return (state + 1) / 2
 
-    def _denoised(
-        self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor, visit: Visit | None = None
-    ) -> Tensor:
+    def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
         """Run the whole process on images ``[B, C, H, W]`` in [-1, 1]."""
         table = Table(*(getattr(self, f"_{name}").view(torch.float64) for name in Table._fields))
         numbers = (table.coefficients, table.targets, table.weights)
@@ -251,27 +215,17 @@ class DiffusionPurifier(Defence):
                 weight = weight * torch.exp((1 + share) / 2 * log_high + (1 - share) / 2 * log_low)
             return following - weight * GRADIENTS[guidance](x, target)
 
-        run = partial(
-            checkpointed_steps,
+        return checkpointed_steps(
+            step,
+            images,
+            len(self.begins),
             inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
             # The process draws its noise from a seed. torch's generators are used only by dropout in training mode, or
             # by a denoiser that draws random numbers itself.
             preserve_rng_state=self.training or self._denoiser_draws,
+            keep=self.keep,
         )
-        if visit is None:
-            return run(step, images, len(self.begins), keep=self.keep)
-        state = start = images
-        begin = 0
-        for j, begins in enumerate(self.begins):
-            if begins:
-                start, begin = state, j
-            else:
-                visit(state, moved(start, start, targets[j], begin, True), j == 1)
-            state = run(lambda x, _, *image, j=j: step(x, j, *image), state, 1)
-            if j + 1 == len(self.begins) or self.begins[j + 1]:
-                visit(state, start, False)
-        return state
 
     def _predict(self, x: Tensor, t: Tensor, network: Denoiser | None = None) -> Tensor:
         """Return the network's prediction for states at the times ``t [B]``, for `diffusion_step`."""

@@ -8,13 +8,6 @@ frequencies. Here, a single fixed filter is applied to the gradient g:
 
 F is the Fourier transform. m is 1 for frequencies up to a quarter of the highest frequency in each direction, and
 otherwise 0. The purifier itself decides if the images that this attack finds are misclassified.
-
-DiffAttack (Kang, Song & Li, NeurIPS 2023, arXiv 2311.16124, section 3) adds a loss that compares intermediate states.
-The gradient of this loss does not have to pass through all steps:
-
-    L = L_cls + w mean over t of mean (x_t - x'_t)^2,   x_t the noised image, x'_t the state of the reverse process
-
-The protocol "strong" does not run DiffAttack; docs/diffusion.md has the results.
 """
 
 from __future__ import annotations
@@ -23,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...attacks import APGD
 from ...evaluation import AttackSpec, lee_kim_2023
@@ -71,49 +63,6 @@ class LowFrequencyGradient(nn.Module):
         if seen.requires_grad:
             seen.register_hook(low_frequencies)
         return self.model(seen)
-
-
-class _Added(torch.autograd.Function):
-    """Returns logits unchanged, and adds the weighted gradient of another loss ``[B]`` in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.of_loss = torch.full_like(loss, weight)
-        return logits.view_as(logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, ctx.of_loss, None
-
-
-class DeviatedReconstruction(nn.Module):
-    """A purifier with the gradient of DiffAttack's loss, for an attack's ``gradients_from``.
-
-    The output is the purifier's own logits. So an attack that sums its loss over the images uses the gradient of L_cls
-    + w L_dev, but compares its points by L_cls.
-
-    Args:
-        defence: a `DiffusionPurifier`.
-        weight: w, weight of the deviation L_dev.
-    """
-
-    draws_for_each_image = True
-
-    def __init__(self, defence: Any, weight: float = 1.0):
-        super().__init__()
-        self.defence, self.weight = defence, weight
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[B, classes]``, float32.
-
-        Args:
-            x: images ``[B, C, H, W]`` in [0, 1].
-        """
-        purified, deviation = self.defence.purify_with_deviation(x)
-        logits = self.defence.aggregate(self.defence.classify(purified))
-        return _Added.apply(logits, deviation, self.weight)
 
 
 def strong_attacks(defence: Any, norm: str, eps: float) -> list[AttackSpec]:

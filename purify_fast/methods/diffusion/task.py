@@ -1,4 +1,4 @@
-"""Trains a denoiser in one of three ways: on clean images, through the whole purification, or by distillation.
+"""Trains a denoiser in one of two ways: on clean images, or by distillation.
 
 On clean images, the loss of an image x in [-1, 1] is
 
@@ -6,14 +6,6 @@ On clean images, the loss of an image x in [-1, 1] is
 
 Here t is uniform over the schedule's times, z ~ N(0, I), and the denoiser D predicts the noise (Ho et al., NeurIPS
 2020, arXiv 2006.11239, equation 14), the image, or v (Salimans & Ho, ICLR 2022, arXiv 2202.00512, section 4).
-
-Through the whole purification, the loss is
-
-    L = CE(f(p(x')), y) + w L of clean images
-
-Here x' is adversarial against the whole defence, p is the purifier, and f is the classifier. The attack and the loss
-use exact gradients. AToP had the idea of training a purifier with its classifier's cross-entropy (arXiv 2401.16352).
-ADBM (arXiv 2408.00315) also fine-tunes a denoiser on adversarial images, but with another loss.
 
 Distillation trains a denoiser that predicts the result of the reverse process in one evaluation. The process up to the
 last time is divided into intervals. For an image x in [-1, 1], z ~ N(0, I) and a random interval from the time t to the
@@ -47,12 +39,10 @@ from ..._tensors import first_tensor, structure_fingerprint
 from ..._validation import Precision
 from ...ops.philox import Stream, philox
 from ...speed.folding.inference_copy import autocast_to
-from ...speed.graphs.step_graphs import StepGraphs
 from ...training.schedules import RunLength
 from ...training.task import Batch, Metrics
-from ..base import MethodTask, PurifierTask, answer_of, cross_entropy_of, noise_of
+from ..base import MethodTask, answer_of
 from .config import DiffusionConfig
-from .defence import DiffusionPurifier
 from .process import Process
 from .schedule import END, Schedule
 
@@ -118,30 +108,6 @@ def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: 
     return (predicted.to(clean.dtype) - target).square().mean()
 
 
-def purification_loss(
-    defence: DiffusionPurifier, batch: Batch, config: DiffusionConfig, graphs: StepGraphs | None = None
-) -> tuple[Tensor, Metrics]:
-    """Return the loss of one batch through the whole purification, and metrics.
-
-    Args:
-        defence: the defence whose denoiser is trained.
-        batch: the images.
-        config: settings with the attack and the weight of the loss on clean images.
-        graphs: captures the attack's step in a CUDA graph; None captures nothing.
-    """
-    with noise_of(defence, batch):
-        adversarial = config.attack.run(defence, batch, graphs=graphs)
-        # the loss uses other random draws than the attack
-        purified = defence.purify(adversarial)
-    logits, labels = defence.classify(purified).flatten(0, 1), batch.y.repeat_interleave(purified.shape[1])
-    cross_entropy, accuracy = cross_entropy_of(logits, labels)
-    loss, metrics = cross_entropy, {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    if config.denoising_weight > 0:
-        denoising = denoising_loss(defence.denoiser, batch, defence.process, config)
-        loss, metrics["denoising"] = loss + config.denoising_weight * denoising, denoising.detach()
-    return loss, metrics
-
-
 class DiffusionTask(MethodTask):
     """The training of a denoiser on clean images, for `purify_fast.training.fit`.
 
@@ -153,7 +119,7 @@ class DiffusionTask(MethodTask):
         origin: name of the denoiser's initial weights. A run is resumed only with the same name.
 
     Raises:
-        ValueError: ``config`` has an attack or intervals.
+        ValueError: ``config`` has intervals.
     """
 
     name = "diffusion"
@@ -165,7 +131,7 @@ class DiffusionTask(MethodTask):
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
         self.optimizer = self.adamw(denoiser.parameters())
         self.model: nn.Module = denoiser
-        self.keep_average("denoiser", denoiser, config.ema_decay, warm_up=True)
+        self.keep_average("denoiser", config.ema_decay, warm_up=True)
 
     def refuse(self, config: DiffusionConfig) -> None:
         """Raise ValueError if the settings select another training.
@@ -173,8 +139,6 @@ class DiffusionTask(MethodTask):
         Args:
             config: the settings.
         """
-        if config.attack.eps > 0:
-            raise ValueError(f"eps must be 0 to train on clean images, got {config.attack.eps}")
         if config.intervals:
             raise ValueError(f"intervals must be 0 to train a denoiser from noise, got {config.intervals}")
 
@@ -214,43 +178,6 @@ class DiffusionTask(MethodTask):
             raise ValueError(
                 f"x: the denoiser must return the shape of its images, {list(image.shape)}, got {list(predicted.shape)}"
             )
-
-
-class PurificationTask(PurifierTask[DiffusionPurifier]):
-    """The fine-tuning of a purifier's denoiser through the whole purification, for `purify_fast.training.fit`.
-
-    Args:
-        defence: the defence to fine-tune; its classifier is frozen. Each step draws ``defence.samples`` samples.
-        config: settings of the training. With the precision "bfloat16", the defence is accelerated. The schedule and
-            the prediction are those of the defence's process, not those of ``config``.
-        origin: name of the denoiser's initial weights. A run is resumed only with the same name.
-
-    Raises:
-        ValueError: ``config`` has no attack.
-    """
-
-    name = "diffusion through the purification"
-    config: DiffusionConfig
-
-    def __init__(self, defence: DiffusionPurifier, config: DiffusionConfig, origin: str = "scratch"):
-        if not config.attack.eps > 0:
-            raise ValueError(f"eps must be above 0 to train through the purification, got {config.attack.eps}")
-        super().__init__(defence, config, origin)
-        defence.denoiser.requires_grad_(True)
-        self.optimizer = self.adamw(defence.denoiser.parameters())
-        self.keep_average("defence", defence.denoiser, config.ema_decay, warm_up=True)
-
-    def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return purification_loss(self.defence, batch, self.config, self.graphs)
-
-    def finish(self) -> None:
-        """Put the moving average of the weights into the defence, if there is one."""
-        if self.average is not None:
-            self.defence.denoiser.load_state_dict(self.average.module.state_dict())
-        super().finish()
-
-    def terms(self, length: RunLength) -> dict[str, int]:
-        return {"cross_entropy": 0} | ({"denoising": 0} if self.config.denoising_weight > 0 else {})
 
 
 class ConsistencyTask(DiffusionTask):

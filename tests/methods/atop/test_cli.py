@@ -9,7 +9,7 @@ from pictures import write_bars
 import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
-from purify_fast.methods.atop import Atop, AtopTask, DeepFillGenerator, MaskedAutoencoder, SmallGenerator
+from purify_fast.methods.atop import Atop, AtopTask, DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
@@ -81,11 +81,11 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
 
 def test_from_scratch_with_every_setting(made, tmp_path):
     settings = ["--transform", "rt2", "--sigma", "0.2", "--block", "2", "--mask-ratio", "0.5", "--samples", "2"]
-    options = ["--init", "None", "--purifier", "masked_autoencoder", "--width", "8", "--shared-mask", "--eps", "0.05"]
+    options = ["--init", "None", "--purifier", "small_generator", "--width", "2", "--shared-mask", "--eps", "0.05"]
     assert run("atop", made, tmp_path, *options, *settings) == 0
     loaded = purify_fast.load_defence(tmp_path)
     network = loaded.purifier.module
-    assert type(network) is MaskedAutoencoder and network.arguments["width"] == 8
+    assert type(network) is SmallGenerator and network.arguments["width"] == 2
     assert loaded.arguments["transform"] == "rt2" and loaded.shared_mask and loaded.samples == 2
     assert (loaded.sigma, loaded.block, loaded.mask_ratio) == (0.2, 2, 0.5)
     assert loaded(torch.rand(3, 1, 16, 8)).shape == (3, 2)

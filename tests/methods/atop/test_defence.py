@@ -13,7 +13,7 @@ import purify_fast
 from purify_fast import _library
 from purify_fast.attacks import BPDA, PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec
-from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, MaskedAutoencoder, SmallGenerator
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.atop.task import training_loss
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.ops import use_backend
@@ -213,8 +213,8 @@ def test_bfloat16_trains_with_a_discriminator(transform):
             assert torch.equal(value, before[name]) == name.startswith("defence.classifier."), name
 
 
-@pytest.mark.parametrize("purifier", [SmallGenerator(1, 2), MaskedAutoencoder((1, 16, 16), width=16, depth=1)])
-def test_saved_and_read_back(purifier, tmp_path):
+def test_saved_and_read_back(tmp_path):
+    purifier = SmallGenerator(1, 2)
     made = defence(purifier, samples=2, transform="rt3", aggregation="mean_softmax")
     made.save(tmp_path)
     with pytest.raises(
@@ -227,8 +227,7 @@ def test_saved_and_read_back(purifier, tmp_path):
     assert isinstance(loaded, Atop) and loaded.arguments == made.arguments and not loaded.training
     with made.fixed_noise(1), loaded.fixed_noise(1):
         assert torch.equal(made(images()), loaded(images()))
-    given = type(purifier)(**purifier.arguments)
-    assert purify_fast.load_defence(tmp_path, made.classifier, purifier=given).arguments == made.arguments
+    assert purify_fast.load_defence(tmp_path, made.classifier, purifier=purifier).arguments == made.arguments
     with pytest.raises(ValueError, match=r"holds .*, got .*'residual': True"):
         purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, width=2, residual=True))
     with pytest.raises(ValueError, match="classifier must have the weights"):

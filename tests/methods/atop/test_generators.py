@@ -10,14 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import purify_fast.methods.atop.generators as module
 from purify_fast.methods.atop.generators import KEPT, DeepFillGenerator, GatedConv, SmallGenerator
-from purify_fast.methods.atop.masked_autoencoder import MaskedAutoencoder, sincos_positions
 from purify_fast.models.layers import Conv2d
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import contextual_attention, key_validity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL_ENCODER = {"width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
 
 
 def pack(image, mask):
@@ -56,28 +53,11 @@ def small(channels=1, **options):
     return made
 
 
-def encoder(shape=(1, 16, 16), **options):
-    torch.manual_seed(0)
-    return MaskedAutoencoder(shape, **{**SMALL_ENCODER, **options})
-
-
-class AsPacked(nn.Module):
-    """A masked autoencoder that takes what the generators take, and returns its image as the only stage."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.inner = encoder(**options)
-
-    def forward(self, packed, mask):
-        return (self.inner(packed[:, :-2], mask),)
-
-
 #: Each network, channels and size of its images, and blocks that are hidden.
 NETWORKS = {
     "deepfill": (deepfill, 3, 64, 8),
     "small": (small, 1, 28, 4),
     "residual": (lambda: small(residual=True), 1, 28, 4),
-    "encoder": (AsPacked, 1, 16, 4),
 }
 
 
@@ -157,10 +137,6 @@ def test_bfloat16_inside_stays_close(network, layout):
             for c, h, w in ((1, 16, 16), (1, 28, 28), (3, 32, 32), (3, 16, 24), (2, 4, 8))
             for o in ({"attention": False}, {"residual": True})
         ),
-        *(
-            (lambda c=c, h=h, w=w: AsPacked(shape=(c, h, w)), c, h, w)
-            for c, h, w in ((1, 28, 28), (3, 32, 32), (3, 16, 24))
-        ),
     ],
 )
 def test_images_of_every_shape_keep_it_and_their_range(make, channels, height, width):
@@ -189,10 +165,6 @@ def test_inputs_that_do_not_fit_are_refused(make, packed, mask, message):
         (lambda: DeepFillGenerator(2, 48), "in_channels must be at least 3 .* got in_channels=2"),
         (lambda: DeepFillGenerator(5, 6), "width a multiple of 4 .* and width=6"),
         (lambda: SmallGenerator(0), "channels must be at least 1, got 0"),
-        (lambda: encoder((1, 18, 16)), r"image_shape must have H and W divisible by patch 4, got \(1, 18, 16\)"),
-        (lambda: encoder(width=10), "width must be a multiple of 4 and of 2, its number of heads, got 10"),
-        (lambda: encoder(decoder_heads=3), "decoder_width must be a multiple of 4 and of 3, its number of heads"),
-        (lambda: encoder(depth=0), "depth must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(make, message):
@@ -367,83 +339,3 @@ def test_attention_reads_kept_cells_only():
     none, one = (made.after(torch.zeros(1, 16, 8, 8)), made(features, mask))
     torch.testing.assert_close(one[:1], none)
     assert not torch.allclose(one[1:], none, atol=1e-3)
-
-
-# -- the masked autoencoder --------------------------------------------------------------------------------------------
-
-
-def test_the_paper_size():
-    with torch.device("meta"):
-        model = MaskedAutoencoder((3, 224, 224), 16, 768, 12, 12, 512, 8, 16)
-    assert model.positions.shape == (196, 768) and model.decoder_positions.shape == (196, 512)
-    assert sum(p.numel() for p in model.encoder.parameters()) == 12 * 7_087_872  # ViT-B's blocks
-    assert model.to_pixels.out_features == 16 * 16 * 3
-
-
-def test_positions_are_the_fixed_sines_of_row_and_column():
-    positions = sincos_positions((2, 3), 8)
-    assert positions.shape == (6, 8)
-    row, column = torch.tensor(1.0), torch.tensor(2.0)
-    want = [f(x * rate) for x in (row, column) for f in (torch.sin, torch.cos) for rate in (1.0, 0.01)]
-    torch.testing.assert_close(positions[1 * 3 + 2], torch.stack(want))
-
-
-def test_encoding_equals_that_of_the_kept_patches_alone():
-    model = encoder()
-    packed, mask = example(1, 1, 16, 16)
-    transformed = packed[:, :1]
-    seen = []
-    model.to_decoder.register_forward_hook(lambda module, args, output: seen.append(output))
-    model(transformed, mask)
-    kept = [i for i in range(16) if mask[0, 0, 4 * (i // 4), 4 * (i % 4)] == 0]
-    assert 0 < len(kept) < 16
-    both = torch.cat([transformed, mask], 1)[0]
-    patches = [both[:, 4 * (i // 4) :, 4 * (i % 4) :][:, :4, :4].flatten() for i in kept]
-    x = model.embed(torch.stack(patches)) + model.positions[kept]
-    x = torch.cat([model.class_token[0], x])[None]
-    for block in model.encoder:
-        x = block(x, None)
-    want = model.to_decoder(model.norm(x))
-    torch.testing.assert_close(seen[0][:, [0, *(i + 1 for i in kept)]], want, rtol=1e-4, atol=1e-6)
-
-
-def test_pixels_come_back_where_they_were():
-    """With the transformer out of the way: a patch's prediction lands on that patch."""
-    model = encoder((2, 8, 12))
-    with torch.no_grad():
-        model.to_pixels.weight.zero_()
-        bias = torch.linspace(-1, 1, 32)
-        model.to_pixels.bias.copy_(bias)
-    image = model(torch.rand(1, 2, 8, 12), torch.zeros(1, 1, 8, 12))
-    for row in range(2):
-        for column in range(3):
-            patch = image[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-            torch.testing.assert_close(patch.flatten(), bias.tanh())
-
-
-def test_hidden_pixels_are_not_read_but_parts_of_patches_are():
-    model = encoder()
-    packed, mask = example(2, 1, 16, 16)
-    transformed = packed[:, :1]
-    torch.testing.assert_close(model(transformed + mask, mask), model(transformed, mask))
-    half = torch.zeros(1, 1, 16, 16)
-    half[..., :2, :4] = 1  # half a patch
-    image = transformed[:1] * (1 - half)
-    other = image.clone()
-    other[..., 3, 0] += 0.5
-    assert not torch.allclose(model(image, half), model(other, half), atol=1e-4)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_all_kept_and_all_hidden(value):
-    model = encoder()
-    image = model(torch.zeros(2, 1, 16, 16), torch.full((2, 1, 16, 16), value))
-    assert image.isfinite().all()
-    torch.testing.assert_close(image[0], image[1])
-
-
-def test_its_loss_is_the_mean_square_over_all_patches():
-    image, target = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
-    target[1, 0, 0, 0] = 2
-    loss = MaskedAutoencoder.original_loss(None, (torch.ones_like(image), image), target)
-    assert loss.tolist() == [0, 0.25]

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from purify_fast.methods.atop.generators import SmallGenerator
-from purify_fast.methods.atop.masked_autoencoder import MaskedAutoencoder
 from purify_fast.methods.atop.purifier import PURIFIERS, PurifierAdapter, build_purifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,23 +43,20 @@ def of(function):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_network_by_its_name(name, channels):
     torch.manual_seed(0)
-    module = build_purifier(name, (channels, 16, 16), width=8)
+    module = build_purifier(name, channels, width=8)
     assert type(module) is PURIFIERS[name] and type(module)(**module.arguments).arguments == module.arguments
     x = packed(channels=channels)
     images = PurifierAdapter(module, (channels, 16, 16))(x)
-    assert len(images) == (1 if name == "masked_autoencoder" else 2)
+    assert len(images) == 2
     assert all(image.shape == (2, channels, 16, 16) and image.abs().max() <= 1 for image in images)
-    mask = x[:, channels + 1 :]
-    direct = module(x, mask) if len(images) == 2 else (module(x[:, :channels], mask),)
-    assert all(torch.equal(a, b) for a, b in zip(images, direct, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(images, module(x, x[:, channels + 1 :]), strict=True))
 
 
 def test_defaults_and_refusals():
-    assert build_purifier("small_generator", (1, 16, 16)).arguments == SmallGenerator(1).arguments
-    assert build_purifier("masked_autoencoder", (1, 16, 16)).arguments == MaskedAutoencoder((1, 16, 16)).arguments
-    assert build_purifier("small_generator", (1, 16, 16), residual=True).arguments["residual"]
+    assert build_purifier("small_generator", 1).arguments == SmallGenerator(1).arguments
+    assert build_purifier("small_generator", 1, residual=True).arguments["residual"]
     with pytest.raises(ValueError, match="residual needs purifier small_generator, got deepfill"):
-        build_purifier("deepfill", (3, 16, 16), residual=True)
+        build_purifier("deepfill", 3, residual=True)
 
 
 def test_a_users_module_gets_transformed_images_and_masks():
@@ -116,12 +112,3 @@ def test_a_network_for_other_images_is_refused():
         PurifierAdapter(SmallGenerator(1), (3, 16, 16))
     with pytest.raises(ValueError, match=r"SmallGenerator does not run on images \[2, 5, 18, 16\] .*multiples of 4"):
         PurifierAdapter(SmallGenerator(3), (3, 18, 16))
-
-
-def test_the_original_loss_is_the_modules_own_or_deepfills():
-    target = torch.zeros(2, 1, 16, 16)
-    images = (target + 0.5, target + torch.tensor([0.25, 1.0])[:, None, None, None])
-    two_stage = PurifierAdapter(SmallGenerator(1, 4), (1, 16, 16))
-    assert two_stage.original_loss(images, target).tolist() == [0.75, 1.5]
-    encoder = PurifierAdapter(build_purifier("masked_autoencoder", (1, 16, 16), width=8), (1, 16, 16))
-    assert encoder.original_loss(images, target).tolist() == [0.0625, 1.0]

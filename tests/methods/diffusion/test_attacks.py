@@ -7,18 +7,17 @@ import torch
 from denoisers import Tiny, defence, images
 from evaluating import evaluate
 
-from purify_fast.attacks import APGD, AutoAttack, BpdaModel, LeavingPGD
+from purify_fast.attacks import AutoAttack, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation import AttackSpec, lee_kim_2023
+from purify_fast.evaluation import lee_kim_2023
 from purify_fast.evaluation.attack_lists import PROTOCOLS, protocol_attacks
 from purify_fast.evaluation.specs import LEE_KIM
 from purify_fast.evaluation.subject import Subject
 from purify_fast.evaluation.surrogates import Softened, surrogates
 from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.own_attacks import LOW, DeviatedReconstruction, LowFrequencyGradient, low_frequencies
+from purify_fast.methods.diffusion.own_attacks import LOW, LowFrequencyGradient, low_frequencies
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.methods.diffusion.released_evaluation import ALONE, DIFFPURE, STRAIGHT, AdjointGradient
-from purify_fast.ops import diffusion_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,80 +197,6 @@ def test_gradients_of_low_frequencies(shape):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * shape[0] * shape[1], 4)).double()
     found, whole = (gradient(each, grad) for each in (LowFrequencyGradient(model), model))
     torch.testing.assert_close(found, low_frequencies(whole))
-
-
-@pytest.mark.parametrize(("solver", "guidance"), [("ddpm", None), ("vp_sde", "mse"), ("one_shot", None)])
-def test_the_deviation_of_the_way_back_by_hand(solver, guidance):
-    steps = 1 if solver == "one_shot" else 3
-    options = {"guidance": guidance, "guidance_scale": 2.0, "clip": False}
-    process = Process(VP, solver=solver, t_star=(0.2, 0.3), steps=steps, **options)
-    made, x = defence(SHAPE, process=process, samples=2).double(), images(3, SHAPE, torch.float64)
-    ids, draws = torch.zeros(6, dtype=torch.int64), torch.arange(2).repeat(3)
-    seen = []
-    watch = made.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
-    with made.fixed_noise(4):
-        purified = made.purify(x)
-        watch.remove()
-        found, deviation = made.purify_with_deviation(x)
-        seed = made.noise(3, x.device)[0]
-    assert torch.equal(found, purified) and len(seen) == 2 * steps
-
-    def noised(image, t, number):
-        # the noise of a round is the word of the row that begins it
-        only = torch.tensor([0, 0, torch.inf, 0, 0, 1, 0, 0], dtype=torch.float64)
-        name = {"seed": seed, "sample_ids": ids, "draws": draws, "step": torch.tensor([number * (steps + 1)])}
-        z, kept = diffusion_step(torch.zeros_like(image), torch.zeros_like(image), only, **name), VP.alpha_bar(t)
-        return kept.sqrt() * image + (1 - kept).sqrt() * z
-
-    begin, zero = (2 * x - 1).repeat_interleave(2, 0), torch.zeros_like(seen[0])
-    times = [VP.times(t_star, steps) for t_star in (0.2, 0.3)]
-    # the second round begins with what it noised
-    between = (seen[steps] - noised(zero, times[1][0], 1)) / VP.alpha_bar(times[1][0]).sqrt()
-    ends, apart = [begin, between, (2 * purified - 1).flatten(0, 1)], []
-    for number in range(2):
-        for t, state in zip(times[number][:-1], seen[number * steps :][:steps], strict=True):
-            apart.append(state - noised(ends[number], t, number))
-        apart.append(ends[number + 1] - ends[number])
-    apart = torch.stack([each.square().mean((1, 2, 3)) for each in apart])
-    torch.testing.assert_close(deviation, apart.mean(0).view(3, 2).mean(1))
-
-
-def test_the_gradient_of_the_deviation_comes_beside_the_losss():
-    made, x = defence(SHAPE, process=Process(t_star=0.2, steps=3), samples=2).double(), images(3, SHAPE, torch.float64)
-    leaf, y = x.clone().requires_grad_(), torch.tensor([0, 1, 2])
-
-    def deviation(z):
-        return made.purify_with_deviation(z)[1].sum()
-
-    with made.fixed_noise(4):
-        own = torch.autograd.grad(torch.nn.functional.cross_entropy(made(leaf), y, reduction="sum"), leaf)[0]
-        other = torch.autograd.grad(deviation(leaf), leaf)[0]
-        model = DeviatedReconstruction(made, 3.0)
-        logits = model(leaf)
-        both = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y, reduction="sum"), leaf)[0]
-        assert torch.equal(logits, made(x)) and other.norm() > 0
-        torch.testing.assert_close(both, own + 3 * other, rtol=1e-6, atol=1e-9)
-        ahead = torch.randn_like(x)
-        change = (deviation(x + 1e-5 * ahead) - deviation(x - 1e-5 * ahead)) / 2e-5
-    torch.testing.assert_close((other * ahead).sum(), change.detach(), rtol=1e-5, atol=1e-9)
-
-
-def test_the_deviation_in_parts_and_as_an_attack():
-    made, x = defence(SHAPE, process=Process(steps=2)), images(5, SHAPE)
-    found = {}
-    for most in (None, 2):
-        made.max_forward_batch = most
-        with made.fixed_noise(4):
-            found[most] = made.purify_with_deviation(x)[1]
-    torch.testing.assert_close(found[2], found[None])
-    with torch.no_grad():
-        y = made(x).argmax(1)
-    row = AttackSpec(
-        APGD(steps=2, eot_iter=2, precision="float32"), gradients_from=DeviatedReconstruction(made), label="way"
-    )
-    report = evaluate(made, x, y, **QUIET, attacks=[row])
-    (attacked,) = (each for each in report.rows if each.attack == "way")
-    assert attacked.health["gradients"] > 0 and attacked.health["zero"] == attacked.health["nonfinite"] == 0
 
 
 # -- what its authors run ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from purify_fast.methods.diffusion import (
 )
 from purify_fast.methods.diffusion.denoiser import read_denoiser
 from purify_fast.ops import Stream, philox
-from purify_fast.training import Batch, FitConfig, TrainingAttack, fit, load_classifier
+from purify_fast.training import Batch, FitConfig, fit, load_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,8 +156,6 @@ def test_what_cannot_be_distilled():
         ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))
     with pytest.raises(ValueError, match="intervals must be 0 to train a denoiser from noise, got 3"):
         DiffusionTask(Scaled(0.5), DiffusionConfig(intervals=3))
-    with pytest.raises(ValueError, match=r"intervals must be 0 .*eps is 0\.1, got 3"):
-        DiffusionConfig(intervals=3, attack=TrainingAttack(eps=0.1, steps=2))
     with pytest.raises(ValueError, match=r"digits-pgd-at holds a SmallCNN, not a denoiser or a purifier by diffusion"):
         read_denoiser(zoo.folder("digits-pgd-at"))
     distilled = ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=3)).describe()

@@ -1,12 +1,13 @@
-"""Files of the shapes that others save denoisers in, with random weights."""
+"""Denoisers with random weights that are read from files: files of this package, and of the shapes that others save."""
 
 import pytest
 import torch
-from denoisers import Tiny, images
+from denoisers import Tiny, images, trained_unet
 from safetensors.torch import save_file
 from torch import nn
 
-from purify_fast.methods.diffusion import DiffusionPurifier, Process, load_denoiser
+import purify_fast
+from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule, load_denoiser, save_denoiser
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.models.classifiers import SmallCNN
 
@@ -92,3 +93,24 @@ def test_a_folder_of_diffusers_tells_its_variance(tmp_path, kind, variance):
     made = DiffusionPurifier.from_pretrained(tmp_path, classifier, {"steps": 2})
     assert made.process.variance == variance and made.process.clip
     assert made(images(2, (3, 16, 16))).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "vp"])
+def test_a_saved_denoiser_is_put_before_a_classifier(kind, tmp_path):
+    network = trained_unet(1, 4)
+    process = {"schedule": kind, "prediction": "v"}
+    save_denoiser(network, tmp_path, (1, 8, 8), process, last_time=0.5)
+    classifier = SmallCNN(image_size=(8, 8), num_classes=2, width=4)
+    defence = purify_fast.load_defence(tmp_path, classifier, process={"t_star": 0.3, "steps": 4})
+    assert isinstance(defence, DiffusionPurifier) and not defence.training
+    assert defence.process == Process(Schedule(kind), "v", t_star=0.3, steps=4)
+    state = network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in defence.denoiser.module.state_dict().items())
+    # saved with its classifier, it keeps what was chosen, until another process is asked for
+    defence.save(tmp_path / "whole")
+    for folder in (tmp_path, tmp_path / "whole"):
+        with pytest.raises(ValueError, match=r"t_star must be at most 0\.5, the last time that the .*, got 0\.6"):
+            purify_fast.load_defence(folder, classifier, process={"t_star": 0.6})
+    assert purify_fast.load_defence(tmp_path / "whole", classifier).process == defence.process
+    again = purify_fast.load_defence(tmp_path / "whole", classifier, process={"solver": "one_shot", "steps": None})
+    assert (again.process.solver, again.process.t_star, again.process.steps) == ("one_shot", 0.3, None)

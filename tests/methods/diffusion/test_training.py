@@ -11,7 +11,7 @@ from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask, Proces
 from purify_fast.methods.diffusion.task import denoising_loss, training_times
 from purify_fast.models import UNet
 from purify_fast.ops import Stream, philox
-from purify_fast.training import Batch, FitConfig, TrainingAttack, fit
+from purify_fast.training import Batch, FitConfig, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,8 +130,6 @@ def test_the_moving_average_begins_fast():
 
 
 def test_what_cannot_be_trained(tmp_path):
-    with pytest.raises(ValueError, match=r"eps must be 0 to train on clean images, got 0\.1"):
-        DiffusionTask(unet(), DiffusionConfig(attack=TrainingAttack(eps=0.1, steps=2)))
     task, loop = DiffusionTask(unet(), DiffusionConfig()), FitConfig(1, 2)
     colored = torch.zeros((4, 3, 8, 8), dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"x: UNet does not run on images \[3, 8, 8\]: x must be \[B, 1,"):
