@@ -10,7 +10,7 @@ from ..methods.diffusion.config import DiffusionConfig
 from ..training import FitConfig
 from .command import Command
 from .saved_models import saved_folder, trained_classifier
-from .train_purifier import saved_start, say_other_ball
+from .train_purifier import saved_start
 from .training import OnClassifier
 
 if TYPE_CHECKING:
@@ -117,7 +117,6 @@ class TrainDiffusion(OnClassifier, Purification):
         # `__post_init__` has checked that the user gave both.
         assert self.init is not None and self.classifier is not None
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
-        say_other_ball(self.classifier, self.method.attack)
         options = {"check": False, "process": self.process()}
         defence = saved_start(saved_folder(self.init), DiffusionPurifier, classifier, **options)
         return PurificationTask(defence, self.method, weights_fingerprint(defence.denoiser))
