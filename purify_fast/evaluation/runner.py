@@ -48,7 +48,7 @@ from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
-from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
+from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
 from .repeating import processor_name, written_call
 from .report import Report
@@ -434,7 +434,6 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-        report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
         team.end(report.to_json)
         return report
 
