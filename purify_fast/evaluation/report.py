@@ -40,7 +40,7 @@ class Report:
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
             and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
             float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
-            evaluation: ``date`` of the first `save`, ``command`` or ``call``, ``model`` (a hash of weights and code)
+            evaluation: ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code)
             and ``processor``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
@@ -401,7 +401,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 def _identity(content: Mapping[str, Any]) -> Any:
     """Return a part of a report's JSON. A report replaces an earlier report only if this part is equal in both."""
-    apart = ("date", "command", "call", "version", "processor", "claim")
+    apart = ("date", "command", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
     return about, [[row.get(name) for name in told] for row in content.get("rows", [])]

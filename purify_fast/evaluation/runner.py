@@ -14,10 +14,12 @@ import functools
 import json
 import logging
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
+from ..ops.dispatch.records import processor
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
@@ -50,7 +53,6 @@ from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
 from .measure import EXAMPLES, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
-from .repeating import processor_name, written_call
 from .report import Report
 from .rows import CURVE, Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
@@ -65,51 +67,11 @@ logger = logging.getLogger("purify_fast")
 #: with at most this probability.
 MAX_SURVIVAL = 0.01
 
-F = TypeVar("F", bound=Callable[..., Any])
 #: The number of batches in each part of a data loader. A part is attacked by all attacks before the next part is read.
 #: In smaller parts, too few images would be left for full batches of the later attacks.
 CHUNK = 4
 
 
-def called_by_people(function: F) -> F:
-    """Decorate `evaluate`, so that its errors help its user.
-
-    The argument ``device``, and settings that belong in the config, are refused with advice. A KeyboardInterrupt is
-    raised again with a message, and without the traceback of the attack, which does not help after Ctrl-C. A debugger
-    finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a KeyboardInterrupt with a message,
-    are not changed. The decorator also records the call in the report.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            raise TypeError(
-                f"evaluate takes no device, got device={kwargs['device']!r}: the model is evaluated on its own device. "
-                "Move the model first, for example by model.to('cuda'); the images are moved to the model's device"
-            )
-        if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
-            words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
-            raise TypeError(
-                f"{settings[0]} is a setting, not an argument of evaluate: give evaluate(..., "
-                f"config=EvaluateConfig({words}))"
-            )
-        try:
-            report = function(*args, **kwargs)
-            report.about["call"] = written_call(function, args, kwargs)
-            return report
-        except KeyboardInterrupt as error:
-            if type(error) is not KeyboardInterrupt or error.args:
-                raise
-            advice = ", and its results are lost: with out=FOLDER, finished rows are kept for the next call"
-            if (out := kwargs.get("out")) is not None:
-                # If rows cannot be kept, a warning at the start has said so.
-                advice = f"; its finished rows are in {out}: call evaluate again to continue"
-            raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
-
-    return wrapper  # type: ignore[return-value]
-
-
-@called_by_people
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
@@ -172,10 +134,8 @@ def evaluate(
         ValueError: a wrong shape, dtype, range or setting; a model that writes to its input; ``predict`` with a
             deterministic model; ``out`` is a file; or several processes have different arguments.
         ConnectionError: the first of several processes does not respond.
-        KeyboardInterrupt: Ctrl-C, with a message that says how to continue, and without the traceback of the attack.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
-            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device``, or
-            a setting outside of the config, is given.
+            `EvaluateConfig`, base cannot be called, or an element of ``attacks`` is not an attack.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
@@ -285,7 +245,8 @@ def _about(
         "threat": ball_name(norm, eps),
         "version": f"purify_fast {__version__}",
         "seed": str(config.seed),
-        "processor": processor_name(device),
+        "command": shlex.join(sys.orig_argv),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "precision": precision_name(model, device),
         "claim": None if config.claim is None else f"{config.claim:g}",
         "dataset": config.dataset_name,

@@ -1,6 +1,8 @@
 import html
 import json
 import os
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, merge
 from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.repeating import processor_name
 from purify_fast.evaluation.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
@@ -292,7 +293,7 @@ def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, 
 
 
 def test_a_report_says_what_repeats_it(tmp_path):
-    """Date, call, model, processor, images and seed are on the page and in Markdown; the date is the first save's."""
+    """Date, command, model, processor, images and seed are on the page and in Markdown; the date is kept."""
     torch.manual_seed(0)
     model, x = Purifier(), torch.rand(6, 3, 6, 6)
     with torch.no_grad():
@@ -306,9 +307,9 @@ def test_a_report_says_what_repeats_it(tmp_path):
     model.head.weight.data += 1
     changed = evaluate(model, x, y, eps=0.5, attacks=[], progress=False)
     assert changed.about["model"] != report.about["model"]
-    told = {"call": "evaluate(model, x, y, eps=0.5, attacks=[PGD(", "processor": processor_name(x.device)}
-    told |= {
-        "in Python": "config=EvaluateConfig(steps=2, n_eval=2, seed=7))",
+    told = {
+        "command": shlex.join(sys.orig_argv),
+        "processor": report.about["processor"],
         "hash": report.about["model"],
         "date": date,
         "images: 6": "6",
