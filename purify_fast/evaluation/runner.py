@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ from .rows import CURVE, Row, count_fallen, joined, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import PROBES, SIGNS, Task, Team
+from .team import Team
 from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
@@ -373,9 +372,12 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
             }
         )
+        asked = None if self.before is None or team.rank > 0 else self.ask_before(self.before)
+        if self.before is not None:
+            signs = None if asked is None else signs_of_masking(asked, subject.is_random)
+            self.act_on(team.from_first("signs", lambda: signs))
         if team.rank > 0:
             return self.work_for_first(chunks)
-        asked = None if self.before is None else self.ask_before(self.before)
         data = [subject.data]
         report.rows = self.rows()
         for part in chunks:
@@ -427,18 +429,12 @@ class _Evaluation:
         self.choose_attacks(further)
 
     def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-        """Make batches and parts of the probes for the first process; at the end, return the report of that process."""
+        """Make batches for the first process; at the end, return the report of that process."""
         measure = self.measure
         for task in measure.team.tasks():
-            if task.attack == PROBES:
-                assert self.before is not None
-                measure.team.make_parts(task, self.runs(self.probes(self.before)), measure.progress)
-            elif task.attack == SIGNS:
-                self.act_on(json.loads(task.images))
-            else:
-                while measure.subject.offset < task.first:
-                    measure.turn_to(measure.subject.with_images(*next(chunks)))
-                measure.work_for_first(task)
+            while measure.subject.offset < task.first:
+                measure.turn_to(measure.subject.with_images(*next(chunks)))
+            measure.work_for_first(task)
         return Report.from_json(measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
@@ -531,21 +527,6 @@ class _Evaluation:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
-    def probes(self, before: Before) -> list[Probe]:
-        """The probes before the attacks; their forward passes are counted for the progress bar."""
-        return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
-
-    def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
-        """Return the probes as functions; if memory runs out, a function runs again with fewer images at once."""
-        subject, context = self.measure.subject, self.measure.context
-
-        def run(probe: Probe) -> Any:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return probe(replace(context, resources=resources))
-
-        return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
-
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
         context, subject = self.measure.context, self.measure.subject
@@ -555,26 +536,26 @@ class _Evaluation:
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before) -> Probes:
-        """Run the probes before the attacks, and change the attacks if there are signs of masked gradients."""
-        measure, progress, team = self.measure, self.measure.progress, self.measure.team
+        """Run the probes before the attacks."""
+        measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
         passes = cost_of_probes(subject, context)
         progress.costs = [passes, *self.costs()]
 
+        def run(each: Probe) -> Any:
+            at_once = subject.room.limit(context.resources.max_forward_batch)
+            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
+            return each(replace(context, resources=resources))
+
         def make() -> dict[str, Any]:
             with progress.row("probes", passes):
-                probes = self.probes(before)
-                task = Task(PROBES, subject.offset, subject.data, b"", [*range(len(probes))])
-                values = team.results_of_parts(task, self.runs(probes), progress)
+                probes = probes_before(before, counted_model(subject.model, progress))
+                # If memory runs out, a probe runs again with fewer images at once.
+                values = [subject.room.within(functools.partial(run, each)) for each in probes]
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
         asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
         progress.next_row()
-        signs = signs_of_masking(asked, subject.is_random)
-        if team.world > 1:
-            images = json.dumps(signs).encode()
-            team.share(Task(SIGNS, subject.offset, subject.data, images, []), lambda _: None, progress)
-        self.act_on(signs)
         return asked
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:

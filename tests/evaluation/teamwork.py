@@ -91,8 +91,9 @@ def made(kind, out=None, **more):
 
 
 def plain(report):
-    """A report without the time that it took, with the margins of all images where it has them."""
+    """A report without its time and command, with the margins of all images where it has them."""
     content = json.loads(report.to_json())
+    del content["about"]["command"]
     for values, row in zip(content["rows"], report.rows, strict=True):
         del values["seconds"]
         if row.margins is not None:
