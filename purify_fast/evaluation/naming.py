@@ -40,7 +40,7 @@ def feasible(
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
-        if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.has_more:
+        if spec.max_images is not None and spec.max_images >= len(subject.y):
             # The attack gets all images, so the limit is removed, also from its name.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None

@@ -15,7 +15,7 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest, text_hash
+from .._tensors import digest
 from .._validation import NormName, check_folder, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
@@ -48,12 +48,12 @@ from .auto_batch import make_room
 from .cache import RowCache
 from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
-from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
+from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, images_and_labels
 from .measure import EXAMPLES, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
 from .report import Report
-from .rows import CURVE, Row, count_fallen, joined, worst_rows
+from .rows import CURVE, Row, count_fallen, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
@@ -65,10 +65,6 @@ logger = logging.getLogger("purify_fast")
 #: With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws would all be correct
 #: with at most this probability.
 MAX_SURVIVAL = 0.01
-
-#: The number of batches in each part of a data loader. A part is attacked by all attacks before the next part is read.
-#: In smaller parts, too few images would be left for full batches of the later attacks.
-CHUNK = 4
 
 
 @whole_float32_by_default()
@@ -98,10 +94,7 @@ def evaluate(
             mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
             float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
-            indices). The iterable is read once, in parts. A part has four batches of ``batch_size`` images, but at
-            least 64 images. A part is attacked by all attacks before the next part is read. The first part remains in
-            memory to the end, for the alarms. Each of the following parts remains only until the next part is read.
-            Each batch is checked when it is read.
+            indices). The iterable is read once, before the attacks. Each batch is checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
         config: the settings, such as the protocol, the steps and the seed.
@@ -142,8 +135,7 @@ def evaluate(
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = config.images_together
-    chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
-    images, labels, more = next(chunks)
+    images, labels = images_and_labels(x, y)
     config, given = _read_attacks(config, attacks, eps)
     radii = radii_of(config.curve, eps, 1.0 if norm == "linf" else math.inf)
     device = device_of(model, images)
@@ -158,7 +150,6 @@ def evaluate(
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
-        subject.has_more = more
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
         # The fingerprint is taken after the trial predictions. A model that stores its last input then always has the
@@ -198,7 +189,7 @@ def evaluate(
             about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             witnessed = about_model | {"random": subject.is_random} | judging
         run = _Evaluation(report, measure, plan, radii=radii, before=before, mark=mark, stack=stack)
-        return run.fill(chunks, witnessed)
+        return run.fill(witnessed)
 
 
 def _check_kinds(config: object, base: object) -> None:
@@ -352,11 +343,10 @@ class _Evaluation:
     mark: str | None
     stack: contextlib.ExitStack
 
-    def fill(self, chunks: Iterator[tuple[Tensor, Tensor, bool]], witnessed: dict[str, Any] | None) -> Report:
+    def fill(self, witnessed: dict[str, Any] | None) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process.
 
         Args:
-            chunks: the following parts of the images.
             witnessed: facts about the model for the file of fallen images; None if no such file is written.
         """
         report, measure = self.report, self.measure
@@ -377,19 +367,8 @@ class _Evaluation:
             signs = None if asked is None else signs_of_masking(asked, subject.is_random)
             self.act_on(team.from_first("signs", lambda: signs))
         if team.rank > 0:
-            return self.work_for_first(chunks)
-        data = [subject.data]
+            return self.work_for_first()
         report.rows = self.rows()
-        for part in chunks:
-            measure.turn_to(measure.subject.with_images(*part))
-            following = {row.attack: row for row in self.rows()}
-            report.rows = [joined(row, following.get(row.attack)) for row in report.rows]
-            data.append(measure.subject.data)
-        if len(data) > 1:
-            for row in report.rows:
-                row.data = text_hash(" ".join(data)).hexdigest()
-        # The probes after the attacks use the first part of the images.
-        measure.turn_to(subject)
         if witnessed is not None:
             self.gather_witnesses(witnessed)
         report.rows += worst_rows(report.rows)
@@ -428,12 +407,10 @@ class _Evaluation:
         )
         self.choose_attacks(further)
 
-    def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
+    def work_for_first(self) -> Report:
         """Make batches for the first process; at the end, return the report of that process."""
         measure = self.measure
         for task in measure.team.tasks():
-            while measure.subject.offset < task.first:
-                measure.turn_to(measure.subject.with_images(*next(chunks)))
             measure.work_for_first(task)
         return Report.from_json(measure.team.report())
 
@@ -455,8 +432,7 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        # If more parts follow, the remaining cost is unknown, because the number of their images is unknown.
-        progress.costs[progress.rows :] = [*self.costs(), *([None] if subject.has_more else [])]
+        progress.costs[progress.rows :] = self.costs()
         all_rows = [measure.clean(variant) for variant in variants]
         # The images that withstood, by variant and threat model.
         left: dict[tuple[str, str | None], np.ndarray] = {}
@@ -466,8 +442,6 @@ class _Evaluation:
         # deployed model, are left out.
         standing = measure.clean("random").robust.copy()
         for spec in self.plan:
-            if spec.max_images is not None and spec.max_images <= subject.offset:
-                continue
             threat = threat_name(spec, measure.context)
             before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
             reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))

@@ -48,8 +48,6 @@ class Task(NamedTuple):
 
     Args:
         attack: the number of the attack in the evaluation.
-        first: the number of the first image in the present part of the data.
-        data: the checksum of this part.
         images: the indices of the attacked images in order, int64 as bytes.
         batches: the numbers of the missing batches.
         folder: the folder of the batches.
@@ -59,8 +57,6 @@ class Task(NamedTuple):
     """
 
     attack: int
-    first: int
-    data: str
     images: bytes
     batches: list[int]
     folder: str
