@@ -13,7 +13,6 @@ from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, merge
-from purify_fast.evaluation.alarms import Finding
 from purify_fast.evaluation.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
@@ -205,40 +204,14 @@ def test_rows_of_different_threat_models_are_not_paired():
     assert a.paired(Report([row("b", robust=[1, 0, 0, 0])]), "PGD").difference == 0.5
 
 
-def test_merged_reports_of_different_threat_models_say_which():
-    a = Report([row("a", "A")], about=about("L-inf 0.05"), curves={"a": {"radius": []}}, findings=[finding("a")])
-    b = Report([row("b", "B"), row("b", "C", threat="L2 0.5")], about=about("L-inf 0.15"))
-    both = merge([a, b])
-    assert both.models == ["a (L-inf 0.05)", "b (L-inf 0.15)"] and a.models == ["a"]
-    assert list(both.curves) == [found.model for found in both.findings] == both.models[:1]
-    for text in (both.to_text(color=False), both.to_markdown(), Report.from_json(both.to_json()).to_markdown()):
-        assert "a (L-inf 0.05)" in text and "b (L-inf 0.15)" in text
-    assert both.about == {"seed": "0"}
-    # its rows still know what they are about, also after a further merge and in a file
-    c = Report([row("c", "D")], about=about("L-inf 0.15"))
-    for merged in (both, merge([both, c]), Report.from_json(merge([both, c]).to_json())):
-        assert merged.paired(b, "B").difference == merged.paired(b, "C").difference == 0
-        with pytest.raises(ValueError, match=r"within L-inf 0\.05"):
-            merged.paired(b, "A", "B")
-    # the same model at two radii
-    again = Report([row("a", "A", robust=[0, 0, 0, 0])], about=about("L-inf 0.15"))
-    assert "| attack | a (L-inf 0.05) | a (L-inf 0.15) |" in merge([a, again]).to_markdown()
-    # what is about the same keeps its names, and its threat model in the title
-    same = merge([b, Report([row("c")], about=about("L-inf 0.15"))])
-    assert same.models == ["b", "c"] and same.about["threat"] == "L-inf 0.15" and same.threats == {}
-    assert same.to_text().startswith("Robustness, L-inf 0.15\n")
-
-
-def finding(model):
-    return Finding("steps", "passed", "as it should be", model=model)
-
-
-def test_merged_reports_of_different_precisions_say_which():
-    rounded = Report([row("a")], about=about(precision="bfloat16"))
-    both = merge([rounded, Report([row("b")], about=about())])
-    assert both.models == ["a (bfloat16)", "b"] and both.about == about()
-    assert rounded.to_markdown().startswith("# Robustness, L-inf 8/255, precision bfloat16\n")
-    assert merge([rounded, Report([row("b")], about=rounded.about)]).models == ["a", "b"]
+def test_reports_that_differ_in_what_they_measure_are_not_merged():
+    a = Report([row("a", "A")], about=about("L-inf 0.05"))
+    for what, other in (("threat", about("L-inf 0.15")), ("precision", about("L-inf 0.05", precision="bfloat16"))):
+        with pytest.raises(ValueError, match=f"same {what}, got different ones"):
+            merge([a, Report([row("b", "B")], about=other)])
+    same = merge([a, Report([row("b", "C", threat="L2 0.5")], about=about("L-inf 0.05"))])
+    assert same.models == ["a", "b"] and same.about["threat"] == "L-inf 0.05"
+    assert same.to_text().startswith("Robustness, L-inf 0.05\n")
 
 
 def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
