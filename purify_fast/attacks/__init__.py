@@ -8,7 +8,6 @@ import types
 
 from .apgd import APGD as APGD
 from .apgd import apgd as apgd
-from .attackbench import for_attackbench as for_attackbench
 from .attacked_model import frozen as frozen
 from .base import Attack as Attack
 from .base import AttackResult as AttackResult

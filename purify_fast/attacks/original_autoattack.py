@@ -13,7 +13,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -22,16 +22,18 @@ from .._validation import Count, NormName
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import ball_around, projected
-from .base import NORMS, Attack, AttackResult
+from .base import NORMS, Attack, AttackResult, Decided
 from .context import AttackContext
-from .engine.row_batches import Judge, has_fallen
 from .objective import Objective
-from .pgd import PGD
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
 #: The authors' values. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
 STEPS, DRAWS, QUERIES = 100, 20, 5000
+#: The attacks of each version.
+ATTACKS = {"standard": ["apgd-ce", "apgd-t", "fab-t", "square"], "rand": ["apgd-ce", "apgd-dlr"]}
+#: The smallest number of classes with which all attacks of a version can run.
+FEWEST_CLASSES = {"standard": 4, "rand": 3}
 
 
 def implementation() -> Any:
@@ -43,19 +45,6 @@ def implementation() -> Any:
         "AutoAttack is not installed: run pip install 'purify-fast[eval]', or use protocol standard, which runs this "
         "package's own versions of the four attacks"
     )
-
-
-def parts(version: str, classes: int) -> tuple[list[str], str | None]:
-    """Return AutoAttack's attacks that can run with ``classes`` classes, and the attack that cannot run, or None.
-
-    The DLR loss needs at least 3 classes, and the targeted DLR loss at least 4. PGD on the margin replaces an attack
-    that cannot run.
-    """
-    if version == "rand":
-        return (["apgd-ce", "apgd-dlr"], None) if classes >= 3 else (["apgd-ce"], "apgd-dlr")
-    if classes >= 4:
-        return ["apgd-ce", "apgd-t", "fab-t", "square"], None
-    return ["apgd-ce", *(["apgd-dlr"] if classes == 3 else []), "fab-t", "square"], "apgd-t"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +61,8 @@ class AutoAttack(Attack):
         eot_iter: number of draws averaged per step of the version "rand". None stands for 20, as in the authors' code.
 
     Raises:
-        ValueError: a setting that is not allowed; the message names it.
+        ValueError: a setting that is not allowed; the message names it. Or the model has too few classes: the version
+            "standard" needs 4, and "rand" needs 3.
     """
 
     kind: ClassVar[str] = "autoattack"
@@ -91,9 +81,6 @@ class AutoAttack(Attack):
             name += f", {self.steps} steps"
         if self.version == "standard" and self.n_queries != QUERIES:
             name += f", {self.n_queries} queries"
-        run, replaced = parts(self.version, context.num_classes)
-        if replaced is not None:
-            name += f" ({' + '.join(run)}; PGD margin for {replaced}: {context.num_classes} classes)"
         return name
 
     def draws(self, context: AttackContext) -> int:
@@ -109,8 +96,16 @@ class AutoAttack(Attack):
         return f"2, {package}"
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        run, replaced = parts(self.version, context.num_classes)
-        return super().settings(context) | {"attacks": run, "replaced_by_pgd_margin": replaced}
+        return super().settings(context) | {"attacks": ATTACKS[self.version]}
+
+    def decided(self, context: AttackContext) -> Decided:
+        classes, fewest = context.num_classes, FEWEST_CLASSES[self.version]
+        if 0 < classes < fewest:
+            raise ValueError(
+                f"AutoAttack {self.version} needs at least {fewest} classes, got a model with {classes}: use protocol "
+                "standard, whose attacks allow any number of classes"
+            )
+        return super().decided(context)
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         """Attack the model batch by batch.
@@ -126,6 +121,7 @@ class AutoAttack(Attack):
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
+            ValueError: the model has too few classes.
         """
         if len(x) == 0:
             return AttackResult(x.clone())
@@ -134,8 +130,6 @@ class AutoAttack(Attack):
         with frozen(target):
             with _listening(warnings):
                 points = self._packaged(target, x, y, context)
-            if parts(self.version, context.num_classes)[1] is not None:
-                points = self._with_margin(target, x, y, points, context)
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
@@ -151,8 +145,8 @@ class AutoAttack(Attack):
         adversary = implementation()(
             target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
         )
-        adversary.attacks_to_run = parts(self.version, context.num_classes)[0]
-        targets = min(9, context.num_classes - 1)
+        adversary.attacks_to_run = list(ATTACKS[self.version])
+        targets = min(9, context.num_classes - 1) if context.num_classes else 9
         adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
         for part in (adversary.apgd, adversary.apgd_targeted):
             part.n_iter = part.n_iter_orig = steps
@@ -169,23 +163,6 @@ class AutoAttack(Attack):
         result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
 
-    def _with_margin(self, target: Classifier, x: Tensor, y: Tensor, points: Tensor, context: AttackContext) -> Tensor:
-        """Run PGD with the loss "margin" on all images that have not fallen, and put new successes into ``points``.
-
-        PGD replaces the attack that cannot run with so few classes, see `parts`.
-        """
-        steps, draws, *_ = self.decided(context)
-        margin = PGD(loss="margin", steps=steps, eot_iter=draws, eps=self.eps, norm=self.norm)
-        resources = replace(context.resources, counts_health=False, graphs=None)
-        judge = Judge(target, max_forward_batch=resources.batch_size)
-        left = (~has_fallen(judge.shares(points, y))).nonzero()[:, 0]
-        for part in left.split(resources.batch_size or len(x)):
-            alone = replace(context, sample_ids=part, resources=resources)
-            stronger = margin.search(target, x[part], y[part], alone).images
-            wrong = has_fallen(judge.shares(stronger, y[part]))
-            points[part[wrong]] = stronger[wrong]
-        return points
-
 
 @contextlib.contextmanager
 def _listening(warnings: list[str]) -> Iterator[None]:
@@ -193,10 +170,9 @@ def _listening(warnings: list[str]) -> Iterator[None]:
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
-        # Two warnings are dropped because they do not apply. AutoAttack warns of a dynamic defence at the first call of
-        # a compiled model. It also warns of a loss that needs more classes, but here PGD on the margin replaces that
-        # loss.
-        known = "dynamic defense" in text or "it is not possible to use the" in text
+        # One warning is dropped because it does not apply. AutoAttack warns of a dynamic defence at the first call of a
+        # compiled model.
+        known = "dynamic defense" in text
         if record.levelno >= logging.WARNING and not known and text not in warnings:
             warnings.append(text)
         return False

@@ -283,7 +283,6 @@ class Evaluate(DataCommand):
         if processes()[0] > 0:
             return
         report.notes += notes
-        report.about.pop("call")
         report.about["command"] = shlex.join(["purify-fast", *self.typed])
         print(report.to_text())
         report.save(out, model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,7 @@ from .._validation import Count, Positive, Share
 from ..methods.atop import AtopConfig
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
-from .run_file import ball_of_run
-from .saved_models import is_named, saved_folder, trained_classifier
+from .saved_models import trained_classifier
 from .training import FollowsRecipe, OnClassifier, Training
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
     from ..methods.atop import AtopTask
     from ..methods.base import PurifierTask, Recipe
     from ..methods.carso import CarsoTask
-    from ..training import BankConfig, TrainingAttack
+    from ..training import BankConfig
 
 _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
 _NETWORK = ("purifier", "width", "residual", "weights")
@@ -46,8 +43,6 @@ class TrainPurifier(OnClassifier):
         import torch
 
         classifier = trained_classifier(self.classifier, self.classifier_weights, images)
-        if getattr(self.method, "attack_method", None) != "none":
-            say_other_ball(self.classifier, self.method.attack)
         torch.manual_seed(self.loop.seed)
         task = self.task_on(classifier, images)
         if images.image_shape != task.defence.image_shape:
@@ -282,26 +277,3 @@ def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **opti
     if not isinstance(defence, kind):
         raise ValueError(f"{folder} must contain a {kind.__name__}; it contains a {type(defence).__name__}")
     return defence
-
-
-def say_other_ball(classifier: str, attack: TrainingAttack) -> None:
-    """Print a note if the radius or the norm of a defence's training differs from that of its classifier's training.
-
-    There is no note if the classifier is given by name or was trained on clean images, or if no file has its radius.
-    """
-    if is_named(classifier):
-        return
-    try:
-        ball = ball_of_run(saved_folder(classifier))
-    except ValueError:
-        # A classifier whose options are damaged can still be used.
-        return
-    if ball is None or (math.isclose(ball[0], attack.eps, rel_tol=1e-4) and ball[1] == attack.norm):
-        return
-    eps, norm = ball
-    same = f"--eps {eps:.6g}" + (f" --norm {norm}" if norm != attack.norm else "")
-    print(
-        f"note: {classifier} was trained at {norm} {eps:.6g}, but this training uses {attack.norm} {attack.eps:.6g}; "
-        f"for equal radii, give {same}",
-        file=sys.stderr,
-    )

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from .rows import Row as Row
     from .runner import evaluate as evaluate
     from .show.tradeoff import Tradeoff as Tradeoff
-    from .show.tradeoff import ar_bd as ar_bd
-    from .show.tradeoff import ar_point_dist as ar_point_dist
     from .show.tradeoff import plot_tradeoff as plot_tradeoff
     from .specs import AttackSpec as AttackSpec
     from .specs import as_attack as as_attack

@@ -124,7 +124,7 @@ class AttackRun:
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""
         begin, attack, subject, context = time.perf_counter(), self.spec.resolved, self.subject, self.context
-        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part + subject.offset))
+        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
 
         def search() -> AttackResult:
             begin = None if context.begin is None else context.begin[part].to(subject.device)

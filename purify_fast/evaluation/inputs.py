@@ -31,41 +31,30 @@ ONE_HOT = (
 )
 
 
-def in_chunks(x: Tensor | Iterable[Any], y: Tensor | None, least: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Check images and labels, and convert them part by part.
+def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Check images and labels, and convert them.
 
     Args:
-        x: images in a form that `collect` accepts; then there is a single part. Or, without ``y``, a DataLoader or
-            another iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, and
-            the indices are not used.
+        x: images in a form that `collect` accepts. Or, without ``y``, a DataLoader or another iterable of batches
+            (images, labels) or (images, labels, indices). The indices are not used.
         y: labels, integers ``[N]``.
-        least: the smallest number of images in each part of an iterable; only the last part may have fewer.
 
-    Yields:
-        Images, float32 in [0, 1]; labels, int64; and whether another part follows.
+    Returns:
+        Images, float32 in [0, 1], and labels, int64.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
         TypeError: x or y is not a tensor or array, or x without y does not yield batches of tensors or arrays.
     """
     if y is not None:
-        yield *collect(x, y), False
-        return
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for batch, batch_labels in _read(x):
-        if sum(map(len, images)) >= least:
-            part = collect(torch.cat(images), torch.cat(labels))
-            # Free the memory of the batches before the part is attacked.
-            images, labels = [], []
-            yield *part, True
-        images.append(batch)
-        labels.append(batch_labels)
-    if not images:
+        return collect(x, y)
+    batches = list(_read(x))
+    if not batches:
         raise ValueError(
             "x must yield at least one batch, got none: a generator can be read only once, so make a new generator"
         )
-    yield *collect(torch.cat(images), torch.cat(labels)), False
+    images, labels = zip(*batches, strict=True)
+    return collect(torch.cat(images), torch.cat(labels))
 
 
 def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:

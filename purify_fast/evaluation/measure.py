@@ -68,10 +68,6 @@ class Measure:
     # images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
-    def turn_to(self, subject: Subject) -> None:
-        """Continue with other images of the same model."""
-        self.subject, self._clean, self._search = subject, {}, None
-
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
 
@@ -170,7 +166,7 @@ class Measure:
         if spec.nearest is not None:
             return by_margin(index, margins)[: spec.nearest]
         if spec.until is not None:
-            return nearest_first(index, margins, self.subject.offset, self.subject.seed + spec.seed)
+            return nearest_first(index, margins, self.subject.seed + spec.seed)
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
@@ -179,11 +175,7 @@ class Measure:
         An attack on survivors gets the images in ``left``. Any other attack gets the images that the variant classifies
         correctly.
         """
-        return (left if spec.survivors_only else self.clean(variant).robust)[: self._most(spec)]
-
-    def _most(self, spec: AttackSpec) -> int | None:
-        """Return how many of the present images an attack may get; None: all of the images."""
-        return None if spec.max_images is None else max(0, spec.max_images - self.subject.offset)
+        return (left if spec.survivors_only else self.clean(variant).robust)[: spec.max_images]
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
         """The settings of an attack, in plain values."""
@@ -222,7 +214,8 @@ class Measure:
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
         whole = {
             "data": subject.data,
-            "first": subject.offset,
+            # This constant is a part of the names of rows that are cached already.
+            "first": 0,
             "seed": subject.seed,
             "classes": subject.num_classes,
             # The draws of a random model for an image depend on how the images are divided into batches.
@@ -290,8 +283,6 @@ class Measure:
                     write_sealed(shared / BEGIN, {}, {"points": begin})
                 task = Task(
                     attack=self.attacks.index(spec),
-                    first=self.subject.offset,
-                    data=self.subject.data,
                     images=index.numpy().tobytes(),
                     batches=missing,
                     folder=str(shared.resolve()),
@@ -305,27 +296,22 @@ class Measure:
                 sums = run.sums(share if team.world > 1 else None, team.world)
         if shared != folder:
             remove_batches(shared)
-        sums.images = sums.images[: self._most(spec)]
+        sums.images = sums.images[: spec.max_images]
         return run, sums
 
     def work_for_first(self, task: Task) -> None:
         """Make some batches of an attack for the first process.
 
         Args:
-            task: the attack, and the numbers of the batches in the present part of the images.
+            task: the attack, and the numbers of the batches.
 
         Raises:
-            ValueError: the first process has other images, or this process cannot see the folder of the batches.
+            ValueError: this process cannot see the folder of the batches.
         """
         mine = self.team.claimed(task, self.progress)
         first = next(mine, None)
         if first is None:
             return
-        if task.data != self.subject.data:
-            raise ValueError(
-                f"process {self.team.rank} has other images than process 0 from image {task.first} on: all processes "
-                "of a group must read the same images in the same order"
-            )
         folder = Path(task.folder)
         self.team.check_folder(folder)
         index = torch.frombuffer(bytearray(task.images), dtype=torch.int64)
@@ -444,7 +430,7 @@ class Measure:
             labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
             fell=np.full(len(shown), len(fallen) > 0),
             predicted=judged.classes[shown.numpy()],
-            index=shown.numpy() + subject.offset if self.keep_all else None,
+            index=shown.numpy() if self.keep_all else None,
         )
 
     def _target(self, spec: AttackSpec) -> Classifier:

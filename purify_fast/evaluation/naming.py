@@ -16,16 +16,6 @@ logger = logging.getLogger("purify_fast")
 
 ALONE = "on the classifier alone (not adaptive)"
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
-#: The radii at which most published numbers were measured, by data set and norm.
-USUAL_RADII: dict[str, dict[str, tuple[float, ...]]] = {
-    "mnist": {"linf": (0.3,), "l2": (2.0, 1.5), "l1": (10.0,)},
-    "fashion_mnist": {"linf": (0.1,), "l2": (1.5,)},
-    "cifar10": {"linf": (8 / 255,), "l2": (0.5, 1.0), "l1": (12.0,)},
-    "cifar100": {"linf": (8 / 255,), "l2": (0.5,)},
-    "svhn": {"linf": (8 / 255,), "l2": (0.5,)},
-    "tiny_imagenet": {"linf": (4 / 255, 8 / 255)},
-    "imagenette": {"linf": (4 / 255, 8 / 255), "l2": (3.0,)},
-}
 _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "deterministic": ", deterministic"}
 
 
@@ -50,7 +40,7 @@ def feasible(
     notes: list[str] = []
     plan: list[AttackSpec] = []
     for spec in specs:
-        if spec.max_images is not None and spec.max_images >= len(subject.y) and not subject.has_more:
+        if spec.max_images is not None and spec.max_images >= len(subject.y):
             # The attack gets all images, so the limit is removed, also from its name.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
@@ -125,15 +115,6 @@ def clean_name(variant: Variant) -> str:
 def ball_name(norm: str, eps: float) -> str:
     """A threat model in words, such as ``L-inf 8/255``."""
     return f"{_NORMS[norm]} {short(eps)}"
-
-
-def unusual_radius(dataset: str | None, norm: str, eps: float) -> list[str]:
-    """A note if the radius is unusual on this data set; no note on an unknown data set."""
-    known = USUAL_RADII.get(dataset or "", {}).get(norm, ())
-    if not known or any(math.isclose(eps, usual, rel_tol=1e-3) for usual in known):
-        return []
-    usual = " or ".join(ball_name(norm, radius) for radius in known)
-    return [f"{ball_name(norm, eps)} is unusual on {dataset}, where most numbers are about {usual}"]
 
 
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,10 @@ class Report:
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
             and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
             float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
-            evaluation: ``date`` of the first `save`, ``command`` or ``call``, ``model`` (a hash of weights and code)
+            evaluation: ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code)
             and ``processor``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
-        threats: the threat model of each model, if they differ (`merge`).
         witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
             writes them to a separate file. None in a report that was read from JSON or merged.
     """
@@ -54,7 +53,6 @@ class Report:
     about: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
-    threats: dict[str, str] = field(default_factory=dict)
     witnesses: Witnesses | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -215,7 +213,7 @@ class Report:
 
     def _threat_of(self, row: Row) -> str | None:
         """The threat model of a row; None if unknown."""
-        return row.threat or self.threats.get(row.model, self.about.get("threat"))
+        return row.threat or self.about.get("threat")
 
     def to_json(self) -> str:
         """The report as JSON, with all rows and the headline of each model."""
@@ -226,7 +224,6 @@ class Report:
             "notes": self.notes,
             "findings": [asdict(finding) for finding in self.findings],
             "curves": self.curves,
-            "threats": self.threats,
             "rows": [row.to_dict() for row in self.rows],
         }
         if self.witnesses is not None:
@@ -245,7 +242,7 @@ class Report:
         return cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
-            **{name: content[name] for name in ("notes", "about", "curves", "threats") if name in content},
+            **{name: content[name] for name in ("notes", "about", "curves") if name in content},
         )
 
     def to_markdown(self) -> str:
@@ -347,14 +344,11 @@ class Report:
 def merge(reports: Iterable[Report]) -> Report:
     """Merge reports into a report on several models.
 
-    If threat models, prediction rules or precisions differ, they are added to each model's name in brackets, such as
-    ``base (L-inf 8/255)``.
-
     Args:
         reports: reports of the models, on the same images or on different images.
 
     Raises:
-        ValueError: two rows have the same model and attack.
+        ValueError: threat models, prediction rules or precisions differ, or two rows have the same model and attack.
     """
     merged = Report()
     together = list(reports)
@@ -363,22 +357,19 @@ def merge(reports: Iterable[Report]) -> Report:
     facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]
-    together = [
-        _named(report, [report.about[what] for what in differing if what in report.about]) for report in together
-    ]
+    if differing:
+        raise ValueError(
+            f"merged reports must have the same {' and '.join(differing)}, got different ones: keep these reports apart"
+        )
     for report in together:
         merged.rows += report.rows
         merged.findings += report.findings
         merged.curves |= report.curves
         merged.notes += [note for note in report.notes if note not in merged.notes]
-        merged.threats |= report.threats
-        if "threat" in report.about:
-            merged.threats |= dict.fromkeys(report.models, report.about["threat"])
     if together:
-        shared = together[0].about.items()
-        merged.about = {key: value for key, value in shared if all(r.about.get(key) == value for r in together)}
-    if "threat" in merged.about:
-        merged.threats = {}
+        # The merged report names no command, because several commands may have made the reports.
+        shared = {key: value for key, value in together[0].about.items() if key != "command"}
+        merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
     counts = Counter((row.model, row.attack) for row in merged.rows)
     double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:
@@ -401,24 +392,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 def _identity(content: Mapping[str, Any]) -> Any:
     """Return a part of a report's JSON. A report replaces an earlier report only if this part is equal in both."""
-    apart = ("date", "command", "call", "version", "processor", "claim")
+    apart = ("date", "command", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
     return about, [[row.get(name) for name in told] for row in content.get("rows", [])]
-
-
-def _named(report: Report, words: list[str]) -> Report:
-    """Return the report with these words in brackets after each model's name; without words, the same report."""
-    if not words:
-        return report
-
-    def name(model: str) -> str:
-        return f"{model} ({', '.join(words)})"
-
-    return replace(
-        report,
-        rows=[replace(row, model=name(row.model)) for row in report.rows],
-        findings=[replace(finding, model=name(finding.model)) for finding in report.findings],
-        curves={name(model): curves for model, curves in report.curves.items()},
-        threats={name(model): threat for model, threat in report.threats.items()},
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,11 +48,6 @@ class Examples:
         """Return the first ``count`` images, for the pictures."""
         arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
         return Examples(**arrays | {"index": None})
-
-    def with_following(self, following: Examples) -> Examples:
-        """The fallen images of this part of the data and of the following part."""
-        both = [part for part in (self, following) if part.fell.any()] or [self]
-        return Examples(**{name: np.concatenate([vars(part)[name] for part in both]) for name in vars(self)})
 
 
 @dataclass(repr=False)
@@ -294,42 +288,6 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     # share of correct draws. All other images contribute 0. So mean minus accuracy is the contribution of the images
     # that fell to this attack.
     return row.accuracy + sum(each.mean - each.accuracy for each in mine)
-
-
-def joined(row: Row, following: Row | None) -> Row:
-    """Join the rows of two consecutive parts of the images.
-
-    Args:
-        row: row of an attack, or of the clean images.
-        following: the same row for the following images; None if the attack got none of these images.
-    """
-    if following is None:
-        return row
-    robust = np.concatenate([row.robust, following.robust])
-    shares = np.array([row.n, following.n]) / len(robust)
-    healths = [dict(part.health) for part in (row, following) if part.health is not None]
-    health = {name: sum(part[name] for part in healths) for name in healths[0]} if healths else None
-    known = row.reliable and following.reliable if health is None else GradientHealth(dict(health)).reliable
-    shown = [part.examples for part in (row, following) if part.examples is not None]
-    examples = next((part for part in shown if part.fell.any()), shown[0] if shown else None)
-    if len(shown) == 2 and shown[0].index is not None:
-        examples = shown[0].with_following(shown[1])
-    both = row.margins is not None and following.margins is not None
-    counts = ("seconds", "unsearched", "may_hold", "proved", "nonfinite_predictions")
-    return replace(
-        row,
-        **{name: getattr(row, name) + getattr(following, name) for name in counts},
-        robust=robust,
-        mean=float(shares @ [row.mean, following.mean]),
-        worst=float(shares @ [row.worst, following.worst]),
-        health=health,
-        reliable=known or not robust.any(),
-        attacked=None if row.attacked is None else row.attacked + (following.attacked or 0),
-        fell_to=dict(Counter(row.fell_to) + Counter(following.fell_to)),
-        warnings=list(dict.fromkeys([*row.warnings, *following.warnings])),
-        examples=examples,
-        margins=np.concatenate([row.margins, following.margins]) if both else None,
-    )
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:

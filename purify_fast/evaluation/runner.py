@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest, text_hash
+from .._tensors import digest
 from .._validation import NormName, check_folder, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
@@ -34,6 +35,7 @@ from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
+from ..ops.dispatch.records import processor
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
@@ -46,17 +48,16 @@ from .auto_batch import make_room
 from .cache import RowCache
 from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
-from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, in_chunks
+from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, images_and_labels
 from .measure import EXAMPLES, Measure
-from .naming import ball_name, beside_fixed, feasible, row_name, threat_name, unusual_radius
+from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
-from .repeating import processor_name, written_call
 from .report import Report
-from .rows import CURVE, Row, count_fallen, joined, worst_rows
+from .rows import CURVE, Row, count_fallen, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import PROBES, SIGNS, Task, Team
+from .team import Team
 from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
@@ -65,51 +66,7 @@ logger = logging.getLogger("purify_fast")
 #: with at most this probability.
 MAX_SURVIVAL = 0.01
 
-F = TypeVar("F", bound=Callable[..., Any])
-#: The number of batches in each part of a data loader. A part is attacked by all attacks before the next part is read.
-#: In smaller parts, too few images would be left for full batches of the later attacks.
-CHUNK = 4
 
-
-def called_by_people(function: F) -> F:
-    """Decorate `evaluate`, so that its errors help its user.
-
-    The argument ``device``, and settings that belong in the config, are refused with advice. A KeyboardInterrupt is
-    raised again with a message, and without the traceback of the attack, which does not help after Ctrl-C. A debugger
-    finds this traceback in ``__context__``. Subclasses of KeyboardInterrupt, and a KeyboardInterrupt with a message,
-    are not changed. The decorator also records the call in the report.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            raise TypeError(
-                f"evaluate takes no device, got device={kwargs['device']!r}: the model is evaluated on its own device. "
-                "Move the model first, for example by model.to('cuda'); the images are moved to the model's device"
-            )
-        if settings := [each.name for each in fields(EvaluateConfig) if each.name in kwargs]:
-            words = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
-            raise TypeError(
-                f"{settings[0]} is a setting, not an argument of evaluate: give evaluate(..., "
-                f"config=EvaluateConfig({words}))"
-            )
-        try:
-            report = function(*args, **kwargs)
-            report.about["call"] = written_call(function, args, kwargs)
-            return report
-        except KeyboardInterrupt as error:
-            if type(error) is not KeyboardInterrupt or error.args:
-                raise
-            advice = ", and its results are lost: with out=FOLDER, finished rows are kept for the next call"
-            if (out := kwargs.get("out")) is not None:
-                # If rows cannot be kept, a warning at the start has said so.
-                advice = f"; its finished rows are in {out}: call evaluate again to continue"
-            raise KeyboardInterrupt(f"evaluate was interrupted{advice}") from None
-
-    return wrapper  # type: ignore[return-value]
-
-
-@called_by_people
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
@@ -137,10 +94,7 @@ def evaluate(
             mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
             float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
-            indices). The iterable is read once, in parts. A part has four batches of ``batch_size`` images, but at
-            least 64 images. A part is attacked by all attacks before the next part is read. The first part remains in
-            memory to the end, for the alarms. Each of the following parts remains only until the next part is read.
-            Each batch is checked when it is read.
+            indices). The iterable is read once, before the attacks. Each batch is checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
         config: the settings, such as the protocol, the steps and the seed.
@@ -172,10 +126,8 @@ def evaluate(
         ValueError: a wrong shape, dtype, range or setting; a model that writes to its input; ``predict`` with a
             deterministic model; ``out`` is a file; or several processes have different arguments.
         ConnectionError: the first of several processes does not respond.
-        KeyboardInterrupt: Ctrl-C, with a message that says how to continue, and without the traceback of the attack.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
-            `EvaluateConfig`, base cannot be called, an element of ``attacks`` is not an attack, or a ``device``, or
-            a setting outside of the config, is given.
+            `EvaluateConfig`, base cannot be called, or an element of ``attacks`` is not an attack.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
@@ -183,8 +135,7 @@ def evaluate(
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = config.images_together
-    chunks = in_chunks(x, y, max(CHUNK * in_batch, PROBED))
-    images, labels, more = next(chunks)
+    images, labels = images_and_labels(x, y)
     config, given = _read_attacks(config, attacks, eps)
     radii = radii_of(config.curve, eps, 1.0 if norm == "linf" else math.inf)
     device = device_of(model, images)
@@ -199,7 +150,6 @@ def evaluate(
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
-        subject.has_more = more
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
         # The fingerprint is taken after the trial predictions. A model that stores its last input then always has the
@@ -239,7 +189,7 @@ def evaluate(
             about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
             witnessed = about_model | {"random": subject.is_random} | judging
         run = _Evaluation(report, measure, plan, radii=radii, before=before, mark=mark, stack=stack)
-        return run.fill(chunks, witnessed)
+        return run.fill(witnessed)
 
 
 def _check_kinds(config: object, base: object) -> None:
@@ -285,7 +235,8 @@ def _about(
         "threat": ball_name(norm, eps),
         "version": f"purify_fast {__version__}",
         "seed": str(config.seed),
-        "processor": processor_name(device),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "precision": precision_name(model, device),
         "claim": None if config.claim is None else f"{config.claim:g}",
         "dataset": config.dataset_name,
@@ -392,11 +343,10 @@ class _Evaluation:
     mark: str | None
     stack: contextlib.ExitStack
 
-    def fill(self, chunks: Iterator[tuple[Tensor, Tensor, bool]], witnessed: dict[str, Any] | None) -> Report:
+    def fill(self, witnessed: dict[str, Any] | None) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process.
 
         Args:
-            chunks: the following parts of the images.
             witnessed: facts about the model for the file of fallen images; None if no such file is written.
         """
         report, measure = self.report, self.measure
@@ -412,21 +362,13 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
             }
         )
+        asked = None if self.before is None or team.rank > 0 else self.ask_before(self.before)
+        if self.before is not None:
+            signs = None if asked is None else signs_of_masking(asked, subject.is_random)
+            self.act_on(team.from_first("signs", lambda: signs))
         if team.rank > 0:
-            return self.work_for_first(chunks)
-        asked = None if self.before is None else self.ask_before(self.before)
-        data = [subject.data]
+            return self.work_for_first()
         report.rows = self.rows()
-        for part in chunks:
-            measure.turn_to(measure.subject.with_images(*part))
-            following = {row.attack: row for row in self.rows()}
-            report.rows = [joined(row, following.get(row.attack)) for row in report.rows]
-            data.append(measure.subject.data)
-        if len(data) > 1:
-            for row in report.rows:
-                row.data = text_hash(" ".join(data)).hexdigest()
-        # The probes after the attacks use the first part of the images.
-        measure.turn_to(subject)
         if witnessed is not None:
             self.gather_witnesses(witnessed)
         report.rows += worst_rows(report.rows)
@@ -434,7 +376,6 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
-        report.notes += unusual_radius(report.about.get("dataset"), context.norm, float(context.eps))
         team.end(report.to_json)
         return report
 
@@ -466,19 +407,11 @@ class _Evaluation:
         )
         self.choose_attacks(further)
 
-    def work_for_first(self, chunks: Iterator[tuple[Tensor, Tensor, bool]]) -> Report:
-        """Make batches and parts of the probes for the first process; at the end, return the report of that process."""
+    def work_for_first(self) -> Report:
+        """Make batches for the first process; at the end, return the report of that process."""
         measure = self.measure
         for task in measure.team.tasks():
-            if task.attack == PROBES:
-                assert self.before is not None
-                measure.team.make_parts(task, self.runs(self.probes(self.before)), measure.progress)
-            elif task.attack == SIGNS:
-                self.act_on(json.loads(task.images))
-            else:
-                while measure.subject.offset < task.first:
-                    measure.turn_to(measure.subject.with_images(*next(chunks)))
-                measure.work_for_first(task)
+            measure.work_for_first(task)
         return Report.from_json(measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
@@ -499,8 +432,7 @@ class _Evaluation:
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)
-        # If more parts follow, the remaining cost is unknown, because the number of their images is unknown.
-        progress.costs[progress.rows :] = [*self.costs(), *([None] if subject.has_more else [])]
+        progress.costs[progress.rows :] = self.costs()
         all_rows = [measure.clean(variant) for variant in variants]
         # The images that withstood, by variant and threat model.
         left: dict[tuple[str, str | None], np.ndarray] = {}
@@ -510,8 +442,6 @@ class _Evaluation:
         # deployed model, are left out.
         standing = measure.clean("random").robust.copy()
         for spec in self.plan:
-            if spec.max_images is not None and spec.max_images <= subject.offset:
-                continue
             threat = threat_name(spec, measure.context)
             before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
             reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))
@@ -571,21 +501,6 @@ class _Evaluation:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
-    def probes(self, before: Before) -> list[Probe]:
-        """The probes before the attacks; their forward passes are counted for the progress bar."""
-        return probes_before(before, counted_model(self.measure.subject.model, self.measure.progress))
-
-    def runs(self, probes: Sequence[Probe]) -> list[Callable[[], Any]]:
-        """Return the probes as functions; if memory runs out, a function runs again with fewer images at once."""
-        subject, context = self.measure.subject, self.measure.context
-
-        def run(probe: Probe) -> Any:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return probe(replace(context, resources=resources))
-
-        return [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
-
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
         context, subject = self.measure.context, self.measure.subject
@@ -595,26 +510,26 @@ class _Evaluation:
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before) -> Probes:
-        """Run the probes before the attacks, and change the attacks if there are signs of masked gradients."""
-        measure, progress, team = self.measure, self.measure.progress, self.measure.team
+        """Run the probes before the attacks."""
+        measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
         passes = cost_of_probes(subject, context)
         progress.costs = [passes, *self.costs()]
 
+        def run(each: Probe) -> Any:
+            at_once = subject.room.limit(context.resources.max_forward_batch)
+            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
+            return each(replace(context, resources=resources))
+
         def make() -> dict[str, Any]:
             with progress.row("probes", passes):
-                probes = self.probes(before)
-                task = Task(PROBES, subject.offset, subject.data, b"", [*range(len(probes))])
-                values = team.results_of_parts(task, self.runs(probes), progress)
+                probes = probes_before(before, counted_model(subject.model, progress))
+                # If memory runs out, a probe runs again with fewer images at once.
+                values = [subject.room.within(functools.partial(run, each)) for each in probes]
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
         asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
         progress.next_row()
-        signs = signs_of_masking(asked, subject.is_random)
-        if team.world > 1:
-            images = json.dumps(signs).encode()
-            team.share(Task(SIGNS, subject.offset, subject.data, images, []), lambda _: None, progress)
-        self.act_on(signs)
         return asked
 
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:

@@ -46,15 +46,13 @@ def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
     return index[reached.argsort(stable=True)]
 
 
-def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> Tensor:
+def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
     """Sort images into the order in which they are attacked.
 
     Args:
         index: indices of the images, int64 ``[n]``.
         margins: for each of all images, the smallest margin that any attack has reached, ``[N]``; infinite if no attack
             has reached the image.
-        first: the number of the first image in the data set. The random position of an image depends on its number in
-            the data set.
         seed: seed of the random positions.
 
     Returns:
@@ -62,7 +60,7 @@ def nearest_first(index: Tensor, margins: np.ndarray, first: int, seed: int) -> 
     """
     near = by_margin(index, margins)
     place = torch.arange(len(near)) / max(1, len(near))
-    lots = philox(philox_key(seed, near.device), near + first, 1, stream=Stream.LOTS, distribution="uniform")
+    lots = philox(philox_key(seed, near.device), near, 1, stream=Stream.LOTS, distribution="uniform")
     return near[torch.minimum(place, BY_LOT * lots.flatten()).argsort(stable=True)]
 
 

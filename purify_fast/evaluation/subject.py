@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,8 +139,6 @@ class Subject:
         predict: rule by which the predictions on an image decide; None decides like "worst_of".
 
     Attributes:
-        offset: number of the first image among all evaluated images, if the images come in parts.
-        has_more: whether further parts follow.
         room: number of images that fit into memory in a pass; no limit at first.
         model: the judged model, which is the model itself or the vote over its draws.
         base_model: the model itself.
@@ -170,7 +167,7 @@ class Subject:
         self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
         self.room = Room(None, self.device)
-        self.data, self.offset, self.has_more = digest(x, y), 0, False
+        self.data = digest(x, y)
         torch.manual_seed(seed)
         self.model, self.num_classes = returning_logits(model, self.sample_images()[:1])
         check_leaves_images(self.model, self.sample_images()[:1])
@@ -208,28 +205,10 @@ class Subject:
         bad = (self.y < 0) | (self.y >= self.num_classes)
         if bool(bad.any()):
             wrong = int(bad.int().argmax())
-            place = self.offset + wrong
             raise ValueError(
-                f"y[{place}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes: labels must be "
+                f"y[{wrong}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes: labels must be "
                 f"from 0 to {self.num_classes - 1}"
             )
-
-    def with_images(self, x: Tensor, y: Tensor, more: bool) -> Subject:
-        """The same model with the next part of the images.
-
-        Args:
-            x: images, float32 in [0, 1].
-            y: labels, int64.
-            more: whether further parts follow.
-
-        Raises:
-            ValueError: a label is not a class of the model.
-        """
-        other = copy.copy(self)
-        other.x, other.y, other.data = x, y, digest(x, y)
-        other.offset, other.has_more = self.offset + len(self.y), more
-        other._check_labels()
-        return other
 
     def judged_model(self, variant: Variant) -> Classifier:
         """The model whose predictions count in a variant; a variant without randomness needs no vote over draws."""
@@ -315,8 +294,7 @@ class Subject:
 
     def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
         """Seed the random generators for a phase."""
-        # With the offset, each part of the images has different noise.
-        torch.manual_seed(3 * (self.seed + self.offset) + PHASES[phase])
+        torch.manual_seed(3 * self.seed + PHASES[phase])
 
     def reseed_batch(self, number: int) -> None:
         """Seed the random generators for a batch of an attack, so that any process would make the same batch.
@@ -324,7 +302,8 @@ class Subject:
         The first batch needs no new seed, because the generators were seeded for the attack.
         """
         if number:
-            torch.manual_seed(int(text_hash(f"{self.seed} {self.offset} {number}").hexdigest()[:15], 16))
+            # The constant 0 keeps the seeds of cached batches.
+            torch.manual_seed(int(text_hash(f"{self.seed} 0 {number}").hexdigest()[:15], 16))
 
     def judge(
         self,

@@ -1,4 +1,4 @@
-"""Shares an evaluation among processes. All processes attack batches and run probes; the first does all other work.
+"""Shares an evaluation among processes. All processes attack batches; the first does all other work.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
 batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
@@ -18,7 +18,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -43,35 +43,25 @@ VISIBLE = 60.0
 _AGAIN = "Start the same command again, with any number of processes, to continue after the finished batches"
 
 
-#: Values of `Task.attack` for tasks without an attack. PROBES: the task is to run parts of the probes. SIGNS: the task
-#: sends the signs of masked gradients that the probes have found.
-PROBES, SIGNS = -1, -2
-
-
 class Task(NamedTuple):
-    """A task for all processes: some batches of an attack, or some parts of the probes.
+    """A task for all processes: some batches of an attack.
 
     Args:
-        attack: the number of the attack in the evaluation, or `PROBES` or `SIGNS`.
-        first: the number of the first image in the present part of the data.
-        data: the checksum of this part.
-        images: the indices of the attacked images in order, int64 as bytes; empty for probes; the signs as JSON for
-            `SIGNS`.
-        batches: the numbers of the missing batches, or of the parts of the probes.
-        folder: the folder of the batches. It is empty for probes, whose results go through the store.
+        attack: the number of the attack in the evaluation.
+        images: the indices of the attacked images in order, int64 as bytes.
+        batches: the numbers of the missing batches.
+        folder: the folder of the batches.
         draws_differ: whether the attacked model is random, by the test of the first process.
         begins: whether the folder has a file with the first points of the attack.
         number: the number of this task in the evaluation.
     """
 
     attack: int
-    first: int
-    data: str
     images: bytes
     batches: list[int]
-    folder: str = ""
-    draws_differ: bool = False
-    begins: bool = False
+    folder: str
+    draws_differ: bool
+    begins: bool
     number: int = 0
 
 
@@ -186,8 +176,7 @@ class Team:
             make: a function that makes the batch with a number.
             progress: counts the images of all processes.
         """
-        if task.folder:
-            Path(task.folder).mkdir(parents=True, exist_ok=True)
+        Path(task.folder).mkdir(parents=True, exist_ok=True)
         task = task._replace(number=self._tasks)
         self._tasks += 1
         self.store.set(f"task {task.number}", _as_text(tuple(task)))
@@ -197,23 +186,6 @@ class Team:
             owner = int(self.store.get(f"taken {task.number} {number}"))
             if owner > 0 and (images := self._wait_for(f"made {task.number} {number}", owner)):
                 progress.count(int(images))
-
-    def results_of_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> list[Any]:
-        """Call each function in one of the processes, and return the results.
-
-        Args:
-            task: a task with the numbers of the functions as its batches.
-            parts: the functions.
-            progress: counts the images of all processes.
-        """
-        number, values = self._tasks, dict[int, Any]()
-        if self.world > 1:
-            self.share(task, lambda part: values.update({part: parts[part]()}), progress)
-        for part in set(task.batches) - values.keys():
-            name = f"value {number} {part}"
-            there = self.world > 1 and self.store.check([name])
-            values[part] = _as_value(self.store.get(name)) if there else parts[part]()
-        return [values[part] for part in task.batches]
 
     def end(self, report: Callable[[], str]) -> None:
         """End the evaluation.
@@ -231,17 +203,6 @@ class Team:
         while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
             self._tasks += 1
             yield Task(*_as_value(text))
-
-    def make_parts(self, task: Task, parts: Sequence[Callable[[], Any]], progress: Progress) -> None:
-        """Call some of the functions of `results_of_parts`, and store their results for the first process.
-
-        Args:
-            task: a task with the numbers of the functions as its batches.
-            parts: the functions.
-            progress: counts the images of this process.
-        """
-        for part in self.claimed(task, progress):
-            self.store.set(f"value {task.number} {part}", _as_text(parts[part]()))
 
     def report(self) -> str:
         """Wait for the report that the first process passes to `end`, and return it."""

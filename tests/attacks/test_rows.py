@@ -83,7 +83,6 @@ def context(**options):
         (AutoAttack(), 6, "AutoAttack standard"),
         (AutoAttack(steps=100, n_queries=20), 6, "AutoAttack standard, 20 queries"),
         (AutoAttack(version="rand", steps=4, n_queries=20), 6, "AutoAttack rand, 4 steps"),
-        (AutoAttack(version="rand"), 2, "AutoAttack rand (apgd-ce; PGD margin for apgd-dlr: 2 classes)"),
     ],
 )
 def test_names(attack, classes, name):

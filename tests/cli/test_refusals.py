@@ -128,34 +128,6 @@ def test_a_classifier_is_no_defence(saved):
         purify_fast.load_defence(saved)
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--eps", "0.2"], "trained at linf 0.1, but this training uses linf 0.2; for equal radii, give --eps 0.1"),
-        (["--eps", "0.1", "--norm", "l2"], "uses l2 0.1; for equal radii, give --eps 0.1 --norm linf"),
-        ([], "trained at linf 0.1, but this training uses linf 0.0313725; for equal radii, give --eps 0.1"),
-        (["--eps", "0.1"], None),
-    ],
-)
-@pytest.mark.parametrize("what", ["carso", "atop"])
-def test_another_radius_than_the_classifiers_is_told(run, bars, saved, tmp_path, what, options, told):
-    (saved / "run.yaml").write_text("command: train classifier\neps: 0.1\nnorm: linf\n")
-    # both are refused behind it, by an option that is not allowed
-    more = ["--init", "None", "--sigma", "-1"] if what == "atop" else ["--layers", "nothing"]
-    data = ["--data", bars, "--size", "28", "--device", "cpu"]
-    code, printed = run("train", what, "--classifier", saved, *data, *options, *more)
-    assert code == 2 and ("note:" in printed) == (told is not None) and (told or "") in printed, printed
-
-
-def test_of_a_classifier_on_clean_images_no_radius_is_told(run, bars, saved):
-    for text in ("eps: 0.0\n", "{", "eps: [1]\n"):
-        (saved / "run.yaml").write_text(text)
-        data = ["--data", bars, "--size", "28", "--device", "cpu"]
-        code, printed = run("train", "carso", "--classifier", saved, *data, "--layers", "nothing")
-        # what refuses it comes behind the note
-        assert code == 2 and "nothing" in printed and "note:" not in printed
-
-
 def test_a_class_without_images(run, tmp_path):
     x, y = np.zeros((8, 16, 16), np.uint8), np.array([0, 2] * 4)
     np.savez(tmp_path / "gap.npz", x_train=x, y_train=y, x_test=x, y_test=y)

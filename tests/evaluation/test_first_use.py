@@ -1,13 +1,8 @@
-"""A new user's first mistakes: inputs of the wrong form, a radius of 0, probabilities, training mode, Ctrl-C."""
+"""A new user's first mistakes: inputs of the wrong form, a radius of 0, probabilities, training mode."""
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,16 +151,6 @@ def test_the_radius_is_a_number(trio, eps, message):
     with pytest.raises(TypeError, match=f"eps must be a number, such as 8 / 255, {message}"):
         evaluate(trio[0], batches, **QUIET | {"eps": eps})
     assert next(batches, None) is not None
-
-
-def test_a_device_is_refused(trio):
-    with pytest.raises(TypeError, match=r"takes no device, got device='cuda': .*own device.*model.to\('cuda'\)"):
-        evaluate(*trio, device="cuda", **QUIET)
-
-
-def test_a_setting_outside_the_config_is_refused_with_the_call_that_is_meant(trio):
-    with pytest.raises(TypeError, match=r"^steps is a setting, .*config=EvaluateConfig\(steps=3, seed=1\)\)$"):
-        purify_fast.evaluate(*trio, eps=0.1, seed=1, steps=3)
 
 
 @pytest.mark.parametrize(
@@ -434,58 +419,3 @@ def test_functions_that_call_each_other_are_each_looked_through_once():
     start = time.process_time()
     (note,) = notes_of_modules(held["f0"], "mine")
     assert time.process_time() - start < 1 and "network (Dropout). The numbers" in note
-
-
-# -- Ctrl-C -------------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys, torch
-from purify_fast.attacks import PGD
-from purify_fast.evaluation import evaluate
-
-class Model(torch.nn.Module):
-    calls = 0
-
-    def forward(self, x):
-        Model.calls += 1
-        if Model.calls > 6:
-            raise KeyboardInterrupt
-        return x.flatten(1)[:, :3]
-
-model = Model()
-settings = {"eps": 0.1, "attacks": [PGD(steps=9)], "progress": False}
-x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
-try:
-    evaluate(model.forward, x, y, **settings)
-except KeyboardInterrupt as error:
-    print(error)
-evaluate(model, x, y, out=sys.argv[1], **settings)
-"""
-
-
-def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path):
-    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
-    run = subprocess.run(
-        [sys.executable, tmp_path / "script.py", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(Path(purify_fast.__file__).parents[1])},
-    )
-    assert "results are lost: with out=FOLDER, finished rows are kept for the next call" in run.stdout
-    lines = run.stderr.strip().splitlines()
-    assert lines[-1].startswith("KeyboardInterrupt: evaluate was interrupted")
-    assert f"finished rows are in {tmp_path / 'out'}" in lines[-1] and "call evaluate again" in lines[-1]
-    # the script's own line, and the one that raises again
-    assert run.returncode != 0 and run.stderr.count("  File ") == 2, run.stderr
-
-
-def test_an_interrupt_of_somebodys_own_making_passes_as_it_is(trio):
-    class Deadline(KeyboardInterrupt):
-        pass
-
-    def late(x):
-        raise Deadline
-
-    with pytest.raises(Deadline):
-        evaluate(late, *trio[1:], **QUIET)

@@ -249,23 +249,6 @@ def test_another_seed_is_another_row():
     assert again.settings["seed"] == 1 and not np.array_equal(first.margins, again.margins)
 
 
-def test_an_unusual_radius_is_mentioned():
-    for dataset, eps, notes in (
-        ("cifar10", 8 / 255, []),
-        ("mnist", 0.1, ["L-inf 0.1 is unusual on mnist, where most numbers are about L-inf 0.3"]),
-        ("mine", 0.1, []),
-    ):
-        report = evaluate(
-            standard(),
-            torch.rand(2, 1, 8, 8),
-            torch.zeros(2).long(),
-            dataset_name=dataset,
-            attacks=[PGD(steps=1)],
-            **QUIET | {"eps": eps},
-        )
-        assert report.notes == notes
-
-
 def test_models_that_return_other_things_than_logits():
     _, _, x, y = digits()
     net = standard()

@@ -1,6 +1,8 @@
 import html
 import json
 import os
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,6 @@ from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import Examples, Report, Row, merge
-from purify_fast.evaluation.alarms import Finding
-from purify_fast.evaluation.repeating import processor_name
 from purify_fast.evaluation.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
@@ -204,40 +204,14 @@ def test_rows_of_different_threat_models_are_not_paired():
     assert a.paired(Report([row("b", robust=[1, 0, 0, 0])]), "PGD").difference == 0.5
 
 
-def test_merged_reports_of_different_threat_models_say_which():
-    a = Report([row("a", "A")], about=about("L-inf 0.05"), curves={"a": {"radius": []}}, findings=[finding("a")])
-    b = Report([row("b", "B"), row("b", "C", threat="L2 0.5")], about=about("L-inf 0.15"))
-    both = merge([a, b])
-    assert both.models == ["a (L-inf 0.05)", "b (L-inf 0.15)"] and a.models == ["a"]
-    assert list(both.curves) == [found.model for found in both.findings] == both.models[:1]
-    for text in (both.to_text(color=False), both.to_markdown(), Report.from_json(both.to_json()).to_markdown()):
-        assert "a (L-inf 0.05)" in text and "b (L-inf 0.15)" in text
-    assert both.about == {"seed": "0"}
-    # its rows still know what they are about, also after a further merge and in a file
-    c = Report([row("c", "D")], about=about("L-inf 0.15"))
-    for merged in (both, merge([both, c]), Report.from_json(merge([both, c]).to_json())):
-        assert merged.paired(b, "B").difference == merged.paired(b, "C").difference == 0
-        with pytest.raises(ValueError, match=r"within L-inf 0\.05"):
-            merged.paired(b, "A", "B")
-    # the same model at two radii
-    again = Report([row("a", "A", robust=[0, 0, 0, 0])], about=about("L-inf 0.15"))
-    assert "| attack | a (L-inf 0.05) | a (L-inf 0.15) |" in merge([a, again]).to_markdown()
-    # what is about the same keeps its names, and its threat model in the title
-    same = merge([b, Report([row("c")], about=about("L-inf 0.15"))])
-    assert same.models == ["b", "c"] and same.about["threat"] == "L-inf 0.15" and same.threats == {}
-    assert same.to_text().startswith("Robustness, L-inf 0.15\n")
-
-
-def finding(model):
-    return Finding("steps", "passed", "as it should be", model=model)
-
-
-def test_merged_reports_of_different_precisions_say_which():
-    rounded = Report([row("a")], about=about(precision="bfloat16"))
-    both = merge([rounded, Report([row("b")], about=about())])
-    assert both.models == ["a (bfloat16)", "b"] and both.about == about()
-    assert rounded.to_markdown().startswith("# Robustness, L-inf 8/255, precision bfloat16\n")
-    assert merge([rounded, Report([row("b")], about=rounded.about)]).models == ["a", "b"]
+def test_reports_that_differ_in_what_they_measure_are_not_merged():
+    a = Report([row("a", "A")], about=about("L-inf 0.05"))
+    for what, other in (("threat", about("L-inf 0.15")), ("precision", about("L-inf 0.05", precision="bfloat16"))):
+        with pytest.raises(ValueError, match=f"same {what}, got different ones"):
+            merge([a, Report([row("b", "B")], about=other)])
+    same = merge([a, Report([row("b", "C", threat="L2 0.5")], about=about("L-inf 0.05"))])
+    assert same.models == ["a", "b"] and same.about["threat"] == "L-inf 0.05"
+    assert same.to_text().startswith("Robustness, L-inf 0.05\n")
 
 
 def test_a_report_of_another_precision_is_not_overwritten(tmp_path):
@@ -292,7 +266,7 @@ def test_an_earlier_report_takes_along_what_belongs_to_it_and_is_told(tmp_path, 
 
 
 def test_a_report_says_what_repeats_it(tmp_path):
-    """Date, call, model, processor, images and seed are on the page and in Markdown; the date is the first save's."""
+    """Date, command, model, processor, images and seed are on the page and in Markdown; the date is kept."""
     torch.manual_seed(0)
     model, x = Purifier(), torch.rand(6, 3, 6, 6)
     with torch.no_grad():
@@ -306,9 +280,9 @@ def test_a_report_says_what_repeats_it(tmp_path):
     model.head.weight.data += 1
     changed = evaluate(model, x, y, eps=0.5, attacks=[], progress=False)
     assert changed.about["model"] != report.about["model"]
-    told = {"call": "evaluate(model, x, y, eps=0.5, attacks=[PGD(", "processor": processor_name(x.device)}
-    told |= {
-        "in Python": "config=EvaluateConfig(steps=2, n_eval=2, seed=7))",
+    told = {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "processor": report.about["processor"],
         "hash": report.about["model"],
         "date": date,
         "images: 6": "6",

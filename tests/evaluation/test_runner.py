@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -278,18 +279,27 @@ def test_survivors(toy):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
-def test_autoattack_with_few_classes(classes):
+def test_autoattack_with_few_classes(classes, tmp_path):
     pytest.importorskip("pyautoattack")
     model = Plain(Linear(scale=1.0, classes=classes))
     x, y = toy_data(model.toy, 12)
-    report = evaluate(model, x, y, attacks=[AutoAttack(steps=10, n_queries=50)], eps=0.1, progress=False)
-    row = report.rows[1]
-    assert row.accuracy <= 0.1 and row.warnings == []
+    run = functools.partial(evaluate, model, x, y, eps=0.1, progress=False, out=tmp_path)
     if classes < 4:
-        assert f"PGD margin for apgd-t: {classes} classes" in row.attack
-        assert row.settings["replaced_by_pgd_margin"] == "apgd-t"
+        for how in ({"attacks": [AutoAttack()]}, {"protocol": "official"}):
+            with pytest.raises(ValueError, match=f"at least 4 classes, got a model with {classes}: use protocol stand"):
+                run(**how)
+        assert list((tmp_path / "rows").iterdir()) == []
     else:
+        row = run(attacks=[AutoAttack(steps=10, n_queries=50)]).rows[1]
+        assert row.accuracy <= 0.1 and row.warnings == []
         assert row.settings["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+def test_autoattack_with_draws_needs_three_classes():
+    with pytest.raises(ValueError, match=r"^AutoAttack rand needs at least 3 classes, got a model with 2: use prot"):
+        AutoAttack(version="rand").run(
+            Linear(classes=2), torch.rand(1, 3, 16, 16), torch.tensor([0]), eps=0.1, num_classes=2
+        )
 
 
 def test_the_other_package(monkeypatch, toy):

@@ -47,15 +47,10 @@ def test_the_bound_holds_in_95_of_100_cases(rate):
 def test_the_order_is_by_margin_with_some_images_drawn_by_lot():
     margins = np.random.default_rng(0).random(400).astype(np.float32)
     margins[7] = np.nan
-    order = nearest_first(torch.arange(400), margins, 0, 0)
+    order = nearest_first(torch.arange(400), margins, 0)
     assert sorted(order.tolist()) == list(range(400))
     rank = np.argsort(np.argsort(np.nan_to_num(margins, nan=9.0)))[order[:50]]
     assert 2 <= (rank >= 60).sum() <= 18 and np.isin(np.arange(25), rank).all()
-    # an image's lot belongs to it: the part of a stream that begins at 100 has the lots of images 100 to 199
-    part = nearest_first(torch.arange(100), margins[100:200], 100, 0)
-    assert set(part.tolist()) == set(range(100)) and not torch.equal(
-        part, nearest_first(torch.arange(100), margins[100:200], 0, 0)
-    )
 
 
 def _far_and_near(count=96, weak=12):

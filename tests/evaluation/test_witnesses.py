@@ -146,17 +146,10 @@ def test_a_random_model_is_tried_by_the_rule_of_the_report(tmp_path, predict):
         assert 0 < checked.wrong.sum() <= 5 * len(checked.falls) and "fresh draws" in checked.to_text()
 
 
-def test_kept_rows_have_their_witnesses_and_parts_of_a_stream_are_joined(tmp_path):
+def test_kept_rows_have_their_witnesses(tmp_path):
     once = saved(tmp_path / "a", out=tmp_path / "out")
     again = saved(tmp_path / "b", out=tmp_path / "out")
     assert once.witnesses.summary() == again.witnesses.summary()
-    x, y = digit_nets.digits()[2:]
-    batches = [(x[:70], y[:70]), (x[70:], y[70:])]
-    options = {"eps": digit_nets.EPS, "attacks": [PGD(steps=5)], "progress": False, "keep": "all"}
-    streamed = evaluate(digit_nets.standard(), batches, batch_size=8, **options)
-    fell = streamed.row("clean").robust & ~streamed.row("worst").robust
-    assert sorted(streamed.witnesses.numbers.tolist()) == fell.nonzero()[0].tolist()
-    assert torch.equal(streamed.witnesses.clean, x[streamed.witnesses.numbers])
 
 
 def test_the_command_line_keeps_and_checks(tmp_path, capsys, short_signs):

@@ -121,7 +121,7 @@ def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
 
 
 def probes_before(before: Before, model: Classifier) -> list[Probe]:
-    """Return the probes that run before the attacks of the report; the longest probe comes first.
+    """Return the probes that run before the attacks of the report.
 
     Args:
         before: the model's predictions before the attacks.

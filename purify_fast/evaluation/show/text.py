@@ -84,8 +84,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     """The known facts that are needed to repeat an evaluation, by name."""
     images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
     known = report.about | {"images": images}
-    words = {"call": "call in Python", "model": "hash of the model", "claim": "claimed, %"}
-    names = ("date", "command", "call", "images", "seed", "model", "processor", "claim")
+    words = {"model": "hash of the model", "claim": "claimed, %"}
+    names = ("date", "command", "images", "seed", "model", "processor", "claim")
     return [(words.get(name, name), known[name]) for name in names if known.get(name)]
 
 

@@ -1,9 +1,5 @@
 """The trade-off between standard and robust accuracy of models, as numbers and as a picture.
 
-`ar_bd` and `ar_point_dist` are measures of this package. They are based on the Bjontegaard delta of video coding, like
-the "Accuracy Robustness Distance" (ARDist) of ARREST (Suzuki et al., arXiv 2308.16454). But they are not ARDist, whose
-definition we could not find. So their numbers must not be compared with numbers of ARDist.
-
 Pictures need matplotlib and adjustText, from the extra ``demo``.
 """
 
@@ -11,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +28,7 @@ ROUNDS = 300
 class Tradeoff:
     """A model's accuracies on clean and on attacked images, in percent.
 
-    An object unpacks into both numbers, so it can be a point for `ar_bd`, `ar_point_dist` and `plot_tradeoff`.
+    An object unpacks into both numbers, so it can be a point for `plot_tradeoff`.
 
     Args:
         standard: accuracy on clean images, 0 to 100.
@@ -69,68 +64,6 @@ class Tradeoff:
         return 2 * self.standard * self.robust / self.sum if self.sum > 0 else 0.0
 
 
-def ar_bd(reference: Iterable[Iterable[float]], test: Iterable[Iterable[float]]) -> float:
-    """The mean gain in robust accuracy of one curve of models over another, at equal standard accuracy.
-
-    This is the Bjontegaard delta with linear axes. Both curves, robust over standard accuracy, are interpolated by
-    monotone cubics (pchip). The difference of their integrals over the common interval of standard accuracies is
-    divided by the length of this interval. The result is not the ARDist of ARREST, see this module.
-
-    Args:
-        reference: at least two pairs (standard %, robust %) in any order, with different standard accuracies. The
-            models of a curve differ, for example, in a weight or a schedule. The result depends on the reference, so
-            name it with the result.
-        test: the curve that is compared with the reference, in the same form.
-
-    Returns:
-        Points of robust accuracy, positive if ``test`` is better. NaN, with a warning, if the curves have no common
-        interval of standard accuracies. There is also a warning if the common interval is less than 75 % of the
-        interval that both curves cover together.
-
-    Raises:
-        ValueError: too few points, repeated standard accuracies, or accuracies not within 0 to 100.
-        ModuleNotFoundError: scipy is missing.
-
-    Source: G. Bjontegaard, VCEG-M33 (2001); conventions of the Python package bjontegaard.
-    """
-    return linear_delta(*check_curve("reference", reference), *check_curve("test", test))
-
-
-def ar_point_dist(reference: Iterable[Iterable[float]], point: Iterable[float]) -> float:
-    """The signed distance of one model from a reference curve of models.
-
-    It is the Euclidean distance to the nearest point of the curve. The curve interpolates the reference by monotone
-    cubics (pchip), and is not extrapolated beyond its first and last point. The result is not the ARDist of ARREST, see
-    this module.
-
-    Args:
-        reference: pairs (standard %, robust %) as for `ar_bd`. The result depends on the reference, so name it with the
-            result.
-        point: (standard %, robust %).
-
-    Returns:
-        The distance in points: positive if the model is above the curve at its standard accuracy, negative if it is
-        below. If the model's standard accuracy is above the curve's range, the distance is positive. If it is below the
-        range, the distance is positive only if the model is more robust than the first point of the curve.
-
-    Raises:
-        ValueError: the errors of `ar_bd`, or ``point`` is not a pair within 0 to 100.
-        ModuleNotFoundError: scipy is missing.
-    """
-    x, y = check_curve("reference", reference)
-    standard, robust = check_pair("point", point)
-    curve = interpolate(x, y)
-    foot = nearest_point(curve, standard, robust)
-    distance = math.hypot(standard - foot[0], robust - foot[1])
-    if standard > x[-1]:
-        better = True
-    elif standard < x[0]:
-        better = robust > y[0]
-    else:
-        better = robust >= float(curve(standard))
-    return distance if better or distance == 0 else -distance
-
-
 def _check_percent(name: str, value: float) -> float:
     # The comparison is negated so that NaN is refused too.
     if not 0 <= value <= 100:
@@ -159,57 +92,6 @@ def check_curve(name: str, points: Iterable[Iterable[float]]) -> tuple[np.ndarra
     return x, y
 
 
-def interpolate(x: np.ndarray, y: np.ndarray) -> Any:
-    """The monotone cubic through the points; ModuleNotFoundError if scipy is missing."""
-    try:
-        # scipy is optional, and a part of the extras eval and demo.
-        from scipy.interpolate import PchipInterpolator
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "trade-off curves need scipy, which is not installed: pip install 'purify-fast[eval]'"
-        ) from error
-    return PchipInterpolator(x, y)
-
-
-def linear_delta(reference_x: np.ndarray, reference_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:
-    """The mean of the test's y minus the reference's y over the common interval of x; x must rise strictly."""
-    low, high = max(reference_x[0], test_x[0]), min(reference_x[-1], test_x[-1])
-    ranges = f"reference {reference_x[0]:g} to {reference_x[-1]:g}, test {test_x[0]:g} to {test_x[-1]:g}"
-    if low >= high:
-        warnings.warn(f"the curves have no interval in common ({ranges}): the result is NaN", stacklevel=3)
-        return math.nan
-    share = (high - low) / (max(reference_x[-1], test_x[-1]) - min(reference_x[0], test_x[0]))
-    if share < 0.75:
-        warnings.warn(f"the curves share only {100 * share:.0f} % of their range ({ranges})", stacklevel=3)
-    reference, test = interpolate(reference_x, reference_y), interpolate(test_x, test_y)
-    return float(test.integrate(low, high) - reference.integrate(low, high)) / float(high - low)
-
-
-def nearest_point(curve: Any, x: float, y: float) -> tuple[float, float]:
-    """The point of a piecewise cubic that is nearest to (x, y).
-
-    On each piece the squared distance is a function of u in [0, 1]. The minimum of this function is at an end of the
-    piece, or at a root of the function's derivative, which is a quintic.
-    """
-    us = [np.array([0.0, 1.0])] * (len(curve.x) - 1)
-    for i, width in enumerate(np.diff(curve.x)):
-        cubic = np.poly1d(curve.c[:, i] * width ** np.arange(3, -1, -1.0))
-        slope = np.poly1d([width**2, width * (curve.x[i] - x)]) + (cubic - y) * cubic.deriv()
-        # Leading coefficients that are only rounding errors are removed, because they would make all roots inexact.
-        leading = np.flatnonzero(abs(slope.c) > 1e-15 * abs(slope.c).max())
-        roots = np.roots(slope.c[leading[0] :])
-        # The real parts are taken, because rounding may turn a double root into a complex pair. A wrong candidate does
-        # no harm, because every candidate is a point of the piece.
-        us[i] = np.concatenate([us[i], np.clip(roots.real, 0, 1)])
-    s = np.concatenate([curve.x[i] + u * (curve.x[i + 1] - curve.x[i]) for i, u in enumerate(us)])
-    r = curve(s)
-    best = int(np.argmin(np.hypot(s - x, r - y)))
-    return float(s[best]), float(r[best])
-
-
-# -- the picture ------------------------------------------------------------------------------------------------------
-
-
 def plot_tradeoff(
     path: str | Path,
     points: Mapping[str, Iterable[float]],
@@ -224,7 +106,8 @@ def plot_tradeoff(
         path: path of the PNG, which is written atomically.
         points: a mapping from names to (standard %, robust %), or to (standard %, robust %, standard error, standard
             error). Both standard errors are in points, and are drawn as error bars.
-        reference: pairs (standard %, robust %) as for `ar_bd`, drawn with the curve of `ar_point_dist`; None: no curve.
+        reference: at least two pairs (standard %, robust %) in any order, with different standard accuracies. They are
+            drawn with straight lines between them. None: no curve.
         reference_name: the curve's name in the legend.
         title: title of the picture.
 
@@ -233,8 +116,7 @@ def plot_tradeoff(
 
     Raises:
         ValueError: there are neither points nor a reference, accuracies are not within 0 to 100, standard errors are
-            negative or infinite, or the reference is not allowed, see `ar_bd`.
-        ModuleNotFoundError: there is a reference, and scipy is missing.
+            negative or infinite, or the reference is not allowed.
     """
     shown = {name: _with_errors(name, values) for name, values in points.items()}
     x, y = (np.empty(0), np.empty(0)) if reference is None else check_curve("reference", reference)
@@ -294,8 +176,7 @@ def _with_errors(name: str, values: Iterable[float]) -> tuple[float, ...]:
 
 def _draw_reference(axes: Any, x: np.ndarray, y: np.ndarray, name: str) -> None:
     """Draw the reference curve with its points."""
-    along = np.linspace(x[0], x[-1], 400)
-    axes.plot(along, interpolate(x, y)(along), color=_GRAY, lw=1.6, zorder=2, label=name)
+    axes.plot(x, y, color=_GRAY, lw=1.6, zorder=2, label=name)
     axes.plot(x, y, "o", ms=4.5, color="white", mec=_GRAY, mew=1.4, zorder=2.5)
     axes.legend(loc="lower left", frameon=False, fontsize=8)
 
