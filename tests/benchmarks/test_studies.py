@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from benchmarks import __main__ as program
 from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop, over_seeds, run, run_study
-from benchmarks.robustness.studies.cifar10.study import budget_of
 from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
@@ -166,20 +165,13 @@ def chosen(*words: str):
         ("carso_digits --rows base", "carso_digits", False),
         ("carso_digits --quick", "carso_digits-quick", False),
         ("carso_mnist --full", "carso_mnist-full", False),
-        ("cifar10 --width 32", "cifar10-width-32", False),
-        ("cifar10 --full --width 16", "cifar10-full-width-16", False),
-        ("cifar10 --base cifar10-pgd-at-w16", "cifar10-on-cifar10-pgd-at-w16", True),
+        ("cifar10 --full", "cifar10-full", False),
+        ("cifar10", "cifar10", True),
     ],
 )
 def test_other_budgets_some_rows_or_fewer_seeds_leave_the_committed_table_alone(options, root, committed):
     runs = Path("runs/studies") / root
     assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
-
-
-def test_wider_networks_keep_their_proportions():
-    usual = budget_of("default")
-    wider = usual.of_width(32).training
-    assert (wider.width, wider.large_width) == (32, 56) and usual.of_width(16) == usual
 
 
 def test_rows_bring_their_needs():

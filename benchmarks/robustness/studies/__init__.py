@@ -221,7 +221,7 @@ class Study:
         """Add the options that only this study has."""
         parser.add_argument("--data", default="data", help="folder of the images; default: data")
 
-    def check(self, chosen: argparse.Namespace, results: Path) -> None:
+    def check(self, chosen: argparse.Namespace) -> None:
         """Raise ValueError or FileNotFoundError for options with which the study or its table would fail later."""
         self.jobs(chosen)
 

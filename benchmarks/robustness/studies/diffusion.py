@@ -360,8 +360,8 @@ class Diffusion(Study):
         every = list(settings_of(self.name)["data_sets"])
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
 
-    def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        super().check(chosen, results)
+    def check(self, chosen: argparse.Namespace) -> None:
+        super().check(chosen)
         for name in chosen.data_sets:
             data.load_dataset(name, chosen.data)
 

@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     studies = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, study in STUDIES.items():
         options = studies.add_parser(name, help=study.__doc__)
-        options.set_defaults(data="data", so_far=False, amount="default")
+        options.set_defaults(data="data", amount="default")
         study.arguments(options)
         amounts = options.add_mutually_exclusive_group()
         for amount, text in study.amounts.items():
@@ -51,9 +51,7 @@ def check(chosen: argparse.Namespace) -> None:
         ModuleNotFoundError: AutoAttack, or a package for the data set, is not installed.
     """
     study = STUDIES[chosen.name]
-    study.check(chosen, places(chosen)[1])
-    if chosen.so_far:
-        return
+    study.check(chosen)
     if study.uses_autoattack:
         implementation()
     data.load_dataset(study.dataset, chosen.data)
@@ -67,9 +65,6 @@ def main(chosen: argparse.Namespace) -> str:
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
-    if chosen.so_far:
-        # Take no lock, because the study may be running. The folders of the jobs are only read.
-        return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)
         run(study.jobs(chosen), root, chosen.workers, lambda: study.after_each(root, results, chosen))

@@ -15,7 +15,6 @@ trial trainings. The choice uses training images that these trials leave out. No
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,22 +188,6 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     return facts
 
 
-def take_base(job: Job, folder: Path, root: Path) -> dict:
-    """Copy a given base from the zoo, in place of training a base, and measure its costs."""
-    model = zoo.load(job.settings["base"]).to(job.settings["device"])
-    images, config = images_of(job), adversarial(job.settings["budget"])
-    flop = training_flops(ArrestTask(copy.deepcopy(model), config, images.image_shape), images)
-    save_classifier(model, folder)
-    return costs(model, images, flop)
-
-
-def take_standard(job: Job, folder: Path, root: Path) -> dict:
-    """Copy the standard classifier of the first seed, because the purifiers of all seeds share it."""
-    first = replace(job, seed=0)
-    save_classifier(trained_classifier(first, root, study.STANDARD), folder)
-    return first.result(root, study.STANDARD)
-
-
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     """Finetune by ARREST for a short time, with given lambda and phi. Return metrics on held-out training images."""
     images, budget = images_of(job), job.settings["budget"]
@@ -219,11 +202,9 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 def chosen(job: Job, root: Path) -> tuple[float, float]:
     """Return the chosen lambda and phi: those with the highest accuracy under attack on held-out images.
 
-    The results of the first seed decide for all seeds. On a given base the values are `study.CHOSEN`.
+    The results of the first seed decide for all seeds.
     """
     budget = job.settings["budget"]
-    if "base" in job.settings:
-        return study.CHOSEN
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
     first = replace(job, seed=0)
 
