@@ -225,14 +225,6 @@ class Study:
         """Raise ValueError or FileNotFoundError for options with which the study or its table would fail later."""
         self.jobs(chosen)
 
-    def variant(self, chosen: argparse.Namespace) -> str:
-        """Return the suffix of the name of the runs' folder. Each budget has its own suffix."""
-        return "" if chosen.amount == "default" else f"-{chosen.amount}"
-
-    def is_whole(self, chosen: argparse.Namespace) -> bool:
-        """Tell whether the options are those of the committed table."""
-        return not self.variant(chosen)
-
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return all trainings and attacks of the study."""
         raise NotImplementedError

@@ -60,8 +60,8 @@ def check(chosen: argparse.Namespace) -> None:
 def main(chosen: argparse.Namespace) -> str:
     """Run the unfinished jobs, and return the page with the tables.
 
-    The tables are written to benchmarks/results/studies if the run has the usual budget, all rows and all seeds. The
-    tables of other runs are written to the folder of the runs.
+    The tables are written to benchmarks/results/studies if the run has the usual budget. The tables of other runs are
+    written to the folder of the runs.
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
@@ -73,6 +73,6 @@ def main(chosen: argparse.Namespace) -> str:
 
 def places(chosen: argparse.Namespace) -> tuple[Path, Path]:
     """Return the folder of the runs, and the folder of the tables."""
-    study = STUDIES[chosen.name]
-    root = chosen.out or Path("runs/studies") / f"{chosen.name}{study.variant(chosen)}"
-    return root, RESULTS if study.is_whole(chosen) else root
+    usual = chosen.amount == "default"
+    root = chosen.out or Path("runs/studies") / (chosen.name if usual else f"{chosen.name}-{chosen.amount}")
+    return root, RESULTS if usual else root
