@@ -24,10 +24,8 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 
 from . import Job, Study, Work, over_seeds, result_of, settings_of, write_page
-from .layer_ranking import rank_layers
 
 EPS = setting.EPS
-ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 AUTO = "AutoAttack"
 #: The numbers of trainings of each row, for the two kinds of rows in settings.yaml.
 SEEDS, ABLATION_SEEDS = 3, 1
@@ -94,25 +92,18 @@ def attacked(
 def train_base(job: Job, folder: Path, root: Path) -> dict:
     """Train a classifier adversarially, or on clean images if the setting ``standard`` is True.
 
-    The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps``, ``standard`` and ``rank``. If
-    ``rank`` is True, the layers are ranked too.
+    The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps`` and ``standard``.
     """
-    s, ball = job.settings, ball_of(job)
-    digits = setting.digits()
+    s, digits = job.settings, setting.digits()
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
-    trained = ball | ({"eps": 0.0} if s.get("standard") else {})
+    trained = ball_of(job) | ({"eps": 0.0} if s.get("standard") else {})
     config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, **trained))
     epochs = 2 if s["quick"] else s["epochs"]
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)
     attacks, rows = zero_attacks(False, s["quick"])
-    result = attacked(model, job, attacks, rows)
-    if s.get("rank"):
-        images = digits.x_test.float() / 255
-        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, **ball)
-        result["layers"] = [vars(score) for score in ranking]
-    return result | {"parameters": count(model)}
+    return attacked(model, job, attacks, rows) | {"parameters": count(model)}
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
@@ -183,9 +174,5 @@ class DigitsStudy(Study):
             changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
             return over_seeds(changes) if changes else "-"
 
-        layers: dict[str, list[dict]] = {}
-        for result in results:
-            for score in result.get("layers", ()):
-                layers.setdefault(score["layer"], []).append(score)
-        functions = (mean, to_base, number, over_seeds)
-        return write_page(folder, self.name, functions, rows=rows, layers=layers, quick=quick, amount=effort(quick))
+        functions = (mean, to_base, number)
+        return write_page(folder, self.name, functions, rows=rows, quick=quick, amount=effort(quick))
