@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,20 +55,12 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
     assert (tmp_path / "log").read_text() == log
 
 
-@pytest.mark.parametrize(
-    "jobs, message",
-    [
-        ([], "jobs .*got none"),
-        ([Job("a", 0, work), Job("a", 0, work)], "jobs must have different folders"),
-        ([Job("a b", 0, work), Job("a-b", 0, work)], "jobs must have different folders"),  # they would share a folder
-        ([Job("a", 0, work, ("b",)), Job("b", 1, work)], "jobs .*'b', 0"),
-        ([Job("a", 0, work, ("b",)), Job("b", 0, work, ("a",))], "nodes are in a cycle"),
-    ],
-)
-def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, jobs, message):
-    with pytest.raises(ValueError, match=message):
-        run(jobs, tmp_path, workers=1)
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize("name", run_study.STUDIES)
+def test_the_jobs_of_a_study_have_their_own_folders_and_all_that_they_need(name, tmp_path):
+    jobs = run_study.STUDIES[name].jobs(chosen(name))
+    assert len({job.folder(tmp_path) for job in jobs}) == len(jobs) > 0
+    needs = {(job.name, job.seed): job.needed() for job in jobs}
+    assert {*TopologicalSorter(needs).static_order()} == needs.keys()
 
 
 @pytest.mark.slow
