@@ -50,11 +50,11 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
     if seed > 0:
         # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need jobs of the
         # first seed.
-        tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
+        tried = [(study.tried_name(name), 0) for name in study.CANDIDATES]
         return [
             *every,
             job(study.ARREST_EMA, models.finetune, study.STANDARD, *((search, 0) for search in searches)),
-            job(study.BEST, models.train_carso, study.STANDARD, study.BASE, study.CARSO, *tried),
+            job(study.BEST, models.train_carso, study.BASE, study.CARSO, *tried),
         ]
     return [
         *every,
@@ -66,7 +66,6 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.TRADES, models.train_base, how={"trades": True}),
         job(study.CARSO_ARREST, models.train_carso, study.BASE, study.ARREST_EMA, study.CARSO),
         job(study.ATOP_ZERO, models.train_atop, study.BASE, study.GENERATOR),
-        job(study.MIXED, models.mix, study.STANDARD, study.BASE),
         *(job(name, models.train_carso, study.BASE, study.CARSO) for name in study.CANDIDATES),
         *(job(study.share_name(share), models.train_base, how={"share": share}) for share in budget.shares),
         job(study.LARGE, models.train_base, how={"large": True}),
@@ -97,7 +96,7 @@ def judgings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         *every,
         *(judged(name, study.AUTHORS) for name in study.AS_AUTHORS),
         *(job(study.tried_name(name), judge_candidate, name, judging=counts, model=name) for name in study.TRIED),
-        judged(study.BEST, counts.main, *map(study.tried_name, study.ELIGIBLE)),
+        judged(study.BEST, counts.main, *map(study.tried_name, study.CANDIDATES)),
         *(judged(name, "strong", study.judged_name(name, counts.main)) for name in strong),
     ]
 

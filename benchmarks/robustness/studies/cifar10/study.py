@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from .. import settings_of
-from .candidates import CANDIDATES, ELIGIBLE, MIXED
+from .candidates import CANDIDATES
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
-    MIXED: "Bai et al., TMLR 2024, arXiv 2402.02263",
-    **{name: how.source for name, how in CANDIDATES.items()},
+    "CARSO pipeline, TRADES": "the loss of Zhang et al., ICML 2019, arXiv 1901.08573",
+    "CARSO pipeline, distilled": "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv "
+    "1905.09747",
 }
 
 
@@ -151,7 +152,7 @@ def trained_as(name: str, seed: int) -> str:
         name: name of the row.
         seed: seed of the training.
     """
-    if seed > 0 and name in ELIGIBLE:
+    if seed > 0 and name in CANDIDATES:
         return BEST
     return TRAINED_AS.get(name, name)
 
