@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -58,7 +59,6 @@ from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
-from .studies.carso import resnet18
 
 #: The results file, and the file with the table for docs/evaluation.md. The files in the second line are those of the
 #: contests on robust networks.
@@ -282,6 +282,26 @@ def _digits(name: str, images: int | None = None, random: bool = False) -> Conte
 
     contestants = RAND_CONTESTANTS if random else STANDARD_CONTESTANTS
     return Contest(make, contestants, partial(_of_zoo, name, random), random)
+
+
+def resnet18() -> nn.Module:
+    """Load the ResNet-18 of pyautoattack's examples in evaluation mode. It takes images in [0, 1], and has 10 classes.
+
+    Raises:
+        ModuleNotFoundError: pyautoattack is not installed.
+    """
+    try:
+        module = importlib.import_module("pyautoattack.examples.resnet")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("pyautoattack"):
+            raise
+        raise ModuleNotFoundError(
+            "the ResNet-18 is part of the package pyautoattack, which is missing: pip install 'purify-fast[eval]'"
+        ) from error
+    model = module.ResNet18()
+    weights = Path(str(module.__file__)).with_name("model_test.pt")
+    model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+    return model.eval()
 
 
 def _resnet18(folder: Path | None) -> Subject:
