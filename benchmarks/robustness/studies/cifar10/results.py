@@ -31,7 +31,7 @@ class SeedFolders:
     """
 
     root: Path
-    seed: int = 0
+    seed: int
 
     def result(self, name: str) -> dict[str, Any]:
         """Return the result of a job."""
