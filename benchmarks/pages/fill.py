@@ -28,7 +28,6 @@ from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
-from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed import gradient_memory, running, sheets, shipping
 from . import front_page, performance
@@ -104,7 +103,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
-    "diffusion_said": diffusion.said,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"

@@ -1,9 +1,9 @@
 """Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
 A contest is a model, a set of images and a radius. The contestants of a contest are the compared attacks. They run one
-after the other in one process. Each round runs every contestant once, so that other load on the machine affects all
-contestants alike. All results are evaluated alike: the images that an attack returns are clipped to the ball, and the
-model classifies the clipped images. A random model classifies each image several times, with new random numbers.
+after the other in one process. All results are evaluated alike: the images that an attack returns are clipped to the
+ball, and the model classifies the clipped images. A random model classifies each image several times, with new random
+numbers.
 
 Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a single contest
 can be run by its name. A row of the results file has all runs of a contestant in a contest. The row also identifies the
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from purify_fast import zoo
@@ -53,13 +53,12 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier
 
-from .. import RESULTS, kept, options, style
+from .. import kept, options
 from ..kept import Row
 from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
-from .studies.carso import resnet18
 
 #: The results file, and the file with the table for docs/evaluation.md. The files in the second line are those of the
 #: contests on robust networks.
@@ -85,21 +84,19 @@ STRONG_IMAGES = 100
 
 @dataclass(frozen=True)
 class Amount:
-    """The numbers of images, steps and runs in a contest.
+    """The numbers of images and steps in a contest.
 
     Args:
         images: largest number of images. None means all images of the contest.
         steps: largest number of steps of an attack. An attack that does not set a number of steps takes this number.
         queries: number of queries of Square.
         draws: number of random predictions whose gradients an attack on a random model averages.
-        rounds: number of runs of every contestant. The tables show the shortest time.
     """
 
     images: int | None = None
     steps: int = 100
     queries: int = 5000
     draws: int = DRAWS
-    rounds: int = 1
 
 
 QUICK = Amount(images=4, steps=2, queries=5, draws=2)
@@ -287,6 +284,26 @@ def _digits(name: str, images: int | None = None, random: bool = False) -> Conte
     return Contest(make, contestants, partial(_of_zoo, name, random), random)
 
 
+def resnet18() -> nn.Module:
+    """Load the ResNet-18 of pyautoattack's examples in evaluation mode. It takes images in [0, 1], and has 10 classes.
+
+    Raises:
+        ModuleNotFoundError: pyautoattack is not installed.
+    """
+    try:
+        module = importlib.import_module("pyautoattack.examples.resnet")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("pyautoattack"):
+            raise
+        raise ModuleNotFoundError(
+            "the ResNet-18 is part of the package pyautoattack, which is missing: pip install 'purify-fast[eval]'"
+        ) from error
+    model = module.ResNet18()
+    weights = Path(str(module.__file__)).with_name("model_test.pt")
+    model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+    return model.eval()
+
+
 def _resnet18(folder: Path | None) -> Subject:
     images = load_dataset("cifar10", folder)
     return Subject(resnet18(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
@@ -395,10 +412,10 @@ def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
     return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
 
 
-def _runs(name: str, who: str, images: int, rounds: int) -> list[slice]:
+def _runs(name: str, who: str, images: int) -> list[slice]:
     """Return, for each run of a contestant, the slice of the images that the run attacks."""
     if name not in ROBUST:
-        return [slice(0, images)] * rounds
+        return [slice(0, images)]
     size, count = PARTS.get(who, images), min(images, STRONG_IMAGES) if who == STRONG else images
     return [slice(first, first + size) for first in range(0, count, size)]
 
@@ -457,7 +474,7 @@ def run_contest(
         name: name of the contest in `CONTESTS` or `ROBUST`.
         whole: attacked model and images.
         contestants: compared attacks, by name.
-        amount: numbers of images, steps and runs.
+        amount: numbers of images and steps.
         known: rows of an interrupted contest. A run in these rows is repeated only if the weights, the images or the
             attacks have changed.
     """
@@ -468,7 +485,7 @@ def run_contest(
     shared |= {"amount": asdict(amount)} | timing.environment(torch.device("cpu"))
     made_of = {"weights": weights_fingerprint(subject.model), "images": digest(subject.x, subject.y)[:16]}
     for who, attack in contestants.items():
-        runs[who] = _runs(name, who, len(subject.x), amount.rounds)
+        runs[who] = _runs(name, who, len(subject.x))
         attacks = {"attacks": attack.code(subject.random, amount)} if isinstance(attack, Protocol) else {}
         fresh: Row = {"contestant": who, "code": made_of | attacks, "seconds": [], "cpu_seconds": []}
         fresh |= {"left": "", "forwards": 0, "gradients": 0} if counted else {}
@@ -486,21 +503,6 @@ def run_contest(
                 yield row
 
 
-def sign_test(one: str, other: str) -> float:
-    """Return the p-value of the difference between two attacks, by an exact two-sided sign test.
-
-    The test uses the images that exactly one of the attacks breaks. The null hypothesis is that both attacks are
-    equally likely to break such an image.
-
-    Args:
-        one: a text with "1" for each image that is classified correctly after the first attack, and "0" for each other
-            image.
-        other: the same text for the second attack.
-    """
-    better, worse = (sum(a > b for a, b in zip(*pair, strict=False)) for pair in ((one, other), (other, one)))
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-
-
 def robust_markdown(rows: list[Row]) -> list[str]:
     """Return the table of the contests on robust networks.
 
@@ -508,58 +510,24 @@ def robust_markdown(rows: list[Row]) -> list[str]:
         rows: rows of `run_contest`. A contestant that is not finished has fewer images, and is compared on these images
             only.
     """
-    head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference", "p"]
+    head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference"]
     body = []
     for row in rows:
         left, same = row["left"], [other for other in rows if other["contest"] == row["contest"]]
         about = [row["contest"], f"{row['eps']:.3g}", f"{row['clean']:.1f}"] if row is same[0] else [""] * 3
-        compared = ["", ""]
+        compared = ""
         if row is not same[0] and same[0]["contestant"] == OFFICIAL:
             theirs = same[0]["left"]
             common = min(len(left), len(theirs))
-            compared = [f"{left[:common].count('1') - theirs[:common].count('1'):+d}", f"{sign_test(left, theirs):.2g}"]
-            compared[0] += f" of {common}" if common < len(left) else ""
+            compared = f"{left[:common].count('1') - theirs[:common].count('1'):+d}"
+            compared += f" of {common}" if common < len(left) else ""
         costs = [f"{row[what] / len(left):,.0f}" for what in ("forwards", "gradients")]
         who = row["contestant"] if row["contestant"] == OFFICIAL else f"**{row['contestant']}**"
         body.append(
-            [*about, who, str(len(left)), str(left.count("1")), *compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
+            [*about, who, str(len(left)), str(left.count("1")), compared, *costs, f"{sum(row['cpu_seconds']):,.0f}"]
         )
     head += ["forward passes per image", "gradients per image", "CPU seconds"]
     return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
-
-
-def picture(rows: list[Row], path: Path) -> bool:
-    """Plot each contestant's robust accuracy minus that of AutoAttack over the forward passes per image.
-
-    Args:
-        rows: rows of `run_contest` on robust networks.
-        path: path of the PNG file.
-
-    Returns:
-        True if the picture was drawn, and False if matplotlib is not installed.
-    """
-    figure = style.new_figure(figsize=(7, 4))
-    if figure is None:
-        return False
-    axes = figure.add_subplot()
-    style.plain_axes(axes)
-    theirs = {row["contest"]: row["left"] for row in rows if row["contestant"] == OFFICIAL}
-    for marker, who in zip("sov^", (OFFICIAL, OURS, FAST, STRONG), strict=True):
-        points = []
-        for row in rows:
-            if row["contestant"].partition(", seed")[0] == who and row["contest"] in theirs:
-                both = list(zip(row["left"], theirs[row["contest"]], strict=False))
-                more = sum(mine == "1" for mine, _ in both) - sum(other == "1" for _, other in both)
-                points.append((row["forwards"] / len(row["left"]), 100 * more / len(both)))
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, label=who, markersize=6)
-    axes.axhline(0, color=style.PLAIN, linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("forward passes per image", fontsize=9.5)
-    axes.set_ylabel("accuracy minus AutoAttack's, in points", fontsize=9.5)
-    axes.legend(fontsize=8.5, frameon=False)
-    style.save(figure, path)
-    return True
 
 
 def markdown(rows: list[Row]) -> list[str]:
@@ -573,14 +541,14 @@ def markdown(rows: list[Row]) -> list[str]:
     body = []
     for row in rows:
         first = next(r for r in rows if r["contest"] == row["contest"])
-        seconds, work = min(row["seconds"]), min(row["cpu_seconds"])
+        seconds, work = row["seconds"][0], row["cpu_seconds"][0]
         error = f" ± {row['error']:.1f}" if row["error"] else ""
         robust, spent = f"{row['robust']:.1f}{error}", f"{seconds:,.1f}"
         if row is first:
             model = [row["contest"], str(row["images"]), f"{row['clean']:.1f}", row["contestant"]]
             body.append([*model, robust, "", spent, "", ""])
         else:
-            faster = [f"{min(first['seconds']) / seconds:.1f}", f"{min(first['cpu_seconds']) / work:.1f}"]
+            faster = [f"{first['seconds'][0] / seconds:.1f}", f"{first['cpu_seconds'][0] / work:.1f}"]
             if row["device"] != first["device"]:
                 # Times on different machines cannot be compared.
                 faster = ["", ""]
@@ -595,11 +563,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
     parser.add_argument("--robust", action="store_true", help="run the contests on robust networks, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
-    options.add_names(parser, RANKS, "--contestants", "attacks that are compared")
     images = "largest number of images of a contest; default: all images"
     parser.add_argument("--images", type=options.at_least_one, help=images)
-    rounds = "number of runs of every attack; default: 1"
-    parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
     options.add_out(parser, "/studies")
 
 
@@ -611,7 +576,7 @@ def _beside(row: Row, other: Row) -> bool:
 def main(chosen: argparse.Namespace) -> str:
     """Run contests, and return their table. Finished runs are not repeated."""
     usual = QUICK if chosen.quick else Amount()
-    amount = replace(usual, rounds=chosen.rounds, images=chosen.images or usual.images)
+    amount = replace(usual, images=chosen.images or usual.images)
     # Write the results of a trial to another folder, so that they do not replace results that took days.
     trial = chosen.quick or (chosen.robust and chosen.images is not None)
     out = options.out_of(chosen, trial, "studies")
@@ -626,11 +591,10 @@ def main(chosen: argparse.Namespace) -> str:
         if name not in contests:
             where = "without --robust: remove --robust" if chosen.robust else "with --robust: add --robust"
             raise Unfit(f"the contest {name!r} exists only {where}")
-        contestants = {who: one for who, one in contests[name].contestants.items() if who in chosen.contestants}
-        known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
-        known = [row for row in known if row["amount"] == asdict(amount)]
-        done = [row for row in known if len(row["seconds"]) >= amount.rounds and is_current(row, contests[name])]
-        if not contestants or (not chosen.robust and len(done) == len(contestants)):
+        contestants = contests[name].contestants
+        known = [row for row in read(out, file) if row["contest"] == name and row["amount"] == asdict(amount)]
+        done = [row for row in known if is_current(row, contests[name])]
+        if not chosen.robust and len(done) == len(contestants):
             continue
         try:
             subject = contests[name].make(chosen.data)
@@ -643,8 +607,6 @@ def main(chosen: argparse.Namespace) -> str:
             kept.put(out / file, row, key, partial(_beside, row))
             write_text(out / page, "\n".join(table(read(out, file))) + "\n")
     write_text(out / page, "\n".join(table(read(out, file))) + "\n")
-    if chosen.robust and not trial and chosen.out is None:
-        picture(read(out, file), RESULTS.parents[1] / "docs" / "pictures" / "contests.png")
     return (out / page).read_text()
 
 

@@ -209,18 +209,6 @@ def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tm
         assert judging[12:] == [("EMPIR", tables.ADAPTIVE)] and not code.outdated(tmp_path)
 
 
-def test_the_code_of_a_model_is_that_of_all_that_builds_it(monkeypatch):
-    """Functions in closures, lists and module variables count; the table's words and other defences do not."""
-    found = {}
-    code._collect(entry.ENTRIES["bit-depth reduction"].build, found)
-    text = "\n".join(found.values())
-    assert all(f"def {name}" in text for name in ("fewer_bits", "staircase", "through", "cut", "behind"))
-    assert "def jpeg" not in text and "'digits-standard'" in text
-    found = {}
-    code._collect(entry.ENTRIES["k-winners-take-all"].build, found)
-    assert "0.16" not in "\n".join(found.values()) and "def winners" in "\n".join(found.values())
-
-
 def test_a_page_takes_what_there_is(tmp_path):
     """Without results the table says so; a model that a judge lacks has a dash."""
     (line,) = tables.table(tmp_path)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,7 @@ from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop, over_seeds, run, run_study
-from benchmarks.robustness.studies.cifar10.study import budget_of
+from benchmarks.robustness.studies import RESULT, Job, arrest_mnist, atop, digits, over_seeds, run, run_study
 from benchmarks.speed import pipelines, race, running, sheets
 from purify_fast import data
 from purify_fast.evaluation import Report
@@ -55,20 +55,12 @@ def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, 
     assert (tmp_path / "log").read_text() == log
 
 
-@pytest.mark.parametrize(
-    "jobs, message",
-    [
-        ([], "jobs .*got none"),
-        ([Job("a", 0, work), Job("a", 0, work)], "jobs must have different folders"),
-        ([Job("a b", 0, work), Job("a-b", 0, work)], "jobs must have different folders"),  # they would share a folder
-        ([Job("a", 0, work, ("b",)), Job("b", 1, work)], "jobs .*'b', 0"),
-        ([Job("a", 0, work, ("b",)), Job("b", 0, work, ("a",))], "nodes are in a cycle"),
-    ],
-)
-def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, jobs, message):
-    with pytest.raises(ValueError, match=message):
-        run(jobs, tmp_path, workers=1)
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize("name", run_study.STUDIES)
+def test_the_jobs_of_a_study_have_their_own_folders_and_all_that_they_need(name, tmp_path):
+    jobs = run_study.STUDIES[name].jobs(chosen(name))
+    assert len({job.folder(tmp_path) for job in jobs}) == len(jobs) > 0
+    needs = {(job.name, job.seed): job.needed() for job in jobs}
+    assert {*TopologicalSorter(needs).static_order()} == needs.keys()
 
 
 @pytest.mark.slow
@@ -122,13 +114,20 @@ def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "study, row, cell",  # and one that only some rows have
-    [("carso_digits", "paper's objective", 6), ("atop_digits", "pipeline, S = 4 when it predicts", 5)],
+    "study, chain, cell",  # and a cell that only some rows have
+    [
+        ("carso_digits", ["base", "paper's objective"], 6),
+        ("atop_digits", ["base", "pipeline", "pipeline, S = 4 when it predicts"], 5),
+    ],
 )
-def test_digits_end_to_end(study, row, cell, tmp_path, capsys, monkeypatch, forking, short_signs):
+def test_digits_end_to_end(study, chain, cell, tmp_path, capsys, monkeypatch, forking, short_signs):
     pytest.importorskip("pyautoattack")
     monkeypatch.setattr(run_study, "RESULTS", tmp_path / "results")
-    options = ["--seeds", "1", "--workers", "1", "--rows", row, "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr(digits, "SEEDS", 1)
+    table, row = digits.settings_of(study), chain[-1]
+    for part, rows in list(table.items()):
+        monkeypatch.setitem(table, part, {name: settings for name, settings in rows.items() if name in chain})
+    options = ["--workers", "1", "--out", str(tmp_path / "runs")]
     arguments = ["study", study, "--quick", *options]
     program.main(arguments)
     rows = lines_of(capsys.readouterr().out)
@@ -161,42 +160,21 @@ def chosen(*words: str):
     "options, root, committed",
     [
         ("carso_digits", "carso_digits", True),
-        ("carso_digits --seeds 4", "carso_digits", True),
-        ("carso_digits --seeds 2", "carso_digits", False),
-        ("carso_digits --rows base", "carso_digits", False),
         ("carso_digits --quick", "carso_digits-quick", False),
         ("carso_mnist --full", "carso_mnist-full", False),
-        ("cifar10 --width 32", "cifar10-width-32", False),
-        ("cifar10 --full --width 16", "cifar10-full-width-16", False),
-        ("cifar10 --base cifar10-pgd-at-w16", "cifar10-on-cifar10-pgd-at-w16", True),
+        ("cifar10 --full", "cifar10-full", False),
+        ("cifar10", "cifar10", True),
     ],
 )
-def test_other_budgets_some_rows_or_fewer_seeds_leave_the_committed_table_alone(options, root, committed):
+def test_other_budgets_leave_the_committed_table_alone(options, root, committed):
     runs = Path("runs/studies") / root
     assert run_study.places(chosen(*options.split())) == (runs, run_study.RESULTS if committed else runs)
-
-
-def test_wider_networks_keep_their_proportions():
-    usual = budget_of("default")
-    wider = usual.of_width(32).training
-    assert (wider.width, wider.large_width) == (32, 56) and usual.of_width(16) == usual
-
-
-def test_rows_bring_their_needs():
-    options = chosen("carso_digits", "--quick", "--seeds", "2", "--rows", "pipeline, hidden alone")
-    jobs = run_study.STUDIES["carso_digits"].jobs(options)
-    names = ["base", "paper's objective, hidden alone", "pipeline, hidden alone"]
-    assert sorted((job.seed, job.name) for job in jobs) == sorted((seed, name) for seed in range(2) for name in names)
-    assert {job.settings["quick"] for job in jobs} == {True}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("carso_digits --rows bass", "--rows.*bass.*base, base, L2"),
-        ("carso_digits --seeds 0", r"argument --seeds: .*\b0$"),
         ("carso_digits --full", "unrecognized arguments: --full"),
-        ("carso_mnist --seeds 2", "unrecognized arguments: --seeds 2"),
         ("cifar10 --device gpu", "--device gpu cannot be used here"),
         ("carso_mnist --data nowhere", "no data set 'mnist'"),
     ],

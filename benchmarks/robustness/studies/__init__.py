@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,16 +120,7 @@ def _run(job: Job, root: Path, share: int) -> None:
 
 
 def _check(jobs: Sequence[Job], root: Path) -> None:
-    """Raise ValueError if a job cannot be run, or if its folder in ``root`` has other settings."""
-    if not jobs:
-        raise ValueError("jobs must contain at least one job, got none")
-    if len({job.folder(root) for job in jobs}) < len(jobs):
-        raise ValueError("jobs must have different folders, but several jobs have the same name and seed")
-    needs = {(job.name, job.seed): job.needed() for job in jobs}
-    if missing := {need for wanted in needs.values() for need in wanted} - needs.keys():
-        raise ValueError(f"jobs must contain every (row, seed) that another job needs; missing: {sorted(missing)}")
-    # `prepare` raises CycleError, which is a ValueError, if jobs need each other.
-    TopologicalSorter(needs).prepare()
+    """Raise ValueError if the folder of a job in ``root`` has other settings."""
     for job in jobs:
         path, now = job.folder(root) / ASKED, job.asked()
         there = json.loads(path.read_text()) if path.is_file() else now
@@ -154,14 +144,13 @@ def run(
     If a job fails, its error is raised after the running jobs have ended.
 
     Args:
-        jobs: jobs of the study.
+        jobs: jobs of the study, in different folders, with all jobs that they need.
         root: folder that contains the folders of the jobs.
         workers: number of jobs that run in parallel.
         after_each: function that is called after each finished job.
 
     Raises:
-        ValueError: there is no job, jobs share a folder, a needed job is missing, jobs need each other, or a folder has
-            other settings. This is checked before any work.
+        ValueError: a folder has other settings. This is checked before any work.
     """
     _check(jobs, root)
     began = time.monotonic()
@@ -221,17 +210,9 @@ class Study:
         """Add the options that only this study has."""
         parser.add_argument("--data", default="data", help="folder of the images; default: data")
 
-    def check(self, chosen: argparse.Namespace, results: Path) -> None:
+    def check(self, chosen: argparse.Namespace) -> None:
         """Raise ValueError or FileNotFoundError for options with which the study or its table would fail later."""
         self.jobs(chosen)
-
-    def variant(self, chosen: argparse.Namespace) -> str:
-        """Return the suffix of the name of the runs' folder. Each budget has its own suffix."""
-        return "" if chosen.amount == "default" else f"-{chosen.amount}"
-
-    def is_whole(self, chosen: argparse.Namespace) -> bool:
-        """Tell whether the options are those of the committed table."""
-        return not self.variant(chosen)
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return all trainings and attacks of the study."""

@@ -53,7 +53,7 @@ class ArrestMnist(ReportStudy):
 
     name = "arrest_mnist"
     bases: ClassVar[dict[str, str]] = {name: name for name in (STANDARD, SCRATCH, FINETUNED, ARREST)}
-    models: ClassVar[dict[str, str | None]] = {**bases}
+    models: ClassVar[dict[str, str]] = {**bases}
 
     def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
         pgd = {"steps": budget.training_steps, "alpha": alpha(budget)}

@@ -88,7 +88,7 @@ class AtopMnist(ReportStudy):
     """The study of AToP on MNIST, with several trainings, under attacks through the whole defence."""
 
     name = "atop_mnist"
-    models: ClassVar[dict[str, str | None]] = {name: name for name in BASES}
+    models: ClassVar[dict[str, str]] = {name: name for name in BASES}
     bases: ClassVar[dict[str, str]] = BASES
     uses_autoattack = False
     sizes: ClassVar[dict[str, int]] = {"batch_size": 250, "max_forward_batch": 250}

@@ -9,9 +9,8 @@ saved. These predictions give four numbers: the accuracy of a single prediction,
 predictions, the share of images that are right in all ten, and the accuracy of the majority vote. Then the protocol
 `strong` attacks a few images, except those that PGD has broken.
 
-The module also makes the tables of the study, and sentences for docs/diffusion.md. For the tables, an outcome is an
-array with a number for each image: 1 if the image is classified correctly after the attack, 0 if it is not, or the
-share of right predictions.
+The module also makes the tables of the study. For the tables, an outcome is an array with a number for each image: 1 if
+the image is classified correctly after the attack, 0 if it is not, or the share of right predictions.
 """
 
 from __future__ import annotations
@@ -360,8 +359,8 @@ class Diffusion(Study):
         every = list(settings_of(self.name)["data_sets"])
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
 
-    def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        super().check(chosen, results)
+    def check(self, chosen: argparse.Namespace) -> None:
+        super().check(chosen)
         for name in chosen.data_sets:
             data.load_dataset(name, chosen.data)
 
@@ -409,35 +408,3 @@ class Diffusion(Study):
         counts = {name: max(row["images"] for row in found[name]) for name in tables}
         quick, draws = chosen.amount == "quick", settings[chosen.amount]["draws"]
         return write_page(folder, self.name, tables=tables, parts=parts, counts=counts, draws=draws, quick=quick)
-
-
-def said(results: Path) -> list[str]:
-    """Return the list items of docs/diffusion.md with the numbers of each purifier, and of each classifier alone.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-    """
-    rows, lines = rows_of(results / "studies"), []
-    for dataset, part in settings_of("diffusion")["data_sets"].items():
-        for name in part["purifiers"]:
-            one = Found([row for row in rows if row["model"] == name and row["process"] is None])
-            exact, weakest = one.rule("mean"), max(one.authors().values(), key=lambda left: left.mean(), default=None)
-            if exact is None:
-                continue
-            text = f"- `{name}`: after PGD-200 through every step, {share(exact)} % of single predictions are right"
-            if weakest is not None:
-                shown = f"{share(weakest)} % of {len(weakest)} images"
-                text += f". After the weakest attack that authors of such purifiers use, {shown} are classified "
-                text += "correctly"
-            chain = one.chain()
-            if chain is not None:
-                text += f". After `strong`, {share(chain)} % of {len(chain)} images are classified correctly in every "
-                text += "draw"
-            lines.append(f"{text}.")
-        alone = Found([row for row in rows if row["model"] == part["alone"]]).rule("mean")
-        if alone is not None:
-            lines.append(
-                f"- `{part['alone']}`, the adversarially trained classifier without a purifier: after PGD-200, "
-                f"{share(alone)} % of {len(alone)} images of {dataset} are classified correctly."
-            )
-    return lines or ["Not run yet: `python -m benchmarks study diffusion` writes the numbers."]

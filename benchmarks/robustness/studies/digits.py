@@ -23,13 +23,11 @@ from purify_fast.evaluation.subject import Variant
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 
-from ...options import at_least_one
 from . import Job, Study, Work, over_seeds, result_of, settings_of, write_page
-from .layer_ranking import rank_layers
 
 EPS = setting.EPS
-ALL_LAYERS = ("conv1", "conv2", "conv3", "conv4", "hidden")
 AUTO = "AutoAttack"
+#: The numbers of trainings of each row, for the two kinds of rows in settings.yaml.
 SEEDS, ABLATION_SEEDS = 3, 1
 
 
@@ -94,25 +92,18 @@ def attacked(
 def train_base(job: Job, folder: Path, root: Path) -> dict:
     """Train a classifier adversarially, or on clean images if the setting ``standard`` is True.
 
-    The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps``, ``standard`` and ``rank``. If
-    ``rank`` is True, the layers are ranked too.
+    The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps`` and ``standard``.
     """
-    s, ball = job.settings, ball_of(job)
-    digits = setting.digits()
+    s, digits = job.settings, setting.digits()
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
-    trained = ball | ({"eps": 0.0} if s.get("standard") else {})
+    trained = ball_of(job) | ({"eps": 0.0} if s.get("standard") else {})
     config = replace(setting.BASE_TRAINING, attack=replace(setting.BASE_TRAINING.attack, **trained))
     epochs = 2 if s["quick"] else s["epochs"]
     fit(ClassifierTask(model, config), digits.x_train, digits.y_train, FitConfig(epochs, 64, job.seed), folder)
     save_classifier(model, folder)
     attacks, rows = zero_attacks(False, s["quick"])
-    result = attacked(model, job, attacks, rows)
-    if s.get("rank"):
-        images = digits.x_test.float() / 255
-        ranking = rank_layers(model, ALL_LAYERS, images, digits.y_test, **ball)
-        result["layers"] = [vars(score) for score in ranking]
-    return result | {"parameters": count(model)}
+    return attacked(model, job, attacks, rows) | {"parameters": count(model)}
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
@@ -131,24 +122,6 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def select(jobs: list[Job], rows: Sequence[str] | None) -> list[Job]:
-    """Return the jobs of the given rows, and of the rows that they need. If ``rows`` is None, return all jobs.
-
-    Raises:
-        ValueError: a row does not exist.
-    """
-    if rows is None:
-        return jobs
-    names = {job.name for job in jobs}
-    if unknown := set(rows) - names:
-        raise ValueError(f"--rows: unknown rows {', '.join(sorted(unknown))}. Choose from: {', '.join(sorted(names))}")
-    wanted, more = set[str](), set(rows)
-    while more:
-        wanted |= more
-        more = {need for job in jobs if job.name in wanted for need in job.needs} - wanted
-    return [job for job in jobs if job.name in wanted]
-
-
 class DigitsStudy(Study):
     """A study on digits, whose rows are defined in settings.yaml.
 
@@ -161,26 +134,18 @@ class DigitsStudy(Study):
     works: ClassVar[dict[str, Work]]
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--seeds", type=at_least_one, default=SEEDS, help=f"number of trainings of each row; default: {SEEDS}"
-        )
-        rows = "run only these rows, and the rows that they need; default: all rows"
-        parser.add_argument("--rows", nargs="+", metavar="ROW", help=rows)
-
-    def is_whole(self, chosen: argparse.Namespace) -> bool:
-        return super().is_whole(chosen) and chosen.rows is None and chosen.seeds >= SEEDS
+        """Add no options. The digits need no folder, because they are part of scikit-learn."""
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
-        """Return the jobs of the chosen rows, and of the rows that they need. Rows that have all seeds come first."""
+        """Return the jobs of all rows. Rows that have all seeds come first."""
         table, jobs = settings_of(self.name), []
-        more = chosen.seeds if chosen.rows is not None else min(chosen.seeds, ABLATION_SEEDS)
-        for part, seeds in (("rows", chosen.seeds), ("ablations", more)):
+        for part, seeds in (("rows", SEEDS), ("ablations", ABLATION_SEEDS)):
             for seed in range(seeds):
                 for name, row in table[part].items():
                     needs = tuple(row[key] for key in ("base", "start") if key in row)
                     settings = row | {"quick": chosen.amount == "quick"}
                     jobs.append(Job(name, seed, self.works[row["work"]], needs, settings))
-        return select(jobs, chosen.rows)
+        return jobs
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """Write ``NAME.json`` with all numbers, and the page ``NAME.md``."""
@@ -209,9 +174,5 @@ class DigitsStudy(Study):
             changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
             return over_seeds(changes) if changes else "-"
 
-        layers: dict[str, list[dict]] = {}
-        for result in results:
-            for score in result.get("layers", ()):
-                layers.setdefault(score["layer"], []).append(score)
-        functions = (mean, to_base, number, over_seeds)
-        return write_page(folder, self.name, functions, rows=rows, layers=layers, quick=quick, amount=effort(quick))
+        functions = (mean, to_base, number)
+        return write_page(folder, self.name, functions, rows=rows, quick=quick, amount=effort(quick))

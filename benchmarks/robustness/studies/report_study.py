@@ -1,4 +1,4 @@
-"""The base of the studies that attack a few models and make a report: the methods on MNIST, and CARSO on CIFAR-10."""
+"""The base of the studies on MNIST, which attack a few models and make a report."""
 
 from __future__ import annotations
 
@@ -72,19 +72,14 @@ class ReportStudy(Study):
     """A study whose jobs train a few models and attack each of them.
 
     Attributes:
-        models: for each column of the table, the name of the training that the column needs, or None if no training is
-            needed.
+        models: for each column of the table, the name of the training that the column needs.
         bases: for each column of the table, the name of the training of its classifier.
-        eps: L-inf radius of the attacks, in image units.
-        threads: number of threads of each job.
         sizes: batch sizes of `evaluate`.
     """
 
     dataset = "mnist"
-    models: ClassVar[dict[str, str | None]]
+    models: ClassVar[dict[str, str]]
     bases: ClassVar[dict[str, str]]
-    eps = EPS
-    threads = 1
     sizes: ClassVar[dict[str, int]] = {"batch_size": 250, "max_forward_batch": 1000}
 
     def trainings(self, job: MakeJob, budget: SimpleNamespace) -> list[Job]:
@@ -113,10 +108,10 @@ class ReportStudy(Study):
         common = {"data": chosen.data, "dataset": self.dataset, "budget": budget}
 
         def job(name: str, work: Callable, *needs: str, **more: Any) -> Job:
-            return Job(name, 0, work, needs, common | more, self.threads)
+            return Job(name, 0, work, needs, common | more)
 
         attacks = [
-            job(f"{name} {group}", self.attack, *([] if trained is None else [trained]), model=name, group=group)
+            job(f"{name} {group}", self.attack, trained, model=name, group=group)
             for name, trained in self.models.items()
             for group in self.attacks(name, budget)
         ]
@@ -130,7 +125,7 @@ class ReportStudy(Study):
         config = EvaluateConfig(seed=job.seed, dataset_name=images.name, **amount)
         attacks = self.attacks(name, budget)[job.settings["group"]]
         how: dict[str, Any] = {"out": folder, "name": name, "progress": False}
-        report = evaluate(model, images.x_test, images.y_test, eps=self.eps, config=config, attacks=attacks, **how)
+        report = evaluate(model, images.x_test, images.y_test, eps=EPS, config=config, attacks=attacks, **how)
         report.save(folder, model)
         return {row.attack: row.accuracy for row in report.rows}
 
@@ -154,7 +149,7 @@ class ReportStudy(Study):
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         budget = self.budget(chosen)
         reports = self.reports(root, budget)
-        facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values()) if name is not None}
+        facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values())}
         whole = merge(reports.values())
         # Remove the report of an earlier run. Otherwise `save` would move this report into a subfolder, although Git
         # keeps it.

@@ -14,11 +14,11 @@ from ...options import at_least_one
 from . import Study, run
 from .arrest_mnist import ArrestMnist
 from .atop import AtopDigits, AtopMnist
-from .carso import CarsoDigits, CarsoMnist, CarsoResnet18
+from .carso import CarsoDigits, CarsoMnist
 from .cifar10 import Cifar10
 from .diffusion import Diffusion
 
-EVERY = (CarsoDigits, CarsoMnist, CarsoResnet18, Cifar10, AtopDigits, AtopMnist, ArrestMnist, Diffusion)
+EVERY = (CarsoDigits, CarsoMnist, Cifar10, AtopDigits, AtopMnist, ArrestMnist, Diffusion)
 STUDIES: dict[str, Study] = {study.name: study() for study in EVERY}
 RESULTS = ALL / "studies"
 
@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     studies = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, study in STUDIES.items():
         options = studies.add_parser(name, help=study.__doc__)
-        options.set_defaults(data="data", so_far=False, amount="default")
+        options.set_defaults(data="data", amount="default")
         study.arguments(options)
         amounts = options.add_mutually_exclusive_group()
         for amount, text in study.amounts.items():
@@ -51,9 +51,7 @@ def check(chosen: argparse.Namespace) -> None:
         ModuleNotFoundError: AutoAttack, or a package for the data set, is not installed.
     """
     study = STUDIES[chosen.name]
-    study.check(chosen, places(chosen)[1])
-    if chosen.so_far:
-        return
+    study.check(chosen)
     if study.uses_autoattack:
         implementation()
     data.load_dataset(study.dataset, chosen.data)
@@ -62,14 +60,11 @@ def check(chosen: argparse.Namespace) -> None:
 def main(chosen: argparse.Namespace) -> str:
     """Run the unfinished jobs, and return the page with the tables.
 
-    The tables are written to benchmarks/results/studies if the run has the usual budget, all rows and all seeds. The
-    tables of other runs are written to the folder of the runs.
+    The tables are written to benchmarks/results/studies if the run has the usual budget. The tables of other runs are
+    written to the folder of the runs.
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
-    if chosen.so_far:
-        # Take no lock, because the study may be running. The folders of the jobs are only read.
-        return study.write(root, results, chosen).read_text()
     with folder_lock(root):
         study.begin(root, results, chosen)
         run(study.jobs(chosen), root, chosen.workers, lambda: study.after_each(root, results, chosen))
@@ -78,6 +73,6 @@ def main(chosen: argparse.Namespace) -> str:
 
 def places(chosen: argparse.Namespace) -> tuple[Path, Path]:
     """Return the folder of the runs, and the folder of the tables."""
-    study = STUDIES[chosen.name]
-    root = chosen.out or Path("runs/studies") / f"{chosen.name}{study.variant(chosen)}"
-    return root, RESULTS if study.is_whole(chosen) else root
+    usual = chosen.amount == "default"
+    root = chosen.out or Path("runs/studies") / (chosen.name if usual else f"{chosen.name}-{chosen.amount}")
+    return root, RESULTS if usual else root

@@ -1,20 +1,18 @@
 """TRADES, and candidates for better defences on CIFAR-10.
 
 A candidate is a method that could be more robust than the base, which is the adversarially trained classifier of the
-study. The candidates are variants of CARSO, and a mixture of two classifiers. The variants start from the purifier that
-was trained with the paper's objective, and are trained through the pipeline. The mixture needs no training.
+study. The candidates are variants of CARSO. They start from the purifier that was trained with the paper's objective,
+and are trained through the pipeline.
 
 Every candidate has a row in the table, even if it is not better than the base. No setting is chosen on test images.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from purify_fast.methods.arrest import ArrestTask
@@ -58,40 +56,8 @@ class TradesTask(ArrestTask):
 
 
 Loss = Literal["cross_entropy", "trades", "distilled"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to train a defence through the pipeline.
-
-    Attributes:
-        source: authors and publication of the method.
-        loss: name of the loss.
-        joint: True to train the classifier too.
-        late: True if CARSO reads only the last stage of the classifier.
-    """
-
-    source: str
-    loss: Loss = "cross_entropy"
-    joint: bool = False
-    late: bool = False
-
-
-#: The candidates by the names of their rows.
-CANDIDATES = {
-    "CARSO pipeline, joint": Candidate("purifier and classifier are trained together (our own idea)", joint=True),
-    "CARSO pipeline, late layers": Candidate("the condition comes from the last stage alone (our own idea)", late=True),
-    "CARSO pipeline, TRADES": Candidate("the loss of Zhang et al., ICML 2019, arXiv 1901.08573", loss="trades"),
-    "CARSO pipeline, distilled": Candidate(
-        "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv 1905.09747",
-        loss="distilled",
-    ),
-}
-#: The row of the mixture of an accurate classifier and a robust classifier, after Bai et al., "MixedNUTS", TMLR 2024,
-#: arXiv 2402.02263.
-MIXED = "standard and PGD-AT, mixed"
-#: The rows from which the best candidate is chosen.
-ELIGIBLE = (MIXED, *CANDIDATES)
+#: The losses of the candidates, by the names of their rows.
+CANDIDATES: dict[str, Loss] = {"CARSO pipeline, TRADES": "trades", "CARSO pipeline, distilled": "distilled"}
 
 
 class CandidateTask(CarsoTask):
@@ -128,28 +94,3 @@ class CandidateTask(CarsoTask):
 
     def describe(self) -> dict[str, object]:
         return super().describe() | {"task": "candidate", "loss": self.loss}
-
-
-class Mixed(nn.Module):
-    """A mixture of two models. Its logits are the logarithm of a weighted mean of the models' probabilities.
-
-    A robust model is usually more confident when it is right than when it is wrong. Here a power of the robust model's
-    normalized logits increases this difference, so that the accurate model decides mostly where the robust model is
-    unsure. We chose the constants ourselves.
-
-    Args:
-        accurate: model with the higher clean accuracy.
-        robust: robust model, whose probabilities have the larger weight.
-    """
-
-    SHARE, SCALE, SHIFT, POWER = 0.9, 5.0, 0.5, 3.0
-
-    def __init__(self, accurate: nn.Module, robust: nn.Module):
-        super().__init__()
-        self.accurate, self.robust = accurate, robust
-
-    def forward(self, x: Tensor) -> Tensor:
-        robust = self.robust(x).float()
-        sure = self.SCALE * (F.layer_norm(robust, robust.shape[1:]) + self.SHIFT).relu() ** self.POWER
-        accurate = self.accurate(x).float().log_softmax(1) + math.log(1 - self.SHARE)
-        return torch.logaddexp(accurate, sure.log_softmax(1) + math.log(self.SHARE))

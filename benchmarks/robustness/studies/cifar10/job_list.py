@@ -50,11 +50,11 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
     if seed > 0:
         # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need jobs of the
         # first seed.
-        tried = [(study.tried_name(name), 0) for name in study.ELIGIBLE]
+        tried = [(study.tried_name(name), 0) for name in study.CANDIDATES]
         return [
             *every,
             job(study.ARREST_EMA, models.finetune, study.STANDARD, *((search, 0) for search in searches)),
-            job(study.BEST, models.train_carso, study.STANDARD, study.BASE, study.CARSO, *tried),
+            job(study.BEST, models.train_carso, study.BASE, study.CARSO, *tried),
         ]
     return [
         *every,
@@ -66,7 +66,6 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.TRADES, models.train_base, how={"trades": True}),
         job(study.CARSO_ARREST, models.train_carso, study.BASE, study.ARREST_EMA, study.CARSO),
         job(study.ATOP_ZERO, models.train_atop, study.BASE, study.GENERATOR),
-        job(study.MIXED, models.mix, study.STANDARD, study.BASE),
         *(job(name, models.train_carso, study.BASE, study.CARSO) for name in study.CANDIDATES),
         *(job(study.share_name(share), models.train_base, how={"share": share}) for share in budget.shares),
         job(study.LARGE, models.train_base, how={"large": True}),
@@ -75,24 +74,11 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
     ]
 
 
-def trainings_on_given(job: MakeJob, seed: int) -> list[Job]:
-    """Return the trainings of `study.ON_GIVEN`. All seeds share a base of the zoo and one standard classifier."""
-    first = (models.train_standard,) if seed == 0 else (models.take_standard, (study.STANDARD, 0))
-    return [
-        job(study.BASE, models.take_base),
-        job(study.STANDARD, *first),
-        job(study.GENERATOR, models.train_atop, study.BASE),
-        job(study.ATOP, models.train_atop, study.BASE, study.GENERATOR),
-        job(study.ATOP_STANDARD, models.train_atop, study.STANDARD, study.BASE, study.GENERATOR),
-        job(study.ARREST_EMA, models.finetune, study.STANDARD),
-    ]
-
-
-def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
+def judgings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
     """Return the jobs that evaluate the models of a seed.
 
     All models are evaluated by the protocol `Judging.main`, by which models are compared. The models of the first seed
-    are also evaluated by further protocols, on fewer images. The candidates of the first seed are also evaluated on
+    are also evaluated by `strong`, on fewer images. The candidates of the first seed are also evaluated on
     held-out training images.
     """
     counts = budget.judging
@@ -101,46 +87,37 @@ def judgings(job: MakeJob, seed: int, budget: Budget, given: bool) -> list[Job]:
         needs = needs or (study.TRAINED_AS.get(name, name),)
         return job(study.judged_name(name, protocol), judge, *needs, judging=counts, model=name, protocol=protocol)
 
-    rows = study.ON_GIVEN if given else study.COMPARED if seed > 0 else study.rows(budget)
+    rows = study.COMPARED if seed > 0 else study.rows(budget)
     every = [judged(name, counts.main) for name in rows]
     if seed > 0:
         return every
-    strong = counts.strong > 0
-    if given:
-        every.append(judged(study.ALONE, study.AUTHORS))
-        return every + [judged(name, "strong") for name in study.ON_GIVEN if strong]
-    # Run the protocol standard even if strong is the main protocol, because the official AutoAttack is compared with
-    # standard.
-    compared = [name for name in ("standard", "official") if getattr(counts, name) > 0 and name != counts.main]
-    further = [(name, protocol) for name in study.OFFICIAL for protocol in compared]
-    further += [(name, "strong") for name in (*rows, study.BEST) if strong]
+    strong = [name for name in (*rows, study.BEST) if counts.strong > 0]
     return [
         *every,
         *(judged(name, study.AUTHORS) for name in study.AS_AUTHORS),
         *(job(study.tried_name(name), judge_candidate, name, judging=counts, model=name) for name in study.TRIED),
-        judged(study.BEST, counts.main, *map(study.tried_name, study.ELIGIBLE)),
-        *(judged(name, protocol, study.judged_name(name, counts.main)) for name, protocol in further),
+        judged(study.BEST, counts.main, *map(study.tried_name, study.CANDIDATES)),
+        *(judged(name, "strong", study.judged_name(name, counts.main)) for name in strong),
     ]
 
 
-def jobs(path: str, budget: Budget, device: str = "cpu", base: str | None = None) -> list[Job]:
+def jobs(path: str, budget: Budget, device: str = "cpu") -> list[Job]:
     """Return all jobs. Evaluations are listed first, so that each model is evaluated directly after its training.
 
     Args:
         path: folder of CIFAR-10.
         budget: amounts of training and evaluation.
         device: device that trains and evaluates, by its name in PyTorch.
-        base: name of a base in the zoo, for the jobs of `study.ON_GIVEN`. None means all jobs of the whole study.
     """
-    shared = {"data": path, "device": device, "budget": budget.training} | ({} if base is None else {"base": base})
+    shared = {"data": path, "device": device, "budget": budget.training}
     ordered: list[Job] = []
     for seed in range(budget.seeds):
 
         def job(name: str, work: Work, *needs: str | tuple[str, int], seed: int = seed, **more: object) -> Job:
             return Job(name, seed, work, needs, shared | more, threads=0)
 
-        ordered += judgings(job, seed, budget, base is not None)
-        ordered += trainings(job, seed, budget) if base is None else trainings_on_given(job, seed)
+        ordered += judgings(job, seed, budget)
+        ordered += trainings(job, seed, budget)
     return ordered
 
 

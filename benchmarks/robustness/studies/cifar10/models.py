@@ -4,9 +4,9 @@ All models are trained with crops and flips. Adversarially trained classifiers, 
 average of their weights. For the base and ARREST the weights without the average are evaluated too.
 
 The trainings with the paper's objective have the attacked target and the loss of the paper. Networks, optimizers and
-budgets are those of this study, so these trainings do not follow a recipe of `purify_fast.methods.recipes`. Three
-trainings use float32: the pre-training of AToP's generator, AToP with the paper's objective, and the candidate whose
-classifier is trained too. All other trainings use bfloat16.
+budgets are those of this study, so these trainings do not follow a recipe of `purify_fast.methods.recipes`. Two
+trainings use float32: the pre-training of AToP's generator, and AToP with the paper's objective. All other trainings
+use bfloat16.
 
 The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
 training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen by short
@@ -15,8 +15,6 @@ trial trainings. The choice uses training images that these trials leave out. No
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +44,7 @@ from purify_fast.training.config import TrainingAttack
 from ....speed.flops import flop_of
 from .. import Job, settings_of
 from . import study
-from .candidates import Candidate, CandidateTask, Mixed, TradesTask
+from .candidates import CandidateTask, TradesTask
 
 
 def images_of(job: Job) -> data.DataSet:
@@ -189,22 +187,6 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
     return facts
 
 
-def take_base(job: Job, folder: Path, root: Path) -> dict:
-    """Copy a given base from the zoo, in place of training a base, and measure its costs."""
-    model = zoo.load(job.settings["base"]).to(job.settings["device"])
-    images, config = images_of(job), adversarial(job.settings["budget"])
-    flop = training_flops(ArrestTask(copy.deepcopy(model), config, images.image_shape), images)
-    save_classifier(model, folder)
-    return costs(model, images, flop)
-
-
-def take_standard(job: Job, folder: Path, root: Path) -> dict:
-    """Copy the standard classifier of the first seed, because the purifiers of all seeds share it."""
-    first = replace(job, seed=0)
-    save_classifier(trained_classifier(first, root, study.STANDARD), folder)
-    return first.result(root, study.STANDARD)
-
-
 def search_arrest(job: Job, folder: Path, root: Path) -> dict:
     """Finetune by ARREST for a short time, with given lambda and phi. Return metrics on held-out training images."""
     images, budget = images_of(job), job.settings["budget"]
@@ -219,11 +201,9 @@ def search_arrest(job: Job, folder: Path, root: Path) -> dict:
 def chosen(job: Job, root: Path) -> tuple[float, float]:
     """Return the chosen lambda and phi: those with the highest accuracy under attack on held-out images.
 
-    The results of the first seed decide for all seeds. On a given base the values are `study.CHOSEN`.
+    The results of the first seed decide for all seeds.
     """
     budget = job.settings["budget"]
-    if "base" in job.settings:
-        return study.CHOSEN
     pairs = [(weight, angle) for weight in budget.weights for angle in budget.angles]
     first = replace(job, seed=0)
 
@@ -262,31 +242,26 @@ def best(job: Job, root: Path) -> str:
         result = first.result(root, study.tried_name(name))
         return result["tried"]["reliable"], result["tried"]["share"], result["clean"]
 
-    return max(study.ELIGIBLE, key=merit)
+    return max(study.CANDIDATES, key=merit)
 
 
-def _fresh_carso(job: Job, root: Path, images: data.DataSet, layers: Sequence[str]) -> Carso:
+def _fresh_carso(job: Job, root: Path, images: data.DataSet) -> Carso:
     """Return CARSO with random weights of the purifier from the job's seed, on the device of the job."""
     base = load_classifier(job.folder(root, study.BASE if job.name == study.BEST else study.BEHIND[job.name]))
     torch.manual_seed(job.seed)
     mean, std = data.statistics(images.x_train)
-    samples = job.settings["budget"].samples
-    defence = Carso(base, layers, images.image_shape, cond_dim=128, latent_dim=64, samples=samples, mean=mean, std=std)
+    sizes = {"cond_dim": 128, "latent_dim": 64, "samples": job.settings["budget"].samples}
+    defence = Carso(base, study.LAYERS, images.image_shape, **sizes, mean=mean, std=std)
     return defence.to(job.settings["device"])
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Copy weights of equal shape from the purifier that was trained with the paper's objective.
+    """Copy the weights of the purifier that was trained with the paper's objective.
 
     Return the fingerprint of the defence with this purifier.
     """
     before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
-    there = defence.state_dict()
-    own = {
-        key: value
-        for key, value in before.state_dict().items()
-        if not key.startswith("classifier.") and key in there and there[key].shape == value.shape
-    }
+    own = {key: value for key, value in before.state_dict().items() if not key.startswith("classifier.")}
     defence.load_state_dict(own, strict=False)
     return weights_fingerprint(before)
 
@@ -294,41 +269,26 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
     """Train CARSO with the paper's objective, or continue its training through the pipeline.
 
-    A training through the pipeline is for one of CARSO's rows, for a candidate, or for the best candidate. If the best
-    candidate is the mixture of two classifiers, nothing is trained.
+    A training through the pipeline is for one of CARSO's rows, for a candidate, or for the best candidate.
     """
     name = best(job, root) if job.name == study.BEST else job.name
-    if name == study.MIXED:
-        return mix(job, folder, root) | {"model": name}
     images, budget = images_of(job), job.settings["budget"]
-    how = study.CANDIDATES.get(name, Candidate("the study's own row"))
-    defence = _fresh_carso(job, root, images, study.LAYERS[-1:] if how.late else study.LAYERS)
+    defence = _fresh_carso(job, root, images)
     if name == study.CARSO:
         config = CarsoConfig(attack=TrainingAttack(eps=study.EPS, steps=budget.carso_steps), precision="bfloat16")
         task, epochs = CarsoTask(defence, config), budget.objective_epochs
     else:
+        loss = study.CANDIDATES.get(name, "cross_entropy")
         config = CarsoConfig(
-            attack_target="pipeline",
-            attack=attack_of(budget),
-            learning_rate=1e-4 if how.joint else 1e-3,
-            joint=how.joint,
-            # bfloat16 requires a frozen copy of the classifier, which does not exist if the classifier is trained.
-            precision="float32" if how.joint else "bfloat16",
+            attack_target="pipeline", attack=attack_of(budget), learning_rate=1e-3, precision="bfloat16"
         )
-        if how.loss == "distilled":
+        if loss == "distilled":
             config = replace(config, targets="classifier", reconstruction_weight=0.0)
         origin, epochs = _from_objective(job, root, defence), budget.pipeline_epochs
-        task = CandidateTask(defence, config, origin, how.loss)
+        task = CandidateTask(defence, config, origin, loss)
     facts = _fitted(job, folder, task, defence, epochs, images)
     save_whole(defence, folder)
     return facts | {"model": name}
-
-
-def mix(job: Job, folder: Path, root: Path) -> dict:
-    """Return the costs of the mixture. Its training costs are the sum of the training costs of the two classifiers."""
-    parts = [job.result(root, name) for name in (study.STANDARD, study.BASE)]
-    flop = 1e9 * sum(part["training_gflop"] for part in parts)
-    return costs(model_of(job, root, study.MIXED), images_of(job), flop)
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
@@ -364,9 +324,7 @@ def model_of(job: Job, root: Path, name: str) -> nn.Module:
     """Load the trained model of a row, on the device of the job."""
     trained = study.trained_as(name, job.seed)
     folder = job.folder(root, trained)
-    if name == study.MIXED:
-        model: nn.Module = Mixed(*(trained_classifier(job, root, part) for part in (study.STANDARD, study.BASE))).eval()
-    elif name in (study.NO_EMA, study.ARREST):
+    if name in (study.NO_EMA, study.ARREST):
         model = load_classifier(folder / study.LIVE)
     elif name in study.CARSO_ROWS or trained in study.BEHIND:
         model = load_defence(folder, load_classifier(folder / "classifier"))

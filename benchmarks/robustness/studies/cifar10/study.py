@@ -6,12 +6,12 @@ compared, and on which most of them are built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
 from .. import settings_of
-from .candidates import CANDIDATES, ELIGIBLE, MIXED
+from .candidates import CANDIDATES
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Judging:
         clean: number of test images for clean accuracy.
         fast: number of test images for the protocol fast.
         standard: number of test images for the protocol standard.
-        strong: number of test images for the protocol strong.
-        official: number of test images for the official AutoAttack.
+        strong: number of test images for the protocol strong, which evaluates only models of the first seed.
         held_out: number of held-out training images for the clean accuracy of the candidates.
         authors: number of test images for the attacks of the authors, on the rows of `AS_AUTHORS`.
         tried: protocol that attacks the candidates. It attacks as many held-out training images as test images.
@@ -31,21 +30,16 @@ class Judging:
 
     clean: int = 10000
     fast: int = 1000
-    standard: int = 200
+    standard: int = 0
     strong: int = 50
-    official: int = 200
     held_out: int = 1000
     authors: int = 200
     tried: Literal["fast", "strong"] = "strong"
 
-    def protocols(self) -> dict[str, int]:
-        """Return the protocols of this package that are used, each with its number of images."""
-        counts = {"fast": self.fast, "standard": self.standard, "strong": self.strong}
-        return {name: count for name, count in counts.items() if count > 0}
-
-    def beside_official(self) -> list[str]:
-        """Return the protocols that attack at least the images that the official AutoAttack attacks."""
-        return [name for name, count in self.protocols().items() if count >= self.official]
+    def protocols(self, seed: int) -> dict[str, int]:
+        """Return the protocols that evaluate the models of a seed, each with its number of images."""
+        used = {self.main: getattr(self, self.main)}
+        return used | ({"strong": self.strong} if seed == 0 and self.strong > 0 else {})
 
     @property
     def candidates(self) -> int:
@@ -55,8 +49,8 @@ class Judging:
     @property
     def main(self) -> str:
         """The protocol by which models are compared: the strongest among the protocols with the most images."""
-        counts = self.protocols()
-        return max(counts, key=lambda name: (counts[name], list(counts).index(name)))
+        names = ["fast", "standard", "strong"]
+        return max(names, key=lambda name: (getattr(self, name), names.index(name)))
 
 
 @dataclass(frozen=True)
@@ -75,20 +69,6 @@ class Budget:
     judging: Judging = Judging()
     shares: tuple[float, ...] = (0.5,)
     seeds: int = 2
-
-    def of_width(self, width: int) -> Budget:
-        """Return the same budget with networks of another width. The larger base is wider in the same proportion.
-
-        The size of a purifier does not depend on the width of the classifier. Therefore, at another width, the larger
-        base does not have as many parameters as base and purifier together, and the training of the longer base does
-        not need as much compute as the trainings of base and purifier together.
-
-        Args:
-            width: number of channels of the first stage.
-        """
-        amount = self.training
-        large = -(-amount.large_width * width // amount.width)
-        return replace(self, training=SimpleNamespace(**vars(amount) | {"width": width, "large_width": large}))
 
 
 def budget_of(amount: str) -> Budget:
@@ -152,31 +132,15 @@ PAIRS = (
 )
 #: Rows that are trained and evaluated with all seeds.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
-#: Rows that the official AutoAttack attacks too.
-OFFICIAL = (BASE, CARSO_PIPELINE, TRADES, ARREST_EMA)
 #: Rows that are compared on held-out training images, each with its source. First come two references, and then the
 #: candidates.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
-    MIXED: "Bai et al., TMLR 2024, arXiv 2402.02263",
-    **{name: how.source for name, how in CANDIDATES.items()},
+    "CARSO pipeline, TRADES": "the loss of Zhang et al., ICML 2019, arXiv 1901.08573",
+    "CARSO pipeline, distilled": "the base's probabilities as targets, as in ARD by Goldblum et al., AAAI 2020, arXiv "
+    "1905.09747",
 }
-
-
-#: Rows of the study on a given base of the zoo: AToP, ARREST, and the rows that they need.
-ON_GIVEN = (STANDARD, BASE, GENERATOR, ATOP, ATOP_STANDARD, ARREST_EMA, ARREST)
-#: Pairs of rows in `ON_GIVEN` whose differences are shown.
-GIVEN_PAIRS = (
-    (GENERATOR, BASE),
-    (ATOP, BASE),
-    (ATOP_STANDARD, STANDARD),
-    (ATOP, GENERATOR),
-    (ARREST, ARREST_EMA),
-    (ARREST, BASE),
-)
-#: Lambda and phi of ARREST on a given base. The study chose them on held-out training images with the first seed.
-CHOSEN = (50.0, 30.0)
 
 
 def trained_as(name: str, seed: int) -> str:
@@ -188,7 +152,7 @@ def trained_as(name: str, seed: int) -> str:
         name: name of the row.
         seed: seed of the training.
     """
-    if seed > 0 and name in ELIGIBLE:
+    if seed > 0 and name in CANDIDATES:
         return BEST
     return TRAINED_AS.get(name, name)
 
