@@ -18,7 +18,7 @@ from .robustness.broken import run_broken
 from .robustness.studies import diffusion_picture, run_study
 from .robustness.studies.cifar10 import robust_networks
 from .robustness.truth import run_truth
-from .speed import convolutions, gradient_memory, pipelines, running
+from .speed import gradient_memory, pipelines, running
 from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
@@ -32,7 +32,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         SimpleNamespace(main=running.pipelines_command, arguments=_pipelines),
         "measure the speed of whole predictions and training steps, compared with a plain implementation",
     ),
-    "convolutions": (convolutions, "measure the convolutions of AToP's generator, ours and PyTorch's"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),

@@ -205,25 +205,14 @@ def quantile(times: list[float], fifths: int) -> float:
     return sorted(times)[fifths * (len(times) - 1) // 5]
 
 
-def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Run several contestants in turn, and return the times of each.
-
-    Args:
-        clocks: for each contestant, a function that runs it and returns the seconds.
-        runs: number of runs of each contestant.
-    """
-    times: dict[str, list[float]] = {name: [] for name in clocks}
-    for _ in range(runs):
-        for name, clock in clocks.items():
-            times[name].append(clock())
-    return times
-
-
 def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """Time the contestants in several attempts, and return the times of the attempt with the least spread."""
+    """Time the contestants in turn, in several attempts, and return the times of the attempt with the least spread."""
     spreads = {}
     for _ in range(effort.attempts):
-        times = alternated(clocks, effort.runs)
+        times: dict[str, list[float]] = {name: [] for name in clocks}
+        for _ in range(effort.runs):
+            for name, clock in clocks.items():
+                times[name].append(clock())
         spread = max(quantile(t, 4) / quantile(t, 1) for t in times.values())
         spreads[spread] = times
         if spread <= effort.steady:

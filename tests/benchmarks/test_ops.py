@@ -113,7 +113,7 @@ def test_wrong_arguments_are_refused(arguments):
 
 def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
-    # three kernels of one function, by layers: benchmarks/speed/convolutions.py
+    # three kernels of one function, which the pipeline atop_finetune measures
     everything -= {"convolution", "convolution_input_gradient", "convolution_weight_gradient"}
     assert set(registry("cuda")) == everything
     assert set(registry("cpu")) == everything - {"decode_samples", "square_proposal"}  # kernels on a GPU alone
