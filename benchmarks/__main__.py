@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
 }
 #: CHECKED are the modules with a function ``check``. This function runs before ``main``, and refuses options with which
 #: ``main`` would fail later. REFUSALS are the errors that ``check`` may raise.
-CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)
+CHECKED, REFUSALS = (run_study,), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 
 def main(arguments: list[str] | None = None) -> None:
