@@ -11,7 +11,7 @@ from typing import Any
 from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check
-from .options import Unfit, add_device
+from .options import add_device
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
@@ -47,9 +47,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }
-#: CHECKED are the modules with a function ``check``. This function runs before ``main``, and refuses options with which
-#: ``main`` would fail later. REFUSALS are the errors that ``check`` may raise.
-CHECKED, REFUSALS = (run_study,), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,15 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
             module.arguments(own)
     chosen = parser.parse_args(arguments)
     module, _ = COMMANDS[chosen.command]
-    try:
-        if module in CHECKED:
-            module.check(chosen)
-    except REFUSALS as error:
-        parser.error(str(error))
-    try:
-        result = module.main(chosen)
-    except Unfit as error:
-        parser.error(str(error))
+    result = module.main(chosen)
     if isinstance(result, bool):
         sys.exit(not result)
     if result is not None:

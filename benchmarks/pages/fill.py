@@ -23,7 +23,6 @@ from purify_fast.evaluation.show.tables import markdown_table
 from .. import RESULTS
 from ..gpu import launches
 from ..kept import machines
-from ..options import Unfit
 from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
@@ -348,9 +347,6 @@ def publish() -> None:
 
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    try:
-        path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
-    except FileNotFoundError as error:
-        raise Unfit(str(error)) from error
+    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     publish()
     return path

@@ -55,7 +55,6 @@ from purify_fast.training import load_classifier
 
 from .. import RESULTS, kept, options, style
 from ..kept import Row
-from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
@@ -597,9 +596,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
     options.add_names(parser, RANKS, "--contestants", "attacks that are compared")
     images = "largest number of images of a contest; default: all images"
-    parser.add_argument("--images", type=options.at_least_one, help=images)
+    parser.add_argument("--images", type=int, help=images)
     rounds = "number of runs of every attack; default: 1"
-    parser.add_argument("--rounds", type=options.at_least_one, default=1, help=rounds)
+    parser.add_argument("--rounds", type=int, default=1, help=rounds)
     options.add_out(parser, "/studies")
 
 
@@ -625,7 +624,7 @@ def main(chosen: argparse.Namespace) -> str:
     for name in chosen.names or contests:
         if name not in contests:
             where = "without --robust: remove --robust" if chosen.robust else "with --robust: add --robust"
-            raise Unfit(f"the contest {name!r} exists only {where}")
+            raise ValueError(f"the contest {name!r} exists only {where}")
         contestants = {who: one for who, one in contests[name].contestants.items() if who in chosen.contestants}
         known = [row for row in read(out, file) if row["contest"] == name and row["contestant"] in contestants]
         known = [row for row in known if row["amount"] == asdict(amount)]

@@ -31,8 +31,6 @@ from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import MODEL, read_model, save_model
 from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
-from .. import options
-from ..options import Unfit
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
 
@@ -58,12 +56,12 @@ def card_of(name: str, source: Path) -> Card:
     """Return the card that a model has before the evaluation.
 
     Raises:
-        Unfit: neither the zoo nor the folder has a card for the model.
+        ValueError: neither the zoo nor the folder has a card for the model.
     """
     for folder in (MODELS / name, source):
         if (folder / FILE).is_file():
             return replace(read_card(folder), name=name)
-    raise Unfit(
+    raise ValueError(
         f"the zoo has no model {name!r}. Its models are {', '.join(packed.list())}. For a new model give NAME=FOLDER, "
         f"and put a {FILE} into FOLDER."
     )
@@ -243,7 +241,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in (PROTOCOLS | DIFFUSION_PROTOCOLS).items())
     shares = shares.replace("%", "%%")
     images = f"number of held-out images; default: {IMAGES}. The protocols attack these shares of them: {shares}"
-    parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
+    parser.add_argument("--images", type=int, default=IMAGES, help=images)
     parser.add_argument("--data", default="data", help="folder with MNIST and CIFAR-10; default: data")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; default: runs/zoo")
 

@@ -172,7 +172,7 @@ def ops_command(chosen: argparse.Namespace) -> str:
     measurable = registry(device.type)
     if unknown := [name for name in chosen.names if name not in measurable]:
         named = ", ".join(unknown)
-        raise options.Unfit(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
+        raise ValueError(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
     retain_freed_memory()
     run_ops(chosen.names or list(measurable), device, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)

@@ -104,11 +104,16 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ops", "nothing"], ["ops", "--device", "tpu"], ["ops", "decode_samples"], [], ["pipelines", "nothing"]],
+    [["ops", "nothing"], ["ops", "--device", "tpu"], [], ["pipelines", "nothing"]],
 )
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(SystemExit):
         program.main(arguments)
+
+
+def test_an_op_without_a_kernel_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="decode_samples is only for a GPU"):
+        program.main(["ops", "decode_samples"])
 
 
 def test_every_op_with_a_kernel_is_measured():

@@ -282,7 +282,7 @@ def test_the_committed_tables_are_those_of_the_committed_numbers(name, tmp_path)
 def test_the_table_of_an_unfinished_study_has_the_rows_that_are_there(tmp_path):
     with pytest.raises(NothingJudged, match=re.escape(str(tmp_path))):
         cifar10.write(tmp_path, tmp_path / "results", BUDGET)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(NothingJudged):
         program.main(["study", "cifar10", "--so-far", "--out", str(tmp_path)])
     finished(tmp_path, names.BASE, 1)
     judged(tmp_path, names.NO_EMA, 2)

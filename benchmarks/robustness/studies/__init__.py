@@ -221,10 +221,6 @@ class Study:
         """Add the options that only this study has."""
         parser.add_argument("--data", default="data", help="folder of the images; default: data")
 
-    def check(self, chosen: argparse.Namespace, results: Path) -> None:
-        """Raise ValueError or FileNotFoundError for options with which the study or its table would fail later."""
-        self.jobs(chosen)
-
     def variant(self, chosen: argparse.Namespace) -> str:
         """Return the suffix of the name of the runs' folder. Each budget has its own suffix."""
         return "" if chosen.amount == "default" else f"-{chosen.amount}"

@@ -23,7 +23,6 @@ from purify_fast.evaluation.subject import Variant
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 
-from ...options import at_least_one
 from . import Job, Study, Work, over_seeds, result_of, settings_of, write_page
 from .layer_ranking import rank_layers
 
@@ -162,7 +161,7 @@ class DigitsStudy(Study):
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--seeds", type=at_least_one, default=SEEDS, help=f"number of trainings of each row; default: {SEEDS}"
+            "--seeds", type=int, default=SEEDS, help=f"number of trainings of each row; default: {SEEDS}"
         )
         rows = "run only these rows, and the rows that they need; default: all rows"
         parser.add_argument("--rows", nargs="+", metavar="ROW", help=rows)

@@ -13,7 +13,6 @@ from pathlib import Path
 from purify_fast import zoo
 from purify_fast.cli.command import usable_device
 
-from ....options import at_least_one
 from .. import Job, Study
 from .job_list import clean_accuracy, jobs
 from .results import GIVEN, STEM, check_budget
@@ -34,7 +33,7 @@ class Cifar10(Study):
         super().arguments(parser)
         parser.add_argument(
             "--width",
-            type=at_least_one,
+            type=int,
             help="channels of the networks' first stage; default: 16, or 64 with --full. Only at the default width the "
             "larger base has the size of base and purifier together.",
         )
@@ -47,12 +46,11 @@ class Cifar10(Study):
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
         parser.add_argument("--so-far", action="store_true", help="train nothing; write the table of the finished jobs")
 
-    def check(self, chosen: argparse.Namespace, results: Path) -> None:
+    def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:
         # Refuse results of another budget now. Otherwise the study would fail hours later, when it writes the table.
-        check_budget(results, self.budget(chosen), STEM if chosen.base is None else GIVEN)
+        check_budget(folder, self.budget(chosen), STEM if chosen.base is None else GIVEN)
         if chosen.base is not None:
             zoo.card(chosen.base)
-        super().check(chosen, results)
 
     def budget(self, chosen: argparse.Namespace) -> Budget:
         usual = budget_of(chosen.amount)

@@ -19,7 +19,6 @@ import numpy as np
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, merge
 
-from ....options import Unfit
 from .. import ASKED, RESULT, folder_of, result_of
 from . import study
 from .study import Budget, Judging
@@ -31,7 +30,7 @@ STEM, GIVEN = "cifar10", "cifar10_given"
 BUDGET = "budget.json"
 
 
-class OtherBudget(Unfit):
+class OtherBudget(ValueError):
     """Raised if existing runs or results have another budget than the requested one. A table shows only one budget."""
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 from purify_fast.evaluation import Tradeoff, plot_tradeoff
 
-from ....options import Unfit
 from .. import write_page
 from . import study
 from .results import GIVEN, STEM, Results, collect
 from .study import Budget, Judging
 
 
-class NothingJudged(Unfit):
+class NothingJudged(ValueError):
     """Raised if a table is requested, but no model has been evaluated yet."""
 
 
