@@ -88,7 +88,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
-    "ops_counted": lambda _: performance.counted(),
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
     "pipelines_diffusion": lambda results: pipelines(results, "diffusion"),

@@ -18,7 +18,7 @@ from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.racing import IN_GRAPHS, LEVEL
 
 from ..prose import rendered
-from .timing import AUTOTUNED, CONTESTANTS, STYLES
+from .timing import CONTESTANTS, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE = "pipelines.csv", "pipelines.md"
@@ -162,17 +162,14 @@ def verdicts_table(rows: list[dict]) -> list[str]:
 
 def markdown(rows: list[dict]) -> str:
     """Return the page of the ops, with the chosen implementations and all rows."""
-    gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
-    kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
-    heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
+    heads = ["op", "shape", "dtype", "direction", "style", *CONTESTANTS, "ratio", "GB/s", ""]
     body = []
     for row in rows:
         cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
-        # Only some rows have the autotuned implementation, so its missing time does not mean that its result was wrong.
-        cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
-        cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
+        cells += [row[f"{kind}_us"] or "wrong" for kind in CONTESTANTS]
+        cells += [row["ratio"], row["GB_per_s"], row["verdict"]]
         body.append(cells)
-    values = {"rows": rows, "gpu": gpu, "least": LEVEL, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
+    values = {"rows": rows, "least": LEVEL, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
     return rendered(PAGES / "ops.md.jinja", (measured_on, verdicts_table), **values)
 
 

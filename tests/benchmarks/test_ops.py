@@ -124,7 +124,7 @@ def test_every_op_with_a_kernel_is_measured():
     assert set(registry("cpu")) == everything - {"decode_samples", "square_proposal"}  # kernels on a GPU alone
     for cases in (*registry("cpu").values(), *registry("cuda").values()):
         for case in cases():
-            assert set(case.directions) <= set(case.work)
+            assert set(case.directions) <= set(case.moved)
 
 
 def test_committed_results_are_complete():

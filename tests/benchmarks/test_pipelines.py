@@ -69,7 +69,7 @@ def test_float32_is_ieees_but_for_the_column_of_tf32(tf32, monkeypatch):
     now = lambda: seen.append(float32_settings()[0]) or torch.ones(2)  # noqa: E731
     job = Job(now, now)
     contestants = {"plain": Contestant(lambda device, quick: now() is None or job, False, tf32)}
-    monkeypatch.setattr(race, "registry", lambda: {"some": lambda quick: {"case": Case("", 0.1, contestants, "")}})
+    monkeypatch.setattr(race, "registry", lambda: {"some": lambda quick: {"case": Case("", 0.1, contestants)}})
     before, threads, pipe = float32_settings(), torch.get_num_threads(), _Commands("result", "time")
     race._work(pipe, "some", "case", "plain", "cpu", True, threads)
     assert all(done for done, _ in pipe.answers) and len(seen) >= 3
@@ -172,9 +172,9 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
 
     monkeypatch.setattr(race, "_Process", Fake)
     contestants = {label: Contestant(_other, False) for label in answers}
-    wrong = race.race("p", "c", Case("shape", 0.05, contestants, ""), CPU, True)
+    wrong = race.race("p", "c", Case("shape", 0.05, contestants), CPU, True)
     assert [row["verdict"] for row in wrong] == ["right", "wrong"] and wrong[1]["ms"] == ""
-    right = race.race("p", "c", Case("shape", 0.15, contestants, ""), CPU, True)[1]
+    right = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)[1]
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("2500.00", "2.00", "0.100")
     assert right["parts"] == "part:0.500"  # of the step beside it
     assert right["peak_MB"] == "3" and wrong[1]["peak_MB"] == ""

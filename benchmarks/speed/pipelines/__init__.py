@@ -46,8 +46,7 @@ class Contestant:
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
         compared: True if the result must agree with that of the first contestant. False for a contestant that does
-            other work than ours. `Case.flops` does not apply to such a contestant, and only its time and memory are
-            measured.
+            other work than ours. Only the time and memory of such a contestant are measured.
     """
 
     make: Make
@@ -64,13 +63,11 @@ class Case:
         shape: description of the input, for the tables.
         tolerance: largest allowed relative L2 distance between the results of a contestant and of the first contestant.
         contestants: compared implementations, by name.
-        flops: formula of the FLOP of our implementation. docs/performance.md explains the symbols.
     """
 
     shape: str
     tolerance: float
     contestants: dict[str, Contestant]
-    flops: str
 
 
 def autocast(make: Make, device: torch.device, quick: bool) -> Job:

@@ -135,4 +135,4 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
-    return {"prediction": Case(shape, 0.05, columns(_plain, _ours, captured=False), "B (F + E + K (D + F))")}
+    return {"prediction": Case(shape, 0.05, columns(_plain, _ours, captured=False))}
