@@ -63,10 +63,9 @@ def measured_pipelines(races: list[dict]) -> list[str]:
             for half in (False, True)
         ]
         times = [f"{float(row['ms']):,.1f}" if row and row["ms"] else "-" for row in (first, *compiled, ours)]
-        parts = ", ".join(f"{100 * part:.0f} % {name}" for name, part in sheets.parts(ours)) or "-"
-        body.append([f"{pipeline}: {name}; {ours['shape']}", ours["GFLOP"], *times, parts, ours["device"]])
+        body.append([f"{pipeline}: {name}; {ours['shape']}", ours["GFLOP"], *times, ours["device"]])
     contestants = ["plain", "compiled", "compiled, bfloat16", "ours"]
-    return table(["pipeline", "GFLOP", *contestants, "parts of its time", "device"], body)
+    return table(["pipeline", "GFLOP", *contestants, "device"], body)
 
 
 def measured_races(raced: dict) -> list[str]:

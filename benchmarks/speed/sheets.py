@@ -217,10 +217,4 @@ def pipelines_markdown(rows: list[dict]) -> str:
     Args:
         rows: rows of pipelines.csv.
     """
-    return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case, parts), rows=rows)
-
-
-def parts(row: dict) -> list[tuple[str, float]]:
-    """Return the parts of a contestant, each with its share of the contestant's time."""
-    pairs = (part.split(":") for part in row["parts"].split())
-    return [(name, float(share)) for name, share in pairs]
+    return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case), rows=rows)

@@ -7,7 +7,7 @@ implementation by this package. "Plain" is an implementation in plain PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,13 +23,10 @@ class Job:
     Attributes:
         run: function that is timed.
         result: function that returns numbers, which must agree with those of the first contestant.
-        parts: for each named part of the work of ``run``, a function that does this part alone. The parts are timed
-            separately.
     """
 
     run: Callable[[], object]
     result: Callable[[], Tensor]
-    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
 #: A function that makes a job for a device. Its second argument is True for a quick run, whose job is small.
@@ -82,7 +79,7 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
     if not quick:
         return job
     eager = torch.compiler.set_stance("force_eager")
-    return Job(eager(job.run), eager(job.result), job.parts)
+    return Job(eager(job.run), eager(job.result))
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:

@@ -158,8 +158,7 @@ def _ours(device: torch.device, quick: bool, replay: bool, compiled: bool = Fals
         metrics = task.training_step(batch)[1]
         return torch.stack([metrics["cross_entropy"], metrics["distance"]])
 
-    parts = {} if replay or compiled or captured else {"attack": lambda: task.attack(batch, config.attack)}
-    return Job(lambda: optimizer_step(task, batch), result, parts)
+    return Job(lambda: optimizer_step(task, batch), result)
 
 
 def cases(quick: bool) -> dict[str, Case]:

@@ -172,12 +172,7 @@ def _ours(
         with made.fixed_noise(SEED):
             return run()
 
-    if gradient or compiled:
-        return Job(run, result)
-    with torch.no_grad():
-        purified = made.purify(x)
-    parts = {"purifying": lambda: made.purify(x), "classifying": lambda: made.classify(purified)}
-    return Job(run, result, {name: torch.no_grad()(part) for name, part in parts.items()})
+    return Job(run, result)
 
 
 class ReverseSDE(nn.Module):
