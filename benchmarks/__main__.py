@@ -16,7 +16,6 @@ from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import diffusion_picture, run_study
-from .robustness.studies.cifar10 import robust_networks
 from .robustness.truth import run_truth
 from .speed import gradient_memory, pipelines, running
 from .speed.ops import registry
@@ -36,7 +35,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
-    "robust_networks": (robust_networks, "train a robust network for the comparison of attacks"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "diffusion_picture": (diffusion_picture, "draw an image that is noised, denoised step by step and purified"),

@@ -80,21 +80,11 @@ def prepare(source: Path, out: Path) -> Path:
     if (source / MODEL).stat().st_size <= LARGEST:
         shutil.copyfile(source / MODEL, out / MODEL)
     else:
-        store_in_bfloat16(source, out)
+        facts, state = read_model(source)
+        extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
+        stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+        save_model(out, facts["kind"], facts["arguments"], stored, **extra)
     return out
-
-
-def store_in_bfloat16(source: Path, out: Path) -> None:
-    """Convert the weights of a saved model to bfloat16, and save the model in another folder.
-
-    Args:
-        source: folder of the saved model.
-        out: folder for the converted model.
-    """
-    facts, state = read_model(source)
-    extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
-    stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
-    save_model(out, facts["kind"], facts["arguments"], stored, **extra)
 
 
 def pack(source: Path, card: Card, models: Path) -> None:

@@ -166,7 +166,7 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 def train_base(job: Job, folder: Path, root: Path) -> dict:
     """Train a classifier adversarially.
 
-    The setting ``how`` names what is special about the training, such as its start from a model of the zoo.
+    The setting ``how`` names what is special about the training, such as a larger network.
     """
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
@@ -174,8 +174,6 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
         model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
-    elif how.get("begin"):
-        model, epochs = zoo.load(how["begin"]).to(job.settings["device"]), budget.base_epochs
     else:
         model, epochs = fresh(job, images, budget.width), budget.base_epochs
     kind = TradesTask if how.get("trades") else ArrestTask
