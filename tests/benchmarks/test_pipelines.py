@@ -11,8 +11,6 @@ from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, sheets, timing
 from benchmarks.speed.flops import flop_of
 from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, registry
-from purify_fast.methods.arrest import ArrestTask
-from purify_fast.methods.arrest import task as arrest_training
 from purify_fast.ops import conv2d, use_backend
 from purify_fast.speed.precision import float32_settings
 
@@ -82,22 +80,6 @@ def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
     truth = lean(CPU, True).result()
     monkeypatch.setattr(atop_finetune.PlainGate, "forward", lambda self, x: F.elu(self.conv(x).chunk(2, 1)[0]) / 2)
     assert (lean(CPU, True).result() - truth).norm() > 1.2 * chosen.tolerance * truth.norm()
-
-
-def test_half_of_the_images_are_replayed_in_every_run(monkeypatch):
-    """Also after steps that moved the weights; the drift is computed each time."""
-    shares, replay, computed, drift = [], arrest_training.noisy_replay, [], ArrestTask.drift
-
-    def replayed(x, adversarial, drift, tau, *rest, **options):
-        shares.append((drift > tau).float().mean().item())
-        return replay(x, adversarial, drift, tau, *rest, **options)
-
-    monkeypatch.setattr(ArrestTask, "drift", lambda self, *rest: computed.append(drift(self, *rest)))
-    monkeypatch.setattr(arrest_training, "noisy_replay", replayed)
-    ours = registry()["arrest_step"](True)["half replayed"].contestants["ours"].make(CPU, True)
-    for _ in range(3):
-        ours.run()
-    assert shares == [0.5] * 3 and len(computed) == 3 and not torch.equal(computed[0], computed[2])
 
 
 @pytest.mark.slow
