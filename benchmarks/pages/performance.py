@@ -9,9 +9,7 @@ from purify_fast.ops.dispatch.op import SIZES
 
 from ..prose import rendered
 from ..speed import limits, sheets, shipping
-from ..speed.ops import Case, registry
 from ..speed.sheets import table
-from ..speed.timing import CONTESTANTS
 
 #: The name of a file in a device's folder. The notes in this file are written by hand, and stand at the end of the
 #: device's chapter.
@@ -25,47 +23,9 @@ NOT_RUN = (
 )
 
 
-def standard(cases: list[Case]) -> Case:
-    """Return the case that represents an op in the tables: the largest case of the op's first variant and dtype."""
-    same = [case for case in cases if (case.variant, case.dtype) == (cases[0].variant, cases[0].dtype)]
-    return max(same, key=lambda case: case.bytes("forward"))
-
-
 def _measured_on(rows: list[dict]) -> str:
     made = (f"{row['date']}, torch {row['torch']}, triton {row['triton'] or 'absent'}" for row in rows)
     return "; ".join(dict.fromkeys(made))
-
-
-def measured_ops(kind: str, rows: list[dict]) -> list[str]:
-    """Return the table of the times of eager calls, at one shape of every op."""
-    served = {(line["op"], line["direction"]): line["eager_calls"] for line in sheets.verdicts(rows)}
-    body = []
-    for op, cases in registry(kind).items():
-        case = standard(cases())
-        wanted = {"op": op, **case.named, "style": "eager"}
-        for direction in case.directions:
-            for row in (r for r in rows if {**wanted, "direction": direction}.items() <= r.items()):
-                times = [f"{float(row[f'{c}_us']):,.1f}" if row.get(f"{c}_us") else "-" for c in CONTESTANTS]
-                shape, by = " ".join(filter(None, case.named.values())), served.get((op, direction), "-")
-                body.append([op, direction, shape, *times, row["GB_per_s"], by, row["device"]])
-    return table(["op", "direction", "case", *CONTESTANTS, "GB/s", "eager calls run", "device"], body)
-
-
-def measured_pipelines(races: list[dict]) -> list[str]:
-    """Return the table of the times of predictions and training steps."""
-    body = []
-    for (pipeline, name), rows in sheets.by_case(races).items():
-        group = {row["contestant"]: row for row in rows}
-        ours, first = group["ours"], rows[0]
-        rivals = [row for who, row in group.items() if who.startswith("torch.compile")]
-        compiled = [
-            next((row for row in rivals if row["contestant"].endswith("bfloat16") == half), None)
-            for half in (False, True)
-        ]
-        times = [f"{float(row['ms']):,.1f}" if row and row["ms"] else "-" for row in (first, *compiled, ours)]
-        body.append([f"{pipeline}: {name}; {ours['shape']}", ours["GFLOP"], *times, ours["device"]])
-    contestants = ["plain", "compiled", "compiled, bfloat16", "ours"]
-    return table(["pipeline", "GFLOP", *contestants, "device"], body)
 
 
 def measured_races(raced: dict) -> list[str]:
@@ -109,14 +69,13 @@ def chapter(folder: Path) -> list[str]:
     text = rendered(
         Path(__file__).with_name("chapter.md.jinja"),
         name=folder.name,
-        ops=measured_ops("cpu" if folder.name == "cpu" else "cuda", rows) if rows else [],
         verdicts=lines,
         least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),
         in_graphs=[name for name, line in called.items() if line["in_graphs"] != "reference"],
         behind_in_graphs=[" ".join(pair) for pair in behind.items()],
         raced=raced,
         races=measured_races(raced) if raced else [],
-        pipelines=measured_pipelines(races) if races else [],
+        pages=[page for page, own in ((sheets.TABLE, rows), (sheets.PIPELINES_TABLE, races)) if own],
         notes=notes.read_text(encoding="utf-8") if notes.exists() else "",
     )
     return text.splitlines()
