@@ -125,7 +125,7 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
     Raises:
         ValueError: a defence does not fit the classifier that its card names.
     """
-    folder = folders.get(card.name, models / card.name)
+    folder = folders[card.name]
     if card.classifier is None:
         return load_classifier(folder)
     classifier = load_classifier(folders.get(card.classifier, models / card.classifier))
@@ -236,12 +236,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; default: runs/zoo")
 
 
-def sources_of(chosen: argparse.Namespace, models: Path) -> dict[str, Path]:
-    """Return the folders of the models that are packed or evaluated, by name."""
-    split = (model.partition("=") for model in chosen.models)
-    return {name: Path(source) if equals else models / name for name, equals, source in split}
-
-
 def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
     """Evaluate and pack models, and return their cards.
 
@@ -252,7 +246,8 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
     Raises:
         ValueError: a name is unknown, or a defence does not fit its classifier in the zoo.
     """
-    sources = sources_of(chosen, models)
+    split = (model.partition("=") for model in chosen.models)
+    sources = {name: Path(source) if equals else models / name for name, equals, source in split}
     cards = {name: card_of(name, source) for name, source in sources.items()}
     folders = {
         name: source if source == models / name else prepare(source, chosen.out / name / "model")
