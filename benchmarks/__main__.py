@@ -11,14 +11,13 @@ from typing import Any
 from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check
-from .options import Unfit, add_device
+from .options import add_device
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import diffusion_picture, run_study
-from .robustness.studies.cifar10 import robust_networks
 from .robustness.truth import run_truth
-from .speed import convolutions, gradient_memory, pipelines, running
+from .speed import gradient_memory, pipelines, running
 from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
@@ -32,12 +31,10 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         SimpleNamespace(main=running.pipelines_command, arguments=_pipelines),
         "measure the speed of whole predictions and training steps, compared with a plain implementation",
     ),
-    "convolutions": (convolutions, "measure the convolutions of AToP's generator, ours and PyTorch's"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
-    "robust_networks": (robust_networks, "train a robust network for the comparison of attacks"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "diffusion_picture": (diffusion_picture, "draw an image that is noised, denoised step by step and purified"),
@@ -48,9 +45,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }
-#: CHECKED are the modules with a function ``check``. This function runs before ``main``, and refuses options with which
-#: ``main`` would fail later. REFUSALS are the errors that ``check`` may raise.
-CHECKED, REFUSALS = (run_study, pack_zoo), (ValueError, FileNotFoundError, ModuleNotFoundError)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,15 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             module.arguments(own)
     chosen = parser.parse_args(arguments)
     module, _ = COMMANDS[chosen.command]
-    try:
-        if module in CHECKED:
-            module.check(chosen)
-    except REFUSALS as error:
-        parser.error(str(error))
-    try:
-        result = module.main(chosen)
-    except Unfit as error:
-        parser.error(str(error))
+    result = module.main(chosen)
     if isinstance(result, bool):
         sys.exit(not result)
     if result is not None:

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, and the error for options that cannot be used."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -12,27 +12,6 @@ import torch
 from purify_fast.cli.command import usable_device
 
 from . import RESULTS
-
-
-class Unfit(ValueError):
-    """Raised if a command cannot run with the given options, for example because they contradict existing files.
-
-    argparse prints the message, and the command ends.
-    """
-
-
-def at_least_one(text: str) -> int:
-    """Read a whole number that is at least 1."""
-    if (number := int(text)) < 1:
-        raise ArgumentTypeError(f"must be a whole number of at least 1, got {number}")
-    return number
-
-
-def seconds(text: str) -> float:
-    """Read a number of seconds or minutes, which must be above 0."""
-    if not (number := float(text)) > 0:
-        raise ArgumentTypeError(f"must be a number above 0, got {number:g}")
-    return number
 
 
 def one_of(known: Collection[str]) -> Callable[[str], str]:
@@ -92,4 +71,4 @@ def add_device(parser: ArgumentParser) -> None:
 def add_minutes(parser: ArgumentParser) -> None:
     """Add the option ``--minutes``, the time limit of a command."""
     text = "time limit; work that would probably exceed the limit is not started; default: no limit"
-    parser.add_argument("--minutes", type=seconds, default=math.inf, help=text)
+    parser.add_argument("--minutes", type=float, default=math.inf, help=text)

@@ -1,8 +1,8 @@
 """The common style of all pictures of the benchmarks.
 
 The background is white, which is readable in print and on dark pages. Each color has a meaning: green is this package,
-blue is torch.compile, gray is everything else, and red is an alarm. The figures do not use pyplot, because pyplot would
-change matplotlib's backend and the figures that the user has opened.
+gray is everything else, and red is an alarm. The figures do not use pyplot, because pyplot would change matplotlib's
+backend and the figures that the user has opened.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from purify_fast._files import atomic
 INK = "#1b1f24"
 #: The color of this package's implementations and models.
 OURS = "#1f6f4a"
-#: The color of ``torch.compile``.
-RIVAL = "#2457a6"
-#: The color of the plain implementation in PyTorch.
+#: The color of everything else.
 PLAIN = "#9aa4ae"
 ALARM = "#c62828"
 GRID = "#dde2e7"
@@ -49,35 +47,24 @@ def plain_axes(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], texts: list[str], most: float) -> Any:
+def bars(axes: Any, names: list[str], widths: list[float], colors: list[str], texts: list[str]) -> Any:
     """Draw horizontal bars from top to bottom, with a text at the end of each bar. Return matplotlib's bars.
 
     Args:
         axes: axes of matplotlib.
         names: name at the left of each bar.
-        widths: width of each bar.
+        widths: width of each bar in percent.
         colors: color of each bar.
         texts: text at the end of each bar.
-        most: largest width of any bar in the figure. With this width, all axes of the figure get the same scale.
     """
     container = axes.barh(range(len(names)), widths, height=0.72, color=colors)
     card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
     axes.bar_label(container, texts, padding=4, fontsize=8.5, color=INK, bbox=card)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.25 * most)
+    axes.set_xlim(0, 125)
     plain_axes(axes)
     return container
-
-
-def title(axes: Any, text: str) -> None:
-    """Write a title above the left edge of axes.
-
-    Args:
-        axes: axes of matplotlib.
-        text: text of the title.
-    """
-    axes.set_title(text, fontsize=9.5, loc="left", color=INK, weight="bold")
 
 
 def save(figure: Any, path: Path) -> None:

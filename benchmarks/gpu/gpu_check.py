@@ -46,7 +46,6 @@ from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import racing, records
 
 from .. import RESULTS, options
-from ..options import Unfit
 from ..pages import fill, performance
 from ..prose import rendered
 from ..speed import sheets, shipping
@@ -239,7 +238,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(chosen: argparse.Namespace) -> bool:
     """Run ``python -m benchmarks gpu_check``. Return True if all chosen sections have run, and none failed."""
     if not chosen.dry and not torch.cuda.is_available():
-        raise Unfit(f"no CUDA device is available: {why_no_device()}. Use --dry to rehearse all sections on the CPU.")
+        raise ValueError(
+            f"no CUDA device is available: {why_no_device()}. Use --dry to rehearse all sections on the CPU."
+        )
     device = torch.device("cpu" if chosen.dry else "cuda")
     # Make the path absolute, because pytest runs in another folder.
     out = options.out_of(chosen, chosen.dry, device_class(device)).resolve()

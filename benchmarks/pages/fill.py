@@ -23,7 +23,6 @@ from purify_fast.evaluation.show.tables import markdown_table
 from .. import RESULTS
 from ..gpu import launches
 from ..kept import machines
-from ..options import Unfit
 from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
@@ -88,7 +87,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
-    "ops_counted": lambda _: performance.counted(),
     "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
     "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
     "pipelines_diffusion": lambda results: pipelines(results, "diffusion"),
@@ -346,9 +344,6 @@ def publish() -> None:
 
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    try:
-        path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
-    except FileNotFoundError as error:
-        raise Unfit(str(error)) from error
+    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
     publish()
     return path

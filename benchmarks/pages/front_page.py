@@ -197,10 +197,11 @@ def picture(results: Path, path: Path) -> bool:
     axes = figure.add_subplot()
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))
     widths = [100 * row.accuracy for row in rows]
-    for bar, row in zip(style.bars(axes, titles, widths, colors, texts, 100), rows, strict=True):
+    for bar, row in zip(style.bars(axes, titles, widths, colors, texts), rows, strict=True):
         if not row.reliable:
             bar.set(facecolor="white", edgecolor=style.ALARM, hatch="////")
-    style.title(axes, "What CARSO seems to withstand, and what it withstands")
+    title = "What CARSO seems to withstand, and what it withstands"
+    axes.set_title(title, fontsize=9.5, loc="left", color=style.INK, weight="bold")
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
     style.save(figure, path)

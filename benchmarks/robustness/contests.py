@@ -55,7 +55,6 @@ from purify_fast.training import load_classifier
 
 from .. import kept, options
 from ..kept import Row
-from ..options import Unfit
 from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
@@ -564,7 +563,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robust", action="store_true", help="run the contests on robust networks, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
     images = "largest number of images of a contest; default: all images"
-    parser.add_argument("--images", type=options.at_least_one, help=images)
+    parser.add_argument("--images", type=int, help=images)
     options.add_out(parser, "/studies")
 
 
@@ -590,7 +589,7 @@ def main(chosen: argparse.Namespace) -> str:
     for name in chosen.names or contests:
         if name not in contests:
             where = "without --robust: remove --robust" if chosen.robust else "with --robust: add --robust"
-            raise Unfit(f"the contest {name!r} exists only {where}")
+            raise ValueError(f"the contest {name!r} exists only {where}")
         contestants = contests[name].contestants
         known = [row for row in read(out, file) if row["contest"] == name and row["amount"] == asdict(amount)]
         done = [row for row in known if is_current(row, contests[name])]

@@ -31,13 +31,11 @@ from purify_fast.training import load_classifier
 from purify_fast.training.checkpoint import MODEL, read_model, save_model
 from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card, write_card
 
-from .. import options
-from ..options import Unfit
 from . import revisions
 from .studies.cifar10 import clean_accuracy as share_correct
 
-#: The largest size of a model (LARGEST) and of all models of the zoo together (ALL), in bytes.
-LARGEST, ALL = 3_000_000, 20_000_000
+#: The largest size in bytes of a model that is stored in float32.
+LARGEST = 3_000_000
 #: The protocols whose accuracies are in a card, each with the share of the images that it attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
 #: The protocols for a purifier by diffusion, whose predictions are random. "votes" attacks and evaluates the majority
@@ -54,21 +52,16 @@ OLDER = "†"
 DIFFUSION = "diffusion"
 
 
-def size_of(folder: Path) -> int:
-    """Return the size of a saved model in bytes."""
-    return (folder / MODEL).stat().st_size
-
-
 def card_of(name: str, source: Path) -> Card:
     """Return the card that a model has before the evaluation.
 
     Raises:
-        Unfit: neither the zoo nor the folder has a card for the model.
+        ValueError: neither the zoo nor the folder has a card for the model.
     """
     for folder in (MODELS / name, source):
         if (folder / FILE).is_file():
             return replace(read_card(folder), name=name)
-    raise Unfit(
+    raise ValueError(
         f"the zoo has no model {name!r}. Its models are {', '.join(packed.list())}. For a new model give NAME=FOLDER, "
         f"and put a {FILE} into FOLDER."
     )
@@ -82,49 +75,16 @@ def prepare(source: Path, out: Path) -> Path:
     Args:
         source: folder that a training wrote.
         out: folder for the stored model.
-
-    Raises:
-        Unfit: both folders are the same.
     """
-    if source.resolve() == out.resolve():
-        raise Unfit(
-            f"FOLDER must not be the output folder {source}: give NAME=FOLDER with the folder that a training wrote"
-        )
     out.mkdir(parents=True, exist_ok=True)
-    if size_of(source) <= LARGEST:
+    if (source / MODEL).stat().st_size <= LARGEST:
         shutil.copyfile(source / MODEL, out / MODEL)
     else:
-        store_in_bfloat16(source, out)
+        facts, state = read_model(source)
+        extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
+        stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+        save_model(out, facts["kind"], facts["arguments"], stored, **extra)
     return out
-
-
-def store_in_bfloat16(source: Path, out: Path) -> None:
-    """Convert the weights of a saved model to bfloat16, and save the model in another folder.
-
-    Args:
-        source: folder of the saved model.
-        out: folder for the converted model.
-    """
-    facts, state = read_model(source)
-    extra = {key: value for key, value in facts.items() if key not in ("kind", "arguments", "version")}
-    stored = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
-    save_model(out, facts["kind"], facts["arguments"], stored, **extra)
-
-
-def check_size(source: Path) -> None:
-    """Check that a model is small enough for the zoo.
-
-    Args:
-        source: folder of the stored model.
-
-    Raises:
-        Unfit: the model is larger than `LARGEST`.
-    """
-    if (size := size_of(source)) > LARGEST:
-        raise Unfit(
-            f"the model in {source} has {size:,} bytes. A model of the zoo may have at most {LARGEST:,}: give a "
-            "smaller model."
-        )
 
 
 def pack(source: Path, card: Card, models: Path) -> None:
@@ -163,22 +123,13 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
         models: folder of the zoo.
 
     Raises:
-        Unfit: a defence does not fit the classifier that its card names.
+        ValueError: a defence does not fit the classifier that its card names.
     """
-    folder = folders.get(card.name, models / card.name)
+    folder = folders[card.name]
     if card.classifier is None:
         return load_classifier(folder)
     classifier = load_classifier(folders.get(card.classifier, models / card.classifier))
-    try:
-        model = load_defence(folder, classifier)
-    except ValueError as error:
-        raise Unfit(str(error)) from error
-    if model.own_classifier:
-        raise Unfit(
-            f"the classifier of the defence in {folder} was trained together with the purifier: give the folder of a "
-            f"defence whose classifier is the unchanged model {card.classifier!r} of the zoo."
-        )
-    return model
+    return load_defence(folder, classifier)
 
 
 def protocols_of(card: Card) -> dict[str, float]:
@@ -280,63 +231,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in (PROTOCOLS | DIFFUSION_PROTOCOLS).items())
     shares = shares.replace("%", "%%")
     images = f"number of held-out images; default: {IMAGES}. The protocols attack these shares of them: {shares}"
-    parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
+    parser.add_argument("--images", type=int, default=IMAGES, help=images)
     parser.add_argument("--data", default="data", help="folder with MNIST and CIFAR-10; default: data")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder for reports; default: runs/zoo")
-
-
-def sources_of(chosen: argparse.Namespace, models: Path) -> dict[str, Path]:
-    """Return the folders of the models that are packed or evaluated, by name."""
-    split = (model.partition("=") for model in chosen.models)
-    return {name: Path(source) if equals else models / name for name, equals, source in split}
-
-
-def check(chosen: argparse.Namespace, models: Path = MODELS) -> None:
-    """Check the options before any work.
-
-    Args:
-        chosen: options of the command.
-        models: folder of the zoo.
-
-    Raises:
-        ValueError: a name is unknown.
-        FileNotFoundError: a model or a data set does not exist.
-    """
-    for name, source in sources_of(chosen, models).items():
-        card = card_of(name, source)
-        if not (source / MODEL).is_file():
-            raise FileNotFoundError(
-                f"the folder {source} contains no model: give NAME=FOLDER with the folder that a training wrote"
-            )
-        load_dataset(card.data, chosen.data)
 
 
 def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
     """Evaluate and pack models, and return their cards.
 
     Args:
-        chosen: options of the command, which `check` has accepted.
+        chosen: options of the command.
         models: folder of the zoo.
 
     Raises:
-        Unfit: a model is too large, or a defence does not fit its classifier in the zoo.
+        ValueError: a name is unknown, or a defence does not fit its classifier in the zoo.
     """
-    sources = sources_of(chosen, models)
+    split = (model.partition("=") for model in chosen.models)
+    sources = {name: Path(source) if equals else models / name for name, equals, source in split}
     cards = {name: card_of(name, source) for name, source in sources.items()}
     folders = {
         name: source if source == models / name else prepare(source, chosen.out / name / "model")
         for name, source in sources.items()
     }
-    for folder in folders.values():
-        check_size(folder)
-    others = (path.parent for path in models.glob(f"*/{MODEL}") if path.parent.name not in folders)
-    if (total := sum(map(size_of, (*others, *folders.values())))) > ALL:
-        raise Unfit(f"the zoo would have {total:,} bytes. It may have at most {ALL:,}: pack fewer models.")
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
-    for path in models.glob(f"*/{FILE}"):
-        # If a classifier is replaced, check that all defences of the zoo that use this classifier fit the new one.
-        if (card := read_card(path.parent)).name not in cards and card.classifier in cards:
-            loaded(card, folders, models)
     judged = [
         judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out)
         for name, card in cards.items()

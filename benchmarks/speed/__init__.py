@@ -1,1 +1,1 @@
-"""Measure the time and memory of ops, convolutions and whole pipelines, and write tables of the results."""
+"""Measure the time and memory of ops and whole pipelines, and write tables of the results."""

@@ -22,7 +22,7 @@ from purify_fast._memory import peak_resident_memory
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import PreActResNet18
 
-from .. import RESULTS, options
+from .. import RESULTS
 from . import sheets, timing
 from .pipelines.diffusion import T_STAR, denoiser, loss
 
@@ -123,7 +123,7 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks memory``."""
     images = f"number of images in the batch; default: {IMAGES}"
-    parser.add_argument("--images", type=options.at_least_one, default=IMAGES, help=images)
+    parser.add_argument("--images", type=int, default=IMAGES, help=images)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; default: benchmarks/results")
 
 

@@ -76,6 +76,6 @@ def run(device: torch.device, quick: bool, out: Path) -> list[dict]:
 
 
 def read(folder: Path) -> dict[tuple[str, str], float]:
-    """Return the rates by device and limit, in bytes/s or FLOP/s. The result is empty if nothing was measured."""
+    """Return the rates by device and limit, in GB/s or GFLOP/s. The result is empty if nothing was measured."""
     rows = sheets.rows_of(folder / FILE)
-    return {(row["device"], row["limit"]): 1e9 * float(row["median"]) for row in rows}
+    return {(row["device"], row["limit"]): float(row["median"]) for row in rows}

@@ -14,7 +14,6 @@ import multiprocessing
 import statistics
 import time
 import traceback
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +75,6 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
                 "flops": lambda: flop_of(job.run),
                 "memory": lambda: allocated(job.run, device),
                 "rate": lambda: _matrix_rate(device, effort.matrix),
-                "parts": lambda: {name: seconds([part], device) for name, part in job.parts.items()},
             }
             while (command := pipe.recv()) is not None:
                 pipe.send((True, commands[command]()))
@@ -175,24 +173,18 @@ def race(
             distance = float((result - truth).norm() / truth.norm())
             right[label] = not case.contestants[label].compared or distance <= case.tolerance
         times: dict[str, list[float]] = {label: [] for label in processes}
-        rates, shares = [], defaultdict(list)
+        rates = []
         flops = processes["ours"].ask("flops")
-        processes["ours"].ask("parts")
         for _ in range(effort.runs):
             for label, process in processes.items():
                 time.sleep(pause)
                 times[label].append(process.ask("time"))
-                # Time the parts directly after the whole, because the speed of the machine changes over time.
-                if label == "ours":
-                    for part, spent in process.ask("parts").items():
-                        shares[part].append(spent / times[label][-1])
             time.sleep(pause)
             rates.append(processes["ours"].ask("rate"))
         most = {label: process.ask("memory") for label, process in processes.items()}
     finally:
         for process in processes.values():
             process.end(at_once=len(right) < len(processes))
-    parts = " ".join(f"{part}:{statistics.median(each):.3f}" for part, each in shares.items())
     rate, first = max(rates), statistics.median(times[next(iter(times))])
     rows = []
     for label in case.contestants:
@@ -210,7 +202,7 @@ def race(
         verdict = {None: "left out", False: "wrong", True: "right"}[right.get(label)]
         if label in right and not case.contestants[label].compared:
             verdict = "not compared"
-        row |= {"verdict": verdict, "parts": parts if label == "ours" else ""}
+        row["verdict"] = verdict
         row["peak_MB"] = f"{most[label] / 1e6:.0f}" if right.get(label) else ""
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
         rows.append(row | environment(device))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from purify_fast.speed import retain_freed_memory
 
 from .. import options
-from . import limits, pipelines, race, sheets, timing
+from . import pipelines, race, sheets, timing
 from .ops import Case, registry
 
 #: The columns that together identify a row of ops.csv.
@@ -108,20 +108,16 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
     if not budget.resume:
         kept = {at: row for at, row in kept.items() if at[0] not in names}
     order = {key(*row[1:]): i for i, row in enumerate(_rows(ops, list(ops), False))}
-    bandwidth = limits.read(out).get((timing.environment(device)["device"], limits.COPY))
     work = [row for row in _rows(ops, names, quick) if key(*row[1:]) not in kept]
     # Measure the first case of every op first, and eager calls before graphs, because a time limit may end the run.
     work.sort(key=lambda row: (row[0], timing.STYLES.index(row[4]), row[3] == "backward"))
 
-    def run(rank: int, *row) -> None:
-        contestants = timing.CONTESTANTS
-        if device.type == "cuda" and rank == 0:
-            contestants = (*contestants[:2], timing.AUTOTUNED, *contestants[2:])
-        kept[key(*row)] = timing.measure(*row, device, effort, contestants, bandwidth)
+    def run(*row) -> None:
+        kept[key(*row)] = timing.measure(*row, device, effort)
         sheets.write_csv(path, [kept[at] for at in sorted(kept, key=lambda at: order.get(at, len(order)))])
 
     try:
-        budget.go([(" ".join(filter(None, key(*row[1:]))), lambda row=row: run(*row)) for row in work], "row")
+        budget.go([(" ".join(filter(None, key(*row[1:]))), lambda row=row: run(*row[1:])) for row in work], "row")
     finally:
         if kept:
             sheets.report(out)
@@ -172,7 +168,7 @@ def ops_command(chosen: argparse.Namespace) -> str:
     measurable = registry(device.type)
     if unknown := [name for name in chosen.names if name not in measurable]:
         named = ", ".join(unknown)
-        raise options.Unfit(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
+        raise ValueError(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
     retain_freed_memory()
     run_ops(chosen.names or list(measurable), device, chosen.quick, out)
     rows = sheets.read_csv(out / sheets.ROWS)

@@ -1,4 +1,4 @@
-"""Make tables and pictures from the CSV files, and choose the implementation of each op from its measured rows.
+"""Make tables from the CSV files, and choose the implementation of each op from its measured rows.
 
 A row of ops.csv is the measurement of an op with a shape, a dtype, a direction and a style of calls (`timing` explains
 the styles). A row of pipelines.csv is the measurement of an implementation of a pipeline, called a contestant.
@@ -17,12 +17,11 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.racing import IN_GRAPHS, LEVEL
 
-from .. import style
 from ..prose import rendered
-from .timing import AUTOTUNED, CONTESTANTS, STYLES
+from .timing import CONTESTANTS, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
-PIPELINES, PIPELINES_TABLE, PIPELINES_PLOT = "pipelines.csv", "pipelines.md", "pipelines.png"
+PIPELINES, PIPELINES_TABLE = "pipelines.csv", "pipelines.md"
 
 #: The folder with the templates of the pages.
 PAGES = Path(__file__).with_name("pages")
@@ -163,17 +162,14 @@ def verdicts_table(rows: list[dict]) -> list[str]:
 
 def markdown(rows: list[dict]) -> str:
     """Return the page of the ops, with the chosen implementations and all rows."""
-    gpu = any(f"{AUTOTUNED}_us" in row for row in rows)
-    kinds = [*CONTESTANTS[:2], *([AUTOTUNED] if gpu else []), *CONTESTANTS[2:]]
-    heads = ["op", "shape", "dtype", "direction", "style", *kinds, "ratio", "GB/s", *(["of a copy"] if gpu else []), ""]
+    heads = ["op", "shape", "dtype", "direction", "style", *CONTESTANTS, "ratio", "GB/s", ""]
     body = []
     for row in rows:
         cells = [f"{row['op']} {row['variant']}".strip(), row["shape"], row["dtype"], row["direction"], row["style"]]
-        # Only some rows have the autotuned implementation, so its missing time does not mean that its result was wrong.
-        cells += [row.get(f"{kind}_us") or ("-" if kind == AUTOTUNED else "wrong") for kind in kinds]
-        cells += [row["ratio"], row["GB_per_s"], *([row["share_of_copy"] or "-"] if gpu else []), row["verdict"]]
+        cells += [row[f"{kind}_us"] or "wrong" for kind in CONTESTANTS]
+        cells += [row["ratio"], row["GB_per_s"], row["verdict"]]
         body.append(cells)
-    values = {"rows": rows, "gpu": gpu, "least": LEVEL, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
+    values = {"rows": rows, "least": LEVEL, "in_graphs": IN_GRAPHS, "every_row": table(heads, body)}
     return rendered(PAGES / "ops.md.jinja", (measured_on, verdicts_table), **values)
 
 
@@ -187,7 +183,6 @@ def report(folder: Path) -> None:
         write_text(folder / TABLE, markdown(ops))
     if raced := rows_of(folder / PIPELINES):
         write_text(folder / PIPELINES_TABLE, pipelines_markdown(raced))
-        plot_pipelines(raced, folder / PIPELINES_PLOT)
 
 
 def ops_speedups(path: Path) -> tuple[int, float, float]:
@@ -222,46 +217,4 @@ def pipelines_markdown(rows: list[dict]) -> str:
     Args:
         rows: rows of pipelines.csv.
     """
-    return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case, parts), rows=rows)
-
-
-def parts(row: dict) -> list[tuple[str, float]]:
-    """Return the parts of a contestant, each with its share of the contestant's time."""
-    pairs = (part.split(":") for part in row["parts"].split())
-    return [(name, float(share)) for name, share in pairs]
-
-
-def plot_pipelines(rows: list[dict], path: Path) -> None:
-    """Draw the speed of each contestant relative to the first contestant. A dashed line marks the best torch.compile.
-
-    Nothing is drawn if matplotlib is not installed.
-
-    Args:
-        rows: rows of pipelines.csv.
-        path: path of the PNG file.
-    """
-    cases = {case: [row for row in group if row["ms"]] for case, group in by_case(rows).items()}
-    heights = [len(group) + 1.2 for group in cases.values()]
-    figure = style.new_figure(figsize=(8.5, 0.25 * sum(heights) + 0.8))
-    if figure is None:
-        return
-    most = max(float(row["speed_up"]) for group in cases.values() for row in group)
-    panels = figure.subplots(len(cases), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})
-    for axes, ((pipeline, case), group) in zip(panels[:, 0], cases.items(), strict=True):
-        times = [float(row["speed_up"]) for row in group]
-        names = [row["contestant"].replace("ours", "purify_fast") for row in group]
-        texts = [f"{factor:.2f}   {float(row['ms']):,.0f} ms" for row, factor in zip(group, times, strict=True)]
-        style.bars(axes, names, times, [_colour(row["contestant"]) for row in group], texts, most)
-        rivals = [factor for row, factor in zip(group, times, strict=True) if "torch.compile" in row["contestant"]]
-        if rivals:
-            axes.axvline(max(rivals), color=style.RIVAL, linewidth=1.1, linestyle=(0, (4, 3)))
-        style.title(axes, f"{pipeline}: {case} ({group[0]['device']})")
-    text = "speed relative to the first implementation (dashed line: the fastest form of torch.compile)"
-    panels[-1, 0].set_xlabel(text, fontsize=8.5)
-    style.save(figure, path)
-
-
-def _colour(contestant: str) -> str:
-    if contestant.startswith("ours"):
-        return style.OURS
-    return style.RIVAL if "torch.compile" in contestant else style.PLAIN
+    return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case), rows=rows)

@@ -1,8 +1,7 @@
 """Measure one row of ops.csv: compare the results of several implementations of an op, then time them in turn.
 
 The compared implementations are called contestants. ``eager`` is the reference in PyTorch. ``compile`` is torch.compile
-of the reference. ``ours`` is the C++, Triton or CUDA kernel. On a GPU there is also ``autotuned``, which is
-torch.compile with the mode max-autotune-no-cudagraphs.
+of the reference. ``ours`` is the C++, Triton or CUDA kernel.
 
 There are two styles of calls. In the style ``eager``, the op is called from Python. In the style ``graph``, the op is
 compiled together with a multiplication before it and a sum after it. The compiler can fuse the op's reference with
@@ -41,7 +40,6 @@ from .ops import Case
 
 STYLES = ("eager", "graph")
 CONTESTANTS = ("eager", "compile", "ours")
-AUTOTUNED = "autotuned"
 #: The largest number of input sets that take turns. Inputs that would need more sets are so small that memory does not
 #: limit the time.
 MOST_SETS = 8
@@ -116,11 +114,10 @@ class Contestant:
         self.backend = backend_of(op, sets[0][0].device) if kind == "ours" else "reference"
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
-        if kind in ("compile", AUTOTUNED) or (kind == "ours" and style == "graph"):
+        if kind == "compile" or (kind == "ours" and style == "graph"):
             # Use no mode with CUDA graphs: the graphs would copy the inputs, and overwrite the outputs of the previous
             # run.
-            mode = "max-autotune-no-cudagraphs" if kind == AUTOTUNED else None
-            function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            function = torch.compile(function, fullgraph=True, dynamic=False)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
 
     def _call(self, function: Callable, case: Case, direction: str, inputs: tuple[Tensor, ...]) -> Callable:
@@ -205,25 +202,14 @@ def quantile(times: list[float], fifths: int) -> float:
     return sorted(times)[fifths * (len(times) - 1) // 5]
 
 
-def alternated(clocks: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Run several contestants in turn, and return the times of each.
-
-    Args:
-        clocks: for each contestant, a function that runs it and returns the seconds.
-        runs: number of runs of each contestant.
-    """
-    times: dict[str, list[float]] = {name: [] for name in clocks}
-    for _ in range(runs):
-        for name, clock in clocks.items():
-            times[name].append(clock())
-    return times
-
-
 def _steadiest(clocks: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """Time the contestants in several attempts, and return the times of the attempt with the least spread."""
+    """Time the contestants in turn, in several attempts, and return the times of the attempt with the least spread."""
     spreads = {}
     for _ in range(effort.attempts):
-        times = alternated(clocks, effort.runs)
+        times: dict[str, list[float]] = {name: [] for name in clocks}
+        for _ in range(effort.runs):
+            for name, clock in clocks.items():
+                times[name].append(clock())
         spread = max(quantile(t, 4) / quantile(t, 1) for t in times.values())
         spreads[spread] = times
         if spread <= effort.steady:
@@ -236,7 +222,7 @@ def _sets(case: Case, direction: str, device: torch.device) -> list[tuple[Tensor
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = min(MOST_SETS, math.ceil(2 * cache / case.count("bytes", direction)))
+        count = min(MOST_SETS, math.ceil(2 * cache / case.bytes(direction)))
     # Create the inputs on the device itself, because it would take long to copy large inputs.
     with device:
         sets = [[tensor.to(device) for tensor in case.inputs()]]
@@ -255,8 +241,6 @@ def measure(
     style: str,
     device: torch.device,
     effort: Effort,
-    contestants: tuple[str, ...] = CONTESTANTS,
-    bandwidth: float | None = None,
 ) -> dict:
     """Measure one row of ops.csv. A contestant whose result differs from that of the reference gets no time.
 
@@ -267,12 +251,10 @@ def measure(
         style: "eager" or "graph".
         device: device of the inputs.
         effort: number and length of the runs.
-        contestants: names of the compared implementations.
-        bandwidth: measured bandwidth of a copy in bytes/s, or None if it is unknown.
     """
     torch._dynamo.reset()
     sets = _sets(case, direction, device)
-    entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in contestants}
+    entries = {kind: Contestant(case, style, direction, kind, op, sets) for kind in CONTESTANTS}
     results = {}
     for kind, entry in entries.items():
         with entry.mode():
@@ -289,17 +271,16 @@ def measure(
     times = _steadiest(clocks, effort)
     row = {"op": op, **case.named, "direction": direction, "style": style, "backend": entries["ours"].backend}
     median = {}
-    for kind in contestants:
+    for kind in CONTESTANTS:
         median[kind] = statistics.median(times[kind]) if right[kind] else math.nan
         figures = {"us": median[kind], "p20": quantile(times[kind], 1), "p80": quantile(times[kind], 4)}
         for name, value in figures.items():
             row[f"{kind}_{name}"] = f"{1e6 * value:.2f}" if right[kind] else ""
-    best = min(median[k] for k in contestants if k != "ours" and right[k])
+    best = min(median[k] for k in CONTESTANTS if k != "ours" and right[k])
     row["ratio"] = f"{best / median['ours']:.3f}" if right["ours"] else ""
     row["verdict"] = verdict(row)
-    moved = case.count("bytes", direction) / median["ours"]
+    moved = case.bytes(direction) / median["ours"]
     row["GB_per_s"] = f"{moved / 1e9:.2f}" if right["ours"] else ""
-    row["share_of_copy"] = f"{moved / bandwidth:.3f}" if right["ours"] and bandwidth else ""
     return row | {"runs": effort.runs} | environment(device)
 
 

@@ -104,22 +104,27 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ops", "nothing"], ["ops", "--device", "tpu"], ["ops", "decode_samples"], [], ["pipelines", "nothing"]],
+    [["ops", "nothing"], ["ops", "--device", "tpu"], [], ["pipelines", "nothing"]],
 )
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(SystemExit):
         program.main(arguments)
 
 
+def test_an_op_without_a_kernel_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="decode_samples is only for a GPU"):
+        program.main(["ops", "decode_samples"])
+
+
 def test_every_op_with_a_kernel_is_measured():
     everything = {name for name in REGISTRY if not name.endswith("_backward")}
-    # three kernels of one function, by layers: benchmarks/speed/convolutions.py
+    # three kernels of one function, which the pipeline atop_finetune measures
     everything -= {"convolution", "convolution_input_gradient", "convolution_weight_gradient"}
     assert set(registry("cuda")) == everything
     assert set(registry("cpu")) == everything - {"decode_samples", "square_proposal"}  # kernels on a GPU alone
     for cases in (*registry("cpu").values(), *registry("cuda").values()):
         for case in cases():
-            assert set(case.directions) <= set(case.work)
+            assert set(case.directions) <= set(case.moved)
 
 
 def test_committed_results_are_complete():

@@ -1,9 +1,7 @@
 """Models are packed into the zoo by a command, with a card that says what two protocols left of them."""
 
-import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,32 +53,9 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     assert read_card(folder) == card
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["digits-best"], "'digits-best'.*cifar10-arrest-w16"),
-        (["digits-standard=nowhere"], "nowhere.*NAME=FOLDER"),
-        (["digits-standard", "--images", "0"], r"argument --images: .*\b0$"),
-        (["mnist-arrest", "--data", "nowhere"], "no data set 'mnist'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_any_work(options, message, monkeypatch, capsys):
-    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["zoo", *options])
-    assert re.search(message, capsys.readouterr().err, re.M)
-
-
-@pytest.mark.parametrize(
-    "limit, message", [("LARGEST", r"the model in .* bytes.* 1,000\b"), ("ALL", r"the zoo .* bytes.* 1,000\b")]
-)
-def test_what_is_too_large_is_refused_before_any_work(limit, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pack_zoo, limit, 1000)
-    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    with pytest.raises(ValueError, match=message):
-        pack_zoo.main(asked(f"digits-standard={packed.folder('digits-standard')}"), tmp_path / "models")
-    assert not (tmp_path / "models").exists()
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match=r"'digits-best'.*cifar10-arrest-w16"):
+        program.main(["zoo", "digits-best"])
 
 
 @pytest.fixture
@@ -95,7 +70,7 @@ def small_zoo(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo, monkeypatch):
     name = "digits-carso-pipeline"
-    monkeypatch.setattr(pack_zoo, "LARGEST", pack_zoo.size_of(packed.folder(name)) - 1)
+    monkeypatch.setattr(pack_zoo, "LARGEST", (packed.folder(name) / "model.safetensors").stat().st_size - 1)
     judged = []
     monkeypatch.setattr(pack_zoo, "clean_accuracy", lambda model, _: judged.append(model) or Accuracy(0.5, 2))
     source = packed.folder(name)
@@ -142,21 +117,6 @@ def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, m
     with pytest.raises(ValueError, match=r"classifier must have the weights .*, got \w+"):
         pack_zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
     assert not (small_zoo / name).exists()
-
-
-def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo, monkeypatch):
-    name = "digits-carso-pipeline"
-    shutil.copytree(packed.folder(name), small_zoo / name)
-    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    with pytest.raises(ValueError, match=r"classifier must .*digits-carso-pipeline was trained for"):
-        pack_zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)
-
-
-def test_the_folder_of_what_is_to_be_packed_is_no_source(small_zoo):
-    target = Path("runs/zoo/digits-carso-pipeline/model")
-    shutil.copytree(packed.folder("digits-carso-pipeline"), target)
-    with pytest.raises(ValueError, match=r"FOLDER.*runs/zoo/digits-carso-pipeline/model"):
-        pack_zoo.main(asked(f"digits-carso-pipeline={target}"), small_zoo)
 
 
 def test_what_is_too_large_in_float32_is_stored_in_bfloat16():

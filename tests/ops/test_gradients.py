@@ -18,7 +18,7 @@ from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import registry as ops_registry
 from purify_fast.ops.dispatch.registry import Op, define_op
 
-#: An op that is not registered under the name of its function, and that is raced by a benchmark of its own.
+#: An op that is not registered under the name of its function, and that has no benchmark of its own.
 CONVOLUTION = Case(
     lambda: (normal(2, 8, 6, 6, dtype=torch.float32), normal(4, 8, 3, 3, dtype=torch.float32)),
     lambda x, weight: ops.conv2d(x.bfloat16(), weight.bfloat16(), None, padding=1),

@@ -149,7 +149,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_names(parser, ENTRIES, "--only", "models that are evaluated")
     options.add_names(parser, JUDGES, "--judges", "methods that evaluate them")
     images = "largest number of images for a model; default: all images"
-    parser.add_argument("--images", type=options.at_least_one, help=images)
+    parser.add_argument("--images", type=int, help=images)
     options.add_minutes(parser)
     parser.add_argument("--data", default="data", help="folder with MNIST and CIFAR-10; default: data")
     options.add_out(parser, "")

@@ -210,10 +210,6 @@ class Study:
         """Add the options that only this study has."""
         parser.add_argument("--data", default="data", help="folder of the images; default: data")
 
-    def check(self, chosen: argparse.Namespace) -> None:
-        """Raise ValueError or FileNotFoundError for options with which the study or its table would fail later."""
-        self.jobs(chosen)
-
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return all trainings and attacks of the study."""
         raise NotImplementedError

@@ -359,11 +359,6 @@ class Diffusion(Study):
         every = list(settings_of(self.name)["data_sets"])
         parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
 
-    def check(self, chosen: argparse.Namespace) -> None:
-        super().check(chosen)
-        for name in chosen.data_sets:
-            data.load_dataset(name, chosen.data)
-
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
         settings, quick, jobs = settings_of(self.name), chosen.amount == "quick", []

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from purify_fast import data
 from purify_fast._files import folder_lock
 from purify_fast.attacks.original_autoattack import implementation
 
 from ... import RESULTS as ALL
-from ...options import at_least_one
 from . import Study, run
 from .arrest_mnist import ArrestMnist
 from .atop import AtopDigits, AtopMnist
@@ -35,36 +33,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             amounts.add_argument(f"--{amount}", dest="amount", action="store_const", const=amount, help=text)
         options.add_argument(
             "--workers",
-            type=at_least_one,
+            type=int,
             default=study.workers,
             help=f"number of jobs that run in parallel; default: {study.workers}",
         )
         options.add_argument("--out", type=Path, help="folder of the runs; default: runs/studies/NAME")
 
 
-def check(chosen: argparse.Namespace) -> None:
-    """Check the options, the data and the packages before any work.
-
-    Raises:
-        ValueError: an option cannot be used.
-        FileNotFoundError: the data set does not exist.
-        ModuleNotFoundError: AutoAttack, or a package for the data set, is not installed.
-    """
-    study = STUDIES[chosen.name]
-    study.check(chosen)
-    if study.uses_autoattack:
-        implementation()
-    data.load_dataset(study.dataset, chosen.data)
-
-
 def main(chosen: argparse.Namespace) -> str:
     """Run the unfinished jobs, and return the page with the tables.
 
-    The tables are written to benchmarks/results/studies if the run has the usual budget. The tables of other runs are
-    written to the folder of the runs.
+    The tables are written to benchmarks/results/studies if the run has the usual budget. The tables of other
+    runs are written to the folder of the runs.
+
+    Raises:
+        ModuleNotFoundError: the study needs AutoAttack, which is not installed.
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
+    if study.uses_autoattack:
+        implementation()
     with folder_lock(root):
         study.begin(root, results, chosen)
         run(study.jobs(chosen), root, chosen.workers, lambda: study.after_each(root, results, chosen))

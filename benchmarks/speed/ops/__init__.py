@@ -46,15 +46,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs of an op at one shape, and the least work that the op requires.
+    """The inputs of an op at one shape, and the bytes that the op must move.
 
     Attributes:
         inputs: function that makes the input tensors on torch's default device. In the style "graph" (see `timing`),
             the first input is multiplied by 2 before the call.
         call: public function of the op.
-        work: formulas of the bytes and of the FLOP for each direction. The bytes are those of reading every input once,
-            and of writing every output once. A formula may use ``symbols``, the number n of elements, and the bytes s
-            of an element.
+        moved: formula of the bytes for each direction. The bytes are those of reading every input once, and of writing
+            every output once. A formula may use ``symbols``, the number n of elements, and the bytes s of an element.
         differentiable: positions of the inputs that get a gradient.
         symbols: values of the symbols in the formulas.
         slack: factor by which the usual tolerance is multiplied when results are compared.
@@ -65,7 +64,7 @@ class Case:
 
     inputs: Callable[[], tuple[Tensor, ...]]
     call: Callable[..., Tensor | tuple[Tensor, ...]]
-    work: Mapping[str, tuple[str, str]]
+    moved: Mapping[str, str]
     differentiable: tuple[int, ...] = ()
     symbols: Mapping[str, int] = field(default_factory=dict)
     slack: float = 1.0
@@ -83,14 +82,10 @@ class Case:
     def directions(self) -> tuple[str, ...]:
         return ("forward", "backward") if self.differentiable else ("forward",)
 
-    def count(self, what: str, direction: str) -> int:
-        """Return the number of ``bytes`` or ``flops`` in a direction."""
+    def bytes(self, direction: str) -> int:
+        """Return the number of bytes that the op must move in a direction."""
         symbols = {"n": math.prod(self.shape), "s": self.dtype.itemsize, **self.symbols}
-        return int(eval(self.formula(what, direction), {"__builtins__": {}}, symbols))
-
-    def formula(self, what: str, direction: str) -> str:
-        """Return the formula of ``bytes`` or ``flops`` in a direction."""
-        return self.work[direction][("bytes", "flops").index(what)]
+        return int(eval(self.moved[direction], {"__builtins__": {}}, symbols))
 
 
 def kinds(*variants: str) -> tuple[tuple[torch.dtype, str], ...]:

@@ -7,7 +7,7 @@ implementation by this package. "Plain" is an implementation in plain PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,13 +23,10 @@ class Job:
     Attributes:
         run: function that is timed.
         result: function that returns numbers, which must agree with those of the first contestant.
-        parts: for each named part of the work of ``run``, a function that does this part alone. The parts are timed
-            separately.
     """
 
     run: Callable[[], object]
     result: Callable[[], Tensor]
-    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
 #: A function that makes a job for a device. Its second argument is True for a quick run, whose job is small.
@@ -46,8 +43,7 @@ class Contestant:
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
         compared: True if the result must agree with that of the first contestant. False for a contestant that does
-            other work than ours. `Case.flops` does not apply to such a contestant, and only its time and memory are
-            measured.
+            other work than ours. Only the time and memory of such a contestant are measured.
     """
 
     make: Make
@@ -64,13 +60,11 @@ class Case:
         shape: description of the input, for the tables.
         tolerance: largest allowed relative L2 distance between the results of a contestant and of the first contestant.
         contestants: compared implementations, by name.
-        flops: formula of the FLOP of our implementation. docs/performance.md explains the symbols.
     """
 
     shape: str
     tolerance: float
     contestants: dict[str, Contestant]
-    flops: str
 
 
 def autocast(make: Make, device: torch.device, quick: bool) -> Job:
@@ -85,7 +79,7 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
     if not quick:
         return job
     eager = torch.compiler.set_stance("force_eager")
-    return Job(eager(job.run), eager(job.result), job.parts)
+    return Job(eager(job.run), eager(job.result))
 
 
 def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:

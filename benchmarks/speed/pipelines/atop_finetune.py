@@ -301,4 +301,4 @@ def cases(quick: bool) -> dict[str, Case]:
         "torch.compile of lean plain, bfloat16": lean["torch.compile of plain, bfloat16"],
     }
     shape = f"{n} images of {side} x {side}, RT2, FGSM; as released: two passes, a discriminator; lean: neither"
-    return {"fine-tuning step": Case(shape, TOLERANCE, contestants | own, "B (4 F + 3 G)")}
+    return {"fine-tuning step": Case(shape, TOLERANCE, contestants | own)}

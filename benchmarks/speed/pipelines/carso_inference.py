@@ -111,28 +111,9 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     made = defence(device, quick).accelerate(compile=compiled)
     batch = size(quick)
     x, fixed = images(batch, made, device), latents(made, batch, device).transpose(0, 1).contiguous()
-
-    job = Job(torch.no_grad()(lambda: made(x)), torch.no_grad()(lambda: made.sample_logits(x, fixed)))
-    if compiled:
-        return job
-    with torch.no_grad():
-        representation = made.read(x)
-        condition = made.condition(x)
-        reconstructions = torch.sigmoid(made.decode(fixed, condition))
-
-    def encoders() -> Tensor:
-        with made._autocast(device):
-            return made.condition_encoder(representation)
-
-    parts = {
-        "representation": lambda: made.read(x),
-        "encoders": encoders,
-        "decoding": lambda: torch.sigmoid(made.decode(fixed, condition)),
-        "classifying": lambda: made.classify(reconstructions),
-    }
-    return Job(job.run, job.result, {name: torch.no_grad()(part) for name, part in parts.items()})
+    return Job(torch.no_grad()(lambda: made(x)), torch.no_grad()(lambda: made.sample_logits(x, fixed)))
 
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
-    return {"prediction": Case(shape, 0.05, columns(_plain, _ours, captured=False), "B (F + E + K (D + F))")}
+    return {"prediction": Case(shape, 0.05, columns(_plain, _ours, captured=False))}

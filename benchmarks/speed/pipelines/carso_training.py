@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from purify_fast.attacks.ball import Ball, sample_in_ball
 from purify_fast.methods.carso import CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import balanced_batch, kl_weight
+from purify_fast.methods.carso.task import kl_weight
 from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
@@ -123,8 +123,8 @@ def _plain(device: torch.device, quick: bool, target: str, compiled: bool = Fals
 
 def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False, captured: bool = False) -> Job:
     made = defence(device, quick, samples=1)
-    config, batch = setting(target, quick, "bfloat16"), batch_of(made, device, quick)
-    task = CarsoTask(made, config)
+    batch = batch_of(made, device, quick)
+    task = CarsoTask(made, setting(target, quick, "bfloat16"))
     task.graphs = StepGraphs("always") if captured else None
     made.accelerate(compile=compiled)
 
@@ -136,19 +136,15 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
         made.train()
         return task.training_step(batch)[0].detach()
 
-    def attacks() -> Tensor:
-        return balanced_batch(made.frozen_classifier, batch, config)
-
-    parts = {"attacks": attacks, "representation": torch.no_grad()(lambda: made.read(batch.x))}
-    return Job(run, result, parts if target == "classifier" and not (compiled or captured) else {})
+    return Job(run, result)
 
 
 def cases(quick: bool) -> dict[str, Case]:
     every = {}
-    for name, target, with_what, work in (
-        ("paper's objective", "classifier", "half of them adversarial", "B (2 F (S + 1) / 4 + F + 3 (E + Q + D))"),
-        ("pipeline step", "pipeline", "K = 1", "B (2 S (F + E + K (D + F)) + F + 3 (E + K D) + 2 K F)"),
+    for name, target, with_what in (
+        ("paper's objective", "classifier", "half of them adversarial"),
+        ("pipeline step", "pipeline", "K = 1"),
     ):
         shape = f"{16 if quick else BATCH} images, PGD-{setting(target, quick).attack.steps}, {with_what}"
-        every[name] = Case(shape, 0.03, columns(partial(_plain, target=target), partial(_ours, target=target)), work)
+        every[name] = Case(shape, 0.03, columns(partial(_plain, target=target), partial(_ours, target=target)))
     return every

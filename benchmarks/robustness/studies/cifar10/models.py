@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from purify_fast import data, load_defence, zoo
+from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
@@ -164,7 +164,7 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 def train_base(job: Job, folder: Path, root: Path) -> dict:
     """Train a classifier adversarially.
 
-    The setting ``how`` names what is special about the training, such as its start from a model of the zoo.
+    The setting ``how`` names what is special about the training, such as a larger network.
     """
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
@@ -172,8 +172,6 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
         model, epochs = trained_classifier(job, root, study.BASE), budget.long_epochs - budget.base_epochs
     elif how.get("large"):
         model, epochs = fresh(job, images, budget.large_width), budget.large_epochs
-    elif how.get("begin"):
-        model, epochs = zoo.load(how["begin"]).to(job.settings["device"]), budget.base_epochs
     else:
         model, epochs = fresh(job, images, budget.width), budget.base_epochs
     kind = TradesTask if how.get("trades") else ArrestTask
