@@ -23,8 +23,6 @@ logger = logging.getLogger("purify_fast")
 
 #: The file names of a run's last checkpoint and of the checkpoint before that.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-#: The file name of the checkpoint at the last good validation, to which a run returns after a collapse.
-GOOD = "checkpoint.good.safetensors"
 #: The file name of a saved model.
 MODEL = "model.safetensors"
 

@@ -187,12 +187,6 @@ class FitConfig:
             its full eps. For classifiers whose training attack has fewer than 10 steps, it uses PGD-10.
         on_full: reaction to a full disk. "stop" ends the run and keeps the last checkpoint; "wait" tries again every
             few seconds until there is room.
-        on_nan: reaction to a loss or weights that are not finite. "stop" ends the run and keeps the last checkpoint;
-            "back_off" returns to that checkpoint and continues with half of the learning rate, at most 5 times.
-        on_collapse: reaction to a validation with less than half of the best accuracy so far. "off" continues;
-            "back_off" returns to the last good checkpoint and continues with half of the learning rate, at most 5
-            times. This needs held-out images. Such a collapse is typical of single-step adversarial training that
-            overfits to its own attack within an epoch (catastrophic overfitting, Wong et al., ICLR 2020).
         cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
             captures the step once its kernel launches have taken as much time as a capture takes, and keeps the graph
             if a replay saves at least a tenth of the time. "always" captures the step wherever possible. "off" never
@@ -220,8 +214,6 @@ class FitConfig:
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
     on_full: OnFull = "stop"
-    on_nan: Literal["stop", "back_off"] = "stop"
-    on_collapse: Literal["off", "back_off"] = "off"
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     fused_optimizers: Literal["auto", "off"] = "auto"

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, batch, carso_task, images, same
+from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
+from small_runs import batch as small_batch
 from small_runs import task as small_task
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -197,7 +198,7 @@ class Overfitted(torch.nn.Module):
 )
 def test_a_validation_is_by_pgd(config):
     """A model that overfitted to one step withstands that, and not ten."""
-    given = batch()
+    given = small_batch()
     given = type(given)(torch.full_like(given.x, 0.5), torch.zeros_like(given.y), given.sample_ids, given.seed, 0, 10)
     made = ClassifierTask(Overfitted(), config)
     assert made.training_step(given)[1]["accuracy"] == 1
@@ -209,6 +210,6 @@ def test_a_training_attack_of_many_steps_validates_too():
     assert attack.of_validations() is attack
     assert TrainingAttack(eps=EPS, steps=9, norm="l2").of_validations() == TrainingAttack(eps=EPS, steps=10, norm="l2")
     # clean training is validated on clean images
-    made, given = ClassifierTask(SmallCNN(width=4), ClassifierConfig()), batch()
+    made, given = ClassifierTask(SmallCNN(width=4), ClassifierConfig()), small_batch()
     assert made.config.attack.eps == 0
     assert made.validate(given)["accuracy"] == (made.model(given.x).argmax(1) == given.y).float().mean()
