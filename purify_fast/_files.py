@@ -206,29 +206,6 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
                 place.rmdir()
 
 
-def lock_file(handle: int, *, shared: bool) -> bool:
-    """Lock an open file without waiting. The lock ends when the file is closed or the process ends.
-
-    Args:
-        handle: descriptor of the file. Duplicates of the descriptor share the lock. The lock ends when the last
-            duplicate is closed.
-        shared: whether other processes may have a shared lock at the same time.
-
-    Returns:
-        True if the file is locked. On Windows no lock is taken and the result is always True: the lock protects files
-        from removal, and Windows removes no file that is open.
-    """
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            # Another process has the lock, or the file system does not support locks.
-            return False
-    return True
-
-
 def _this_process() -> str:
     since = datetime.datetime.now().isoformat(" ", "seconds")
     return f"process {os.getpid()} on {socket.gethostname()} since {since} ({' '.join(sys.argv)[:300]})"

@@ -97,9 +97,9 @@ def fit(
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
             than a batch has; the task does not measure keep_best; the folder has a checkpoint of another run; a bank is
-            given, but the attacked model is trained, images are cropped at random or come from a loader, or the bank
-            would be too large. With several processes also: they cannot share a batch evenly, they have different data
-            or settings, or a model in training mode has a BatchNorm that is not synchronized.
+            given, but the attacked model is trained, or images are cropped at random or come from a loader. With
+            several processes also: they cannot share a batch evenly, they have different data or settings, or a model
+            in training mode has a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
