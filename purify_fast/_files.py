@@ -16,26 +16,17 @@ import datetime
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
-logger = logging.getLogger("purify_fast")
-
-#: The reaction of a run to a full disk: "stop" raises an error, "wait" tries again until there is space.
-OnFull = Literal["stop", "wait"]
 #: The errors of a full disk: no free space, a quota that is used up, or a file above the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: Seconds between two attempts to write to a full disk.
-PAUSE = 5.0
 LOCK, HOLDER = ".purify_fast.lock", ".purify_fast.holder"
 #: Seconds for which the program tries to get a lock. The run that has the lock may be about to end.
 PATIENCE = 0.2
@@ -53,37 +44,28 @@ PARTS = ("core", "cpu")
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
-def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", remark: str = "") -> None:
-    """Write a file. If the disk is full, either raise an error or wait until there is space.
+def with_room(write: Callable[[], None], path: Path, remark: str = "") -> None:
+    """Write a file. If the disk is full, raise an error that says what to do.
 
     Args:
-        write: function that writes the file. It may be called several times, and must remove its partial file if it
-            fails.
+        write: function that writes the file, and removes its partial file if it fails.
         path: path of the file, for the message.
-        on_full: "stop" raises an error, "wait" tries again every few seconds until there is space.
-        remark: text at the end of the message, for example about the previous version of the file.
+        remark: text in the message, for example about the previous version of the file.
 
     Raises:
-        OSError: the file cannot be written. A full disk raises this error only with "stop".
+        OSError: the file cannot be written.
     """
-    waited = False
-    while True:
-        try:
-            return write()
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
-            free = ""
-            with contextlib.suppress(OSError):
-                free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
-            text = f"{error.strerror}: {path} cannot be written{free}{remark}"
-            if on_full == "stop":
-                raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
-            if not waited:
-                logger.warning("%s; waiting until there is room", text)
-            waited = True
-        time.sleep(PAUSE)
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
+        text = f"{error.strerror}: {path} cannot be written{free}{remark}"
+        raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import OnFull, with_room
+from .._files import with_room
 from .._sealed import read_sealed, write_sealed
 from .._version import __version__
 
@@ -74,11 +74,11 @@ def read_tree(path: Path) -> Any:
     return restored(tree)
 
 
-def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
-    """Write a run's checkpoint, and keep the checkpoint before it. ``on_full="wait"`` waits for room on a full disk."""
+def save_checkpoint(folder: Path, tree: Any) -> None:
+    """Write a run's checkpoint, and keep the checkpoint before it."""
     path = folder / CHECKPOINT
     remark = f"; the last checkpoint is kept in {path}" if path.is_file() else ""
-    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, on_full, remark)
+    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, remark)
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:

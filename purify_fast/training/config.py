@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from .._files import OnFull
 from .._validation import (
     AtLeast0,
     Count,
@@ -185,8 +184,6 @@ class FitConfig:
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
             its full eps. For classifiers whose training attack has fewer than 10 steps, it uses PGD-10.
-        on_full: reaction to a full disk. "stop" ends the run and keeps the last checkpoint; "wait" tries again every
-            few seconds until there is room.
         cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
             captures the step once its kernel launches have taken as much time as a capture takes, and keeps the graph
             if a replay saves at least a tenth of the time. "always" captures the step wherever possible. "off" never
@@ -213,7 +210,6 @@ class FitConfig:
     validation_share: ShareBelow1 = 0.0
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
-    on_full: OnFull = "stop"
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     fused_optimizers: Literal["auto", "off"] = "auto"

@@ -30,7 +30,7 @@ from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "on_full", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
@@ -185,7 +185,7 @@ class Run:
             if self.bank is not None:
                 # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
                 self.bank.flush()
-            save_checkpoint(self.folder, self.state(), self.config.on_full)
+            save_checkpoint(self.folder, self.state())
         self.saved_at = time.monotonic()
 
     def save_if_due(self, now: bool = False) -> None:
@@ -216,7 +216,7 @@ class Run:
         """Write the whole ``log.jsonl`` again, so that a kill cannot cut a line in half."""
         if self.folder is not None and processes()[0] == 0:
             path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
-            with_room(lambda: write_text(path, text), path, self.config.on_full)
+            with_room(lambda: write_text(path, text), path)
 
     def kernels(self) -> dict[str, Any]:
         """Return the kernels for the run. A resumed run uses the kernels of its start, which its folder records."""
@@ -228,7 +228,7 @@ class Run:
             begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             ops.tell_changes(begun, now)
             return begun
-        with_room(lambda: write_text(path, json.dumps(now) + "\n"), path, self.config.on_full)
+        with_room(lambda: write_text(path, json.dumps(now) + "\n"), path)
         return now
 
     # -- held-out images
