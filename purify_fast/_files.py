@@ -3,8 +3,7 @@
 A file is first written under a temporary name, synced, and then renamed.
 
 A folder is locked with `filelock`: the operating system locks the file ``.purify_fast.lock``, and unlocks it when the
-process ends, even if the process is killed. The file ``.purify_fast.holder`` names the run that has the lock. Both
-files are removed when the run ends.
+process ends, even if the process is killed. The file is removed when the run ends.
 
 This module imports nothing of the package when it is loaded, because setup.py loads it without the package.
 """
@@ -12,14 +11,11 @@ This module imports nothing of the package when it is loaded, because setup.py l
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +23,7 @@ from pathlib import Path
 
 #: The errors of a full disk: no free space, a quota that is used up, or a file above the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK, HOLDER = ".purify_fast.lock", ".purify_fast.holder"
+LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock. The run that has the lock may be about to end.
 PATIENCE = 0.2
 
@@ -137,7 +133,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         folder: the folder, which is created if it is missing; None locks nothing.
 
     Raises:
-        FolderInUse: another run has the lock. The message names the machine, process, start and command of that run.
+        FolderInUse: another run has the lock.
         ValueError: the path is a file.
         OSError: the folder is not writable, or its file system does not support locks.
     """
@@ -166,17 +162,14 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise FolderInUse(f"{folder} is in use by another run{_holder(folder)}") from None
+        raise FolderInUse(
+            f"{folder} is in use by another run; wait for that run, end it, or give another folder"
+        ) from None
     _owners[path] = this
     try:
-        # On a full disk this file cannot be written. The folder is locked even then, but messages cannot name the run.
-        with contextlib.suppress(OSError):
-            (folder / HOLDER).write_text(_this_process())
         yield
     finally:
         del _owners[path]
-        with contextlib.suppress(OSError):
-            (folder / HOLDER).unlink()
         # Remove the lock file before the lock is released. After the release, another run may have locked the file.
         with contextlib.suppress(OSError):
             path.unlink()
@@ -186,20 +179,6 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
-
-
-def _this_process() -> str:
-    since = datetime.datetime.now().isoformat(" ", "seconds")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since} ({' '.join(sys.argv)[:300]})"
-
-
-def _holder(folder: Path) -> str:
-    """The end of an error message, which names the run that has the lock and says what to do."""
-    try:
-        who = f": {(folder / HOLDER).read_text()}"
-    except (OSError, UnicodeDecodeError):
-        who = ""
-    return f"{who}; wait for that run, end it, or give another folder"
 
 
 # -- the sources of the extension --------------------------------------------------------------------------------------

@@ -465,7 +465,7 @@ class Soak:
         self.disturb("second run", command, out, another, (0, 2))
         # the first may have ended while the second one started
         for code, errors in seen:
-            if code == 2 and "is in use by another run: process" not in errors:
+            if code == 2 and "is in use by another run" not in errors:
                 self.lost(f"{command.name}: a second run was refused for another reason: {errors[-400:]}")
             self.ends["second run, itself", code] += 1
 
