@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..speed.folding.inference_copy import autocast_to
 from .checkpoint import read_model, save_model
-from .config import ClassifierConfig, settings
+from .config import ClassifierConfig, TrainingAttack, settings
 from .schedules import one_cycle
 from .task import Batch, Metrics, Task, check_classifier
 
@@ -36,27 +36,20 @@ class ClassifierTask(Task):
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        config, x = self.config, batch.x
-        with self._precision(x):
-            if config.attack.eps > 0:
-                x = config.attack.run(self.model, batch, graphs=self.graphs)
-            return self._cross_entropy(x, batch.y)
+        return self._loss(batch, self.config.attack)
 
+    @torch.no_grad()
     def validate(self, batch: Batch) -> Metrics:
-        attack = self.config.attack.of_validations()
-        with self._precision(batch.x):
-            x = attack.run(self.model, batch, graphs=self.graphs) if attack.eps > 0 else batch.x
-            with torch.no_grad():
-                loss, metrics = self._cross_entropy(x, batch.y)
+        loss, metrics = self._loss(batch, self.config.attack.of_validations())
         return {"loss": loss, **metrics}
 
-    def _precision(self, x: Tensor) -> AbstractContextManager[object]:
-        rounded = self.config.precision == "bfloat16"
-        return autocast_to(x.device, torch.bfloat16) if rounded else nullcontext()
-
-    def _cross_entropy(self, x: Tensor, y: Tensor) -> tuple[Tensor, Metrics]:
-        logits = self.model(x)
-        return F.cross_entropy(logits, y), {"accuracy": (logits.detach().argmax(1) == y).float().mean()}
+    def _loss(self, batch: Batch, attack: TrainingAttack) -> tuple[Tensor, Metrics]:
+        x, rounded = batch.x, self.config.precision == "bfloat16"
+        with autocast_to(x.device, torch.bfloat16) if rounded else nullcontext():
+            if attack.eps > 0:
+                x = attack.run(self.model, batch, graphs=self.graphs)
+            logits = self.model(x)
+            return F.cross_entropy(logits, batch.y), {"accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         return one_cycle(progress, self.config.learning_rate)
