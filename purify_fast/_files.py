@@ -3,8 +3,7 @@
 A file is first written under a temporary name, synced, and then renamed.
 
 A folder is locked with `filelock`: the operating system locks the file ``.purify_fast.lock``, and unlocks it when the
-process ends, even if the process is killed. The file ``.purify_fast.holder`` names the run that has the lock. Both
-files are removed when the run ends.
+process ends, even if the process is killed. The file is removed when the run ends.
 
 This module imports nothing of the package when it is loaded, because setup.py loads it without the package.
 """
@@ -12,31 +11,19 @@ This module imports nothing of the package when it is loaded, because setup.py l
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
-import socket
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
-logger = logging.getLogger("purify_fast")
-
-#: The reaction of a run to a full disk: "stop" raises an error, "wait" tries again until there is space.
-OnFull = Literal["stop", "wait"]
 #: The errors of a full disk: no free space, a quota that is used up, or a file above the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: Seconds between two attempts to write to a full disk.
-PAUSE = 5.0
-LOCK, HOLDER = ".purify_fast.lock", ".purify_fast.holder"
+LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock. The run that has the lock may be about to end.
 PATIENCE = 0.2
 
@@ -53,37 +40,28 @@ PARTS = ("core", "cpu")
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
-def with_room(write: Callable[[], None], path: Path, on_full: OnFull = "stop", remark: str = "") -> None:
-    """Write a file. If the disk is full, either raise an error or wait until there is space.
+def with_room(write: Callable[[], None], path: Path, remark: str = "") -> None:
+    """Write a file. If the disk is full, raise an error that says what to do.
 
     Args:
-        write: function that writes the file. It may be called several times, and must remove its partial file if it
-            fails.
+        write: function that writes the file, and removes its partial file if it fails.
         path: path of the file, for the message.
-        on_full: "stop" raises an error, "wait" tries again every few seconds until there is space.
-        remark: text at the end of the message, for example about the previous version of the file.
+        remark: text in the message, for example about the previous version of the file.
 
     Raises:
-        OSError: the file cannot be written. A full disk raises this error only with "stop".
+        OSError: the file cannot be written.
     """
-    waited = False
-    while True:
-        try:
-            return write()
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
-            free = ""
-            with contextlib.suppress(OSError):
-                free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
-            text = f"{error.strerror}: {path} cannot be written{free}{remark}"
-            if on_full == "stop":
-                raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
-            if not waited:
-                logger.warning("%s; waiting until there is room", text)
-            waited = True
-        time.sleep(PAUSE)
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
+        text = f"{error.strerror}: {path} cannot be written{free}{remark}"
+        raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
 
 
 @contextlib.contextmanager
@@ -155,7 +133,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         folder: the folder, which is created if it is missing; None locks nothing.
 
     Raises:
-        FolderInUse: another run has the lock. The message names the machine, process, start and command of that run.
+        FolderInUse: another run has the lock.
         ValueError: the path is a file.
         OSError: the folder is not writable, or its file system does not support locks.
     """
@@ -184,17 +162,14 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise FolderInUse(f"{folder} is in use by another run{_holder(folder)}") from None
+        raise FolderInUse(
+            f"{folder} is in use by another run; wait for that run, end it, or give another folder"
+        ) from None
     _owners[path] = this
     try:
-        # On a full disk this file cannot be written. The folder is locked even then, but messages cannot name the run.
-        with contextlib.suppress(OSError):
-            (folder / HOLDER).write_text(_this_process())
         yield
     finally:
         del _owners[path]
-        with contextlib.suppress(OSError):
-            (folder / HOLDER).unlink()
         # Remove the lock file before the lock is released. After the release, another run may have locked the file.
         with contextlib.suppress(OSError):
             path.unlink()
@@ -204,43 +179,6 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
-
-
-def lock_file(handle: int, *, shared: bool) -> bool:
-    """Lock an open file without waiting. The lock ends when the file is closed or the process ends.
-
-    Args:
-        handle: descriptor of the file. Duplicates of the descriptor share the lock. The lock ends when the last
-            duplicate is closed.
-        shared: whether other processes may have a shared lock at the same time.
-
-    Returns:
-        True if the file is locked. On Windows no lock is taken and the result is always True: the lock protects files
-        from removal, and Windows removes no file that is open.
-    """
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            # Another process has the lock, or the file system does not support locks.
-            return False
-    return True
-
-
-def _this_process() -> str:
-    since = datetime.datetime.now().isoformat(" ", "seconds")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since} ({' '.join(sys.argv)[:300]})"
-
-
-def _holder(folder: Path) -> str:
-    """The end of an error message, which names the run that has the lock and says what to do."""
-    try:
-        who = f": {(folder / HOLDER).read_text()}"
-    except (OSError, UnicodeDecodeError):
-        who = ""
-    return f"{who}; wait for that run, end it, or give another folder"
 
 
 # -- the sources of the extension --------------------------------------------------------------------------------------

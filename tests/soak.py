@@ -138,8 +138,8 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-def start(command: Command, out: Path, cache: Path, more: tuple[str, ...] = ()) -> subprocess.Popen:
-    words = [*command.program, *command.every_word(out), *more]
+def start(command: Command, out: Path, cache: Path) -> subprocess.Popen:
+    words = [*command.program, *command.every_word(out)]
     # no file, which a full disk would cut off too
     process = subprocess.Popen(
         words,
@@ -234,8 +234,7 @@ class Soak:
             "SIGKILL": self.killed,
             "one of the processes killed": self.one_killed,
             "SIGTERM": self.terminated,
-            "full disk, stopped": self.full_stop,
-            "full disk, waited for": self.full_wait,
+            "full disk": self.full_disk,
             "small tmpfs": self.small_disk,
             "memory limit": self.little_memory,
             "clock set": self.clock,
@@ -327,12 +326,12 @@ class Soak:
                 self.lost(f"tune after {after}: {path.name} is not whole: {error}")
 
     def applies(self, kind: str, command: Command) -> bool:
-        """Tell whether a fault can happen to a command: not all write checkpoints or take the training's options."""
+        """Tell whether a fault can happen to a command: not all write checkpoints."""
         if command.program == tuple(TORCHRUN):
             return kind in ("SIGKILL", "one of the processes killed")
         if kind == "one of the processes killed":
             return False
-        if kind in ("full disk, waited for", "changed bit"):
+        if kind == "changed bit":
             return command.name.startswith("train ")
         if kind == "small tmpfs":
             return command.name == "train classifier" and namespaces()
@@ -345,13 +344,12 @@ class Soak:
         out: Path,
         act: Callable[[subprocess.Popen], object],
         codes: tuple[int, ...] | None,
-        more: tuple[str, ...] = (),
     ) -> tuple[int, str]:
         """Start a command, act at a random moment if it has not ended by itself, and wait for its end.
 
         It must end with one of these exit statuses if any are given, and without a traceback where it ends by itself.
         """
-        process, began = start(command, out, self.cache, more), time.monotonic()
+        process, began = start(command, out, self.cache), time.monotonic()
         # a quarter of the faults come before the work begins, the others into what is left
         begin = min(BEGIN, 0.5 * self.seconds[command.name])
         moment = self.draw.uniform(0.05, begin)
@@ -388,23 +386,12 @@ class Soak:
     def terminated(self, command: Command, out: Path) -> None:
         self.disturb("SIGTERM", command, out, lambda process: process.terminate(), (-15, 143, 0))
 
-    def full_stop(self, command: Command, out: Path) -> None:
+    def full_disk(self, command: Command, out: Path) -> None:
         """From a random moment on, no file can be written that is larger than a few bytes."""
         codes = (0, 2) if command.name != "demo" else (0, 1, 2)
-        code, errors = self.disturb("full disk, stopped", command, out, fill_disk, codes)
+        code, errors = self.disturb("full disk", command, out, fill_disk, codes)
         if code == 2 and str(out) not in errors:
             self.lost(f"{command.name} on a full disk names no file: {errors[-400:]}")
-
-    def full_wait(self, command: Command, out: Path) -> None:
-        def full_for_a_while(process: subprocess.Popen) -> None:
-            fill_disk(process)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(3.0)
-            with contextlib.suppress(ProcessLookupError):
-                fill_disk(process, UNLIMITED)
-
-        # what is written before and after the training has no such option
-        self.disturb("full disk, waited for", command, out, full_for_a_while, (0, 2), more=("--on-full", "wait"))
 
     def small_disk(self, command: Command, out: Path) -> None:
         """On a disk of 60 KiB, which has no room for two checkpoints; then the disk grows."""
@@ -478,7 +465,7 @@ class Soak:
         self.disturb("second run", command, out, another, (0, 2))
         # the first may have ended while the second one started
         for code, errors in seen:
-            if code == 2 and "is in use by another run: process" not in errors:
+            if code == 2 and "is in use by another run" not in errors:
                 self.lost(f"{command.name}: a second run was refused for another reason: {errors[-400:]}")
             self.ends["second run, itself", code] += 1
 
@@ -497,9 +484,9 @@ def kill_all(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def fill_disk(process: subprocess.Popen, most: int = 100) -> None:
-    """From now on a process can write no file that is larger than so many bytes."""
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, UNLIMITED))
+def fill_disk(process: subprocess.Popen) -> None:
+    """From now on a process can write no file that is larger than 100 bytes."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, UNLIMITED))
 
 
 def namespaces() -> bool:

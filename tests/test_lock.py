@@ -1,9 +1,6 @@
-"""One run per folder: who holds the lock, when it ends, and what is refused meanwhile."""
+"""One run per folder: when the lock ends, and what is refused meanwhile."""
 
-import errno
 import multiprocessing
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,7 +9,7 @@ import time
 
 import pytest
 
-from purify_fast._files import HOLDER, LOCK, FolderInUse, folder_lock
+from purify_fast._files import LOCK, FolderInUse, folder_lock
 
 HOLD = """
 import sys, time
@@ -38,23 +35,22 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_another_run_is_refused_by_name(tmp_path, holder):
+def test_another_run_is_refused(tmp_path, holder):
     began = time.monotonic()
     with pytest.raises(FolderInUse) as refusal, folder_lock(tmp_path / "run"):
         pass
-    words = str(refusal.value)
-    assert words.startswith(f"{tmp_path / 'run'} is in use by another run: process {holder.pid} on ")
-    assert "since 20" in words and "wait for that run, end it, or give another folder" in words
+    advice = "wait for that run, end it, or give another folder"
+    assert str(refusal.value) == f"{tmp_path / 'run'} is in use by another run; {advice}"
     assert time.monotonic() - began < 60
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (tmp_path / "run" / LOCK).is_file() and f"process {holder.pid}" in (tmp_path / "run" / HOLDER).read_text()
+    assert (tmp_path / "run" / LOCK).is_file()
     began = time.monotonic()
     with folder_lock(tmp_path / "run"):
-        assert (tmp_path / "run" / HOLDER).read_text().startswith(f"process {os.getpid()} on ")
+        pass
     assert time.monotonic() - began < 60 and list((tmp_path / "run").iterdir()) == []
 
 
@@ -94,17 +90,8 @@ def test_a_forked_process_does_not_hold_it(tmp_path):
         answer = context.Queue()
         process = context.Process(target=_take_in_a_fork, args=(tmp_path, answer))
         process.start()
-        assert f"process {os.getpid()} on" in answer.get(timeout=600)
+        assert "is in use by another run" in answer.get(timeout=600)
         process.join()
-
-
-def test_on_a_full_disk_the_lock_holds_without_its_holders_name(tmp_path, monkeypatch):
-    def full(path, text):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(pathlib.Path, "write_text", full)
-    with folder_lock(tmp_path):
-        assert not (tmp_path / HOLDER).exists()
 
 
 def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
@@ -112,14 +99,14 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
 
     for words in (["train", "classifier", "--out"], ["demo", "--out"]):
         assert cli.main([*words, str(tmp_path / "run")]) == 2
-        assert f"process {holder.pid} on" in capsys.readouterr().err
+        assert "is in use by another run" in capsys.readouterr().err
     (tmp_path / "model").mkdir()
     (tmp_path / "mine.py").write_text(
         "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))\n"
     )
     for attacked in (tmp_path / "model", "zoo:digits-pgd-at", f"{tmp_path}/mine.py:make"):
         assert cli.main(["evaluate", str(attacked), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
-        assert f"process {holder.pid} on" in capsys.readouterr().err
+        assert "is in use by another run" in capsys.readouterr().err
 
 
 def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
@@ -135,7 +122,7 @@ def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
     process = start_holder(records.file_of("raced", torch.device("cpu")).with_suffix(""))
     try:
         assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 2
-        assert f"process {process.pid} on" in capsys.readouterr().err
+        assert "is in use by another run" in capsys.readouterr().err
     finally:
         process.kill()
         process.wait()
@@ -146,5 +133,5 @@ def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
 def test_the_studies_and_the_check_of_a_gpu_lock_their_folders(tmp_path, holder, words):
     from benchmarks.__main__ import main
 
-    with pytest.raises(FolderInUse, match=f"process {holder.pid} on"):
+    with pytest.raises(FolderInUse, match="is in use by another run"):
         main([*words, "--out", str(tmp_path / "run")])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .._validation import Count, Positive, Share
+from .._validation import Count, Share
 from ..methods.atop import AtopConfig
 from ..methods.carso import CarsoConfig
 from ..training import FitConfig
@@ -71,18 +71,16 @@ class KeepsAttacks(Training):
             oldest variants.
         bank_folder: With --bank: folder of the file, which later runs can use too. Default: the folder banks in the
             folder of caches.
-        bank_gigabytes: With --bank: the largest size of all banks in that folder together, in GB.
     """
 
     bank: Count | None = None
     bank_refresh: Share = 0.05
     bank_folder: Path | None = None
-    bank_gigabytes: Positive = 20.0
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.bank is not None:
             return super().ignored_beside()
-        names = ("bank_refresh", "bank_folder", "bank_gigabytes")
+        names = ("bank_refresh", "bank_folder")
         message = "leave out {given}, or give --bank N, the number of variants to save per image"
         return super().ignored_beside() | {names: message}
 
@@ -91,7 +89,7 @@ class KeepsAttacks(Training):
 
         if self.bank is None:
             return None
-        return BankConfig(self.bank, self.bank_refresh, self.bank_folder, self.bank_gigabytes)
+        return BankConfig(self.bank, self.bank_refresh, self.bank_folder)
 
 
 @dataclass(frozen=True)

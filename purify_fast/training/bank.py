@@ -22,30 +22,24 @@ trains on the attacked images themselves.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from .._files import lock_file
 from .._tensors import per_image, text_hash
-from .._validation import Count, Norm, Positive, Share, check_types
+from .._validation import Count, Norm, Share, check_types
 from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
-
-logger = logging.getLogger("purify_fast")
 
 #: An attack on few images takes nearly as long as an attack on many. If each step would attack fewer images again than
 #: this number, then only every k-th step attacks images again, and attacks k times as many.
@@ -66,8 +60,6 @@ class BankConfig:
             the training has exactly the results of a training without a bank.
         folder: folder of the bank's file, which later runs can use too. None means ``banks`` in the folder of caches
             (PURIFY_FAST_CACHE).
-        gigabytes: limit for the size of all banks in the folder, in units of 10^9 bytes. To make room for a new bank,
-            the banks that were not used for the longest time are removed, except those that a run has open.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -76,7 +68,6 @@ class BankConfig:
     variants: Count = 4
     refresh: Share = 0.05
     folder: Path | None = None
-    gigabytes: Positive = 20.0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -170,8 +161,7 @@ class AdversarialBank:
     The file has M places for each image, with one record in each place. A record contains a checksum of its content and
     its place. A record is damaged if it is incomplete, or if two processes wrote it at the same time. Its checksum is
     then wrong, so the record counts as missing, and its variant is made again. Therefore no process has to wait for
-    another process. A process sees immediately what the others on the same machine wrote. No other run removes the file
-    while this object exists.
+    another process. A process sees immediately what the others on the same machine wrote.
 
     Attributes:
         path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
@@ -187,9 +177,8 @@ class AdversarialBank:
         batch_size: images of a step, of all processes together.
 
     Raises:
-        ValueError: there are no attacks, there are fewer variants than attacks, or the file and the other banks in use
-            would exceed the limit.
-        OSError: the file cannot be created or locked. A full disk raises this before any work.
+        ValueError: there are no attacks, or there are fewer variants than attacks.
+        OSError: the file cannot be created. A full disk raises this before any work.
     """
 
     def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
@@ -211,9 +200,7 @@ class AdversarialBank:
         folder = cache_folder() / "banks" if config.folder is None else Path(config.folder)
         self.path = folder / f"{text_hash(text).hexdigest()}.bank"
         shape = (images.count * images.views, places)
-        self.bytes = math.prod(shape) * kind.itemsize
-        with _opened(self.path, self.bytes, round(config.gigabytes * 1e9)) as file:
-            # the memory map duplicates the file's descriptor, so the lock is held as long as the map exists
+        with os.fdopen(_allocated(self.path, math.prod(shape) * kind.itemsize), "r+b") as file:
             self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
         # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)
@@ -303,14 +290,11 @@ class AdversarialBank:
         return records, whole
 
     def flush(self) -> None:
-        """Write the variants to the disk, and record that the file was used just now.
+        """Write the variants to the disk.
 
         Without this, a power failure may lose variants. A process that is killed loses none.
         """
         self._map.flush()
-        # the file may have been removed by hand
-        with contextlib.suppress(OSError):
-            os.utime(self.path)
 
 
 @dataclass
@@ -411,58 +395,9 @@ def _record_checksum(record: Any, place: tuple[int, int]) -> int:
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
-def _opened(path: Path, size: int, limit: int) -> BinaryIO:
-    """Open the file of a bank at its full size. While the file is open, a lock protects it from removal."""
-    if size > limit:
-        raise ValueError(
-            f"gigabytes is {limit / 1e9:.3g}, and the adversarial bank needs {size / 1e9:.3g} GB. Raise gigabytes, or "
-            "lower variants"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Only one run at a time may open a bank in this folder. Otherwise, two runs could both use the same free space.
-    with FileLock(path.parent / ".lock"):
-        _remove_unused(path, size, limit)
-        file = os.fdopen(_allocated(path, size), "r+b")
-        lock_file(file.fileno(), shared=True)
-    return file
-
-
-def _remove_unused(path: Path, size: int, limit: int) -> None:
-    """Make room for a bank of ``size`` bytes: remove other banks in its folder, the least recently used first."""
-    facts = {other: _size_and_use(other) for other in path.parent.glob("*.bank") if other != path}
-    others = sorted(facts, key=lambda other: facts[other][1])
-    sizes = {other: facts[other][0] for other in others}
-    in_use = sum(sizes[other] for other in others if not _is_unused(other))
-    if size + in_use > limit:
-        raise ValueError(
-            f"gigabytes is {limit / 1e9:.3g}, but the adversarial bank needs {size / 1e9:.3g} GB, and other runs use "
-            f"{in_use / 1e9:.3g} GB of banks in {path.parent}. Raise gigabytes, pass another folder, or wait until "
-            "these runs have ended"
-        )
-    total = size + sum(sizes.values())
-    for other in others:
-        if total <= limit:
-            break
-        # no run can open the file between the check and the removal, because opening needs the lock of the folder
-        if _is_unused(other):
-            with contextlib.suppress(OSError):
-                other.unlink()
-                total -= sizes[other]
-                logger.warning("removed the adversarial bank %s to make room: it was the least recently used", other)
-
-
-def _is_unused(path: Path) -> bool:
-    """Tell whether no run has a bank open."""
-    try:
-        with path.open("r+b") as file:
-            return lock_file(file.fileno(), shared=False)
-    except OSError:
-        # another process removed the file, or the file belongs to another user
-        return not path.exists()
-
-
 def _allocated(path: Path, size: int) -> int:
     """Return a descriptor of a bank's file. The file is created if it is missing, and gets its full size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
@@ -478,14 +413,4 @@ def _allocated(path: Path, size: int) -> int:
         advice = "Free space on this disk, pass another folder, or lower variants"
         message = f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB. {advice}"
         raise OSError(error.errno, message, str(path)) from error
-    os.utime(path)
     return handle
-
-
-def _size_and_use(path: Path) -> tuple[int, float]:
-    """Return the size of a file in bytes and the time of its last use; zeros if another process removed it."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return 0, 0.0
-    return facts.st_size, facts.st_mtime

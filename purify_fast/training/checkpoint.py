@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import OnFull, with_room
+from .._files import with_room
 from .._sealed import read_sealed, write_sealed
 from .._version import __version__
 
@@ -21,8 +21,6 @@ logger = logging.getLogger("purify_fast")
 
 #: The file names of a run's last checkpoint and of the checkpoint before that.
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-#: The file name of the checkpoint at the last good validation, to which a run returns after a collapse.
-GOOD = "checkpoint.good.safetensors"
 #: The file name of a saved model.
 MODEL = "model.safetensors"
 
@@ -72,11 +70,11 @@ def read_tree(path: Path) -> Any:
     return restored(tree)
 
 
-def save_checkpoint(folder: Path, tree: Any, on_full: OnFull = "stop") -> None:
-    """Write a run's checkpoint, and keep the checkpoint before it. ``on_full="wait"`` waits for room on a full disk."""
+def save_checkpoint(folder: Path, tree: Any) -> None:
+    """Write a run's checkpoint, and keep the checkpoint before it."""
     path = folder / CHECKPOINT
     remark = f"; the last checkpoint is kept in {path}" if path.is_file() else ""
-    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, on_full, remark)
+    with_room(lambda: write_tree(path, tree, folder / PREVIOUS), path, remark)
 
 
 def last_checkpoint(folder: Path, set_aside: bool = False) -> Any:

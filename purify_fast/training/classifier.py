@@ -1,9 +1,8 @@
-"""Trains classifiers on clean images, on PGD examples (Madry et al., ICLR 2018), or on examples that cost less time."""
+"""Trains classifiers on clean images, or on PGD examples (Madry et al., ICLR 2018)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._process import processes
 from .._tensors import structure_fingerprint
-from ..attacks.ball import ball_around, sample_in_ball
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
-from ..ops.pgd_step import pgd_step
 from ..speed.folding.inference_copy import autocast_to
 from .checkpoint import read_model, save_model
-from .config import ClassifierConfig, settings
-from .schedules import one_cycle, rising
-from .single_step import n_fgsm, nuclear_norm, nuclear_step
-from .task import Batch, Metrics, Task, Update, check_classifier
+from .config import ClassifierConfig, TrainingAttack, settings
+from .schedules import one_cycle
+from .task import Batch, Metrics, Task, check_classifier
 
 
 class ClassifierTask(Task):
@@ -41,55 +36,20 @@ class ClassifierTask(Task):
         )
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        config, x = self.config, batch.x
-        with self._precision(x):
-            if config.adversarial == "nuat":
-                return self._nuclear_step(batch)
-            if config.adversarial == "n_fgsm":
-                x = n_fgsm(self.model, batch, config.attack)
-            elif config.attack.eps > 0:
-                x = config.attack.run(self.model, batch, graphs=self.graphs)
-            return self._cross_entropy(x, batch.y)
+        return self._loss(batch, self.config.attack)
 
-    def updates(self, batch: Batch) -> Iterator[Update]:
-        if self.config.adversarial != "free":
-            yield from super().updates(batch)
-            return
-        attack, x = self.config.attack.at_epoch(batch.epoch, batch.epochs), batch.x
-        alpha = attack.eps if attack.alpha is None else attack.alpha
-        point = sample_in_ball(x, ball_around(x, attack.eps), seed=batch.seed, sample_ids=batch.sample_ids)
-        for _ in range(attack.steps):
-            point.requires_grad_()
-            with self._precision(x):
-                loss, metrics = self._cross_entropy(point, batch.y)
-            yield Update("model", loss, metrics)
-            # `fit` has run the backward pass of this loss, which also computes the gradient of the images
-            assert point.grad is not None
-            point = pgd_step(point.detach(), point.grad, x, alpha, attack.eps, lo=0.0, hi=1.0)
-
+    @torch.no_grad()
     def validate(self, batch: Batch) -> Metrics:
-        attack = self.config.attack.of_validations()
-        with self._precision(batch.x):
-            x = attack.run(self.model, batch, graphs=self.graphs) if attack.eps > 0 else batch.x
-            with torch.no_grad():
-                loss, metrics = self._cross_entropy(x, batch.y)
+        loss, metrics = self._loss(batch, self.config.attack.of_validations())
         return {"loss": loss, **metrics}
 
-    def _precision(self, x: Tensor) -> AbstractContextManager[object]:
-        rounded = self.config.precision == "bfloat16"
-        return autocast_to(x.device, torch.bfloat16) if rounded else nullcontext()
-
-    def _cross_entropy(self, x: Tensor, y: Tensor) -> tuple[Tensor, Metrics]:
-        logits = self.model(x)
-        return F.cross_entropy(logits, y), {"accuracy": (logits.detach().argmax(1) == y).float().mean()}
-
-    def _nuclear_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        weight = rising(self.config.nuclear_weight, batch.epoch - 1, batch.epochs, 0.9)
-        x = nuclear_step(self.model, batch, self.config.attack, weight)
-        attacked, clean = self.model(x), self.model(batch.x)
-        ce, norm = F.cross_entropy(clean, batch.y), nuclear_norm(clean - attacked)
-        accuracy = (attacked.detach().argmax(1) == batch.y).float().mean()
-        return ce + weight * norm, {"accuracy": accuracy, "nuclear_norm": norm.detach()}
+    def _loss(self, batch: Batch, attack: TrainingAttack) -> tuple[Tensor, Metrics]:
+        x, rounded = batch.x, self.config.precision == "bfloat16"
+        with autocast_to(x.device, torch.bfloat16) if rounded else nullcontext():
+            if attack.eps > 0:
+                x = attack.run(self.model, batch, graphs=self.graphs)
+            logits = self.model(x)
+            return F.cross_entropy(logits, batch.y), {"accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
 
     def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
         return one_cycle(progress, self.config.learning_rate)
@@ -99,11 +59,6 @@ class ClassifierTask(Task):
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.model, shape, classes)
-        if self.config.adversarial == "nuat" and processes()[1] > 1:
-            raise ValueError(
-                f"adversarial 'nuat' supports only 1 process, got {processes()[1]}: its nuclear norm needs the whole "
-                "batch in one process"
-            )
 
 
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFIERS.values(), ForeignClassifier)}

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from .._files import OnFull
 from .._validation import (
     AtLeast0,
     Count,
@@ -185,14 +184,6 @@ class FitConfig:
         keep_best: the weights that the run returns. "off": those at the end of the run. "loss" and "accuracy": those of
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
             its full eps. For classifiers whose training attack has fewer than 10 steps, it uses PGD-10.
-        on_full: reaction to a full disk. "stop" ends the run and keeps the last checkpoint; "wait" tries again every
-            few seconds until there is room.
-        on_nan: reaction to a loss or weights that are not finite. "stop" ends the run and keeps the last checkpoint;
-            "back_off" returns to that checkpoint and continues with half of the learning rate, at most 5 times.
-        on_collapse: reaction to a validation with less than half of the best accuracy so far. "off" continues;
-            "back_off" returns to the last good checkpoint and continues with half of the learning rate, at most 5
-            times. This needs held-out images. Such a collapse is typical of single-step adversarial training that
-            overfits to its own attack within an epoch (catastrophic overfitting, Wong et al., ICLR 2020).
         cuda_graphs: whether a step of the training's attack is captured as a CUDA graph, on a CUDA device. "auto"
             captures the step once its kernel launches have taken as much time as a capture takes, and keeps the graph
             if a replay saves at least a tenth of the time. "always" captures the step wherever possible. "off" never
@@ -219,9 +210,6 @@ class FitConfig:
     validation_share: ShareBelow1 = 0.0
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
-    on_full: OnFull = "stop"
-    on_nan: Literal["stop", "back_off"] = "stop"
-    on_collapse: Literal["off", "back_off"] = "off"
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     fused_optimizers: Literal["auto", "off"] = "auto"
@@ -232,21 +220,10 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """The settings of a classifier's training. This package has chosen every default, except where a source is named.
+    """The settings of a classifier's training. This package has chosen every default.
 
     Args:
         attack: PGD that makes the training examples; eps 0 trains on clean images.
-        adversarial: how the training examples are made. "pgd" runs the attack with all its steps. The other ways are
-            cheaper, support linf only, and use eps as the length of a step if the attack has no alpha. "n_fgsm": one
-            step without projection, from uniform noise of radius 2 eps (de Jorge et al., NeurIPS 2022, Algorithm 1).
-            "nuat": one step; the loss is cross-entropy on clean images plus the nuclear norm of the change of the
-            logits (Sriramanan et al., NeurIPS 2021); one process only. "free": an epoch trains m times on each batch,
-            where m is the number of the attack's steps, and each gradient changes both the weights and the images
-            (Shafahi et al., NeurIPS 2019, Algorithm 1; here every batch begins at a random point of the ball, in place
-            of the perturbation of the batch before). Validations use PGD-10 if the attack has fewer than 10 steps.
-        nuclear_weight: highest weight of the nuclear norm in "nuat". The weight rises from 0, epoch by epoch, over the
-            first nine tenths of the epochs. The authors use 4.5 for a ResNet-18 on CIFAR-10 and batches of 64 (their
-            CIFAR10/NuAT_cifar10.py, lines 37 and 274).
         learning_rate: highest learning rate of a one-cycle schedule.
         weight_decay: weight decay of AdamW.
         precision: "float32", which has the precision of IEEE on a GPU too; "tf32", which on a GPU rounds the factors of
@@ -258,22 +235,9 @@ class ClassifierConfig:
     """
 
     attack: TrainingAttack = TrainingAttack(eps=0.0, steps=7, relative_alpha=2.0, eps_warmup=0.2)
-    adversarial: Literal["pgd", "n_fgsm", "nuat", "free"] = "pgd"
-    nuclear_weight: AtLeast0 = 4.5
     learning_rate: Positive = 3e-3
     weight_decay: Annotated[float, Range(0, below=True)] = 5e-4
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.adversarial == "pgd":
-            return
-        if self.attack.norm != "linf" or self.attack.start_std is not None or not self.attack.random_start:
-            raise ValueError(
-                f"adversarial {self.adversarial!r} needs norm='linf' and a uniform random start, got "
-                f"norm={self.attack.norm!r}, random_start={self.attack.random_start}, start_std={self.attack.start_std}"
-            )
-        if self.attack.eps == 0:
-            raise ValueError(f"adversarial {self.adversarial!r} needs attack.eps above 0, got eps=0")
-        if self.adversarial != "free" and self.attack.steps != 1:
-            raise ValueError(f"adversarial {self.adversarial!r} needs attack.steps 1, got steps={self.attack.steps}")

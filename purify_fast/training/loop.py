@@ -31,7 +31,6 @@ from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
-from .checkpoint import CHECKPOINT, GOOD
 from .config import FitConfig
 from .distributed import average_, from_first, heartbeat, report_missing_process
 from .loss_watch import Diverged, LossWatch
@@ -41,10 +40,6 @@ from .sources import HeldOut, Images, make_sources, step_seed
 from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
-
-#: The largest number of times that a run backs off (returns to an earlier checkpoint), and the factor by which its
-#: learning rate falls each time.
-BACK_OFFS, BACK_OFF = 5, 0.5
 
 
 @heartbeat()
@@ -102,11 +97,10 @@ def fit(
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
             than a batch has; the task does not measure keep_best; the folder has a checkpoint of another run; a bank is
-            given, but the attacked model is trained, images are cropped at random or come from a loader, or the bank
-            would be too large. With several processes also: they cannot share a batch evenly, they have different data
-            or settings, or a model in training mode has a BatchNorm that is not synchronized.
-        FloatingPointError: the loss or the weights are not finite, or the accuracy collapsed. The last checkpoint is
-            kept.
+            given, but the attacked model is trained, or images are cropped at random or come from a loader. With
+            several processes also: they cannot share a batch evenly, they have different data or settings, or a model
+            in training mode has a BatchNorm that is not synchronized.
+        FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
             a driver, ends with status 1.
@@ -116,9 +110,6 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
-    for name in ("on_nan", "on_collapse"):
-        if folder is None and getattr(config, name) == "back_off":
-            raise ValueError(f"{name} 'back_off' needs a folder for the checkpoint to return to, got folder=None")
     source, held_out = make_sources(task, x, y, config, validation)
     run = Run(task, config, source, held_out, folder, bank=bank)
     if processes()[1] > 1:
@@ -152,30 +143,20 @@ def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     if run.step < run.total:
         # a keep_best that the task does not measure is refused before the training starts
         run.check_best()
-    if run.config.on_nan == "back_off" and run.step == 0:
-        # the run needs a checkpoint to go back to
-        run.save()
     while run.step < run.total:
         watch = LossWatch()
         try:
             state = _train_epoch(run, listeners, watch, stop)
         except Diverged as error:
-            _back_off(run, _diverged(run, watch, error))
-            continue
+            raise _diverged(run, watch, error) from error
         ended = state.epoch + 1
-        validated = ended % run.config.validation_every == 0 or ended == run.config.epochs
-        if run.held_out is not None and validated:
+        if run.held_out is not None and (ended % run.config.validation_every == 0 or ended == run.config.epochs):
             run.validate()
-            if run.collapsed():
-                _back_off(run, _collapsed(run, state.epoch), to_good=True)
-                continue
             state = replace(state, metrics=run.last)
         run.add_row(state.epoch, state.learning_rate, state.images_per_second)
         for listener in listeners:
             listener.on_epoch(state)
         run.save()
-        if run.config.on_collapse == "back_off" and validated:
-            run.copy_checkpoint(CHECKPOINT, GOOD)
         if run.step < run.total:
             _end_if_asked(run, stop)
 
@@ -197,7 +178,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
-        rate = run.rate * task.learning_rate(run.step / run.total, epoch, config.epochs)
+        rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
         with report_missing_process(run.step):
             measured = train_step(task, batch)
@@ -218,23 +199,6 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     return _state(run, images, run.last, epoch, images / max(time.monotonic() - began, 1e-9))
 
 
-def _back_off(run: Run, error: Diverged, to_good: bool = False) -> None:
-    """Return to the last checkpoint, or to the checkpoint at the last good validation, with a smaller learning rate.
-
-    Raises:
-        Diverged: on_nan is "stop", or the run has already backed off `BACK_OFFS` times.
-    """
-    rate = run.rate * BACK_OFF
-    if (run.config.on_nan == "stop" and not to_good) or rate < BACK_OFF**BACK_OFFS:
-        raise error
-    if to_good:
-        run.copy_checkpoint(GOOD, CHECKPOINT)
-    run.resume()
-    run.rate = rate
-    if processes()[0] == 0:
-        logger.warning("%s. The run continues from step %d with %g of the learning rate", error, run.step, rate)
-
-
 def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     """Return the error with an explanation."""
     step = watch.first_bad() if error.step is None else error.step
@@ -243,18 +207,8 @@ def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     kept = "" if run.folder is None else "; the last checkpoint is kept"
     return Diverged(
         f"epoch {epoch}: training diverged, {where}{kept}. Lower the learning rate, "
-        f"which was {run.rate:g} times that of the settings (on_nan='back_off' lowers it by itself), raise eps_warmup, "
-        "or use the precision float32 if it is bfloat16",
+        "raise eps_warmup, or use the precision float32 if it is bfloat16",
         step,
-    )
-
-
-def _collapsed(run: Run, epoch: int) -> Diverged:
-    """Return the error of a training whose accuracy on held-out images collapsed."""
-    return Diverged(
-        f"epoch {epoch}: training collapsed, the accuracy on held-out images fell to "
-        f"{run.last['validation_accuracy']:.3f}, less than half of the best so far, at {run.rate:g} of the learning "
-        "rate. If a lower learning rate does not help, use more attack steps or a smaller eps"
     )
 
 

@@ -10,7 +10,7 @@ INTERVAL = 100
 
 
 class Diverged(FloatingPointError):
-    """Raised if the loss or a weight is not finite, or if the accuracy of a validation collapsed.
+    """Raised if the loss or a weight is not finite.
 
     Attributes:
         step: the step whose loss is not finite, counted from 0; None if it is not known.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -17,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
-from .._files import atomic, with_room, write_text
+from .._files import with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, to_float
 from .bank import AdversarialBank, BankConfig
-from .checkpoint import CHECKPOINT, GOOD, last_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
 from .distributed import from_first
 from .loss_watch import Diverged
@@ -30,16 +29,13 @@ from .schedules import RunLength
 from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
 
-_ON_FAILURE = ("on_full", "on_nan", "on_collapse")
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
-_NO_FACTS = ("checkpoint_seconds", *_ON_FAILURE, "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
-_WRITTEN = (Path(CHECKPOINT).stem, Path(GOOD).stem, "kernels", "log", "model", "run")
+_WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
 KERNELS = "kernels.json"
 
-#: A run has collapsed if its validation accuracy is below this share of its best validation accuracy.
-COLLAPSE = 0.5
 #: Before a training, the task is run on this number of images, to find the names of its metrics.
 LOOK = 8
 
@@ -66,8 +62,6 @@ class Run:
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
-        rate: factor for the task's learning rate. It is 1 at first, and is multiplied by 0.5 each time that the run
-            returns to a checkpoint because of on_nan or on_collapse.
     """
 
     def __init__(
@@ -92,7 +86,7 @@ class Run:
             self.facts["bank"] = task.bank = bank.facts
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
         self.terms = task.acts_from_step = task.terms(self.length)
-        self.total, self.step, self.rate, self.saved_at = self.length.steps, 0, 1.0, time.monotonic()
+        self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
 
@@ -146,7 +140,7 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
-        progress |= {"best": self.best, "rate": self.rate, "rows": self.rows}
+        progress |= {"best": self.best, "rows": self.rows}
         return {**weights, "facts": self.facts, **progress}
 
     def resume(self) -> None:
@@ -167,7 +161,7 @@ class Run:
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for name in ("step", "last", "best", "rate", "rows", "counts"):
+        for name in ("step", "last", "best", "rows", "counts"):
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
 
@@ -191,19 +185,8 @@ class Run:
             if self.bank is not None:
                 # a resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk
                 self.bank.flush()
-            save_checkpoint(self.folder, self.state(), self.config.on_full)
+            save_checkpoint(self.folder, self.state())
         self.saved_at = time.monotonic()
-
-    def copy_checkpoint(self, name: str, other: str) -> None:
-        """Copy the checkpoint called ``name`` in the folder to the file called ``other``."""
-        if self.folder is not None and processes()[0] == 0:
-            source, path = self.folder / name, self.folder / other
-
-            def copy() -> None:
-                with atomic(path) as temporary:
-                    shutil.copyfile(source, temporary)
-
-            with_room(copy, path, self.config.on_full)
 
     def save_if_due(self, now: bool = False) -> None:
         """Write a checkpoint in the middle of an epoch: ``now``, or if the last checkpoint is checkpoint_seconds old.
@@ -233,7 +216,7 @@ class Run:
         """Write the whole ``log.jsonl`` again, so that a kill cannot cut a line in half."""
         if self.folder is not None and processes()[0] == 0:
             path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
-            with_room(lambda: write_text(path, text), path, self.config.on_full)
+            with_room(lambda: write_text(path, text), path)
 
     def kernels(self) -> dict[str, Any]:
         """Return the kernels for the run. A resumed run uses the kernels of its start, which its folder records."""
@@ -245,7 +228,7 @@ class Run:
             begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             ops.tell_changes(begun, now)
             return begun
-        with_room(lambda: write_text(path, json.dumps(now) + "\n"), path, self.config.on_full)
+        with_room(lambda: write_text(path, json.dumps(now) + "\n"), path)
         return now
 
     # -- held-out images
@@ -271,30 +254,23 @@ class Run:
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
 
     def check_best(self) -> None:
-        """Refuse a keep_best or an on_collapse that needs a metric which the task does not measure.
+        """Refuse a keep_best that needs a metric which the task does not measure.
 
         Every task measures the loss, so nothing is computed if only the loss is needed.
 
         Raises:
             ValueError: the metric is missing; the message names the metrics that the task measures.
         """
-        chosen = {self.config.keep_best} - {"off", "loss"}
-        if self.config.on_collapse == "back_off":
-            chosen.add("accuracy")
-        if self.held_out is None or not chosen:
+        chosen = self.config.keep_best
+        if self.held_out is None or chosen in ("off", "loss"):
             return
         images, labels, ids = next(self.held_out.epoch(0, 0))
         with self.finished():
             measured = self.measure((images[:LOOK], labels[:LOOK], ids[:LOOK]))
-        for name in chosen - measured.keys():
-            option = f"keep_best {name!r}" if name == self.config.keep_best else "on_collapse 'back_off'"
-            raise ValueError(f"{option} needs the metric {name}; this training measures {', '.join(measured)}")
-
-    def collapsed(self) -> bool:
-        """Tell whether the accuracy of the last validation is below `COLLAPSE` times the best accuracy before."""
-        accuracy = "validation_accuracy"
-        best = max((row[accuracy] for row in self.rows if accuracy in row), default=0.0)
-        return self.config.on_collapse == "back_off" and self.last[accuracy] < COLLAPSE * best
+        if chosen not in measured:
+            raise ValueError(
+                f"keep_best {chosen!r} needs the metric {chosen}; this training measures {', '.join(measured)}"
+            )
 
     def validate(self) -> None:
         """Add the means over the held-out images to ``last``, and keep the weights if they are the best so far."""

@@ -217,9 +217,8 @@ def make_sources(
         return source, InMemory(images, labels, at_once, 0, 1, ids=held)
     if validation is not None:
         return source, Loader(validation, at_once, device)
-    for name in ("keep_best", "on_collapse"):
-        if (value := getattr(config, name)) != "off":
-            raise ValueError(f"{name} {value!r} needs held-out images: pass validation_share or validation")
+    if config.keep_best != "off":
+        raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
     return source, None
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -390,10 +388,10 @@ def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_ke
         assert [3 if rows is None else len(rows) for rows in asked] == [made]
 
 
-def small_bank(folder, variants=2, random=True, refresh=0.0, views=1, count=10, **config):
+def small_bank(folder, variants=2, random=True):
     attacks = FrozenAttacks((FrozenAttack(0.1, random, 1.0),), "linf", {"model": "some"})
-    settings = BankConfig(variants, refresh, folder, **config)
-    return AdversarialBank(settings, attacks, BankedImages(count, SHAPE, "data", views), 4)
+    settings = BankConfig(variants, 0.0, folder)
+    return AdversarialBank(settings, attacks, BankedImages(10, SHAPE, "data"), 4)
 
 
 def filled(bank):
@@ -452,90 +450,11 @@ def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
 # -- its size ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_bank_that_is_too_large_is_refused_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match=r"gigabytes is 0\.01.*needs 0\.1\d* GB"):
-        small_bank(tmp_path / "banks", variants=4, count=100_000, gigabytes=0.01)
-    assert not (tmp_path / "banks").exists()
-
-
-def test_the_banks_of_a_folder_are_bounded_together_and_those_not_used_for_long_go(tmp_path, caplog):
-    sizes = {small_bank(tmp_path / "one", count=count).bytes: count for count in (10, 11, 12)}
-    limit = sum(sizes) / 1e9
-    paths = []
-    for age, count in ((300, 10), (200, 11), (100, 12)):
-        paths.append(small_bank(tmp_path, count=count, gigabytes=limit).path)
-        os.utime(paths[-1], (paths[-1].stat().st_mtime - age,) * 2)
-    # used again, so that it is not the oldest any more
-    small_bank(tmp_path, count=10, gigabytes=limit)
-    assert all(path.exists() for path in paths)
-    newest = small_bank(tmp_path, count=9, gigabytes=limit)
-    assert [path.exists() for path in paths] == [True, False, True] and newest.path.exists()
-    assert f"removed the adversarial bank {paths[1]}" in caplog.text
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.bank")) <= limit * 1e9
-    # the file has its whole size at once, so that a disk that fills up later ends no training
-    assert newest.path.stat().st_size == newest.bytes
-    assert newest.path.stat().st_blocks * 512 >= newest.bytes
-
-
-def test_a_bank_in_use_is_not_removed(tmp_path, caplog):
-    sizes = {small_bank(tmp_path / "other", count=count).bytes: count for count in (10, 11)}
-    limit = sum(sizes) / 1e9
-    first = small_bank(tmp_path, count=10, gigabytes=limit)
-    first.keep(np.array([4]), np.array([0]), 1, np.ones((1, 256), np.int8), np.ones(1, np.float32))
-    unused = small_bank(tmp_path, count=11, gigabytes=limit).path
-    os.utime(first.path, (1e9, 1e9))
-    message = rf"gigabytes is .* needs .* GB, .*other runs use .*{re.escape(str(tmp_path))}"
-    with pytest.raises(ValueError, match=message):
-        small_bank(tmp_path, count=12, gigabytes=limit)
-    # nothing was removed for a bank that has no room all the same
-    assert first.path.exists() and unused.exists()
-    small_bank(tmp_path, count=9, gigabytes=limit)
-    assert first.path.exists() and not unused.exists() and filled(small_bank(tmp_path, count=10)) == 1
-    path = first.path
-    del first
-    small_bank(tmp_path, count=12, gigabytes=limit)
-    assert not path.exists() and f"removed the adversarial bank {path}" in caplog.text
-
-
-def test_two_new_banks_at_once_do_not_exceed_the_limit(tmp_path, monkeypatch):
-    limit = small_bank(tmp_path / "other").bytes * 1.5 / 1e9
-    allocate, refused, threads = os.posix_fallocate, [], []
-
-    def second():
-        try:
-            small_bank(tmp_path, count=11, gigabytes=limit)
-        except ValueError as error:
-            refused.append(str(error))
-
-    def slowly(*given):
-        if not threads:
-            threads.append(threading.Thread(target=second))
-            threads[0].start()
-            threads[0].join(0.5)
-        allocate(*given)
-
-    monkeypatch.setattr(os, "posix_fallocate", slowly)
-    first = small_bank(tmp_path, gigabytes=limit)
-    threads[0].join()
-    assert [path.name for path in tmp_path.glob("*.bank")] == [first.path.name] and "other runs use" in refused[0]
-
-
-def test_a_checkpoint_says_that_the_bank_is_used(tmp_path):
-    ages = []
-
-    class Aged:
-        on_end = on_step = lambda self, state: None
-
-        def on_epoch(self, state):
-            (path,) = (tmp_path / "banks").glob("*.bank")
-            ages.append(path.stat().st_mtime)
-            os.utime(path, (1e9, 1e9))
-
-    options = {"banks": tmp_path / "banks", "refresh": 0.0}
-    train(TASKS["atop"](), tmp_path / "a", epochs=1, **options)
-    # a run that only reads
-    train(TASKS["atop"](), tmp_path / "b", **options, callbacks=[Aged()])
-    assert len(ages) == 3 and min(ages) > 1e9
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room on a disk")
+def test_the_file_has_its_whole_size_at_once(tmp_path):
+    """A disk that fills up later ends no training."""
+    facts = small_bank(tmp_path).path.stat()
+    assert facts.st_blocks * 512 >= facts.st_size > 0
 
 
 def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
@@ -581,7 +500,7 @@ def test_a_loader_is_refused(tmp_path):
         fit(TASKS["carso"](), batches, None, FitConfig(1), bank=BankConfig(folder=tmp_path))
 
 
-@pytest.mark.parametrize("wrong", [{"variants": 0}, {"refresh": 1.5}, {"gigabytes": 0.0}])
+@pytest.mark.parametrize("wrong", [{"variants": 0}, {"refresh": 1.5}])
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BankConfig(**wrong)

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
+from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
+from small_runs import batch as small_batch
 from small_runs import task as small_task
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,3 +172,44 @@ def test_carso_is_validated_with_a_last_batch_too_small_to_attack(monkeypatch, t
     # per image, however the training's loss is reduced
     assert total["validation_loss"] == pytest.approx(mean["validation_loss"])
     assert total["loss"] == pytest.approx(16 * mean["loss"])
+
+
+class Overfitted(torch.nn.Module):
+    """Wrong where an image is a little brighter, and right again where a whole step of eps leads to."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x):
+        brighter = (x - 0.5).mean((1, 2, 3)) / EPS
+        wrong = self.scale * brighter * (0.85 - brighter)
+        return torch.stack([torch.zeros_like(wrong), wrong], 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # a step as long as the ball is wide, so that every image ends where the model withstands
+        ClassifierConfig(attack=TrainingAttack(eps=EPS, steps=1, alpha=2 * EPS)),
+        ClassifierConfig(attack=TrainingAttack(eps=EPS, steps=2, alpha=EPS)),
+    ],
+    ids=["FGSM-RS", "PGD-2"],
+)
+def test_a_validation_is_by_pgd(config):
+    """A model that overfitted to one step withstands that, and not ten."""
+    given = small_batch()
+    given = type(given)(torch.full_like(given.x, 0.5), torch.zeros_like(given.y), given.sample_ids, given.seed, 0, 10)
+    made = ClassifierTask(Overfitted(), config)
+    assert made.training_step(given)[1]["accuracy"] == 1
+    assert made.validate(given)["accuracy"] == 0
+
+
+def test_a_training_attack_of_many_steps_validates_too():
+    attack = TrainingAttack(eps=EPS, steps=20, norm="l2", eps_warmup=0.5)
+    assert attack.of_validations() is attack
+    assert TrainingAttack(eps=EPS, steps=9, norm="l2").of_validations() == TrainingAttack(eps=EPS, steps=10, norm="l2")
+    # clean training is validated on clean images
+    made, given = ClassifierTask(SmallCNN(width=4), ClassifierConfig()), small_batch()
+    assert made.config.attack.eps == 0
+    assert made.validate(given)["accuracy"] == (made.model(given.x).argmax(1) == given.y).float().mean()
