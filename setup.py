@@ -35,8 +35,8 @@ CXX_FLAGS = [
     "-O3",
     # This option lets the compiler use a single instruction for sqrt.
     "-fno-math-errno",
-    # Vectorized code evaluates both sides of a selection, which this option allows. It does not change the results for
-    # NaN.
+    # Vectorized code evaluates both sides of a selection, which this option allows. The option does not change the
+    # results for NaN.
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
@@ -83,7 +83,7 @@ def compiler(environ: Mapping[str, str], which: Callable[[str], str | None] = sh
 
 
 def check_setuptools(version: str) -> None:
-    """End with a short message if setuptools is too old to read pyproject.toml. Its own error has forty lines.
+    """End with a short message if setuptools is too old to read pyproject.toml. setuptools' own error has forty lines.
 
     Args:
         version: version of setuptools.
@@ -96,7 +96,7 @@ def check_setuptools(version: str) -> None:
 
 
 def csrc_hash() -> str:
-    """The hash of the C++ sources. The function is loaded from its file, because the package may not be importable."""
+    """The hash of the C++ sources. It is computed by the file _files.py, because the package may not be importable."""
     spec = importlib.util.spec_from_file_location("_files", ROOT / "purify_fast" / "_files.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -163,7 +163,7 @@ def torch_extension(mode: str) -> dict:
 
         def run(self) -> None:
             built = Path(self.get_ext_fullpath("purify_fast._C"))
-            # If compiling fails, an older extension remains. Without its record it is not loaded in a checkout.
+            # If compiling fails, an older extension remains in a checkout. Without its record, it is not loaded there.
             built.with_name("_build.json").unlink(missing_ok=True)
             super().run()
             if self.compiled:

@@ -21,7 +21,7 @@ TYPED = {"setuptools", "ninja"}
 
 
 def block(page: str, mark: str) -> str:
-    """The lines of the code block that directly follows a mark. If there is not exactly one, the program ends."""
+    """The lines of the code block that directly follows a mark. Without exactly one such block, the program ends."""
     found = re.findall(rf"^<!-- ci: {mark} -->\n```[a-z]*\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     if len(found) != 1:
         sys.exit(f"README.md must have one fenced block right under <!-- ci: {mark} -->; it has {len(found)}")

@@ -67,7 +67,7 @@ def main(data: Path | None = None, size: int = 32, epochs: int = 10, tiny: bool 
 
         defence = Atop(classifier.eval(), SmallGenerator(3), images.image_shape, transform="rt2")
         fit(AtopTask(defence, AtopConfig.pretraining()), x, y, loop, title="repairing")
-        # The paper does not train like this: PGD attacks transform, purifier and classifier together.
+        # Here, unlike in the paper, PGD attacks the transform, the purifier and the classifier together.
         pipeline = AtopConfig(attack_method="pgd", attack_target="pipeline", cls_weight=1.0, cls_delay=0)
         fit(AtopTask(defence, pipeline), x, y, loop, title="through the pipeline")
 

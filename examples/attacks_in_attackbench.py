@@ -1,6 +1,6 @@
 """Run attacks of this package in AttackBench (Cina et al., AAAI 2025), which counts the queries of each image.
 
-AttackBench stops an attack after a budget of queries. It needs the package attackbenchlib.
+AttackBench stops an attack after a budget of queries. This script needs the package attackbenchlib.
 
     python examples/attacks_in_attackbench.py
 """
@@ -22,7 +22,9 @@ from purify_fast.data import load_dataset, to_float
 
 
 def for_attackbench(*attacks: Attack) -> Callable[..., torch.Tensor]:
-    """Make an attack for ``attackbench.run_attack``. Each attack gets the images that no earlier attack has fooled.
+    """Make an attack for ``attackbench.run_attack`` from several attacks, which run one after the other.
+
+    Each attack gets only the images that the earlier attacks did not break.
 
     Args:
         *attacks: attacks without a radius of their own.

@@ -45,7 +45,7 @@ def main(
     images: int = 100,
     tiny: bool = False,
 ) -> None:
-    """Read a published system, and attack it through PeeL, the authors' aggregation, and with exact gradients.
+    """Read a published system. Attack it through PeeL (the aggregation of its authors), and then with exact gradients.
 
     Args:
         folder: folder of the three files; required without --tiny.
@@ -73,7 +73,7 @@ def main(
         defence = Carso.from_official(network.eval(), folder)
     steps = 2 if tiny else 50
     attacks = [
-        # The authors attack this output, whose gradients are not finite.
+        # The authors attack the output of PeeL, whose gradients are not finite.
         AttackSpec(PGD(steps=steps), aggregation="peel_reference", label="through PeeL"),
         # This attack uses the logsumexp, which has the same decisions and exact gradients.
         PGD(steps=steps),

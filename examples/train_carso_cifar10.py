@@ -1,4 +1,4 @@
-"""Train CARSO on CIFAR-10: first a classifier, then its purifier with the paper's objective and through the pipeline.
+"""Train CARSO on CIFAR-10: a classifier, then its purifier with the paper's objective, and then through the pipeline.
 
 python examples/train_carso_cifar10.py --data cifar10 --root DIR    # takes hours on a CPU
 python examples/train_carso_cifar10.py --tiny                        # uses random images, and takes seconds
@@ -55,7 +55,7 @@ def main(data: str = "cifar10", root: str = "data", out: Path = Path("runs/carso
     objective = CarsoConfig(attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=3 if tiny else 100, batch_size=batch)
     fit(CarsoTask(defence, objective), x, y, epochs, out / "objective", "the paper's objective")
-    # The paper does not train like this: the attacks see the whole defence. This step matters most for robustness.
+    # Here, unlike in the paper, the attacks see the whole defence. This training matters most for robustness.
     pipeline = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=EPS, steps=steps))
     epochs = FitConfig(epochs=1 if tiny else 20, batch_size=batch)
     fit(CarsoTask(defence, pipeline), x, y, epochs, out / "pipeline", "through the pipeline")

@@ -1,9 +1,9 @@
 """Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
 A contest is a model, a set of images and a radius. The contestants of a contest are the compared attacks. They run one
-after the other in one process. All results are evaluated alike: the images that an attack returns are clipped to the
-ball, and the model classifies the clipped images. A random model classifies each image several times, with new random
-numbers.
+after the other in one process. The images that an attack returns are clipped to the ball, and the model classifies the
+clipped images. There is one exception: the result of a protocol on a deterministic model is that of the report of
+`evaluate`. A random model classifies each image several times, with new random numbers.
 
 Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a single contest
 can be run by its name. A row of the results file has all runs of a contestant in a contest. The row also identifies the

@@ -25,8 +25,9 @@ class _NoModules(SimpleNamespace):
 
 
 def _forward(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    # The weight is [O, K, L, C], and the result is [B, H, W, O]. Each pair of a number of the weight and a pixel of the
-    # result needs a multiplication and an addition.
+    # The arguments are shapes. The weight is [O, K, L, C] for O output channels, C input channels and kernels of K x L.
+    # The result is [B, H, W, O]. Each pair of a number of the weight and a pixel of the result needs a multiplication
+    # and an addition.
     return 2 * math.prod(weight) * math.prod(out_shape[:3])
 
 

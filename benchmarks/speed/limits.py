@@ -23,7 +23,7 @@ QUICK = (8 << 20, 256, 3)
 
 
 def times_of(calls: list[Callable[[], object]], device: torch.device, runs: int) -> list[float]:
-    """Call each function once untimed. Then call the functions in turn, and return the seconds of ``runs`` calls."""
+    """Call each function once untimed. Then make ``runs`` calls in turn, and return the seconds of each call."""
     for call in calls:
         call()
     return [timing.seconds([call], device) for call, _ in zip(cycle(calls), range(runs), strict=False)]

@@ -54,7 +54,8 @@ def _read(arguments: list[str]) -> Command:
             return parse(_KINDS[name], arguments[length:])
     # The option --version prints the version and exits here.
     early_options().parse_known_args(arguments)
-    # There is no command of this name. The parser of all commands lists the commands without their options.
+    # The words do not begin with the name of a command, for example in `purify-fast --help`. The following parser lists
+    # all commands without their options.
     listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
     trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence in front of a classifier. torchrun runs several processes."}
@@ -68,7 +69,7 @@ def _run(arguments: list[str]) -> int:
     # torchrun sets this variable.
     several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
-        # A model of the user adds its folder to `sys.path`. Restore the path when the command ends.
+        # Loading a user's model adds the folder of its code to `sys.path`. Restore `sys.path` when the command ends.
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
         if several > 1:
             from ..training.distributed import torchrun_group
@@ -77,8 +78,8 @@ def _run(arguments: list[str]) -> int:
         command = _read(arguments)
         if several > 1 and not isinstance(command, (Training, Evaluate)):
             raise ValueError(
-                f"only train and evaluate can run in several processes, got `{command.called}` in {several}: run it in "
-                "one process"
+                f"only train and evaluate can run in several processes, got `{command.called}` in {several} "
+                "processes: run it in one process"
             )
         from ..speed import retain_freed_memory
         from ..training.distributed import own_device
@@ -86,7 +87,8 @@ def _run(arguments: list[str]) -> int:
         retain_freed_memory()
         if isinstance(command, (Training, Evaluate)):
             command = replace(command, device=own_device(usable_device(command.device)))
-        # Set an attribute that is not an option, so that it is not written to run.yaml.
+        # `typed` is not a field of the command, so run.yaml does not contain it. A frozen dataclass refuses a plain
+        # assignment.
         object.__setattr__(command, "typed", tuple(arguments))
         # Only the first of several processes writes, so only the first locks the folder.
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))
@@ -105,9 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words after the program's name; None takes the words of this process.
 
     Returns:
-        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now, or an error in this
-        package or in the user's code, with a traceback. 2: input that cannot be used, with one line on stderr.
-        130: Ctrl-C.
+        The exit status. 0: success. 1: ``check`` found an image that is classified correctly now; or there was an error
+        in this package or in the user's code, whose traceback is on stderr. 2: the input cannot be used, or there is
+        not enough memory; stderr has one line about it. 130: Ctrl-C.
     """
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))

@@ -1,4 +1,4 @@
-"""Base classes of the commands, whose fields are the options, and the choice of the device."""
+"""Base classes of the commands, and a function that checks the name of a device. A command's fields are its options."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class Evaluate(DataCommand):
         folder: Model to attack: a folder that a `train` command wrote, or zoo:NAME for a model of the zoo. Or your
             function, as path/to/file.py:function or package.module:function. The function is called without arguments,
             and must return a module, or a function from images in [0, 1] to logits.
-        official: Folder with the weights that CARSO's authors published, instead of FOLDER: the three .safetensors
-            files of the purifier and the file of its classifier. This option needs --recipe.
+        official: Folder with the weights that CARSO's authors published: the three .safetensors files of the purifier,
+            and the file of its classifier. This option replaces FOLDER, and needs --recipe.
         recipe: Name of the published system in the folder --official. It sets the data set, K and the radius.
         classifier: Classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Folders of other
             defences contain their classifier.
@@ -59,8 +59,8 @@ class Evaluate(DataCommand):
         images: Number of held-out images to attack. The seed chooses them; the numbers per class differ by at most 1.
             If the data set has fewer images, all are attacked, and the report says so.
         precision: Precision of the computation. tf32: a GPU rounds the factors of products to 10 bits of mantissa.
-            bfloat16: the accelerated defence is evaluated, a slightly different function that rounds to 8 bits. The
-            report names the precision.
+            bfloat16: the accelerated defence is evaluated, which rounds numbers to 8 bits, so its logits differ
+            slightly. The report names the precision.
         out: Folder of the report. Default: FOLDER/evaluation, or runs/zoo/NAME/evaluation for a model of the zoo, or
             runs/own/MODULE.FUNCTION/evaluation for your own model, where MODULE includes the folder of the file.
     """

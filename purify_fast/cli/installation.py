@@ -23,7 +23,7 @@ from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
-    """Read the record that setup.py wrote beside an extension; an empty dictionary if there is no record."""
+    """Read the record that setup.py wrote beside an extension. Without a record, return an empty dictionary."""
     # Without an extension the path is None. `with_name` then raises an error, which is ignored.
     with contextlib.suppress(OSError, ValueError, TypeError):
         return json.loads(Path(extension or "").with_name("_build.json").read_text())
@@ -88,7 +88,7 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 
 
 def _verdicts(kind: str) -> dict[str, Verdict]:
-    """The stored results of the verification of kernels, by op, for this machine's device of a type."""
+    """The stored results of the verification of kernels on this machine's CPU or GPU, by the names of the ops."""
     device = _devices().get(kind)
     return {} if device is None else by_op(known_verdicts(REGISTRY, device))
 
@@ -110,7 +110,7 @@ def _served(kind: str) -> str:
 
 
 def _raced(kind: str) -> str:
-    """A sentence about the timings of kernels on this machine's device of a type."""
+    """A sentence about the saved timings of kernels on this machine's CPU or GPU."""
     device = _devices().get(kind)
     if device is None:
         return "this machine has no GPU; on a GPU, kernels are verified at their first use"

@@ -2,12 +2,12 @@
 
 A recipe and the file ``--config`` change the defaults of the options. Options on the command line win over both.
 
-tyro reads the values. Three rules differ from tyro's own rules:
+tyro reads the values, and makes the dataclasses of the command from them. Three rules differ from tyro's own rules:
 
 - Numbers may be fractions: ``--eps 8/255``. The error for a word that is not a number names the option.
-- If an option has a fixed set of words, tyro still accepts any word. The configuration class then refuses a wrong word,
-  because the class's message is clearer than tyro's.
-- The error of a configuration class is printed unchanged, without tyro's text around it.
+- If an option has a fixed set of words, tyro still accepts any word. The dataclass then refuses a wrong word, because
+  the dataclass's message is clearer than tyro's.
+- If a dataclass refuses a value, its message is printed unchanged, without tyro's text around it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _number_or_word(word: str) -> float | _Unread:
 
 
 def _refuse_words(values: Mapping[str, Any]) -> None:
-    """Raise an error for words in place of numbers. ``values`` are the values of a configuration by their names."""
+    """Raise `Refused` if a value is a word in place of a number. ``values`` are a dataclass's values by field name."""
     for name, value in values.items():
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, _Unread):
@@ -91,7 +91,7 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _InTyroLookup:
-    """Marks a type while tyro's own rule for the type is looked up, so that the rule below does not apply again."""
+    """Marks a type for which tyro's own rule is looked up. `_refused_in_its_own_words` skips a marked type."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:

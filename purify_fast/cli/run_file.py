@@ -25,7 +25,7 @@ EVALUATION = "evaluation"
 
 
 def number(text: str) -> float:
-    """Convert a text to a number. The text may be a fraction such as ``8/255``. Any other text raises a ValueError."""
+    """Convert a number in a text, or a fraction such as ``8/255``, to a float. Other texts raise a ValueError."""
     numerator, slash, denominator = text.partition("/")
     try:
         return float(numerator) / float(denominator) if slash else float(text)

@@ -104,7 +104,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
 
     Args:
         classifier: a folder, ``zoo:NAME``, or the name of a network.
-        weights: the weights of a network by name; None for a folder.
+        weights: the weights, if ``classifier`` is the name of a network; None for a folder or ``zoo:NAME``.
         images: the data set.
 
     Raises:

@@ -61,7 +61,7 @@ class TrainPurifier(OnClassifier):
 
 @dataclass(frozen=True)
 class KeepsAttacks(Training):
-    """A command that can save its attacked images in a file, the adversarial bank, and use the images again.
+    """A command that can save its attacked images in a file, called adversarial bank, and train on the images again.
 
     Args:
         bank: Save up to this number of attacked versions ("variants") of each image in a file, and train on them again
@@ -255,7 +255,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
         if self.init is None:
             return super().task_on(classifier, images)
-        # The pre-training did not depend on the classifier, so the classifier may differ from the saved classifier.
+        # Do not check that the classifier is the same, because the pre-training did not depend on its classifier.
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
             # The recipe sets the transform. Only the purifier is taken from the folder.

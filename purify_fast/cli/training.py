@@ -101,7 +101,7 @@ class FollowsRecipe(Training):
     @staticmethod
     @abstractmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
-        """The options of this method that a recipe sets, in addition to the settings of `method` and `loop`."""
+        """The options of this command that a recipe sets, in addition to the fields `method` and `loop`."""
 
     def published(self) -> Any:
         """The recipe; None if no recipe is named."""

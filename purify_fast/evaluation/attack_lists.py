@@ -177,7 +177,7 @@ def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
 
 
 def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Give every attack all images and all steps, and add attacks with the gradients of surrogates.
+    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates.
 
     The attacks with surrogates come directly before the first FAB-T or Square. Attacks with the model's own gradients
     come earlier, so that the report shows how many images fall to these gradients. A list that needs no change is

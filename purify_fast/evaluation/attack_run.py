@@ -85,7 +85,7 @@ class AttackRun:
         self.parts = self.index.split(most) if len(self.index) else ()
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Return the numbers of the unfinished batches among the batches with these numbers."""
+        """Return those of the given numbers whose batches are not finished."""
         return [number for number in numbers if self.read(self.parts[number]) is None]
 
     def read(self, ids: Tensor) -> AttackedBatch | None:
@@ -171,7 +171,7 @@ class AttackRun:
                 equals that of a single process.
 
         Returns:
-            The sums over the batches, with all images of the subject. Images outside ``index`` are clean.
+            The sums over the batches, with all images of the subject. Images that were not attacked are clean.
         """
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()

@@ -54,6 +54,6 @@ def images_to_decide(left: float, claim: float) -> int | None:
         most *= 2
         if most > MOST:
             return None
-    # Half of `most` does not refute the claim, so the smallest number is above it.
+    # Half of `most` images do not refute the claim, so the smallest number that does is above this half.
     least = most // 2 + 1
     return least + bisect.bisect_left(range(least, most), True, key=refutes)

@@ -29,9 +29,9 @@ OUTSIDE = 0.1
 class PassedThrough(HoldingMode):
     """A context in which modules have their usual output and the gradient of the identity.
 
-    The context changes no function of PyTorch, but is a function mode, because
-    `purify_fast.attacks.checkpointed_steps` enters the function modes again when it computes a step again for its
-    gradient.
+    The context changes no function of PyTorch. It is a function mode nevertheless, because
+    `purify_fast.attacks.checkpointed_steps` computes some steps a second time for their gradients, and enters the same
+    function modes for this.
 
     Args:
         modules: modules whose first argument and output are images of the same shape.

@@ -98,8 +98,8 @@ def _of_array(value: Any) -> Any:
     """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return value
-    # The array is copied if necessary: PyTorch does not accept other byte orders and negative strides, and warns about
-    # read-only arrays.
+    # The array is copied if necessary: PyTorch refuses negative strides and a byte order other than the machine's, and
+    # warns about read-only arrays.
     return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
@@ -247,14 +247,14 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
         if are_one_hot(logits):
             raise ValueError(f"the model {ONE_HOT}. The logits must be floating point, got {what}")
         raise ValueError(
-            f"the model must return logits in floating point, got {what}: if they are scores, larger for a more likely "
-            "class, return output.float()"
+            f"the model must return logits in floating point, got {what}: if the numbers are scores, and more likely "
+            "classes have larger scores, return output.float()"
         )
     return model, logits.shape[1]
 
 
 def _seem_classes(output: Tensor) -> bool:
-    """Tell whether the output seems to be predicted classes, a whole number of at least 0 for each image."""
+    """Tell whether the output seems to be predicted classes: for each image, one whole number that is at least 0."""
     if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
         return False
     return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())

@@ -64,8 +64,8 @@ class Measure:
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
-    # The last attack on a variant other than "random", and its outcome. The deployed model then judges the attack's
-    # images too.
+    # The last attack on a variant other than "random", and its outcome. They are stored because the deployed model
+    # judges the attack's images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
     def clean(self, variant: Variant) -> Row:
@@ -110,7 +110,7 @@ class Measure:
         def make(folder: Path | None) -> Row:
             run, sums = self.attack(spec, index, folder)
             self._search = None if spec.variant == "random" else (run, sums)
-            # Images that fell to earlier attacks were not attacked again, and count as fallen.
+            # Images outside `alive` are misclassified, or fell to earlier attacks. They count as fallen.
             row = self._judged(run, sums, settings, alive, alive)
             row.health = sums.health if sums.health["gradients"] else None
             target = spec.other_model if spec.target is None else spec.target

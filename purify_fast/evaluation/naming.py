@@ -1,4 +1,4 @@
-"""Selects the attacks that a model allows, and names the rows of the report; a row is one attack of an evaluation."""
+"""Selects the attacks that a model allows, and names the rows of the report: one row for each attack."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def feasible(
     plan: list[AttackSpec] = []
     for spec in specs:
         if spec.max_images is not None and spec.max_images >= len(subject.y):
-            # The attack gets all images, so the limit is removed, also from its name.
+            # The limit excludes no image, so it is removed. The name of the row then does not mention it.
             spec = dataclasses.replace(spec, max_images=None)
         obstacle, fault = _obstacle(spec, subject), None
         if obstacle is None and (fault := subject.fault(spec.variant)) is not None:

@@ -65,7 +65,7 @@ class Progress:
         """Count images of a forward pass, and write a line to the log if the last line is old.
 
         Args:
-            images: number of images; a negative number removes images of a test from the count.
+            images: number of images; a negative number removes the images of trial calls from the count.
         """
         self.images += images
         self.in_row += images
@@ -132,7 +132,7 @@ class CountedModel(nn.Module):
         return self.progress.images
 
     def count(self, images: int) -> None:
-        """Add to the number of images, also for steps of a CUDA graph; a negative number removes images of a test."""
+        """Add to the number of images, also for CUDA graphs; a negative number removes the images of trial calls."""
         self.progress.count(images)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -381,7 +381,7 @@ def merge(reports: Iterable[Report]) -> Report:
 
 
 def _options_of_report(folder: Path) -> list[Path]:
-    """Return a list with the file of the options of a report's evaluation; empty if there is no such file."""
+    """Return a list with the folder's file of options, if an evaluation wrote this file; otherwise an empty list."""
     path = folder / OPTIONS
     try:
         written = path.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from ..attacks import GradientHealth
 
 #: The kinds of attacks that need no gradient.
 GRADIENT_FREE = ("square", "branch_and_bound")
-#: The report's words for the variants of a random model that have no randomness. They are only measured, not deployed.
+#: The report's words for the variants of a random model without randomness. These variants are measured, not deployed.
 VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
 #: The key in `Report.curves` of the curve that shows the accuracy after all attacks over the radius.
 CURVE = "eps, every attack"
@@ -76,12 +76,12 @@ class Row:
         health: counts of `GradientHealth` (``gradients nonfinite zero images unmoved``); None if nothing was counted.
         reliable: whether the attack had usable gradients, or no image withstood it. If not, the true accuracy may be
             lower. A ``worst`` row is also unreliable if an alarm has raised a doubt.
-        settings: the options of the attack and of its `AttackSpec` as plain values; in a row over several attacks their
-            names.
+        settings: the options of the attack and of its `AttackSpec` as plain values; in a row over several attacks, the
+            names of these attacks.
         deterministic: whether two predictions of the model are equal; None if unknown.
         attacked: number of images that the attack got; None in a clean row.
         fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
-            succeeded; empty for attacks that do not count it.
+            succeeded; empty for attacks without such counts.
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not reach, because it stopped before.
         may_hold: the largest number of unsearched images that would fall, with 95 % confidence.

@@ -89,9 +89,9 @@ def evaluate(
     Args:
         model: images ``[B, C, H, W]``, float32 in [0, 1], to logits ``[B, classes]``; any callable that does not write
             to the images. The modes, ``requires_grad`` flags and weights of a module are restored afterwards, also for
-            modules in its plain lists, objects or hooks; and so are the random generators. If the model is a plain
-            function, its modules are not put into evaluation mode. A warning and a note name those modules in training
-            mode that the function seems to use.
+            modules in its plain lists, objects or hooks. The random generators are restored too. If the model is a
+            plain function, its modules are not put into evaluation mode. A warning and a note name those modules in
+            training mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
             float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
             indices). The iterable is read once, before the attacks. Each batch is checked when it is read.
@@ -106,7 +106,7 @@ def evaluate(
             variant (see `AttackSpec`) is left out, with a note, if the model has no such variant, or if the variant
             fails its test (for example if ``fixed_noise`` does not fix the noise).
         out: a folder. Each finished row is cached in ``out/rows``, and is used again if settings, weights, data and the
-            source code of the model's classes are the same. If the model cannot be compared, for example a plain
+            source code of the model's classes are the same. If nothing would show a change of the model, as for a plain
             function, its rows are not cached, and a warning says so.
         name: name of the model in the report.
         revision: a name for the model's code. With it, the rows of every model are cached. Choose another name after a
@@ -152,8 +152,8 @@ def evaluate(
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
-        # The fingerprint is taken after the trial predictions. A model that stores its last input then always has the
-        # same input.
+        # The fingerprint is taken after the trial predictions, so that it is the same in every run, even if the model
+        # stores its last input, which is then a part of the fingerprint.
         mark, reason = fingerprint_or_reason(subject.model, revision)
         if mark is not None:
             report.about["model"] = mark
@@ -438,8 +438,8 @@ class _Evaluation:
         left: dict[tuple[str, str | None], np.ndarray] = {}
         # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The images that withstood all attacks so far. Attacks on some of the images, or on another variant than the
-        # deployed model, are left out.
+        # The images that withstood all attacks so far on the deployed model in the report's threat model. Attacks that
+        # get only the first images (``max_images``) are left out.
         standing = measure.clean("random").robust.copy()
         for spec in self.plan:
             threat = threat_name(spec, measure.context)
@@ -462,7 +462,7 @@ class _Evaluation:
         return all_rows + self.curve.rows(measure, standing)
 
     def gather_witnesses(self, about: dict[str, Any]) -> None:
-        """Move all fallen images from the rows into the report's witnesses, except a few for the pictures."""
+        """Gather the report's witnesses from the rows; each row then keeps only a few images for the pictures."""
         self.report.witnesses = gathered(self.report.rows, about)
         for row in self.report.rows:
             row.examples = None if row.examples is None else row.examples.first(EXAMPLES)

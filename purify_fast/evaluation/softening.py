@@ -101,7 +101,8 @@ _OF_MASKS: dict[str, Rule] = {
     "any": torch.amax,
     "all": torch.amin,
 }
-#: Functions that read values from a table, with the positions of the table and of the indices among their arguments.
+#: For each function that reads values from a table: the positions of the table (None: no argument is the table) and of
+#: the indices among its arguments.
 _LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
 #: Functions that can be called with counterparts, and that have an in-place form, such as ``add_``.
 _OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
@@ -524,8 +525,8 @@ def _with_gradient(function: Any, always: bool) -> type:
 
     Args:
         function: the user's class.
-        always: whether every gradient is replaced. If not, only a gradient is replaced that is missing, zero or not
-            finite.
+        always: whether every gradient is replaced. If not, only a gradient that is missing, zero or not finite is
+            replaced.
     """
     by_vjp = function.vjp is not torch.autograd.Function.vjp
     own = function.vjp if by_vjp else function.backward

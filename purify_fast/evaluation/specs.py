@@ -297,7 +297,7 @@ class AttackSpec:
             )
         if self.judge is not None:
             if not callable(self.judge):
-                raise TypeError(f"judge must be a model, a callable from images to logits, got {self.judge!r}")
+                raise TypeError(f"judge must be a model, which is a callable from images to logits, got {self.judge!r}")
             if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
                 odd = "survivors_only" if self.survivors_only else given[0]
                 raise ValueError(
@@ -322,7 +322,7 @@ class AttackSpec:
 
     @property
     def other_model(self) -> Classifier | None:
-        """The model other than the defence that is attacked, gives gradients or judges; None if there is none."""
+        """The other model, which is attacked, gives gradients or judges; None if the attack needs only the defence."""
         if callable(self.target):
             return self.target
         return self.judge if self.gradients_from is None else self.gradients_from

@@ -129,7 +129,7 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     if not stopped:
         return []
     each = "; ".join(
-        f"{row.attack}: {row.unsearched} of {row.attacked} images, {100 * row.may_hold / row.n:.2f} points"
+        f"{row.attack}: {row.unsearched} of {row.attacked} images, at most {100 * row.may_hold / row.n:.2f} points"
         for row in stopped
     )
     points = sum(100 * row.may_hold / row.n for row in stopped)

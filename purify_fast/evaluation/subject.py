@@ -1,4 +1,4 @@
-"""Defines the subject of an evaluation, which is the model with its images, and checks the model."""
+"""Defines the subject of an evaluation (the model with its images), and checks the model."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Fault:
 
     Args:
         reason: a sentence with the problem and the advice.
-        repeats: whether a repeated call gives the same logits. The fault then shows only in other batches, or when the
-            variant's context is entered again.
+        repeats: whether a repeated call gives the same logits. If it does, the fault shows only in other batches, or
+            when the variant's context is entered again.
     """
 
     reason: str
@@ -228,7 +228,7 @@ class Subject:
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
     def answers_vary(self, model: Classifier) -> bool:
-        """Tell whether predictions on the same images differ. Several are compared: two may be equal by chance."""
+        """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made."""
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
             return True
@@ -282,8 +282,9 @@ class Subject:
             count = int(_apart(first, other, tolerance).sum())
             if count > FEW * len(x):
                 reason = (
-                    f"within a block of {call}, {what} (for {count} of {len(x)} images by more than "
-                    f"{100 * tolerance:.0f} % of their spread), so an accuracy in it would mean nothing: {what_to_do}"
+                    f"within a block of {call}, {what} (for {count} of {len(x)} images, by more than "
+                    f"{100 * tolerance:.0f} % of the logits' spread), so an accuracy in such a block would mean "
+                    f"nothing: {what_to_do}"
                 )
                 return Fault(reason, repeats=other is not again)
         return None
@@ -302,7 +303,7 @@ class Subject:
         The first batch needs no new seed, because the generators were seeded for the attack.
         """
         if number:
-            # The constant 0 keeps the seeds of cached batches.
+            # The 0 in the text must stay, because other texts give other seeds, and cached batches have these seeds.
             torch.manual_seed(int(text_hash(f"{self.seed} 0 {number}").hexdigest()[:15], 16))
 
     def judge(
@@ -449,6 +450,6 @@ def _wholes(model: object) -> Iterator[nn.Module]:
 
 
 def _contents(copies: Accelerated) -> list[str]:
-    """Return hashes that change with a copied classifier: its fingerprint, or else a hash of its tensors."""
+    """Return a hash of each copied network: its fingerprint, or a hash of its tensors if it has no fingerprint."""
     parts = [copies.classifier.classifier, *([] if copies.reader is None else [copies.reader.model])]
     return [fingerprint(part) or digest(*part.parameters(), *part.buffers()) for part in parts]

@@ -84,7 +84,7 @@ class IdentityBackward(_Around):
 
     Args:
         model: any callable.
-        modules: the modules inside the model that are the identity.
+        modules: the modules inside the model whose gradient is that of the identity.
     """
 
     def __init__(self, model: Classifier, modules: Sequence[nn.Module]):

@@ -5,8 +5,8 @@ batches, and every process repeatedly takes the next free batch, so that no proc
 difficult images. A finished batch is a file in a folder that all processes can read. A resumed evaluation reads these
 files too. A batch does not depend on the process that makes it, because its random seed depends only on its number.
 
-The processes communicate only through the store of the process group, without collective operations. So no process
-waits for a slow process, and the first process makes the batches of a dead process.
+The processes communicate only through the store of the process group, without collective operations, which a dead
+process would block. The first process makes the batches of a dead process.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Task(NamedTuple):
 
 
 class Team:
-    """The processes of an evaluation; in its context, an error in any process is raised in all processes.
+    """The processes of an evaluation. In a ``with`` block of a team, an error in one process is raised in all of them.
 
     Args:
         together: whether the processes of the group share the work. If not, this process evaluates alone.

@@ -3,7 +3,8 @@
 To plant a point, a random corner of an image's ball is made adversarial: the model's last linear layer gets another row
 of weights, which separates the corner from the image and from many points inside the ball. Then a short attack along
 the model's gradients tries to find any point on the corner's side. The power of the attack is the share of images for
-which it finds such a point. If random corners of a ball are also on this side, the image of this ball proves nothing.
+which it finds such a point. If random corners of a ball are on this side too, chance alone finds such a point. The
+result also has the number of the points that chance finds.
 """
 
 from __future__ import annotations

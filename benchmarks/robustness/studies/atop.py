@@ -141,7 +141,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
-    """Train the purifier of a row. It starts with random weights, or as the trained purifier of another row."""
+    """Train the purifier of a row. The purifier starts with random weights, or with the weights of another row."""
     s, images = job.settings, setting.digits()
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)

@@ -76,7 +76,7 @@ class CarsoMnist(ReportStudy):
     bases: ClassVar[dict[str, str]] = dict.fromkeys(models, CLASSIFIER)
 
     def train(self, job: Job, folder: Path, root: Path) -> dict:
-        """Train the purifier with the paper's objective, or then through the pipeline.
+        """Train a purifier with the paper's objective, or continue the training of this purifier through the pipeline.
 
         The setting ``stage`` is the name of the stage in settings.yaml.
         """
@@ -154,7 +154,8 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     else:
         defence = load_defence(job.folder(root, s["start"]), base)
         stage = {"batch_size": 128, "steps": 7, "attack_target": "pipeline", "learning_rate": 4e-3}
-    # In a quick run, the first training has three epochs, because with fewer epochs the KL term would never take part.
+    # In a quick run, the training with the paper's objective has three epochs, because with fewer epochs the KL term
+    # would never take part.
     epochs = (3 if start else 1) if s["quick"] else s["epochs"]
     stage |= {"epochs": epochs, **ball_of(job), **s.get("attack", {}), **s.get("config", {})}
     stage |= {"bank": s["bank"]} if "bank" in s else {}

@@ -151,8 +151,8 @@ class ReportStudy(Study):
         reports = self.reports(root, budget)
         facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values())}
         whole = merge(reports.values())
-        # Remove the report of an earlier run. Otherwise `save` would move this report into a subfolder, although Git
-        # keeps it.
+        # Remove the report of an earlier run. Otherwise `save` would move the old report into a subfolder. This is not
+        # needed, because Git keeps the old report.
         (folder / self.name / "report.json").unlink(missing_ok=True)
         whole.save(folder / self.name)
 

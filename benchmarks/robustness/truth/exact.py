@@ -52,7 +52,7 @@ class Decision:
     Args:
         verdict: `ROBUST`, `FALLS` (if there is an adversarial example), or `UNDECIDED`.
         how: the last step that was tried: `BOUND`, `POINT` or `MILP`.
-        point: adversarial example, flat, float64. It is None if there is none.
+        point: adversarial example, flat, float64. It is None if no adversarial example was found.
     """
 
     verdict: str
@@ -152,8 +152,9 @@ class Program:
         self.lower, self.upper = (end.numpy() for end in box)
         self.whole = np.zeros(len(self.lower))
         self.rows = LinearConstraint(sparse.csr_matrix((0, len(self.lower))), [], [])
-        #: `kept` are the indices of the units of the last added layer that are in the program. `columns` are the
-        #: columns of these units. Before the first layer is added, the units are the pixels.
+        #: The program has only some units of the last added layer. `kept` are the indices of these units in the layer,
+        #: and `columns` are the indices of their variables in the program. Before the first layer is added, the units
+        #: are the pixels.
         self.columns = self.kept = np.arange(len(self.lower))
 
     def add(self, layer: Affine, low: Tensor, high: Tensor) -> None:

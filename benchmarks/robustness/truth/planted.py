@@ -44,7 +44,7 @@ GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
 PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
 #: The margin by which a planted corner is misclassified, in logits. SoundnessBench has the same margin.
 LEAD = 0.01
-#: A point is treated as the corner if its mean distance from the corner is at most this share of the radius.
+#: A point is treated as the corner if the mean absolute difference of their pixels is at most this share of the radius.
 NEAR = 0.03
 #: A corner is called hidden if PGD with STEPS steps from STARTS random starts finds no adversarial example.
 #: SoundnessBench uses 1,000 starts.
@@ -226,7 +226,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
 
 
 def _right(stack: Stack, points: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Return the mean cross-entropy of points, summed over the networks. Points whose ``counts`` is 0 have no loss."""
+    """Return the mean cross-entropy of points, summed over the networks. The loss is 0 where ``counts`` is False."""
     logits = stack(points.flatten(1, 2)).flatten(0, 1)
     loss = F.cross_entropy(logits, y.repeat(1, points.shape[1]).flatten(), reduction="none").view(points.shape[:3])
     return loss.flatten(1).mean(1).sum() if counts is None else (loss * counts).flatten(1).mean(1).sum()

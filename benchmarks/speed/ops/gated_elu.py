@@ -13,7 +13,7 @@ from purify_fast.ops import gated_elu
 
 from . import Case, kinds, normal
 
-# Each pair has the shape of the output of the first convolution, and that of the output of a convolution in the middle.
+# The shapes form four pairs: the output of the generator's first convolution, and that of a convolution in its middle.
 # The pairs are for 1 image of 256 px, 4 images of 256 px, 1 or 4 images of 128 px, and 64 images of 32 px.
 SHAPES = (
     (1, 48, 256, 256),

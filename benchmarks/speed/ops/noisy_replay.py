@@ -19,7 +19,8 @@ KINDS = kinds("quarter", "all")
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     batch = shape[0]
-    # The drifts are evenly spaced in [0, 1), so a quarter of the images exceed a threshold of 0.75.
+    # An image gets noise if its drift is above the threshold. The drifts are evenly spaced in [0, 1), so about a
+    # quarter of them are above 0.75.
     threshold = 0.75 if variant == "quarter" else -1.0
     return Case(
         lambda: (

@@ -3,9 +3,9 @@
 The purifier has a process of 100 steps and K = 8 samples of each image. There are three cases: the prediction, the
 gradient through the steps of DDPM, and the gradient through the reverse SDE.
 
-DiffPure's authors compute the last gradient by torchsde's adjoint method (NVlabs/DiffPure at 985703f,
-runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde, so only the
-time and memory of their method are compared. If torchsde is not installed, their method is left out.
+DiffPure's authors compute the gradient through the reverse SDE by torchsde's adjoint method (NVlabs/DiffPure at
+985703f, runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde, so
+only the time and memory of their method are compared. If torchsde is not installed, their method is left out.
 """
 
 from __future__ import annotations

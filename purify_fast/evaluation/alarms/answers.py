@@ -49,7 +49,7 @@ class Before:
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
         self.predicted = self.predictions()
         # A random model without fixed noise may draw from another generator than PyTorch's. Its predictions then differ
-        # with the same seed, so a later difference would not be a sign.
+        # with the same seed, so a later difference would show nothing.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
         self.mark = fingerprint(subject.model)
 
@@ -120,7 +120,7 @@ def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> flo
 
     Args:
         subject: the model with its images.
-        model: the same model, after `in_parts`.
+        model: the same model, whose batches `in_parts` splits.
         points: images ``[B, C, H, W]``.
 
     Returns:

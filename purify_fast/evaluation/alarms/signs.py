@@ -36,7 +36,7 @@ MORE_THAN_LUCK = 3
 
 #: The name of the model itself, in a list with its surrogates.
 ITSELF = "the model itself"
-#: The report's words if no attack has counted gradients of the model itself.
+#: The report's words if no attack counted how many gradients of the model itself were usable.
 NOT_COUNTED = "no attack counted the gradients of the model itself"
 #: The stronger attacks that a report may advise. `Evidence.tried` returns those that already ran.
 EFFORTS = {
@@ -112,8 +112,8 @@ class Alarm:
     Args:
         name: name of the alarm.
         advice: the usual advice; None for an alarm that is only noted.
-        of_probes: whether the alarm needs probes. Its function then also gets the probes, and without probes the alarm
-            is left out.
+        of_probes: whether the alarm needs probes. If it does, its function also gets the probes, and the alarm is left
+            out of an evaluation without probes.
         of_answers: see `Finding`.
         prominent: see `Finding`.
     """
@@ -226,8 +226,8 @@ def logits(evidence: Evidence) -> Outcome | None:
     if evidence.one_hot:
         return Outcome("unreliable", f"the model {ONE_HOT}")
     text = (
-        "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish if it is confident: "
-        f"{INSTEAD_OF_PROBABILITIES}"
+        "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish if the model is "
+        f"confident: {INSTEAD_OF_PROBABILITIES}"
     )
     return Outcome("unreliable", text)
 
@@ -242,7 +242,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
         return counted._replace(advice=advice)
     text, probe = counted.measured, "probe: small steps in random directions"
     if cosine is None:
-        words = f"{text}, and were not compared with finite differences" if text else NOT_COUNTED
+        words = f"{text}; the gradients were not compared with finite differences" if text else NOT_COUNTED
         return counted._replace(measured=words)
     if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
         # Predictions that are not finite are already reported by the alarm "finite predictions".
@@ -310,8 +310,8 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
     """Judge how many images withstood all attacks of the report, but fell to a short attack of the probes.
 
-    The result is None if no image withstood all attacks, or if there were no such short attacks although no surrogate
-    is missing.
+    The result is None if no image withstood all attacks, or if there is neither such a short attack nor a missing
+    surrogate.
     """
     probes = evidence.probes
     if probes is None or not any(probes.left):
@@ -368,7 +368,8 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     gain, n = by_few - by_many, probes.n
     text = (
         f"the class of {100 * probes.varying:.0f} % of the correctly classified images changes from draw to draw; "
-        f"gradients over {many:.0f} draws leave {100 * by_many:.0f} %, over {few:.0f} {100 * by_few:.0f} %"
+        f"a short attack with gradients over {many:.0f} draws leaves {100 * by_many:.0f} % of the images, and with "
+        f"gradients over {few:.0f} it leaves {100 * by_few:.0f} %"
     )
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
     robust = evidence.robust(n)

@@ -130,7 +130,7 @@ def plot_tradeoff(
         return False
     # The picture is larger if there are many names.
     side = max(1.0, len(shown) / 8) ** 0.5
-    # A figure without pyplot does not change the user's backend and open figures.
+    # The figure is made without pyplot, so that the user's backend and open figures do not change.
     figure: Any = Figure(figsize=(7.2 * side, 5.0 * side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

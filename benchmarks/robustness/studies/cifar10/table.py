@@ -87,7 +87,7 @@ def plot(lines: dict[str, dict[str, Any]], budget: Budget, path: Path) -> None:
     names = [study.STANDARD, *(study.share_name(share) for share in budget.shares), study.BASE]
     curve: dict[float, float] = {}
     for clean, robust in (points[name][:2] for name in names):
-        # A curve can have only one point at a clean accuracy. Use the point with the highest robust accuracy.
+        # A curve can have only one point at each clean accuracy. Use the point with the highest robust accuracy.
         curve[clean] = max(robust, curve.get(clean, 0.0))
     line = sorted(curve.items()) if len(curve) > 1 else None
     # Leave out the generator, because it is only a stage of other models. Leave out the base without moving average,
