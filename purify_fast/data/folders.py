@@ -207,7 +207,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Str
 
 
 def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
-    """A lock with which a single process writes the cache while others wait. It ends with the process."""
+    """A lock with which a single process writes the cache while others wait. The lock ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         return FileLock(place / ".lock").acquire()

@@ -2,9 +2,9 @@
 
 If a training attacks a model that it never changes, its adversarial images have the same distribution in every epoch.
 A *variant* of an image is the result of one of the training's attacks on it, from one random start. The bank stores up
-to M variants of each image. A step attacks an image until the bank is full for this image and attack. After that, it
-reads one of the variants. For a share rho of the adversarial images, the attack runs in any case, and its result
-replaces the oldest variant.
+to M variants of each image. While the bank lacks variants of an image for an attack, each step runs this attack on the
+image. Later steps read one of the variants. For a share rho of the adversarial images, the attack runs although the
+bank is full, and its result replaces the oldest variant.
 
 Let x be an image and x' the attacked image. The bank stores the variant as
 
@@ -41,10 +41,12 @@ from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
 
-#: An attack on few images takes nearly as long as an attack on many. If each step would attack fewer images again than
-#: this number, then only every k-th step attacks images again, and attacks k times as many.
+#: If a step replaces old variants, it should attack at least this number of images for them, because an attack on few
+#: images takes nearly as long as an attack on many. If there would be fewer, only every k-th step replaces variants,
+#: and it replaces k times as many.
 TOGETHER = 64
-#: Version of the file's layout, and of the rule that gives an image its random draws. It is part of the file's name.
+#: Version of the file's layout, and of the rule that gives an image its random draws. The hash in the file's name
+#: depends on this version.
 FORMAT = 1
 
 
@@ -56,7 +58,7 @@ class BankConfig:
         variants: M, the number of variants of an image that are stored, over all attacks of the training; at least 1
             for each attack. An attack without a random start makes the same image each time, so it has 1 variant.
         refresh: rho, the share of the adversarial images that is attacked again although the bank has enough variants.
-            Only attacks with a random start are repeated; the others would make the same image again. With refresh 1,
+            Only attacks with a random start run again; other attacks would make the same image again. With refresh 1,
             the training has exactly the results of a training without a bank.
         folder: folder of the bank's file, which later runs can use too. None means ``banks`` in the folder of caches
             (PURIFY_FAST_CACHE).
@@ -158,10 +160,10 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
 class AdversarialBank:
     """Stores variants of images in a file, which several processes may use at the same time.
 
-    The file has M places for each image, with one record in each place. A record contains a checksum of its content and
-    its place. A record is damaged if it is incomplete, or if two processes wrote it at the same time. Its checksum is
-    then wrong, so the record counts as missing, and its variant is made again. Therefore no process has to wait for
-    another process. A process sees immediately what the others on the same machine wrote.
+    The file has M places for each image, with one record in each place. A record contains a checksum, which is computed
+    from its content and its place. A record is damaged if it is incomplete, or if two processes wrote it at the same
+    time. Its checksum is then wrong, so the record counts as missing, and its variant is made again. Therefore no
+    process has to wait for another process. A process sees immediately what the others on the same machine wrote.
 
     Attributes:
         path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
@@ -238,8 +240,8 @@ class AdversarialBank:
             draws: uniform random numbers that choose among the variants, ``[A]``.
 
         Returns:
-            The variants. An image counts as not found while its entry has empty places for its attack, because an
-            attack must fill them first.
+            The variants. An image counts as found if this step made one of its variants, or if its entry has no empty
+            place for its attack. Otherwise an attack must first fill an empty place.
         """
         steps = np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8)
         found = Found(steps, np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))
@@ -335,7 +337,7 @@ class BankedStep:
 
         Args:
             x: the images of this part, ``[A, C, H, W]``.
-            rows: the part of the batch.
+            rows: positions of these images in the batch.
             kinds: index of each image's attack, int64 ``[A]`` on the CPU, in ascending order.
             make: function that attacks the images of ``x`` at the given indices, int64 on x's device. If it is called
                 with None, it attacks all images.
@@ -381,8 +383,8 @@ def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     random = sum(one.random for one in every)
     counts, place, seen = [], 0, 0
     for one in every:
-        # The attacks with a random start share the remaining places. If these do not divide evenly, the first attacks
-        # get 1 more.
+        # Each attack without a random start gets 1 place. The attacks with a random start share all other places. If
+        # these places do not divide evenly, the first attacks with a random start get 1 more.
         share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
         seen += one.random
         counts.append(slice(place, place + share))

@@ -37,7 +37,8 @@ class TrainingAttack:
     """The settings of PGD in a training.
 
     Args:
-        eps: radius of the ball in image units; 0 trains on clean images, if the method allows it.
+        eps: radius of the ball in image units, where pixels are in [0, 1]. If the method allows it, 0 trains on clean
+            images.
         steps: number of PGD steps.
         norm: norm of the ball: "linf", "l2" or "l1"; "Linf", "L2" and "L1" mean the same.
         alpha: length of a step in image units, at the full eps. None means relative_alpha * eps / steps.
@@ -152,7 +153,8 @@ class TrainingAttack:
 def settings(config: Any) -> dict[str, Any]:
     """Return a training's configuration as one flat dict. The fields of a `TrainingAttack` replace the attack itself.
 
-    Checkpoints store this dict, and the error of a refused resume names its keys. So all fields have different names.
+    Because the dict is flat, no field of a configuration may have the name of a field of `TrainingAttack`. Checkpoints
+    store this dict, and the error of a refused resume names its keys.
     """
     flat: dict[str, Any] = {}
     for field in fields(config):

@@ -2,8 +2,8 @@
 
 Every process has the whole model and its share of each batch. Gradients are averaged after the whole backward pass.
 DistributedDataParallel would average them during the backward pass. But it requires that a task calls only ``forward``
-of its model, and tasks also call other methods. It would save little time: 92 % of CARSO's training is the attack on
-the frozen classifier, which needs no communication.
+of its model, and tasks also call other methods. It would also save little time: 92 % of CARSO's training is the attack
+on the frozen classifier, which needs no communication.
 
 If a process ends, the exchanges of gloo fail in the other processes. With NCCL, an exchange returns immediately, and
 the next operation that needs its result waits in the driver until the group's timeout. Neither gloo nor NCCL notices a
@@ -40,7 +40,7 @@ from .._tensors import in_memory_order, laid_out_like
 PATIENCE = timedelta(seconds=10)
 #: Seconds within which all processes notice that an exchange failed.
 NOTICE = 3.0
-#: Seconds that a process has to end by itself after another process was lost.
+#: If another process is lost, a process that has not ended this number of seconds later is ended by force.
 GRACE = 20.0
 
 _AGAIN = "Start the same run again to continue from the last checkpoint; torchrun --max-restarts restarts it by itself"
@@ -137,7 +137,7 @@ _watches = 0
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """Within the block, every process notices if another process dies or is stopped. A single process does nothing.
+    """Within the block, every process notices if another process dies or is stopped. A single process checks nothing.
 
     The other processes raise `ProcessLost` at their next exchange. A process that waits elsewhere, such as in a driver
     for the result of NCCL, prints the error to stderr and ends with status 1.

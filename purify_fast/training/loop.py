@@ -64,7 +64,7 @@ def fit(
     processes start from the weights of the first process, and only the first reads and writes the folder. A run may be
     resumed with another number of processes. Several processes give the same weights as a single process, up to
     rounding, with two exceptions. A model that draws random numbers without `purify_fast`, such as by torch's dropout,
-    draws the same numbers in every process. And the published training of CARSO may distribute its attacks unevenly
+    draws the same numbers in every process. And the published training of CARSO may attack fewer images
     (`purify_fast.methods.carso.task.balanced_batch`).
 
     Args:
@@ -74,10 +74,10 @@ def fit(
             them can be resumed with the other. Every process passes all images. **A loader**: a DataLoader or another
             iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
             uint8. Every process passes its own share. `fit` does not control the order, so a run can be resumed between
-            epochs only. The order is repeated if the loader draws it from torch's global generator or from the
-            DataLoader's own, as ``shuffle=True`` does. **A function** of the epoch that returns such an iterable, and
-            that repeats the order when it is called again for the same epoch. A run can be resumed at any step, and the
-            batches before this step are read again.
+            epochs only. A resumed run repeats the order if the loader draws it from torch's global generator or from
+            the DataLoader's own generator, as with ``shuffle=True``. **A function** of the epoch that returns such an
+            iterable, and that repeats the order when it is called again for the same epoch. With a function, a run can
+            be resumed at any step: the epoch's earlier batches are read again, but not used.
         y: labels of the images, int64 ``[N]``; None with a loader or a function.
         config: length and settings of the training. With a loader or a function, its batch_size has no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
@@ -96,10 +96,10 @@ def fit(
     Raises:
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
-            than a batch has; the task does not measure keep_best; the folder has a checkpoint of another run; a bank is
-            given, but the attacked model is trained, or images are cropped at random or come from a loader. With
-            several processes also: they cannot share a batch evenly, they have different data or settings, or a model
-            in training mode has a BatchNorm that is not synchronized.
+            than a batch has; the task does not measure the metric of keep_best; the folder has a checkpoint of another
+            run; a bank is given, but the attacked model is trained, or images are cropped at random or come from a
+            loader. With several processes also: they cannot share a batch evenly, they have different data or settings,
+            or a model in training mode has a BatchNorm that is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
@@ -141,7 +141,7 @@ def fit(
 def _train(run: Run, listeners: Sequence[Callback], stop: Stop) -> None:
     """Train the remaining epochs of a run."""
     if run.step < run.total:
-        # a keep_best that the task does not measure is refused before the training starts
+        # a keep_best whose metric the task does not measure is refused before the training starts
         run.check_best()
     while run.step < run.total:
         watch = LossWatch()
@@ -255,7 +255,7 @@ def train_step(task: Task, batch: Batch) -> Metrics:
         return measured
 
     if task.graphs is None or processes()[1] > 1:
-        # with several processes a step must not be repeated, because the others would not repeat the exchanges
+        # with several processes a step must not be repeated, because the other processes would not repeat the exchanges
         return take()
     return task.graphs.retry_without_graphs(take, batch.x.device)
 

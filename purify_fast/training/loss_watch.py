@@ -22,7 +22,7 @@ class Diverged(FloatingPointError):
 
 
 class LossWatch:
-    """Stores an epoch's last losses on the device, and checks them every `INTERVAL` steps."""
+    """Stores the losses since the last check on the device, and checks them every `INTERVAL` steps."""
 
     def __init__(self) -> None:
         self.losses = dict[int, Tensor]()

@@ -12,9 +12,9 @@ from ..models.representation import without_recorders
 
 
 def moving_average(model: nn.Module, decay: float, warm_up: bool = False) -> AveragedModel:
-    """Return a copy of a model that holds a moving average of its weights and floating-point buffers.
+    """Return a copy of a model. The copy's weights and floating-point buffers are moving averages of the model's.
 
-    Integer buffers are copied.
+    Each update copies integer buffers unchanged.
 
     Args:
         model: the model to average.

@@ -53,7 +53,7 @@ def forecast(
             median = _timed(lambda steps=steps: train_step(task, next(steps)), device, seconds / len(begins))  # type: ignore[misc]
             whole += (end - begin) * median
         if held_out is not None:
-            # The last epoch always ends with a validation.
+            # the number of validations is rounded up, because the last epoch always ends with a validation
             passes = -(-config.epochs // config.validation_every)
             batches = [*held_out.epoch(0, 0)]
             with run.finished():
@@ -71,7 +71,7 @@ def _steps(run: Run, begin: int) -> Iterator[Batch]:
 
 
 def _timed(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Time at least two calls, for about ``seconds``, and return the median. A call before these is not timed."""
+    """Call once without timing, then time at least two calls, for about ``seconds``, and return the median."""
 
     def finished() -> float:
         if device.type == "cuda":

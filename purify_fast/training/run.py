@@ -189,7 +189,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def save_if_due(self, now: bool = False) -> None:
-        """Write a checkpoint in the middle of an epoch: ``now``, or if the last checkpoint is checkpoint_seconds old.
+        """Write a checkpoint within an epoch if ``now`` is True, or if the last checkpoint is checkpoint_seconds old.
 
         Raises:
             Diverged: the loss or a weight is not finite; the last checkpoint is kept.
@@ -235,7 +235,7 @@ class Run:
 
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
-        """Within the block, the model is finished and in evaluation mode. Its training state is restored afterwards."""
+        """Within the block, the model is as after `Task.finish`, in evaluation mode. Then its state is restored."""
         state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
         self.task.finish()
         self.task.model.eval()

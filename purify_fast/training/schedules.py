@@ -1,9 +1,9 @@
 """Computes the length of a run, the step in which each delayed loss term begins, and the learning rate of each step.
 
 Learning rates are functions of the progress of the run, or of the epoch. A function has no state that checkpoints would
-have to store. torch's schedulers have such a state. They are also unsuitable because published runs could not be
-repeated to the bit: OneCycleLR reaches its end at the step before the last and joins its halves one step later, and the
-factor of LambdaLR rounds differently.
+have to store. torch's schedulers have such a state. With them, published runs could also not be repeated to the bit:
+OneCycleLR reaches its peak and its end one step earlier than `one_cycle` here, and LambdaLR multiplies the rate by a
+factor, which rounds differently.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
 
 
 def arrest_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return ARREST's learning rate, which is constant within an epoch (arXiv 2308.16454, by sgmath12/FAT).
+    """Return ARREST's learning rate, which is constant within an epoch (arXiv 2308.16454, according to sgmath12/FAT).
 
     With 20 epochs, the rate is ``peak`` in the first 11 epochs and 0.8 ``peak`` in the next two. Then it halves every
     two epochs: a peak of 0.025 falls to 0.00125. With another number of epochs, the schedule is stretched.

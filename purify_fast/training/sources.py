@@ -109,7 +109,7 @@ class InMemory:
 
 
 def _cut_off(steps: int, config: FitConfig) -> int:
-    """Return the steps of an epoch; raise ValueError if ``steps_per_epoch`` is above ``steps``, a whole pass."""
+    """Return the steps of an epoch; raise ValueError if ``steps_per_epoch`` is above ``steps``, the steps of a pass."""
     wanted = steps if config.steps_per_epoch is None else config.steps_per_epoch
     if wanted > steps:
         raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")
@@ -186,14 +186,14 @@ def make_sources(
 ) -> tuple[Source, Source | None]:
     """Check a run's images, and return the source of the training images and that of the held-out images.
 
-    The second is None if the run has no held-out images. Every process gets all held-out images.
+    The second source is None if the run has no held-out images. Every process gets all held-out images.
     """
     device, share = next(task.model.parameters()).device, config.validation_share
     held: Tensor | None = None
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # None is refused there
+        source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # InMemory refuses None
         task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")

@@ -49,7 +49,7 @@ class Batch:
     bank: BankedStep | None = None
 
     def progress_in(self, unit: DelayUnit) -> int:
-        """Return the part of the run that lies before this batch.
+        """Return how many epochs, steps or images of the run lie before this batch.
 
         Args:
             unit: unit of the returned number.
@@ -129,8 +129,8 @@ class Task:
     def terms(self, length: RunLength) -> dict[str, int]:
         """Return the terms of the loss whose weight is above 0, each with the first step in which the term acts.
 
-        `fit` calls this before the first step, and writes the result into the run's log. A method also writes the
-        result into the saved model. The name of a term is the name of its metric.
+        `fit` calls this before the first step, and writes the result into the run's log. The saved model also contains
+        the result. The name of a term is the name of its metric.
 
         Args:
             length: length of the run.

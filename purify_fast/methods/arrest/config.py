@@ -16,7 +16,8 @@ class ArrestConfig:
 
     "Paper" is the abstract of arXiv 2308.16454, or a text that quotes the paper. "Port" is a re-implementation by
     readers of the paper (sgmath12/FAT). "Own" is this package's choice. With ``distillation_weight=0, replay=False``,
-    the training is plain adversarial finetuning. If the classifier is also untrained, it is PGD adversarial training.
+    the training is plain adversarial finetuning. If, in addition, the classifier is untrained, this is
+    PGD adversarial training.
 
     Args:
         attack: PGD on the cross-entropy (paper: linf, eps 8/255; paper and port: 10 steps of 2/255; own: the random

@@ -1,7 +1,7 @@
 """Trains AToP's purifier: in pre-training, by the paper's objective, or against attacks on the whole pipeline.
 
 Let x' be the adversarial image, t a random transform of x' (in [-1, 1]) with the mask m, and (x1, x2) = g(t, m) the
-coarse and the refined image. The purifier's loss, with a frozen classifier f and weights w_adv, w and lambda, is
+coarse and the refined image of the purifier g. Its loss, with a frozen classifier f and weights w_adv, w and lambda, is
 
     L = w_adv L_G + w (mean |s - x1| + mean |s - x2|) + lambda CE(f((x2 + 1) / 2), y),   L_G = -mean D(x2, m)
 
@@ -95,7 +95,7 @@ class Inputs:
         packed: the purifier's inputs: T inputs for the reconstruction, and T further inputs for the cross-entropy if
             it needs other images.
         count: T.
-        owners: the owners that `Atop.draw` returns.
+        owners: the tensor ``owners`` that `Atop.draw` returns.
         cls_weight: lambda; 0 during cls_delay.
     """
 

@@ -285,7 +285,7 @@ class Decoder(nn.Module):
 
 class _LeakyReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        # the slope is a literal, for the reason given in purify_fast/models/layers.py
+        # the slope is a literal, because torch.compile(dynamic=True) would first treat an attribute as variable
         return F.leaky_relu(x, 0.01)
 
 

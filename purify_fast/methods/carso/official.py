@@ -51,8 +51,8 @@ def official_tensors(condition_encoder: nn.Module, decoder: nn.Module) -> Tensor
 def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
     """Return the mean and std by which a classifier normalizes images.
 
-    Both are read from the classifier's `Normalize` module, or from its attributes ``mean`` and ``std``, which models of
-    RobustBench have.
+    Both are read from the classifier's `Normalize` module, or from the classifier's own attributes ``mean`` and
+    ``std``, which models of RobustBench have.
     """
     for module in classifier.children():
         if isinstance(module, Normalize):
@@ -79,7 +79,7 @@ def read_official(
 ) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
     """Return the tensors in a system's files, and the arguments with which `Carso` can hold these tensors.
 
-    `Carso.from_official` documents the arguments.
+    `Carso.from_official` documents the arguments of this function.
     """
     paths = _paths(Path(directory), stem)
     encoder, joint, decoder = (read_weights(path) for path in paths.values())

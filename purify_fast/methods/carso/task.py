@@ -10,8 +10,8 @@ The loss through the pipeline (not in the paper) is, for each image,
 
     loss = mean_k [CE(classifier(x_k), y) + w sum BCE(x_k, x)],   z ~ N(0, I)
 
-Here x_k are the K purified images of x~, an adversarial image against the whole defence with exact gradients. The
-classifier is frozen, or is trained together with the purifier.
+Here x_k are the K purified images of x~, and x~ is an adversarial image against the whole defence with exact gradients.
+w is the setting reconstruction_weight. The classifier is frozen, or is trained together with the purifier.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def balanced_batch(
     """Return the balanced batch: clean images, and images that PGD and FGSM made on a classifier.
 
     The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
-    With an adversarial bank, attacked images are read from the bank, and only images that the bank lacks are attacked.
+    With an adversarial bank, attacked images are read from the bank, and only images that the bank lacks or refreshes
+    are attacked.
 
     Every process balances its own share of the batch, like the official code. Let n be `atom_size` of the whole batch.
     If the number of processes divides n, the processes attack the same images as a single process would. Otherwise each
@@ -300,7 +301,7 @@ class CarsoTask(PurifierTask[Carso]):
             return {"reconstruction": 0}
         delay, unit = config.kl_delay_of(length.epochs)
         kl = length.check_acts(
-            # in the first unit after the delay, the weight is still 0
+            # in the first unit after the delay, the weight is still 0, because it rises from 0
             length.first_step(ceil(delay) + 1 if delay > 0 else 0, unit),
             argument="kl_delay",
             value=f"{config.kl_delay:g} ({'share of the epochs' if config.kl_delay_unit == 'share' else unit})",

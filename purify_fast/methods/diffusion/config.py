@@ -19,7 +19,7 @@ class DiffusionConfig:
 
     Args:
         intervals: number of intervals into which the distillation divides the process up to ``last_time``. 0 selects
-            the other training.
+            the training without distillation.
         noise_schedule: "linear" (paper), "cosine" or "vp", see `purify_fast.methods.diffusion.schedule`.
         prediction: quantity that the denoiser predicts: "noise" (paper), "x0" or "v".
         last_time: the last time for which the denoiser is trained, as a share of the process (paper: 1). A purifier

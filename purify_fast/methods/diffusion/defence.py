@@ -2,7 +2,7 @@
 
     x_T = alpha x + sigma z                           forward process, to the time t*
     x_s = step(x_t, denoiser(x_t, t), z_t) - w grad   reverse process, from t* to the image; w grad is the guidance
-    logits = classifier(x_0)                          aggregated over K such processes
+    logits = classifier(x_0)                          aggregated over K such purifications
 
 With one round and no guidance, this is DiffPure (Nie et al., "Diffusion Models for Adversarial Purification", ICML
 2022, arXiv 2205.07460). With guidance, it is GDMP (Wang et al., arXiv 2205.14969). With several rounds of increasing
@@ -61,7 +61,7 @@ class DiffusionPurifier(Defence):
             frozen copy in evaluation mode; the given module is not changed.
         image_shape: (C, H, W).
         process: a `Process` or its fields, the settings by which images are noised and denoised.
-        samples: K, processes per prediction.
+        samples: K, number of purifications per prediction.
         aggregation: aggregation of the K predictions: ``mean`` of the logits; ``mean_softmax``, the log of the mean
             softmax; ``lse``, logsumexp; or ``vote``, the majority (`purify_fast.defences.MajorityVote`).
         max_forward_batch: largest batch of the denoiser, where each draw of an image counts as one image. None means no

@@ -189,7 +189,7 @@ class Denoiser(nn.Module):
             or an object with a tensor ``sample``, as models of diffusers do. The tensor is ``[B, C, H, W]``. With
             learned variances it is ``[B, 2C, H, W]``, as in models of guided-diffusion.
         image_shape: (C, H, W).
-        whole_times: whether t is int64.
+        whole_times: whether the module gets t as int64.
 
     Attributes:
         learns_variances: whether the module returns twice as many channels as the images have.
@@ -221,7 +221,7 @@ class Denoiser(nn.Module):
             x: noisy images ``[B, C, H, W]``.
             t: times in the units of the module, float64 ``[B]``.
         """
-        # the time is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand times
+        # t is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand values of t
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
         given = self.module(x, t)
         return given if isinstance(given, Tensor) else given.sample
@@ -237,7 +237,7 @@ class Denoiser(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
                 if type(layer) is nn.Conv2d:
-                    # on a CPU, this class computes the same by the op `conv2d`, where the op has a kernel
+                    # on a CPU, this package's Conv2d computes the same by the op `conv2d`, where the op has a kernel
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)

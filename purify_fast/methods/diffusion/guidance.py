@@ -2,9 +2,9 @@
 
     x_s = step(x_t) - w dD(x_t, y_t) / dx_t,   y_t = alpha y + sigma z',   w = variance g sigma / alpha
 
-Here y is the input image, y_t is the input with noise up to the time t, g is `Process.guidance_scale`, and "variance"
-is the variance of the step's noise. A learned variance differs from pixel to pixel, as in guided-diffusion, whose
-guidance also moves the mean of the step (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
+Here y is the input image, y_t is the input with fresh noise z' up to the time t, g is `Process.guidance_scale`, and
+"variance" is the variance of the step's noise. A learned variance differs from pixel to pixel, as in guided-diffusion,
+whose guidance also moves the mean of the step (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233, algorithm 1).
 
 D is the mean squared difference, or 1 - SSIM (Wang, Bovik, Sheikh & Simoncelli, IEEE TIP 2004, equation 13). With the
 local means E under a Gaussian window, m = E[x] and n = E[y]:
@@ -14,8 +14,8 @@ local means E under a Gaussian window, m = E[x] and n = E[y]:
 
 The gradients are explicit formulas, so autograd can differentiate the guided process. The authors' code
 (JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
-pytorch_diffusion/diffusion.py:80-82 and 269-271. The authors' code also averages D over the images of a batch. Here,
-each image has its own D, so images do not influence each other.
+pytorch_diffusion/diffusion.py:80-82 and 269-271. In that code, D is a mean over the images of a batch. Here, each image
+has its own D, so images do not influence each other.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
     covariance = 2 * (local(x * y) - m * n) + C2
     variances = local(x.square() + y.square()) - m.square() - n.square() + C2
     similarity = means * covariance / (squares * variances)
-    # These are the derivatives of S by m, by E[x^2] and by E[x y]. The window is symmetric, so the operator `local` is
-    # its own adjoint.
+    # `by_product`, `by_square` and `by_mean` are the derivatives of S with respect to E[x y], E[x^2] and m. The window
+    # is symmetric, so the operator `local` is its own adjoint.
     by_product = 2 * means / (squares * variances)
     by_square = -similarity / variances
     by_mean = 2 * n * covariance / (squares * variances) - 2 * m * similarity / squares

@@ -25,7 +25,8 @@ t, and alpha' and sigma' belong to the time s:
     ode       A = r alpha / (2 sigma^2),  B = 1 + r / 2 - r / (2 sigma^2),  d = 0       ibid., equation 13, by Euler
     one_shot  A = 1,  B = 0,  d = 0                         Carlini et al., arXiv 2206.10550, section 3
 
-A and B of vp_sde and ode follow from the score of x_t, (alpha x0 - x) / sigma^2. DDPM's last step adds no noise.
+A and B of vp_sde and ode follow from the score of x_t, (alpha x0 - x) / sigma^2. beta(t) is `Schedule.rate`. DDPM's
+last step adds no noise.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class Process:
 
     @property
     def learns_variances(self) -> bool:
-        """True if the second half of the denoiser's output channels is the variance of the noise."""
+        """True if the second half of the denoiser's output channels determines the variance of the noise."""
         return self.solver == "ddpm" and self.variance == "learned"
 
     @property

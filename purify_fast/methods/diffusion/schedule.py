@@ -2,7 +2,8 @@
 
     x_t = alpha x_0 + sigma z,   alpha^2 = alpha_bar(t),   sigma^2 = 1 - alpha_bar(t),   z ~ N(0, I)
 
-With N training steps, step i has the time t = i / N, and alpha_bar(i / N) is the product of 1 - beta_j for j = 1 .. i:
+In the denoiser's training, the time is divided into N steps (*training steps*). Step i has the time t = i / N, and
+alpha_bar(i / N) is the product of 1 - beta_j for j = 1 .. i:
 
     linear   beta_i from 1e-4 to 0.02, evenly        Ho, Jain & Abbeel, NeurIPS 2020, arXiv 2006.11239, section 4
     cosine   alpha_bar = f(t) / f(0),                Nichol & Dhariwal, ICML 2021, arXiv 2102.09672, section 3.2
