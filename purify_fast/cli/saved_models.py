@@ -117,8 +117,8 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
     if not is_named(text):
         if weights is not None:
             raise ValueError(
-                f"--classifier-weights is only for a classifier by name, got {weights}: leave the option out, because "
-                f"the folder {classifier} contains the weights"
+                f"--classifier-weights is only for a classifier that --classifier names, got {weights}: leave the "
+                f"option out, because the folder {classifier} contains the weights"
             )
         saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
         refuse_other_images(saved, images, f"the classifier in {classifier}")

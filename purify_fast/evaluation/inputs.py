@@ -26,8 +26,8 @@ INSTEAD_OF_PROBABILITIES = (
 
 #: The problem and the advice for a model that returns one-hot vectors, in the words of errors and reports.
 ONE_HOT = (
-    "returns one-hot rows, a single 1 among zeros. They name a class and have no gradient: return the logits [B, "
-    "classes] from which the class is chosen"
+    "returns one-hot rows (each has a single 1, and otherwise zeros). They name a class and have no gradient: return "
+    "the logits [B, classes] from which the class is chosen"
 )
 
 

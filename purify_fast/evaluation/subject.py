@@ -386,7 +386,7 @@ def notes_of_modules(model: Classifier, name: str) -> list[str]:
     if training:
         notes.append(
             f"{name} {what} in training mode: {_listed(training)}. The numbers describe the model as it is in "
-            f"training. If this is not intended, call .eval() on these modules before, or {advice}"
+            f"training. If this is not intended, call .eval() on these modules before evaluate, or {advice}"
         )
     if hidden:
         notes.append(

@@ -104,7 +104,10 @@ def load_defence(
     odd = wanted.keys() ^ state.keys() or {name for name in state if wanted[name].shape != state[name].shape}
     if odd:
         names = ", ".join(sorted(odd)[:4])
-        raise ValueError(f"{folder} holds tensors that do not fit its settings, or the given module, such as {names}")
+        raise ValueError(
+            f"{folder} holds tensors that fit neither its settings nor the given module, such as {names}: the files "
+            "are of different runs, or the module is another one"
+        )
     # the state has no tensors of a frozen classifier; all other tensors were checked above
     defence.load_state_dict(state, strict=False)
     return defence.eval()

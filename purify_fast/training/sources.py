@@ -143,8 +143,8 @@ class Loader:
         if not (isinstance(first, Iterable) and isinstance(first, Sized)):
             # the learning rates depend on the length of the run, and an iterator would be exhausted after one epoch
             raise TypeError(
-                "x must be images, batches with a length, such as a DataLoader or a list, or a function of the epoch "
-                f"that returns such batches, got {type(first).__name__}"
+                "x must be a tensor of images, an iterable of batches that has a length (such as a DataLoader or a "
+                f"list), or a function of the epoch that returns such an iterable, got {type(first).__name__}"
             )
         if len(first) == 0:
             raise ValueError("x must have at least 1 batch, got 0")

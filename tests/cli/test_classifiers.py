@@ -118,7 +118,7 @@ def test_a_network_of_torchvision_is_trained_and_used(run, bars, tmp_path, short
         code, printed = run("train", "classifier", "--model", f"torchvision:{model}", *few)
         assert code == 2 and message in printed
     code, printed = run("train", "carso", "--classifier", out, "--classifier-weights", "x.pth", *few)
-    assert code == 2 and "--classifier-weights is only for a classifier by name, got x.pth" in printed
+    assert code == 2 and "--classifier-weights is only for a classifier that --classifier names, got x.pth" in printed
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", "table.pth"])

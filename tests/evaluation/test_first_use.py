@@ -191,7 +191,7 @@ def test_images_of_another_shape_are_named_with_what_the_model_takes():
         (lambda z: (z > -9).long(), r"must return logits in floating point, got torch.int64 \[1, 4\]: .*output.float"),
         (
             lambda z: nn.functional.one_hot(z.argmax(1), 4),
-            r"returns one-hot rows, .*: return the logits \[B, classes\] .* floating point, got torch.int64 \[1, 4\]",
+            r"returns one-hot rows .*: return the logits \[B, classes\] .* floating point, got torch.int64 \[1, 4\]",
         ),
         (lambda z: z.amax(1) + 0.123, "a single number for each image"),
     ],
@@ -257,7 +257,7 @@ def test_one_hot_rows_are_named_as_such(digits, caplog):
 
     report = evaluate(decided, x[:4], y[:4], eps=0.1, attacks=[PGD(steps=1)], progress=False)
     sign = next(finding for finding in report.findings if finding.alarm == "logits")
-    assert sign.verdict == "unreliable" and "one-hot rows, a single 1 among zeros" in sign.measured
+    assert sign.verdict == "unreliable" and "one-hot rows (each has a single 1, and otherwise zeros)" in sign.measured
     assert "return the logits" in sign.advice and "one-hot rows" in caplog.text and "softmax" not in sign.measured
 
 
@@ -387,7 +387,7 @@ def test_a_module_around_a_global_variable_in_training_mode_is_told():
     report = evaluate(UsesGlobal(), torch.rand(4, 1, 4, 4), torch.arange(4) % 3, **QUIET | {"attacks": []}, name="mine")
     (note,) = (note for note in report.notes if "training mode" in note)
     assert note.startswith("mine uses modules, besides its own parts, in training mode: GLOBAL (Dropout). The numbers")
-    assert note.endswith("call .eval() on these modules before, or make them attributes of the module that uses them")
+    assert note.endswith("before evaluate, or make them attributes of the module that uses them")
 
 
 def test_modules_in_a_plain_list_are_judged_in_evaluation_mode_and_told():

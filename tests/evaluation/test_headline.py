@@ -273,16 +273,26 @@ def test_so_many_images_decide_and_one_less_do_not():
 @pytest.mark.parametrize(
     ("left", "n", "claim", "said"),
     [
-        (100, 200, "70", "refuted. If it were true, the probability that 100 or fewer of 200 images are left would be"),
+        (
+            100,
+            200,
+            "70",
+            "refuted. If the claim were true, the probability that 100 or fewer of 200 images are left",
+        ),
         (
             13,
             20,
             "70",
             "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
-            "it. If it were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
-            "binomial test). With 65.0 % left of about 481 images the claim would be refuted.",
+            "it. If the claim were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
+            "binomial test). If 65.0 % of about 481 images were left, the claim would be refuted.",
         ),
-        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If it were true, the probability"),
+        (
+            15,
+            20,
+            "70",
+            "75.0 % of 20 images are left, which is not below the claim. If the claim were true, the",
+        ),
         (0, 4, "0", "that 0 or fewer of 4 images are left would be 100 % (exact binomial test). Only a"),
     ],
 )

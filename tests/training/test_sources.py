@@ -128,7 +128,9 @@ def test_a_loaders_run_is_resumed_at_an_epochs_end_and_a_functions_at_any_step(t
 def test_loaders_that_cannot_be_used_are_refused():
     x, y = images()
     for wrong in (iter([(x, y)]), 3):
-        with pytest.raises(TypeError, match="x must be images, batches with a length, such as a DataLoader"):
+        with pytest.raises(
+            TypeError, match=r"x must be a tensor of images, .* that has a length .such as a DataLoader"
+        ):
             fit(task(), wrong, None, FitConfig(1))
 
     class Short(list):

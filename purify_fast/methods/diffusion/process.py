@@ -151,7 +151,8 @@ class Process:
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,) * len(starts)
         if len(counts) != len(starts):
             raise ValueError(
-                f"steps must be one number, or one for each t_star, got steps={self.steps} and t_star={self.t_star}"
+                f"steps must be one number, or as many numbers as t_star has, got steps={self.steps} and "
+                f"t_star={self.t_star}"
             )
         return list(zip(starts, counts, strict=True))
 

@@ -140,7 +140,7 @@ class DiffusionTask(MethodTask):
             config: the settings.
         """
         if config.intervals:
-            raise ValueError(f"intervals must be 0 to train a denoiser from noise, got {config.intervals}")
+            raise ValueError(f"intervals must be 0 for a training on clean images, got {config.intervals}")
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32.

@@ -154,7 +154,7 @@ def test_what_cannot_be_distilled():
         ValueError, match=r"steps must be at most 100, because t_star = 0\.1 is training step 100, got 101"
     ):
         ConsistencyTask(Scaled(0.5), DiffusionConfig(intervals=101, last_time=0.1))
-    with pytest.raises(ValueError, match="intervals must be 0 to train a denoiser from noise, got 3"):
+    with pytest.raises(ValueError, match="intervals must be 0 for a training on clean images, got 3"):
         DiffusionTask(Scaled(0.5), DiffusionConfig(intervals=3))
     with pytest.raises(ValueError, match=r"digits-pgd-at holds a SmallCNN, not a denoiser or a purifier by diffusion"):
         read_denoiser(zoo.folder("digits-pgd-at"))

@@ -170,7 +170,7 @@ REFUSED = {
         "schedule": Schedule("vp"),
     },
     "steps must be a whole number": {"steps": 2.5},
-    "one for each t_star": {"t_star": (0.1, 0.2), "steps": (3,)},
+    "as many numbers as t_star has": {"t_star": (0.1, 0.2), "steps": (3,)},
     "steps must be 1 or None for the solver one_shot, got 2": {"solver": "one_shot", "steps": 2},
     "eta must be 0 for the solver ddpm": {"eta": 0.5},
     "guidance must be None for the solver 'ode'": {"solver": "ode", "guidance": "mse"},
