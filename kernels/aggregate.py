@@ -50,12 +50,12 @@ def _odds(x, inside):
     """Compute the terms of the odds of mean(sigmoid(x)) over axis 0. Unused rows must be +inf.
 
     With t = exp(-|x|), sigmoid(|x|) is 1 / (1 + t) and sigmoid(-|x|) is t / (1 + t). If all numbers of a column have
-    the same sign, the sum of the t / (1 + t) could underflow. So this sum is multiplied by exp(|shift|), where |shift|
-    is the least |x|. shift has the sign of x. If the signs differ, or the least |x| is at most 1 or infinite, shift is
-    0.
+    the same sign, the sum of the t / (1 + t) could underflow. So its terms are multiplied by exp(|shift|), where
+    |shift| is the least |x|, and shift has the sign of x. In three cases, shift is 0: the signs differ, the least |x|
+    is at most 1, or the least |x| is infinite.
 
-    Returns t exp(|shift|) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C]; shift; and
-    exp(-|shift|).
+    Returns t exp(|shift|) and 1 / (1 + t), [K, C]; the sums of sigmoid(x) and of sigmoid(-x), [C], where the sum of the
+    t / (1 + t) has the factor exp(|shift|); shift; and exp(-|shift|).
     """
     low, high = tl.min(x, 0), tl.max(tl.where(inside, x, float("-inf")), 0)
     shift = tl.maximum(low, 0.0) + tl.minimum(high, 0.0)

@@ -30,8 +30,8 @@ from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair,
 #: The number of adjacent queries in a program, if the width of the grid is a multiple of this number. Adjacent queries
 #: read many of the same rows.
 TOGETHER = 4
-#: One program adds the gradients of the norms from this number of queries. The number is fixed, so the result does not
-#: depend on the batch.
+#: The number of queries over which each program sums the gradients of the norms. The number is fixed, so the result
+#: does not depend on the batch.
 QUERIES = 8
 
 

@@ -52,8 +52,8 @@ PURIFIED_TOLERANCE = 0.03
 LEAST_COSINE = 0.8
 #: The number of copies that are kept: an evaluation attacks several variants of one model, one after the other.
 REMEMBERED = 2
-#: The number of wrappers around copies that are kept, because a step that was captured as a CUDA graph can be replayed
-#: only for the same object.
+#: The number of kept wrappers. A wrapper holds a copy. Wrappers are kept because a step that was captured as a CUDA
+#: graph can be replayed only with the wrapper with which it was captured.
 WRAPPERS = 8
 
 

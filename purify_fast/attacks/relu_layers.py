@@ -123,7 +123,7 @@ class _Reading(TorchDispatchMode):
     """A mode that records the input of every ReLU, and replaces its output by vectors of a basis.
 
     Args:
-        basis: the indices of the vectors in the basis; None: a ReLU returns its input.
+        basis: for each row of the batch, the index of the unit vector that a ReLU returns; None: it returns its input.
 
     Attributes:
         seen: the flat input of each ReLU.

@@ -62,9 +62,9 @@ class AttackRun:
 
     Args:
         spec: the attack.
-        target: the attacked model.
+        target: the model whose gradients the attack follows.
         index: indices of the images, int64.
-        subject: the judged model with all images.
+        subject: the judged model, which predicts the attacked images, with all clean images.
         context: the settings of the attack.
         folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
             process. It is made when the first batch is saved. With None, no batch is saved.

@@ -247,8 +247,8 @@ def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
         if are_one_hot(logits):
             raise ValueError(f"the model {ONE_HOT}. The logits must be floating point, got {what}")
         raise ValueError(
-            f"the model must return logits in floating point, got {what}: if the numbers are scores, and more likely "
-            "classes have larger scores, return output.float()"
+            f"the model must return logits in floating point, got {what}: if a larger number means a "
+            "more likely class, return output.float()"
         )
     return model, logits.shape[1]
 

@@ -138,7 +138,7 @@ def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed:
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of the backward after the gradient: G, the inverse norms, A and the settings."""
+    """Return the arguments that follow the gradient in a call of the backward: G, the norms' inverses, A, settings."""
     return *inputs[:2], outputs[1], *inputs[3:]
 
 

@@ -110,7 +110,7 @@ def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: flo
 
 
 def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor, norm: int, *space: float) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha and eps are [B]."""
+    """Compute a step of PGD in float32, or in float64 for float64. The result has x's dtype. alpha and eps are [B]."""
     lo, hi, *_ = space
     start, g = wide(x), wide(grad)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)

@@ -107,9 +107,9 @@ def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
 
 
 def _variant(layers: int) -> str:
-    """Return the variant of a call. Calls with several layers have their own variant and backend.
+    """Return the variant of a call: "several" for several layers, or "".
 
-    The reason is that the reference launches its operators once for each layer.
+    Each variant is raced separately. The reference launches its operators for every layer, but the kernel only once.
     """
     return "several" if layers > 1 else ""
 

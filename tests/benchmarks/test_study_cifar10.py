@@ -230,7 +230,7 @@ def test_the_table_is_what_the_jobs_found(tmp_path):
     shares = [50 + 25 * (places[name] % 2) for name in (names.PEEL, names.CARSO, names.BASE)]
     whole = f"| {shares[0]:.1f} **unreliable** | {shares[1]:.1f} | {shares[2]:.1f} | {shares[1] - shares[0]:+.1f} ±"
     assert f"| {names.PEEL} {whole}" in page
-    assert "Trained with seed 1:" in page and page.count("- CARSO pipeline minus PGD-AT, `fast`: ") == 2
+    assert "Trained with seed 1:" in page and page.count("- `CARSO pipeline` minus `PGD-AT`, under `fast`: ") == 2
     assert "| PGD-AT | 89.0 ± 7.0 | 75.0 ± 21.7 | 33.3 ± 27.2 |" in page
     assert "reference: no purifier | 70.0 ± 14.5 | 30.0 ± 26.5 |" in page
     assert "| 70.0 ± 14.5 | 30.0 ± 26.5 **unreliable** |" in page

@@ -140,10 +140,10 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 
 
 def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
-    """Train a purifier with the paper's objective, or train the purifier of another row through the pipeline.
+    """Train a new purifier with the paper's objective, or finetune the purifier of another row through the pipeline.
 
-    The job's settings are ``base`` and ``epochs`` and, optionally, ``start``, ``layers``, ``config``, ``attack``,
-    ``bank``, ``eps`` and ``norm``.
+    The setting ``start`` is the name of this other row. Without it, the purifier is new. The job's further settings are
+    ``base`` and ``epochs`` and, optionally, ``layers``, ``config``, ``attack``, ``bank``, ``eps`` and ``norm``.
     """
     s, images, start = job.settings, setting.digits(), "start" not in job.settings
     base = load_classifier(job.folder(root, s["base"]))

@@ -241,7 +241,7 @@ class Found:
         return {"first": draws[0], "mean": draws.mean(0), "all": draws.min(0)}[rule]
 
     def chain(self) -> np.ndarray | None:
-        """Return the outcome of the first images after PGD and then the protocol `strong`."""
+        """Return whether each of the first images withstood PGD and then `strong`; None if `strong` did not run."""
         return bits(self.groups["strong"]["after"]) if "strong" in self.groups else None
 
     def authors(self) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ SEEDS, ABLATION_SEEDS = 3, 1
 
 
 def effort(quick: bool) -> SimpleNamespace:
-    """Return the amounts of the attacks, which settings.yaml explains. A quick run has smaller amounts."""
+    """Return the steps, restarts and images of the attacks from settings.yaml. A quick run has fewer of each."""
     return SimpleNamespace(**settings_of("digits")["quick" if quick else "default"])
 
 

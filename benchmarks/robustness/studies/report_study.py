@@ -72,8 +72,8 @@ class ReportStudy(Study):
     """A study whose jobs train a few models and attack each of them.
 
     Attributes:
-        models: for each column of the table, the name of the training that the column needs.
-        bases: for each column of the table, the name of the training of its classifier.
+        models: for each column of the table, the name of the job that trains the attacked model.
+        bases: for each column of the table, the name of the job that trains the classifier inside this model.
         sizes: batch sizes of `evaluate`.
     """
 

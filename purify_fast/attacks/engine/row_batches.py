@@ -230,9 +230,9 @@ class PaceMonitor:
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Tell whether `lost` notes distances or measures the pace at this step.
+        """Return True if `lost` has work at this step: to note distances, or to measure the pace.
 
-        A search without `gains` need not call `lost` at other steps.
+        A search without `gains` can skip the call of `lost` at all other steps.
         """
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 

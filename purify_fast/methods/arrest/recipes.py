@@ -45,7 +45,7 @@ class ArrestRecipe(Recipe):
 
         Args:
             classifier: classifier that was trained on clean images.
-            official_code: reproduce the re-implementation, as in `config`.
+            official_code: train as the re-implementation does, as in `config`.
         """
         return ArrestTask(classifier, self.config(official_code), self.image_shape)
 

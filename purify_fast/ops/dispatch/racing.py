@@ -145,7 +145,7 @@ class Row:
         return self.reference_us / self.kernel_us
 
     def call(self, device: torch.device) -> Call:
-        """Return the calls that the race is about. Inside graphs these are the calls of every size."""
+        """Return the calls that this race decides: eager calls of its size, or all calls inside compiled graphs."""
         dtype = getattr(torch, self.dtype)
         if self.style == "graph":
             return Call(device, self.variant, dtype, 0, "graph")

@@ -95,7 +95,7 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Deviation):
-    """The result of one verification: the deviation of the case with the largest error relative to its allowed error.
+    """The result of one verification: the case whose error is the largest multiple of its allowed error.
 
     Attributes:
         backend: the backend whose kernel was verified.
@@ -278,7 +278,7 @@ def _warn_unwritable(path: str) -> None:
 
 
 def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
-    """Return True if a verdict is valid for the current kernel of the op."""
+    """Return True if a result of a verification (`Verdict`) is about the current source and backend of the kernel."""
     return verdict.sources == op.code_hash(device.type) and verdict.backend == op.kernel(device.type)
 
 
@@ -314,7 +314,10 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """Return the verdict on the kernel of a call. If there is none, verify the kernel now; other processes wait."""
+    """Return the result of the verification of the kernel that a call would use.
+
+    If the kernel was not verified on this machine, verify it now. Other processes that need the result wait.
+    """
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(records.file_of("verified", device))
 

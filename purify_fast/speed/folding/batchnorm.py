@@ -126,7 +126,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """The output, the input gradient of a fixed random sum of the output, and the outputs of modules with hooks."""
+    """The output, the outputs of modules with hooks, and the gradient of a random weighted sum of the output."""
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], output: object) -> None:

@@ -212,9 +212,9 @@ class Captured:
         model: the model that the step uses. The graph is deleted when the model no longer exists.
         buffers: the tensors of the state.
         replay: function that launches the captured step.
-        counts: for each part of the model that counts its images, the number that a step adds to its count.
-        objects: objects on whose identity the step depends, which must be kept alive.
-        loop: the last loop that used this step. Its state is in the buffers until another loop begins.
+        counts: the numbers of images that a replay adds to the counters in the model, one number for each counter.
+        objects: objects that the captured step uses, and that must therefore stay alive.
+        loop: the `StepGraphs` loop that replayed this step last. Its state is in the buffers until another loop begins.
     """
 
     model: weakref.ref[nn.Module]

@@ -37,7 +37,7 @@ def differences(results: Results, counts: Judging, seed: int) -> list[str]:
     """
     reports = {name: report for (name, of), report in results.reports.items() if of == seed}
     return [
-        f"- {name} minus {other}, `{counts.main}`: {reports[name].paired(reports[other])}."
+        f"- `{name}` minus `{other}`, under `{counts.main}`: {reports[name].paired(reports[other])}."
         for name, other in study.PAIRS
         if name in reports and other in reports
     ]
