@@ -1,7 +1,7 @@
 """Score the results on the broken defences, and make the tables for docs/judge_reference.md.
 
-A judge is a method that evaluates a model: an adaptive attack, AutoAttack, a protocol of this package, the indicators
-of Pintor et al., or the active test. A result is the outcome of one judge on one model.
+A judge is a method that evaluates a model: an adaptive attack, AutoAttack, a protocol of this package, or the
+indicators of Pintor et al. A result is the outcome of one judge on one model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .entry import ENTRIES as ENTRIES
 
 FILE = "broken.json"
 ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"
-PINTOR, ACTIVE = "indicators", "active"
+PINTOR = "indicators"
 #: The judges, in the order in which they evaluate a model.
-JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
+JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, STRONG)
 #: The judges that are compared with the adaptive attack.
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
@@ -99,18 +99,6 @@ def _numbers(each: dict[str, Result]) -> list[str]:
     return row
 
 
-def _noticed(each: dict[str, Result]) -> list[str]:
-    """Return table cells with the findings of ``standard``, the indicators and the active test on a model."""
-    cells = [", ".join(each[judge]["unreliable"]) or "none" if judge in each else "-" for judge in (STANDARD, PINTOR)]
-    test = "-"
-    if ACTIVE in each:
-        one = each[ACTIVE]
-        reason = one.get("reason") or "no extra output makes a corner adversarial"
-        test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
-        test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
-    return [*cells, test]
-
-
 def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
     """Return sentences that count the verdicts of each judge, and the defences that AutoAttack overestimates."""
     lines = []
@@ -156,7 +144,9 @@ def markdown(results: Sequence[Result]) -> list[str]:
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
-    body = [[name, *_noticed(each)] for name, each in every.items()]
+    body = []
+    for name, each in every.items():
+        body.append([name, *(", ".join(each[j]["unreliable"]) or "none" if j in each else "-" for j in WAYS)])
     lines += ["", "The findings of each method on each model:"]
     lines += ["", *markdown_table(["model", *WAYS.values()], body)]
     lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
@@ -174,7 +164,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
 
 
 #: The methods that detect failed attacks, with their names in tables.
-WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
+WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)"}
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:

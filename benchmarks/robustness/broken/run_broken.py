@@ -1,8 +1,8 @@
 """Run ``python -m benchmarks broken``: several judges evaluate broken defences and robust models.
 
-A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, the indicators
-of Pintor et al., or the active test. Each result is saved as soon as it is computed, so the command can be interrupted
-at any time. A result has hashes of the code that made it. A result is computed again if the model, the attacks or the
+A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, or the
+indicators of Pintor et al. Each result is saved as soon as it is computed, so the command can be interrupted at any
+time. A result has hashes of the code that made it. A result is computed again if the model, the attacks or the
 signs of a failed attack have changed.
 """
 
@@ -25,8 +25,8 @@ from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from ... import options
 from ...kept import put, rows_of
 from ...speed.running import Budget
-from . import active, adaptive, broken_tables, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
+from . import adaptive, broken_tables, pintor
+from .broken_tables import ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
 #: The largest number of images on which a defence is trained.
@@ -64,11 +64,8 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
     result: Result = {"model": name, "judge": judge, "settings": settings}
     if judge == PINTOR:
         n = min(n, pintor.IMAGES)
-        found: Any = pintor.indicators(models[0], x[:n], y[:n], entry.eps)
+        found = pintor.indicators(models[0], x[:n], y[:n], entry.eps)
         result |= {"indicators": found, "unreliable": pintor.fired(found)}
-    elif judge == ACTIVE:
-        found = active.power(models[0], x[:n], y[:n], entry.eps)
-        result |= dataclasses.asdict(found) | {"unreliable": ["active test"] if found.unreliable else []}
     else:
         result |= _attacked(name, judge, settings, data)
     return result | {"code": code(name, judge), "cpu_seconds": round(time.process_time() - begin, 1)}
