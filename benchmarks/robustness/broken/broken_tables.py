@@ -7,10 +7,9 @@ indicators of Pintor et al. A result is the outcome of one judge on one model.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
 from ...kept import Row, rows_of
@@ -159,8 +158,7 @@ def markdown(results: Sequence[Result]) -> list[str]:
         ]
         if rows:
             lines += ["", *markdown_table([title, *head, *why], rows)]
-    lines += ["", "The number of models that each sign flags, in reports of `standard` and `strong`:"]
-    return [*lines, "", *_signs(every)]
+    return lines
 
 
 #: The methods that detect failed attacks, with their names in tables.
@@ -171,7 +169,8 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
     """Return a table that compares the methods that detect failed attacks, by the models that each method flags."""
     asked = {judge: {name for name, each in every.items() if judge in each} for judge in WAYS}
     flagged = {judge: {name for name in names if every[name][judge]["unreliable"]} for judge, names in asked.items()}
-    defences, *others = _groups(every)
+    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in every}
+    defences, *others = ({name for name, kind in kinds.items() if kind[i]} for i in range(3))
     groups = [defences, {name for name in defences if (overestimated(every[name], OFFICIAL) or 0) > CLOSE}, *others]
     body = []
     for judge, words in WAYS.items():
@@ -180,23 +179,6 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
         body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - elsewhere) or "-"])
     heads = ["defences", "defences that AutoAttack overestimates", "honest models", "models with a fault"]
     return markdown_table(["method", *heads, "only by this method"], body)
-
-
-def _groups(names: Iterable[str]) -> list[set[str]]:
-    """Divide models into defences, honest models, and models with a fault."""
-    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in names}
-    return [{name for name, kind in kinds.items() if kind[i]} for i in range(3)]
-
-
-def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a table with the number of models that each sign flags, and the models that only this sign flags."""
-    reports = [(name, each[judge]) for name, each in every.items() for judge in each if judge in (STANDARD, STRONG)]
-    body = []
-    for sign in (alarm.name for alarm in ALARMS):
-        counts = map(len, _groups({name for name, one in reports if sign in one["unreliable"]}))
-        alone = dict.fromkeys(name for name, one in reports if one["unreliable"] == [sign])
-        body.append([sign, *map(str, counts), "; ".join(alone) or "-"])
-    return markdown_table(["sign", "defences", "honest models", "models with a fault", "only by this sign"], body)
 
 
 def table(results: Path) -> list[str]:
