@@ -351,7 +351,7 @@ def in_words(process: dict[str, Any]) -> str:
 class Diffusion(Study):
     """The study of diffusion purifiers, under the attacks of their authors and under exact gradients."""
 
-    name, dataset, workers = "diffusion", "digits", 1
+    name, workers = "diffusion", 1
     amounts: ClassVar[dict[str, str]] = {"quick": "run everything in a minute or two; the numbers mean nothing"}
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
