@@ -15,7 +15,7 @@ from .options import add_device
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
-from .robustness.studies import diffusion_picture, run_study
+from .robustness.studies import run_study
 from .robustness.truth import run_truth
 from .speed import gradient_memory, pipelines, running
 from .speed.ops import registry
@@ -37,7 +37,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
-    "diffusion_picture": (diffusion_picture, "draw an image that is noised, denoised step by step and purified"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=add_device),
         "put the kernel choices that purify-fast tune made on this machine into the package",

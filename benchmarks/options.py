@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -66,9 +65,3 @@ def out_of(chosen: Namespace, trial: bool, name: str) -> Path:
 def add_device(parser: ArgumentParser) -> None:
     """Add the option ``--device``, which is a CPU by default."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda; default: cpu")
-
-
-def add_minutes(parser: ArgumentParser) -> None:
-    """Add the option ``--minutes``, the time limit of a command."""
-    text = "time limit; work that would probably exceed the limit is not started; default: no limit"
-    parser.add_argument("--minutes", type=float, default=math.inf, help=text)

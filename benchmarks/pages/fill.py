@@ -60,8 +60,7 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
     def memory(row: Mapping[str, str]) -> str:
         if not row["peak_MB"]:
             return ""
-        share = row["share_of_matrix_rate"]
-        return f", {int(row['peak_MB']):,} MB" + (f", {100 * float(share):.1f} %" if share else "")
+        return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
 
     rows = [row for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES) if row["pipeline"] in wanted]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))

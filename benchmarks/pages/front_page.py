@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
 from purify_fast.evaluation.show.tables import markdown_table, percent, percent_always
 
-from .. import style
 from ..kept import rows_of
 from ..robustness import contests
 from ..robustness.broken import broken_tables
@@ -15,6 +15,8 @@ from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed.sheets import PIPELINES, ROWS, ops_speedups, read_csv
 
+#: The colors of README's picture. Green is this package, gray is everything else, and red is an alarm.
+INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
 #: The name of the row for the worst case in the study of ARREST. There each attack runs only on the images that the
@@ -172,37 +174,52 @@ def broken_sentence(results: Path) -> list[str]:
     ]
 
 
-def picture(results: Path, path: Path) -> bool:
+def picture(results: Path, path: Path) -> None:
     """Draw README's picture: the robust accuracy that is claimed for CARSO, and the accuracies under exact gradients.
+
+    Nothing is drawn if matplotlib is not installed. The same results always give the same bytes. The background is
+    white, which is readable in print and on dark pages.
 
     Args:
         results: folder of the committed results.
         path: path of the PNG file.
-
-    Returns:
-        True if the picture was drawn, and False if matplotlib is not installed.
     """
-    figure = style.new_figure(figsize=(9, 3.6))
-    if figure is None:
-        return False
+    try:
+        # Do not use pyplot, because pyplot would change matplotlib's backend and the figures that the user has opened.
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(facecolor="white", layout="constrained", figsize=(9, 3.6))
     claimed = "Claimed: CARSO, paper's objective,\nas its authors attack it"
     bars = [
-        (claimed, "CARSO, paper's objective, through PeeL", style.ALARM),
-        ("True: the same CARSO,\nattacked with exact gradients", "CARSO, paper's objective", style.ALARM),
-        ("The classifier alone,\ntrained adversarially", "classifier", style.PLAIN),
-        ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", style.OURS),
+        (claimed, "CARSO, paper's objective, through PeeL", ALARM),
+        ("True: the same CARSO,\nattacked with exact gradients", "CARSO, paper's objective", ALARM),
+        ("The classifier alone,\ntrained adversarially", "classifier", PLAIN),
+        ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", OURS),
     ]
     rows = [_row(results, "carso_mnist", model, WORST) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
     axes = figure.add_subplot()
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))
     widths = [100 * row.accuracy for row in rows]
-    for bar, row in zip(style.bars(axes, titles, widths, colors, texts), rows, strict=True):
+    container = axes.barh(range(len(titles)), widths, height=0.72, color=colors)
+    card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+    axes.bar_label(container, texts, padding=4, fontsize=8.5, color=INK, bbox=card)
+    axes.set_yticks(range(len(titles)), titles)
+    axes.set_ylim(len(titles) - 0.4, -0.6)
+    axes.set_xlim(0, 125)
+    # Add light vertical grid lines, and remove the frame except its lower edge.
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(PLAIN)
+    axes.tick_params(axis="both", length=0, labelsize=8.5, labelcolor=INK)
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for bar, row in zip(container, rows, strict=True):
         if not row.reliable:
-            bar.set(facecolor="white", edgecolor=style.ALARM, hatch="////")
+            bar.set(facecolor="white", edgecolor=ALARM, hatch="////")
     title = "What CARSO seems to withstand, and what it withstands"
-    axes.set_title(title, fontsize=9.5, loc="left", color=style.INK, weight="bold")
+    axes.set_title(title, fontsize=9.5, loc="left", color=INK, weight="bold")
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
-    style.save(figure, path)
-    return True
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")

@@ -5,7 +5,6 @@ Each measurement runs in a separate operating-system process.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -83,7 +82,7 @@ def plain(made: DiffusionPurifier, x: Tensor, kept: bool) -> Tensor:
     return made.classifier((x + 1) / 2)
 
 
-def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
+def measured(name: str, form: str, steps: int) -> dict[str, Any]:
     """Measure how much the gradient raises the peak memory of this process. Return one row of the results file.
 
     The memory of the networks themselves is not included.
@@ -92,7 +91,6 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
         name: name of the network.
         form: form of the gradient, one of `PLAIN`, `CHECKPOINTED`, `OURS` and `OURS_BFLOAT16`.
         steps: number of steps of the diffusion process.
-        images: number of images in the batch.
     """
     made = DiffusionPurifier(
         network(name),
@@ -103,7 +101,7 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
     ).eval()
     if form == OURS_BFLOAT16:
         made.accelerate()
-    x = torch.rand(images, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.rand(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     run = partial(plain, made, kept=form == PLAIN) if form in (PLAIN, CHECKPOINTED) else made
     before = peak_resident_memory() / GIGABYTE
     torch.autograd.grad(loss(run(x).float()), x)
@@ -111,7 +109,7 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
     return {
         "network": name,
         "parameters": sum(p.numel() for p in made.denoiser.parameters()),
-        "images": images,
+        "images": IMAGES,
         "form": form,
         "steps": steps,
         "gigabytes": round(peak - before, 3),
@@ -120,22 +118,15 @@ def measured(name: str, form: str, steps: int, images: int) -> dict[str, Any]:
     }
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m benchmarks memory``."""
-    images = f"number of images in the batch; default: {IMAGES}"
-    parser.add_argument("--images", type=int, default=IMAGES, help=images)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; default: benchmarks/results")
-
-
-def main(chosen: argparse.Namespace) -> Path:
+def main(_: object) -> Path:
     """Run ``python -m benchmarks memory``. Rows that an earlier run has written are not measured again."""
-    path = chosen.out / FILE
+    path = RESULTS / FILE
     rows: list[dict[str, Any]] = list(sheets.read_csv(path)) if path.exists() else []
     done = {(row["network"], row["form"], int(row["steps"])) for row in rows}
     for name, form, steps in tqdm([one for one in MEASURED if one not in done], desc="memory", unit=" rows"):
         # Use a new process for each row, because the recorded peak memory of a process never falls.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(measured, name, form, steps, chosen.images).result())
+            rows.append(pool.submit(measured, name, form, steps).result())
         sheets.write_csv(path, rows)
     return path
 

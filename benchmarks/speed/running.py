@@ -89,7 +89,7 @@ def key(op: str, case: Case, direction: str, style: str) -> tuple[str, ...]:
     return op, *case.named.values(), direction, style
 
 
-def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
+def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget) -> None:
     """Measure ops, and write ops.csv after every row. Existing rows of other ops are kept.
 
     Args:
@@ -97,9 +97,8 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
         device: device on which the ops run.
         quick: True to measure only the first case of each variant.
         out: folder of the results.
-        budget: time limit. By default there is no limit.
+        budget: time limit.
     """
-    budget = budget or Budget()
     effort = timing.QUICK if quick else timing.Effort()
     # On a GPU, a quick run uses the cases for a CPU if the op has such cases, because these cases are smaller.
     ops = registry(device.type) | (registry("cpu") if quick else {})
@@ -123,12 +122,11 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
             sheets.report(out)
 
 
-def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget | None = None) -> None:
+def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget) -> None:
     """Measure pipelines, and write pipelines.csv after every case. Existing rows of other cases are kept.
 
     The arguments are those of `run_ops`.
     """
-    budget = budget or Budget()
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
     incomplete = {(row["pipeline"], row["case"]) for row in kept if row["verdict"] == "left out"}
@@ -170,7 +168,7 @@ def ops_command(chosen: argparse.Namespace) -> str:
         named = ", ".join(unknown)
         raise ValueError(f"the kernel of {named} is only for a GPU: name other ops, or give --device cuda")
     retain_freed_memory()
-    run_ops(chosen.names or list(measurable), device, chosen.quick, out)
+    run_ops(chosen.names or list(measurable), device, chosen.quick, out, Budget())
     rows = sheets.read_csv(out / sheets.ROWS)
     return "\n".join([*sheets.verdicts_table(rows), "", str(out / sheets.TABLE)])
 
@@ -178,5 +176,5 @@ def ops_command(chosen: argparse.Namespace) -> str:
 def pipelines_command(chosen: argparse.Namespace) -> str:
     """Measure pipelines, and return the page of the results."""
     out = options.out_of(chosen, chosen.quick, device_class(chosen.device))
-    run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out)
+    run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out, Budget())
     return (out / sheets.PIPELINES_TABLE).read_text()

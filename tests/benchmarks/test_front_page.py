@@ -42,5 +42,5 @@ def test_the_default_never_leaves_more_than_the_official_attack():
 
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    assert front_page.picture(RESULTS, tmp_path / "claim.png")
+    front_page.picture(RESULTS, tmp_path / "claim.png")
     assert (tmp_path / "claim.png").stat().st_size > 10_000

@@ -245,10 +245,10 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
         return row | times | columns | {"backend": "cpp", "ratio": "1.000", "verdict": "best"}
 
     monkeypatch.setattr(timing, "measure", fake)
-    running.run_ops(["apgd_step"], CPU, True, tmp_path)
+    running.run_ops(["apgd_step"], CPU, True, tmp_path, running.Budget())
     running.run_ops(["apgd_step", "noisy_replay"], CPU, True, tmp_path, running.Budget(resume=True))
     assert [op for op, *_ in measured] == 4 * ["apgd_step"] + 4 * ["noisy_replay"]
-    running.run_ops(["apgd_step"], CPU, True, tmp_path)
+    running.run_ops(["apgd_step"], CPU, True, tmp_path, running.Budget())
     rows = sheets.read_csv(tmp_path / sheets.ROWS)
     assert len(measured) == 12 and len(rows) == 8
 
@@ -271,7 +271,7 @@ def test_wrong_arguments_are_refused(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_names_the_rehearsal():
-    with pytest.raises(ValueError, match=r"no CUDA device is available: .*this PyTorch.* --dry "):
+    with pytest.raises(ValueError, match="no CUDA device is available: use --dry"):
         program.main(["gpu_check"])
 
 

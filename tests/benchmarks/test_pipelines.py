@@ -29,9 +29,7 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         result = job.result().double()
         truth = result if truth is None else truth
         assert torch.isfinite(result).all()
-        near = (result - truth).norm() <= chosen.tolerance * truth.norm()
-        # Another gradient than the plain form's, which the table says, must differ.
-        assert near == contestant.compared, label
+        assert (result - truth).norm() <= chosen.tolerance * truth.norm(), label
         # what counts must not refuse to attack a model
         assert label != "ours" or flop_of(job.run) > 0
         job.run()

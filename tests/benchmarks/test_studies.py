@@ -275,8 +275,8 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
         return [{"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}]
 
     monkeypatch.setattr(race, "race", raced)
-    running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
+    running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path, running.Budget())
     with pytest.raises(KeyboardInterrupt):
-        running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path)
+        running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path, running.Budget())
     rows = {(row["pipeline"], row["case"], row["ms"]) for row in sheets.read_csv(tmp_path / sheets.PIPELINES)}
     assert rows == {("one", "big", "2"), ("one", "small", "1"), ("two", "big", "1"), ("two", "small", "1")}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.robustness.studies import RESULT, run, settings_of
+from benchmarks.robustness.studies import RESULT, run
 from benchmarks.robustness.studies.diffusion import (
     CLASSIFIER,
     GROUPS,
@@ -28,12 +28,16 @@ from purify_fast.evaluation import lee_kim_2023
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def chosen(*data_sets, amount="default"):
-    return argparse.Namespace(data="nowhere", data_sets=list(data_sets), amount=amount)
+def chosen(amount="default"):
+    return argparse.Namespace(data="nowhere", amount=amount)
+
+
+def jobs_of(dataset, amount="default"):
+    return [job for job in Diffusion().jobs(chosen(amount)) if job.settings["dataset"] == dataset]
 
 
 def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
-    jobs, groups = Diffusion().jobs(chosen("digits")), {}
+    jobs, groups = jobs_of("digits"), {}
     for job in jobs:
         assert (job.settings["budget"].images, job.settings["budget"].strong_images) == (40, 20)
         if job.settings["process"] is None:
@@ -47,18 +51,17 @@ def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
     assert {job.settings["model"] for job in jobs} <= set(zoo.list())
     order = [GROUPS.index(job.settings["group"]) for job in jobs]
     assert order == sorted(order) and sum(job.settings["process"] is not None for job in jobs) == 7
-    colour = {job.settings["model"]: job.settings.get("first") for job in Diffusion().jobs(chosen("cifar10"))}
+    colour = {job.settings["model"]: job.settings.get("first") for job in jobs_of("cifar10")}
     assert colour["cifar10-carso-pipeline-w16"] == 20 and colour["cifar10-diffpure-w16"] is None
-    usual = Diffusion().jobs(chosen("cifar10"))[0].settings["budget"]
+    usual = jobs_of("cifar10")[0].settings["budget"]
     assert (usual.images, usual.strong_images, usual.steps, usual.eot, usual.draws) == (100, 10, 200, 20, 10)
-    quick = Diffusion().jobs(chosen("cifar10", amount="quick"))[0].settings["budget"]
+    quick = jobs_of("cifar10", "quick")[0].settings["budget"]
     assert (quick.images, quick.strong_images) == (6, 3)
 
 
 def test_the_committed_rows_are_those_of_the_command():
     """A run on a new machine takes them all from the results, and attacks nothing again."""
-    every = list(settings_of("diffusion")["data_sets"])
-    asked = {(job.name, job.settings["dataset"]): job.asked() for job in Diffusion().jobs(chosen(*every))}
+    asked = {(job.name, job.settings["dataset"]): job.asked() for job in Diffusion().jobs(chosen())}
     assert {(row["name"], row["dataset"]): row["asked"] for row in rows_of(RESULTS)} == asked
 
 
@@ -70,7 +73,7 @@ def test_the_attack_is_lee_and_kims_and_each_rule_counts_the_same_predictions():
 
 
 def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy():
-    (job,) = [job for job in Diffusion().jobs(chosen("digits")) if job.name == "digits-diffpure exact"]
+    (job,) = [job for job in jobs_of("digits") if job.name == "digits-diffpure exact"]
     budget = vars(job.settings["budget"]) | {"steps": 20, "eot": 10}
     settings = job.settings | {"budget": argparse.Namespace(**budget)}
     job = replace(job, settings=settings)
@@ -85,7 +88,7 @@ def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no image:UserWarning")
 def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(tmp_path, forking):
-    study, asked = Diffusion(), chosen("digits", amount="quick")
+    study, asked = Diffusion(), chosen("quick")
     names = ("digits-diffpure exact", "digits-diffpure fixed", "digits-diffpure strong", "digits-diffpure authors")
     jobs = [job for job in study.jobs(asked) if job.name in names]
     seen = []
@@ -105,13 +108,13 @@ def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(t
     # with the runs gone, the results' file says what is done
     study.begin(tmp_path / "again", tmp_path / "results", asked)
     assert all(job.done(tmp_path / "again") for job in jobs)
-    other = chosen("digits")
+    other = chosen()
     study.begin(tmp_path / "other", tmp_path / "results", other)
     assert not any(job.done(tmp_path / "other") for job in study.jobs(other))
 
 
 def test_the_tables_say_what_the_jobs_found(tmp_path):
-    study, asked = Diffusion(), chosen("digits")
+    study, asked = Diffusion(), chosen()
     clean = {"draws": ["1111", "1110"], "vote": "1111"}
     row = {"attack": "as somebody", "kind": "authors", "robust": "1110", "mean": 0.75, "n": 4}
     groups = {
@@ -120,7 +123,7 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
         "fixed": {"attacked": {"draws": ["0000"], "vote": "0000"}},
         "authors": {"rows": [row]},
     }
-    for job in study.jobs(asked):
+    for job in jobs_of("digits"):
         s = job.settings
         if s["model"] == "digits-atop-pipeline":
             continue

@@ -1,16 +1,15 @@
 """Score the results on the broken defences, and make the tables for docs/judge_reference.md.
 
-A judge is a method that evaluates a model: an adaptive attack, AutoAttack, a protocol of this package, the indicators
-of Pintor et al., or the active test. A result is the outcome of one judge on one model.
+A judge is a method that evaluates a model: an adaptive attack, AutoAttack, a protocol of this package, or the
+indicators of Pintor et al. A result is the outcome of one judge on one model.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.show.tables import UNRELIABLE, markdown_table
 
 from ...kept import Row, rows_of
@@ -22,9 +21,9 @@ from .entry import ENTRIES as ENTRIES
 
 FILE = "broken.json"
 ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"
-PINTOR, ACTIVE = "indicators", "active"
+PINTOR = "indicators"
 #: The judges, in the order in which they evaluate a model.
-JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, ACTIVE, STRONG)
+JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, STRONG)
 #: The judges that are compared with the adaptive attack.
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
@@ -99,18 +98,6 @@ def _numbers(each: dict[str, Result]) -> list[str]:
     return row
 
 
-def _noticed(each: dict[str, Result]) -> list[str]:
-    """Return table cells with the findings of ``standard``, the indicators and the active test on a model."""
-    cells = [", ".join(each[judge]["unreliable"]) or "none" if judge in each else "-" for judge in (STANDARD, PINTOR)]
-    test = "-"
-    if ACTIVE in each:
-        one = each[ACTIVE]
-        reason = one.get("reason") or "no extra output makes a corner adversarial"
-        test = f"found {one['found']} of {one['planted']}" if one["planted"] else f"not asked: {reason}"
-        test += f" **{UNRELIABLE}**" if one["unreliable"] else ""
-    return [*cells, test]
-
-
 def _score(broken: dict[str, dict[str, Result]]) -> list[str]:
     """Return sentences that count the verdicts of each judge, and the defences that AutoAttack overestimates."""
     lines = []
@@ -156,7 +143,9 @@ def markdown(results: Sequence[Result]) -> list[str]:
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
     lines += _score(broken)
-    body = [[name, *_noticed(each)] for name, each in every.items()]
+    body = []
+    for name, each in every.items():
+        body.append([name, *(", ".join(each[j]["unreliable"]) or "none" if j in each else "-" for j in WAYS)])
     lines += ["", "The findings of each method on each model:"]
     lines += ["", *markdown_table(["model", *WAYS.values()], body)]
     lines += ["", "The number of models that each method flags, and the models that only this method flags:"]
@@ -169,19 +158,19 @@ def markdown(results: Sequence[Result]) -> list[str]:
         ]
         if rows:
             lines += ["", *markdown_table([title, *head, *why], rows)]
-    lines += ["", "The number of models that each sign flags, in reports of `standard` and `strong`:"]
-    return [*lines, "", *_signs(every)]
+    return lines
 
 
 #: The methods that detect failed attacks, with their names in tables.
-WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)", ACTIVE: "active test"}
+WAYS = {STANDARD: "signs of `standard`", PINTOR: "indicators (Pintor et al.)"}
 
 
 def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
     """Return a table that compares the methods that detect failed attacks, by the models that each method flags."""
     asked = {judge: {name for name, each in every.items() if judge in each} for judge in WAYS}
     flagged = {judge: {name for name in names if every[name][judge]["unreliable"]} for judge, names in asked.items()}
-    defences, *others = _groups(every)
+    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in every}
+    defences, *others = ({name for name, kind in kinds.items() if kind[i]} for i in range(3))
     groups = [defences, {name for name in defences if (overestimated(every[name], OFFICIAL) or 0) > CLOSE}, *others]
     body = []
     for judge, words in WAYS.items():
@@ -190,23 +179,6 @@ def _who_notices(every: dict[str, dict[str, Result]]) -> list[str]:
         body.append([words, *counts, "; ".join(name for name in every if name in flagged[judge] - elsewhere) or "-"])
     heads = ["defences", "defences that AutoAttack overestimates", "honest models", "models with a fault"]
     return markdown_table(["method", *heads, "only by this method"], body)
-
-
-def _groups(names: Iterable[str]) -> list[set[str]]:
-    """Divide models into defences, honest models, and models with a fault."""
-    kinds = {name: (ENTRIES[name].paper, ENTRIES[name].honest, ENTRIES[name].why) for name in names}
-    return [{name for name, kind in kinds.items() if kind[i]} for i in range(3)]
-
-
-def _signs(every: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a table with the number of models that each sign flags, and the models that only this sign flags."""
-    reports = [(name, each[judge]) for name, each in every.items() for judge in each if judge in (STANDARD, STRONG)]
-    body = []
-    for sign in (alarm.name for alarm in ALARMS):
-        counts = map(len, _groups({name for name, one in reports if sign in one["unreliable"]}))
-        alone = dict.fromkeys(name for name, one in reports if one["unreliable"] == [sign])
-        body.append([sign, *map(str, counts), "; ".join(alone) or "-"])
-    return markdown_table(["sign", "defences", "honest models", "models with a fault", "only by this sign"], body)
 
 
 def table(results: Path) -> list[str]:

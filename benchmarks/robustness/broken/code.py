@@ -21,8 +21,8 @@ from purify_fast.evaluation.softening import REVISION as SOFTENING
 
 from ... import kept
 from .. import revisions
-from . import active, adaptive, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
+from . import adaptive, pintor
+from .broken_tables import ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
 from .entry import Entry
 
 #: Increase this number if a change in this folder changes results for the same attacks. Saved results with an older
@@ -50,8 +50,6 @@ def _short(text: str) -> str:
 def _of_judge(entry: Entry, judge: str) -> list[str]:
     if judge == PINTOR:
         return [f"indicators {pintor.REVISION}"]
-    if judge == ACTIVE:
-        return [f"active test {active.REVISION}"]
     if judge == OFFICIAL:
         spec = AttackSpec(AutoAttack(version="rand" if entry.random else "standard"))
         return revisions.of_attacks([spec])

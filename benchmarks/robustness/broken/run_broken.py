@@ -1,8 +1,8 @@
 """Run ``python -m benchmarks broken``: several judges evaluate broken defences and robust models.
 
-A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, the indicators
-of Pintor et al., or the active test. Each result is saved as soon as it is computed, so the command can be interrupted
-at any time. A result has hashes of the code that made it. A result is computed again if the model, the attacks or the
+A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, or the
+indicators of Pintor et al. Each result is saved as soon as it is computed, so the command can be interrupted at any
+time. A result has hashes of the code that made it. A result is computed again if the model, the attacks or the
 signs of a failed attack have changed.
 """
 
@@ -25,8 +25,8 @@ from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from ... import options
 from ...kept import put, rows_of
 from ...speed.running import Budget
-from . import active, adaptive, broken_tables, pintor
-from .broken_tables import ACTIVE, ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
+from . import adaptive, broken_tables, pintor
+from .broken_tables import ADAPTIVE, ENTRIES, FILE, JUDGES, OFFICIAL, PINTOR, STRONG, Result, verdicts
 from .code import code
 
 #: The largest number of images on which a defence is trained.
@@ -64,11 +64,8 @@ def judged(name: str, judge: str, settings: dict[str, int], data: str) -> Result
     result: Result = {"model": name, "judge": judge, "settings": settings}
     if judge == PINTOR:
         n = min(n, pintor.IMAGES)
-        found: Any = pintor.indicators(models[0], x[:n], y[:n], entry.eps)
+        found = pintor.indicators(models[0], x[:n], y[:n], entry.eps)
         result |= {"indicators": found, "unreliable": pintor.fired(found)}
-    elif judge == ACTIVE:
-        found = active.power(models[0], x[:n], y[:n], entry.eps)
-        result |= dataclasses.asdict(found) | {"unreliable": ["active test"] if found.unreliable else []}
     else:
         result |= _attacked(name, judge, settings, data)
     return result | {"code": code(name, judge), "cpu_seconds": round(time.process_time() - begin, 1)}
@@ -112,8 +109,7 @@ def settings_of(name: str, judge: str, chosen: argparse.Namespace) -> dict[str, 
         judge: name of the judge.
         chosen: options of the command.
     """
-    most = min(ENTRIES[name].images, chosen.images or ENTRIES[name].images)
-    most = min(most, STRONG_IMAGES) if judge == STRONG else most
+    most = min(ENTRIES[name].images, STRONG_IMAGES) if judge == STRONG else ENTRIES[name].images
     return {"images": min(4, most), "steps": 2} if chosen.quick else {"images": most, "steps": broken_tables.STEPS}
 
 
@@ -147,10 +143,6 @@ def is_asked(name: str, judge: str, results: list[Result]) -> bool:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks broken``."""
     options.add_names(parser, ENTRIES, "--only", "models that are evaluated")
-    options.add_names(parser, JUDGES, "--judges", "methods that evaluate them")
-    images = "largest number of images for a model; default: all images"
-    parser.add_argument("--images", type=int, help=images)
-    options.add_minutes(parser)
     parser.add_argument("--data", default="data", help="folder with MNIST and CIFAR-10; default: data")
     options.add_out(parser, "")
 
@@ -165,7 +157,7 @@ def main(chosen: argparse.Namespace) -> str:
         as_asked = known.get("settings") == settings_of(name, judge, chosen)
         return as_asked and known.get("code") == code(name, judge)
 
-    asked = [(name, judge) for judge in chosen.judges for name in chosen.only]
+    asked = [(name, judge) for judge in JUDGES for name in chosen.only]
     work = sorted((at for at in asked if not is_done(*at)), key=order)
 
     def run(name: str, judge: str) -> None:
@@ -173,7 +165,5 @@ def main(chosen: argparse.Namespace) -> str:
             result = judged(name, judge, settings_of(name, judge, chosen), chosen.data)
             put(out / FILE, result, key=itemgetter("model", "judge"))
 
-    budget = Budget(seconds=60 * chosen.minutes)
-    budget.go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
-    left_out = [f"{len(budget.left_out)} results did not fit into the time limit."] if budget.left_out else []
-    return "\n".join([*broken_tables.markdown(rows_of(out / FILE)), *left_out])
+    Budget().go([(f"{name}, {judge}", functools.partial(run, name, judge)) for name, judge in work], "result")
+    return "\n".join(broken_tables.markdown(rows_of(out / FILE)))

@@ -191,14 +191,12 @@ class Study:
 
     Attributes:
         name: name of the study, of its part of settings.yaml, and of its page.
-        dataset: name of the data set.
         workers: default number of jobs that run in parallel.
         amounts: names of the budgets other than the default, with their help texts.
         uses_autoattack: True if the study needs the package with the official AutoAttack.
     """
 
     name: str
-    dataset: str
     workers = 2
     amounts: ClassVar[dict[str, str]] = {
         "full": "use the full budget, which takes days instead of an hour",

@@ -351,19 +351,13 @@ def in_words(process: dict[str, Any]) -> str:
 class Diffusion(Study):
     """The study of diffusion purifiers, under the attacks of their authors and under exact gradients."""
 
-    name, dataset, workers = "diffusion", "digits", 1
+    name, workers = "diffusion", 1
     amounts: ClassVar[dict[str, str]] = {"quick": "run everything in a minute or two; the numbers mean nothing"}
-
-    def arguments(self, parser: argparse.ArgumentParser) -> None:
-        super().arguments(parser)
-        every = list(settings_of(self.name)["data_sets"])
-        parser.add_argument("--data-sets", nargs="+", choices=every, default=every, help="data sets; default: all")
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return a job for each model and each group of attacks. The fastest groups of a data set come first."""
         settings, quick, jobs = settings_of(self.name), chosen.amount == "quick", []
-        for dataset in chosen.data_sets:
-            part = settings["data_sets"][dataset]
+        for dataset, part in settings["data_sets"].items():
             budget = SimpleNamespace(**part["amounts"] | settings[chosen.amount], quick=quick)
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
             groups = {"purifiers": GROUPS, "classifiers": CLASSIFIER, "beside": BESIDE}
@@ -393,8 +387,7 @@ class Diffusion(Study):
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
         """Write ``diffusion.json`` with the outcomes of all images, and ``diffusion.md``, for the finished jobs."""
         jobs = self.jobs(chosen)
-        fresh = [job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)]
-        rows = [row for row in rows_of(folder) if row["dataset"] not in chosen.data_sets] + fresh
+        rows = [job.result(root) | {"asked": job.asked()} for job in jobs if job.done(root)]
         write_text(folder / f"{self.name}.json", json.dumps(rows) + "\n")
         settings = settings_of(self.name)
         parts = settings["data_sets"]

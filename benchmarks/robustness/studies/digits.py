@@ -129,7 +129,6 @@ class DigitsStudy(Study):
         works: the functions of the jobs, by their names in settings.yaml.
     """
 
-    dataset = "digits"
     amounts: ClassVar[dict[str, str]] = {"quick": "run everything in a minute or two; the numbers mean nothing"}
     works: ClassVar[dict[str, Work]]
 

@@ -77,7 +77,6 @@ class ReportStudy(Study):
         sizes: batch sizes of `evaluate`.
     """
 
-    dataset = "mnist"
     models: ClassVar[dict[str, str]]
     bases: ClassVar[dict[str, str]]
     sizes: ClassVar[dict[str, int]] = {"batch_size": 250, "max_forward_batch": 1000}
@@ -105,7 +104,7 @@ class ReportStudy(Study):
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         budget = self.budget(chosen)
-        common = {"data": chosen.data, "dataset": self.dataset, "budget": budget}
+        common = {"data": chosen.data, "dataset": "mnist", "budget": budget}
 
         def job(name: str, work: Callable, *needs: str, **more: Any) -> Job:
             return Job(name, 0, work, needs, common | more)

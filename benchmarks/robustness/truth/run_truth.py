@@ -128,7 +128,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     attacks = "attacks that are tested; without a name only the truth is computed"
     options.add_names(parser, CONTESTANTS, "--contestants", attacks)
     parser.add_argument("--data", type=Path, help="folder with mnist.npz, or with the official files")
-    options.add_minutes(parser)
     options.add_out(parser, "/cpu")
 
 
@@ -148,5 +147,5 @@ def main(chosen: argparse.Namespace) -> str:
             # Use one seed for a group of many networks.
             for seed in range(CONTESTANTS[who][1] if name in NETWORKS else 1):
                 work.append((f"{name}, {who}, seed {seed}", partial(attack, setting, name, who, seed)))
-    Budget(60 * chosen.minutes).go(work, "row")
+    Budget().go(work, "row")
     return "\n".join(markdown(read(out)))

@@ -42,14 +42,11 @@ class Contestant:
         raised: True to raise the thresholds of glibc's memory allocator, so that the allocator keeps freed memory.
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
-        compared: True if the result must agree with that of the first contestant. False for a contestant that does
-            other work than ours. Only the time and memory of such a contestant are measured.
     """
 
     make: Make
     raised: bool
     tf32: bool = False
-    compared: bool = True
 
 
 @dataclass(frozen=True)

@@ -85,31 +85,24 @@ class PlainStep:
         if compiled:
             self.f, self.g = (torch.compile(part, dynamic=False) for part in (self.f, self.g))
 
-    def inputs(self) -> Tensor:
+    def losses(self) -> tuple[Tensor, Tensor]:
         b, a = self.batch, self.config.attack
+        with torch.no_grad():
+            of_teacher = self.g(b.x)[1]
         self.student.eval()
         x = attack(lambda x: self.f(x)[0], b.x, b.y, a.eps, a.step_size(a.eps), a.steps, b.seed, b.sample_ids)
         self.student.train()
-        return x
-
-    def losses(self, x: Tensor, of_teacher: Tensor) -> tuple[Tensor, Tensor]:
         logits, features = self.f(x)
-        return F.cross_entropy(logits, self.batch.y), (1 - F.cosine_similarity(features, of_teacher).abs()).mean()
-
-    def read(self) -> Tensor:
-        with torch.no_grad():
-            return self.g(self.batch.x)[1]
+        return F.cross_entropy(logits, b.y), (1 - F.cosine_similarity(features, of_teacher).abs()).mean()
 
     def run(self) -> None:
-        of_teacher = self.read()
-        cross_entropy, distance = self.losses(self.inputs(), of_teacher)
+        cross_entropy, distance = self.losses()
         self.optimizer.zero_grad()
         (cross_entropy + self.config.distillation_weight * distance).backward()
         self.optimizer.step()
 
     def result(self) -> Tensor:
-        of_teacher = self.read()
-        return torch.stack(self.losses(self.inputs(), of_teacher)).detach()
+        return torch.stack(self.losses()).detach()
 
 
 def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:

@@ -1,19 +1,13 @@
 """Measure a prediction of a diffusion purifier, and its exact gradient with respect to the images.
 
-The purifier has a process of 100 steps and K = 8 samples of each image. There are three cases: the prediction, the
-gradient through the steps of DDPM, and the gradient through the reverse SDE.
-
-DiffPure's authors compute the gradient through the reverse SDE by torchsde's adjoint method (NVlabs/DiffPure at
-985703f, runners/diffpure_sde.py, lines 233 to 238). Their gradient is not exact, and its noise comes from torchsde, so
-only the time and memory of their method are compared. If torchsde is not installed, their method is left out.
+The purifier has a process of 100 steps of DDPM and K = 8 samples of each image. There are two cases: the prediction,
+and the gradient through the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from purify_fast.attacks.checkpointed_steps import Keep
 from purify_fast.methods.diffusion import DiffusionPurifier
-from purify_fast.methods.diffusion.schedule import END
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.unet import UNet
 from purify_fast.ops import use_backend
 from purify_fast.ops.diffusion_step import diffusion_step
 
-from . import Case, Contestant, Job, autocast, columns
+from . import Case, Contestant, Job, columns
 from .carso_inference import classifier
 
 IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
@@ -52,20 +45,17 @@ def denoiser(width: int) -> UNet:
     return made
 
 
-def defence(device: torch.device, quick: bool, sde: bool = False) -> DiffusionPurifier:
+def defence(device: torch.device, quick: bool) -> DiffusionPurifier:
     """Return a purifier for images of 32 x 32, with a U-Net as denoiser and a ResNet-18 as classifier.
 
     Args:
         device: device of the networks.
         quick: True for small networks and images.
-        sde: True to use the reverse SDE, without clipping. False to use DDPM.
     """
     side, width, samples, steps = (8, 4, 2, 3) if quick else (32, 32, SAMPLES, STEPS)
     network = denoiser(width)
     judge = SmallCNN(3, 10, (side, side), 4) if quick else classifier()
     process = {"t_star": T_STAR, "steps": steps}
-    if sde:
-        process |= {"schedule": "vp", "solver": "vp_sde", "clip": False}
     return DiffusionPurifier(network, judge, (3, side, side), process, samples=samples).to(device)
 
 
@@ -90,11 +80,10 @@ class Plain:
         compiled: True to compile the denoiser and the classifier.
         keep: True if autograd stores all activations. False if `torch.utils.checkpoint` computes each step again in
             the backward pass.
-        sde: True to use the reverse SDE. False to use DDPM.
     """
 
-    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool, sde: bool):
-        self.made, self.keep = defence(device, quick, sde), keep
+    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool):
+        self.made, self.keep = defence(device, quick), keep
         self.x = images(self.made, device)
         table, noises = self.made.process.table()
         self.numbers, self.times, self.count = table.coefficients.tolist(), table.times.tolist(), len(noises) - 1
@@ -145,20 +134,16 @@ def fresh(x: Tensor, i: int) -> Tensor:
     return torch.randn_like(x)
 
 
-def _plain(
-    device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True, sde: bool = False
-) -> Job:
-    plain = Plain(device, quick, compiled, keep, sde)
+def _plain(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True) -> Job:
+    plain = Plain(device, quick, compiled, keep)
     call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
     # Use only PyTorch's operators. Otherwise the denoiser, which is a network of this package, would use our kernels.
     call = use_backend("reference")(call)
     return Job(lambda: call(fresh), lambda: call(plain.fixed))
 
 
-def _ours(
-    device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: Keep = "auto", sde: bool = False
-) -> Job:
-    made = defence(device, quick, sde).accelerate(compile=compiled)
+def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: Keep = "auto") -> Job:
+    made = defence(device, quick).accelerate(compile=compiled)
     made.keep = keep
     x = images(made, device)
 
@@ -173,67 +158,6 @@ def _ours(
             return run()
 
     return Job(run, result)
-
-
-class ReverseSDE(nn.Module):
-    """The reverse SDE as torchsde expects it: the time is 1 - t, and the states are flat, ``[B, C * H * W]``.
-
-    Args:
-        made: defence whose denoiser and schedule are used.
-    """
-
-    sde_type, noise_type = "ito", "diagonal"
-
-    def __init__(self, made: DiffusionPurifier):
-        super().__init__()
-        self.made = made
-
-    def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """Return the drift of the SDE, beta (y / 2 + score)."""
-        schedule, t = self.made.process.schedule, 1 - s
-        beta, sigma = schedule.rate(t).float(), (1 - schedule.alpha_bar(t)).sqrt().float()
-        x = y.unflatten(1, self.made.image_shape)
-        predicted = self.made.denoiser.module(x, (999 * t).expand(len(y)))
-        return (beta * (x / 2 - predicted.float() / sigma)).flatten(1)
-
-    def g(self, s: Tensor, y: Tensor) -> Tensor:
-        """Return the diffusion coefficient of the SDE, which is the square root of beta."""
-        return self.made.process.schedule.rate(1 - s).sqrt().float().expand_as(y)
-
-
-def _adjoint(device: torch.device, quick: bool) -> Job:
-    """Make the job of DiffPure's gradient, which torchsde's ``sdeint_adjoint`` computes with Euler's method."""
-    made = defence(device, quick, sde=True)
-    ((start, steps),) = made.process.rounds
-    kept = float(made.process.schedule.alpha_bar(torch.tensor(start)))
-    times = torch.tensor([1 - start, 1 - END], device=device)
-    solve, sde = import_module("torchsde").sdeint_adjoint, ReverseSDE(made)
-
-    def gradient() -> Tensor:
-        x = images(made, device).requires_grad_()
-        state = (2 * x - 1).repeat_interleave(made.samples, 0)
-        noised = kept**0.5 * state + (1 - kept) ** 0.5 * torch.randn_like(state)
-        y = solve(sde, noised.flatten(1), times, method="euler", dt=start / steps, adjoint_params=())[-1]
-        purified = (y.unflatten(1, made.image_shape) + 1) / 2
-        logits = made.classifier(purified).unflatten(0, (-1, made.samples)).mean(1)
-        return torch.autograd.grad(loss(logits.float()), x)[0]
-
-    call = use_backend("reference")(gradient)
-    return Job(call, call)
-
-
-def _sde() -> dict[str, Contestant]:
-    """Return the contestants for the gradient through the reverse SDE: plain, torchsde's adjoint, and ours."""
-    plain = partial(_plain, gradient=True, keep=False, sde=True)
-    ours = partial(_ours, gradient=True, sde=True)
-    every = {
-        "plain, checkpointed": Contestant(plain, False),
-        "plain, checkpointed, bfloat16": Contestant(partial(autocast, plain), True),
-    }
-    if find_spec("torchsde"):
-        every["torchsde's adjoint"] = Contestant(_adjoint, True, compared=False)
-        every["torchsde's adjoint, bfloat16"] = Contestant(partial(autocast, _adjoint), True, compared=False)
-    return every | {"ours": Contestant(ours, True), "ours, each step again": Contestant(partial(ours, keep=0), True)}
 
 
 def _gradients() -> dict[str, Contestant]:
@@ -262,5 +186,4 @@ def cases(quick: bool) -> dict[str, Case]:
     return {
         "prediction": Case(shape, PREDICTION_TOLERANCE, predictions),
         "gradient": Case(shape, GRADIENT_TOLERANCE, _gradients()),
-        "gradient of the SDE": Case(shape.replace("DDPM", "the SDE"), GRADIENT_TOLERANCE, _sde()),
     }

@@ -23,7 +23,7 @@ __all__ = ["Budget", "Cifar10", "budget_of", "clean_accuracy", "jobs", "write"]
 class Cifar10(Study):
     """The study of CARSO, AToP and ARREST on CIFAR-10, compared with single networks."""
 
-    name = dataset = "cifar10"
+    name = "cifar10"
     #: The networks are large enough to use all cores, so the jobs run one after the other.
     workers = 1
     uses_autoattack = False
