@@ -44,7 +44,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 def dense(x: Tensor) -> Tensor:
     """Return x, contiguous and with an address that is a multiple of 16 bytes.
 
-    With another address, Triton would give each thread other elements, and a sum would have another order.
+    With another address, Triton would assign the elements to threads differently, which changes the order of a sum.
     """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
@@ -104,7 +104,7 @@ def program(rows):
 @triton.jit
 def first_of(block, size, WIDTH: tl.constexpr):
     """Return the index of a block's first element in a row of ``size`` elements: int64 if ``size`` is, else uint32."""
-    # The product with 0 gives the sum the type of `size`.
+    # Adding size * 0 gives the sum the type of `size`.
     first = (size * 0 + block) * WIDTH
     return first if first.dtype == tl.int64 else first.to(tl.uint32, bitcast=True)
 

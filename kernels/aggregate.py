@@ -117,7 +117,7 @@ def _columns_backward(
     else:
         x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("inf"), K=K, C=C)
         # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no), where yes is the sum of sigmoid(x), and no the sum of
-        # sigmoid(-x). `_odds` returns the smaller sum, and `tail`, multiplied by exp(|shift|).
+        # sigmoid(-x). In the results of `_odds`, `tail` and the smaller of the two sums have the factor exp(|shift|).
         tail, most, yes, no, shift, least = _odds(x, inside)
         small, large = tl.where(shift < 0, yes, no), tl.where(shift < 0, no, yes)
         out = tail * most * most * (g * (1.0 / small + least / large))[None, :]

@@ -262,7 +262,7 @@ def _layer(
             total = tl.where(entered > 0, total, slope * total)
         else:
             if KIND == 0:
-                # The conditions of a call together may have more elements than a 32-bit number can count.
+                # The index is int64, because all conditions together may have too many elements for 32 bits.
                 image = ((first + sample) // draws).to(tl.int64)
                 own = (image * (OUT_HEIGHT * OUT_WIDTH) + (out_y * OUT_WIDTH + out_x)) * OUT_CHANNELS
                 mask = inside[:, None] & (column < OUT_CHANNELS)[None, :]
@@ -661,13 +661,16 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
 
 
 def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Divide the samples into parts (first, count), for feature maps with ``elements`` elements per sample."""
+    """Divide the samples into parts whose feature maps need at most `MEMORY` bytes. Return (first, count) of each part.
+
+    The feature maps of a sample have ``elements`` elements. A part has at least one sample.
+    """
     most = max(1, MEMORY // (elements * dtype.itemsize))
     return [(first, min(most, total - first)) for first in range(0, total, most)]
 
 
 def _maps(decoder: Decoder, inputs: tuple[Tensor, Tensor, Tensor], first: int, count: int, draws: int, kept: bool):
-    """Compute the inputs of the layers.
+    """Compute the feature maps, which are the inputs of the layers.
 
     If ``kept`` is False, the maps are written into two buffers in turn, so only the last two maps remain.
     """

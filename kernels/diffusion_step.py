@@ -15,13 +15,13 @@ from .philox import noise
 
 #: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
 DIFFUSION = 9
-#: The number of steps with their own noise: `purify_fast.ops.diffusion_step.STEPS`.
+#: The number of different indices of a step: `purify_fast.ops.diffusion_step.STEPS`.
 STEPS = tl.constexpr(65536)
 
 
 @triton.jit
 def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
-    """Return the offsets of a row's elements in the prediction, and how much larger the offset of the variance is."""
+    """Return each element's offset in the prediction, and the distance from there to the element's v (see the op)."""
     if CHANNELS_LAST:
         plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
         channel = element // plane
@@ -170,8 +170,8 @@ def _backward(
 def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], results: tuple[Tensor, ...], noisy) -> None:
     """Launch a kernel.
 
-    ``images`` are in the order of the kernel's arguments, with x and the prediction last. ``named`` has the
-    coefficients and the arguments after them, up to the step.
+    ``images`` are in the order of the kernel's arguments, with x and the prediction last. ``named`` are the
+    coefficients, seed, sample_ids, draws and step.
     """
     *_, x, prediction = images
     rows, last, channels = x.shape[0], is_channels_last(prediction), prediction.shape[1]

@@ -53,7 +53,7 @@ def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.cons
 
 
 def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
-    """Return the number of rows, of elements in half a row and of programs per row, and the tile of a program.
+    """Return (rows, elements in half a row, programs per row), and the tile of a program as keyword arguments.
 
     The tensor must not be empty.
     """

@@ -32,7 +32,7 @@ def _way(x_ptr, w_ptr, at, inside, scale, side, lo, hi):
 @triton.jit
 def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
     # The normal w is scaled by the power of two that brings the largest |w| into [1, 2). Return the largest |w| after
-    # scaling, this power of two, the scaled distance to the plane, and the side of the plane on which x is (1 or -1).
+    # scaling, this power of two, the scaled |b - <w, x>|, and the sign of b - <w, x> (1 or -1).
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         highest = tl.maximum(highest, tl.abs(_normal(w_ptr, row * size + first + lane, first + lane < size)))

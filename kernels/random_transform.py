@@ -70,7 +70,8 @@ def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
     """Return the plane, first group of random numbers and pixels of a program, and which pixels are in the plane."""
     tile = block // planes
     channel = block - tile * planes
-    # The index of the plane's first element in the image. The group of this element may begin in the previous plane.
+    # The index of the plane's first element in the image. Random numbers are drawn in groups of four. The first group
+    # of a plane may begin in the previous plane.
     first = channel.to(tl.int64) * plane
     # The random stream counts groups with 32 bits.
     group = (first >> 2).to(tl.int32) + tile * GROUPS
@@ -168,7 +169,7 @@ def _forward(
     seed, sample, sigma = tl.load(seed_ptr), tl.load(ids_ptr + image), tl.cast(sigma, tl.float32)
     is_image = channel < channels
     x = _load(x_ptr + (image * channels + channel) * plane, pixel, inside & is_image)
-    # The value of a hidden pixel is 0 in the image, and 1 in the other planes.
+    # A hidden pixel is 0 in the image. It is 1 in the two appended planes: the plane of ones and the mask.
     covered = tl.where(is_image, 0.0, 1.0)
     begin, at = _place(pixel, channel, planes, plane, CHANNELS_LAST=CHANNELS_LAST)
     for draw in range(samples):

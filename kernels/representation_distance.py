@@ -214,7 +214,10 @@ def _backward(
 
 
 def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
-    """Map layers [B, ...] to distances [B, L] and slopes [B, L, 2], float32. ``kind`` is the index of the distance."""
+    """Map layers [B, ...] to distances [B, L] and slopes [B, L, 2], float32. ``kind`` is the index of the distance.
+
+    The slopes are (scale, along). The gradient of a distance with respect to u is scale (v - along u).
+    """
     batch, layers, device = student[0].shape[0], len(student), student[0].device
     out = torch.empty((batch, layers), dtype=torch.float32, device=device)
     slopes = torch.empty((batch, layers, 2), dtype=torch.float32, device=device)

@@ -17,7 +17,7 @@ from ._common import first_of, grid, on, program, tile, warps
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
 
 #: Two constants of `purify_fast.ops.square_proposal`: the number of random numbers before the signs of the channels,
-#: and the number that is added to lengths.
+#: and the number that is added to lengths, so that no division by a length is a division by 0.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
 #: TILE is the largest number of elements that a program of l2 or l1 processes together. FEWEST is the smallest number
@@ -88,8 +88,8 @@ def _root(mass, L1: tl.constexpr):
 def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
     """Read some pixels of an image in all channels.
 
-    Returns the natural pixels, the offsets of x from them, masks of the pixels in the windows W and V, the positions in
-    the image, a mask of the positions that exist, and the positions in W.
+    Returns the natural pixels; the offsets of x from them; a mask of the pixels in the window W; a mask for V; the
+    positions in the image; a mask of the positions that exist; and, for pixels in W, their positions in the pattern.
     """
     x_ptr, nat_ptr = images
     channels, height, width, edge = shape

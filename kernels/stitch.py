@@ -17,7 +17,7 @@ from ._common import grid, is_channels_last, memory_format, on, program, tile
 
 @triton.jit
 def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST: tl.constexpr, GROUPS: tl.constexpr):
-    """Return this program's groups of neighboring elements [GROUPS, 1], whether each group exists, and its owner.
+    """Return this program's groups of neighboring elements, which of them exist, and their owners: [GROUPS, 1].
 
     A line of a block of the mask consists of whole groups, so a thread divides once for all elements of its group.
     ``line`` is the number of groups in a line of the image. ``cell`` is the number of groups in a line of a block. The

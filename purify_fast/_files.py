@@ -24,7 +24,7 @@ from pathlib import Path
 #: The errors of a full disk: no free space, a quota that is used up, or a file above the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".purify_fast.lock"
-#: Seconds for which the program tries to get a lock. The run that has the lock may be about to end.
+#: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
 PATIENCE = 0.2
 
 #: For each lock of this process, the ids of the process and of the thread that took the lock. The process id differs

@@ -34,7 +34,7 @@ def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callabl
         home = homes[name]
         value = None if home == "." else getattr(importlib.import_module(home, package), name, None)
         if value is None:
-            # The name is no attribute of its home module, so it is the name of a submodule.
+            # The module from which the package imports the name has no such attribute. So the name is a submodule.
             value = importlib.import_module(f"{home.removesuffix('.')}.{name}", package)
         # Store the value in the package, so that the next look-up does not call this function.
         setattr(module, name, value)

@@ -57,7 +57,7 @@ def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
     data = path.read_bytes()
     try:
         tensors = load(data)
-        # The file is the header's length in 8 bytes, the header in JSON, and the tensors.
+        # A safetensors file begins with 8 bytes for the length of its header. The JSON header and the tensors follow.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         checksum, _, text = header["__metadata__"][_ENTRY].partition(" ")
     except (SafetensorError, KeyError) as error:

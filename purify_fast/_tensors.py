@@ -161,7 +161,7 @@ def _floating(module: nn.Module) -> Iterator[Tensor]:
 
 
 class Digested(Protocol):
-    """Stands for a tensor whose digest is stored with it, such as a file of images that is not read into memory."""
+    """An object that `digest` accepts in place of a tensor, such as a file of images that is not read into memory."""
 
     digest: str
 
@@ -215,7 +215,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_stamp(tensor: Tensor) -> int:
-    """A number that changes when the tensor is written to, and that differs from the number of any other tensor.
+    """A number that changes when the tensor is written to, or when a tensor at another address takes its place.
 
     Args:
         tensor: any tensor. The number of a tensor that was made in inference mode never changes, because PyTorch does

@@ -7,7 +7,7 @@ raises an error. To run the original implementation, use `purify_fast.attacks.Au
 
 Four things differ from the original:
 
-- The attack on an image ends early if it can no longer succeed.
+- The search for an adversarial image ends early if it can hardly succeed any more.
 - The prediction of a random model uses several new draws, as many as a step of the attack averages. An image is
   attacked until all these draws misclassify it. The printed accuracy is the mean over the draws.
 - If the model has fewer classes than a loss needs, the margin replaces the loss.
@@ -40,7 +40,7 @@ from .speed.precision import whole_float32_by_default
 Version = Literal["standard", "plus", "rand", "custom"]
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
-#: The attacks of each version. "custom" runs the attacks that `attacks_to_run` names.
+#: The attacks that each version runs. "custom" runs the attacks that `attacks_to_run` names.
 RUN: dict[str, tuple[AttackName, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -73,8 +73,8 @@ class ApgdSettings(FabSettings):
         n_iter: number of gradient steps in a run.
         n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
         eot_iter: number of draws of a random model over which each gradient step averages the gradient.
-        rho: a check of the step size halves it if at most this share of the steps since the previous check raised the
-            loss.
+        rho: the step size is checked several times in a run. A check halves the step size if at most this share of the
+            steps since the previous check raised the loss.
     """
 
     eot_iter: int = 1

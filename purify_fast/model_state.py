@@ -39,8 +39,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ._compiler import is_compiled, outside_graphs
 from ._tensors import digest, text_hash
 
-#: The attributes that every ``nn.Module`` has. The two keys include only some of them: the module's mode (training or
-#: evaluation), tensors, submodules and hooks.
+#: The attributes that every ``nn.Module`` has. `identity_key` and `fingerprint` include only some of them: the module's
+#: mode (training or evaluation), tensors, submodules and hooks.
 BARE = frozenset(vars(nn.Module()))
 #: The dictionaries of hooks that run in a forward or a backward pass.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -454,7 +454,7 @@ class _Values(_Walk):
         # The state of an object with slots is a pair of dictionaries.
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             inside += _by_name(part.items(), left_out) if isinstance(part, dict) else [("state", part)]
-        # The remaining parts are the members of a subclass of list, and the entries of a subclass of dict.
+        # The remaining elements of ``reduced`` are the members of a subclass of list, and the entries of one of dict.
         inside += [("members", None if each is None else list(each)) for each in members[:2]]
         return inside if _is_library(_package(kind)) else [*inside, *_by_name(attributes(value), left_out)]
 
@@ -574,7 +574,7 @@ def used_modules(value: Any, place: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a value that the value may use when it is called, each with its name for messages."""
+    """Yield the values inside a value that it may use when it is called, each with its name for messages."""
     if isinstance(value, _GROUPS):
         yield from ((f"{place}[{name!r}]", part) for name, part in islice(children(value), _MEMBERS))
     elif not isinstance(value, FunctionType):
@@ -583,8 +583,8 @@ def _used_parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         attributes_read = {name for code in code_and_inner(value.__code__) for name in code.co_names}
         for name, part in children(value):
             calls = (getattr(type(part), attribute, None) for attribute in attributes_read)
-            # If the function calls the object or a method of the object, it may use all attributes of the object.
-            # Otherwise the function uses only the attributes that its code names.
+            # A function that calls an object, or a method of the object, may use all attributes of this object. If not,
+            # it uses only the attributes that its code names.
             if not _is_object(part) or callable(part) or any(isinstance(call, FunctionType) for call in calls):
                 yield name, part
             else:
@@ -618,8 +618,8 @@ def class_functions(model: nn.Module) -> list[FunctionType]:
                 if isinstance(value, FunctionType):
                     methods.setdefault(name, []).append(value)
     called: list[FunctionType] = []
-    # Collect the methods whose names can be reached from `forward`. This leaves out methods that only a training calls,
-    # which may use other modules.
+    # Beginning with `forward`, collect the methods whose names occur in the code of a collected method. This leaves out
+    # methods that only a training calls, which may use other modules.
     waiting = ["forward", "__call__"]
     while waiting:
         for method in methods.pop(waiting.pop(), ()):

@@ -106,7 +106,7 @@ class APGD(EngineAttack):
         steps, loss = self.decided(context).steps, objective.loss
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
-        # A run without a target has None instead of target classes.
+        # A loss without targets needs no target classes, so the only element of `goals` is None.
         goals = nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
         by_pace = self.give_up and self.leave_when_fallen
         for rows in waves(active, goals, self.restarts, context):
@@ -242,8 +242,8 @@ class AutoPgd(RowSearch):
             self.see_given_up(index)
         if kept is not None:
             if self.health is not None:
-                # A removed row of a fallen image is counted in ``images``, but never in ``unmoved``, because the row
-                # may have begun at a misclassified point.
+                # A removed row of a fallen image is counted in ``images``, but never in ``unmoved``: if the row began
+                # at a misclassified point, it did not need to move.
                 self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
             self.take(kept)
 
@@ -290,7 +290,7 @@ class AutoPgdL1(AutoPgd):
     def __init__(self, *given: Any, share: Tensor | None = None, **options: Any):
         super().__init__(*given, **options)
         self.marks, self.step = checkpoints_l1(self.steps), self.rows.ball.eps.clone()
-        # A given `share` is the share of changed coordinates at the first point, divided by SPARSER.
+        # `run_from_larger` has divided the share of changed coordinates by SPARSER, so it is multiplied here.
         self.changed = torch.ones_like(self.top_loss) if share is None else share * SPARSER
         self.share = torch.full_like(self.top_loss, FIRST_SHARE) if share is None else share
 

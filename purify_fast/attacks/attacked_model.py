@@ -19,10 +19,9 @@ from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_im
 
 Answer = TypeVar("Answer")
 
-#: The sizes of the test whether a model draws only once per call. TRIED_IMAGES: the number of images. TRIED_ROWS: the
-#: size of a batch that contains each image several times. TRIED_CALLS: the number of calls with a batch that contains
-#: each image once. A model that picks one of two networks in each call picks the same network in all of these calls
-#: with the probability 1/128.
+#: `drawn_once_per_call` tests a model on TRIED_IMAGES images. One call has a batch of at most TRIED_ROWS rows, which
+#: contains each image several times. TRIED_CALLS calls have each image once. A model that picks one of two networks in
+#: each call picks the same network in all TRIED_CALLS calls with the probability 1/128.
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
 #: Draws of the same call are taken as equal if their difference is below this share of the difference between two
 #: calls.
@@ -149,7 +148,7 @@ def differ(first: Tensor, second: Tensor) -> bool:
     """Tell whether two outputs of a model, logits ``[B, classes]``, differ by more than rounding.
 
     Rounding errors grow with the logits, and a difference matters only if it is large compared with the spread of an
-    image's logits. So the limits are relative: logits that are all multiplied by 1e-8 give the same result.
+    image's logits. So the limits are relative: if all logits are multiplied by 1e-8, the result does not change.
     """
     if first.shape != second.shape:
         return True

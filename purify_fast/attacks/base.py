@@ -57,9 +57,9 @@ class AttackResult:
         fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
             succeeded.
         stood_still: the number of images that survived only because every search gave up without any progress towards a
-            decision boundary; a number or a tensor []. Their survival says nothing about the defence.
+            decision boundary; a number or a tensor of shape []. Their survival says nothing about the defence.
         proved: the number of images for which a complete search has proved that no point of the ball is misclassified;
-            a number or a tensor [].
+            a number or a tensor of shape [].
     """
 
     images: Tensor
@@ -172,7 +172,7 @@ class Attack(abc.ABC):
         return context.predictions(self.eot_iter or context.eot_iter) if context.draws_differ else 1
 
     def decided(self, context: AttackContext) -> Decided:
-        """Choose a value for each option that is None, and "margin" if the model has too few classes for the loss."""
+        """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
@@ -242,7 +242,7 @@ class Attack(abc.ABC):
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
-        """The model whose outputs and gradients the attack uses in order to fool ``model``: by default the same model.
+        """The model whose outputs and gradients the attack uses in order to fool ``model``; by default ``model``.
 
         `BPDA` overrides this method, because it uses a model with other gradients.
         """

@@ -52,8 +52,8 @@ IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
 #: The share of the next nodes that are chosen because they have the most splits. All other next nodes are chosen
 #: because they have the lowest bounds.
 DEEPEST = 0.5
-#: The next ReLU to split is chosen by the error of its relaxation at the minimizer, plus this weight times the width of
-#: the relaxation.
+#: The next ReLU to split is chosen by the error of its relaxation at the minimizer of the bound, plus WIDTH times the
+#: largest distance between the ReLU and the line above it.
 WIDTH = 0.3
 #: A step tries to raise the bound to GOAL times the absolute value of the present bound, plus twice the smallest bound
 #: that is a proof (see SAFE).
@@ -169,7 +169,7 @@ class _Nodes(NamedTuple):
 
     @staticmethod
     def joined(parts: Sequence[_Nodes]) -> _Nodes:
-        """Join the nodes of several parts."""
+        """Join several sets of nodes into one."""
         return _Nodes(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def halves(self) -> _Nodes:
@@ -232,7 +232,7 @@ class _Search:
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
-        """Bound some nodes, and search each of them for a misclassified point; return the undecided nodes.
+        """Bound some nodes, search those without a proof for a misclassified point, and return them.
 
         The field ``unit`` of a returned node is its next ReLU to split.
         """

@@ -43,7 +43,7 @@ FEWEST_WEIGHTS = 250_000
 COMPARED = 8
 #: The limit for errors in a copy's logits. The gap of a class is the logit of the predicted class minus the logit of
 #: this class. The copy's gap may differ from the model's gap by this share of the model's gap. If the model's gap is
-#: small, the limit is this share of the median gap between the leading classes.
+#: small, the limit is this share of the median gap of the class with the fourth highest logit (see `_same_logits`).
 TOLERANCE = 0.1
 #: A copy is used only if its purified images differ from its model's purified images by at most this number, averaged
 #: over the pixels, in image units.
@@ -73,7 +73,7 @@ class GradientCopies:
         self._around: dict[int, tuple[PassesOn, Classifier, Classifier]] = {}
 
     def same_around(self, wrapper: PassesOn, inner: Classifier, around: Classifier) -> Classifier:
-        """Return ``around``, a wrapper around the copy ``inner``, or the equal object of an earlier call.
+        """Return ``around``, a wrapper around the copy ``inner``, or an equal wrapper from an earlier call.
 
         As long as ``wrapper`` and ``inner`` are the same, the result is the same object, because a step that was
         captured as a CUDA graph can be replayed only for the object with which it was captured.
@@ -168,8 +168,8 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
     if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
         # A wrapper that counts images does not change the logits, and a comparison would add images to its count.
         return around
-    # So far only the model inside was compared. The attack calls this model through the wrapper, so the two wrappers
-    # are compared too.
+    # So far only the model inside the wrapper was compared with its copy. The attack calls the wrapper, so the wrapper
+    # around the copy is compared with the wrapper around the model too.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
 

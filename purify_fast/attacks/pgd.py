@@ -41,7 +41,7 @@ class Ascent:
 
     Args:
         objective: the loss that is maximized.
-        ball: the norm and the box of the step; the radii are those of the state.
+        ball: the norm and the box of the step; the radii come from the ``eps`` of the state.
         density: the share of the coordinates that a step in "l1" moves. With None, the share changes from step to step.
             The result of a call then has the gradient instead of the next point, and the caller takes the step by
             `move`.
@@ -134,7 +134,7 @@ def density_at(norm: str, i: int, steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(Attack):
-    """Projected gradient ascent on the attack's loss, in several runs; an image keeps the result of its worst run.
+    """Projected gradient ascent on the attack's loss, in several runs; each image keeps the best point of all runs.
 
     Args:
         eps: radius of the ball in image units. None takes the evaluation's radius.
@@ -143,7 +143,7 @@ class PGD(Attack):
         steps: number of gradient steps. None takes the evaluation's number, or 100 without an evaluation.
         random_start: whether the first run begins at a random point, as every further run does.
         keep_best: whether a run returns its best point instead of its last point. The best point is misclassified by
-            the most draws; among equal points it has the highest mean loss. The option takes one more forward
+            the most draws; among several such points it has the highest mean loss. The option takes one more forward
             pass, or two with several draws.
         restarts: number of runs.
         alpha: length of a step in image units, a number or ``[B]``. With None, the length falls geometrically from eps

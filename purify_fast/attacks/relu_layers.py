@@ -1,8 +1,9 @@
 """Reads the matrices of a network whose affine layers have ReLUs between them.
 
-The model is called on the vectors of a basis of its images, and the outputs of each ReLU are replaced by the vectors of
-a basis. The model may contain only ReLUs and polynomial operations. A polynomial that agrees with an affine layer on
-random images is this layer. So the matrices give the model's logits on every image, not only on the tried images.
+To read a layer's matrix, the layer gets unit vectors as its inputs: the model is called on unit vectors as images, and
+every ReLU returns unit vectors. The model may contain only ReLUs and polynomial operations. A polynomial that agrees
+with an affine layer on random images is this layer. So the matrices give the model's logits on every image, not only on
+the tried images.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..protocols import Classifier
 
-#: A model with more weights than this has too many ReLUs for the search, so it is not read.
+#: A model with more weights than this is not read, because it would have too many ReLUs for the search.
 MOST_WEIGHTS = 4_000_000
 #: AT_ONCE: the number of basis vectors in one call of the model. COMPARED: the number of images on which matrices and
 #: model are compared.

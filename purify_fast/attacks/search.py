@@ -37,13 +37,13 @@ class GradientHealth:
     the device until a property is read.
 
     Args:
-        counts: a dict from the names that `count` accepts to numbers or tensors []; empty at first.
+        counts: a dict from the names that `count` accepts to numbers or tensors of shape []; empty at first.
     """
 
     counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
-        """Add amounts to the counts, under the names that `count` accepts.
+        """Add numbers to the counts, under the names that `count` accepts.
 
         The count ``gradients`` is the number of images times the number of steps.
         """
@@ -79,7 +79,7 @@ class GradientHealth:
 
     @property
     def unmoved(self) -> float:
-        """Share of the correctly classified images that the attack did not change."""
+        """Share of the correctly classified images whose last point in a run equals the first point."""
         return self.count("unmoved") / max(1, self.count("images"))
 
     @property
@@ -153,7 +153,7 @@ class Search:
         self.recall(self.memory | noted(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
-        """Take over the memory of a loop of steps that has seen ``points`` more points."""
+        """Store the memory after ``points`` further steps, which another object has taken."""
         self.memory, self.points = {name: memory[name] for name in self.memory}, self.points + points
 
     def result(self, x: Tensor, last: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .base import Attack
 from .context import AttackContext
 from .engine.row_batches import Judge, has_fallen
 
-#: The number of images that are passed to `drawn_once_per_call`, which tests the first of them.
+#: The number of images that are passed to `drawn_once_per_call`, which tests only the first few of them.
 FEW = 8
 
 

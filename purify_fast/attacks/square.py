@@ -51,8 +51,8 @@ FIRST_SHARE = 0.8
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 #: In l2 and l1 the attack begins with a grid of TILES x TILES patterns.
 TILES = 5
-#: Two powers for each norm: the power in the norm of the patterns, and the power with which the values of the patterns
-#: decrease from the middle of a pyramid.
+#: Two powers (p, d) for each norm. A pattern is scaled to the p-norm 1. A pyramid is the sum of squares around its
+#: middle, and square k, counted from 1, has the value k ** -d.
 SHAPES = {"l2": (2, 2), "l1": (1, 4)}
 
 
@@ -131,7 +131,7 @@ class _SquareSearch:
         self.row = torch.arange(len(self.y), device=self.y.device)
 
     def _begin(self, numbers: Tensor) -> Tensor:
-        """The first points, with stripes (linf) or a grid of patterns, from uniform numbers in [0, 1), ``[R, n]``."""
+        """Make the first points with stripes (linf) or a grid of patterns; the numbers ``[R, n]`` are from [0, 1)."""
         x, ball, (channels, height, width) = self.x, self.ball, self.x.shape[1:]
         if ball.norm == "linf":
             stripes = signs(numbers).view(len(x), channels, 1, width)

@@ -112,7 +112,7 @@ class StAdv(Attack):
         random_start: whether the first run begins with a random flow within ``eps`` instead of zero flow. Every further
             run begins with a random flow.
         keep_best: whether a run returns its best point instead of its last point, see `purify_fast.attacks.PGD`.
-        restarts: number of runs; each image keeps the result of its worst run.
+        restarts: number of runs; each image keeps the best point of all runs.
         eps: the largest flow along each axis, in units of half the image, a number or ``[B]``.
         rate: Adam's learning rate, in the unit of eps.
         smoothness: the paper's tau. With 0 the attack is strongest, but edges in the images become ragged.

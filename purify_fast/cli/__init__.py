@@ -39,7 +39,7 @@ _KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
 
 
 def _any_of(kinds: dict[str, type]) -> Any:
-    """The type from which tyro reads a command line that begins with the name of a command."""
+    """The union of the classes of several commands, from which tyro makes a parser with these commands."""
     members = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
     return Union[tuple(members)]  # noqa: UP007
 

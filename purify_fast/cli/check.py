@@ -56,9 +56,9 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The `evaluate` command that wrote the report in a folder, or a command with MODEL if the user gives MODEL.
+        """The `evaluate` command that wrote the report in a folder; if the user gives MODEL, a command with MODEL.
 
-        The command is not run; it only loads the model.
+        The command is not run. Its methods load the model.
         """
         if self.model is not None:
             words = [self.model]

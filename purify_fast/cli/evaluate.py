@@ -163,7 +163,7 @@ class Evaluate(DataCommand):
         return ball_of_run(self.folder)
 
     def process(self) -> dict[str, Any] | None:
-        """The given options as fields of `purify_fast.methods.diffusion.Process`; None if there are none."""
+        """The fields of `Process` that --t-star, --denoising-steps and --solver set; None if none of them is given."""
         times, steps = (each[0] if len(each) == 1 else each for each in (self.t_star, self.denoising_steps))
         given = {"t_star": times, "steps": steps, "solver": self.solver}
         return {name: value for name, value in given.items() if value not in ((), None)} or None
@@ -227,7 +227,7 @@ class Evaluate(DataCommand):
         return load_classifier(saved_folder(self.folder, classifier=True)).to(images.y_test.device)
 
     def chosen(self, images: DataSet) -> tuple[Tensor, Tensor, list[str]]:
-        """The held-out images to attack, their labels, and notes about the choice for the report."""
+        """The held-out images to attack, their labels, and notes for the report about how the images were chosen."""
         from ..data import balanced_subset
 
         count = len(images.y_test)

@@ -48,9 +48,9 @@ def _devices() -> dict[str, torch.device]:
 
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
-    """The backends that compute an op on a device and the reasons, for eager calls or inside graphs.
+    """The names of the backends that compute an op on a device, and the reasons, as two texts.
 
-    This function verifies no kernel.
+    ``style`` says whether the op is called eagerly or inside a compiled graph. This function verifies no kernel.
     """
     raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))]
@@ -68,7 +68,7 @@ def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
 
 
 def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
-    """The backends that compute an op in eager calls and inside graphs, and the reasons. No kernel is verified."""
+    """Three texts: the backends of an op in eager calls, those in compiled graphs, and why. No kernel is verified."""
     try:
         forced = op.forced(kind)
     except RuntimeError as error:
@@ -88,7 +88,7 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 
 
 def _verdicts(kind: str) -> dict[str, Verdict]:
-    """The stored results of the verification of kernels on this machine's CPU or GPU, by the names of the ops."""
+    """For each op, by its name, the stored result of the verification of its kernel on this machine's CPU or GPU."""
     device = _devices().get(kind)
     return {} if device is None else by_op(known_verdicts(REGISTRY, device))
 

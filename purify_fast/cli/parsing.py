@@ -91,7 +91,7 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 class _InTyroLookup:
-    """Marks a type for which tyro's own rule is looked up. `_refused_in_its_own_words` skips a marked type."""
+    """Marks a type that `_refused_in_its_own_words` must skip, so that tyro returns its own rule for the type."""
 
 
 def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:

@@ -53,7 +53,7 @@ class Training(DataCommand):
             write_run_file(self, self.out)
 
         class Begun(Callback):
-            """Writes the options after the first step, because until then a check may refuse them."""
+            """Writes run.yaml after the first step, because until then a check may refuse the options."""
 
             def on_step(self, state: TrainingState) -> None:
                 write_once()

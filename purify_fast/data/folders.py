@@ -175,7 +175,7 @@ def _annotated(path: Path, classes: list[str]) -> Split:
 
 
 def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
-    """A hash of the names, sizes, times and labels of the files."""
+    """A hash of the names, sizes, modification times and labels of the files, and of the names of the classes."""
     content = text_hash(json.dumps([FORMAT, classes]))
     for part, split in splits.items():
         for path, label in zip(split.files, split.labels.tolist(), strict=True):
@@ -184,7 +184,7 @@ def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> 
     return content.hexdigest()
 
 
-# ---- the cache: <place>/x_train-<source>.npy, x_test-<source>.npy, and set.json, which is written last
+# ---- the cache: x_train-<hash>.npy and x_test-<hash>.npy, with the hash of `_fingerprint`, and set.json, written last
 
 
 def _array(place: Path, part: str, source: str) -> Path:
@@ -207,7 +207,7 @@ def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, Str
 
 
 def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
-    """A lock with which a single process writes the cache while others wait. The lock ends with the process."""
+    """Wait for the lock of the cache, and take it. Only the process that has the lock writes the cache."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         return FileLock(place / ".lock").acquire()
@@ -219,7 +219,7 @@ def _write(
     place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
 ) -> dict[str, StreamedImages]:
     (place / "set.json").unlink(missing_ok=True)
-    # Remove files of other images and of killed processes.
+    # Remove the arrays of an earlier cache, and the temporary files of killed processes.
     for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
         old.unlink()
     size = first_size(splits["train"].files) if image_size is None else image_size
@@ -349,7 +349,7 @@ class EncodedImages(StreamedImages):
     Args:
         files: the images. They must not change while this object is used.
         size: height and width of the images that are read.
-        digest: hash of the images, which `purify_fast._tensors.digest` uses in place of the images.
+        digest: text that identifies the images. `purify_fast._tensors.digest` uses it in place of the images.
         resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
         workers: number of threads that decode.
     """

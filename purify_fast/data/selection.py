@@ -41,7 +41,7 @@ def batches(
         drop_last: whether to leave out an incomplete last batch. Otherwise some processes may get one image more of
             that batch than others.
         rank: number of this process. The process gets every ``world``-th index of a batch, beginning with index
-            ``rank``. So if a batch consists of several parts, every process gets its share of each part.
+            ``rank``. So if a method attacks only a part of a batch, every process gets its share of this part.
         world: number of processes.
         device: device of the indices. None means the CPU.
 

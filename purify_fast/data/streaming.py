@@ -90,13 +90,13 @@ class StreamedImages:
             out: tensor for the images, uint8 ``[B, C, H, W]`` on the CPU; None: a new tensor.
         """
         now = self._look()
-        # A new file with the same name is allowed: the open file is then unchanged.
+        # If another file has replaced this file (another inode), the open file is unchanged, so this is no error.
         if now is not None and self._state is not None and now != self._state and now[0] == self._state[0]:
             raise OSError(f"{self.path} changed while its images were read: run the same command again to decode anew")
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """Facts that change when the file is written to. None if it was removed: nobody can write to it then."""
+        """The file's inode, size and modification time. None if the file was removed: nobody can write to it then."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:

@@ -179,7 +179,7 @@ class Defence(StochasticDefence):
         return autocast_to(device, self.fast.dtype)
 
     def _run_part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Call a part, in its compiled form if there is any.
+        """Call a method, in its compiled form if the method is in ``compiled_parts`` and was compiled.
 
         In training mode, the compiled form is not called, because the padding of its inputs would change the statistics
         of BatchNorms.
@@ -261,7 +261,7 @@ class Defence(StochasticDefence):
         if fast.dtype != torch.bfloat16 or weight is None:
             return
         if fast.packed is None or fast.packed_from != write_stamp(weight):
-            # Attacks differentiate through the packed part, so it must be made outside inference mode.
+            # Attacks differentiate through the packed part, and autograd refuses tensors from inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 packed = self._pack()
                 if fast.packed is None:
@@ -274,7 +274,7 @@ class Defence(StochasticDefence):
             fast.packed_from = write_stamp(weight)
 
     def _weight_to_pack(self) -> Tensor | None:
-        """A weight of the part of the defence that `_pack` packs for a kernel; None if no part can be packed now.
+        """A weight of the part that `_pack` packs for a kernel; None if no part of the defence can be packed now.
 
         If the weights of the part change, this weight changes too. In training no part is packed, because packed
         weights are frozen.

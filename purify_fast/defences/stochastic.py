@@ -36,8 +36,8 @@ class StochasticDefence(nn.Module):
     draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor
     samples: int
-    #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` is memory for later calls,
-    #: and ``_noise_owner`` is the id of a thread.
+    #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` has tensors whose memory
+    #: `noise_ids` uses again, and ``_noise_owner`` is the id of a thread.
     not_dependencies = frozenset({"_kept_ids", "_noise_owner"})
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class StochasticDefence(nn.Module):
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """If a subclass defines only ``forward``, let `draw_logits` call ``forward`` with the repeated batch."""
+        """If a subclass overrides only ``forward``, replace `draw_logits`, which would not call this ``forward``."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls) and "draw_logits" not in vars(cls):
             cls.draw_logits = _repeated_forward  # type: ignore[assignment, method-assign]
@@ -217,7 +217,7 @@ class StochasticDefence(nn.Module):
 
 
 def _repeated_forward(defence: nn.Module, x: Tensor, draws: int) -> Tensor:
-    """The results of ``draws`` independent calls of ``forward``, ``[draws, B, classes]``, as a single batch."""
+    """The results of ``draws`` calls of ``forward``, ``[draws, B, classes]``, by one call with the repeated batch."""
     return defence(repeat_batch(x, draws)).unflatten(0, (draws, -1))
 
 
@@ -259,7 +259,7 @@ class WithAggregation(nn.Module):
             return aggregate(logits.flatten(0, 1), self.aggregation).unflatten(0, (draws, -1))
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> WithAggregation:
-        """Make the same object for another defence.
+        """Make a copy of this object that calls another defence.
 
         Args:
             replace: function that makes the other defence from the current defence.

@@ -90,7 +90,7 @@ class MajorityVote(nn.Module):
         return majority(logits)
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
-        """Make the same vote for another model.
+        """Make a copy of this object that calls another model.
 
         Args:
             replace: function that makes the other model from the current model.

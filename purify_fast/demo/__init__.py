@@ -53,8 +53,8 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     print(f"digits: {len(images.x_train)} training images, {budget.images} attacked held-out images, L-inf eps {EPS}")
     _train_and_attack(workspace)
     reports: dict[str, Report] = {}
-    # This dictionary has for each model its clean accuracy, its lowest accuracy under attack, and a text with the signs
-    # that this lowest accuracy is wrong.
+    # This dictionary has for each model its clean accuracy, its lowest accuracy under attack, and a text that names the
+    # reasons to doubt this lowest accuracy.
     summary: dict[str, tuple[Row, Row, str]] = {}
     sections = []
     for title in METHODS:

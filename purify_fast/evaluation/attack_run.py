@@ -62,9 +62,9 @@ class AttackRun:
 
     Args:
         spec: the attack.
-        target: the model whose gradients the attack follows.
+        target: the model that the attack gets and tries to fool.
         index: indices of the images, int64.
-        subject: the judged model, which predicts the attacked images, with all clean images.
+        subject: the evaluated model, with all clean images.
         context: the settings of the attack.
         folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
             process. It is made when the first batch is saved. With None, no batch is saved.
@@ -155,7 +155,7 @@ class AttackRun:
         )
 
     def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
-        """Return a number for each attacked image: 1 if the model misclassifies it, otherwise 0."""
+        """Return a number for each attacked image: 1 if the attacked model misclassifies it, otherwise 0."""
         subject = self.subject
         judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.resources.max_forward_batch))
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()

@@ -20,7 +20,7 @@ from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 
-#: The number of tensors of the size of the attacked images that an attack is assumed to keep in memory.
+#: An attack is assumed to keep this number of tensors in memory, each as large as the attacked images.
 REMEMBERED = 16
 
 

@@ -122,7 +122,7 @@ def _as_labels(x: Tensor, y: Tensor) -> str:
 
 
 def _range(x: Tensor) -> str:
-    """Describe the values of images that are outside [0, 1], and what to do if that is known."""
+    """Describe the values of images that are outside [0, 1], with advice if the likely cause is known."""
     if bool(x.isnan().any()):
         return f"{int(x.isnan().sum())} values that are NaN"
     least, most = float(x.min()), float(x.max())

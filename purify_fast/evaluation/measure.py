@@ -214,7 +214,7 @@ class Measure:
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
         whole = {
             "data": subject.data,
-            # This constant is a part of the names of rows that are cached already.
+            # This constant is in the hashes that name cached rows, so it must stay.
             "first": 0,
             "seed": subject.seed,
             "classes": subject.num_classes,
@@ -377,8 +377,8 @@ class Measure:
             run: the run of the attack.
             sums: the outcome of the run.
             settings: the settings of the row.
-            alive: bool ``[n]``, True for images that the attack might get. All other images keep their state, even
-                if fresh draws of a random model misclassify them.
+            alive: bool ``[n]``, True for images that the attack might get. All other images are robust if they are True
+                in ``standing``, even if fresh draws of a random model misclassify them.
             standing: bool ``[n]``, True for images that have not fallen in an earlier row.
         """
         begin, spec = time.perf_counter(), run.spec

@@ -124,7 +124,7 @@ class CountedModel(nn.Module):
         return self
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
-        """Return a wrapper with the same counter around the model that ``replace`` makes from the inner model."""
+        """Return a new wrapper, which adds to the same count; its model is ``replace`` of this wrapper's model."""
         return counted_model(replace(self.model), self.progress)
 
     def counted(self) -> int:
@@ -132,7 +132,7 @@ class CountedModel(nn.Module):
         return self.progress.images
 
     def count(self, images: int) -> None:
-        """Add to the number of images, also for CUDA graphs; a negative number removes the images of trial calls."""
+        """Add a number of images, also when a CUDA graph is replayed; a negative number takes back trial calls."""
         self.progress.count(images)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -158,8 +158,8 @@ class Report:
             row: an attack, or the worst over all attacks, such as `headline`.
 
         Returns:
-            The mean, which is at least the row's accuracy. None for a deterministic model, and for an attack on
-            survivors after an attack that got all images.
+            The mean, which is at least the row's accuracy. None if a single prediction judged each image, as for a
+            deterministic model, and for an attack on survivors after an attack that got all images.
         """
         return one_draw(self.rows, row)
 
@@ -391,7 +391,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 
 def _identity(content: Mapping[str, Any]) -> Any:
-    """Return a part of a report's JSON. A report replaces an earlier report only if this part is equal in both."""
+    """Return the facts that identify a report's evaluation. A report overwrites only a report with equal facts."""
     apart = ("date", "command", "version", "processor", "claim")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")

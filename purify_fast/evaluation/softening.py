@@ -331,7 +331,7 @@ class Softening(HoldingMode):
         return value if soft is None else soft
 
     def _soft(self, hard: Tensor, soft: Tensor | None) -> Tensor:
-        """Combine the result of a function, ``hard``, with its softened form."""
+        """Return ``soft``, or without a temperature ``hard`` with the gradient of ``soft``."""
         if soft is None or soft.shape != hard.shape:
             return hard
         if not _floating(hard):
@@ -377,7 +377,7 @@ class Softening(HoldingMode):
         return 1 / (1 + self.slope * difference / _size(one, other))
 
     def _between(self, values: Any, bounds: Tensor) -> Tensor | None:
-        """The softened index of the bound next to each number; it rises linearly from the first bound to the last."""
+        """The softened position of numbers among sorted bounds; it rises linearly from the first bound to the last."""
         bounds = bounds[bounds.isfinite()] if bounds.dim() == 1 else bounds
         if bounds.shape[-1] == 1:
             return self._compared(values, bounds)
@@ -512,7 +512,7 @@ def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
 
 
 def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
-    """Apply ``hardtanh`` with a range of the same middle, whose width is multiplied by the temperature."""
+    """Apply ``hardtanh`` with a range whose width is multiplied by the temperature; its middle does not change."""
     middle, half = (max_val + min_val) / 2, (max_val - min_val) / 2
     return x.clamp(middle - temperature * half, middle + temperature * half)
 

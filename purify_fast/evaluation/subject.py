@@ -68,9 +68,9 @@ class Fault:
     repeats: bool
 
 
-#: A tuple for each variant. The first element is the variant's context manager. The next three elements are the advice
-#: for three faults: two calls in the same context differ; calls in two contexts with the same seed differ; or the
-#: logits of an image depend on the batch.
+#: A tuple for each variant. The first element is the code of the variant's context. The next three elements are the
+#: advice for three faults: two calls in the same context differ; calls in two contexts with the same seed differ; or
+#: the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",

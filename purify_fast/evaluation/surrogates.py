@@ -31,7 +31,7 @@ from .softening import REVISION, Softening
 TEMPERATURES = (10.0, 100.0)
 #: The largest number of parts of a model that are attacked alone; outer modules are tried first.
 MOST_PARTS = 4
-#: The depth of nested modules down to which a model is searched for parts.
+#: A model is searched for parts down to this depth of nested modules.
 DEPTH = 2
 #: Two gradients are the same if, for each image, their values differ by at most this share of the largest value.
 ROUNDING = 1e-4
@@ -217,7 +217,8 @@ def surrogates(
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            # A copy with the same gradients as the model or as another copy would find nothing new, so it is left out.
+            # A softened copy, or a copy with the identity backward, is left out if its gradients are those of the model
+            # or of an earlier candidate, because it would find nothing new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
             if isinstance(gradient, str):
                 absent[name] = gradient

@@ -263,7 +263,7 @@ class Team:
         """
         pause = 0.01
         while not self.store.check([name]):
-            # The name is checked again, because it may have appeared between the two checks.
+            # If both names have appeared by now, the value is returned, so its name is checked again.
             if other is not None and self.store.check([other]) and not self.store.check([name]):
                 return None
             if self.rank == 0 and self.store.check(["failed"]):

@@ -234,7 +234,7 @@ class PurifierTask(MethodTask, Generic[D]):
         self.model = defence
         # the fingerprint is taken before the training, because a method may train the classifier too
         self.classifier = weights_fingerprint(defence.classifier)
-        # `accelerate` would end a compilation, so a defence that already has this precision is not changed
+        # `accelerate` would discard compiled parts, so it is not called for a defence that has this precision already
         if (config.precision == "bfloat16") != defence.computes_in_bfloat16:
             defence.accelerate(torch.bfloat16 if config.precision == "bfloat16" else None)
         # an earlier task may have made the classifier trainable

@@ -205,9 +205,9 @@ def moments_everywhere(x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """BatchNorm with the statistics of `moments_everywhere`, which depend on x.
+    """BatchNorm with the mean and the variance that `moments_everywhere` returns.
 
-    So the gradient needs sums over the images of all processes, too.
+    They depend on the images of all processes. So the backward pass, too, needs sums over all processes.
     """
 
     @staticmethod
@@ -248,7 +248,7 @@ class _NormalizeByTorch(torch.autograd.Function):
         _all_gather(gathered, own)
         means, inverses, counts = gathered.view(world, -1).split([len(mean), len(mean), 1], 1)
         running_mean, running_var = (None, None) if running is None else running
-        # The function reads the counts in this dtype.
+        # `batch_norm_gather_stats_with_counts` reads the counts in this dtype.
         read = counts[:, 0].to(x.dtype if running_mean is None else running_mean.dtype)
         # The arguments are positional because the function has no names for them in Python.
         mean, inverse = torch.batch_norm_gather_stats_with_counts(

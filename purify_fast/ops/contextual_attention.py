@@ -132,7 +132,7 @@ def _arguments(height: int, width: int, channels: int, dtype: torch.dtype, seed:
     # These are not the norms of 3x3 patches, but the op accepts any positive numbers.
     norms = pixels.square().sum(2).clamp_min(1e-4).rsqrt()
     keep = (uniform(seed + 100, ROWS, height * width) > 0.3).to(dtype)
-    # Between the products, all tensors except the mask have the dtype of the arithmetic.
+    # All tensors have the dtype of the op's arithmetic, except the mask, which has the dtype of the result.
     inner = wide_dtype(dtype)
     return (pixels @ pixels.mT).to(inner), norms.to(inner), keep, height, width, 1.0
 
@@ -152,7 +152,7 @@ OP = define_op(
     ),
     examples=examples(_arguments, EXAMPLES),
     raced=examples(_arguments, RACED),
-    # Races distinguish calls by the dtype of the mask and by the number of pairs of pixels.
+    # Kernel and reference are timed separately for each dtype of the mask, and by the number of pairs of pixels.
     size_key=lambda correlation, inverse, keep, *_: (keep.dtype, correlation.numel()),
 )
 BACKWARD = define_backward(
@@ -166,7 +166,7 @@ BACKWARD = define_backward(
     ),
     saved=_saved,
     constants=1,
-    # The backward rounds sums that are as large as its largest output.
+    # The backward also rounds intermediate sums, which can be as large as its largest output.
     changes={"slack": 32.0},
     size_key=lambda grad, correlation, *_: (grad.dtype, correlation.numel()),
 )

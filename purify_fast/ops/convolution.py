@@ -262,8 +262,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _plain(input: Tensor, elements: int, variant: str) -> bool:
     """Return True if PyTorch's convolution is used for an input whose result has ``elements`` elements."""
-    # This also applies if the user forces kernels. Most processors have no kernel of this op, and the user means other
-    # ops.
+    # Most processors have no kernel of this op. There, `uses_reference` would raise an error if the user forces kernels
+    # for the sake of other ops.
     if OP.kernel("cpu") == "reference":
         return True
     # Autocast does not change float64.

@@ -12,8 +12,9 @@ transposed convolutions. BatchNorms are folded into their weights, and the weigh
 In these formulas, c_b is not the condition itself. It is the product of the condition with the condition's half of the
 first layer's weights, plus the bias. It is computed once per image.
 
-The kernels (kernels/decode_samples.py) multiply bfloat16 numbers and add in float32. The activations between layers are
-bfloat16. The activations between the last two layers remain in registers.
+The kernels (kernels/decode_samples.py) multiply numbers in the weights' dtype and add in float32. The activations
+between layers have the weights' dtype. If the last two layers are one launch, the activations between them remain in
+registers.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def maps(
 
 
 def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """Convert the logits to the images that the op returns: apply the sigmoid if ``squash``, and change the format."""
+    """Convert the logits to the images that the op returns: apply the sigmoid if ``squash``, set dtype and format."""
     x = wide(logits)
     x = (torch.sigmoid(x) if squash else x).to(dtype)
     return x.contiguous(memory_format=memory_format(channels_last))
@@ -154,8 +155,8 @@ def reference(
 ) -> Tensor:
     """Compute the definition in the precision of ``packed``. ``numbers`` are the sizes that `Geometry.numbers` returns.
 
-    ``condition`` is [B, H * W * C] of the first feature map, pixel by pixel, float32 (float64). Returns [B * K, C, H,
-    W].
+    ``condition`` is [B, H * W * C] for a first feature map [C, H, W], ordered by pixel and then by channel. It is
+    float32 (float64 for float64 weights). Returns the images, [B * K, C, H, W].
     """
     samples, slope, squash, channels_last, dtype = settings
     geometry = tiles.Geometry.of(numbers)
@@ -190,7 +191,7 @@ _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope,
 _CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
 #: Each entry has the size of the latent, the first feature map and the convolutions (channels, kernel, stride, padding,
-#: height, width). In "tiled" and "one" every product is tiled. In "joined" the last two layers are a single launch.
+#: height, width). In "tiled" and "one" each layer is a launch. In "joined" the last two layers are a single launch.
 #: "wide" is for float32 weights. "cifar" is CARSO's decoder for images of 32 x 32.
 DECODERS = {
     "tiled": tiles.Geometry.of([12, 40, 3, 3, *(70, 3, 2, 1, 5, 6), *(3, 2, 1, 1, 4, 5)]),

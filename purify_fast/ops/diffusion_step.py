@@ -52,7 +52,7 @@ from .stitch import layout
 
 #: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
-#: The largest number of steps with their own noise, and the largest number of draws.
+#: The number of different indices of a step, and of a draw. Each pair of a draw and a step has its own noise.
 STEPS = 2**16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -211,7 +211,7 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inside torch.compile, replace a tensor that is given a second time by a view.
+    """Inside torch.compile, replace each repetition of a tensor with a view of this tensor.
 
     torch.compile rejects an op that gets the same tensor twice.
     """

@@ -143,7 +143,7 @@ def _arguments(*setting: Any) -> tuple[Any, ...]:
 
 
 def _saved(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of the backward after the gradient."""
+    """Return the arguments of the backward after the gradient: x, owners, seed, sample_ids, sigma, num_passes."""
     return inputs[0], outputs[1], *inputs[1:4], inputs[6]
 
 

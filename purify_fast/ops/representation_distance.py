@@ -144,8 +144,8 @@ OP = define_op(
     "(Tensor[] student, Tensor[] teacher, int kind) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    # Another order of the sums changes the cosine by a few ulp. The distance is only a tenth of the cosine, so the same
-    # error is ten times as many ulp of the distance.
+    # Another order of the sums changes the cosine by a few ulp. In the examples, the distance is only about a tenth of
+    # the cosine, so the same error is ten times as many ulp of the distance.
     examples=examples(_arguments, EXAMPLES, slack=lambda kind, _: 0.0 if kind == "l2" else 32.0, **VARIANT),
     raced=examples(_arguments, RACED, **VARIANT),
     compiler_fuses=("",),

@@ -75,7 +75,7 @@ def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
 
 
 def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor:
-    """Return the pattern in the first window, [..., 1, height, width]. Values outside the window are arbitrary."""
+    """Return the pattern, placed in the window W: [..., 1, height, width]. Values outside W are arbitrary."""
     edge = pattern.shape[1]
     rows = from_border(numbers[..., 0], edge, height).clamp(0, edge - 1)
     columns = from_border(numbers[..., 1], edge, width).clamp(0, edge - 1)
@@ -84,7 +84,7 @@ def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor
 
 
 def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, power: int) -> Tensor:
-    """Return the offsets d of the proposals in l2 or l1. V becomes 0, and W gets a new content with the norm of both.
+    """Return the proposals' new offsets d in l2 or l1, by the formula in the module's docstring.
 
     The offsets are [B, C, H, W], radius is [B, 1, 1, 1], numbers is [T, B, 5 + C], and the result is [T, B, C, H, W].
     """
@@ -118,7 +118,7 @@ def reference(
     if pattern is None:
         moved = clean + radius * signs(drawn[..., PLACES:]).to(point.dtype)[..., None, None]
         inside = window(drawn[..., :2], edge, *x.shape[2:])
-        # Square moves x by twice the radius and projects the result, which always gives x_nat + eps or x_nat - eps.
+        # The published attack moves x by twice the radius and projects it. This gives x_nat + eps or x_nat - eps.
         points = torch.where(inside, moved.clamp_(lo, hi), point).flatten(0, 1)
     elif NORMS[norm] == "l2":
         offset = _moved_mass(point - clean, radius, drawn, pattern, 2)

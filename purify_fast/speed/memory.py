@@ -18,8 +18,8 @@ logger = logging.getLogger("purify_fast")
 FIRST, SECOND = 1, 8
 #: The share of the free memory that is used. The rest is for memory that is not counted, and for gaps between tensors.
 PLANNED = 0.8
-#: The largest number of images in a pass. More images save hardly any time, and with the limit every run uses
-#: the same number.
+#: The largest number of images in a pass. More images save hardly any time. With this limit, all devices with enough
+#: memory use the same number.
 MOST = 1024
 
 Result = TypeVar("Result")

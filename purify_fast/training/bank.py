@@ -41,9 +41,9 @@ from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
 
-#: If a step replaces old variants, it should attack at least this number of images for them, because an attack on few
-#: images takes nearly as long as an attack on many. If there would be fewer, only every k-th step replaces variants,
-#: and it replaces k times as many.
+#: A step should replace the old variants of about this number of images or more, because an attack on few images takes
+#: nearly as long as an attack on many. If each step would replace fewer, only every k-th step replaces variants, and
+#: it replaces k times as many.
 TOGETHER = 64
 #: Version of the file's layout, and of the rule that gives an image its random draws. The hash in the file's name
 #: depends on this version.
@@ -256,7 +256,9 @@ class AdversarialBank:
         return found
 
     def keep(self, entries: np.ndarray, kinds: np.ndarray, seed: int, steps: np.ndarray, scale: np.ndarray) -> None:
-        """Write each variant into an empty place of its image, or over the image's oldest variant.
+        """Write each variant into an empty or damaged place of its image, or over the image's oldest variant.
+
+        A variant is not written if the bank has a variant of this image, attack and seed.
 
         Args:
             entries: index of each image's entry in the bank, int ``[A]``.
@@ -281,7 +283,7 @@ class AdversarialBank:
             self.records[at] = record
 
     def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, list[bool]]:
-        """Return the records of an image in some places, and for each record whether it holds a whole variant."""
+        """Return the records at some places of an image's entry, and for each record True if it has a whole variant."""
         # the records are copied, because another process may overwrite them at any moment
         records = self.records[entry, places].copy()
         heads = zip(records["number"].tolist(), records["check"].tolist(), strict=True)
@@ -301,7 +303,7 @@ class AdversarialBank:
 
 @dataclass
 class Found:
-    """The variants that `AdversarialBank.find` read.
+    """The variants that `AdversarialBank.find` read for A images.
 
     Args:
         steps: q, int8 ``[A, D]``.
@@ -360,8 +362,8 @@ class BankedStep:
         anew &= bank._random[kind]
         due = ~found.found | (anew & ~found.made_by_this_step)
         if due.any():
-            # The images that this step attacked before the run was resumed are attacked again: the last bits of a
-            # model's output may depend on the size of the batch.
+            # Also attack the images again that this step attacked before the run was resumed. So the attacked batch has
+            # its earlier size, on which the last bits of the model's output may depend.
             due |= found.made_by_this_step
             index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
             some = x if index is None else x[index]

@@ -35,12 +35,12 @@ from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-#: A process that fails waits up to this time for the message that the first process failed too. Then only the first
-#: reports the error.
+#: A process that fails waits up to this time for the message that the first process failed too. If the message comes,
+#: only the first process reports its error.
 PATIENCE = timedelta(seconds=10)
 #: Seconds within which all processes notice that an exchange failed.
 NOTICE = 3.0
-#: If another process is lost, a process that has not ended this number of seconds later is ended by force.
+#: A process that notices the loss of another process has this number of seconds to end. Then it is ended by force.
 GRACE = 20.0
 
 _AGAIN = "Start the same run again to continue from the last checkpoint; torchrun --max-restarts restarts it by itself"
@@ -99,7 +99,7 @@ class _Watch(_distributed.Heartbeat):
                 return
             self.count()
             quiet = [other for other in sorted(self.signs) if self.is_silent(other)]
-            # a process that has finished its training may end, and then no longer gives signs of life
+            # a process that has finished its training may end without a fault, so silence then says nothing
             if quiet and all(sign.state != "done" for sign in self.signs.values()):
                 several = " (or the store that transmits the signs failed)" if len(quiet) > 1 else ""
                 self.lost = (

@@ -5,8 +5,8 @@ images, the random starts of attacks and torch's global generator are seeded for
 resumed ends with the same weights as a run without interruption, to the bit on the same CPU.
 
 Several processes (`purify_fast.training.distributed`) share each batch. They end with the weights of a single process,
-up to rounding. In each step they exchange gradients and metrics, as one mean after the backward pass, and the
-statistics of BatchNorm.
+up to rounding. In each step they exchange the statistics of BatchNorm. After the backward pass, they average all
+gradients and metrics in one exchange.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
 
 
 def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
-    """Return the error with an explanation."""
+    """Return an error that names the epoch and the step if it is known, and says which settings to change."""
     step = watch.first_bad() if error.step is None else error.step
     epoch = (run.step - 1 if step is None else step) // run.steps
     where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"

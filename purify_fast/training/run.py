@@ -36,7 +36,7 @@ _WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
 KERNELS = "kernels.json"
 
-#: Before a training, the task is run on this number of images, to find the names of its metrics.
+#: If keep_best is "accuracy", the task first measures this number of images, to check that it has this metric.
 LOOK = 8
 
 
@@ -235,7 +235,7 @@ class Run:
 
     @contextlib.contextmanager
     def finished(self) -> Iterator[None]:
-        """Within the block, the model is as after `Task.finish`, in evaluation mode. Then its state is restored."""
+        """Within the block, the model is as after `Task.finish`, in evaluation mode. Then its tensors are restored."""
         state = {name: value.clone() for name, value in self.task.model.state_dict().items()}
         self.task.finish()
         self.task.model.eval()

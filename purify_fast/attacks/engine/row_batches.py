@@ -7,8 +7,8 @@ of its rows are removed.
 
 A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, and a CUDA graph is
 captured. So a shrinking batch takes only sizes from a fixed list, and rows of fallen images fill the batch up to such a
-size. On a CPU with a large model or with many draws, a row takes longer than a new batch size. In that case every row
-of a fallen image is removed.
+size. On a CPU with a large model or with many draws, a superfluous row takes longer than the change to a new batch
+size. In that case every row of a fallen image is removed.
 
 A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), for example on
 steps towards the ninth target class, or on the last of 5,000 squares. The progress per step of such a row (its "pace")
@@ -42,9 +42,11 @@ CANDIDATES = 20
 #: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
 #: times the dual norm of its gradient.
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
-#: At least this number of rows is searched at once, if there are enough runs, because a small batch is slow.
+#: If no batch size is given, runs of few images are searched together, up to this number of rows, because a small batch
+#: is slow.
 FEWEST_ROWS = 64
-#: With at least this number of draws, one more row takes more time on a CPU than a new batch size, for any model.
+#: With at least this number of draws, a CPU needs more time for one more row than for the change to a new batch size,
+#: for any model.
 MANY_DRAWS = 4
 #: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
 PER_DOUBLING = 4
@@ -76,8 +78,8 @@ def bucket(items: int, device: torch.device, costly: bool = False) -> int:
     """The smallest allowed batch size that holds ``items`` items; ``items`` is at least 1.
 
     On a CPU every size below 8 is allowed, and from 8 on the powers of two times 1, 5/4, 6/4 and 7/4. With ``costly``,
-    every size is allowed on a CPU, because one more item takes longer than a new size. On a GPU the allowed sizes are
-    16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
+    every size is allowed on a CPU, because one more item takes longer than the change to a new size. On a GPU the
+    allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
     """
     if takes_every_size(device):
         return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
@@ -222,10 +224,10 @@ class PaceMonitor:
         self.checks, self.steps, self.times, self.gains = sorted(set(checks)), steps, times, gains
         #: The step after which gains are measured, and the distance of each row from its border at that step, ``[R]``.
         self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
-        #: For each check: the step at which the distances were noted, and these distances.
+        #: A dict from the step of a check to the earlier step at which distances were noted, and these distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
-        #: True for the rows that came nearer to their borders during the measurement of the last check, bool ``[R]``.
-        #: At the end of the early steps it is True for all rows.
+        #: True for the rows whose pace was above 0 at the last check, bool ``[R]``. At the end of the early steps it is
+        #: True for all rows.
         self.came_nearer = torch.tensor(False)
         self.last_step = 0
 
@@ -301,7 +303,7 @@ class ActiveSet:
 
     Attributes:
         leave: whether the attack stops for an image that has fallen. If not, every image is attacked to the end. The
-            best point is then the point that the most draws misclassify; among equal points, it has the highest loss.
+            best point is the point that the most draws misclassify; among several such points, it has the highest loss.
         best: the best known point of each image, ``[N, ...]``; x at first.
         score: the share of misclassified draws and the loss of the best point, ``[2, N]``; minus infinity at first.
         fallen: bool ``[N]``, True for fallen images; always False if ``leave`` is False.
@@ -608,5 +610,5 @@ class RowSearch:
         return lost
 
     def may_end(self) -> Tensor | bool:
-        """Tell which rows may be given up, bool ``[R]``."""
+        """Tell which rows may be given up, bool ``[R]``, or True for all rows."""
         return True

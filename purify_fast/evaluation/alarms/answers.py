@@ -64,7 +64,7 @@ class Before:
         return in_parts(self.subject.model, self.subject.batch_size)(x)
 
     def later_changes(self) -> float:
-        """Repeat the predictions several times, and return the largest share that has changed."""
+        """Predict the clean images several times again, and return the largest share of changed predictions."""
         return max(share(self.predicted, self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
     def state_changed(self) -> bool:
@@ -181,11 +181,12 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
         points: images ``[B, C, H, W]``: the clean images, and images near them.
 
     Returns:
-        Two values. The first is the cosine between the predicted and the measured changes, at the points where it is
-        smallest. If there is no cosine, the first value is the reason: "not finite" (a logit or a gradient is NaN or
-        infinite), "no gradient" (PyTorch has no gradient of the output with respect to the images) or "zero gradient"
-        (the gradient is 0 everywhere). The second value is the share of images whose gradient is zero, not finite or
-        missing, at the points where it is largest.
+        Two values. The first is the cosine between the predicted and the measured changes: for each of the ``points``
+        the larger cosine of the two lengths of `SMALL`, and of these cosines the smallest. If there is no cosine, the
+        first value is the reason: "not finite" (a logit or a gradient is NaN or infinite), "no gradient" (PyTorch has
+        no gradient of the output with respect to the images) or "zero gradient" (the gradient is 0 everywhere). The
+        second value is the share of images whose gradient is zero, not finite or missing, at the points where it is
+        largest.
     """
     measured = [_differences(subject, point, y) for point in points]
     missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]

@@ -21,7 +21,7 @@ MISSING: dict[Missing, str] = {
     "zero gradient": "the gradient is zero everywhere",
 }
 
-#: Class names of the surrogates in which a purifier has the gradient of the identity, as in BPDA.
+#: Class names of the models in which a purifier or another part has the gradient of the identity, as in BPDA.
 IDENTITIES = ("BpdaModel", "IdentityBackward")
 #: A report does not advise more draws per gradient if an attack has averaged at least this number of draws.
 MANY_DRAWS = 20
@@ -42,7 +42,7 @@ class Finding:
     Args:
         alarm: name of the alarm.
         verdict: "passed": there is no reason to doubt the robust accuracy. "noted": worth knowing, but no reason for
-            doubt. "unreliable": a reason for doubt. "not asked": nothing was measured that could tell.
+            doubt. "unreliable": a reason for doubt. "not asked": nothing was measured that could raise a doubt.
         measured: the measurements, in words.
         row: the name of the attack, or of the probe, that shows the sign.
         model: the model's name.
@@ -77,7 +77,7 @@ class Evidence:
     """The evidence about one model, which the alarms judge.
 
     Args:
-        rows: the clean rows and the rows of attacks, in the order in which they were made, without ``worst`` rows.
+        rows: the clean rows and the rows of attacks, as they were made; rows over several attacks are left out.
         probes: the measurements of the probes; None if there were no probes.
         classes: number of the model's classes; None if unknown.
         probabilities: whether the model returns probabilities instead of logits; None if unknown.

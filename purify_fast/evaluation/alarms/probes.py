@@ -2,7 +2,8 @@
 
 The short attacks run before the attacks of the report. If the short attacks find signs of masked gradients, the attacks
 of the report get all images that have not fallen, and take all of their steps. The short attacks take gradients from
-the same copy of the model as the attacks of the report, and skip images that have fallen.
+the same copy of the model as the attacks of the report. They skip images that fell to an earlier short attack, except
+in the comparison of numbers of draws.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..subject import Subject
 from . import answers
 from .answers import Before, in_parts
 
-#: The steps of the targeted short attacks (STEPS), and of the short attacks that compare numbers of draws (SWEEP).
+#: Numbers of steps. STEPS: of the targeted short attacks. SWEEP: of the short attacks that compare numbers of draws.
 STEPS, SWEEP = 20, 10
 #: The numbers of steps that the first short attacks compare.
 ITERATIONS = (1, 3, 10, 30)

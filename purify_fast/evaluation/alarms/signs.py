@@ -176,7 +176,7 @@ def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
 
 
 def _surely_more(count: int, share: float, n: int) -> bool:
-    """Tell whether ``count`` images are more than the share ``share`` of n images, by more than chance."""
+    """Tell whether ``count`` exceeds the share ``share`` of n images by more than chance."""
     return count - 1.5 * math.sqrt(count) > share * n
 
 

@@ -128,7 +128,7 @@ def settings_told(row: Row) -> dict[str, Any]:
 
 
 def about_variants(rows: Sequence[Row]) -> list[str]:
-    """Return, for each variant without randomness of a random model, a sentence on its lowest accuracy."""
+    """Return, for each variant of a random model with fixed or no noise, a sentence on the lowest accuracy."""
     apart = [row for row in rows if (row.is_attack or row.kind == "worst") and not (row.threat or row.deployed)]
     lowest = [
         min((row for row in apart if row.variant == variant), key=lambda row: (row.accuracy, row.kind != "worst"))

@@ -97,12 +97,12 @@ class ArrestConfig:
 
     @property
     def threshold(self) -> float:
-        """The drift above which an example is replayed, tau."""
+        """The threshold tau: an image with a larger drift gets noise in place of an attack."""
         if self.tau is not None:
             return self.tau
         return self.angle / 180 if self.distance == "angular" else 1 - cos(radians(self.angle))
 
     def replays(self, epoch: int, epochs: int) -> bool:
-        """Tell whether examples may be replayed in an epoch, counted from 0."""
+        """Tell whether an epoch, counted from 0, uses noisy replay."""
         # the product is rounded, because 0.07 * 100 is slightly above 7 in floating point
         return self.replay and epoch < round(self.replay_share * epochs, 9)

@@ -120,7 +120,7 @@ class ArrestTask(MethodTask):
         return logits, pool(features) if self.config.pooled else features
 
     def distance(self, features: list[Tensor], of_teacher: list[Tensor]) -> Tensor:
-        """Return the distance d of every example, ``[B]``, as a mean over the layers."""
+        """Return the distance d of each image's two representations, ``[B]``, as a mean over the layers."""
         return representation_distance(features, of_teacher, self.config.distance).mean(1)
 
     @torch.no_grad()
@@ -140,9 +140,9 @@ class ArrestTask(MethodTask):
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return x_in, and the share of the examples that are replayed (get noise in place of an attack).
+        """Return x_in, and the share of the images that are replayed (get noise in place of an attack).
 
-        If the attack is captured as a CUDA graph, replayed examples are attacked too (see `attacks_all_rows`).
+        If the attack is captured as a CUDA graph, replayed images are attacked too (see `attacks_all_rows`).
         """
         attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
         if not self.config.replays(batch.epoch, batch.epochs):
@@ -152,7 +152,7 @@ class ArrestTask(MethodTask):
         if self.attacks_all_rows(batch.x.device):
             adversarial = self.attack(batch, attack)
         else:
-            # the host waits for the number of attacked examples, because the attack is left out if there are none
+            # the host waits for the device here: it must know whether any image is left to attack
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = torch.full((1,), batch.seed, dtype=torch.int64, device=batch.x.device)
@@ -184,7 +184,7 @@ class ArrestTask(MethodTask):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         # A loop may add up the gradients of several batches before an optimizer's step. Then the weights still have the
-        # perturbation of the batch before, so remove it first.
+        # perturbation of the previous batch, so remove it first.
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)
@@ -203,7 +203,7 @@ class ArrestTask(MethodTask):
         used = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
         average_([gradient for _, gradient in used])
         with torch.no_grad():
-            # the batch must change BatchNorm's statistics only once
+            # undo this pass's update of BatchNorm's statistics, because the training's own pass updates them too
             for buffer, before in buffers:
                 buffer.copy_(before)
             for weight, gradient in used:

@@ -93,7 +93,7 @@ class AtopConfig:
 
     @classmethod
     def pretraining(cls, **changes: Any) -> AtopConfig:
-        """Return settings for the pre-training of a generator, by a hinge GAN and L1 on clean images.
+        """Return settings for the pre-training of a generator on clean images, with a hinge GAN loss and an L1 loss.
 
         Both losses have weight 1, and there is no cross-entropy. This is DeepFillv2's training in AToP's repository
         (code: `train see in Finetuning-AToP.py`, `configs/train.yaml`), but with the defence's transform.

@@ -128,7 +128,7 @@ class Atop(Defence):
     # -- a prediction: transform -> repair -> join -> classify -> aggregate --------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Return purified images in [0, 1], ``[B, draws S, C, H, W]``. The gradient reaches x.
+        """Return purified images in [0, 1], ``[B, draws * S, C, H, W]``. The gradient reaches x.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -148,9 +148,9 @@ class Atop(Defence):
             noise: a seed, int64 ``[1]``, and sample ids, int64 ``[B]``. With None, the defence chooses both.
 
         Returns:
-            ``(packed [T, C + 2, H, W], owners [draws S, B, H / block, W / block])``, see `random_transform`. T is draws
-            * S * B, and with rt3 N * draws * S * B. The owner of a block is the pass that hides it. The gradient
-            reaches x.
+            ``(packed [T, C + 2, H, W], owners [draws * S, B, H / block, W / block])``, see `random_transform`. T is
+            draws * S * B; with rt3 it is N times this number. The owner of a block is the pass that hides it. The
+            gradient reaches x.
 
         Raises:
             ValueError: the images have a wrong shape.

@@ -167,9 +167,10 @@ class DeepFillGenerator(nn.Module):
         mask: ``[B, 1, H, W]``, 1 where hidden, 0 elsewhere.
         coarse, refined: whole images ``[B, C, H, W]`` in [-1, 1]; refined is the purified image.
 
-    H and W are multiples of 8. The input of the second stage is ``coarse mask + transformed (1 - mask)``. The attention
-    uses the mask of each image; the published code uses the first image's mask for the whole batch, which is the same
-    if all images share a mask. The published size has 4,052,478 parameters, of which 1,631,151 are in the coarse stage.
+    H and W are multiples of 8. The input of the second stage is ``coarse * mask + transformed * (1 - mask)``. The
+    attention uses the mask of each image; the published code uses the first image's mask for the whole batch. Both are
+    the same if all images share a mask. The published size has 4,052,478 parameters, of which 1,631,151 are in the
+    coarse stage.
     With the published initialization, the signal fades from layer to layer, so a fresh generator returns mid-gray
     images (within 1e-6 at 32 x 32).
 

@@ -73,7 +73,7 @@ class Passes:
     Args:
         loss: the purifier's loss without the GAN term.
         metrics: detached scalars.
-        target: the target of the reconstruction for each input, in [-1, 1], ``[T, C, H, W]``.
+        target: for each of the T inputs, the image to rebuild, in [-1, 1], ``[T, C, H, W]``.
         refined: the refined images of the purifier, with gradients, ``[T, C, H, W]``.
         packed: the purifier's inputs ``[T, C + 2, H, W]``: the transformed images t, a plane of ones, and the mask,
             which is 1 where an image was hidden.
@@ -94,7 +94,7 @@ class Inputs:
         rebuild: the images that the purifier should rebuild, ``[B, C, H, W]`` in [0, 1].
         packed: the purifier's inputs: T inputs for the reconstruction, and T further inputs for the cross-entropy if
             it needs other images.
-        count: T.
+        count: the number T.
         owners: the tensor ``owners`` that `Atop.draw` returns.
         cls_weight: lambda; 0 during cls_delay.
     """
@@ -127,7 +127,7 @@ def inputs(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     packed, owners = defence.draw(rebuild, noise=(seed, batch.sample_ids))
     count = len(packed)
     if classifies_others:
-        # the second pass has the same noise and mask
+        # these inputs are for the cross-entropy, and have the noise and the mask of the inputs above
         packed = torch.cat([packed, defence.draw(adversarial, noise=(seed, batch.sample_ids))[0]])
     return Inputs(rebuild, packed, count, owners, weight)
 
@@ -209,7 +209,7 @@ def training_loss(
 
 
 def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
-    """Return the discriminator's loss L_D. Its real images are the targets, and no gradient reaches the purifier.
+    """Return the discriminator's loss L_D. The targets are the real images, and no gradient reaches the purifier.
 
     Args:
         discriminator: images and masks to scores.

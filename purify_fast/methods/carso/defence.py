@@ -158,7 +158,7 @@ class Carso(Defence):
         return self.reconstruct(x, draws=draws)
 
     def reconstruct(self, x: Tensor, z: Tensor | None = None, draws: int = 1) -> Tensor:
-        """Return purified images in (0, 1), ``[B, draws K, C, H, W]``. The gradient reaches x.
+        """Return purified images in (0, 1), ``[B, draws * K, C, H, W]``. The gradient reaches x.
 
         Args:
             x: images ``[B, C, H, W]`` in [0, 1].
@@ -210,7 +210,7 @@ class Carso(Defence):
         return [layer.to(self.purifier_dtype) for layer in layers]
 
     def prior_latents(self, batch: int, device: torch.device, draws: int = 1) -> Tensor:
-        """Draw latents ``[batch, draws K, latent_dim]`` in the current noise mode; without noise, K is 1 and z is 0.
+        """Draw latents ``[batch, draws * K, latent_dim]`` in the current noise mode; without noise, K is 1 and z is 0.
 
         Args:
             batch: number of images.
@@ -256,8 +256,8 @@ class Carso(Defence):
         """Return the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`): AutoAttack, version rand.
 
         AutoAttack attacks the output of PeeL, whose gradients vanish if the predictions of the samples are confident.
-        Another prediction through PeeL decides if a found image fools the defence. Source: src/eval_a.py of
-        emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
+        Another prediction through PeeL decides if an image that the attack found fools the defence. Source:
+        src/eval_a.py of emaballarin/CARSO at 307b873, lines 88, 202, 225, 255 and 268.
 
         Args:
             eps: radius in image units. It is not used, because AutoAttack uses the radius of the report.

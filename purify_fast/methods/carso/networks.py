@@ -116,7 +116,7 @@ class PosteriorEncoder(nn.Module):
         self.log_variance = nn.Linear(size, latent_dim)
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
-        """Return the layers that read the image, the later layers that also read c, and the latter's output size."""
+        """Return the layers that read the image, the layers that read their output and c, and the final output size."""
         channels, h, w = image_shape
         first, second = conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1)
         size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
@@ -319,8 +319,8 @@ class PosteriorEncoderV1(PosteriorEncoder):
     """Maps an image and the condition c to mean and log-variance of q(z | x, c), in the first version of CARSO.
 
     A 4 x 4 convolution reads the image; its output has at least as many numbers as the image. The flattened output and
-    c are the input of two linear blocks. A tanh with ``1.5 latent_dim`` outputs (published: 96 for 64) and two linear
-    heads follow.
+    c are the input of two linear blocks. The second block has ``1.5 latent_dim`` outputs (published: 96 for 64). A tanh
+    and two linear heads follow.
     """
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ...evaluation import AttackSpec
 
 Aggregation = Literal["mean", "mean_softmax", "lse", "vote"]
-#: Surrogates divide the number of steps, or the number of steps with a gradient of the denoiser, by this factor.
+#: Surrogates have fewer steps, or fewer steps with a gradient of the denoiser: the number is divided by this factor.
 FEWER = 4
 
 
@@ -143,13 +143,13 @@ class DiffusionPurifier(Defence):
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
         for name, tensor in rows.items():
             self.register_buffer(name, tensor.to(self._noise_seed.device), persistent=False)
-        #: For each row of the table, whether the denoiser has a gradient; if not, its prediction is a constant.
+        #: For each row of the table: True if the gradient passes through the denoiser; else its prediction is constant.
         self.followed: list[bool] = [True] * len(self.begins)
 
     # -- a prediction: noise -> denoise -> classify -> aggregate -------------------------------------------------------
 
     def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        """Return purified images, ``[B, draws K, C, H, W]``. The gradient reaches x.
+        """Return purified images, ``[B, draws * K, C, H, W]``. The gradient reaches x.
 
         The images are in [0, 1] if the process clips.
 
@@ -190,7 +190,7 @@ class DiffusionPurifier(Defence):
         numbers = (table.coefficients, table.targets, table.weights)
         coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
         guidance = self.process.guidance
-        # the network is chosen once, because the check of all parameters takes as long as a small layer
+        # `_network` checks whether a parameter is trained, which takes as long as a small layer, so read it only once
         network = self._network
 
         def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:

@@ -74,7 +74,7 @@ class Process:
         solver: ``ddpm``, ``ddim``, ``vp_sde`` (Euler-Maruyama steps of the reverse SDE), ``ode`` (Euler steps of the
             probability flow) or ``one_shot`` (the image that is predicted at t*).
         t_star: time up to which noise is added, as a share of the process. Several times define several rounds; each
-            round purifies the result of the round before.
+            round purifies the result of the previous round.
         steps: number of the solver's steps: one number for all rounds, or a number for each round. None means a step
             for each training step.
         eta: parameter of ddim: with 0 it adds no noise, and with 1 the same noise as ddpm.

@@ -2,7 +2,7 @@
 
 The authors of DiffPure (NVlabs/DiffPure at 985703f) use AutoAttack, version rand (lines 24 and 25 of
 run_scripts/cifar10/run_cifar_rand_inf.sh), with the gradient of torchsde's ``sdeint_adjoint`` (lines 233 to 238 of
-runners/diffpure_sde.py). This function solves the SDE again, backward in time, together with the adjoint equation
+runners/diffpure_sde.py). torchsde solves the SDE again, backward in time, together with the adjoint equation
 (google-research/torchsde at eb3a00e, lines 75 to 97 of torchsde/_core/adjoint.py, 111 to 128 and 177 to 216 of
 adjoint_sde.py). The forward and the backward solve are discretized separately, so the result is not the gradient of the
 computed output. From the purified image to t*, the steps are
@@ -12,7 +12,7 @@ computed output. From the purified image to t*, the steps are
 Here f and g are the drift and the diffusion of the SDE, y is its state, and a is the gradient with respect to y.
 
 The authors of GDMP (JinyiW/GuidedDiffusionPur at 6ee8b1a) use PGD with 10 steps on the classifier alone (lines 25 to 28
-of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with 40 steps of 2/255 at 8/255 and 15 draws
+of attacks/clf_pgd.py, and 14 to 19 of configs/cifar10_MSE.yml), and BPDA with eps 8/255, 40 steps of 2/255 and 15 draws
 (lines 14 to 41 of attacks/bpda_strong.py, and 13 to 20 of configs/BPDA40+EOT15.yml). Each draw of BPDA is one
 purification. The final prediction is from the sum of the logits of ten purifications (lines 149 to 162 of
 runners/empirical.py, and 99 to 126 of utils/accuracy.py). None of the code of these repositories is used here.

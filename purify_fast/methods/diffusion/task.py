@@ -250,8 +250,8 @@ class ConsistencyTask(DiffusionTask):
             of_image, of_state = coefficients(chosen)[3:5]
             following = of_image * image(self.teacher, noised, chosen).clamp(-1, 1) + of_state * noised
             last = chosen == intervals - 1
-            # In the last interval the target is the state itself. The prediction is then not used, but it needs a valid
-            # time.
+            # In the last interval, the target is x_s (``following``) itself. The prediction is not used there, but it
+            # is computed for all images, so clamp its time to a valid time.
             target = image(self.result, following, (chosen + 1).clamp(max=intervals - 1)).clamp(-1, 1)
             target = torch.where(last.view(-1, 1, 1, 1), following, target)
         return (image(denoiser, noised, chosen) - target).square().mean()

@@ -46,7 +46,7 @@ class Example:
         summed: whether the results are sums over the samples.
         jumps: whether the result jumps (is not continuous) where a number changes its sign. Rounding can change the
             sign of some numbers, so the error of a single number has no bound. If True, the root mean square of the
-            error is compared, and may be up to a tenth of the root mean square of the result.
+            error is compared, and a tenth of the root mean square of the result is allowed in addition to rounding.
         gpu: dtypes in which the example verifies the op's kernel on a GPU, where kernels are compiled for each dtype
             and setting: ``f`` for float32, ``b`` for bfloat16, ``h`` for float16. The examples of an op cover all of
             its dtypes. They cover every kernel in float32 and in a 16-bit dtype. They cover every setting, layout and

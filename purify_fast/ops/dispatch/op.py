@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
 
 def call_of(name: str, device: torch.device, style: Style) -> Call:
-    """Return the call that has this name (`Call.cell`) in a file of races."""
+    """Return the call whose `Call.cell` is this name."""
     words = name.split()
     size = words.pop() if words and words[-1] in SIZES else ""
     dtype = getattr(torch, words[-1], None) if words else None
@@ -114,7 +114,7 @@ class Definition:
     def code_hash(self, kind: str) -> str:
         """Return a hash of the kernel's sources on a type of device.
 
-        Verdicts and races are valid for these sources only.
+        The results of verifying and timing a kernel are valid for these sources only.
         """
         definition = Path(self.reference.__code__.co_filename)
         if kind == "cuda":

@@ -28,7 +28,7 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: During a run, these results replace those of the files. `run_kernels.keep_kernels` sets them.
+#: During a run, these results of races are used instead of those in the files. `run_kernels.keep_kernels` sets them.
 of_run: dict[str, Any] = {}
 
 
@@ -95,7 +95,7 @@ def own_entry(op: Definition, device: torch.device) -> dict[str, Any]:
 
 
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
-    """Return the user's and the shipped entry of an op on an available device, and where and when each was raced."""
+    """Return the entries of an op, the user's entry before the shipped entry, and where and when each was raced."""
     if device.type == of_run.get("device") and op.name in of_run["ops"]:
         return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
     entries, near = [], nearest(records.machine(device))

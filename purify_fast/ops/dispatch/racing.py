@@ -55,7 +55,7 @@ ATTEMPTS = 3
 RUN = 1e-3
 #: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. There
 #: the kernel cannot be fused with its neighbors, so its inputs and outputs are written and read once more. In a user's
-#: graph this can cost more than in the race, where the neighbors are one product and one sum.
+#: graph this can cost more than in the race, where the neighbors are only a few elementwise operations.
 IN_GRAPHS = 2.0
 
 
@@ -241,9 +241,9 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """Compile a call together with a product before it and a sum after it.
+    """Compile a call together with elementwise operations before and after it.
 
-    The compiler can fuse these two with the reference, but not with a kernel.
+    The compiler can fuse these operations with the reference, but not with a kernel.
     """
     first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
@@ -340,7 +340,7 @@ def _gain(rows: list[Row]) -> str:
 
 
 def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
-    """Return True if the kernel should be used for a call, according to all of the call's rows."""
+    """Return True if the kernel should be used for a call, according to the measured times of the call."""
     if call.style == "graph":
         return call.variant in op.serves_unraced("graph") and all(row.ratio >= IN_GRAPHS for row in rows)
     serves = op.wanted(call).backend == op.kernel(call.device.type)

@@ -95,7 +95,7 @@ class Op(Definition):
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, the first of which is a tensor, and run it.
 
-        No gradient is recorded.
+        A kernel records no gradient. The reference records gradients, if they are enabled.
         """
         dtype, size = self.size_key(*args)
         return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)

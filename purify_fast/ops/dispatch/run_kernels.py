@@ -25,8 +25,8 @@ logger = logging.getLogger("purify_fast")
 def kernels_now(device: torch.device) -> dict[str, Any]:
     """Return the kernels that may change the bits of results on a device, and their races, as JSON values.
 
-    The verdicts are not included. Every kernel in use has been verified, and the reference replaces a wrong kernel from
-    its first use on. So the results of a run do not depend on when a kernel was found to be wrong.
+    The results of verifications are not included. Every kernel in use has been verified, and the reference replaces a
+    wrong kernel from its first use on. So the results of a run do not depend on when a kernel was found to be wrong.
 
     Args:
         device: the device on which a run computes.

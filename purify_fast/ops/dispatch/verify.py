@@ -46,17 +46,18 @@ MODES = ("first_use", "off")
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
-#: If a result is not continuous (`Example.jumps`), the root mean square of its error may be at most this multiple of
-#: the root mean square of the result.
+#: If a result is not continuous (`Example.jumps`), the root mean square of its error is compared. The allowed error is
+#: twice that of the definition in the same dtype, plus this multiple of the result's root mean square.
 JUMPS = 0.1
 #: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
 #: The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that were already
 #: verified.
 _verifying: set[int] = set()
-#: The verdicts of this process, by file and part of an op. They are stored here because the folder may not be writable.
+#: The verdicts of this process, by the path of the file and the name of the part (`_part_name`). They are stored here
+#: because the folder may not be writable.
 _known: dict[tuple[str, str], Verdict] = {}
-#: The time at which a kernel is verified again after its verification ran out of memory, by file and part of an op.
+#: The time from which a kernel is verified again after its verification ran out of memory. The keys are as in `_known`.
 _postponed: dict[tuple[str, str], float] = {}
 
 
@@ -95,7 +96,7 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Deviation):
-    """The result of one verification: the case whose error is the largest multiple of its allowed error.
+    """The result of one verification, for the example and dtype with the largest error relative to the allowed error.
 
     Attributes:
         backend: the backend whose kernel was verified.
@@ -149,7 +150,8 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # If no example has the call's variant, use the examples of all variants; if none has its dtype, use all dtypes.
+    # If no example has the call's variant, use the examples of all variants. If no example has the call's dtype, use
+    # the examples in the dtypes of `Example.gpu`.
     return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
@@ -305,7 +307,8 @@ def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
     """Return the worst verdict on the parts of each op.
 
-    The worst verdict is that on a wrong kernel. If no kernel is wrong, it is the verdict with the largest ``share``.
+    A verdict on a wrong kernel is worse than a verdict on a correct kernel. If both kernels are wrong or both are
+    correct, the verdict with the larger error relative to the allowed error is worse.
     """
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):

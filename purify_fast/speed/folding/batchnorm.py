@@ -126,7 +126,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """The output, the outputs of modules with hooks, and the gradient of a random weighted sum of the output."""
+    """The output, the input gradient of a random weighted sum of the output, and the outputs of modules with hooks."""
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -221,8 +221,8 @@ class FoldedPairs:
     """Computes `folded` for a model that is being trained: for all of its pairs together, in float32.
 
     On CUDA this needs eight launches for any number of pairs. PyTorch can multiply many tensors in a single launch only
-    by tensors of the same shapes and strides. So the factors of the channels are first copied to tensors of the shapes
-    of the weights, with a table of indices (4 bytes for each weight). On other devices, a product for each layer is
+    by tensors of the same shapes and strides. So the factor of each channel is first copied to every weight's position
+    in this channel, with a table of indices (4 bytes for each weight). On other devices, a product for each layer is
     faster.
 
     Args:
@@ -289,9 +289,9 @@ class FoldedPairs:
         return factors
 
     def _places(self) -> Iterator[Tensor]:
-        """Yield, for each weight, the index of the output channel of each element, in the order of the memory.
+        """Yield a tensor for each weight: the output channel of each element, in the order of the memory.
 
-        The indices count the channels of all weights.
+        The channels of all weights are numbered consecutively.
         """
         begin = 0
         for weight in self._layouts:

@@ -34,7 +34,7 @@ class CudaCapture:
 
     @contextlib.contextmanager
     def aside(self, device: torch.device) -> Iterator[None]:
-        """Within the block, use the stream of captures, in order with the work on the caller's stream."""
+        """Within the block, use the stream of captures. It and the caller's stream wait for each other."""
         stream, caller = self._place(device)[0], torch.cuda.current_stream(device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
@@ -81,8 +81,8 @@ class CudaCapture:
         stream, pool = self._place(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # In this mode, other threads may allocate memory and synchronize during the capture. Examples are threads
-            # that read data or that watch collective operations.
+            # With "thread_local", other threads may allocate memory and synchronize during the capture. Examples are
+            # threads that read data or that watch collective operations.
             with (
                 _own_workspaces(device),
                 self.aside(device),

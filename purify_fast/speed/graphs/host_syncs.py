@@ -34,7 +34,7 @@ class Wait(NamedTuple):
 
 
 class HostSyncs(TorchDispatchMode):
-    """Counts the operators that wait for the device, and all operators, within a block.
+    """Counts all operators in a block, and separately those for which the host waits for the device.
 
     Attributes:
         counts: number of waits for each operator and place in the code.

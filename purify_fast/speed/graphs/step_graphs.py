@@ -6,9 +6,9 @@ fixed buffers, and the step writes its results to them. Both loops call the same
 is written only once.
 
 A graph contains the launches of a step, but not its Python code. So a step is captured only if its Python code reads no
-values of tensors. A graph is replayed only while its model has the same settings, and the same objects as tensors and
-parts (`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use the new values. Random
-draws from torch's generator of the device are the same as without a graph.
+values of tensors. A graph is replayed only while the settings of its model are unchanged, and the model's tensors and
+parts are the same objects (`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use
+the new values. Random draws from torch's generator of the device are the same as without a graph.
 
 A capture takes the time of a dozen steps, and the number of future steps is unknown, because an image leaves the batch
 when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a capture would
@@ -445,7 +445,7 @@ class StepGraphs:
             first = (str(error).strip().splitlines() or [""])[0]
             return self._refuse(base, f"the step cannot be captured ({type(error).__name__}: {first})")
         finally:
-            # Restore the counts, because these steps do not belong to the loop.
+            # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
