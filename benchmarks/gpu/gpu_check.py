@@ -17,9 +17,9 @@ A second run skips the sections that are complete. A section is complete if it d
 run with the same versions, sources and device. If a section was killed, the next run keeps the rows that the section
 has written and the tests that have passed.
 
-At the end, every run makes two results: the device's chapter of docs/performance.md, and the list that says for each op
-where the package uses the op's kernel and where its reference. Both are written into DIR. If DIR is in
-benchmarks/results, the documentation and the package are updated too. A rehearsal never updates them.
+At the end, every run writes two files into DIR: the device's chapter of docs/performance.md, and ``races.json``, which
+says for each op when the package uses the kernel and when the reference. If DIR is in benchmarks/results, the
+documentation and the package are updated too. A rehearsal never updates them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def page(results: dict[str, dict | None], mark: dict) -> str:
 
 
 def conclude(out: Path, dry: bool) -> list[Path]:
-    """Write a device's chapter of docs/performance.md, and the device's list of choices between kernel and reference.
+    """Write a device's chapter of docs/performance.md, and the device's choices between kernels and references.
 
     If ``out`` is in ``benchmarks/results``, the documentation and the package are updated too.
 

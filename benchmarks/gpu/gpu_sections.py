@@ -1,6 +1,6 @@
 """The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`.
 
-Five sections measure CUDA graphs and kernels in detail. Each writes a results file, whose name is this constant:
+Five sections measure CUDA graphs and kernels in detail. Each item begins with the constant that names the results file:
 
 1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay of the graph saves.
 2. `VERDICTS`: the correctness and the compile time of each kernel.
@@ -296,7 +296,7 @@ def _official(context: Context, subject: contests.Subject) -> list[dict]:
 
 
 def standard(context: Context) -> Outcome:
-    """Attack a model by the protocol `standard`, in each mode of CUDA graphs, and by the official AutoAttack.
+    """Attack a model by the protocol `standard` with CUDA graphs "off", "auto" and "always", and by AutoAttack.
 
     The results are compared image by image.
     """
@@ -363,7 +363,7 @@ def _one_replay(context: Context, race: racing.Race) -> dict:
 
 
 def replays(context: Context) -> Outcome:
-    """Time replays of each kernel on large tensors, by variant and layout, in bfloat16 if the op supports bfloat16."""
+    """Time replays of each kernel on large tensors, for every raced example, in bfloat16 if it is supported."""
     size, work = "small" if context.dry else "large", {}
     for op in _with_kernels(context.device):
         for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):

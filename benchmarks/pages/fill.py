@@ -73,8 +73,8 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
             row = times.get((pipeline, case, contestant))
             line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
         body.append(line)
-    # Leave out the text after a shape's semicolon. This text explains the names of cases, and the page explains these
-    # names too.
+    # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
+    # explains the name too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     more = ", most memory beyond the loaded networks, share of the processor's matrix rate"
     what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
@@ -292,8 +292,8 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 def check(results: Path) -> list[str]:
     """Return a message for each fault of README and docs.
 
-    Faults are tables and values that differ from the results, broken links, numbers without a source, and results whose
-    attacks or models have changed since.
+    Faults are tables and values that differ from the results, broken links, numbers without a source, and outdated
+    results, whose attacks or models have changed.
 
     Args:
         results: the folder ``benchmarks/results``.

@@ -87,7 +87,7 @@ def folders(results: Path) -> list[Path]:
 
 
 def devices(results: Path) -> list[str]:
-    """Return the table of all devices, with their rates of a copy and of a product.
+    """Return the table of all devices, with the measured rates of copies and of matrix products.
 
     If no GPU was measured, a note follows the table.
     """

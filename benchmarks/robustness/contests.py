@@ -2,8 +2,8 @@
 
 A contest is a model, a set of images and a radius. The contestants of a contest are the compared attacks. They run one
 after the other in one process. The images that an attack returns are clipped to the ball, and the model classifies the
-clipped images. There is one exception: the result of a protocol on a deterministic model is that of the report of
-`evaluate`. A random model classifies each image several times, with new random numbers.
+clipped images. A random model classifies each image several times, with new random numbers. For a protocol on a
+deterministic model, the result is taken from the report of `evaluate` instead.
 
 Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a single contest
 can be run by its name. A row of the results file has all runs of a contestant in a contest. The row also identifies the
@@ -65,8 +65,7 @@ FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
 OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: A second contestant runs the protocol rand with fewer steps. SHORT_STEPS is the number of steps, and SHORT_RAND is
-#: the name of the contestant.
+#: The contestant SHORT_RAND runs the protocol rand with at most SHORT_STEPS steps.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
 #: A random model classifies each returned image JUDGES times. An attack on a random model averages DRAWS gradients in
@@ -166,7 +165,7 @@ class Protocol:
     seed: int = 0
 
     def reduced(self, spec: AttackSpec, amount: Amount) -> AttackSpec:
-        """Return the attack, with its numbers of steps, queries and draws limited by an amount."""
+        """Return the attack with at most the steps, queries and draws of ``amount``, and at most `steps` steps."""
         most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
         given = {name: getattr(spec.resolved, name, None) for name in most}
         less = {name: min(value, most[name]) for name, value in given.items() if value is not None}

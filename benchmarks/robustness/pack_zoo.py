@@ -125,11 +125,14 @@ def loaded(card: Card, folders: dict[str, Path], models: Path) -> torch.nn.Modul
     Raises:
         ValueError: a defence does not fit the classifier that its card names.
     """
-    folder = folders[card.name]
+    folder = folders.get(card.name, models / card.name)
     if card.classifier is None:
         return load_classifier(folder)
     classifier = load_classifier(folders.get(card.classifier, models / card.classifier))
-    return load_defence(folder, classifier)
+    defence = load_defence(folder, classifier)
+    if defence.own_classifier:
+        raise ValueError(f"the defence in {folder} must use {card.classifier!r} unchanged, but changed its weights")
+    return defence
 
 
 def protocols_of(card: Card) -> dict[str, float]:
@@ -254,6 +257,10 @@ def main(chosen: argparse.Namespace, models: Path = MODELS) -> str:
         for name, source in sources.items()
     }
     ready = {name: loaded(card, folders, models) for name, card in cards.items()}
+    for card in map(read_card, (path.parent for path in models.glob(f"*/{FILE}"))):
+        if card.name not in cards and card.classifier in cards:
+            # A defence that stays in the zoo must fit the classifier that is replaced.
+            loaded(card, folders, models)
     judged = [
         judge(card, ready[name], chosen.images, load_dataset(card.data, chosen.data), chosen.out)
         for name, card in cards.items()

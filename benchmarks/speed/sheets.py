@@ -97,8 +97,8 @@ def _ahead(rows: list[dict]) -> bool:
     """Tell whether a compiled graph should use a kernel, although the compiler cannot fuse the kernel with other code.
 
     There are two conditions. First, the kernel must be much faster in all rows. Second, the reference must need many
-    launches that compilers do not fuse (see `Op.serves_unraced`). In a user's model, a compiler could fuse a reference
-    with more operations than in the measured graph.
+    launches that compilers do not fuse (see `Op.serves_unraced`). Any other reference could be faster in a user's model
+    than in the measured graph, because the compiler could fuse it with more operations.
     """
     many = REGISTRY[rows[0]["op"]].serves_unraced("graph") if rows and rows[0]["op"] in REGISTRY else ()
     return bool(many) and all(
@@ -142,7 +142,7 @@ def measured_on(rows: list[dict], kind: str) -> str:
 
     Args:
         rows: rows of ops.csv or pipelines.csv.
-        kind: name of a column. If there were several machines, the sentence names the column's values for each machine.
+        kind: name of a column. If there were several machines, the sentence lists this column's values by machine.
     """
     found: dict[str, list[str]] = {}
     for row in rows:

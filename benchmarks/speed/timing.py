@@ -53,8 +53,8 @@ class Effort:
         runs: number of runs of each contestant in an attempt.
         seconds: approximate seconds of a run.
         attempts: largest number of attempts. The attempt with the least spread is used.
-        steady: if the ratio of the 80th to the 20th percentile of every contestant's times is at most this number, no
-            further attempt is made.
+        steady: largest spread after which no further attempt is made. The spread of a contestant is the 80th percentile
+            of its times divided by the 20th. It must be small for every contestant.
     """
 
     runs: int = 15
@@ -115,8 +115,8 @@ class Contestant:
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind == "compile" or (kind == "ours" and style == "graph"):
-            # Use no mode with CUDA graphs: the graphs would copy the inputs, and overwrite the outputs of the previous
-            # run.
+            # Use no mode of torch.compile with CUDA graphs, because the graphs would copy the inputs, and overwrite the
+            # outputs of the previous run.
             function = torch.compile(function, fullgraph=True, dynamic=False)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
 

@@ -24,17 +24,17 @@ PF_INLINE W scale_of(W peak) {
 
 // One row. slope: the absolute value of each coordinate of the normal w. room: the distance from each coordinate of x
 // to the border of the box, in the direction of the move. gap: |b - <w, x>| for the plane <w, x> = b. w and b are
-// scaled.
+// first multiplied by scale_of(max |w_i|), which does not change the plane.
 template <class W>
 struct Way {
   const W *slope, *room;
   W gap;
 };
 
-// Finds t by Newton's method. A coordinate moves by t for linf (`Alike`) and by t * slope for l2, but at most by its
-// room. Its progress to the plane is slope * move. Each iteration computes the next t from two sums: `filled`, the
-// progress of the coordinates at the border of the box, and `rate`, the progress of the other coordinates per unit of
-// t. t grows until no further coordinate reaches the border.
+// Finds the t at which the plane is reached, by Newton's method. For linf (`Alike`) a coordinate moves by t, and for l2
+// by t * slope, but at most by its room. Its progress to the plane is slope * move. Each iteration computes the next t
+// from two sums: `filled`, the progress of the coordinates at the border of the box, and `rate`, the progress of the
+// other coordinates per unit of t. t grows until no further coordinate reaches the border.
 template <bool Alike, class W>
 PF_INLINE W newton_step(Way<W> way, int64_t n) {
   const W *slope = way.slope, *room = way.room;

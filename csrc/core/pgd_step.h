@@ -101,9 +101,9 @@ PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, in
 template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
-// Returns a threshold above 0. x_i >= threshold for the k largest of the x_i (i < n) and for all elements equal to the
-// k-th largest, except for elements that are 0. All x_i must be in [0, most]. The search bisects bit patterns, because
-// the bit patterns of such numbers have the same order as the numbers.
+// Returns a threshold above 0. Only the k largest of the x_i (i < n), and numbers equal to the k-th largest, are at or
+// above the threshold. Zeros are always below it. All x_i must be in [0, most]. The search bisects bit patterns, which
+// have the same order as such numbers.
 template <class W>
 PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   // At least k elements are >= low, and fewer than k are >= high.

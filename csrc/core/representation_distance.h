@@ -16,7 +16,7 @@ struct Products {
   double dot, uu, vv;
 };
 
-// The distance d and its gradient, dd/du = scale (v - along u). In this form the gradient is exactly 0 at u = v.
+// The distance of u from v. Its gradient with respect to u is scale * (v - along * u), which is exactly 0 at u = v.
 struct Measured {
   double distance, scale, along;
 };

@@ -192,8 +192,8 @@ template <class T, class W = wide_t<T>>
 PF_INLINE void kept_image_backward(Aggregation method, const W* grad, const T* logits, const W* kept, T* out,
                                    int64_t samples, int64_t classes, W* scratch) {
   const W *most = kept, *factor = kept + classes, *share = kept + 2 * classes, *slope = scratch;
-  // If share[i] is near 1, grad[i] - share[i] * total is as small as the rounding error of total. So total comes from
-  // ordered_sum, whose result is the same for every instruction set.
+  // If share[i] is near 1, grad[i] - share[i] * total may be as small as the rounding error of total. Therefore total
+  // comes from ordered_sum, which rounds in the same way for every instruction set.
   const W total = method == Aggregation::peel
                       ? ordered_sum<W>(classes, [=](int64_t i) PF_INLINED_LAMBDA { return grad[i]; })
                       : W(0);

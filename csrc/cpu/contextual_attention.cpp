@@ -68,7 +68,7 @@ PF_INLINE void attend_loop(const W* x, const W* keep, W* out, W* weights, const 
     for (int64_t i = 0; i < cells; ++i) weights[n * cells + i] = row[i];
   }
 }
-// Computes the sums of the weights for each of the four phases. `spare` has room for four rows.
+// Computes the sums of the weights for each of the four phases (see pixels.h). `spare` has room for four rows.
 template <class T, class W = wide_t<T>>
 PF_INLINE void spread_loop(const W* weights, T* out, const Call<W>& call, int64_t begin, int64_t end, W* spare) {
   const int64_t cells = call.cells();

@@ -133,7 +133,7 @@ Tiles<Number> tiles_of(int64_t channels) {
 struct Tap {
   int64_t row, column, kernel, together = 1;
 };
-// Output pixels at regular distances that are reached by the same taps.
+// Output pixels at regular distances that are computed from the same taps.
 struct Phase {
   int64_t row, column, rows, columns;
   std::vector<Tap> taps;

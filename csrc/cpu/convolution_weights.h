@@ -243,8 +243,8 @@ class WeightGradient {
       pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
       if (s.out_width % 2) {
         // The last output pixel has no neighbor. It gets a pair of its own. The distance in this pair is larger than
-        // any row, so 0 replaces the second pixel of the pair. So input pixels that no output pixel uses are never
-        // multiplied, not even by zero.
+        // any row, so 0 replaces the second pixel of the pair. Otherwise an input pixel that no output pixel uses would
+        // be multiplied by zero, and an infinite pixel would give NaN.
         place += (s.width + stride) * block.pitch;
         const int64_t last = (s.out_width - 1) * stride - s.padding[1];
         pack_pairs(row, s.width, s.inputs, block, last, s.dilation[1], int64_t{1} << 40, s.kernel[1], place);

@@ -35,9 +35,8 @@ PF_INLINE int64_t padded(int64_t cells) { return (cells + whole_lanes - 1) / who
 // Shifted rows extend beyond the first and the last number of a matrix by at most this number of elements.
 PF_INLINE int64_t reach(Grid grid) { return grid.width + 1 + whole_lanes; }
 
-// Loads the numbers at `from` that fill 64 bytes after 16-bit numbers are converted to float, and writes their bits to
-// `out`. This vector is an output argument, because functions cannot return it on processors without instructions for
-// vectors of 64 bytes.
+// Fills the 64 bytes of `out` with the numbers that begin at `from`. 16-bit numbers are converted to float. `out` is an
+// argument, because functions cannot return a vector of 64 bytes on processors without instructions for such vectors.
 template <class Words>
 PF_INLINE void load_lanes(const float* from, Words& out) {
   std::memcpy(&out, from, sizeof out);

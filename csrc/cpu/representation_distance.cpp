@@ -5,7 +5,7 @@
 namespace pf::cpu {
 namespace {
 
-// `Out` is the dtype of the student. If the slope is stored for the backward, `Out` is the dtype of the arithmetic.
+// `Out` is the dtype of the arithmetic if the slope is stored for the backward, and otherwise the student's dtype.
 template <class L, class T, class Out, class W = wide_t<L>>
 PF_INLINE void backward_loop(W scale, W along, const L* student, const T* teacher, Out* out, int64_t n) {
   store_all(out, n, [=](int64_t i) PF_INLINED_LAMBDA {

@@ -13,9 +13,10 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .._validation import Count, NormName
@@ -125,6 +126,9 @@ class AutoAttack(Attack):
         """
         if len(x) == 0:
             return AttackResult(x.clone())
+        if not context.num_classes:
+            with frozen(target), torch.no_grad():
+                context = replace(context, num_classes=target(x[:1]).shape[1])
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.resources.counts_health else None
         with frozen(target):
@@ -146,7 +150,7 @@ class AutoAttack(Attack):
             target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
         )
         adversary.attacks_to_run = list(ATTACKS[self.version])
-        targets = min(9, context.num_classes - 1) if context.num_classes else 9
+        targets = min(9, context.num_classes - 1)
         adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
         for part in (adversary.apgd, adversary.apgd_targeted):
             part.n_iter = part.n_iter_orig = steps

@@ -150,16 +150,15 @@ class Report:
         """The mean accuracy of a single draw of a random model after the attacks of a row.
 
         The row's own accuracy requires that all draws on an image are correct. Here a fallen image contributes the
-        share of correct draws after the attack to which it fell. An attack on survivors is combined with the attacks
-        before it. For the worst over several attacks, the result is the lowest mean of the attacks that got all images,
-        if there are such attacks.
+        share of correct draws after the attack to which it fell. An attack on survivors is combined with an attack
+        before it that got all images, if there is one. If there are several, the result is the lowest mean.
 
         Args:
             row: an attack, or the worst over all attacks, such as `headline`.
 
         Returns:
             The mean, which is at least the row's accuracy. None if a single prediction judged each image, as for a
-            deterministic model, and for an attack on survivors after an attack that got all images.
+            deterministic model, and for an attack on the survivors among the first images after attacks on more images.
         """
         return one_draw(self.rows, row)
 
@@ -370,6 +369,8 @@ def merge(reports: Iterable[Report]) -> Report:
         # The merged report names no command, because several commands may have made the reports.
         shared = {key: value for key, value in together[0].about.items() if key != "command"}
         merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
+        for threat in filter(None, facts["threat"]):
+            merged.about["threat"] = threat
     counts = Counter((row.model, row.attack) for row in merged.rows)
     double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:

@@ -273,21 +273,32 @@ def one_draw(rows: Sequence[Row], row: Row) -> float | None:
     """
     if row.n_eval == 1:
         return None
-    of = (row.model, row.threat, row.n)
-    mine = [each for each in rows if each.is_attack and each.deployed and (each.model, each.threat, each.n) == of]
-    worst = row.kind == "worst"
-    if not worst:
+    of = (row.model, row.threat)
+    mine = [each for each in rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
+    if row.kind != "worst":
         if not row.of_survivors:
             return row.mean
-        place = next((i for i, each in enumerate(mine) if each is row), None)
-        mine = [] if place is None else mine[: place + 1]
-    whole = [each.mean for each in mine if not each.of_survivors]
-    if whole or not mine:
-        return min(whole) if worst and whole else None
-    # In the mean of a row, an image that withstood contributes 1. An image that fell to this attack contributes its
-    # share of correct draws. All other images contribute 0. So mean minus accuracy is the contribution of the images
-    # that fell to this attack.
-    return row.accuracy + sum(each.mean - each.accuracy for each in mine)
+        mine = mine[: next((i for i, each in enumerate(mine) if each is row), -1) + 1]
+    equal = [each for each in mine if each.n == row.n]
+    if not equal or (equal[0].of_survivors and mine[0].n > row.n):
+        # In the second case, an attack on more images left the survivors. Its mean does not tell how often the first
+        # images are classified correctly.
+        return None
+    # `means` are the accuracies of single draws if a fallen image is predicted as after the attack to which it fell. An
+    # attack on all images begins a new chain of attacks, with its own mean. An attack on survivors lowers the means of
+    # the chains before it: each image that it fooled contributed 1, and then contributes its share of correct draws.
+    # These shares are the row's mean minus its accuracy, because all other images contribute 1 or 0 to both.
+    means: list[float] = []
+    standing = np.ones(row.n, dtype=bool)
+    for each in equal:
+        if each.of_survivors and means:
+            loss = float((standing & ~each.robust).mean()) - (each.mean - each.accuracy)
+            means = [mean - loss for mean in means]
+        else:
+            means.append(each.mean)
+        standing &= each.robust
+    # Images that fell only to probes contribute 0.
+    return min(means) - (float((standing & ~row.robust).mean()) if row.fell_to_probes else 0.0)
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:

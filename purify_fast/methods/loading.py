@@ -105,8 +105,8 @@ def load_defence(
     if odd:
         names = ", ".join(sorted(odd)[:4])
         raise ValueError(
-            f"{folder} holds tensors that fit neither its settings nor the given module, such as {names}: the files "
-            "are of different runs, or the module is another one"
+            f"{folder} holds a model whose tensors do not fit its settings and the given module, such as {names}: the "
+            "files are of different runs, or the module is another one"
         )
     # the state has no tensors of a frozen classifier; all other tensors were checked above
     defence.load_state_dict(state, strict=False)

@@ -402,8 +402,11 @@ def _record_checksum(record: Any, place: tuple[int, int]) -> int:
 def _allocated(path: Path, size: int) -> int:
     """Return a descriptor of a bank's file. The file is created if it is missing, and gets its full size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+    mode, new = os.O_RDWR | getattr(os, "O_BINARY", 0), True
+    try:
+        handle = os.open(path, mode | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        handle, new = os.open(path, mode), False
     try:
         if (allocate := getattr(os, "posix_fallocate", None)) is not None:
             # The file is written through a memory map. If the disk filled up later, the process would be killed.

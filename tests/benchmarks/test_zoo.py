@@ -136,3 +136,11 @@ def test_strong_is_another_protocol_where_a_model_adds_attacks():
         == pack_zoo.attacks_of(carso, "rand")
         == pack_zoo.attacks_of(diffusion, "votes")
     )
+
+
+def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo, monkeypatch):
+    name = "digits-carso-pipeline"
+    shutil.copytree(packed.folder(name), small_zoo / name)
+    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
+    with pytest.raises(ValueError, match=r"classifier must .*digits-carso-pipeline was trained for"):
+        pack_zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)

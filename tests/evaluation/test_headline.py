@@ -17,7 +17,7 @@ from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.config import check_claim
-from purify_fast.evaluation.rows import count_fallen
+from purify_fast.evaluation.rows import count_fallen, worst_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +112,24 @@ def test_one_draw_is_told_of_attacks_on_survivors_too(digits):
     assert joined(report.to_text()).count(f"{100 * told:.1f}") >= 3
     calm = evaluate(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, y, attacks=attacks, **options)
     assert calm.one_draw(calm.headline) is None
+
+
+def test_one_draw_counts_attacks_on_survivors_after_an_attack_on_all_images():
+    draws = {"n_eval": 5, "attacked": 4}
+    whole = row("all", [1, 1, 0, 0], mean=0.6, worst=0.5, **draws)  # the two fallen images: 2 of 10 draws are right
+    then = {"settings": {"survivors_only": True}}
+    second = row("then", [1, 0, 0, 0], mean=0.4, worst=0.25, **draws, **then)  # the image that fell: 3 of 5 draws
+    report = Report([row("clean", [1, 1, 1, 1], kind="clean"), whole, second, *worst_rows([whole, second])])
+    assert report.headline.accuracy == 0.25 and report.one_draw(whole) == 0.6
+    assert report.one_draw(report.headline) == report.one_draw(second) == pytest.approx(0.6 - 0.25 + 0.4 - 0.25)
+    # an attack on all images that leaves less alone is the strongest
+    third = row("all again", [0, 0, 0, 0], mean=0.3, worst=0.0, **draws)
+    report = Report([*report.rows[:3], third, *worst_rows([whole, second, third])])
+    assert report.one_draw(report.headline) == 0.3 and report.one_draw(second) == pytest.approx(0.5)
+    # the survivors among the first images of an attack on more images
+    first = row("then, first 2", [1, 0], mean=0.6, worst=0.5, n_eval=5, attacked=2, **then)
+    report = Report([whole, first, *worst_rows([whole, first])])
+    assert report.one_draw(first) is None
 
 
 # -- what fell to probes ----------------------------------------------------------------------------------------------

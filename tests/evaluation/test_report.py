@@ -209,6 +209,9 @@ def test_reports_that_differ_in_what_they_measure_are_not_merged():
     for what, other in (("threat", about("L-inf 0.15")), ("precision", about("L-inf 0.05", precision="bfloat16"))):
         with pytest.raises(ValueError, match=f"same {what}, got different ones"):
             merge([a, Report([row("b", "B")], about=other)])
+    unknown = merge([a, Report([row("b", "B")])])
+    with pytest.raises(ValueError):
+        merge([unknown, Report([row("c", "C")], about=about("L-inf 0.15"))])
     same = merge([a, Report([row("b", "C", threat="L2 0.5")], about=about("L-inf 0.05"))])
     assert same.models == ["a", "b"] and same.about["threat"] == "L-inf 0.05"
     assert same.to_text().startswith("Robustness, L-inf 0.05\n")

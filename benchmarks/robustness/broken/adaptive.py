@@ -96,8 +96,8 @@ def specs(entry: Entry, followed: Sequence[nn.Module | None]) -> list[AttackSpec
 
     Args:
         entry: entry of the table.
-        followed: models that the entry's ``build`` returned. None stands for the first of these, which is the deployed
-            model.
+        followed: models that the entry's ``build`` returned. Their gradients are used. None stands for the first
+            model, which is the attacked model.
     """
     return [
         AttackSpec(part.attack, label=f"part {i + 1}", gradients_from=followed[part.follows], survivors_only=True)

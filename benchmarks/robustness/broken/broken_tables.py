@@ -28,8 +28,8 @@ JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, STRONG)
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
 STEPS = 100
-#: A judge has found the weakness of a defence if the judge's robust accuracy is at most this share above that of the
-#: adaptive attack. The tiny second term allows for rounding.
+#: A judge has found the weakness of a defence if the judge's robust accuracy exceeds that of the adaptive attack by at
+#: most this fraction of the images. The tiny second term allows for rounding.
 CLOSE = 0.02 + 1e-9
 
 #: The type of a result, which is a row of the results file.

@@ -28,7 +28,8 @@ from .entry import Entry
 #: Increase this number if a change in this folder changes results for the same attacks. Saved results with an older
 #: number are then computed again.
 REVISION = 1
-#: The files that make the models. A change of one model marks the results of all models as outdated.
+#: The files that make the models. Any change of these files, also of a comment, marks the results of all models as
+#: outdated.
 SOURCES = ("defences.py", "entry.py", "honest.py", "mistakes.py")
 
 

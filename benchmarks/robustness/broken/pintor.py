@@ -19,14 +19,14 @@ from purify_fast.ops.pgd_step import pgd_step
 #: Increase this number if a change in this file changes results. Saved results with an older number are then computed
 #: again.
 REVISION = 1
-#: PGD attacks IMAGES images with STEPS steps. The length of a step is LENGTH times eps. For the attack without a ball
-#: the length is UNCONSTRAINED, in image units.
+#: PGD attacks IMAGES images with STEPS steps. The length of a step is LENGTH times eps. The last indicator uses a PGD
+#: that may change images by any amount. Its steps have the length UNCONSTRAINED, in image units.
 IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
 #: The loss of an image is compared with the loss at POINTS random points. A random point is the image plus uniform
 #: noise, whose range has the width WIDTH in image units. An indicator fires if its value is above PASSES.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
-#: A loss is still rising if its running maximum grows, within its last LAST values, by more than FALLS times the range
-#: of all values.
+#: A loss is still rising if its running maximum grows over the last LAST values by more than FALLS times the range of
+#: all values.
 LAST, FALLS = 10, 0.05
 #: The indicators in the order of the paper, without "transfer failure".
 INDICATORS = (
@@ -67,7 +67,8 @@ def run(model: nn.Module, x: Tensor, y: Tensor, eps: float, length: float) -> tu
         length: length of a step, in image units.
 
     Returns:
-        The losses before the first step and after each step, ``[STEPS + 1, B]``, and the masks of misclassified images.
+        The losses, and the masks of misclassified images. Both are ``[STEPS + 1, B]``: before the first step, and after
+        each step.
     """
     point, every, fallen = x, [], []
     for _ in range(STEPS):

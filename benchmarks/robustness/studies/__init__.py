@@ -182,7 +182,7 @@ def run(
 
 @functools.cache
 def settings_of(study: str) -> dict[str, Any]:
-    """Return a study's part of settings.yaml: the amounts of training and attacks, or the rows of the table."""
+    """Return a study's part of settings.yaml, such as numbers of epochs and images, or the rows of the table."""
     return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
 
 

@@ -79,7 +79,7 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
         generator = SmallGenerator(1, **budget.generator)
         defence = Atop(load_classifier(place), generator, images.image_shape, **budget.defence)
     else:
-        # Do not check that the classifier is the same, because the pre-training did not use its classifier.
+        # Do not check that the defence was saved with this classifier, because the pre-training uses no classifier.
         defence = load_defence(job.folder(root, PRETRAINED), load_classifier(place), check=False)
     return train_stage(job, folder, defence, images, getattr(budget, job.settings["stage"]), EPS)
 
@@ -118,8 +118,8 @@ class AtopMnist(ReportStudy):
 def _attacked(model: nn.Module, job: Job) -> dict:
     """Attack a model with its randomness, and then without it, in two evaluations.
 
-    In a single evaluation of a deterministic model, the second group of attacks would skip the images that the first
-    group broke.
+    The evaluations are separate for the sake of deterministic models: in a single evaluation, the second group of
+    attacks would skip the images that the first group broke.
     """
     quick, auto = job.settings["quick"], job.settings["autoattack"]
     amount = effort(quick)
@@ -146,8 +146,8 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if "start" in s:
-        # Do not check that the classifier is the same, because the training of the other row did not use its
-        # classifier.
+        # Do not check that the other row's defence was saved with this classifier, because the training of that row
+        # did not use its classifier.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])

@@ -133,7 +133,7 @@ class DigitsStudy(Study):
     works: ClassVar[dict[str, Work]]
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add no options. The digits need no folder, because they are part of scikit-learn."""
+        """Add no options. The digits need no folder, because they are part of this package."""
 
     def jobs(self, chosen: argparse.Namespace) -> list[Job]:
         """Return the jobs of all rows. Rows that have all seeds come first."""

@@ -142,7 +142,10 @@ class ReportStudy(Study):
             # Every group has the row of the clean accuracy. The dictionary contains this row only once.
             rows = {row.attack: row for part in parts for row in part.rows if row.kind != "worst"}
             notes = dict.fromkeys(note for part in parts for note in part.notes)
-            reports[name] = Report([*rows.values(), *worst_rows(list(rows.values()))], list(notes))
+            # The parts have the same settings, so most facts about the first part are facts about all of them.
+            about = {what: told for what, told in parts[0].about.items() if what not in ("command", "date")}
+            whole = [*rows.values(), *worst_rows(list(rows.values()))]
+            reports[name] = Report(whole, list(notes), about)
         return reports
 
     def write(self, root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
@@ -150,8 +153,7 @@ class ReportStudy(Study):
         reports = self.reports(root, budget)
         facts = {name: result_of(root, name, 0) for name in dict.fromkeys(self.models.values())}
         whole = merge(reports.values())
-        # Remove the report of an earlier run. Otherwise `save` would move the old report into a subfolder. This is not
-        # needed, because Git keeps the old report.
+        # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a subfolder.
         (folder / self.name / "report.json").unlink(missing_ok=True)
         whole.save(folder / self.name)
 

@@ -36,8 +36,8 @@ from purify_fast.data import load_dataset, to_float
 
 from .exact_networks import perceptron
 
-#: GAPS are the amounts, in logits, by which the lead of the true class grows from the image to a point at the corner.
-#: A larger gap hides the corner better. EACH is the number of networks for each gap.
+#: GAPS says by how many logits the lead of the true class grows on the way from the image to the corner. A larger gap
+#: hides the corner better. EACH is the number of networks for each gap.
 GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
 #: PLANTED is the number of images of each network whose balls have a planted corner. EPS is the L-inf radius, and
 #: WIDTHS are the widths of the network's layers.
@@ -107,7 +107,7 @@ class Stack:
 
 
 def hinge(x: Tensor) -> Tensor:
-    """Return the positive parts of values, averaged over each network and summed over the networks."""
+    """Return the mean of the positive parts of each network's values, summed over the networks."""
     return x.relu().flatten(1).mean(1).sum()
 
 

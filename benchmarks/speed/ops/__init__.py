@@ -52,8 +52,9 @@ class Case:
         inputs: function that makes the input tensors on torch's default device. In the style "graph" (see `timing`),
             the first input is multiplied by 2 before the call.
         call: public function of the op.
-        moved: formula of the bytes for each direction. The bytes are those of reading every input once, and of writing
-            every output once. A formula may use ``symbols``, the number n of elements, and the bytes s of an element.
+        moved: formula of the bytes, for "forward" and "backward". The bytes are those of reading every input once, and
+            of writing every output once. A formula may use ``symbols``, the number n of elements, and the number s of
+            bytes per element.
         differentiable: positions of the inputs that get a gradient.
         symbols: values of the symbols in the formulas.
         slack: factor by which the usual tolerance is multiplied when results are compared.
@@ -83,7 +84,7 @@ class Case:
         return ("forward", "backward") if self.differentiable else ("forward",)
 
     def bytes(self, direction: str) -> int:
-        """Return the number of bytes that the op must move in a direction."""
+        """Return the number of bytes that the op must move in the direction "forward" or "backward"."""
         symbols = {"n": math.prod(self.shape), "s": self.dtype.itemsize, **self.symbols}
         return int(eval(self.moved[direction], {"__builtins__": {}}, symbols))
 

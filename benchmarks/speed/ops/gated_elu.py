@@ -14,7 +14,7 @@ from purify_fast.ops import gated_elu
 from . import Case, kinds, normal
 
 # The shapes form four pairs: the output of the generator's first convolution, and that of a convolution in its middle.
-# The pairs are for 1 image of 256 px, 4 images of 256 px, 1 or 4 images of 128 px, and 64 images of 32 px.
+# The pairs are for 1 image of 256 px, 4 images of 256 px, 1 image and then 4 images of 128 px, and 64 images of 32 px.
 SHAPES = (
     (1, 48, 256, 256),
     (1, 192, 64, 64),

@@ -250,7 +250,7 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     assert torch.equal(loaded.purifier.module.weight, made.purifier.module.weight)
     with pytest.raises(ValueError, match=r"holds {'kind': 'Convolution', .*}, got {'kind': 'small_generator'"):
         purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, 2))
-    with pytest.raises(ValueError, match=r"tensors that fit neither its settings nor the given module"):
+    with pytest.raises(ValueError, match=r"tensors do not fit its settings and the given module"):
         purify_fast.load_defence(tmp_path, made.classifier, purifier=Convolution(1, 1, 5, padding=2))
 
 

@@ -1,7 +1,7 @@
 """List the jobs of the study on CIFAR-10. The functions that evaluate models are here too.
 
-A job is a training or a judging. A judging evaluates a model by a protocol of this package, or by the attacks of a
-method's authors.
+A job trains a model, or evaluates a model. The evaluation uses a protocol of this package, or the attacks of a method's
+authors.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
-        # With the first seed, the best candidate is chosen here. With another seed, it was chosen before its training.
+        # For the first seed, choose the best candidate here. For another seed, take the candidate that was trained.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model = attacked(job, root, name)
     torch.manual_seed(job.seed)

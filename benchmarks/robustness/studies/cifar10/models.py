@@ -3,14 +3,14 @@
 All models are trained with crops and flips. Adversarially trained classifiers, including AFT and ARREST, keep a moving
 average of their weights. For the base and ARREST the weights without the average are evaluated too.
 
-The trainings with the paper's objective have the attacked target and the loss of the paper. Networks, optimizers and
-budgets are those of this study, so these trainings do not follow a recipe of `purify_fast.methods.recipes`. Two
-trainings use float32: the pre-training of AToP's generator, and AToP with the paper's objective. All other trainings
-use bfloat16.
+The trainings with the paper's objective attack the same part of the defence as in the paper, and have the same loss.
+Networks, optimizers and budgets are those of this study, so these trainings do not follow a recipe of
+`purify_fast.methods.recipes`. Two trainings use float32: the pre-training of AToP's generator, and AToP with the
+paper's objective. All other trainings use bfloat16.
 
 The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
-training of the base, a base with AWP, bases at shares of eps, and TRADES. ARREST's lambda and phi are chosen by short
-trial trainings. The choice uses training images that these trials leave out. Nothing is chosen on test images.
+training of the base, a base with AWP, bases that were trained at fractions of eps, and TRADES. ARREST's lambda and phi
+are chosen by short trial trainings, on training images that these trials leave out. Nothing is chosen on test images.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Results:
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(report for (_, of), report in self.reports.items() if of == seed)
             if seed == 0:
-                # Remove the report of an earlier run. Otherwise `save` would move the old report into a subfolder. This
-                # is not needed, because Git keeps the old report.
+                # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a
+                # subfolder.
                 (folder / STEM / "report.json").unlink(missing_ok=True)
                 merged.save(folder / STEM)
             else:

@@ -25,7 +25,8 @@ class Judging:
         strong: number of test images for the protocol strong, which evaluates only models of the first seed.
         held_out: number of held-out training images for the clean accuracy of the candidates.
         authors: number of test images for the attacks of the authors, on the rows of `AS_AUTHORS`.
-        tried: protocol that attacks the candidates. It attacks as many held-out training images as test images.
+        tried: protocol that attacks the candidates on held-out training images. The number of images is that of
+            ``fast`` or ``strong``.
     """
 
     clean: int = 10000
@@ -48,14 +49,14 @@ class Judging:
 
     @property
     def main(self) -> str:
-        """The protocol by which models are compared: the strongest among the protocols with the most images."""
+        """The protocol by which models are compared: the protocol with the most images, or the strongest of several."""
         names = ["fast", "standard", "strong"]
         return max(names, key=lambda name: (getattr(self, name), names.index(name)))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The amounts of the whole study.
+    """The amounts of training and evaluation in the whole study.
 
     Attributes:
         training: amounts of each training, which settings.yaml explains.
@@ -84,8 +85,8 @@ LAYERS = ("stages.1.1", "stages.2.1", "stages.3.1")
 STANDARD, BASE, LARGE, AWP, TRADES = "standard", "PGD-AT", "PGD-AT, larger", "PGD-AT, AWP", "TRADES"
 NO_EMA, LONG = "PGD-AT, no moving average", "PGD-AT, longer"
 AFT, ARREST, ARREST_EMA = "AFT", "ARREST", "ARREST, moving average"
-#: In the names of rows, "the paper's objective" means that the attacked target and the loss are those of the paper. The
-#: network, the optimizer, the schedule and the budget are those of this study.
+#: In the names of rows, "the paper's objective" means that the training attacks the same part of the defence as in the
+#: paper, and has the same loss. The network, the optimizer, the schedule and the budget are those of this study.
 CARSO, CARSO_PIPELINE = "CARSO, paper's objective", "CARSO pipeline"
 CARSO_ARREST = "CARSO pipeline on ARREST"
 GENERATOR, ATOP = "AToP pre-trained only", "AToP, paper's objective"
@@ -132,8 +133,8 @@ PAIRS = (
 )
 #: Rows that are trained and evaluated with all seeds.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
-#: Rows that are compared on held-out training images, each with its source. First come two references, and then the
-#: candidates.
+#: Rows that are compared on held-out training images. First come two references, and then the candidates, each with the
+#: source of its loss.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
@@ -144,7 +145,7 @@ TRIED = {
 
 
 def trained_as(name: str, seed: int) -> str:
-    """Return the name of the row whose training saves the weights of a row.
+    """Return the name of the row in whose folder the weights of a row are.
 
     Among the candidates, only the best is trained with a seed above 0. Its weights are in the folder of `BEST`.
 
