@@ -236,7 +236,7 @@ def _about(
         "version": f"purify_fast {__version__}",
         "seed": str(config.seed),
         # Code that was typed, into a notebook or after -c, has no command that repeats it.
-        "command": None if hasattr(sys, "ps1") or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "precision": precision_name(model, device),
         "claim": None if config.claim is None else f"{config.claim:g}",
