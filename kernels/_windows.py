@@ -67,7 +67,7 @@ def previous_pair(pointer, stride, at, inside, has_begun, VECTOR: tl.constexpr):
     """Return m[n - 1, i - 1] for every key i. ``pointer`` is row n of the matrix m.
 
     ``has_begun`` is False for the first group in a line of the grid. The first number of this group has no predecessor,
-    and 0 takes its place.
+    and 0 is used as its predecessor.
     """
     x = load(pointer - stride, at, inside, VECTOR)
     first = tl.load(pointer - stride + at - 1, mask=inside & has_begun, other=0.0).to(tl.float32)
@@ -79,7 +79,7 @@ def next_pair(pointer, stride, at, inside, goes_on, VECTOR: tl.constexpr):
     """Return m[n + 1, i + 1] for every key i. ``pointer`` is row n of the matrix m.
 
     ``goes_on`` is False for the last group in a line of the grid. The last number of this group has no successor, and 0
-    takes its place.
+    is used as its successor.
     """
     x = load(pointer + stride, at, inside, VECTOR)
     last = tl.load(pointer + stride + at + VECTOR, mask=inside & goes_on, other=0.0).to(tl.float32)

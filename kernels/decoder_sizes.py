@@ -57,7 +57,7 @@ class Geometry:
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Geometry:
-        """Make a geometry from the result of `numbers`."""
+        """Make the geometry whose method `numbers` returns these numbers."""
         latent_dim, c, h, w, *rest = numbers
         return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
 

@@ -103,7 +103,8 @@ def in_order(a, b, c, d):
 def in_pairs(a, b, c, d, e, f, g, h):
     """Interleave eight blocks into one block, in the order of the elements.
 
-    The first four blocks have the four numbers of each even group. The last four have the numbers of each odd group.
+    Four adjacent elements are a group. The first four blocks have the first, second, third and fourth element of each
+    even group, and the last four blocks have those of each odd group.
     """
     return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))
 

@@ -64,7 +64,7 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """Return (distance, scale, along). The gradient of the distance with respect to u is scale (v - along u).
+    """Return (distance, scale, along). The gradient of the distance with respect to u is scale * (v - along * u).
 
     The distances of all three kinds that use the angle are computed, and one is selected, because this is little work.
     """

@@ -86,10 +86,10 @@ def _root(mass, L1: tl.constexpr):
 
 @triton.jit
 def _pixels(images, first, channel, shape, windows, WIDTH: tl.constexpr):
-    """Read some pixels of an image in all channels.
+    """Read some pixels of an image in all channels. ``windows`` are the corners of the two windows, W and V.
 
-    Returns the natural pixels; the offsets of x from them; a mask of the pixels in the window W; a mask for V; the
-    positions in the image; a mask of the positions that exist; and, for pixels in W, their positions in the pattern.
+    Returns the clean pixels; x minus the clean pixels; a mask of the pixels in W; a mask of those in V; the positions
+    in the image; a mask of the positions that exist; and, for pixels in W, their positions in the pattern of Square.
     """
     x_ptr, nat_ptr = images
     channels, height, width, edge = shape

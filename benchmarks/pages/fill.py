@@ -76,7 +76,7 @@ def pipelines(results: Path, *wanted: str) -> list[str]:
     # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
     # explains the name too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
-    more = ", most memory beyond the loaded networks, share of the processor's matrix rate"
+    more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
     what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
     return [f"{machines(rows)}. {what}.", "", *markdown_table(["", *heads], body)]
 

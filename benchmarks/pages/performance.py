@@ -17,9 +17,9 @@ NOTES = "notes.md"
 NOT_RUN = (
     "Nothing has been measured on a GPU yet. The numbers for a GPU on this page are counted or estimated. "
     "`python -m benchmarks gpu_check` measures a GPU, and its results become a chapter of this page. Until then the "
-    "package uses a GPU kernel for eager calls only under two conditions: the kernel was verified on the user's own "
-    "card, and the forward and backward kernels together replace at least a dozen launches. Inside a compiled graph, "
-    "there is one more condition: compilers cannot fuse the reference of the op."
+    "eager calls use a GPU kernel only if two conditions hold: the kernel was verified on the user's own card, and the "
+    "forward and backward kernels together replace at least a dozen launches. Inside a compiled graph, there is one "
+    "more condition: compilers cannot fuse the reference of the op."
 )
 
 

@@ -257,7 +257,7 @@ class AutoPgd(RowSearch):
             self.health.see_move(self.rows.begin[index], self.point[index], correct)
 
     def _finish(self, index: Tensor | slice) -> None:
-        """For some rows, pass the better of two points to `keep_best`: the best point so far, and the last point.
+        """For some rows, compare the best point so far with the last point, and pass the better one to `keep_best`.
 
         With ``leave`` (see `ActiveSet`), the model itself first judges the better point.
         """

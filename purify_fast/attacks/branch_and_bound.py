@@ -111,8 +111,8 @@ class BranchAndBound(Attack):
         apart = (forward(layers, x.double().cpu().flatten(1)) - logits).abs().max()
         if not apart <= ALIKE * logits.abs().max():
             raise ValueError(
-                "the model's logits must agree with those of its layers in float64, got a difference of "
-                f"{apart:.2g}: if TF32 or bfloat16 is on, switch it off"
+                "the model's logits must equal, up to rounding, the logits that its layers give in float64, got a "
+                f"difference of {apart:.2g}: if TF32 or bfloat16 is on, switch it off"
             )
         return [Affine(*(each.to(x.device) for each in layer)) for layer in layers]
 

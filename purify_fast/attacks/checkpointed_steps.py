@@ -236,7 +236,7 @@ def _function_modes() -> list[Any]:
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
     """Apply a step with gradients recorded, as the backward pass does when it computes the step again.
 
-    Without recorded gradients, the step might return another result under an active function mode.
+    An active function mode (`TorchFunctionMode`) may change what a step returns if no gradients are recorded.
     """
     # Modes are disabled here, because they may replace the functions that detach tensors and enable gradients.
     with torch._C.DisableTorchFunction():

@@ -89,7 +89,7 @@ class Objective:
         return total / self.eot_iter if self.eot_iter > 1 else total
 
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Return sums over all draws; ``one_pass(x, y, draws)`` returns the sums for some of the images and draws."""
+        """Add up what ``one_pass(x, y, draws)`` returns, over as many passes as all images and draws need."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
             # In this frequent case the sums and concatenations below are not needed. They would take about as long as

@@ -24,7 +24,7 @@ MOST_WEIGHTS = 4_000_000
 #: AT_ONCE: the number of basis vectors in one call of the model. COMPARED: the number of images on which matrices and
 #: model are compared.
 AT_ONCE, COMPARED = 256, 16
-#: The operations of PyTorch that a model may use besides ReLUs. They neither compare nor round numbers.
+#: The operations of PyTorch that a model may use besides ReLUs: operations that neither compare nor round numbers.
 _POLYNOMIAL = (
     "_adaptive_avg_pool2d _batch_norm_no_update _native_batch_norm_legit_no_training _reshape_alias _unsafe_view add "
     "add_ addmm alias avg_pool2d baddbmm bmm cat clone constant_pad_nd convolution detach div div_ dot empty expand "

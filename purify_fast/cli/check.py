@@ -77,4 +77,4 @@ def images_of(witnesses: Witnesses, device: str) -> DataSet:
     images = (witnesses.clean * 255).round().byte()
     labels = witnesses.labels
     arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
-    return DataSet(**arrays, name="the report's images", num_classes=witnesses.about["classes"]).to(device)
+    return DataSet(**arrays, name="this report", num_classes=witnesses.about["classes"]).to(device)

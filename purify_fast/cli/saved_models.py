@@ -176,7 +176,7 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         hint = f", or resize these images by --size {shape[1]} {shape[2]}" if fits else ""
         raise ValueError(
             f"images of {images.name} are {_size(images.image_shape)}, but {what} was trained on {_size(shape)}: "
-            f"choose the data set of its training by --data{hint}"
+            f"use --data to choose the data set of its training{hint}"
         )
     if images.num_classes > classes:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")

@@ -96,7 +96,7 @@ class StreamedImages:
         return torch.index_select(self._rows, 0, ids, out=out)
 
     def _look(self) -> tuple[int, int, int] | None:
-        """The file's inode, size and modification time. None if the file was removed: nobody can write to it then."""
+        """The file's inode, size and modification time; None if the file was removed, and so cannot change any more."""
         try:
             facts = self.path.stat()
         except FileNotFoundError:

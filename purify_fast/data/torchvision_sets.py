@@ -64,7 +64,7 @@ def find_official(
                 return _arrays(name, root, download)
             folder = _imagenette(root, download, image_size) if name == "imagenette" else root / "tiny-imagenet-200"
             if not folder.is_dir():
-                raise FileNotFoundError(f"{folder.name} is missing")
+                raise FileNotFoundError(f"{root} has no folder {folder.name}")
             return folder
     except ModuleNotFoundError:
         raise

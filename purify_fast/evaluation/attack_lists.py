@@ -203,7 +203,7 @@ def _whole(spec: AttackSpec) -> AttackSpec:
 
 
 def _through_heads(subject: Subject) -> list[AttackSpec]:
-    """Specify attacks with the gradients of other aggregations; the defence itself checks every success."""
+    """Specify attacks along the gradients of other combinations of the samples; the defence itself judges them."""
     if not supports(subject.base_model, SampleLogits):
         return []
     model, attack = cast(SampleLogits, subject.base_model), APGD(loss="dlr_targeted")

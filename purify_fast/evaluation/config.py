@@ -34,8 +34,8 @@ class EvaluateConfig:
             robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
             ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.attack_lists`.
         steps: number of steps of PGD and APGD, for attacks that set no number of steps. This number also limits the
-            steps of a protocol's attacks, except of a first attack with ten steps. FAB-T takes 100 steps, as in its
-            authors' code.
+            steps of a protocol's attacks, but not of its first attack if that has ten steps. FAB-T takes 100 steps, as
+            in its authors' code.
         eot_iter: number of draws averaged per step, for attacks that set no number of draws. On a deterministic model
             attacks take one draw.
         n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.

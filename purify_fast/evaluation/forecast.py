@@ -48,7 +48,7 @@ def forecast(
         attacks: see `evaluate`.
         **options: further arguments of `evaluate`.
     """
-    options = {**options, "attacks": attacks, "out": None, "progress": False}
+    options = {"name": "trial", **options, "attacks": attacks, "out": None}
     alone, without_signs = replace(config, together=False), replace(config, together=False, probes=False)
     device, few = device_of(model, x), min(FEW, len(x))
 

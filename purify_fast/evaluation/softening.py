@@ -91,7 +91,7 @@ _SHAPES = _names(
 _ARITHMETIC = _names(
     "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
 )
-#: For each function of masks, a formula that is computed with the counterparts of the masks.
+#: For each function of masks, the formula that is computed with the smooth counterparts of these masks.
 _OF_MASKS: dict[str, Rule] = {
     "where": lambda mask, a, b: mask * a + (1 - mask) * b,
     "masked_fill": lambda x, mask, value: mask * value + (1 - mask) * x,
@@ -295,7 +295,7 @@ class Softening(HoldingMode):
     # -- counterparts -------------------------------------------------------------------------------------------------
 
     def _keep(self, hard: Tensor, soft: Tensor | None) -> None:
-        """Store the counterpart ``soft`` of the tensor ``hard``, if the counterpart depends on the images."""
+        """Store ``soft``, the smooth counterpart of the mask or index ``hard``, if it depends on the images."""
         if soft is not None and soft.requires_grad:
             self.beside[hard] = hard._version, soft
 

@@ -60,7 +60,7 @@ def model_marks(model: Classifier, mark: str | None) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Witnesses:
-    """A single adversarial image for each fallen image and threat model, with the clean images.
+    """The witnesses of an evaluation: one adversarial image for each image that fell, within each threat model.
 
     Args:
         clean: the clean image of each witness, float32 ``[W, C, H, W]`` in [0, 1].
@@ -242,7 +242,9 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
             f"{path} is damaged: {error}. Restore the file, or evaluate and save the report again"
         ) from error
     if named is None:
-        raise ValueError(f'{path} has no witnesses: evaluate with keep="all" (--keep all) and save the report again')
+        raise ValueError(
+            f'{path} has no witnesses: either no image fell, or the evaluation was without keep="all" (--keep all)'
+        )
     witnesses = Witnesses.load(folder)
     each = witnesses.summary()["each"]
     if len(each) != len(named["each"]):

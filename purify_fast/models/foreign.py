@@ -129,8 +129,8 @@ def build_foreign(
         path, classes, own_mean, own_std = find(name, weights)
         if num_classes > classes:
             raise ValueError(
-                f"weights must have a class for each of the {num_classes} classes of the data; {weights} of {spec} has "
-                f"{classes} classes"
+                f"weights must be for the {num_classes} classes of the data, got {weights} of {spec} for {classes} "
+                "classes"
             )
         if in_channels != len(own_mean):
             # Images with a single channel are normalized before the channel is repeated, so average the statistics.
@@ -212,7 +212,10 @@ def check_library_name(spec: str) -> None:
         if name in known:
             return
     else:
-        timm = importlib.import_module("timm")
+        try:
+            timm = importlib.import_module("timm")
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(f"{spec}: timm is not installed, run pip install timm") from None
         if timm.is_model(name):
             return
         known, place = timm.list_models(), "timm.list_models()"

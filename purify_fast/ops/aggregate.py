@@ -47,7 +47,7 @@ def _tangent_exp(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference(logits: Tensor, method: int) -> Tensor:
-    """Compute the definition: map logits [B, K, C] to [B, C], in float32 (float64 for float64)."""
+    """Compute the op in plain PyTorch: map logits [B, K, C] to [B, C], in float32 (float64 for float64)."""
     x = wide(logits)
     name = METHODS[method]
     if name == "lse":

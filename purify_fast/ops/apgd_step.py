@@ -29,7 +29,7 @@ NORMS = ("linf", "l2")
 def reference(
     x: Tensor, grad: Tensor, x_nat: Tensor, previous: Tensor, alpha: Tensor, eps: Tensor, momentum: float, *space: Any
 ) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype. alpha and eps are [B]."""
+    """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype. alpha and eps are [B]."""
     norm, lo, hi = space
     start, center = wide(x), wide(x_nat)
     length, radius = per_image(alpha.to(start.dtype), x), per_image(eps.to(start.dtype), x)

@@ -67,7 +67,7 @@ def _turned(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _fuse_columns(x: Tensor, height: int, width: int) -> Tensor:
-    """Return x [B, L, L] after the second pass of "fuse", with positions in column-major order."""
+    """Add to each score [B, L, L] its two neighbors on the diagonal, if positions are counted along columns."""
     turned = _turned(x, height, width)
     return _turned(turned + _moved(turned, 1, 1) + _moved(turned, -1, 1), width, height)
 
@@ -84,7 +84,7 @@ def _grids(x: Tensor, height: int, width: int) -> Tensor:
 def reference(
     correlation: Tensor, inverse: Tensor, keep: Tensor, height: int, width: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute the definition of the part between the matrix products.
+    """Compute, in plain PyTorch, the part between the matrix products.
 
     Args:
         correlation: G ``[B, L, L]``, L = height * width; float32 or float64, which is the dtype of the arithmetic.

@@ -52,7 +52,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Sequence[int]) -> Tensor:
-    """Compute the definition.
+    """Compute the op in plain PyTorch.
 
     Maps input [B, H, W, C], weight [O, K, L, C] in input's dtype and bias [O] or None to [B, H', W', O].
     """
@@ -133,9 +133,9 @@ RACED = tuple(
         (3, 32, 48, 5, 1, 1),
     )
 )
-#: The additional error allowed for Winograd's algorithm, in units of float32's eps: 2 ** -7 of the largest number. The
-#: algorithm rounds its factors to bfloat16. The gradient of the weights needs this allowance, because it is in float32.
-#: Results in bfloat16 have rounding errors of this size anyway.
+#: The additional error allowed for Winograd's algorithm, which rounds its factors to bfloat16: 2 ** -7 of the largest
+#: number, here as a multiple of float32's eps, 2 ** -23. The gradient of the weights needs this allowance, because it
+#: is in float32. Results in bfloat16 have rounding errors of this size anyway.
 _ROUNDED = 2.0**16
 
 
@@ -252,7 +252,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(**named)
     for name, tensor in named.items():
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise ValueError(f"{name} must be {input.dtype} like input outside autocast, got {tensor.dtype}")
+            raise ValueError(f"outside autocast, {name} must have input's dtype {input.dtype}, got {tensor.dtype}")
     if input.dim() != 4 or weight.dim() != 4 or input.shape[1] != weight.shape[1] or 0 in weight.shape:
         shapes = f"got {list(input.shape)} and {list(weight.shape)}"
         raise ValueError(f"input must be [B, C, H, W] and weight [O, C, K, L] without a size of 0, {shapes}")

@@ -153,7 +153,7 @@ def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype
 def reference(
     condition: Tensor, seed: Tensor, ids: Tensor, packed: Tensor, biases: Tensor, numbers: list[int], *settings: Any
 ) -> Tensor:
-    """Compute the definition in the precision of ``packed``. ``numbers`` are the sizes that `Geometry.numbers` returns.
+    """Compute the op by PyTorch in the precision of ``packed``. `Geometry.numbers` returns ``numbers``, the sizes.
 
     ``condition`` is [B, H * W * C] for a first feature map [C, H, W], ordered by pixel and then by channel. It is
     float32 (float64 for float64 weights). Returns the images, [B * K, C, H, W].

@@ -86,7 +86,7 @@ def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) -> Tensor:
-    """Compute the definition in x's dtype. ``named`` are the arguments seed, sample_ids, draws, step and noisy."""
+    """Compute the op by PyTorch in x's dtype. ``named`` are the arguments seed, sample_ids, draws, step and noisy."""
     *name, noisy = named
     m, v = _parts(x, prediction)
     p, q, c, a, b, s, lo, hi = _each(coefficients, x)

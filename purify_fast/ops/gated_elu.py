@@ -21,7 +21,7 @@ from .dispatch.registry import define_backward, define_op, wide
 
 
 def reference(features: Tensor, dim: int) -> Tensor:
-    """Compute the definition, where ``dim`` is divided into halves, in float32 (float64 for float64).
+    """Compute the op in plain PyTorch, where ``dim`` is divided into halves, in float32 (float64 for float64).
 
     The result has the features' dtype.
     """

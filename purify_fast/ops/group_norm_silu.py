@@ -33,7 +33,7 @@ LANES = 16
 
 
 def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], groups: int, eps: float) -> Tensor:
-    """Compute the definition for images ``[B, C, ...]``, and weight, bias and shift."""
+    """Compute the op in plain PyTorch for images ``[B, C, ...]``, and weight, bias and shift."""
     weight, bias, shift = numbers
     if shift is not None:
         images = images + shift.to(images.dtype).view(*shift.shape, *[1] * (images.dim() - 2))
@@ -42,7 +42,7 @@ def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], gro
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:
-    """Compute the definition for x ``[B, ..., C]``, in float32 (float64 for float64). The result has x's dtype."""
+    """Compute the op by PyTorch for x ``[B, ..., C]``, in float32 (float64 for float64). The result has x's dtype."""
     shift = None if shift is None else wide(shift)
     out = _composed(wide(x).movedim(-1, 1), (wide(weight), wide(bias), shift), groups, eps)
     return out.movedim(1, -1).to(x.dtype).contiguous()

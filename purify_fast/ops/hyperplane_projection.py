@@ -46,7 +46,7 @@ def scale_of(peak: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype. b is [B]."""
+    """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype. b is [B]."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     start, normal = wide(x).flatten(1), wide(w).flatten(1)

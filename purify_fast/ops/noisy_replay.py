@@ -26,7 +26,7 @@ from .philox import Stream, check_stream, philox
 def reference(
     x: Tensor, x_adv: Tensor, drift: Tensor, tau: Tensor, eps: Tensor, seed: Tensor, sample_ids: Tensor, *box: float
 ) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype.
+    """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype.
 
     drift and eps are [B], and tau is [].
     """

@@ -71,7 +71,7 @@ def _hidden(owners: Tensor, num_passes: int, height: int, width: int) -> Tensor:
 
 
 def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settings: Any) -> tuple[Tensor, Tensor]:
-    """Compute the definition in float32 (float64 for float64).
+    """Compute the op by PyTorch in float32 (float64 for float64).
 
     The settings are those of the schema. They have the meaning of `random_transform`'s arguments, except for the mask:
     num_passes = 0 stands for RT1 and RT2. Then there is a single pass, which hides ``masked_blocks`` blocks. The owner

@@ -22,7 +22,7 @@ from .dispatch.registry import define_backward, define_op, second_argument, wide
 
 
 def reference(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the definition: map logits and target [B, ...] to [B], in float32 (float64 for float64)."""
+    """Compute the op in plain PyTorch: map logits and target [B, ...] to [B], in float32 (float64 for float64)."""
     x, t = wide(logits).flatten(1), wide(target).flatten(1)
     return F.binary_cross_entropy_with_logits(x, t.to(x.dtype), reduction="none").sum(1)
 

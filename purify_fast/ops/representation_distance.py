@@ -73,7 +73,7 @@ def _result_dtype(layers: Sequence[Tensor]) -> torch.dtype:
 
 
 def reference(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Tensor, Tensor]:
-    """Compute the definition: map layers [B, ...] to distances [B, L] and slopes [B, L, 2].
+    """Compute the op in plain PyTorch: map layers [B, ...] to distances [B, L] and slopes [B, L, 2].
 
     Both are float32, or float64 if a layer is. The arithmetic of 16-bit layers is float32. The slopes are (scale,
     along) for the backward, where dd/du = scale (v - along u).

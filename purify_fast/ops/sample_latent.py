@@ -25,7 +25,7 @@ def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
 
 
 def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the definition: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
+    """Compute the op in plain PyTorch: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
     mean, logs = wide(mu), wide(logvar)
     z = mean + _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
     return z.to(mu.dtype), 0.5 * (mean.square() + logs.exp() - logs - 1).sum(1)

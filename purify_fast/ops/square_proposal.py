@@ -108,7 +108,7 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
 def reference(
     x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, pattern: Tensor | None, edge: int, norm: int, *box: float
 ) -> Tensor:
-    """Compute the definition in float32 (float64 for float64). The result has x's dtype.
+    """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype.
 
     eps is [B], and numbers is [B, T, 5 + C].
     """

@@ -97,7 +97,7 @@ class InMemory:
             yield images, self.y[ids], ids
 
     def banked_images(self) -> BankedImages:
-        """Describe the images for an adversarial bank; raise ValueError if they differ from epoch to epoch."""
+        """Return what a bank must know about the images. Raise ValueError if they differ from epoch to epoch."""
         if self.config.padding:
             raise ValueError(
                 f"bank needs images that are the same in every epoch, but they are cropped at random (padding "

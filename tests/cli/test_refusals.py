@@ -110,7 +110,7 @@ def test_a_radius_in_levels_of_255(run, line, eps):
 
 def test_images_of_more_channels_or_classes(run, bars, tmp_path):
     for sizes, message in (
-        ({"in_channels": 3, "num_classes": 2}, " are 1x16x16, but the model in {} was trained on 3x16x16: choose"),
+        ({"in_channels": 3, "num_classes": 2}, " are 1x16x16, but the model in {} was trained on 3x16x16: use"),
         ({"in_channels": 1, "num_classes": 3}, None),
     ):
         save_classifier(SmallCNN(**sizes, width=2), tmp_path / "m")

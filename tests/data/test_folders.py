@@ -55,7 +55,7 @@ def test_imagenette_takes_the_smallest_archive_that_suffices(tmp_path):
     assert len(data.load_dataset("imagenette", tmp_path, image_size=(16, 16)).x_train) == 4
     d = data.load_dataset("imagenette", tmp_path, image_size=(16, 161))
     assert d.x_train.shape == (6, 3, 16, 161) and d.name == "imagenette"
-    with pytest.raises(FileNotFoundError, match=r"image_size=\(400, 400\).*imagenette2 is missing"):
+    with pytest.raises(FileNotFoundError, match=r"image_size=\(400, 400\).*no folder imagenette2"):
         data.load_dataset("imagenette", tmp_path, image_size=(400, 400))
 
 

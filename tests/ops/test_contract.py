@@ -502,7 +502,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
             (
                 {"bias": torch.zeros(10).double()},
-                "bias must be torch.float32 like input outside autocast, got torch.float64",
+                "outside autocast, bias must have input's dtype torch.float32, got torch.float64",
             ),
             ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
             ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),

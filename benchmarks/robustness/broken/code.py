@@ -64,7 +64,7 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
 
 
 def _of_signs() -> list[str]:
-    """Return the names of the signs, and their limits."""
+    """Return the names of the report's signs, and the constants that decide whether a sign fails."""
     values = {name: value for name, value in vars(signs).items() if name.isupper()}
     limits = [f"{name} {value}" for name, value in values.items() if isinstance(value, int | float)]
     return [*(alarm.name for alarm in signs.ALARMS), *sorted(limits)]

@@ -146,8 +146,8 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if "start" in s:
-        # Do not check that the other row's defence was saved with this classifier, because the training of that row
-        # did not use its classifier.
+        # The other row's defence may have another classifier. This is allowed, because the training of a generator
+        # alone does not use a classifier.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])

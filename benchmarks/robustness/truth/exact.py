@@ -231,7 +231,7 @@ class Program:
 
 
 def tightened(layers: Sequence[Affine], bounds: list[Box], box: Box, until: float) -> Program:
-    """Make the program of all hidden layers. Improve the bounds of units of unknown sign by the relaxed program.
+    """Make the mixed-integer linear program of all hidden layers; tighten ``bounds`` by its linear relaxation.
 
     Args:
         layers: layers of the network.

@@ -104,8 +104,8 @@ class CarsoConfig:
             )
         if not pipeline and (self.joint or self.targets == "classifier"):
             raise ValueError(
-                "attack_target must be 'pipeline' for joint=True or targets='classifier', got 'classifier': the loss "
-                "of the paper has no labels and no predictions"
+                "attack_target must be 'pipeline' if joint=True or targets='classifier', got 'classifier': only a "
+                "training through the pipeline has the loss of the predictions, which both options need"
             )
         if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
             raise ValueError(

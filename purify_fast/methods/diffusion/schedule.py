@@ -162,7 +162,8 @@ class Schedule:
             return times
         if steps > first:
             raise ValueError(
-                f"steps must be at most {first}, because t_star = {start} is training step {first}, got {steps}"
+                f"steps must be at most {first}, got {steps}: t_star = {start} is training step {first}, and a "
+                "training step cannot be divided"
             )
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round() / self.steps
 

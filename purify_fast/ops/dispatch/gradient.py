@@ -125,7 +125,7 @@ def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
 
 #: Multiplies each row of ``rows`` [B, ...] by its number in ``grad`` [B], and rounds the products to a dtype.
 SCALED_ROWS = cpu_kernel("scaled_rows", "(Tensor grad, Tensor rows, ScalarType dtype) -> Tensor")
-#: True if the extension is loaded and has the kernels that save values.
+#: True if the extension is loaded and has kernels whose forward saves values for the backward.
 SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 

@@ -181,8 +181,8 @@ class Op(Definition):
         )
 
 
-# The backend is chosen while a graph is traced. This call does not become a part of the graph. The size does not
-# matter, because a graph may run with any size.
+# The backend is chosen while a graph is traced, and this call does not become a part of the graph. The call has no
+# number of elements, because the same graph may run with inputs of any size.
 @constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)

@@ -152,7 +152,7 @@ def judge(job: Job, folder: Path, root: Path) -> dict:
     counts: Judging = job.settings["judging"]
     name, protocol, images = job.settings["model"], job.settings["protocol"], models.images_of(job)
     if name == study.BEST:
-        # For the first seed, choose the best candidate here. For another seed, take the candidate that was trained.
+        # The best candidate is chosen with the first seed. Later seeds train only this candidate.
         name = models.best(job, root) if job.seed == 0 else job.result(root, study.BEST)["model"]
     model = attacked(job, root, name)
     torch.manual_seed(job.seed)

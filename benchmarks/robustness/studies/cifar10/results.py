@@ -38,7 +38,7 @@ class SeedFolders:
         return result_of(self.root, name, self.seed)
 
     def judged(self, name: str, protocol: str) -> Report:
-        """Return the report of a protocol on a row's model."""
+        """Return the report of the evaluation of a row's model by a protocol."""
         folder = folder_of(self.root, study.judged_name(name, protocol), self.seed)
         return Report.from_json((folder / "report.json").read_text())
 

@@ -104,7 +104,7 @@ CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
 #: For each row that shares the training of another row, the name of this other row, whose folder has the weights.
 TRAINED_AS = {PEEL: CARSO, ALONE: ATOP_STANDARD, NO_EMA: BASE, ARREST: ARREST_EMA}
-#: The subfolder of a training with the weights without the moving average.
+#: The name of the subfolder in which a training saves the weights that are not averaged.
 LIVE = "without_average"
 #: The classifier behind each defence. The defences are in the order of the table.
 BEHIND = dict.fromkeys(
