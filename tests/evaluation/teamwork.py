@@ -90,7 +90,7 @@ def made(kind, out=None, **more):
 def plain(report):
     """A report without its time and command, with the margins of all images where it has them."""
     content = json.loads(report.to_json())
-    del content["about"]["command"]
+    content["about"].pop("command", None)
     for values, row in zip(content["rows"], report.rows, strict=True):
         del values["seconds"]
         if row.margins is not None:
