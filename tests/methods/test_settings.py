@@ -81,8 +81,8 @@ REFUSED = {
         ({"train_samples": 0}, "train_samples must be at least 1"),
         ({"adversarial_fraction": 1.5}, r"adversarial_fraction must be in \[0, 1\]"),
         ({"attack_target": "pipeline", "free_bits": 2.0}, r"free_bits 2\.0 needs attack_target='classifier'"),
-        ({"joint": True}, "attack_target must be 'pipeline' for joint=True"),
-        ({"targets": "classifier"}, "attack_target must be 'pipeline' for .*targets='classifier'"),
+        ({"joint": True}, "attack_target must be 'pipeline' if joint=True"),
+        ({"targets": "classifier"}, "attack_target must be 'pipeline' if .*targets='classifier'"),
         (
             {"attack_target": "pipeline", "targets": "classifier", "joint": True},
             "no frozen classifier, got .*'classifier'",
