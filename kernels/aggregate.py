@@ -89,8 +89,8 @@ def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr,
             out = tl.sum(x, 0) / samples
         else:
             tail, most, yes, no, shift, _least = _odds(x, inside)
-            # If the odds are nearly even, the logarithm depends on the small difference of the two sums. So the terms
-            # of the difference are summed directly.
+            # If the odds are nearly even, the logarithm depends on the small difference of the two sums. So this line
+            # adds up the differences of their terms, which loses fewer digits.
             excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
             more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
             out = tl.where(more == float("inf"), more, log1p(more))

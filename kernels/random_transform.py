@@ -70,8 +70,8 @@ def _pixels(block, planes, plane, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
     """Return the plane, first group of random numbers and pixels of a program, and which pixels are in the plane."""
     tile = block // planes
     channel = block - tile * planes
-    # The index of the plane's first element in the image. Random numbers are drawn in groups of four. The first group
-    # of a plane may begin in the previous plane.
+    # The index of the plane's first element in the image. Random numbers are drawn in groups of four. A group may
+    # contain the last elements of one plane and the first elements of the next plane.
     first = channel.to(tl.int64) * plane
     # The random stream counts groups with 32 bits.
     group = (first >> 2).to(tl.int32) + tile * GROUPS

@@ -1,4 +1,4 @@
-"""One run per folder: when the lock ends, and what is refused meanwhile."""
+"""Only one run may use a folder. These tests show what is refused meanwhile, and when the lock ends."""
 
 import multiprocessing
 import signal

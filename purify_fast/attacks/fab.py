@@ -84,7 +84,7 @@ fab_t = as_function(
 
 
 class _FabSearch(RowSearch):
-    """One run of FAB. The arguments are those of `RowSearch`.
+    """The search of FAB from one start. The arguments are those of `RowSearch`.
 
     Attributes:
         nearest: the nearest point across the border in each row, ``[R, ...]``; the first point of the row until a point

@@ -207,7 +207,7 @@ COSTS = {"parameters": 7e5, "inference_gflop": 0.07, "training_gflop": 1.5}
 
 
 def trained(root, name, seed=0, **more):
-    """What a training leaves."""
+    """Write the files of a training that has ended."""
     fact(root, name, seed, **COSTS, **more)
 
 

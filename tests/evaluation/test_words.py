@@ -352,7 +352,7 @@ def test_the_title_names_what_the_numbers_are_about():
     title = report.to_markdown().split("\n")[0]
     assert title == f"# Robustness, L-inf 8/255, mnist, purify_fast {__version__}"
     assert Report.from_json(report.to_json()).about == report.about
-    # what two reports do not have in common is not in the title
+    # the title of a merged report has only the facts that are equal in all of its reports
     other = evaluate(model, x, y, **SHORT, name="b")
     merged = merge([report, other]).to_markdown()
     assert merged.startswith(f"# Robustness, L-inf 8/255, purify_fast {__version__}\n")

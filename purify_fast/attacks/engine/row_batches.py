@@ -537,7 +537,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
 
 class RowSearch:
-    """One run of a search that follows gradients, over a batch of rows.
+    """A search that moves a batch of rows along gradients, from one start.
 
     During the run, the rows of fallen images are removed from the batch.
 
