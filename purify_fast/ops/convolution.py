@@ -5,8 +5,8 @@
 with stride s, zero padding p and dilation d. The reference is ``torch.nn.functional.conv2d``, for any floating dtype
 and device. The kernels support a single case: bfloat16, channels_last, one group, on a processor that multiplies pairs
 of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). On such a processor PyTorch's convolutions are slow.
-The slowest are the gradients of weights, and layers with few channels; docs/performance.md has a table. A GPU uses
-cuDNN, so there is no kernel for GPUs.
+The slowest are the gradients of weights, and layers with few channels; docs/performance.md has a table. The op
+`fused_convolution` has a kernel for GPUs.
 
 Sums are in float32. The gradients of weight and bias are not rounded to bfloat16, unlike PyTorch's.
 
@@ -41,12 +41,12 @@ FEW = 16
 _SETTINGS = "int[] stride, int[] padding, int[] dilation"
 
 
-def _first(x: Tensor) -> Tensor:
+def channels_first(x: Tensor) -> Tensor:
     """Return a view with channels first, as PyTorch's convolutions need it."""
     return x.permute(0, 3, 1, 2)
 
 
-def _last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """Return a view with channels last, as the ops need it. It is contiguous if the argument is channels_last."""
     return x.permute(0, 2, 3, 1)
 
@@ -58,14 +58,14 @@ def reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Seq
     """
     shift = None if bias is None else bias.to(input.dtype)
     stride, padding, dilation = settings
-    out = F.conv2d(_first(input), _first(weight), shift, stride, padding=padding, dilation=dilation)
-    return _last(out).contiguous()
+    out = F.conv2d(channels_first(input), channels_first(weight), shift, stride, padding=padding, dilation=dilation)
+    return channels_last(out).contiguous()
 
 
 def reference_input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, *settings: Sequence[int]) -> Tensor:
     """Return grad [B, H', W', O] times d out / d input: [B, H, W, C] with the given height and width."""
     size = grad.shape[0], weight.shape[3], height, width
-    return _last(conv2d_input(size, _first(weight), _first(grad), *settings)).contiguous()
+    return channels_last(conv2d_input(size, channels_first(weight), channels_first(grad), *settings)).contiguous()
 
 
 def reference_weight_gradient(
@@ -74,9 +74,19 @@ def reference_weight_gradient(
     """Return grad times d out / d weight and d out / d bias: [O, K, L, C] and [O], in float32 (float64 for float64)."""
     like, outputs = input.new_empty(1).expand(grad.shape[3], input.shape[3], *kernel), [grad.shape[3]]
     lists = [list(one) for one in settings]
-    operands = (_first(grad), _first(input), like, outputs, *lists, False, [0, 0], 1, [False, True, True])
+    operands = (
+        channels_first(grad),
+        channels_first(input),
+        like,
+        outputs,
+        *lists,
+        False,
+        [0, 0],
+        1,
+        [False, True, True],
+    )
     _, of_weight, of_bias = torch.ops.aten.convolution_backward.default(*operands)
-    return wide(_last(of_weight)).contiguous(), wide(of_bias)
+    return wide(channels_last(of_weight)).contiguous(), wide(of_bias)
 
 
 def kind(inputs: int, outputs: int, stride: Sequence[int]) -> str:
@@ -201,7 +211,7 @@ def _by_kernel(images: Tensor, rounded: Tensor, bias: Tensor | None, settings: t
     """Compute the convolution of images ``[B, C, H, W]`` by the kernel. The weights are ``[O, K, L, C]``."""
     # The next layer may change the result in place, but a view returned by an autograd.Function cannot be changed in
     # place. `.data` has the same memory and is not a view. Nothing else refers to this memory.
-    return _first(OP.handle(_last(images), rounded, bias, *settings)).data
+    return channels_first(OP.handle(channels_last(images), rounded, bias, *settings)).data
 
 
 # This class has no `setup_context`; `transformed` explains why.
@@ -225,20 +235,20 @@ class _Convolution(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rounded, images = ctx.saved_tensors
-        grad = _last(grad)
+        grad = channels_last(grad)
         of_input, of_weight, of_bias = None, None, None
         variant = kind(rounded.shape[3], rounded.shape[0], ctx.settings[0])
         if ctx.needs_input_grad[0]:
-            of_input = _first(INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant))
+            of_input = channels_first(INPUT_GRADIENT(grad, rounded, *ctx.size, *ctx.settings, variant=variant))
         if images is not None:
             kernel = list(rounded.shape[1:3])
-            of_weight, of_bias = WEIGHT_GRADIENT(grad, _last(images), kernel, *ctx.settings, variant=variant)
-            of_weight = _first(of_weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            of_weight, of_bias = WEIGHT_GRADIENT(grad, channels_last(images), kernel, *ctx.settings, variant=variant)
+            of_weight = channels_first(of_weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             of_bias = of_bias.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return of_input, of_weight, of_bias, None, None
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+def pair_of(name: str, value: int | Sequence[int], least: int) -> list[int]:
     """Expand ``value`` to rows and columns. Raise ValueError if it is not one or two integers that are large enough."""
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or any(type(one) is not int or one < least for one in pair):
@@ -319,7 +329,7 @@ def conv2d(
     count as zero.
     """
     _check(input, weight, bias)
-    settings = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    settings = pair_of("stride", stride, 1), pair_of("padding", padding, 0), pair_of("dilation", dilation, 1)
     elements = _elements(input, weight, *settings)
     if (
         elements == 0
@@ -328,7 +338,7 @@ def conv2d(
         or _plain(input, elements, kind(weight.shape[1], weight.shape[0], settings[0]))
     ):
         return F.conv2d(input, weight, bias, *settings)
-    images, rounded = input.to(torch.bfloat16), _last(weight).detach().to(torch.bfloat16)
+    images, rounded = input.to(torch.bfloat16), channels_last(weight).detach().to(torch.bfloat16)
     if needs_gradient(input, weight, *([] if bias is None else [bias])):
         return _Convolution.apply(images, weight, bias, rounded, settings)
     return _by_kernel(images, rounded, bias, settings)

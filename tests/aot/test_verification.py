@@ -44,9 +44,10 @@ def compiled(cells: Iterable[Cell]) -> set[tuple]:
     return keys
 
 
-def test_all_kernels_are_verified_by_120_compiles():
+def test_all_kernels_are_verified_by_136_compiles():
+    """Sixteen are those of convolutions, which are not used before they have won a race."""
     found = compiled((name, "", None) for name in GPU_OPS)
-    assert 0 < len(found) <= 120, len(found)
+    assert 0 < len(found) <= 136, len(found)
 
 
 @pytest.fixture

@@ -14,7 +14,13 @@ from purify_fast.ops.dispatch.verify import deviation
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason=f"{DEVICE.type} has neither streams nor CUDA graphs")
-CUDA_ONLY = ("decode_samples", "decode_samples_backward", "square_proposal")
+CUDA_ONLY = (
+    "decode_samples",
+    "decode_samples_backward",
+    "square_proposal",
+    "fused_convolution",
+    "fused_convolution_backward",
+)
 #: Elements of a large tensor: beyond what 32 bits count; in the rehearsal, beyond one example.
 MANY = 2**31 if DEVICE.type == "cuda" else 2**17
 REPEATS = 100 if DEVICE.type == "cuda" else 10

@@ -538,6 +538,24 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
             ({"step": 3}, r"step must be an int64 tensor \[1\], got 3"),
         ],
     ),
+    "fused_convolution": (
+        {"input": torch.zeros(2, 6, 9, 8), "weight": torch.zeros(10, 6, 3, 3), "bias": torch.zeros(10)},
+        [
+            (
+                {"input": torch.zeros(2, 4, 9, 8)},
+                r"input must be \[B, C, H, W\] and weight \[O, C, K, L\] .*2, 4, 9, 8",
+            ),
+            ({"input": torch.zeros(2, 6, 9, 8).long()}, "input must be floating point, got torch.int64"),
+            ({"weight": None}, "weight must be a tensor, got NoneType"),
+            ({"bias": torch.zeros(9)}, r"bias must be \[O\] = \[10\], got \[9\]"),
+            ({"bias": torch.zeros(10).double()}, "bias must have input's dtype torch.float32, got torch.float64"),
+            ({"added": torch.zeros(2, 10, 7, 5)}, r"added must be \[B, O, H', W'\] = \[2, 10, 7, 6\], got .*7, 5"),
+            ({"activation": "tanh"}, "activation must be one of none, relu, silu, got 'tanh'"),
+            ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
+            ({"padding": (1, -1)}, r"padding must be one or two whole numbers of at least 0, got \(1, -1\)"),
+            ({"input": torch.zeros(2, 6, 2, 8)}, "input with its padding must be at least as large as the kernel"),
+        ],
+    ),
     "gated_elu": (
         {"features": ROW},
         [

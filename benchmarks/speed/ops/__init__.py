@@ -39,8 +39,9 @@ OPS = (
     "square_proposal",
     "diffusion_step",
     "group_norm_silu",
+    "fused_convolution",
 )
-CUDA_ONLY = ("decode_samples", "square_proposal")
+CUDA_ONLY = ("decode_samples", "square_proposal", "fused_convolution")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
