@@ -261,7 +261,7 @@ def _convolve(
         CHUNK=CHUNK,
     )
     at = ((sample * out_height + out_y) * out_width + out_x)[:, None] * COLUMNS + column[None, :]
-    mask = inside[:, None] & real[None, :]
+    mask = inside[:, None] & real[None, :] if COLUMNS % TILE != 0 else inside[:, None]
     if BIAS:
         total += tl.load(bias_ptr + column, mask=real, other=0.0).to(tl.float32)[None, :]
     if ADDED:

@@ -204,8 +204,8 @@ class _WideBlock(nn.Module):
         out = activated
         if self.strided:
             # This is "SAME" padding: at even sizes, a row and a column are added only at the end.
-            h, w = x.shape[2:]
-            out = F.pad(out, (1 if w % 2 else 0, 1, 1 if h % 2 else 0, 1))
+            h, w = out.shape[2:]
+            out = F.pad(out, (w % 2, 1, h % 2, 1))
         out = self.conv_1(self.activation(self.batchnorm_1(self.conv_0(out))))
         return out + (x if self.shortcut is None else self.shortcut(activated))
 

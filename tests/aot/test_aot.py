@@ -124,12 +124,13 @@ def test_only_elementwise_tiles_depend_on_the_device(case):
     assert (ninety == hundred) == matches(case, FIXED)
 
 
-#: Kernels in which triton 3.6 keeps one number of a program in memory, written and read once: kernel, architecture.
-ONE_SPILL = {
-    ("contextual_attention._scaled", 80),
-    ("random_transform._backward", 100),
-    ("apgd_step._l2", 100),
-    ("square_proposal._mass_moved", 120),
+#: Kernels in which triton 3.6 keeps a few bytes of a thread in memory, written and read once: kernel, architecture.
+SPILLS = {
+    ("contextual_attention._scaled", 80): 8,
+    ("random_transform._backward", 100): 8,
+    ("apgd_step._l2", 100): 8,
+    ("square_proposal._mass_moved", 120): 8,
+    ("fused_convolution._convolve", 100): 16,
 }
 
 
@@ -144,7 +145,7 @@ def test_compiles_without_spills_or_doubles_and_threads_move_16_bytes(case, dtyp
 def check_resources(kernel, case: str, architecture: int) -> None:
     name, ptx, used = name_of(kernel.src.fn), kernel.asm["ptx"], usage(kernel.asm["cubin"])
     assert used["REG"] <= (255 if matches(case, BFLOAT16) else 128), (name, used, architecture)
-    allowed = 8 if triton.__version__.startswith("3.6.") and (name, architecture) in ONE_SPILL else 0
+    allowed = SPILLS.get((name, architecture), 0) if triton.__version__.startswith("3.6.") else 0
     assert used["STACK"] <= allowed and used["LOCAL"] == 0, (name, used, architecture)  # spills
     assert not re.search(r"\.f64|\.local\b|__local_depot", ptx), (name, architecture)
 

@@ -15,6 +15,7 @@ from ..._tensors import first_tensor
 from ...models.foreign import load_state, read_weights
 from ...models.layers import Conv2d
 from ...models.unet import TimeLayer, UNet
+from ...speed.folding.fused_networks import chains_serve, fuse_convolutions
 from ...training.checkpoint import read_model, save_model
 from ..base import answer_of, description, rebuilt
 
@@ -230,8 +231,12 @@ class Denoiser(nn.Module):
         """Return all weights and buffers."""
         return [*self.parameters(), *self.buffers()]
 
-    def bfloat16_copy(self) -> Denoiser:
-        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights. It is run under autocast."""
+    def bfloat16_copy(self, image_shape: tuple[int, int, int]) -> Denoiser:
+        """Return a frozen copy whose convolutions and linear layers have bfloat16 weights. It is run under autocast.
+
+        Args:
+            image_shape: (C, H, W).
+        """
         duplicate = copy.deepcopy(self).requires_grad_(False).eval()
         for layer in duplicate.modules():
             if isinstance(layer, nn.Conv2d):
@@ -241,4 +246,9 @@ class Denoiser(nn.Module):
                     layer.__class__ = Conv2d
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, TimeLayer):
                 layer.to(torch.bfloat16)
+        device = first_tensor(duplicate).device
+        if chains_serve(device):
+            images = torch.rand((2, *image_shape), generator=torch.Generator().manual_seed(0))
+            times = torch.tensor([300.0, 600.0], dtype=torch.float64, device=device)
+            fuse_convolutions(duplicate, images.to(device), times)
         return duplicate

@@ -59,7 +59,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         trial = copy.deepcopy(original)
         for pair in chosen:
             _fold(trial, *pair)
-        return all(_close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
+        return all(close(a, b) for a, b in zip(_response(trial, example.double()), want, strict=True))
 
     pairs = _pairs(original, example.double())
     # If a pair cannot be folded, test the pairs one by one.
@@ -144,7 +144,8 @@ def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
     return [output.detach(), gradient, *seen]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Tell whether a tensor equals another one, up to `TOLERANCE`."""
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
 from .batchnorm import FoldedPairs, fold_batchnorm
+from .fused_networks import chains_serve, fuse_convolutions
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For batches below this size, PyTorch chooses another convolution algorithm on a CPU, so torch.compile makes another
@@ -129,9 +130,11 @@ class _InFloat32(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
-        wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        # The weights are in float32, or in float64 in a copy of the model that is compared with it.
+        own: torch.dtype = self.weight.dtype  # type: ignore[assignment]
+        wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
         with without_autocast(input.device):
-            return super().forward(input.float()).to(wanted)
+            return super().forward(input.to(own)).to(wanted)
 
 
 class _ConvolvesImages(_InFloat32, nn.Conv2d):
@@ -169,7 +172,8 @@ def prepare_for_inference(
     """Prepare a frozen model for `autocast_to`, in place.
 
     Convolutions and linear layers get weights in ``dtype``, in channels_last if possible. All other parameters and
-    buffers become float32.
+    buffers become float32. `fuse_convolutions` rewrites the model for bfloat16 on a device where a kernel of the op
+    `fused_convolution` won a race.
 
     Args:
         model: module from images ``[B, *image_shape]`` in [0, 1] to logits. No parameter may need a gradient.
@@ -188,14 +192,17 @@ def prepare_for_inference(
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     model.float().eval()
     pairs: list[tuple[str, str]] = []
+    device = first_tensor(model).device
+    example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0)).to(device)
     if fold:
-        example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0))
-        pairs = fold_batchnorm(model, example.to(first_tensor(model).device))
+        pairs = fold_batchnorm(model, example)
     uses_channels_last = convert_to_channels_last(model, image_shape)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
+    if dtype == torch.bfloat16 and chains_serve(device):
+        fuse_convolutions(model, example)
     return pairs, uses_channels_last
 
 

@@ -1,0 +1,209 @@
+"""Chains of convolutions whose gradient is one autograd function, computed by the op `fused_convolution`.
+
+A `Step` is a convolution with the sum, the BatchNorm and the activation that follow it. A `Chain` is a group of steps
+with nothing else between them, such as the residual blocks of a ResNet. The backward of a chain knows all uses of a
+map: the last step that adds to the gradient of a map also applies the derivative of the activation that made the map.
+For a residual block:
+
+    forward      h = relu(conv1(x))                          x' = relu(conv2(h) + x)
+    backward     dh = conv2^T(dz') [h > 0]                   dz = (conv1^T(dh) + dz') [x > 0]
+
+Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. Besides the maps that
+enter and leave the convolutions themselves, the block reads x in the forward, and h, x and dz' in the backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.convolution import channels_first, channels_last
+from ...ops.dispatch.gradient import first_order, needs_gradient
+from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, kind, through_activation
+
+#: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
+SHAPE = "shape"
+
+
+class Formula(NamedTuple):
+    """A number that the network computes from the shape of a map: a function of `SHAPE`, formulas and constants."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def value_of(formula: Any, shape: tuple[int, ...]) -> Any:
+    """Return the value of a `Formula`, of `SHAPE` or of a constant."""
+    if isinstance(formula, Formula):
+        return formula.function(*[value_of(one, shape) for one in formula.arguments])
+    return shape if formula == SHAPE else formula
+
+
+@dataclass(frozen=True)
+class Step:
+    """A convolution with what follows it. Maps are named by numbers: those that enter the chain, then the results.
+
+    Attributes:
+        layer: the convolution.
+        norm: the BatchNorm between the sum and the activation, or None.
+        activation: number of the activation in `purify_fast.ops.fused_convolution.ACTIVATIONS`.
+        input: map that is convolved.
+        added: map that is added, or None.
+        padding: number of zeros above, below, on the left and on the right.
+        total: the sum z before normalization and activation.
+        out: the result. It is z if there is no activation.
+    """
+
+    layer: nn.Conv2d
+    norm: Any
+    activation: int
+    input: int
+    added: int | None
+    padding: tuple[int | Formula, ...]
+    total: int
+    out: int
+
+    @property
+    def entered(self) -> int:
+        """The map from which the derivative of the activation is computed."""
+        return self.out if self.activation == RELU else self.total
+
+    def numbers(self) -> tuple[list[Tensor], float]:
+        """Return the mean, variance, weight and bias of the BatchNorm, and its eps."""
+        if self.norm is None:
+            return [], 0.0
+        return [self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias], self.norm.eps
+
+    def settings(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return stride and padding for a map of the given height and width."""
+        shape = 1, self.layer.in_channels, *size
+        return list(self.layer.stride), [value_of(one, shape) for one in self.padding]
+
+    def variant(self) -> str:
+        layer = self.layer
+        return kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
+
+
+class Chain(nn.Module):
+    """Runs steps one after the other. The weights belong to the network and must not need gradients.
+
+    Args:
+        steps: the steps.
+        inputs: number of maps that enter the chain.
+        outputs: the maps that leave the chain.
+
+    ``forward(*maps)``: the maps ``[B, C, H, W]`` that enter the chain -> a tuple of the maps that leave it, in the
+    dtype of the weights.
+    """
+
+    def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int]):
+        super().__init__()
+        self.steps, self.inputs, self.outputs = tuple(steps), inputs, tuple(outputs)
+        self.producers = {step.out: step for step in steps if step.activation}
+        self.uses = Counter(value for step in steps for value in (step.input, step.added) if value is not None)
+        self.saved = sorted({step.entered for step in steps if step.activation})
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        dtype = self.steps[0].layer.weight.dtype
+        maps = tuple(one.to(dtype) for one in maps)
+        if needs_gradient(*maps):
+            results: tuple[Tensor, ...] = _Chained.apply(self, *maps)
+            return results
+        values = self.run(maps, saving=False)
+        return tuple(channels_first(values[one]) for one in self.outputs)
+
+    def run(self, maps: Sequence[Tensor], saving: bool) -> dict[int, Tensor]:
+        """Return all maps with channels last, by their numbers; with ``saving`` also those that the backward needs."""
+        values = {number: channels_last(one).contiguous() for number, one in enumerate(maps)}
+        wanted = {*self.outputs, *self.uses, *(self.saved if saving else ())}
+        for step in self.steps:
+            x, added = values[step.input], None if step.added is None else values[step.added]
+            keep = step.activation != NONE and step.total in wanted
+            given = x, channels_last(step.layer.weight), step.layer.bias, added, *step.numbers(), step.activation, keep
+            out, total = OP(*given, *step.settings(x.shape[1:3]), variant=step.variant())
+            values[step.out] = out
+            if keep:
+                values[step.total] = total
+        return values
+
+    def gradients(
+        self, grads: dict[int, Tensor], saved: dict[int, Tensor], wanted: set[int], sizes: list[Any]
+    ) -> dict[int, Tensor]:
+        """Return the gradients of the maps that enter the chain.
+
+        Args:
+            grads: gradients of maps that leave the chain, with channels last. The result is in the same dictionary.
+            saved: the maps `saved`.
+            wanted: the maps that enter the chain and need a gradient.
+            sizes: height and width of the convolved map of each step.
+        """
+        left, wanted = Counter(self.uses), set(wanted)
+        for step in self.steps:
+            if wanted & {step.input, step.added}:
+                wanted |= {step.total, step.out}
+        for step, size in zip(reversed(self.steps), reversed(sizes), strict=True):
+            grad = self._of_sum(step, grads, saved)
+            left.subtract(value for value in (step.input, step.added) if value is not None)
+            if grad is None:
+                continue
+            if step.added in wanted:
+                _add(grads, step.added, grad)
+            if step.input not in wanted:
+                continue
+            # No other step adds to the gradient of this map, so its activation can be passed at once.
+            before = self.producers.get(step.input) if left[step.input] == 0 else None
+            given = grad, channels_last(step.layer.weight), *size, grads.pop(step.input, None)
+            rest: tuple[Any, ...] = None, [], 0.0, None, NONE
+            if before is not None:
+                beside = grads.pop(before.total, None)
+                rest = saved[before.entered], *before.numbers(), beside, before.activation
+            target = step.input if before is None else before.total
+            grads[target] = BACKWARD(*given, *rest, *step.settings(size), variant=step.variant())
+        return grads
+
+    def _of_sum(self, step: Step, grads: dict[int, Tensor], saved: dict[int, Tensor]) -> Tensor | None:
+        """Return the gradient of a step's sum z. Pass its activation, if no later step has passed it."""
+        late = grads.pop(step.out, None) if step.activation else None
+        grad = grads.pop(step.total, None)
+        if late is None:
+            return grad
+        given = channels_first(late), channels_first(saved[step.entered]), *step.numbers()
+        late = channels_last(through_activation(*given, step.activation))
+        return late if grad is None else grad + late
+
+
+def _add(grads: dict[int, Tensor], number: int, grad: Tensor) -> None:
+    grads[number] = grads[number] + grad if number in grads else grad
+
+
+# This class has no `setup_context`; `transformed` explains why.
+class _Chained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, *maps: Tensor) -> tuple[Tensor, ...]:
+        values = chain.run(maps, saving=True)
+        ctx.chain = chain
+        ctx.sizes = [values[step.input].shape[1:3] for step in chain.steps]
+        # The weights are not read from here. Autograd raises an error if they were changed before the backward.
+        weights = [step.layer.weight for step in chain.steps]
+        ctx.save_for_backward(*[values[one] for one in chain.saved], *weights)
+        ctx.set_materialize_grads(False)
+        # These are views, so autograd raises an error if they are changed in place.
+        return tuple(channels_first(values[one]) for one in chain.outputs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        chain, given = ctx.chain, dict[int, Tensor]()
+        for number, grad in zip(chain.outputs, grads, strict=True):
+            if grad is not None:
+                _add(given, number, channels_last(grad).contiguous())
+        wanted = {number for number, needed in enumerate(ctx.needs_input_grad[1:]) if needed}
+        saved = dict(zip(chain.saved, ctx.saved_tensors, strict=False))
+        found = chain.gradients(given, saved, wanted, sizes=ctx.sizes)
+        of_maps = [channels_first(found[i]) if i in wanted and i in found else None for i in range(chain.inputs)]
+        return None, *of_maps

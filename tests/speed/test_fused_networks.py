@@ -1,0 +1,397 @@
+"""Networks whose convolutions compute what follows them: the same function in fewer passes over the maps."""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cuda_launches import NO_LAUNCH
+from test_folding import trained
+
+from purify_fast.methods.diffusion import DiffusionPurifier
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN, WideResNet
+from purify_fast.models.unet import UNet
+from purify_fast.ops.dispatch.registry import Op
+from purify_fast.speed.folding import convolution_chains
+from purify_fast.speed.folding.batchnorm import fold_batchnorm
+from purify_fast.speed.folding.convolution_chains import Chain
+from purify_fast.speed.folding.fused_networks import FusedForward, fuse_convolutions
+from purify_fast.speed.folding.inference_copy import InferenceCopy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPE, HALF = (3, 16, 16), torch.bfloat16
+
+
+def cifar_resnet18() -> nn.Module:
+    model = resnet18(num_classes=10)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
+
+
+def unet(width: int = 16) -> nn.Module:
+    """A U-Net whose last layers are not zero."""
+    model = UNet(3, width)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=(layer.in_channels * 9) ** -0.5)
+    return model
+
+
+class Residual(nn.Module):
+    """A residual block in one of the ways in which people write them. All are a chain of two convolutions or more."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way = way
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.third, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=way == "in place")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.way == "in place":
+            x = self.relu(x)
+            out = self.second(x)
+            out += x
+            return self.relu(out).mean((2, 3))
+        if self.way == "methods":
+            x = x.relu()
+            return x.add(self.second(x)).relu_().mean((2, 3))
+        if self.way == "two normalizations":
+            return (self.second(F.silu(self.norm(x))) + F.relu(x)).mean((2, 3))
+        if self.way == "added to itself":
+            return F.silu(x + self.second(F.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 1:-1])).mean((2, 3))
+        if self.way.startswith("zeros"):
+            active = F.relu(self.second(x))
+            measured = active if self.way == "zeros of its size" else x
+            return F.relu(self.third(F.pad(active, (0, measured.shape[3] % 3, 1, 0)))).mean((2, 3))
+        # The result of a step is used three times, and its sum once.
+        active = F.relu(x)
+        return torch.cat([self.second(active) + self.third(active), active * x], 1).mean((2, 3))
+
+
+#: The ways, and the numbers of their convolutions and chains. A chain ends where anything else reads its maps.
+WAYS = {
+    "in place": (2, 1),
+    "methods": (2, 1),
+    "two normalizations": (2, 2),
+    "added to itself": (2, 2),
+    "zeros of its size": (3, 1),
+    "zeros of another size": (3, 2),
+    "uses": (3, 1),
+}
+#: The networks, and the numbers of their convolutions in chains, of chains, and of rewritten modules.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
+    "resnet18": (cifar_resnet18, 20, 1, 1),
+    "resnet18 with pooling": (lambda: resnet18(num_classes=10), 20, 2, 1),
+    "preact_resnet18": (lambda: PreActResNet18(width=8), 20, 1, 1),
+    "wide_resnet silu": (lambda: WideResNet(16, 1), 15, 1, 1),
+    "wide_resnet relu": (lambda: WideResNet(10, 2, activation="relu"), 10, 1, 1),
+    "small_cnn": (lambda: SmallCNN(3, image_size=SHAPE[1:]), 4, 1, 1),
+    "unet": (unet, 18, 14, 7),
+} | {way: (lambda way=way: Residual(way), *numbers, 1) for way, numbers in WAYS.items()}
+
+
+def prepared(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> nn.Module:
+    """Folded, frozen, and with convolutions in bfloat16."""
+    trained(model).requires_grad_(False)
+    if not isinstance(model, UNet):
+        fold_batchnorm(model, torch.rand(4, *shape))
+    return model.to(HALF).to(memory_format=torch.channels_last)
+
+
+def example(model: nn.Module, batch: int = 4, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
+    images = torch.rand((batch, *shape), generator=torch.Generator().manual_seed(1))
+    return [images, torch.linspace(100, 900, batch)] if isinstance(model, UNet) else [images]
+
+
+def chains(model: nn.Module) -> list[Chain]:
+    graphs = [part.forward.graph for part in model.modules() if isinstance(part.forward, FusedForward)]
+    return [chain for graph in graphs for chain in graph.children() if isinstance(chain, Chain)]
+
+
+def answers(model: nn.Module, given: list[Tensor]) -> list[Tensor]:
+    """The result, and the gradient of the images."""
+    leaf = given[0].clone().requires_grad_()
+    out = model(leaf, *given[1:])
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaf)]
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The op serves, by its reference, as if its kernel had won a race; all other ops are PyTorch's operators."""
+    monkeypatch.setattr(Op, "may_serve", lambda op, _: op.name.startswith("fused_convolution"))
+    monkeypatch.setattr(Op, "uses_reference", lambda op, *_: not op.name.startswith("fused_convolution"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_rewritten_network_is_the_same_function(served, name):
+    """It errs against float64 as the network itself does in bfloat16; the images may have another size."""
+    torch.manual_seed(0)
+    make, convolutions, number, modules = NETWORKS[name]
+    model = prepared(make())
+    exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    assert fuse_convolutions(model, *(one.to(HALF) for one in example(model))) == convolutions
+    assert (len(chains(model)), sum(isinstance(m.forward, FusedForward) for m in model.modules())) == (number, modules)
+    given = example(model, batch=3, shape=SHAPE if name in ("small_cnn", "unet") else (3, 21, 18))
+    truth = answers(exact, [one.to(HALF).double() for one in given])
+    halves = [one.to(HALF) for one in given]
+    for found, own, right in zip(answers(model, halves), answers(plain, halves), truth, strict=True):
+        errors = [((one.double() - right).norm() / right.norm()).item() for one in (found, own)]
+        assert found.dtype == own.dtype and found.shape == own.shape
+        assert errors[0] <= 1.5 * errors[1] + 1e-3, errors
+    with torch.no_grad():
+        without = model(*halves)
+    assert torch.equal(without, answers(model, halves)[0])
+
+
+def test_without_a_kernel_that_won_a_race_the_network_runs_as_it_was(monkeypatch):
+    torch.manual_seed(0)
+    model = prepared(PreActResNet18(width=8))
+    plain, images = copy.deepcopy(model), torch.rand(3, *SHAPE).to(HALF)
+    assert fuse_convolutions(model, images) == 20
+    monkeypatch.setattr(Chain, "forward", lambda *_: pytest.fail("a chain ran"))
+    assert all(map(torch.equal, answers(model, [images]), answers(plain, [images])))
+    classifier = PreActResNet18(width=8).eval()
+    assert not any(isinstance(m.forward, FusedForward) for m in InferenceCopy(classifier, SHAPE).modules())
+
+
+def test_inside_compiled_graphs_and_transforms_the_network_runs_as_it_was(served, monkeypatch):
+    torch.manual_seed(0)
+    model = prepared(SmallCNN(3, image_size=SHAPE[1:]))
+    images = torch.rand(3, *SHAPE).to(HALF)
+    assert fuse_convolutions(model, images) == 4
+    wanted = type(model).forward(model, images)
+    assert not torch.equal(answers(model, [images])[1], answers(copy.deepcopy(model).float(), [images.float()])[1])
+    monkeypatch.setattr(Chain, "forward", lambda *_: pytest.fail("a chain ran"))
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images), wanted)
+    torch.func.grad(lambda x: model(x).float().sum())(images)
+    torch.func.jvp(model, (images,), (images,))
+
+
+def test_the_copy_of_a_classifier_is_rewritten_and_refreshed(served):
+    torch.manual_seed(0)
+    classifier, images = trained(cifar_resnet18()), torch.rand(3, *SHAPE)
+    view = InferenceCopy(classifier, SHAPE, fine=True)
+    assert len(chains(view.classifier)) == 1 and len(chains(view.classifier)[0].steps) == 19
+    for other in (InferenceCopy(classifier, SHAPE, torch.float32), InferenceCopy(classifier, SHAPE, fold=False)):
+        assert not chains(other) or other.dtype == HALF
+    again = copy.deepcopy(view)
+    assert chains(again)[0].steps[0].layer is again.classifier.layer1[0].conv1
+    trained(classifier)
+    before = view(images)
+    view.refresh(classifier)
+    exact = InferenceCopy(classifier, SHAPE, torch.float32)(images)
+    after = view(images)
+    assert (after - exact).norm() < 0.03 * exact.norm() < (before - exact).norm()
+    torch.testing.assert_close(again(images), before, rtol=0, atol=0)
+
+
+def test_the_denoiser_of_a_diffusion_purifier_is_rewritten(served):
+    torch.manual_seed(0)
+    defence = DiffusionPurifier(unet(), SmallCNN(3, image_size=SHAPE[1:]), SHAPE, {"t_star": 0.1, "steps": 2}).eval()
+    fast = defence.denoiser.bfloat16_copy(SHAPE)
+    assert sum(len(chain.steps) for chain in chains(fast)) == 18 and not chains(defence)
+
+
+class Other(nn.Module):
+    """What is not rewritten, and why."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.conv = kind, nn.Conv2d(3, 8, 3, padding=1)
+        self.next = {
+            "groups": nn.Conv2d(8, 8, 3, padding=1, groups=2),
+            "dilation": nn.Conv2d(8, 8, 3, dilation=2),
+            "large kernel": nn.Conv2d(16, 16, 5),
+            "stride of one direction": nn.Conv2d(8, 8, 3, stride=(1, 2)),
+            "circular": nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+            "same": nn.Conv2d(8, 8, 3, padding="same"),
+        }.get(kind, nn.Conv2d(8, 8, 3, padding=1))
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "large kernel":
+            return F.relu(self.next(torch.cat([x] * 6, 1)[:, :16])).mean((2, 3))
+        if self.kind == "branch" and x.mean() > 100:
+            return x
+        h = self.conv(x)
+        if self.kind == "written later":
+            out = self.next(h)
+            h.mul_(2)
+            return (out + h).mean((2, 3))
+        if self.kind == "noise":
+            h = h + torch.randn_like(h)
+        return F.relu(self.next(h)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "kind, left",
+    [
+        ("groups", 1),
+        ("dilation", 1),
+        ("large kernel", 0),
+        ("stride of one direction", 1),
+        ("circular", 1),
+        ("same", 1),
+        ("branch", 0),
+        ("written later", 0),
+        ("noise", 0),
+        ("hook", 0),
+        ("trained", 0),
+        ("float32", 0),
+    ],
+)
+def test_everything_else_is_left_as_it_is(served, kind, left):
+    torch.manual_seed(0)
+    model = Other(kind).eval().to(torch.float32 if kind == "float32" else HALF).requires_grad_(kind == "trained")
+    if kind == "hook":
+        model.next.register_forward_hook(lambda *_: None)
+    images = torch.rand(4, *SHAPE).to(next(model.parameters()).dtype)
+    plain = copy.deepcopy(model)
+    assert fuse_convolutions(model, images) == left
+    if left == 0:
+        assert not any("forward" in vars(part) for part in model.modules())
+    if kind != "noise":
+        torch.testing.assert_close(model(images), plain(images), rtol=0.02, atol=0.02)
+
+
+def test_parts_of_a_network_that_cannot_be_traced_are_rewritten(served):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([Residual("methods"), Residual("in place")])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(part(x) for part in self.parts) if float(x.sum()) > 0 else x
+
+    torch.manual_seed(0)
+    model = Outer().eval().to(HALF).requires_grad_(False)
+    images = torch.rand(4, *SHAPE).to(HALF)
+    assert fuse_convolutions(model, images) == 4
+    assert [isinstance(part.forward, FusedForward) for part in (model, *model.parts)] == [False, True, True]
+
+
+@pytest.mark.parametrize("wrong", ["result", "gradient"])
+def test_a_chain_that_computes_something_else_is_not_used(served, monkeypatch, wrong):
+    own_run, own_add = Chain.run, convolution_chains._add
+    if wrong == "result":
+        monkeypatch.setattr(
+            Chain, "run", lambda *given, **named: {n: one * 1.0001 for n, one in own_run(*given, **named).items()}
+        )
+    else:
+        monkeypatch.setattr(convolution_chains, "_add", lambda grads, n, grad: own_add(grads, n, grad * 1.0001))
+    model = prepared(Residual("in place"))
+    assert fuse_convolutions(model, torch.rand(4, *SHAPE).to(HALF)) == 0
+
+
+def test_a_second_derivative_and_changed_weights_are_errors(served):
+    torch.manual_seed(0)
+    model = prepared(Residual("in place"))
+    leaf = torch.rand(4, *SHAPE).to(HALF).requires_grad_()
+    assert fuse_convolutions(model, leaf.detach()) == 2
+    upstream = torch.ones(4, 16, dtype=HALF, requires_grad=True)
+    (first,) = torch.autograd.grad(model(leaf), leaf, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    out = model(leaf)
+    model.second.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class Passes(TorchDispatchMode):
+    """Counts launches on a GPU, and the bytes of maps that they read and write beside those of the products.
+
+    A product reads the map that it convolves and writes its result. On a GPU, the bias of a convolution is added by a
+    launch of its own, which reads and writes the result. Copies of maps to channels_last before a product are not
+    counted, because PyTorch makes them inside the operator of a convolution.
+
+    Attributes:
+        launches: number of launches, those of the products included.
+        bytes: number of bytes of maps ``[B, C, H, W]`` beside the products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.partition("::")[2]
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if views or name in NO_LAUNCH or name == "clone":
+            return result
+        outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+        given = [one for arg in args for one in (arg if isinstance(arg, (tuple, list)) else [arg])]
+        if name in ("convolution", "convolution_backward"):
+            biased = name == "convolution" and args[2] is not None
+            given, outputs = ([outputs[0]], [outputs[0]]) if biased else ([], [])
+            self.launches += biased
+        elif name.startswith("fused_convolution"):
+            given, outputs = given[2:], outputs[1:]
+        maps = [one for one in (*given, *outputs) if isinstance(one, Tensor) and one.dim() == 4]
+        self.launches += 1
+        self.bytes += sum(one.numel() * one.element_size() for one in maps)
+        return result
+
+
+def counted(model: nn.Module, given: list[Tensor]) -> Passes:
+    """A forward and the gradient of the images, without data: only shapes are computed."""
+    model = copy.deepcopy(model).to("meta")
+    leaf = given[0].to("meta").requires_grad_()
+    with Passes() as passes:
+        torch.autograd.grad(model(leaf, *(one.to("meta") for one in given[1:])).sum(), leaf)
+    return passes
+
+
+def test_a_block_of_a_resnet_reads_and_writes_its_maps_four_times(served):
+    """Beside the products: 20 times by PyTorch's operators; all but the products are single launches there."""
+    images, found = torch.rand(8, 64, 8, 8).to(HALF), {}
+    for fused in (False, True):
+        totals = []
+        for blocks in (2, 3):
+            model = nn.Sequential(*(prepared(BasicBlock(64, 64), (64, 8, 8)) for _ in range(blocks)))
+            if fused:
+                assert fuse_convolutions(model, images) == 2 * blocks
+            totals.append(counted(model, [images]))
+        passes = (totals[1].bytes - totals[0].bytes) / (images.numel() * images.element_size())
+        found[fused] = passes, totals[1].launches - totals[0].launches
+    assert found == {False: (20, 12), True: (4, 4)}
+
+
+#: Launches, and passes over maps beside the products in megabytes for an image: before and after. The maps are those
+#: of images of 32 x 32 pixels.
+COUNTS = {
+    "resnet18": (cifar_resnet18, (116, 50), (11.37, 2.3)),
+    "preact_resnet18": (PreActResNet18, (125, 51), (13.05, 2.76)),
+    "wrn-28-10": (WideResNet, (180, 68), (55.17, 14.64)),
+    "unet": (lambda: unet(32), (191, 166), (12.73, 10.9)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_launches_and_passes_of_a_gradient(served, name):
+    torch.manual_seed(0)
+    make, launches, megabytes = COUNTS[name]
+    model, small = prepared(make(), (3, 8, 8)), (3, 12, 12) if name == "unet" else (3, 8, 8)
+    images, *times = (one.to(HALF) for one in example(model, 4, (3, 32, 32)))
+    given = [images.contiguous(memory_format=torch.channels_last), *times]
+    before = counted(model, given)
+    assert fuse_convolutions(model, *(one.to(HALF) for one in example(model, 2, small))) > 0
+    after = counted(model, given)
+    assert (before.launches, after.launches) == launches
+    assert tuple(round(one.bytes / 4e6, 2) for one in (before, after)) == megabytes
