@@ -71,6 +71,7 @@ def _products(
     TAP_X: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    TOGETHER: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -78,76 +79,49 @@ def _products(
     """Sum over taps and channels. For a tap at (i, j), a row reads the input pixel at (y + STEP * i, x + STEP * j).
 
     In the weights, the next tap below is TAP_Y elements away, the next tap to the right TAP_X, the next channel
-    BY_CHANNEL, and the next column BY_COLUMN.
+    BY_CHANNEL, and the next column BY_COLUMN. With TOGETHER, taps and channels are counted together, so that few
+    channels fill a product.
     """
     lane = tl.arange(0, CHUNK)
-    real = (column < COLUMNS)[None, :]
-    RAGGED: tl.constexpr = CHANNELS % CHUNK != 0 or COLUMNS % TILE != 0
-    place = in_ptr + ((sample * height + y) * width + x)[:, None] * CHANNELS + lane[None, :]
-    weight = weight_ptr + lane[:, None] * BY_CHANNEL + column[None, :] * BY_COLUMN
     total = tl.zeros((ROWS, TILE), tl.float32)
-    down, right, channel = 0, 0, 0
-    for _ in range(taps * ((CHANNELS + CHUNK - 1) // CHUNK)):
-        at_y, at_x = y + STEP * down, x + STEP * right
-        there = (inside & (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width))[:, None]
-        there_b = real
-        if CHANNELS % CHUNK != 0:
-            there = there & (channel + lane < CHANNELS)[None, :]
-            there_b = there_b & (channel + lane < CHANNELS)[:, None]
-        a = tl.load(place + (STEP * (down * width + right) * CHANNELS + channel), mask=there, other=0.0)
-        b_ptr = weight + (down * TAP_Y + right * TAP_X + channel * BY_CHANNEL)
-        b = tl.load(b_ptr, mask=there_b, other=0.0) if RAGGED else tl.load(b_ptr)
-        total = tl.dot(a, b, total, input_precision="ieee")
-        channel += CHUNK
-        wrapped = channel >= CHANNELS
-        channel = tl.where(wrapped, 0, channel)
-        right += wrapped.to(tl.int32)
-        wrapped = right == taps_x
-        right = tl.where(wrapped, 0, right)
-        down += wrapped.to(tl.int32)
-    return total
-
-
-@triton.jit
-def _few_products(
-    in_ptr,
-    weight_ptr,
-    y,
-    x,
-    sample,
-    inside,
-    column,
-    taps,
-    taps_x,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    TAP_Y: tl.constexpr,
-    TAP_X: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Do the same as `_products`, but count taps and channels together, so that few channels fill a product."""
-    lane = tl.arange(0, CHUNK)
     place = in_ptr + ((sample * height + y) * width + x)[:, None] * CHANNELS
     weight = weight_ptr + column[None, :] * BY_COLUMN
-    total = tl.zeros((ROWS, TILE), tl.float32)
-    for first in range(0, taps * CHANNELS, CHUNK):
-        tap, channel = (first + lane) // CHANNELS, (first + lane) % CHANNELS
-        down, right = tap // taps_x, tap % taps_x
-        at_y, at_x = y[:, None] + STEP * down[None, :], x[:, None] + STEP * right[None, :]
-        there = inside[:, None] & (tap < taps)[None, :]
-        there = there & (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
-        offset = STEP * (down * width + right) * CHANNELS + channel
-        a = tl.load(place + offset[None, :], mask=there, other=0.0)
-        offset = down * TAP_Y + right * TAP_X + channel * BY_CHANNEL
-        b = tl.load(weight + offset[:, None], mask=(column < COLUMNS)[None, :] & (tap < taps)[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
+    real = (column < COLUMNS)[None, :]
+    if TOGETHER:
+        for first in range(0, taps * CHANNELS, CHUNK):
+            tap, channel = (first + lane) // CHANNELS, (first + lane) % CHANNELS
+            down, right = tap // taps_x, tap % taps_x
+            at_y, at_x = y[:, None] + STEP * down[None, :], x[:, None] + STEP * right[None, :]
+            there = inside[:, None] & (tap < taps)[None, :]
+            there = there & (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
+            offset = STEP * (down * width + right) * CHANNELS + channel
+            a = tl.load(place + offset[None, :], mask=there, other=0.0)
+            offset = down * TAP_Y + right * TAP_X + channel * BY_CHANNEL
+            b = tl.load(weight + offset[:, None], mask=real & (tap < taps)[:, None], other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+    else:
+        RAGGED: tl.constexpr = CHANNELS % CHUNK != 0 or COLUMNS % TILE != 0
+        place += lane[None, :]
+        weight += lane[:, None] * BY_CHANNEL
+        down, right, channel = 0, 0, 0
+        for _ in range(taps * ((CHANNELS + CHUNK - 1) // CHUNK)):
+            at_y, at_x = y + STEP * down, x + STEP * right
+            there = (inside & (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width))[:, None]
+            there_b = real
+            if CHANNELS % CHUNK != 0:
+                there = there & (channel + lane < CHANNELS)[None, :]
+                there_b = there_b & (channel + lane < CHANNELS)[:, None]
+            a = tl.load(place + (STEP * (down * width + right) * CHANNELS + channel), mask=there, other=0.0)
+            b_ptr = weight + (down * TAP_Y + right * TAP_X + channel * BY_CHANNEL)
+            b = tl.load(b_ptr, mask=there_b, other=0.0) if RAGGED else tl.load(b_ptr)
+            total = tl.dot(a, b, total, input_precision="ieee")
+            channel += CHUNK
+            wrapped = channel >= CHANNELS
+            channel = tl.where(wrapped, 0, channel)
+            right += wrapped.to(tl.int32)
+            wrapped = right == taps_x
+            right = tl.where(wrapped, 0, right)
+            down += wrapped.to(tl.int32)
     return total
 
 
@@ -236,8 +210,7 @@ def _convolve(
         out_y, out_x, y, x = own_y, own_x, own_y + top, own_x + left
     else:
         out_y, out_x, y, x = own_y, own_x, own_y * STRIDE_H - top, own_x * STRIDE_W - left
-    multiply: tl.constexpr = _few_products if TOGETHER else _products
-    total = multiply(
+    total = _products(
         in_ptr,
         weight_ptr,
         y,
@@ -256,6 +229,7 @@ def _convolve(
         TAP_X=(STRIDE_W if GRADIENT else 1) * IMAGES,
         BY_CHANNEL=TAPS * IMAGES if GRADIENT else 1,
         BY_COLUMN=1 if GRADIENT else TAPS * IMAGES,
+        TOGETHER=TOGETHER,
         ROWS=ROWS,
         TILE=TILE,
         CHUNK=CHUNK,
@@ -295,7 +269,7 @@ def _convolve(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _columns(count: int) -> int:
+def _width_of(count: int) -> int:
     """Return the number of columns of a program, of which the last program may use only a part."""
     return next(
         (tile for tile in (128, 64, 32) if -(-count // tile) * tile <= WASTE * count),
@@ -312,9 +286,9 @@ def tiles(columns: int, channels: int, dtype: torch.dtype, most: int = 128) -> d
     chunk = 32 if together else next((chunk for chunk in (64, 32, 16) if channels % chunk == 0), 32)
     if dtype.itemsize > 2:
         # float32 does not use the matrix units, so the registers of a thread limit the tile.
-        sizes = {"ROWS": 32, "TILE": min(32, _columns(columns)), "CHUNK": min(32, chunk)}
+        sizes = {"ROWS": 32, "TILE": min(32, _width_of(columns)), "CHUNK": min(32, chunk)}
         return {"TOGETHER": together, **sizes, "num_warps": 4, "num_stages": 2}
-    tile = min(most, _columns(columns))
+    tile = min(most, _width_of(columns))
     sizes = {"ROWS": 128, "TILE": tile, "CHUNK": chunk}
     return {"TOGETHER": together, **sizes, "num_warps": 8 if tile >= 64 else 4, "num_stages": 3}
 

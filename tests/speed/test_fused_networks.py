@@ -373,20 +373,20 @@ def test_a_block_of_a_resnet_reads_and_writes_its_maps_four_times(served):
     assert found == {False: (20, 12), True: (4, 4)}
 
 
-#: Launches, and passes over maps beside the products in megabytes for an image: before and after. The maps are those
-#: of images of 32 x 32 pixels.
+#: Launches, and passes over maps beside the products in kilobytes for an image: before and after, as in docs/speed.md.
+#: The maps are those of images of 32 x 32 pixels.
 COUNTS = {
-    "resnet18": (cifar_resnet18, (116, 50), (11.37, 2.3)),
-    "preact_resnet18": (PreActResNet18, (125, 51), (13.05, 2.76)),
-    "wrn-28-10": (WideResNet, (180, 68), (55.17, 14.64)),
-    "unet": (lambda: unet(32), (191, 166), (12.73, 10.9)),
+    "resnet18": (cifar_resnet18, (116, 50), (11372, 2297)),
+    "preact_resnet18": (PreActResNet18, (125, 51), (13046, 2757)),
+    "wrn-28-10": (WideResNet, (180, 68), (55171, 14635)),
+    "unet": (lambda: unet(32), (191, 166), (12733, 10898)),
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_launches_and_passes_of_a_gradient(served, name):
     torch.manual_seed(0)
-    make, launches, megabytes = COUNTS[name]
+    make, launches, kilobytes = COUNTS[name]
     model, small = prepared(make(), (3, 8, 8)), (3, 12, 12) if name == "unet" else (3, 8, 8)
     images, *times = (one.to(HALF) for one in example(model, 4, (3, 32, 32)))
     given = [images.contiguous(memory_format=torch.channels_last), *times]
@@ -394,4 +394,10 @@ def test_launches_and_passes_of_a_gradient(served, name):
     assert fuse_convolutions(model, *(one.to(HALF) for one in example(model, 2, small))) > 0
     after = counted(model, given)
     assert (before.launches, after.launches) == launches
-    assert tuple(round(one.bytes / 4e6, 2) for one in (before, after)) == megabytes
+    assert tuple(round(one.bytes / 4e3) for one in (before, after)) == kilobytes
+
+
+def test_the_page_has_these_counts():
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
+    for _, launches, kilobytes in COUNTS.values():
+        assert f"| {launches[0]} | {launches[1]} | {kilobytes[0]} | {kilobytes[1]} |" in page
