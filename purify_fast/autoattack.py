@@ -183,8 +183,8 @@ class AutoAttack:
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
             original image if the attacks found none. For a random model, the adversarial image is the point that the
-            largest number of draws misclassify; the printed accuracy comes from other draws. With ``return_labels`` also
-            the predicted classes, int64 ``[N]``.
+            largest number of draws misclassify; the printed accuracy comes from other draws. With ``return_labels``
+            also the predicted classes, int64 ``[N]``.
 
         Raises:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.

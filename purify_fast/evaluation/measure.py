@@ -196,8 +196,8 @@ class Measure:
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Return the images for an attack, bool ``[n]``.
 
-        An attack on survivors gets the images in ``left``. Any other attack gets the images that have not fallen without
-        an attack.
+        An attack on survivors gets the images in ``left``. Any other attack gets the images that have not fallen
+        without an attack.
         """
         return (left if spec.survivors_only else self.withstood(self.clean(variant)))[: spec.max_images]
 
@@ -416,8 +416,8 @@ class Measure:
             run: the run of the attack.
             sums: the outcome of the run.
             settings: the settings of the row.
-            alive: bool ``[n]``, True for images that the attack might get. All other images count as fallen, except on a
-                random model, where every image keeps the draws on its point.
+            alive: bool ``[n]``, True for images that the attack might get. All other images count as fallen, except on
+                a random model, where every image keeps the draws on its point.
             earlier: see `attacked`.
         """
         begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
@@ -464,8 +464,8 @@ class Measure:
             earlier: see `attacked`.
 
         Returns:
-            Indices of the images whose new points are stored, int64: with ``keep_all`` those whose new point is the worst
-            so far, otherwise those whose new point most of the choosing draws misclassify.
+            Indices of the images whose new points are stored, int64: with ``keep_all`` those whose new point is the
+            worst so far, otherwise those whose new point most of the choosing draws misclassify.
         """
         n, index = len(images), run.index
         clean = Worst.of_row(self.clean("random"), n)

@@ -108,8 +108,8 @@ class Report:
         """
 
         def order(row: Row) -> tuple[float, bool, bool]:
-            # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a random
-            # model choose no row, because the lowest of several noisy numbers is partly luck.
+            # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a
+            # random model choose no row, because the lowest of several noisy numbers is partly luck.
             accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
             return accuracy, row.kind != "worst", not row.reliable
 

@@ -338,7 +338,8 @@ def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
     however many rows there are.
 
     Args:
-        rows: rows of one random model in one threat model, each with at least n images; the clean row may be among them.
+        rows: rows of one random model in one threat model, each with at least n images; the clean row may be among
+            them.
         n: number of images.
     """
     worst = Worst.of_row(rows[0], n)
@@ -350,8 +351,8 @@ def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
     """Make the rows over several attacks; in such a row an image is robust if it is robust in all rows of the attacks.
 
-    On a random model this would count bad luck: with more attacks, the draws on an image are more often wrong by chance.
-    So the row counts, for each image, the worst point of all rows (`by_worst_points`).
+    On a random model this would count bad luck: with more attacks, the draws on an image are more often wrong by
+    chance. So the row counts, for each image, the worst point of all rows (`by_worst_points`).
 
     All attacks of the threat model count, also transferred images and attacks on survivors. A row that was judged on a
     variant of a random model (fixed noise, noise off) counts only for the row over this variant. Its images were also

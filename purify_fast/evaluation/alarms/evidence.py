@@ -151,7 +151,7 @@ class Evidence:
         return np.maximum.reduce(shares) if shares else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Return each attack with the share of wrong draws on the images that it attacked, ``[images]``; 0 on others."""
+        """Return each attack with the share of wrong draws on its images, ``[images]``; 0 on others."""
         clean = [row.share_wrong for row in self.rows if row.kind == "clean" and row.deployed]
         right = clean[0] < 1 if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
