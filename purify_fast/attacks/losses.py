@@ -38,17 +38,17 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits if logits.dtype == torch.float64 else logits.float()
     usual = F.cross_entropy(wide, y, reduction="none")
     with torch.no_grad():
         z, gradient = _against_others(wide, y[:, None])
-        # With NaN or infinite logits, one of these two numbers is NaN, and the comparison is False.
-        replaced = torch.maximum(usual, z) < SURE * torch.finfo(wide.dtype).eps / torch.finfo(torch.float32).eps
+        # With NaN or infinite logits, one of these two numbers is NaN, and the usual loss is kept.
+        kept = ~(torch.maximum(usual, z) < SURE * torch.finfo(wide.dtype).eps / torch.finfo(torch.float32).eps)
         bounded = z.clamp_min(min(math.log(SURE), LEAST_SLOPE * math.log(torch.finfo(logits.dtype).tiny)))
         slope = bounded.sigmoid()
         exact = torch.addcmul(F.softplus(bounded), slope, z - bounded)
-        gradient = gradient.mul_(slope[:, None]).where(replaced[:, None], 0.0)
-    return _Replaced.apply(wide, usual, gradient, exact, replaced)  # type: ignore[no-any-return]
+        gradient.mul_(slope[:, None]).masked_fill_(kept[:, None], 0.0)
+    return _Mixed.apply(wide, usual, gradient, exact, kept)  # type: ignore[no-any-return]
 
 
 def _against_others(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,22 +63,22 @@ def _against_others(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     return z, shares.scatter_(1, true, -1.0)
 
 
-class _Replaced(torch.autograd.Function):
-    """``exact`` with the given gradient where ``replaced`` is True, and ``usual`` with its own gradient elsewhere.
+class _Mixed(torch.autograd.Function):
+    """``usual`` with its own gradient where ``kept`` is True, and ``exact`` with the given gradient elsewhere.
 
-    ``gradient`` is that of ``exact`` with respect to the logits, ``[B, classes]``; it is 0 where ``replaced`` is False.
+    ``gradient`` is that of ``exact`` with respect to the logits, ``[B, classes]``; it is 0 where ``kept`` is True.
     """
 
     @staticmethod
-    def forward(ctx: Any, _logits: Tensor, usual: Tensor, gradient: Tensor, exact: Tensor, replaced: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient, replaced)
-        return torch.where(replaced, exact, usual)
+    def forward(ctx: Any, _logits: Tensor, usual: Tensor, gradient: Tensor, exact: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, kept)
+        return torch.where(kept, usual, exact)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, replaced = ctx.saved_tensors
-        return gradient * grad[:, None], torch.where(replaced, 0.0, grad), None, None, None
+        gradient, kept = ctx.saved_tensors
+        return gradient * grad[:, None], grad * kept, None, None, None
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
