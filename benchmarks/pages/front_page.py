@@ -6,7 +6,7 @@ from pathlib import Path
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
-from purify_fast.evaluation.show.tables import markdown_table, percent, percent_always
+from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from ..kept import rows_of
 from ..robustness import contests
@@ -60,7 +60,7 @@ def results_table(results: Path) -> list[str]:
     for title, study, model, attack in MODELS:
         clean, attacked = (_row(results, study, model, name) for name in ("clean", attack))
         verdict = "none" if attacked.reliable else "**ALARM**: no usable gradients"
-        body.append([title, percent_always(clean), percent(attacked), f"{attacked.n:,}", verdict])
+        body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
     head = ["model", "clean, %", "under attack, %", "attacked images", "signs of a failed attack"]
     return markdown_table(head, body)
 

@@ -49,11 +49,11 @@ from .cache import RowCache
 from .config import EvaluateConfig
 from .curve import Curve, attacks_of_curve, radii_of
 from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, images_and_labels
-from .measure import EXAMPLES, Measure
+from .measure import EXAMPLES, RULE, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
 from .report import Report
-from .rows import CURVE, Row, count_fallen, worst_rows
+from .rows import CURVE, Row, Worst, count_fallen, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
@@ -439,28 +439,34 @@ class _Evaluation:
         left: dict[tuple[str, str | None], np.ndarray] = {}
         # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The images that withstood all attacks so far on the deployed model in the report's threat model. Attacks that
-        # get only the first images (``max_images``) are left out.
-        standing = measure.clean("random").robust.copy()
+        # The rows of the deployed model, by threat model.
+        deployed: dict[str | None, list[Row]] = {}
         for spec in self.plan:
-            threat = threat_name(spec, measure.context)
-            before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
-            reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))
-            rows = [measure.attacked(spec, before[spec.variant], reached)]
+            threat, variant = threat_name(spec, measure.context), spec.variant
+            before = left.get((variant, threat), measure.withstood(measure.clean(variant)))
+            reached = margins.setdefault((variant, threat), np.full(n, np.inf))
+            images = spec.max_images or n
+            earlier = (
+                [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
+            )
+            rows = [measure.attacked(spec, before, reached, earlier)]
             source = ", kept by an earlier run" if measure.cache.was_kept else ""
-            if spec.variant != "random" and rows[0].is_attack:
-                rows.append(measure.retest_on_deployed(spec, before[spec.variant], before["random"]))
-            for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
+            if variant != "random" and rows[0].is_attack:
+                rows.append(measure.retest_on_deployed(spec, before, earlier))
+            for row, name in zip(rows, dict.fromkeys([variant, "random"]), strict=False):
                 all_rows.append(row)
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
-                left[name, threat] = before[name].copy()
-                left[name, threat][: row.n] &= row.robust | (not row.is_attack)
-                if row.is_attack and row.margins is not None:
-                    known = margins.setdefault((name, threat), np.full(n, np.inf))
-                    known[: row.n] = np.fmin(known[: row.n], row.margins)
-                if row.is_attack and row.deployed and threat is None and spec.max_images is None:
-                    standing &= row.robust
-        return all_rows + self.curve.rows(measure, standing)
+                if not row.is_attack:
+                    continue
+                known = left.setdefault((name, threat), measure.withstood(measure.clean(name)).copy())
+                known[: row.n] &= measure.withstood(row)
+                if row.margins is not None:
+                    nearest = margins.setdefault((name, threat), np.full(n, np.inf))
+                    nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
+                if row.deployed:
+                    deployed.setdefault(threat, []).append(row)
+        of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]
+        return all_rows + self.curve.rows(measure, of_all)
 
     def gather_witnesses(self, about: dict[str, Any]) -> None:
         """Gather the report's witnesses from the rows; each row then keeps only a few images for the pictures."""
@@ -487,7 +493,8 @@ class _Evaluation:
         if self.before is not None and asked is not None:
             probes = self.all_probes(self.before, asked, evidence)
             evidence = replace(evidence, probes=probes)
-            count_fallen(report.rows, probes.fallen(), float(self.measure.context.eps))
+            fallen = probes.fallen()
+            count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
@@ -502,12 +509,23 @@ class _Evaluation:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
+    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
+        """Judge the points of a random model's images that fell to probes; None if there are none."""
+        subject = self.measure.subject
+        if probes.points is None or not fallen:
+            return None
+        index = torch.tensor(fallen, dtype=torch.int64)
+        points = probes.points[index].to(subject.x.device)
+        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
+        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
+
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
         settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        settings |= {"rule": RULE} if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before) -> Probes:
@@ -539,8 +557,8 @@ class _Evaluation:
         # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
         # attack it is False for all images.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
-        robust = evidence.robust(n)
-        left = np.zeros(n, dtype=bool) if robust is None else robust
+        wrong = evidence.wrong(n)
+        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
         attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
         asked_now = functools.partial(probe, before, context, asked, left.tolist())
         made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))

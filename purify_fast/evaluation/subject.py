@@ -41,8 +41,12 @@ logger = logging.getLogger("purify_fast")
 #: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
 #: ``deterministic()``.
 Variant = Literal["random", "fixed", "deterministic"]
-#: Each phase of an evaluation has its own seed, so that no attack knows the draws by which its images are judged.
-PHASES = {"clean": 0, "attack": 1, "judge": 2}
+#: Each phase of an evaluation has its own seed: the draws that choose between points, the draws of attacks, and the
+#: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
+Phase = Literal["choose", "attack", "judge"]
+PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
+#: At least this number of draws chooses between two points of an image.
+CHOOSING = 10
 #: The largest differences of an image's logits that are taken as rounding, as shares of the spread of the logits
 #: (largest minus smallest logit). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of
 #: different shapes, for which libraries may choose different algorithms.
@@ -125,6 +129,11 @@ class Judgement:
     margins: np.ndarray
     classes: np.ndarray
 
+    @property
+    def wrong(self) -> np.ndarray:
+        """The share of wrong predictions on each image, float64 ``[n]``."""
+        return 1 - self.right.mean(0)
+
 
 class Subject:
     """A model with the images on which it is attacked.
@@ -183,6 +192,8 @@ class Subject:
                 f"predict={predict!r} needs a random model, but this model always predicts the same: leave predict out"
             )
         self.base_model = self.model
+        #: The number of predictions that choose between two points of an image.
+        self.choosing = {None: CHOOSING, "worst_of": max(CHOOSING, n_eval), "votes": CHOOSING // 2}[predict]
         if predict == "votes":
             self.model, self.n_eval = MajorityVote(self.base_model, n_eval), 1
 
@@ -293,7 +304,7 @@ class Subject:
         """The number of predictions that judge an image."""
         return self.n_eval if variant == "random" and self.is_random else 1
 
-    def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
+    def reseed(self, phase: Phase) -> None:
         """Seed the random generators for a phase."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
 
@@ -310,7 +321,7 @@ class Subject:
         self,
         x: Tensor,
         variant: Variant,
-        phase: Literal["clean", "judge"],
+        phase: Literal["choose", "judge"],
         by: Classifier | None = None,
         index: Tensor | None = None,
     ) -> Judgement:
@@ -322,12 +333,13 @@ class Subject:
         Args:
             x: the images.
             variant: variant of the model.
-            phase: phase whose seed is used.
+            phase: phase whose seed is used. Phase "choose" takes `choosing` predictions, and phase "judge" `judges`.
             by: another model, which predicts each image once; None takes the judged model.
             index: indices of the images, int64; None: the first ``len(x)``.
         """
         y = self.y[: len(x)] if index is None else self.y[index]
         model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
+        draws = self.choosing if phase == "choose" else draws
 
         def predict() -> Judgement:
             self.reseed(phase)

@@ -168,7 +168,6 @@ def test_candidates_minimize_what_they_say(loss):
 
 def row(model, attack, robust, kind):
     robust = np.array(robust, dtype=bool)
-    share = float(robust.mean())
     settings = {"eot_iter": 1, "survivors_only": False, "target": "defence"}
     return Row(
         model=model,
@@ -176,8 +175,6 @@ def row(model, attack, robust, kind):
         kind=kind,
         variant="random",
         robust=robust,
-        mean=share,
-        worst=share,
         n_eval=1,
         seed=0,
         seconds=1.0,
