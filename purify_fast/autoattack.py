@@ -30,10 +30,10 @@ from torch import Tensor
 from ._validation import NormName, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_at_least_one, check_eps
-from .attacks.attacked_model import TRIED_CALLS, differ
+from .attacks.attacked_model import TRIED_CALLS, differ, returning_logits
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
-from .evaluation.inputs import collect, returning_logits
+from .evaluation.inputs import collect
 from .evaluation.subject import device_of
 from .protocols import Classifier
 from .speed.precision import whole_float32_by_default
@@ -235,7 +235,7 @@ class AutoAttack:
             ValueError: images, labels or counts are not allowed.
         """
         check_at_least_one(bs=bs)
-        x, y = collect(x_orig, y_orig)
+        x, y, _ = collect(x_orig, y_orig)
         return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
 
     def _chosen(self) -> list[AttackName]:
@@ -252,15 +252,18 @@ class AutoAttack:
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_at_least_one(bs=size)
         attacks = {name: self._attack(name) for name in names}
-        x, y = collect(x, y)
+        x, y, notes = collect(x, y)
+        check_eps(self.epsilon, read_norm(self.norm), pixels=x[0].numel())
         begun, seed = time.monotonic(), 0 if self.seed is None else self.seed
         device = device_of(self.model, x) if self.device is None else self.device
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
-            model, classes = returning_logits(self.model, x[:1].to(device, copy=True))
+            model, classes = returning_logits(self.model, x[:FEW].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             is_random = self._is_random(model, x[:FEW].to(device))
             self._tell(f"using {self.version} version including {', '.join(names)}")
+            for note in notes:
+                self._tell(f"NOTE: {note}")
             if is_random and draws == 1:
                 self._tell("WARNING: the model is random, but each step uses a single draw: use version='rand'")
             context = AttackContext(
@@ -312,7 +315,7 @@ class AutoAttack:
         """The predicted classes of the images, on the device of the images."""
         device = device_of(self.model, x) if self.device is None else self.device
         with frozen(self.model):
-            model, _ = returning_logits(self.model, x[:1].to(device, copy=True))
+            model, _ = returning_logits(self.model, x[:FEW].to(device, copy=True))
             return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
     @staticmethod

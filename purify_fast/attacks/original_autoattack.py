@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from .._validation import Count, NormName
 from ..protocols import Classifier
-from .attacked_model import frozen, gradient_to
+from .attacked_model import frozen, gradient_to, returning_logits
 from .ball import ball_around, projected
 from .base import NORMS, Attack, AttackResult, Decided
 from .context import AttackContext
+from .gradient_copy import COMPARED
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
@@ -127,8 +128,9 @@ class AutoAttack(Attack):
         if len(x) == 0:
             return AttackResult(x.clone())
         if not context.num_classes:
-            with frozen(target), torch.no_grad():
-                context = replace(context, num_classes=target(x[:1]).shape[1])
+            with frozen(target):
+                target, classes = returning_logits(target, x[:COMPARED])
+            context = replace(context, num_classes=classes)
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.resources.counts_health else None
         with frozen(target):

@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,15 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from .._validation import NormName, check_folder, read_norm
+from .._validation import Norm, NormName, check_folder, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
-from ..attacks.arguments import check_eps
+from ..attacks.arguments import check_eps, largest_distance
 from ..attacks.attacked_model import check_leaves_images
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
+from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
 from ..ops.dispatch.records import processor
@@ -46,9 +46,9 @@ from .alarms.probes import cost as cost_of_probes
 from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
 from .auto_batch import make_room
 from .cache import RowCache
-from .config import EvaluateConfig
+from .config import BatchSize, EvaluateConfig, ProtocolName
 from .curve import Curve, attacks_of_curve, radii_of
-from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, images_and_labels
+from .inputs import as_classifier, images_and_labels
 from .measure import EXAMPLES, RULE, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
@@ -75,6 +75,9 @@ def evaluate(
     y: Tensor | None = None,
     *,
     eps: float,
+    protocol: ProtocolName | None = None,
+    batch_size: BatchSize | None = None,
+    seed: int | None = None,
     config: EvaluateConfig = EvaluateConfig(),
     norm: NormName = "linf",
     base: Classifier | None = None,
@@ -93,11 +96,16 @@ def evaluate(
             plain function, its modules are not put into evaluation mode. A warning and a note name those modules in
             training mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
-            float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
-            indices). The iterable is read once, before the attacks. Each batch is checked when it is read.
+            float32, and values outside [0, 1] by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another
+            iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, before the
+            attacks. Each batch is checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
-        config: the settings, such as the protocol, the steps and the seed.
+        protocol: name of the list of attacks, such as "fast". This argument and the next two are fields of
+            `EvaluateConfig`; None takes the value of ``config``.
+        batch_size: number of images that are attacked together, or "auto".
+        seed: seed of all random numbers.
+        config: all other settings.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
@@ -123,8 +131,9 @@ def evaluate(
         threat model with several attacks has a separate ``worst`` row.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting; a model that writes to its input; ``predict`` with a
-            deterministic model; ``out`` is a file; or several processes have different arguments.
+        ValueError: a wrong shape, dtype, range or setting, or a setting that is given twice; a model that writes to its
+            input, or does not accept every batch size; ``predict`` with a deterministic model; ``out`` is a file; or
+            several processes have different arguments.
         ConnectionError: the first of several processes does not respond.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
             `EvaluateConfig`, base cannot be called, or an element of ``attacks`` is not an attack.
@@ -132,14 +141,17 @@ def evaluate(
     """
     check_folder("out", out)
     _check_kinds(config, base)
+    config = _with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = config.images_together
-    images, labels = images_and_labels(x, y)
+    images, labels, notes = images_and_labels(x, y)
     config, given = _read_attacks(config, attacks, eps)
-    radii = radii_of(config.curve, eps, 1.0 if norm == "linf" else math.inf)
+    pixels = images[0].numel()
+    _check_radii(norm, eps, given, pixels)
+    radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    report = Report(about=_about(config, norm, eps, model, device))
+    report = Report(about=_about(config, norm, eps, model, device), notes=notes)
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(config.together))
@@ -198,6 +210,28 @@ def _check_kinds(config: object, base: object) -> None:
         raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
     if base is not None and not callable(base):
         raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
+
+
+def _with_arguments(config: EvaluateConfig, **given: Any) -> EvaluateConfig:
+    """The config with the settings that are arguments of `evaluate`; an argument that is None changes nothing."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name in given and value != each.default:
+            raise ValueError(
+                f"{each.name} is given twice, as the argument {each.name}={given[each.name]!r} of evaluate and as "
+                f"EvaluateConfig({each.name}={value!r}): leave one of the two out"
+            )
+    return replace(config, **given)
+
+
+def _check_radii(norm: Norm, eps: float, attacks: Sequence[AttackSpec], pixels: int) -> None:
+    """Refuse a radius of the evaluation, or of an attack with a radius of its own, whose ball contains every image."""
+    check_eps(eps, norm, pixels=pixels)
+    for attack in (spec.resolved for spec in attacks):
+        own: Any = attack
+        if attack.norms and own.eps is not None:
+            check_eps(own.eps, own.norm or norm, pixels=pixels)
 
 
 def _read_attacks(
@@ -292,6 +326,9 @@ def _first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, na
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
+    dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None
+    if dtype is not None:
+        notes.append(f"the weights of {name} are {dtype}, so its images were converted to this dtype")
     if subject.has_probabilities:
         kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
         logger.warning("%s %s. The report will mark its accuracy", name, kind)
@@ -384,7 +421,8 @@ class _Evaluation:
         """Select the attacks that the model allows, and the attacks of the curve."""
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
-        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
+        given = self.report.about.get("protocol") is None
+        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name, given)
         self.report.notes += [note for note in notes if note not in self.report.notes]
         self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
         at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))

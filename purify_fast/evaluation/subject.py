@@ -18,13 +18,15 @@ from ..attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
     TRIED_ROWS,
-    ask,
     check_leaves_images,
     differ,
     drawn_once_per_call,
+    logits_of,
+    returning_logits,
 )
 from ..attacks.base import ThreatModel
 from ..attacks.losses import margin
+from ..attacks.outputs import are_one_hot, are_probabilities
 from ..defences import Defence, MajorityVote
 from ..defences.voting import undecided
 from ..model_state import class_functions, fingerprint, hidden_modules, used_modules
@@ -33,7 +35,6 @@ from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .config import Predict
-from .inputs import are_one_hot, are_probabilities, returning_logits
 from .surrogates import surrogates
 
 logger = logging.getLogger("purify_fast")
@@ -178,7 +179,7 @@ class Subject:
         self.room = Room(None, self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, self.sample_images()[:1])
+        self.model, self.num_classes = returning_logits(model, self.sample_images())
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
         self.is_random = differ(one, other) or self.answers_vary(self.model)
@@ -204,12 +205,9 @@ class Subject:
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
-        logits = ask(model, x)
-        if logits.shape != (len(x), self.num_classes):
-            raise ValueError(
-                f"the model must return a row of {self.num_classes} logits for each image, got {list(logits.shape)} "
-                f"for {len(x)} images: does it mix or drop images of a batch?"
-            )
+        logits = logits_of(model, x)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"the model must return {self.num_classes} logits for each image, got {logits.shape[1]}")
         return logits
 
     def _check_labels(self) -> None:

@@ -21,11 +21,12 @@ from .._tensors import digest, weights_fingerprint
 from ..attacks import frozen
 from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
+from ..attacks.outputs import LogitsOf
 from ..model_state import fingerprint
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .config import Predict
-from .inputs import LogitsOf, as_classifier
+from .inputs import as_classifier
 from .rows import Row, by_worst_points
 from .show.text import render
 from .specs import ROUNDING, moved

@@ -36,7 +36,7 @@ from .distributed import average_, from_first, heartbeat, report_missing_process
 from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, make_sources, step_seed
+from .sources import HeldOut, Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
@@ -175,6 +175,9 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
     for raw in run.source.epoch(epoch, run.step % run.steps):
+        if not images and isinstance(run.source, Loader):
+            # the shape of a loader's images is not known before
+            task.check(tuple(raw[0].shape[1:]), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from .._process import processes
 from .._tensors import digest
+from ..attacks.arguments import ROUNDING, advice_for_range
 from ..data import StreamedImages, batches, read_ahead
 from .bank import BankedImages
 from .config import FitConfig
@@ -155,7 +156,7 @@ class Loader:
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
         if isinstance(self.x, DataLoader) and self.x.generator is not None:
             self.x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
-        given, seen = iter(self.x(epoch) if callable(self.x) else self.x), 0
+        given, seen, clamped = iter(self.x(epoch) if callable(self.x) else self.x), 0, False
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             try:
@@ -171,7 +172,9 @@ class Loader:
                 _check_batch(images, labels, ids)
                 if k == first and images.is_floating_point():
                     # this check runs once in an epoch, because it waits for the images' device
-                    _check_range(images)
+                    clamped = _outside_by_rounding(images)
+                if clamped:
+                    images = images.clamp(0, 1)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
     def banked_images(self) -> BankedImages:
@@ -250,14 +253,17 @@ def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
             raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
 
 
-def _check_range(images: Tensor) -> None:
-    """Raise ValueError for floating-point images that are not in [0, 1]."""
-    if not bool(((images >= 0) & (images <= 1)).all()):
-        low, high = images.min(), images.max()
+def _outside_by_rounding(images: Tensor) -> bool:
+    """Tell whether some values are outside [0, 1], but only by rounding; ValueError for other values outside."""
+    low, high = (float(value) for value in images.aminmax())
+    # the condition is negated so that NaN is refused too
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        normalized = "; if they are normalized, undo this, and normalize in the model"
         raise ValueError(
-            f"x: images must be in [0, 1] without NaN, got values in [{low:.4g}, {high:.4g}]: divide them by 255 or "
-            "pass uint8, and normalize them in the model if it needs that"
+            f"x: images must be in [0, 1] without NaN, got values in [{low:.5g}, {high:.5g}]"
+            f"{normalized if low < 0 else advice_for_range(low, high)}"
         )
+    return low < 0 or high > 1
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

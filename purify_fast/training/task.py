@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import first_tensor
+from .._validation import Precision
 from ..models.representation import count_classes, evaluation_mode
+from ..speed.folding.inference_copy import autocast_to
 from ..speed.graphs.step_graphs import StepGraphs
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
@@ -215,24 +218,43 @@ class Task:
 
 
 @torch.no_grad()
-def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    """Run a classifier on one black image, and refuse images or labels that the classifier does not accept.
+def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, precision: Precision = "float32") -> None:
+    """Run a classifier on two black images and on one, and refuse what a training of the classifier does not accept.
 
     Args:
         model: images to logits.
         shape: shape of an image, (C, H, W).
         classes: the largest label plus one.
+        precision: precision of the training.
 
     Raises:
-        ValueError: the images or labels do not fit; the message says why.
+        ValueError: the model cannot be trained, or the images or labels do not fit; the message says why.
     """
     weight = first_tensor(model)
-    image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
-    with evaluation_mode(model):
-        try:
-            known = count_classes(lambda: model(image), shape, 1)
-        except ValueError as error:
-            raise ValueError(f"x: {error}") from error
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights were made within torch.inference_mode(), so they cannot be trained: give "
+            "copy.deepcopy(model), made outside of torch.inference_mode()"
+        )
+    images = torch.zeros((2, *shape), device=weight.device)
+    rounded = precision == "bfloat16"
+    try:
+        with evaluation_mode(model), autocast_to(weight.device, torch.bfloat16) if rounded else nullcontext():
+            # A model may fail only on a single image, and that error alone would not show the reason.
+            known = count_classes(lambda: model(images), shape, 2)
+            count_classes(lambda: model(images[:1]), shape, 1)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the model must have the modes of training and evaluation, but it refuses eval() ({error}): train the "
+            "module from which it was exported"
+        ) from error
+    except ValueError as error:
+        if weight.dtype != torch.float32 and isinstance(error.__cause__, RuntimeError):
+            raise ValueError(
+                f"the model's weights must be float32, got {weight.dtype}: give model.float(). With the precision "
+                f'"bfloat16", a training still computes in bfloat16 ({error.__cause__})'
+            ) from error
+        raise ValueError(f"x: {error}") from error
     check_labels(classes, known)
 
 

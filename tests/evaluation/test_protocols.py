@@ -267,24 +267,24 @@ def test_models_that_return_other_things_than_logits():
             lambda z: (net(z), z),
             TypeError,
             r"a torch.Tensor of logits \[B, classes\], or an object or mapping .* the name logits, got a tuple of "
-            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member "
+            r"torch.Tensor torch.float32 \[8, 10\], torch.Tensor torch.float32 \[8, 1, .*\. If the logits are member "
             r"0, give lambda x: model\(x\)\[0\]",
         ),
         (
             lambda z: net(z).detach().numpy(),
             TypeError,
-            r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
+            r"got numpy.ndarray float32 \[8, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
         (lambda z: None, TypeError, "the name logits, got NoneType$"),
         (
             lambda z: net(z)[:, 0],
             ValueError,
-            r"a single number for each image, \[1\].*at least two classes.*torch.stack",
+            r"a single number for each image, \[8\].*at least two classes.*torch.stack",
         ),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image.*torch.cat"),
-        (lambda z: net(z).mean(0, keepdim=True), ValueError, r"a row of 10 logits for each image, got \[1, 10\] for"),
-        (lambda z: net(z[:9]), ValueError, r"a row of 10 logits for each image, got \[9, 10\] for 12 images"),
-        (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
+        (lambda z: net(z).mean(0, keepdim=True), ValueError, r"logits \[B, classes\], got \[1, 10\] for 8 images: does it mix"),
+        (lambda z: net(z[:9]), ValueError, r"logits \[B, classes\], got \[9, 10\] for 12 images: does it mix"),
+        (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[8, 10, 1\]"),
         (nn.Linear, TypeError, r"the model must be an object, got the class Linear: give Linear\(\.\.\.\)"),
         ("resnet18", TypeError, "the model must be a callable from images to logits, got str"),
     ):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
+from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ..rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
