@@ -35,7 +35,7 @@ def test_every_training_is_in_the_table():
 def test_kernels_halve_the_launches(training, one_thread):
     """By the rule that holds on a GPU where nothing was raced; with the attack's step captured, three times as few."""
     plain, rule, captured = (launches.count(launches.TRAININGS[training], by) for by in COUNTED)
-    assert plain >= (1.7 if training in MOSTLY_NETWORKS else 2.0) * rule
+    assert plain >= (1.6 if training in MOSTLY_NETWORKS else 2.0) * rule
     assert plain >= 3 * captured
     for by, counted in zip(COUNTED, (plain, rule, captured), strict=True):
         committed = int(COMMITTED[training][by])

@@ -64,11 +64,11 @@ def test_captured_attacks_train_the_same_weights(rerun, name):
 #: table of docs/speed.md. Another version of PyTorch may take a few more or less.
 COUNTS = {
     # no image drifts so far that it is replayed
-    "ARREST": (lambda: arrest(steps=10, tau=10.0), 644, 166),
-    "CARSO": (lambda: carso("classifier", steps=10), 911, 386),
-    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 1968, 297),
-    "AToP": (lambda: atop_task("classifier"), 478, 438),
-    "AToP, pipeline": (lambda: atop_task("pipeline", steps=10), 3083, 452),
+    "ARREST": (lambda: arrest(steps=10, tau=10.0), 923, 166),
+    "CARSO": (lambda: carso("classifier", steps=10), 1219, 386),
+    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 2247, 297),
+    "AToP": (lambda: atop_task("classifier"), 504, 438),
+    "AToP, pipeline": (lambda: atop_task("pipeline", steps=10), 3351, 452),
 }
 
 
