@@ -68,7 +68,7 @@ class APGD(EngineAttack):
     """
 
     kind: ClassVar[str] = "apgd"
-    code_version: ClassVar[str] = "9"
+    code_version: ClassVar[str] = "8"
     follows_gradients: ClassVar[bool] = True
 
     steps: Count | None = None

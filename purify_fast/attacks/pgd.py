@@ -157,7 +157,7 @@ class PGD(Attack):
     """
 
     kind: ClassVar[str] = "pgd"
-    code_version: ClassVar[str] = "4"
+    code_version: ClassVar[str] = "3"
     norms: ClassVar[tuple[str, ...]] = NORMS
     #: The first word of the attack's name.
     label: ClassVar[str] = "PGD"
@@ -225,7 +225,7 @@ class LeavingPGD(PGD):
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    code_version: ClassVar[str] = "4, leaving 1"
+    code_version: ClassVar[str] = "3, leaving 1"
 
     look_every: Count = 20
 
@@ -276,7 +276,7 @@ class FGSM(Attack):
     """
 
     kind: ClassVar[str] = "fgsm"
-    code_version: ClassVar[str] = "3"
+    code_version: ClassVar[str] = "2"
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     eps: float | None = None

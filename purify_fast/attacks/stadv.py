@@ -122,7 +122,7 @@ class StAdv(Attack):
     """
 
     kind: ClassVar[str] = "stadv"
-    code_version: ClassVar[str] = "4"
+    code_version: ClassVar[str] = "3"
 
     loss: Loss = "margin"
     steps: Count | None = None

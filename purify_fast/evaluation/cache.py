@@ -32,7 +32,7 @@ logger = logging.getLogger("purify_fast")
 #: of the judgment, of the counts, or of the definition of an op. Do not increase it for edited comments, docstrings,
 #: labels, pictures and tables, or for faster kernels of the same function. For a change within a single attack,
 #: increase the version of this attack instead, so that cached rows of the other attacks remain valid.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
