@@ -45,7 +45,11 @@ BAD = {
     "whole numbers": (lambda z: (9 * z).int(), ValueError, "floating point, got torch.int32 .*return output.float()"),
     "transposed": (lambda z: z.T, ValueError, r"got \[6, (\d)\] for \1 images: are they transposed\? Return logits.T"),
     "one row": (lambda z: z[:1], ValueError, r"got \[1, 6\] for \d images: does it mix or drop images"),
-    "maps": (lambda z: z[:, :, None], ValueError, r"must return logits \[B, classes\], got \[(\d), 6, 1\] for \1 images$"),
+    "maps": (
+        lambda z: z[:, :, None],
+        ValueError,
+        r"must return logits \[B, classes\], got \[(\d), 6, 1\] for \1 images$",
+    ),
 }
 
 
@@ -175,9 +179,9 @@ def test_a_batch_size_in_the_model_is_named(model, batch):
     with pytest.raises(ValueError, match=message.format(4, "1 image")):
         PGD(steps=2)(lambda z: net(z.reshape(4, -1)), x[:4], y[:4], eps=0.1, max_forward_batch=3)
     static = torch.export.export(model.eval(), (x,)).module()
-    with pytest.raises(ValueError, match=r"It runs on 9 images, but fails on 1 image .*Guard failed.*: export it with a"):
+    with pytest.raises(ValueError, match=r"runs on 9 images, but fails on 1 image .*Guard failed.*: export it with a"):
         returning_logits(static, x)
-    with pytest.raises(ValueError, match=r"It runs on 9 images, but fails on 4 images .*export it with a dynamic batch"):
+    with pytest.raises(ValueError, match=r"runs on 9 images, but fails on 4 images .*export it with a dynamic"):
         PGD(steps=2)(static, x[:4], y[:4], eps=0.1)
 
 
@@ -249,6 +253,6 @@ def test_an_error_leaves_the_statistics_of_a_module_in_training_mode(batch):
     """The calls that find the reason are made in evaluation mode."""
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 6)).half().train()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="weights are torch.float16"):
+    with pytest.raises(ValueError, match=r"weights are torch\.float16"):
         PGD(steps=2)(net, *batch, eps=0.1)
     assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

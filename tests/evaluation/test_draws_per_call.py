@@ -245,7 +245,7 @@ class RarelyTurned(nn.Module):
 
 
 def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
-    """The copies of an image in a call were equal, because its draws are rarely different, and another call differed."""
+    """The copies of an image in a call were equal, because its draws rarely differ, and another call differed."""
     x = torch.rand(6, 1, 4, 4)
     for share in (0.5, 0.1, 0.03):
         for images, draws, most in ((6, 20, None), (1, 20, None), (6, 20, 2), (1, 2, None)):
