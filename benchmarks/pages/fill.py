@@ -20,7 +20,7 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 from purify_fast.evaluation.show.tables import markdown_table
 
-from .. import RESULTS
+from .. import RESULTS, options
 from ..gpu import launches
 from ..kept import machines
 from ..prose import wrapped
@@ -341,8 +341,22 @@ def publish() -> None:
             print(f"{page}: the results of the table {name} are missing, so the table was not written", file=sys.stderr)
 
 
+def ship_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m benchmarks ship``."""
+    options.add_device(parser)
+    parser.add_argument(
+        "--file", type=Path, help="a raced.json that purify-fast tune wrote on another machine; --device is then unused"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="OP", help="ops that are left out, for example changed kernels"
+    )
+
+
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
+    raced = shipping.of_device(chosen.device) if chosen.file is None else shipping.of_file(chosen.file)
+    machine = raced["machine"]
+    folder = "cpu" if machine["kind"] == "cpu" else running.folder_of(machine["device"])
+    path = shipping.put(raced, RESULTS / folder, chosen.without)
     publish()
     return path
