@@ -13,16 +13,14 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
-from purify_fast.evaluation.show.tables import markdown_table
 
 from .. import RESULTS, options
 from ..gpu import launches
-from ..kept import machines
 from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
@@ -49,47 +47,15 @@ def every_page() -> list[Path]:
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def pipelines(results: Path, *wanted: str) -> list[str]:
-    """Return the table of some pipelines, with a line for each implementation and a column for each case.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-        wanted: names of pipelines.
-    """
-
-    def memory(row: Mapping[str, str]) -> str:
-        if not row["peak_MB"]:
-            return ""
-        return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
-
-    rows = [row for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES) if row["pipeline"] in wanted]
-    cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
-    times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
-    body = []
-    for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        ours = contestant.startswith("ours")
-        line = [f"**purify_fast{contestant.removeprefix('ours')}**" if ours else contestant]
-        for pipeline, case, _ in cases:
-            row = times.get((pipeline, case, contestant))
-            line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
-        body.append(line)
-    # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
-    # explains the name too.
-    heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
-    more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
-    what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
-    return [f"{machines(rows)}. {what}.", "", *markdown_table(["", *heads], body)]
-
-
 #: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
-    "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
-    "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
-    "pipelines_diffusion": lambda results: pipelines(results, "diffusion"),
-    "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
+    "pipelines_carso": lambda results: performance.pipelines(results / "cpu", "carso_inference", "carso_training"),
+    "pipelines_atop": lambda results: performance.pipelines(results / "cpu", "atop_finetune"),
+    "pipelines_diffusion": lambda results: performance.pipelines(results / "cpu", "diffusion"),
+    "pipelines_arrest": lambda results: performance.pipelines(results / "cpu", "arrest_step"),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
     "front_attacks": front_page.judges_sentences,
