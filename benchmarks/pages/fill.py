@@ -20,7 +20,6 @@ from purify_fast import zoo as packed
 from purify_fast._files import write_text
 
 from .. import RESULTS, options
-from ..gpu import launches
 from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
@@ -62,7 +61,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
     "performance_devices": performance.devices,
     "measured": performance.chapters,
-    "launches": launches.table,
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
@@ -278,7 +276,6 @@ def check(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks report``."""
-    parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; check that README and docs agree with the results"
     )
@@ -292,8 +289,6 @@ def main(chosen: argparse.Namespace) -> bool | None:
         return not problems
     for folder in sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
         sheets.report(folder)
-    if chosen.count:
-        print(launches.write(RESULTS))
     front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
     publish()
     return None
