@@ -26,7 +26,7 @@ from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
 from ..speed import gradient_memory, running, sheets, shipping
-from . import front_page, performance
+from . import front_page, gpu_tables, performance
 
 ROOT = RESULTS.parents[1]
 
@@ -59,6 +59,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "front_speed": front_page.speed_table,
     "front_attacks": front_page.judges_sentences,
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
+    "gpu_evaluation": lambda results: gpu_tables.evaluations(results / front_page.GPU),
     "performance_devices": performance.devices,
     "measured": performance.chapters,
     "broken": broken.table,
@@ -90,7 +91,7 @@ def value(study: str, model: str, key: str, results: Path) -> str:
     An accuracy is the mean over the seeds of the study.
 
     Args:
-        study: name of the study, or ``cpu`` for a speedup.
+        study: name of the study, or of a device's folder for a speedup, such as ``cpu``.
         model: name of the model in the study's table. For a speedup, the names of pipeline and case: "pipeline, case".
         key: name of the attack. For a study with a file ``studies/STUDY.json``, a key of this file's rows. For a
             speedup, the name of the implementation.
@@ -99,8 +100,8 @@ def value(study: str, model: str, key: str, results: Path) -> str:
     Raises:
         ValueError: the results contain no such number.
     """
-    if study == "cpu":
-        place = f"cpu/{sheets.PIPELINES}"
+    place = f"{study}/{sheets.PIPELINES}"
+    if speed := (results / place).is_file():
         own = [row for row in sheets.read_csv(results / place) if f"{row['pipeline']}, {row['case']}" == model]
         found = [float(row["speed_up"]) for row in own if row["contestant"] == key and row["ms"]]
     elif (results / f"studies/{study}.json").is_file():
@@ -115,7 +116,7 @@ def value(study: str, model: str, key: str, results: Path) -> str:
         comment = f"<!-- value: {study}/{model}/{key} -->"
         raise ValueError(f"{comment} names no number in results/{place}: correct the comment, or run the study again")
     mean = statistics.fmean(found)
-    return f"{mean:.2f}" if study == "cpu" else f"{100 * mean:.1f}"
+    return f"{mean:.2f}" if speed else f"{100 * mean:.1f}"
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:

@@ -24,7 +24,7 @@ def ours(name: str) -> str:
 
 
 def verdicts(folder: Path) -> list[str]:
-    """Return the table of the largest error of each kernel, compared with its definition in float64."""
+    """Return the table of each kernel's error, compared with its definition in float64."""
     body = []
     for row in sheets.rows_of(folder / VERDICTS):
         error, budget = float(row["error"]), float(row["budget"])
@@ -32,7 +32,7 @@ def verdicts(folder: Path) -> list[str]:
         share = f"{100 * error / budget:.0f} %" if budget else "exact"
         right = "right" if row["passed"] == "True" else "**wrong**"
         body.append([row["op"], right, f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
-    return sheets.table(["op", "verdict", "largest error", "allowed", "share", "where"], body)
+    return sheets.table(["op", "verdict", "error", "allowed", "share", "case"], body)
 
 
 def captures(folder: Path) -> list[str]:

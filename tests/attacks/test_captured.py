@@ -130,8 +130,7 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
     return (counts[1] - counts[0]) / 20
 
 
-#: Attacks, what a step of theirs launches where kernels serve, and how much of it beside a graph at most: the table of
-#: docs/speed.md.
+#: Attacks, what a step of theirs launches where kernels serve, and how much of it beside a graph at most.
 COUNTS = {
     "constant step": (pgd, {"alpha": 0.01}, 48, 0),
     "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 48, 0),
