@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def verdicts(folder: Path) -> list[str]:
     body = []
     for row in sheets.rows_of(folder / VERDICTS):
         error, budget = float(row["error"]), float(row["budget"])
-        # A kernel that moves numbers may have no error at all.
-        share = f"{100 * error / budget:.0f} %" if budget else "exact"
+        # A kernel that only moves numbers may have no error at all.
+        share = f"{100 * error / budget:.0f} %" if budget else "-" if error else "exact"
         right = "right" if row["passed"] == "True" else "**wrong**"
         body.append([row["op"], right, f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
     return sheets.table(["op", "verdict", "error", "allowed", "share", "case"], body)
@@ -62,7 +63,7 @@ def evaluations(folder: Path) -> list[str]:
     for attack, own in by_attack.items():
         seconds = {part: float(row["seconds"]) for part, row in own.items()}
         times = [f"{seconds[part]:.2f}" if part in own else "-" for part in parts]
-        gain = f"{seconds[OFF] / seconds[AUTO]:.2f}" if {OFF, AUTO} <= {*seconds} else "-"
+        gain = f"{seconds[OFF] / seconds[AUTO]:.2f}" if OFF in own and seconds.get(AUTO) else "-"
         left, other = (max(int(row[column]) for row in own.values()) for column in ("robust", "other_than_off"))
         body.append(["all attacks" if attack == "worst" else attack, *times, gain, left, other])
     heads = [f"{part}, s" for part in parts]
@@ -70,9 +71,13 @@ def evaluations(folder: Path) -> list[str]:
 
 
 def pgd_forms(folder: Path) -> list[dict]:
-    """Return the rows of the forms of an attack by PGD. The new column ``share`` is the share of the matrix rate."""
+    """Return the rows of the forms of an attack by PGD. The new column ``share`` is the share of the matrix rate.
+
+    The share is NaN if the matrix rate was not measured.
+    """
     rows, rates = sheets.rows_of(folder / PGD), limits.read(folder)
-    return [{**row, "share": 1e3 * float(row["TFLOP_per_s"]) / rates[row["device"], limits.PRODUCT]} for row in rows]
+    peaks = [rates.get((row["device"], limits.PRODUCT), math.nan) for row in rows]
+    return [{**row, "share": 1e3 * float(row["TFLOP_per_s"]) / peak} for row, peak in zip(rows, peaks, strict=True)]
 
 
 def pgd(folder: Path) -> list[str]:
@@ -82,7 +87,8 @@ def pgd(folder: Path) -> list[str]:
     best, mine = min(times, key=times.__getitem__), min(ms for form, ms in times.items() if form.startswith("ours"))
     body = []
     for row in rows:
-        rates = f"{int(row['images_per_s']):,}", f"{float(row['TFLOP_per_s']):.0f}", f"{100 * row['share']:.0f} %"
+        share = "-" if math.isnan(row["share"]) else f"{100 * row['share']:.0f} %"
+        rates = f"{int(row['images_per_s']):,}", f"{float(row['TFLOP_per_s']):.0f}", share
         speed = mine / times[row["form"]]
         body.append([ours(row["form"]), f"{times[row['form']]:.1f}", *rates, f"{speed:.2f}"])
     heads = ["form", "ms", "images/s", "TFLOP/s", "share of the matrix rate", "times as fast as our fastest form"]

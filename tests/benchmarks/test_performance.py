@@ -93,8 +93,10 @@ def test_losses_of_the_h200_are_said():
 def test_a_wrong_kernel_and_a_form_that_wins_are_said(tmp_path):
     """And where an evaluation was not finished, there is no speedup."""
     verdict = {"op": "stitch", "error": "2.0", "budget": "1.0", "case": "here", "passed": "False"}
-    sheets.write_csv(tmp_path / gpu_sections.VERDICTS, [verdict])
-    assert cells(gpu_tables.verdicts(tmp_path)) == [["stitch", "**wrong**", "2.0e+00", "1.0e+00", "200 %", "here"]]
+    sheets.write_csv(tmp_path / gpu_sections.VERDICTS, [verdict, {**verdict, "budget": "0.0"}])
+    told = ["stitch", "**wrong**", "2.0e+00"]
+    wrong = [[*told, "1.0e+00", "200 %", "here"], [*told, "0.0e+00", "-", "here"]]
+    assert cells(gpu_tables.verdicts(tmp_path)) == wrong
     sheets.write_csv(tmp_path / limits.FILE, [{"limit": limits.PRODUCT, "median": "1000.0", "device": "G"}])
     forms = {"plain": "4.0", "expert, torch.compile": "3.0", "ours": "2.0"}
     rows = [{"form": form, "ms": ms, "images_per_s": "1", "TFLOP_per_s": "0.25"} for form, ms in forms.items()]
@@ -102,6 +104,8 @@ def test_a_wrong_kernel_and_a_form_that_wins_are_said(tmp_path):
     *lines, said = gpu_tables.pgd(tmp_path)
     assert said == "The fastest form is one of this package."
     assert [row[-2:] for row in cells(lines)] == [["25 %", "0.50"], ["25 %", "0.67"], ["25 %", "1.00"]]
+    (tmp_path / limits.FILE).unlink()
+    assert {row[-2] for row in cells(gpu_tables.pgd(tmp_path))} == {"-"}
     row = {"part": gpu_tables.OFF, "attack": "clean", "seconds": "2.0", "robust": "5", "other_than_off": "0"}
     auto = {**row, "part": gpu_tables.AUTO, "seconds": "1.0", "other_than_off": "3"}
     sheets.write_csv(tmp_path / gpu_sections.STANDARD, [row, {**row, "attack": "PGD"}, auto])
