@@ -11,7 +11,6 @@ from typing import Any
 from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check
-from .options import add_device
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
@@ -38,8 +37,8 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "ship": (
-        SimpleNamespace(main=fill.ship, arguments=add_device),
-        "put the kernel choices that purify-fast tune made on this machine into the package",
+        SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),
+        "put the kernel choices that purify-fast tune made on this or another machine into the package",
     ),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),

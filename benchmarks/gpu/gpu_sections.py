@@ -55,7 +55,7 @@ from ..speed import limits, pipelines, sheets, shipping, timing
 from ..speed.ops import registry
 from ..speed.pipelines.carso_inference import classifier
 from ..speed.running import Budget, run_ops, run_pipelines
-from .launches import Replays
+from .replays import Replays
 
 ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")

@@ -67,7 +67,7 @@ def test_the_cross_entropy_of_a_sure_model_is_that_of_float64(classes, dtype, lo
     value, exact, z = in_float64(logits, y)
     assert loss.dtype == torch.promote_types(dtype, torch.float32) and gradient.dtype == dtype
     seen = z > -lowest
-    assert 5 < seen.sum() and (loss.double() / value - 1)[seen].abs().max() < min(rounding, 1e-4)
+    assert seen.sum() > 5 and (loss.double() / value - 1)[seen].abs().max() < min(rounding, 1e-4)
     assert relative(gradient, exact)[seen].max() < rounding
     # further down the size stays, so that no gradient vanishes, and the direction is right
     units = (each / each.norm(dim=1, keepdim=True) for each in (gradient.double(), exact))

@@ -57,6 +57,8 @@ def test_long_lines_are_broken_where_nothing_changes_its_meaning():
     assert all(line in broken.split("\n") for line in (f"| {words} |", words, f"## {words}"))
     assert broken.split() == text.split() and not re.search(r"^- (?!word word)", broken, re.M)
     assert wrapped(broken) == broken
+    # bold words begin no list item
+    assert "\nword" in wrapped(f"**Bold** {words}")
 
 
 @pytest.mark.parametrize("page", fill.every_page(), ids=lambda page: page.name)

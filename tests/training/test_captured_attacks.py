@@ -60,8 +60,8 @@ def test_captured_attacks_train_the_same_weights(rerun, name):
     assert rerun.recorded == needed and rerun.replayed >= 2
 
 
-#: Operators that the host dispatches in a training step, eager and beside captured attacks, where kernels serve: the
-#: table of docs/speed.md. Another version of PyTorch may take a few more or less.
+#: Operators that the host dispatches in a training step, eager and beside captured attacks, where kernels serve.
+#: Another version of PyTorch may take a few more or less.
 COUNTS = {
     # no image drifts so far that it is replayed
     "ARREST": (lambda: arrest(steps=10, tau=10.0), 923, 166),
