@@ -61,7 +61,7 @@ def test_json_round_trip():
     assert back.rows[0].settings == {"steps": 3, "eps": 0.1, "target": None} and back.rows[1].health is None
     assert back.paired(report, "PGD").difference == 0
     with pytest.raises(ValueError, match="format 99"):
-        Report.from_json(text.replace('"format": 2', '"format": 99'))
+        Report.from_json(text.replace('"format": 3', '"format": 99'))
 
 
 def test_numbers_in_the_tables():
