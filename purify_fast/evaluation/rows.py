@@ -407,9 +407,11 @@ def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float, points:
             else:
                 # Copies, because the row of an attack may have the same arrays.
                 known = Worst(*(array.copy() for array in Worst.of_row(row, row.n)))
-                at = Worst(*(array[index] for array in known)).or_worse(Worst(*(array[mine] for array in points)))
-                for array, worse in zip(known, at, strict=True):
-                    array[index] = worse
+                found = Worst(*(array[mine] for array in points))
+                worse = found.is_worse(Worst(*(array[index] for array in known)))
+                index = index[worse]
+                for array, new in zip(known, found, strict=True):
+                    array[index] = new[worse]
                 row.count(known)
             row.reliable = row.reliable or bool((row.share_wrong == 1).all())
             row.fell_to_probes = len(index)

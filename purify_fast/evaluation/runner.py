@@ -531,7 +531,8 @@ class _Evaluation:
         if self.before is not None and asked is not None:
             probes = self.all_probes(self.before, asked, evidence)
             evidence = replace(evidence, probes=probes)
-            fallen = probes.fallen()
+            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
+            fallen = probes.found() if subject.is_random else probes.fallen()
             count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]

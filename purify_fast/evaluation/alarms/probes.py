@@ -102,6 +102,10 @@ class Probes:
         found = masks or (self.fell, *self.copies.values())
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
 
+    def found(self) -> list[int]:
+        """The indices of all images that fell to a probe, whether they withstood the attacks of the report or not."""
+        return [image for image, fell in enumerate(zip(self.fell, *self.copies.values(), strict=True)) if any(fell)]
+
     def curves(self) -> dict[str, list[list[float]]]:
         """Return the curves that are not empty, by the name of the setting that varies along the curve."""
         named = {"steps": self.steps, "EOT draws": self.eot}
