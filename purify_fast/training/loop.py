@@ -69,16 +69,16 @@ def fit(
 
     Args:
         task: the training: model, optimizers and step.
-        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains,
-            or streamed from a file. Tensors and streamed files give the same weights to the bit, and a run with one of
-            them can be resumed with the other. Every process passes all images. **A loader**: a DataLoader or another
+        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains
+            (a tensor or a NumPy array), or streamed from a file. All of these give the same weights to the bit, and a
+            run with one of them can be resumed with another. Every process passes all images. **A loader**: a DataLoader or another
             iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
             uint8. Every process passes its own share. `fit` does not control the order, so a run can be resumed between
             epochs only. A resumed run repeats the order if the loader draws it from torch's global generator or from
             the DataLoader's own generator, as with ``shuffle=True``. **A function** of the epoch that returns such an
             iterable, and that repeats the order when it is called again for the same epoch. With a function, a run can
             be resumed at any step: the epoch's earlier batches are read again, but not used.
-        y: labels of the images, int64 ``[N]``; None with a loader or a function.
+        y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
         config: length and settings of the training. With a loader or a function, its batch_size has no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
@@ -96,7 +96,8 @@ def fit(
     Raises:
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
-            than a batch has; the task does not measure the metric of keep_best; the folder has a checkpoint of another
+            than a batch has; a batch of one image reaches a BatchNorm that needs several values; the task does not
+            measure the metric of keep_best; the folder has a checkpoint of another
             run; a bank is given, but the attacked model is trained, or images are cropped at random or come from a
             loader. With several processes also: they cannot share a batch evenly, they have different data or settings,
             or a model in training mode has a BatchNorm that is not synchronized.
@@ -116,7 +117,8 @@ def fit(
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
-    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
+    # The caller may be within torch.no_grad() or torch.inference_mode().
+    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop, torch.inference_mode(False), torch.enable_grad():
         # if the folder is locked, all processes raise the error
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()

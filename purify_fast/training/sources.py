@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Sized
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._process import processes
@@ -166,6 +167,7 @@ class Loader:
                     f"x must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
                 ) from None
             images, labels, *rest = batch
+            images, labels = _as_tensor(images), _as_labels(_as_tensor(labels))
             ids = rest[0] if rest else torch.arange(seen, seen + len(images))
             seen += len(images)
             if k >= first:
@@ -192,12 +194,16 @@ def make_sources(
     The second source is None if the run has no held-out images. Every process gets all held-out images.
     """
     device, share = next(task.model.parameters()).device, config.validation_share
+    x, y = _as_tensor(x), _as_labels(_as_tensor(y))
+    if isinstance(validation, tuple):
+        validation = _as_tensor(validation[0]), _as_labels(_as_tensor(validation[1]))  # type: ignore[assignment]
     held: Tensor | None = None
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
         source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # InMemory refuses None
         task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
+        _check_batches_of_one(task.model, source)
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
     elif share > 0:
@@ -223,6 +229,48 @@ def make_sources(
     if config.keep_best != "off":
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
     return source, None
+
+
+def _as_tensor(values: Any) -> Any:
+    """Return an array as a tensor, and anything else unchanged."""
+    return torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values
+
+
+def _as_labels(y: Any) -> Any:
+    """Return integer labels of any size as int64, and anything else unchanged."""
+    integers = (torch.int8, torch.int16, torch.int32, torch.uint8)
+    return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
+
+
+def _check_batches_of_one(model: nn.Module, source: InMemory) -> None:
+    """Refuse a batch of one image if the model's BatchNorm cannot be trained on it.
+
+    BatchNorm needs several values of a channel, which a single image has only where its maps have several pixels. So a
+    copy of the model predicts an image in training mode. Several processes share the statistics of their batches.
+    """
+    config, n = source.config, len(source.ids)
+    full = n // config.batch_size
+    last = not config.drop_last and n % config.batch_size == 1 and source.steps > full
+    if processes()[1] > 1 or not (last or config.batch_size == 1):
+        return
+    copied, seen = copy.deepcopy(model).train(), ["BatchNorm"]
+    for name, module in copied.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kind = f"{type(module).__name__} (layer {name})"
+            module.register_forward_pre_hook(lambda *_, kind=kind: seen.append(kind))
+    weight = next(copied.parameters())
+    try:
+        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
+            copied(torch.zeros((1, *source.x.shape[1:]), device=weight.device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        if last:
+            raise ValueError(
+                f"drop_last False and batch_size {config.batch_size} leave a last batch of 1 of the {n} images, on "
+                f"which {seen[-1]} cannot be trained: set drop_last to True, or change batch_size"
+            ) from error
+        raise ValueError(f"batch_size must be above 1, because {seen[-1]} cannot be trained on 1 image") from error
 
 
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .._tensors import first_tensor
 from .._validation import Precision
+from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.folding.inference_copy import autocast_to
 from ..speed.graphs.step_graphs import StepGraphs
@@ -21,6 +23,8 @@ from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
     from .bank import BankedStep, FrozenAttacks
+
+logger = logging.getLogger("purify_fast")
 
 Metrics = dict[str, Tensor]
 
@@ -243,6 +247,7 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, pre
             # A model may fail only on a single image, and that error alone would not show the reason.
             known = count_classes(lambda: model(images), shape, 2)
             count_classes(lambda: model(images[:1]), shape, 1)
+            output = model(images)
     except NotImplementedError as error:
         raise ValueError(
             f"the model must have the modes of training and evaluation, but it refuses eval() ({error}): train the "
@@ -256,6 +261,9 @@ def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, pre
             ) from error
         raise ValueError(f"x: {error}") from error
     check_labels(classes, known)
+    if isinstance(output, Tensor) and are_probabilities(output):
+        kind = ONE_HOT if are_one_hot(output) else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
+        logger.warning("the model %s. The loss of the training takes logits, so it will be wrong", kind)
 
 
 def check_labels(classes: int, known: int) -> None:

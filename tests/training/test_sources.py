@@ -1,14 +1,18 @@
 """What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from small_runs import StopAt, Stopped, images, same, task
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import FitConfig, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         (lambda x, y: (x / 255, y), r"x must be uint8 \[N, C, H, W\], got torch.float32 .*255 \* x"),
         (lambda x, y: (x[:, 0], y), r"x must be uint8 \[N, C, H, W\], got torch.uint8 \[64, 8, 8\]"),
-        (lambda x, y: (x, y.int()), r"y must be int64 \[N\] = \[64\], got torch.int32"),
+        (lambda x, y: (x, y.float()), r"y must be int64 \[N\] = \[64\], got torch.float32"),
         (lambda x, y: (x, y[:9]), r"y must be int64 \[N\] = \[64\], got torch.int64 \[9\]"),
         (lambda x, y: (x, y.tolist()), r"y must be int64 \[N\] = \[64\], got list"),
         (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], got NoneType"),
@@ -52,6 +56,74 @@ def test_defences_name_images_and_labels_that_they_do_not_take(method):
         fit(made, x[..., :4], y, FitConfig(1, 16))
     with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
         fit(made, x, y + 1, FitConfig(1, 16))
+
+
+@pytest.mark.parametrize("form", ["arrays", "int32", "no_grad", "inference_mode"])
+def test_other_forms_give_the_same_weights(form):
+    x, y = images()
+    usual, other = task(), task()
+    fit(usual, x, y, FitConfig(1, 16), progress=False)
+    around = {"no_grad": torch.no_grad(), "inference_mode": torch.inference_mode()}.get(form, contextlib.nullcontext())
+    given = {"arrays": (x.numpy(), y.numpy()), "int32": (x, y.int())}.get(form, (x, y))
+    with around:
+        fit(other, *given, FitConfig(1, 16), progress=False)
+    assert same(usual, other)
+    if form in ("arrays", "int32"):
+        looped = task()
+        fit(
+            looped,
+            [tuple(part[at : at + 16] for part in given) for at in range(0, 64, 16)],
+            None,
+            FitConfig(1),
+            progress=False,
+        )
+
+
+def normed(*layers):
+    torch.manual_seed(0)
+    return ClassifierTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), *layers, nn.Linear(4, 2)), ClassifierConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batch_size": 16, "drop_last": False},
+            r"drop_last False and batch_size 16 leave a last batch of 1 of the 33",
+        ),
+        (
+            {"batch_size": 1},
+            r"batch_size must be above 1, because BatchNorm1d \(layer 2\) cannot be trained on 1 image",
+        ),
+        ({"batch_size": 16, "drop_last": False, "validation_share": 16 / 49}, "a last batch of 1 of the 33 images"),
+    ],
+)
+def test_a_batch_of_one_that_batchnorm_cannot_take_is_refused_at_the_start(options, message):
+    n = 49 if "validation_share" in options else 33
+    made = normed(nn.BatchNorm1d(4))
+    state = copy.deepcopy(made.model.state_dict())
+    made.training_step = lambda batch: pytest.fail("a step was taken")
+    with pytest.raises(ValueError, match=message):
+        fit(made, *images(n), FitConfig(1, **options), progress=False)
+    assert same(state, made.model.state_dict())
+    fit(normed(nn.BatchNorm1d(4)), *images(n), FitConfig(1, **options | {"batch_size": 11}), progress=False)
+
+
+def test_batches_of_one_that_can_be_trained_on_are_allowed():
+    """LayerNorm needs no batch, and BatchNorm2d has the pixels of a map."""
+    maps = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 2))
+    for made in (normed(nn.LayerNorm(4)), ClassifierTask(maps, ClassifierConfig())):
+        fit(made, *images(5), FitConfig(1, 2, drop_last=False), progress=False)
+
+
+def test_a_model_that_returns_probabilities_is_told_so(caplog):
+    made = normed()
+    made.model.append(nn.Softmax(1))
+    fit(made, *images(), FitConfig(1, 16), progress=False)
+    assert "returns probabilities, not logits" in caplog.text
+    caplog.clear()
+    fit(normed(), *images(), FitConfig(1, 16), progress=False)
+    assert "probabilities" not in caplog.text
 
 
 def test_something_else_than_a_task_is_refused():
@@ -140,7 +212,7 @@ def test_loaders_that_cannot_be_used_are_refused():
     for wrong, message in (
         ([], "x must have at least 1 batch, got 0"),
         (Short([(x, y)]), "x must give 2 batches, .* it gave 1 in epoch 0"),
-        ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
+        ([(x, y.float())], r"x: labels must be int64 \[B\] = \[64\], got torch.float32"),
         ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
     ):
         with pytest.raises(ValueError, match=message):
