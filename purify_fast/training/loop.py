@@ -71,8 +71,8 @@ def fit(
         task: the training: model, optimizers and step.
         x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains
             (a tensor or a NumPy array), or streamed from a file. All of these give the same weights to the bit, and a
-            run with one of them can be resumed with another. Every process passes all images. **A loader**: a DataLoader or another
-            iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
+            run with one of them can be resumed with another. Every process passes all images. **A loader**: a DataLoader
+            or another iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
             uint8. Every process passes its own share. `fit` does not control the order, so a run can be resumed between
             epochs only. A resumed run repeats the order if the loader draws it from torch's global generator or from
             the DataLoader's own generator, as with ``shuffle=True``. **A function** of the epoch that returns such an
