@@ -71,13 +71,13 @@ def fit(
         task: the training: model, optimizers and step.
         x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains
             (a tensor or a NumPy array), or streamed from a file. All of these give the same weights to the bit, and a
-            run with one of them can be resumed with another. Every process passes all images. **A loader**: a DataLoader
-            or another iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
-            uint8. Every process passes its own share. `fit` does not control the order, so a run can be resumed between
-            epochs only. A resumed run repeats the order if the loader draws it from torch's global generator or from
-            the DataLoader's own generator, as with ``shuffle=True``. **A function** of the epoch that returns such an
-            iterable, and that repeats the order when it is called again for the same epoch. With a function, a run can
-            be resumed at any step: the epoch's earlier batches are read again, but not used.
+            run with one of them can be resumed with another. Every process passes all images. **A loader**: a
+            DataLoader or another iterable with a length, of (images, labels) or (images, labels, indices); the images
+            are float in [0, 1] or uint8. Every process passes its own share. `fit` does not control the order, so a run
+            can be resumed between epochs only. A resumed run repeats the order if the loader draws it from torch's
+            global generator or from the DataLoader's own generator, as with ``shuffle=True``. **A function** of the
+            epoch that returns such an iterable, and that repeats the order when it is called again for the same epoch.
+            With a function, a run can be resumed at any step: the epoch's earlier batches are read again, but not used.
         y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
         config: length and settings of the training. With a loader or a function, its batch_size has no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.

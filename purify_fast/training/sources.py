@@ -196,12 +196,12 @@ def make_sources(
     device, share = next(task.model.parameters()).device, config.validation_share
     x, y = _as_tensor(x), _as_labels(_as_tensor(y))
     if isinstance(validation, tuple):
-        validation = _as_tensor(validation[0]), _as_labels(_as_tensor(validation[1]))  # type: ignore[assignment]
+        validation = _as_tensor(validation[0]), _as_labels(_as_tensor(validation[1]))
     held: Tensor | None = None
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # InMemory refuses None
+        source = InMemory(x, y, config, *processes(), kept)
         task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
         _check_batches_of_one(task.model, source)
     elif y is not None:
