@@ -22,6 +22,7 @@ from ..model_state import hidden_modules, switch_to_evaluation
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
 from .outputs import (
     INSTEAD_OF_PROBABILITIES,
+    ONE_VALUE,
     LogitsOf,
     are_probabilities,
     checked_logits,
@@ -123,6 +124,10 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
     return answer
 
 
+#: True during a direct call of an attack, until the model has returned its first logits.
+_first_output: ContextVar[bool] = ContextVar("first_output", default=False)
+
+
 def logits_of(model: Classifier, x: Tensor) -> Tensor:
     """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused.
 
@@ -138,16 +143,12 @@ def logits_of(model: Classifier, x: Tensor) -> Tensor:
     return logits
 
 
-#: True during a direct call of an attack, until the model has returned its first logits.
-_first_output: ContextVar[bool] = ContextVar("first_output", default=False)
-
-
 @contextlib.contextmanager
 def called_directly(model: Classifier, x: Tensor) -> Iterator[None]:
     """The context of an attack without an evaluation, which would have tested the model before.
 
-    Errors of the model are explained (`explained_errors`). If its first logits contain NaN
-    or are probabilities, Python warns. To save time, this is tested on a CPU only.
+    Errors of the model are explained (`explained_errors`). If its first logits contain NaN or are probabilities, Python
+    warns. To save time, this is tested on a CPU only.
 
     Args:
         model: the model that is attacked.
@@ -189,7 +190,9 @@ def explained_errors(model: Classifier, x: Tensor) -> Iterator[None]:
     try:
         yield
     # Errors of other types come from this package, or from a model that explains its errors.
-    except (RuntimeError, AssertionError, IndexError) as error:
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:
+        if isinstance(error, ValueError) and ONE_VALUE not in str(error):
+            raise
         with frozen(model):
             reason = reason_of(error, model, x)
         if reason is None:

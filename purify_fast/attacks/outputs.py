@@ -22,6 +22,8 @@ from ..protocols import Classifier
 
 #: Phrases in PyTorch's error messages about wrong shapes of images.
 SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
+#: PyTorch's ValueError for a BatchNorm in training mode that gets a single image.
+ONE_VALUE = "Expected more than 1 value per channel"
 #: The largest number of members of a tuple that an error message describes.
 MEMBERS = 4
 #: The largest batch size that is tried in order to explain an error.
@@ -228,6 +230,8 @@ def reason_of(error: Exception, model: Classifier, x: Tensor) -> ValueError | No
     cure = f"if forward contains a batch size, as in x.reshape({max(runs, 2)}, -1), write x.flatten(1)"
     if fails == 1:
         cure += "; if it squeezes the batch, give squeeze the dimension"
+    if ONE_VALUE in str(error):
+        cure = "call eval() on the modules that the model uses, because a BatchNorm is in training mode"
     if "Guard failed" in str(error):
         cure = 'export it with a dynamic batch size, such as dynamic_shapes=({0: torch.export.Dim("b", min=1)},)'
     return ValueError(

@@ -28,7 +28,7 @@ from .._validation import Norm, NormName, check_folder, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
 from ..attacks.arguments import check_eps, largest_distance
-from ..attacks.attacked_model import check_leaves_images
+from ..attacks.attacked_model import check_leaves_images, explained_errors
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
@@ -351,7 +351,8 @@ def _admit(
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
-        check_leaves_images(model, subject.sample_images()[:1])
+        with explained_errors(model, subject.sample_images()):
+            check_leaves_images(model, subject.sample_images()[:1])
     for model in others if cache.folder is not None else ():
         torch.manual_seed(subject.seed)
         model(subject.sample_images())

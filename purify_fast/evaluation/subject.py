@@ -21,6 +21,7 @@ from ..attacks.attacked_model import (
     check_leaves_images,
     differ,
     drawn_once_per_call,
+    explained_errors,
     logits_of,
     returning_logits,
 )
@@ -205,7 +206,8 @@ class Subject:
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
-        logits = logits_of(model, x)
+        with explained_errors(model, x):
+            logits = logits_of(model, x)
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"the model must return {self.num_classes} logits for each image, got {logits.shape[1]}")
         return logits

@@ -64,9 +64,10 @@ def test_an_attack_refuses_an_output_that_is_not_logits(model, batch, attack, ou
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_logits_in_an_object_or_mapping_are_used(model, batch, attack):
+def test_logits_in_an_object_or_mapping_are_used(batch, attack):
     """The attack finds the images that it finds for the logits themselves; the images of each are compared."""
-    x = batch[0]
+    torch.manual_seed(0)
+    x, model = batch[0], nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
     y = model(x).argmax(1)
     plain = ATTACKS[attack](lambda z: model(z), x, y, eps=0.3)
     assert not torch.equal(plain, x)
@@ -178,6 +179,9 @@ def test_a_batch_size_in_the_model_is_named(model, batch):
     # the batch of this attack shrinks when images fall, or when one is left over
     with pytest.raises(ValueError, match=message.format(4, "1 image")):
         PGD(steps=2)(lambda z: net(z.reshape(4, -1)), x[:4], y[:4], eps=0.1, max_forward_batch=3)
+    norm = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), net).train()
+    with pytest.raises(ValueError, match=r"runs on 9 images, but fails on 1 .*call eval\(\) on the modules that"):
+        returning_logits(lambda z: norm(z), x)
     static = torch.export.export(model.eval(), (x,)).module()
     with pytest.raises(ValueError, match=r"runs on 9 images, but fails on 1 image .*Guard failed.*: export it with a"):
         returning_logits(static, x)

@@ -346,8 +346,12 @@ def test_an_exported_module_is_judged_as_the_module(trio):
     assert report.attacks == wanted.attacks and report.headline.reliable == wanted.headline.reliable
     assert all(np.array_equal(*(one.robust for one in rows)) for rows in zip(report.rows, wanted.rows, strict=True))
     static = torch.export.export(model, (x,)).module()
-    with pytest.raises(ValueError, match=r"runs on 10 images, but fails on 8 .*: export it with a dynamic batch size"):
-        evaluate(static, x, y, **QUIET)
+    small = torch.export.export(model, (x[:8],), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=8)},)).module()
+    for limited, numbers in ((static, "10 images, but fails on 8 images"), (small, "1 image, but fails on 10 images")):
+        with pytest.raises(ValueError, match=rf"runs on {numbers} .*: export it with a dynamic batch size"):
+            evaluate(limited, x, y, **QUIET)
+    with pytest.raises(ValueError, match=r"weights are torch\.float16, but the images are torch\.float32"):
+        evaluate(model, x, y, eps=0.1, protocol="fast", base=copy.deepcopy(model).half(), progress=False)
 
 
 # -- probabilities ------------------------------------------------------------------------------------------------
