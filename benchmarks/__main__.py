@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
-    "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
+    "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=add_device),
