@@ -85,7 +85,9 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
 
 class _Process:
     def __init__(self, *task):
-        context = multiprocessing.get_context("spawn")
+        # A server imports PyTorch once, and its forks are the processes. It must not use CUDA.
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context.set_forkserver_preload(["__main__", __name__])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, *task), daemon=True)
         self.process.start()

@@ -28,7 +28,7 @@ CAPTURED, COMPILED = "ours, captured", "ours, compiled and captured"
 
 def sizes(quick: bool) -> tuple[int, ...]:
     """Return the numbers of images in a batch."""
-    return (4, 8) if quick else (64, 256) if torch.cuda.is_available() else ()
+    return (8,) if quick else (64, 256) if torch.cuda.is_available() else ()
 
 
 def _network(quick: bool) -> nn.Module:
