@@ -212,11 +212,12 @@ def pack(out: Path, call: str) -> tuple[Path, list[str]]:
     Returns:
         The path of the archive, and the names of the files that were left out because they are the largest.
     """
-    path, left_out = out / f"{call}.tar.xz", []
-    found = [file for folder in (out, out / "gpu_check") for file in folder.iterdir() if file.is_file()]
-    files = sorted(
-        (file for file in found if file.suffix not in (".xz", ".lock")), key=lambda file: file.stat().st_size
-    )
+    path = out / f"{call}.tar.xz"
+    found = [file for folder in (out, out / "gpu_check") for file in folder.iterdir() if file.suffix in PACKED]
+    files = sorted(found, key=lambda file: file.stat().st_size)
+    # A text shrinks to less than a quarter, and a larger file would take too long to compress.
+    left_out = [str(file.relative_to(out)) for file in files if file.stat().st_size > 4 * MOST_BYTES]
+    files = files[: len(files) - len(left_out)]
     while True:
         # A fast preset is enough: most of the bytes are text.
         with tarfile.open(path, "w:xz", preset=1) as archive:

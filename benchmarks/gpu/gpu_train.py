@@ -68,7 +68,7 @@ def _amounts(steps: int) -> SimpleNamespace:
     return SimpleNamespace(steps=steps, ema_decay=0.995, awp_gamma=0.0)
 
 
-FULL, REHEARSAL = Size(64, 50_000, 256, 1000, 30, _amounts(10)), Size(4, 200, 50, 8, 2, _amounts(2))
+FULL, REHEARSAL = Size(64, 50_000, 256, 1000, 30, _amounts(10)), Size(4, 200, 50, 4, 2, _amounts(2))
 #: The trained models by name, each on the device, in evaluation mode.
 Trained = dict[str, nn.Module]
 
@@ -158,7 +158,7 @@ class Pace(Callback):
     seconds: float
     images: int = 0
     rates: list[float] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def __post_init__(self) -> None:
         by_steps = self.task.learning_rate
