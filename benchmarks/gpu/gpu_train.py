@@ -47,7 +47,7 @@ from .gpu_sections import images_of
 
 FILE = "train.csv"
 #: The seconds that the evaluation of a model takes, and the seconds at the end of the command.
-JUDGING, CLOSING = 15.0, 10.0
+JUDGING, CLOSING = 20.0, 10.0
 STANDARD, ADVERSARIAL, ARREST, CARSO = "standard", "PGD-AT", "ARREST", "CARSO"
 
 

@@ -141,8 +141,8 @@ def race(
     """Time all contestants of a case, and return one row of the results file for each contestant.
 
     The row of a contestant whose result is wrong has no times. With a time limit, a contestant that is not ready after
-    two thirds of ``limit`` seconds is not timed, and its row has the verdict "left out". The verdict of a contestant
-    that raises an error is then "failed".
+    about three quarters of ``limit`` seconds is not timed, and its row has the verdict "left out". The verdict of a
+    contestant that raises an error is then "failed".
 
     Raises:
         RuntimeError: a contestant raised an error. With a time limit, only the first contestant and ours matter.
@@ -155,8 +155,11 @@ def race(
     processes: dict[str, _Process] = {}
     verdicts, finished = dict.fromkeys(case.contestants, "left out"), False
 
-    def left(share: float = 1.0) -> float:
-        return began + share * limit - time.monotonic()
+    # The last part of the time is for the timed runs.
+    spare = 0.0 if limit == math.inf else max(limit / 4, min(10.0, limit / 3))
+
+    def left(spare: float = 0.0) -> float:
+        return began + limit - spare - time.monotonic()
 
     def prepare(label: str) -> None:
         processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
@@ -178,8 +181,8 @@ def race(
             if not together:
                 prepare(label)
             try:
-                result = torch.from_numpy(processes[label].answer("result", left(2 / 3)))
-                processes[label].answer("time", left(2 / 3))
+                result = torch.from_numpy(processes[label].answer("result", left(spare)))
+                processes[label].answer("time", left(spare))
             except (RuntimeError, TimeoutError) as error:
                 if label in needed or limit == math.inf:
                     raise
