@@ -75,14 +75,25 @@ def pgd_forms(folder: Path) -> list[dict]:
 
     The share is NaN if the matrix rate was not measured.
     """
-    rows, rates = sheets.rows_of(folder / PGD), limits.read(folder)
+    # A form that did not run in time has no milliseconds.
+    rows, rates = [row for row in sheets.rows_of(folder / PGD) if row["ms"]], limits.read(folder)
     peaks = [rates.get((row["device"], limits.PRODUCT), math.nan) for row in rows]
     return [{**row, "share": 1e3 * float(row["TFLOP_per_s"]) / peak} for row, peak in zip(rows, peaks, strict=True)]
 
 
 def pgd(folder: Path) -> list[str]:
-    """Return the table of the forms of an attack by PGD, and a sentence that compares the fastest of them."""
+    """Return the tables of the forms of an attack by PGD, and sentences that compare the fastest forms."""
+    lines: list[str] = []
     rows = pgd_forms(folder)
+    counts = list(dict.fromkeys(row["images"] for row in rows))
+    for count in counts:
+        lines += [f"{count} images:", ""] if len(counts) > 1 else []
+        lines += [*_pgd([row for row in rows if row["images"] == count]), ""]
+    return lines[:-1]
+
+
+def _pgd(rows: list[dict]) -> list[str]:
+    """Return the table of the forms for one number of images, and a sentence on the fastest of them."""
     times = {row["form"]: float(row["ms"]) for row in rows}
     best, mine = min(times, key=times.__getitem__), min(ms for form, ms in times.items() if form.startswith("ours"))
     body = []
