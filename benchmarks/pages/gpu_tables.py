@@ -85,10 +85,10 @@ def pgd(folder: Path) -> list[str]:
     """Return the tables of the forms of an attack by PGD, and sentences that compare the fastest forms."""
     lines: list[str] = []
     rows = pgd_forms(folder)
-    counts = list(dict.fromkeys(row["images"] for row in rows))
+    counts = list(dict.fromkeys(row.get("images") for row in rows))
     for count in counts:
         lines += [f"{count} images:", ""] if len(counts) > 1 else []
-        lines += [*_pgd([row for row in rows if row["images"] == count]), ""]
+        lines += [*_pgd([row for row in rows if row.get("images") == count]), ""]
     return lines[:-1]
 
 
