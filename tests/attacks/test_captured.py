@@ -134,7 +134,7 @@ def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGrap
 COUNTS = {
     "constant step": (pgd, {"alpha": 0.01}, 76, 0),
     "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 76, 0),
-    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 107, 0),
+    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 101, 0),
     # its new length is computed, and written to where the graph reads it
     "falling step": (pgd, {}, 77, 2),
     # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
@@ -142,7 +142,7 @@ COUNTS = {
     # what decides on the step and on who leaves
     "APGD": (apgd, {"leave_when_fallen": False}, 103, 55),
     # two projections, their weights, and which point is the nearest; views count
-    "FAB": (fab_t, {"n_target_classes": 1}, 100, 45),
+    "FAB": (fab_t, {"n_target_classes": 1}, 95, 45),
 }
 
 
