@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import log1p, on, warps
+from ._common import cdiv, log1p, next_power_of_2, warps
+from ._launch import launch
 
 #: The number of elements in a tile. A tile is larger only if there are more samples than this.
 TILE = 4096
@@ -205,9 +206,9 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
 def _shape(logits: Tensor) -> tuple[int, int, int]:
     """Return K and C of a tile, and the number of tiles per image. They do not depend on the batch size."""
     samples, classes = logits.shape[1], logits.shape[2]
-    k = triton.next_power_of_2(samples)
-    c = min(triton.next_power_of_2(classes), max(TILE // k, 1))
-    return k, c, triton.cdiv(classes, c)
+    k = next_power_of_2(samples)
+    c = min(next_power_of_2(classes), max(TILE // k, 1))
+    return k, c, cdiv(classes, c)
 
 
 def forward(logits: Tensor, method: int) -> Tensor:
@@ -219,15 +220,14 @@ def forward(logits: Tensor, method: int) -> Tensor:
     k, c, tiles = _shape(logits)
     shape = {"K": k, "C": c, "num_warps": warps(k * c)}
     x = logits.contiguous()
-    with on(logits):
-        if method == PEEL.value:
-            # In `_peel`, s is a product. If the product were fused with the subtraction in `s - top`, the result for
-            # the largest s would be the rounding error of s, and not 0.
-            _peel[(batch,)](x, out, samples, classes, **shape, enable_fp_fusion=False)
-        elif method == VOTE.value:
-            _vote[(batch,)](x, out, samples, classes, **shape)
-        else:
-            _columns[(batch * tiles,)](x, out, samples, classes, tiles, METHOD=method, **shape)
+    if method == PEEL.value:
+        # In `_peel`, s is a product. If the product were fused with the subtraction in `s - top`, the result for
+        # the largest s would be the rounding error of s, and not 0.
+        launch(_peel, (batch,), x, out, samples, classes, **shape, enable_fp_fusion=False)
+    elif method == VOTE.value:
+        launch(_vote, (batch,), x, out, samples, classes, **shape)
+    else:
+        launch(_columns, (batch * tiles,), x, out, samples, classes, tiles, METHOD=method, **shape)
     return out
 
 
@@ -242,9 +242,8 @@ def backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
     k, c, tiles = _shape(logits)
     shape = {"K": k, "C": c, "num_warps": warps(k * c)}
     g, x = grad.contiguous(), logits.contiguous()
-    with on(logits):
-        if method == PEEL.value:
-            _peel_backward[(batch,)](g, x, out, samples, classes, **shape, enable_fp_fusion=False)
-        else:
-            _columns_backward[(batch * tiles,)](g, x, out, samples, classes, tiles, METHOD=method, **shape)
+    if method == PEEL.value:
+        launch(_peel_backward, (batch,), g, x, out, samples, classes, **shape, enable_fp_fusion=False)
+    else:
+        launch(_columns_backward, (batch * tiles,), g, x, out, samples, classes, tiles, METHOD=method, **shape)
     return out
