@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._tensors import first_tensor
+from .._tensors import check_one_device, first_tensor
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.graphs.step_graphs import StepGraphs
 from .optimizers import Lookahead
@@ -36,6 +36,9 @@ class Batch:
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
         bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
+
+    Raises:
+        ValueError: if x, y and sample_ids are not on one device.
     """
 
     x: Tensor
@@ -47,6 +50,9 @@ class Batch:
     step: int = 0
     images_before: int = 0
     bank: BankedStep | None = None
+
+    def __post_init__(self) -> None:
+        check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
 
     def progress_in(self, unit: DelayUnit) -> int:
         """Return how many epochs, steps or images of the run lie before this batch.
