@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, sheets, timing
 from benchmarks.speed.flops import flop_of
-from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, registry
+from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, registry
+from benchmarks.speed.pipelines.carso_inference import latents
 from purify_fast.ops import conv2d, use_backend
 from purify_fast.speed.precision import float32_settings
 
@@ -41,6 +42,24 @@ def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
     assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
     single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
     assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_samples_of_plain_carso_are_a_part_of_the_batch(enabled):
+    """Under vmap and autocast, a GPU refuses convolutions with a bias."""
+    made = carso_inference.defence(CPU, True)
+    model, x, z = carso_inference.Plain(made), carso_inference.images(4, made, CPU), latents(made, 4, CPU)
+    seen = []
+    model.made.classifier.register_forward_hook(
+        lambda _, args, out: seen.append((len(args[0]), torch._C._are_functorch_transforms_active()))
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
+        together, seen_together = model(x, z), seen.copy()
+        alone = [model(x, one[None]) for one in z]
+    # the first pass is that of the representation
+    assert seen_together == [(4, False), (8, False)]
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts), rtol=0, atol=0.05 if enabled else 1e-5)
 
 
 class _Commands:
