@@ -47,15 +47,16 @@ def _columns_of(batch, samples, classes, K: tl.constexpr, C: tl.constexpr, IMAGE
     row, block = program((batch + IMAGES - 1) // IMAGES)
     first, column = row.to(tl.int64) * IMAGES, tl.arange(0, C)
     if IMAGES == 1:
-        c, k = block * C + column, tl.arange(0, K)
-        exists = c < classes
-        at, inside = k[:, None].to(tl.int64) * classes + c[None, :], (k < samples)[:, None] & exists[None, :]
-        return first, at, inside, c, exists
-    element = tl.arange(0, K * C)
-    k = element // C
-    image, exists = _image(element - k * C, first, batch, classes, IMAGES)
-    at = k * classes + (element - k * C) + image * (samples - 1) * classes
-    return first, at, (k < samples) & exists, column, _image(column, first, batch, classes, IMAGES)[1]
+        column, k = block * C + column, tl.arange(0, K)
+        exists = column < classes
+        at, inside = k[:, None].to(tl.int64) * classes + column[None, :], (k < samples)[:, None] & exists[None, :]
+    else:
+        element = tl.arange(0, K * C)
+        k = element // C
+        image, inside = _image(element - k * C, first, batch, classes, IMAGES)
+        at, inside = k * classes + (element - k * C) + image * (samples - 1) * classes, inside & (k < samples)
+        exists = _image(column, first, batch, classes, IMAGES)[1]
+    return first, at, inside, column, exists
 
 
 @triton.jit
