@@ -9,12 +9,14 @@ tiles in the first loop and reading them in the second.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, grid, log1p, next_power_of_2, program, warps
+from ._common import KEPT, cdiv, grid, log1p, next_power_of_2, program, warps
 from ._launch import launch
 
 #: The number of elements in a tile. A tile is larger only if there are more samples than this.
@@ -250,22 +252,22 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         tl.store(out_ptr + row * classes + c, tl.sum(votes.to(tl.float32), 0), mask=c < classes)
 
 
-def _shape(logits: Tensor) -> dict[str, int]:
+@functools.lru_cache(KEPT)
+def _shape(samples: int, classes: int) -> dict[str, int]:
     """Return K and C of a tile, and the number of warps. They do not depend on the batch size."""
-    samples, classes = logits.shape[1], logits.shape[2]
     k = next_power_of_2(samples)
     c = min(next_power_of_2(classes), max(TILE // k, 1))
     return {"K": k, "C": c, "num_warps": warps(k * c)}
 
 
-def _columns_shape(logits: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+@functools.lru_cache(KEPT)
+def _columns_shape(batch: int, samples: int, classes: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Return the launch grid of a kernel that treats each class separately, and its tile.
 
     A tile has the classes of ``IMAGES`` images, or some classes of one image. Which of them does not depend on the
     batch size.
     """
-    batch, _, classes = logits.shape
-    shape = _shape(logits)
+    shape = dict(_shape(samples, classes))
     images = SHARED // shape["K"] // classes
     if images > 1:
         c = next_power_of_2(images * classes)
@@ -284,11 +286,11 @@ def forward(logits: Tensor, method: int) -> Tensor:
     if method == PEEL.value:
         # In `_peel`, s is a product. If the product were fused with the subtraction in `s - top`, the result for
         # the largest s would be the rounding error of s, and not 0.
-        launch(_peel, (batch,), x, out, samples, classes, **_shape(x), enable_fp_fusion=False)
+        launch(_peel, (batch,), x, out, samples, classes, **_shape(samples, classes), enable_fp_fusion=False)
     elif method == VOTE.value:
-        launch(_vote, (batch,), x, out, samples, classes, **_shape(x))
+        launch(_vote, (batch,), x, out, samples, classes, **_shape(samples, classes))
     else:
-        programs, shape = _columns_shape(x)
+        programs, shape = _columns_shape(batch, samples, classes)
         launch(_columns, programs, x, out, batch, samples, classes, METHOD=method, **shape)
     return out
 
@@ -303,8 +305,10 @@ def backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
         return out
     g, x = grad.contiguous(), logits.contiguous()
     if method == PEEL.value:
-        launch(_peel_backward, (batch,), g, x, out, samples, classes, **_shape(x), enable_fp_fusion=False)
+        launch(
+            _peel_backward, (batch,), g, x, out, samples, classes, **_shape(samples, classes), enable_fp_fusion=False
+        )
     else:
-        programs, shape = _columns_shape(x)
+        programs, shape = _columns_shape(batch, samples, classes)
         launch(_columns_backward, programs, g, x, out, batch, samples, classes, METHOD=method, **shape)
     return out
