@@ -48,7 +48,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def cdiv(number: int, divisor: int) -> int:
-    """Return number / divisor, rounded up, like ``triton.cdiv``, which takes longer because compiled code calls it."""
+    """Return number / divisor, rounded up, like ``triton.cdiv``, but in less time."""
     return -(-number // divisor)
 
 

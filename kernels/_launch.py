@@ -1,7 +1,7 @@
 """Launches kernels with less work on the host than Triton's own launch.
 
-Triton's launch, `kernel[grid](...)`, enters about 25 Python functions. Most of them look up what does not change from
-launch to launch. `launch` keeps the compiled kernel that Triton chose, and starts it directly the next time.
+Triton's launch, `kernel[grid](...)`, enters more than 20 Python functions. Most of them look up what does not change
+from launch to launch. `launch` keeps the compiled kernel that Triton chose, and starts it directly the next time.
 
 A launch may use a kept kernel only if Triton would choose the same one. So the key of a kept kernel has everything that
 Triton's choice depends on. Triton itself computes the largest part of the key from the arguments: their dtypes, the

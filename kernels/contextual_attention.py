@@ -97,7 +97,8 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
         before=tl.where(at == size - width, 0, at + width - 1),
         after=at + width + VECTOR,
         starts=at >= 0,
-        ends=_next(at + VECTOR - 1, size, width) < size - 1,
+        # The last key has no successor, so `_next` gives no position for it.
+        ends=(at + VECTOR < size) & (_next(at + VECTOR - 1, size, width) < size - 1),
         VECTOR=VECTOR,
     )
     m = _previous(n, size, width)
@@ -110,7 +111,8 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
         at=at - width,
         before=at - width - 1,
         after=tl.where(at + VECTOR == width, size - 1, at - width + VECTOR),
-        starts=_previous(at, size, width) > 0,
+        # Likewise, the first key has no predecessor.
+        starts=(at > 0) & (_previous(at, size, width) > 0),
         ends=at >= 0,
         VECTOR=VECTOR,
     )

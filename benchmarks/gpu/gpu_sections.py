@@ -533,8 +533,8 @@ SECTIONS = {
     "limits": Section("measured", measured_limits, (25, 10), 9),
     "captures": Section("measured", capture_cost, (40, 12), 17, (CAPTURE_COST,)),
     "races": Section("measured", races, (150, 30), 110, (shipping.FILE,)),
-    "pgd": Section("measured", forms_of_pgd, (160, 40), 110, (PGD,), True),
-    "profile": Section("measured", profiled, (80, 35), 40, (PROFILE,), True),
+    "pgd": Section("measured", forms_of_pgd, (160, 45), 110, (PGD,), True),
+    "profile": Section("measured", profiled, (80, 40), 40, (PROFILE,), True),
     # The measured seconds are half of those for 1,000 images.
     "standard": Section("measured", standard, (60, 25), 35, (STANDARD,)),
     "autoattack": Section("measured", autoattack, (80, 15), 55, (OFFICIAL,), True),

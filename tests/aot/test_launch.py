@@ -27,7 +27,7 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from purify_fast import ops  # noqa: E402
-from purify_fast.kernels import _launch, aggregate, sample_latent  # noqa: E402
+from purify_fast.kernels import _launch, aggregate, pgd_step, sample_latent  # noqa: E402
 from purify_fast.kernels._ahead import compile_together  # noqa: E402
 from purify_fast.kernels._launch import launch  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
@@ -46,8 +46,8 @@ class Cuda(Device):
     """A driver with two devices, whose current device and current stream the test chooses.
 
     Attributes:
-        started: for each launch: the compiled kernel, the grid, the stream, whether a profiler gets a description, and
-            the arguments.
+        started: for each launch: the compiled kernel, the grid, the current device, the stream, the identities of the
+            arguments, and whether a profiler would get a description.
     """
 
     def __init__(self, device: int = 0):
@@ -83,7 +83,8 @@ class Compiled(CompiledKernel):
                 if hook is not None:
                     hook(described)
             given = rest[-1] if isinstance(rest[-1], tuple) else rest[metadata + 4 :]
-            cuda.started.append((self, (x, y, z), stream, list(map(id, given)), described is not None))
+            values = list(map(id, given))
+            cuda.started.append((self, (x, y, z), cuda.device, stream, values, described is not None))
 
         # `str.format` takes what it is called with, and enters no function of Python
         self._run = Started(started if cuda is not None else "".format)
@@ -190,7 +191,7 @@ def launches(draw) -> list[tuple]:
     made = []
     for _ in range(draw(st.integers(2, 8))):
         own = list(first)
-        place = draw(st.integers(0, len(own) - 1))
+        place = draw(st.one_of(st.integers(0, len(params) - 1), st.integers(len(params), len(own) - 1)))
         own[place] = draw((kinds + state)[place])
         constants = {param.name: one for param, one in zip(params[count:], own[count:], strict=False)}
         options, *others = own[len(params) :]
@@ -243,6 +244,15 @@ def test_only_the_first_launch_is_triton_s(cuda):
         small()
     assert len({kernel for kernel, *_ in cuda.started}) == 1
     assert [described for *_, described in cuda.started] == [True, False, False]
+
+
+def test_kernels_with_the_same_arguments_are_told_apart(cuda):
+    given = *[Pointer(torch.float32, 16)] * 6, 48, 0.0, 1.0
+    for _ in range(2):
+        for kernel in (pgd_step._l2, pgd_step._l2_whole):
+            launch(kernel, (4,), *given, WIDTH=64, num_warps=1)
+    assert len({kernel for kernel, *_ in cuda.started}) == 2
+    assert cuda.started[0][0] is cuda.started[2][0] and cuda.started[1][0] is cuda.started[3][0]
 
 
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])

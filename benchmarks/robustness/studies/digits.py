@@ -175,7 +175,11 @@ class DigitsStudy(Study):
         def to_base(name: str, key: str) -> str:
             base = "base, L2" if name.endswith("L2") else "base"
             before = rows.get(base, {}) if name != base else {}
-            changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
+            changes = [
+                result[key] - before[seed][key]
+                for seed, result in rows[name].items()
+                if seed in before and key in result
+            ]
             return over_seeds(changes) if changes else "-"
 
         functions = (mean, to_base, number)
