@@ -96,11 +96,11 @@ def fit(
     Raises:
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
-            than a batch has; a batch of one image reaches a BatchNorm that needs several values; the task does not
-            measure the metric of keep_best; the folder has a checkpoint of another
-            run; a bank is given, but the attacked model is trained, or images are cropped at random or come from a
-            loader. With several processes also: they cannot share a batch evenly, they have different data or settings,
-            or a model in training mode has a BatchNorm that is not synchronized.
+            than a batch has; a batch has only one image, but a BatchNorm needs more; the task does not measure the
+            metric of keep_best; the folder has a checkpoint of another run; a bank is given, but the attacked model is
+            trained, or images are cropped at random or come from a loader. With several processes also: they cannot
+            share a batch evenly, they have different data or settings, or a model in training mode has a BatchNorm that
+            is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
@@ -119,6 +119,7 @@ def fit(
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, stop_on_sigterm() as stop, torch.inference_mode(False), torch.enable_grad():
+        _check_batch_of_one(run)
         # if the folder is locked, all processes raise the error
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
@@ -285,6 +286,52 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
     finally:
         # without a reference to the graphs, their memory is freed
         task.graphs = before
+
+
+def _check_batch_of_one(run: Run) -> None:
+    """Refuse a batch of one image if a BatchNorm of the training cannot be trained on it.
+
+    BatchNorm needs several values of a channel. A single image has them where its maps have several pixels, or where
+    the training adds attacked images to the batch. So a step is tried on one image, and undone.
+
+    Raises:
+        ValueError: such a batch would come; the message names the settings and the layer.
+    """
+    task, model, why = run.task, run.task.model, run.source.batch_of_one()
+    if not why or processes()[1] > 1:
+        # Several processes have an image each at least, and BatchNorm uses the images of all processes.
+        return
+    layers = ["a BatchNorm"]
+    hooks = [
+        module.register_forward_pre_hook(lambda each, _, name=name: layers.append(f"{type(each).__name__} {name}"))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    seed, device = step_seed(run.config.seed, 0), run.source.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            images, labels, ids = next(run.source.epoch(0, 0))
+            batch = run.batch((images[:1], labels[:1], ids[:1]), 0, seed)
+            model.train()
+            for _ in task.updates(replace(batch, bank=None)):
+                pass
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"{why}, on which the layer {layers[-1]} cannot be trained: set drop_last to True, or change batch_size"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for tensor, before in tensors:
+                tensor.copy_(before)
 
 
 def _check_batchnorm(model: nn.Module) -> None:

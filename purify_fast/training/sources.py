@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterable, Sized
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._process import processes
@@ -98,6 +97,10 @@ class InMemory:
         for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
 
+    def batch_of_one(self) -> str:
+        """Say which settings make a batch of one image; nothing if there is no such batch."""
+        return _batch_of_one(len(self.ids), self.batch_size, self.config.drop_last, self.steps)
+
     def banked_images(self) -> BankedImages:
         """Return what a bank must know about the images. Raise ValueError if they differ from epoch to epoch."""
         if self.config.padding:
@@ -167,7 +170,7 @@ class Loader:
                     f"x must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
                 ) from None
             images, labels, *rest = batch
-            images, labels = _as_tensor(images), _as_labels(_as_tensor(labels))
+            images, labels = _as_tensor(images, self.device), _as_labels(_as_tensor(labels, self.device))
             ids = rest[0] if rest else torch.arange(seen, seen + len(images))
             seen += len(images)
             if k >= first:
@@ -178,6 +181,13 @@ class Loader:
                 if clamped:
                     images = images.clamp(0, 1)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+
+    def batch_of_one(self) -> str:
+        """Say which settings of a DataLoader make a batch of one image; nothing if none is known."""
+        x: Any = self.x
+        if not isinstance(x, DataLoader) or x.batch_size is None or not isinstance(x.sampler, Sized):
+            return ""
+        return _batch_of_one(len(x.sampler), x.batch_size, x.drop_last, self.steps)
 
     def banked_images(self) -> BankedImages:
         raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
@@ -194,16 +204,15 @@ def make_sources(
     The second source is None if the run has no held-out images. Every process gets all held-out images.
     """
     device, share = next(task.model.parameters()).device, config.validation_share
-    x, y = _as_tensor(x), _as_labels(_as_tensor(y))
+    x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
     if isinstance(validation, tuple):
-        validation = _as_tensor(validation[0]), _as_labels(_as_tensor(validation[1]))
+        validation = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
     held: Tensor | None = None
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
         source = InMemory(x, y, config, *processes(), kept)
         task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
-        _check_batches_of_one(task.model, source)
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
     elif share > 0:
@@ -231,9 +240,12 @@ def make_sources(
     return source, None
 
 
-def _as_tensor(values: Any) -> Any:
-    """Return an array as a tensor, and anything else unchanged."""
-    return torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values
+def _as_tensor(values: Any, device: torch.device) -> Any:
+    """Return an array as a tensor on a device, and anything else unchanged."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+        return values
+    # PyTorch refuses another byte order than the machine's, and warns about read-only arrays. Such arrays are copied.
+    return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"])).to(device)
 
 
 def _as_labels(y: Any) -> Any:
@@ -242,35 +254,13 @@ def _as_labels(y: Any) -> Any:
     return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
 
 
-def _check_batches_of_one(model: nn.Module, source: InMemory) -> None:
-    """Refuse a batch of one image if the model's BatchNorm cannot be trained on it.
-
-    BatchNorm needs several values of a channel, which a single image has only where its maps have several pixels. So a
-    copy of the model predicts an image in training mode. Several processes share the statistics of their batches.
-    """
-    config, n = source.config, len(source.ids)
-    full = n // config.batch_size
-    last = not config.drop_last and n % config.batch_size == 1 and source.steps > full
-    if processes()[1] > 1 or not (last or config.batch_size == 1):
-        return
-    copied, seen = copy.deepcopy(model).train(), ["BatchNorm"]
-    for name, module in copied.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            kind = f"{type(module).__name__} (layer {name})"
-            module.register_forward_pre_hook(lambda *_, kind=kind: seen.append(kind))
-    weight = next(copied.parameters())
-    try:
-        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
-            copied(torch.zeros((1, *source.x.shape[1:]), device=weight.device))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        if last:
-            raise ValueError(
-                f"drop_last False and batch_size {config.batch_size} leave a last batch of 1 of the {n} images, on "
-                f"which {seen[-1]} cannot be trained: set drop_last to True, or change batch_size"
-            ) from error
-        raise ValueError(f"batch_size must be above 1, because {seen[-1]} cannot be trained on 1 image") from error
+def _batch_of_one(images: int, batch_size: int, drop_last: bool, steps: int) -> str:
+    """Say which settings make a batch of one image; nothing if there is no such batch."""
+    if batch_size == 1:
+        return f"batch_size 1 makes batches of 1 of the {images} images"
+    if not drop_last and images % batch_size == 1 and steps * batch_size > images:
+        return f"drop_last False and batch_size {batch_size} leave a last batch of 1 of the {images} images"
+    return ""
 
 
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
