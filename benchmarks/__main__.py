@@ -10,8 +10,7 @@ from typing import Any
 
 from purify_fast._files import FolderInUse
 
-from .gpu import gpu_check
-from .options import add_device
+from .gpu import gpu_check, gpu_train
 from .pages import fill
 from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
@@ -35,11 +34,12 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
-    "gpu_check": (gpu_check, "run the checks that need a GPU, in three resumable parts of nine minutes each"),
+    "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
+    "gpu_train": (gpu_train, "train models of full size on CIFAR-10 within nine minutes of a GPU, and judge them"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "ship": (
-        SimpleNamespace(main=fill.ship, arguments=add_device),
-        "put the kernel choices that purify-fast tune made on this machine into the package",
+        SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),
+        "put the kernel choices that purify-fast tune made on this or another machine into the package",
     ),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),

@@ -26,7 +26,7 @@ def wrapped(text: str) -> str:
         if in_code or len(line) <= WIDTH or _WHOLE.match(line):
             lines.append(line)
             continue
-        mark = re.match(r"\s*(?:[-*]|\d+\.)? *", line)[0]  # type: ignore[index]
+        mark = re.match(r"\s*(?:(?:[-*]|\d+\.) +)?", line)[0]  # type: ignore[index]
         glued = mark + _GLUED.sub("\0", line[len(mark) :])
         indent = " " * len(mark)
         broken = textwrap.wrap(glued, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -17,8 +17,16 @@ import purify_fast
 
 #: Modules without ``__all__`` that people are told to use: everything that they define is public.
 MODULES = ("purify_fast.protocols", "purify_fast.speed.precision")
-#: Tables of the results that pages lead to.
-RESULTS = ("benchmarks/results/cpu/ops", "benchmarks/results/cpu/pipelines", "benchmarks/results/soak")
+ROOT = Path(__file__).parents[1]
+#: Tables of the results that pages lead to: those of every measured device, and the report of the soak.
+RESULTS = (
+    *(
+        path.relative_to(ROOT).with_suffix("").as_posix()
+        for name in ("ops", "pipelines")
+        for path in sorted(ROOT.glob(f"benchmarks/results/*/{name}.md"))
+    ),
+    "benchmarks/results/soak",
+)
 #: Files at the root of the repository that are pages of the site too.
 PROJECT = ("CONTRIBUTING", "CHANGELOG")
 
@@ -151,6 +159,15 @@ def write(folder: Path) -> None:
     put(folder, texts)
 
 
+def page_of(file: str) -> str:
+    """The name of the page of a file in RESULTS or PROJECT: several devices have files of the same name.
+
+    Args:
+        file: path in the repository, without ``.md``.
+    """
+    return file.removeprefix("benchmarks/results/").replace("/", "-").lower()
+
+
 def write_project(folder: Path) -> None:
     """Pages of files that have their place elsewhere: the tables of all measured rows, and the project's own files.
 
@@ -161,12 +178,12 @@ def write_project(folder: Path) -> None:
     texts = {}
     for name in RESULTS:
         rows = (root / f"{name}.md").read_text()
-        texts[name.rpartition("/")[2]] = f"---\norphan: true\n---\n\n{rows}"
+        texts[page_of(name)] = f"---\norphan: true\n---\n\n{rows}"
     for name in PROJECT:
         text = (root / f"{name}.md").read_text()
         for other in PROJECT:
             text = text.replace(f"]({other}.md)", f"]({other.lower()}.md)")
-        texts[name.lower()] = text.replace("](docs/", "](../")
+        texts[page_of(name)] = text.replace("](docs/", "](../")
     put(folder, texts)
 
 

@@ -55,8 +55,7 @@ def write_generated_pages(app):
 def link_to_generated(app, name, source):
     """Links to files of the repository lead to the pages of the site that hold the same."""
     for file in (*api_pages.RESULTS, *api_pages.PROJECT):
-        page = file.rpartition("/")[2].lower()
-        source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{page}.md)")
+        source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{api_pages.page_of(file)}.md)")
 
 
 def list_every_page(app, name, source):

@@ -1,21 +1,28 @@
 """`aggregate` in Triton: a tile has all K samples and some classes of one image.
 
-lse, mean and mean_sigmoid treat each class separately, so they use one program per image and tile. peel and vote
-compare classes, so they use one program per image, which processes the classes in two loops. peel computes each tile in
-both loops, because this is cheaper than writing the tiles in the first loop and reading them in the second.
+lse, mean and mean_sigmoid treat each class separately, so they use one program per image and tile. If the images are
+small, a tile has the classes of several images, because a GPU starts less than two programs per nanosecond: with 8
+samples of 10 classes, this would be the limit. peel and vote compare classes, so they use one program per image, which
+processes the classes in two loops. peel computes each tile in both loops, because this is cheaper than writing the
+tiles in the first loop and reading them in the second.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import log1p, on, warps
+from ._common import KEPT, cdiv, grid, log1p, next_power_of_2, program, warps
+from ._launch import launch
 
 #: The number of elements in a tile. A tile is larger only if there are more samples than this.
 TILE = 4096
+#: The number of elements up to which a tile has several images.
+SHARED = 1024
 #: The indices of the methods in `purify_fast.ops.aggregate.METHODS`, and the constant TANGENT of the same file.
 LSE, PEEL, MEAN, MEAN_SIGMOID, VOTE = (tl.constexpr(index) for index in range(5))
 TANGENT = tl.constexpr(70.0)
@@ -23,11 +30,42 @@ TANGENT = tl.constexpr(70.0)
 
 @triton.jit
 def _tile(logits_ptr, row, first, samples, classes, other, K: tl.constexpr, C: tl.constexpr):
-    """Return the tile whose first class is ``first``, float32 [K, C], and the mask of the elements that exist."""
+    """Return the tile of an image whose first class is ``first``, float32 [K, C], and which elements exist."""
     k, c = tl.arange(0, K), first + tl.arange(0, C)
     inside = (k < samples)[:, None] & (c < classes)[None, :]
     at = row * samples * classes + k[:, None].to(tl.int64) * classes + c[None, :]
     return tl.load(logits_ptr + at, mask=inside, other=other).to(tl.float32), inside
+
+
+@triton.jit
+def _columns_of(batch, samples, classes, K: tl.constexpr, C: tl.constexpr, IMAGES: tl.constexpr):
+    """Return the elements of this program, which has some classes of one image, or all classes of ``IMAGES`` images.
+
+    Returns the index of the first image; the offsets of the elements among the logits of these images, and which exist;
+    and for each column its offset among the results of these images, and whether it exists. The elements are [K, C] for
+    one image. For several images they are [K * C], so that adjacent threads read adjacent numbers: the compilers of
+    some versions arrange the threads of [K, C] along the samples if the rows are not aligned.
+    """
+    row, block = program((batch + IMAGES - 1) // IMAGES)
+    first, column = row.to(tl.int64) * IMAGES, tl.arange(0, C)
+    if IMAGES == 1:
+        column, k = block * C + column, tl.arange(0, K)
+        exists = column < classes
+        at, inside = k[:, None].to(tl.int64) * classes + column[None, :], (k < samples)[:, None] & exists[None, :]
+    else:
+        element = tl.arange(0, K * C)
+        k = element // C
+        image, inside = _image(element - k * C, first, batch, classes, IMAGES)
+        at, inside = k * classes + (element - k * C) + image * (samples - 1) * classes, inside & (k < samples)
+        exists = _image(column, first, batch, classes, IMAGES)[1]
+    return first, at, inside, column, exists
+
+
+@triton.jit
+def _image(column, first, batch, classes, IMAGES: tl.constexpr):
+    """Return which of a program's images each column belongs to, and whether there is such an image."""
+    image = (column.to(tl.uint32) // tl.cast(classes, tl.uint32)).to(tl.int32)
+    return image, (image < IMAGES) & (first + image < batch)
 
 
 @triton.jit
@@ -75,54 +113,66 @@ def _tangent_exp(q):
     return slope * (1.0 + tl.maximum(q - TANGENT, 0.0, propagate_nan=tl.PropagateNan.ALL)), slope
 
 
-@triton.jit(do_not_specialize=["samples", "tiles"])
-def _columns(logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    pid = tl.program_id(0).to(tl.int64)
-    row, first = pid // tiles, pid % tiles * C
-    if METHOD == LSE:
-        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
-        out = _logsumexp(x)
-    else:
-        other = 0.0 if METHOD == MEAN else float("inf")
-        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=other, K=K, C=C)
-        if METHOD == MEAN:
-            out = tl.sum(x, 0) / samples
-        else:
-            tail, most, yes, no, shift, _least = _odds(x, inside)
-            # If the odds are nearly even, the logarithm depends on the small difference of the two sums. So this line
-            # adds up the differences of their terms, which loses fewer digits.
-            excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
-            more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
-            out = tl.where(more == float("inf"), more, log1p(more))
-            out = tl.where((shift == 0.0) & (excess < 0), -out, out) + shift
-    c = first + tl.arange(0, C)
-    tl.store(out_ptr + row * classes + c, out, mask=c < classes)
-
-
-@triton.jit(do_not_specialize=["samples", "tiles"])
-def _columns_backward(
-    grad_ptr, logits_ptr, out_ptr, samples, classes, tiles, METHOD: tl.constexpr, K: tl.constexpr, C: tl.constexpr
+@triton.jit(do_not_specialize=["batch", "samples"])
+def _columns(
+    logits_ptr,
+    out_ptr,
+    batch,
+    samples,
+    classes,
+    METHOD: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    IMAGES: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    row, first = pid // tiles, pid % tiles * C
-    c = first + tl.arange(0, C)
-    g = tl.load(grad_ptr + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
+    first, at, inside, place, exists = _columns_of(batch, samples, classes, K=K, C=C, IMAGES=IMAGES)
+    other = float("-inf") if METHOD == LSE else 0.0 if METHOD == MEAN else float("inf")
+    x = tl.load(logits_ptr + first * samples * classes + at, mask=inside, other=other).to(tl.float32)
+    x, inside = tl.reshape(x, [K, C]), tl.reshape(inside, [K, C])
+    if METHOD == LSE:
+        out = _logsumexp(x)
+    elif METHOD == MEAN:
+        out = tl.sum(x, 0) / samples
+    else:
+        tail, most, yes, no, shift, _least = _odds(x, inside)
+        # If the odds are nearly even, the logarithm depends on the small difference of the two sums. So this line adds
+        # up the differences of their terms, which loses fewer digits.
+        excess = tl.sum(tl.where(x > 0, most - tail * most, tail * most - most), 0)
+        more = tl.where(shift == 0.0, tl.abs(excess) / tl.minimum(yes, no), yes / no - 1.0)
+        out = tl.where(more == float("inf"), more, log1p(more))
+        out = tl.where((shift == 0.0) & (excess < 0), -out, out) + shift
+    tl.store(out_ptr + first * classes + place, out, mask=exists)
+
+
+@triton.jit(do_not_specialize=["batch", "samples"])
+def _columns_backward(
+    grad_ptr,
+    logits_ptr,
+    out_ptr,
+    batch,
+    samples,
+    classes,
+    METHOD: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    first, at, inside, place, exists = _columns_of(batch, samples, classes, K=K, C=C, IMAGES=IMAGES)
+    g = tl.load(grad_ptr + first * classes + place, mask=exists, other=0.0).to(tl.float32)
+    own = first * samples * classes
     if METHOD == MEAN:
-        k = tl.arange(0, K)
-        inside = (k < samples)[:, None] & (c < classes)[None, :]
         out = tl.zeros((K, C), tl.float32) + (g / samples)[None, :]
     elif METHOD == LSE:
-        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("-inf"), K=K, C=C)
-        out = _softmax(x, inside) * g[None, :]
+        x = tl.reshape(tl.load(logits_ptr + own + at, mask=inside, other=float("-inf")).to(tl.float32), [K, C])
+        out = _softmax(x, tl.reshape(inside, [K, C])) * g[None, :]
     else:
-        x, inside = _tile(logits_ptr, row, first, samples=samples, classes=classes, other=float("inf"), K=K, C=C)
+        x = tl.reshape(tl.load(logits_ptr + own + at, mask=inside, other=float("inf")).to(tl.float32), [K, C])
         # The slope is sigmoid(x) sigmoid(-x) (1 / yes + 1 / no), where yes is the sum of sigmoid(x), and no the sum of
         # sigmoid(-x). In the results of `_odds`, `tail` and the smaller of the two sums have the factor exp(|shift|).
-        tail, most, yes, no, shift, least = _odds(x, inside)
+        tail, most, yes, no, shift, least = _odds(x, tl.reshape(inside, [K, C]))
         small, large = tl.where(shift < 0, yes, no), tl.where(shift < 0, no, yes)
         out = tail * most * most * (g * (1.0 / small + least / large))[None, :]
-    at = row * samples * classes + tl.arange(0, K)[:, None].to(tl.int64) * classes + c[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + own + at, tl.reshape(out, at.shape).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -202,12 +252,28 @@ def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
         tl.store(out_ptr + row * classes + c, tl.sum(votes.to(tl.float32), 0), mask=c < classes)
 
 
-def _shape(logits: Tensor) -> tuple[int, int, int]:
-    """Return K and C of a tile, and the number of tiles per image. They do not depend on the batch size."""
-    samples, classes = logits.shape[1], logits.shape[2]
-    k = triton.next_power_of_2(samples)
-    c = min(triton.next_power_of_2(classes), max(TILE // k, 1))
-    return k, c, triton.cdiv(classes, c)
+@functools.lru_cache(KEPT)
+def _shape(samples: int, classes: int) -> dict[str, int]:
+    """Return K and C of a tile, and the number of warps. They do not depend on the batch size."""
+    k = next_power_of_2(samples)
+    c = min(next_power_of_2(classes), max(TILE // k, 1))
+    return {"K": k, "C": c, "num_warps": warps(k * c)}
+
+
+@functools.lru_cache(KEPT)
+def _columns_shape(batch: int, samples: int, classes: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Return the launch grid of a kernel that treats each class separately, and its tile.
+
+    A tile has the classes of ``IMAGES`` images, or some classes of one image. Which of them does not depend on the
+    batch size.
+    """
+    shape = dict(_shape(samples, classes))
+    images = SHARED // shape["K"] // classes
+    if images > 1:
+        c = next_power_of_2(images * classes)
+        shape |= {"C": c, "num_warps": warps(shape["K"] * c)}
+    shape["IMAGES"] = max(images, 1)
+    return grid(cdiv(batch, shape["IMAGES"]), cdiv(classes, shape["C"])), shape
 
 
 def forward(logits: Tensor, method: int) -> Tensor:
@@ -216,18 +282,16 @@ def forward(logits: Tensor, method: int) -> Tensor:
     out = torch.empty((batch, classes), dtype=torch.float32, device=logits.device)
     if batch == 0:
         return out
-    k, c, tiles = _shape(logits)
-    shape = {"K": k, "C": c, "num_warps": warps(k * c)}
     x = logits.contiguous()
-    with on(logits):
-        if method == PEEL.value:
-            # In `_peel`, s is a product. If the product were fused with the subtraction in `s - top`, the result for
-            # the largest s would be the rounding error of s, and not 0.
-            _peel[(batch,)](x, out, samples, classes, **shape, enable_fp_fusion=False)
-        elif method == VOTE.value:
-            _vote[(batch,)](x, out, samples, classes, **shape)
-        else:
-            _columns[(batch * tiles,)](x, out, samples, classes, tiles, METHOD=method, **shape)
+    if method == PEEL.value:
+        # In `_peel`, s is a product. If the product were fused with the subtraction in `s - top`, the result for
+        # the largest s would be the rounding error of s, and not 0.
+        launch(_peel, (batch,), x, out, samples, classes, **_shape(samples, classes), enable_fp_fusion=False)
+    elif method == VOTE.value:
+        launch(_vote, (batch,), x, out, samples, classes, **_shape(samples, classes))
+    else:
+        programs, shape = _columns_shape(batch, samples, classes)
+        launch(_columns, programs, x, out, batch, samples, classes, METHOD=method, **shape)
     return out
 
 
@@ -239,12 +303,12 @@ def backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if batch == 0:
         return out
-    k, c, tiles = _shape(logits)
-    shape = {"K": k, "C": c, "num_warps": warps(k * c)}
     g, x = grad.contiguous(), logits.contiguous()
-    with on(logits):
-        if method == PEEL.value:
-            _peel_backward[(batch,)](g, x, out, samples, classes, **shape, enable_fp_fusion=False)
-        else:
-            _columns_backward[(batch * tiles,)](g, x, out, samples, classes, tiles, METHOD=method, **shape)
+    if method == PEEL.value:
+        launch(
+            _peel_backward, (batch,), g, x, out, samples, classes, **_shape(samples, classes), enable_fp_fusion=False
+        )
+    else:
+        programs, shape = _columns_shape(batch, samples, classes)
+        launch(_columns_backward, programs, g, x, out, batch, samples, classes, METHOD=method, **shape)
     return out

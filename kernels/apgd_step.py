@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on
+from ._launch import launch
 from .pgd_step import _clamp, _l2_direction, _l2_moved, _l2_shrink, _linf_moved, _load, layout
 
 
@@ -150,22 +150,23 @@ def forward(
         return out
     size, blocks, block = layout(x, norm)
     kernel = _linf if norm == 0 else _l2
-    with on(x):
-        kernel[(x.shape[0] * blocks,)](
-            x.contiguous(),
-            grad.contiguous(),
-            x_nat.contiguous(),
-            previous.contiguous(),
-            alpha.contiguous(),
-            eps.contiguous(),
-            out,
-            size,
-            blocks,
-            float(momentum),
-            float(1 - momentum),
-            float(lo),
-            float(hi),
-            **block,
-            enable_fp_fusion=False,
-        )
+    launch(
+        kernel,
+        (x.shape[0] * blocks,),
+        x.contiguous(),
+        grad.contiguous(),
+        x_nat.contiguous(),
+        previous.contiguous(),
+        alpha.contiguous(),
+        eps.contiguous(),
+        out,
+        size,
+        blocks,
+        float(momentum),
+        float(1 - momentum),
+        float(lo),
+        float(hi),
+        **block,
+        enable_fp_fusion=False,
+    )
     return out

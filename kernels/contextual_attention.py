@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import grid, on, program
+from ._common import cdiv, grid, next_power_of_2, program
+from ._launch import launch
 from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
 #: The number of adjacent queries in a program, if the width of the grid is a multiple of this number. Adjacent queries
@@ -96,7 +97,8 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
         before=tl.where(at == size - width, 0, at + width - 1),
         after=at + width + VECTOR,
         starts=at >= 0,
-        ends=_next(at + VECTOR - 1, size, width) < size - 1,
+        # The last key has no successor, so `_next` gives no position for it.
+        ends=(at + VECTOR < size) & (_next(at + VECTOR - 1, size, width) < size - 1),
         VECTOR=VECTOR,
     )
     m = _previous(n, size, width)
@@ -109,7 +111,8 @@ def _fused(pointer, n, at, inside, size, width, VECTOR: tl.constexpr):
         at=at - width,
         before=at - width - 1,
         after=tl.where(at + VECTOR == width, size - 1, at - width + VECTOR),
-        starts=_previous(at, size, width) > 0,
+        # Likewise, the first key has no predecessor.
+        starts=(at > 0) & (_previous(at, size, width) > 0),
         ends=at >= 0,
         VECTOR=VECTOR,
     )
@@ -361,7 +364,7 @@ def _layout(size: int, height: int, width: int) -> dict[str, int]:
     If the grid has a single line, a group has one key, because the wings are too short for groups of four keys.
     """
     vector = 4 if width % 4 == 0 and height > 1 else 1
-    groups = triton.next_power_of_2(triton.cdiv(size, vector))
+    groups = next_power_of_2(cdiv(size, vector))
     return {"VECTOR": vector, "GROUPS": groups, "num_warps": warps(groups)}
 
 
@@ -383,10 +386,9 @@ def forward(
     row, programs = _layout(size, height, width) | {"TOGETHER": together}, grid(batch, size // together)
     scores = torch.empty((batch, size, size + 2 * width), dtype=torch.float32, device=keep.device)
     sizes = (batch, size, height, width)
-    with on(keep):
-        _patches[programs](correlation.contiguous(), inverse.contiguous(), scores, *sizes, SCALED=True, **row)
-        _attend[programs](scores, keep.contiguous(), weights, batch, size, width, float(scale), **row)
-        _spread[programs](weights, out, *sizes, **row)
+    launch(_patches, programs, correlation.contiguous(), inverse.contiguous(), scores, *sizes, SCALED=True, **row)
+    launch(_attend, programs, scores, keep.contiguous(), weights, batch, size, width, float(scale), **row)
+    launch(_spread, programs, weights, out, *sizes, **row)
     return out, weights
 
 
@@ -398,19 +400,16 @@ def backward(
     out = torch.empty((batch, size, size), dtype=torch.float32, device=grad.device)
     if batch == 0:
         return out, torch.empty((batch, size), dtype=torch.float32, device=grad.device)
-    blocks = triton.cdiv(size, QUERIES)
+    blocks = cdiv(size, QUERIES)
     parts = torch.empty((batch, blocks, size), dtype=torch.float32, device=grad.device)
     row, together = _layout(size, height, width), _together(width)
     programs, sizes = grid(batch, size // together), (batch, size, height, width)
     first = torch.empty((batch, size, size + 2 * width), dtype=torch.float32, device=out.device)
     second = torch.empty_like(out)
     inverse = inverse.contiguous()
-    with on(grad):
-        _gather[programs](
-            grad.contiguous(), weights.contiguous(), first, *sizes, float(scale), TOGETHER=together, **row
-        )
-        _scaled[grid(batch, blocks)](
-            first, correlation.contiguous(), inverse, parts, second, *sizes, blocks, QUERIES=QUERIES, **row
-        )
-        _patches[programs](second, inverse, out, *sizes, SCALED=False, TOGETHER=together, **row)
+    grad, weights, correlation = grad.contiguous(), weights.contiguous(), correlation.contiguous()
+    launch(_gather, programs, grad, weights, first, *sizes, float(scale), TOGETHER=together, **row)
+    several = grid(batch, blocks)
+    launch(_scaled, several, first, correlation, inverse, parts, second, *sizes, blocks, QUERIES=QUERIES, **row)
+    launch(_patches, programs, second, inverse, out, *sizes, SCALED=False, TOGETHER=together, **row)
     return out, parts.sum(1)

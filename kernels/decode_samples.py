@@ -19,6 +19,8 @@ Neighboring programs compute some cells twice, because each program also needs t
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _common
-from ._common import grid, on, program
+from ._common import cdiv, grid, next_power_of_2, program
+from ._launch import launch
 from .decoder_sizes import CHANNEL_TILE, Geometry, Layer, padded
 from .philox import noise
 
@@ -456,7 +459,7 @@ class Decoder:
         h, w, channels = self.inputs(index)
         return h * w * channels
 
-    @property
+    @functools.cached_property
     def together(self) -> bool:
         """True if the last two layers are one launch."""
         layers = self.geometry.layers
@@ -559,9 +562,11 @@ class Decoder:
         tile = tiles(columns, channels, self.dtype, self.device)
         steps = (1, 1) if kind == GRADIENT else stride
         most = len(x) * -(-layer.height // steps[0]) * -(-layer.width // steps[1])
-        blocks = triton.cdiv(most, tile["ROWS"])
+        blocks = cdiv(most, tile["ROWS"])
         parts = steps[0] * steps[1] * (columns // tile["TILE"])
-        _layer[grid(blocks, parts)](
+        launch(
+            _layer,
+            grid(blocks, parts),
             x,
             weight,
             bias,
@@ -600,8 +605,10 @@ class Decoder:
         low, high = _reach(before.kernel, before.stride, before.padding)
         start, end = _reach(last.kernel, before.stride, last.padding, before.stride - 1)
         own = tile["ROWS"] - (end - start) * (cells_x + 1)
-        blocks = triton.cdiv(len(x) * cells_y * cells_x, own)
-        _last_two[grid(blocks, 1)](
+        blocks = cdiv(len(x) * cells_y * cells_x, own)
+        launch(
+            _last_two,
+            grid(blocks, 1),
             x,
             self.weights[-2],
             self.biases[-2],
@@ -643,8 +650,10 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
     size = decoder.geometry.latent_dim
     width = padded(size, CHANNEL_TILE)
     z = torch.empty((count, width), dtype=decoder.dtype, device=seed.device)
-    groups = min(32, triton.next_power_of_2(width // 4))
-    _latents[grid(count, triton.cdiv(width, 4 * groups))](
+    groups = min(32, next_power_of_2(width // 4))
+    launch(
+        _latents,
+        grid(count, cdiv(width, 4 * groups)),
         seed,
         sample_ids,
         z,
@@ -710,14 +719,13 @@ def forward(
     inputs = condition.contiguous(), seed, sample_ids.contiguous()
     kept = [decoder.elements(index) for index in range(len(decoder.geometry.layers))]
     kept = kept[:-1] if decoder.together else kept
-    with on(condition):
-        for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder.dtype):
-            maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=False)
-            images = out[first : first + count]
-            if decoder.together:
-                decoder.last_two(maps[-1], images, by_pixel=channels_last)
-            else:
-                decoder.forward(len(kept) - 1, maps[-1], images, by_pixel=channels_last)
+    for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder.dtype):
+        maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=False)
+        images = out[first : first + count]
+        if decoder.together:
+            decoder.last_two(maps[-1], images, by_pixel=channels_last)
+        else:
+            decoder.forward(len(kept) - 1, maps[-1], images, by_pixel=channels_last)
     return out
 
 
@@ -744,18 +752,17 @@ def backward(
     by_pixel = torch.empty((total, h * w, decoder.columns[0]), dtype=decoder.dtype, device=condition.device)
     inputs = condition.contiguous(), seed, sample_ids.contiguous()
     each = sum(decoder.elements(index) for index in range(len(layers)))
-    with on(condition):
-        for first, count in parts(total, 2 * each, decoder.dtype):
-            part = slice(first, first + count)
-            maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=True)
-            g = grad[part].float()
-            g = g * image[part].float() * (1 - image[part].float()) if squash else g
-            g = g.to(decoder.dtype).permute(0, 2, 3, 1)
-            g = F.pad(g, (0, -g.shape[-1] % CHANNEL_TILE)).contiguous()
-            for index in reversed(range(len(layers))):
-                entered = maps.pop()
-                out = torch.empty_like(entered) if index else by_pixel[part]
-                decoder.backward(index, g, entered, out)
-                g = out
+    for first, count in parts(total, 2 * each, decoder.dtype):
+        part = slice(first, first + count)
+        maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=True)
+        g = grad[part].float()
+        g = g * image[part].float() * (1 - image[part].float()) if squash else g
+        g = g.to(decoder.dtype).permute(0, 2, 3, 1)
+        g = F.pad(g, (0, -g.shape[-1] % CHANNEL_TILE)).contiguous()
+        for index in reversed(range(len(layers))):
+            entered = maps.pop()
+            out = torch.empty_like(entered) if index else by_pixel[part]
+            decoder.backward(index, g, entered, out)
+            g = out
     summed = by_pixel.unflatten(0, (-1, samples)).sum(1, dtype=torch.float32)
     return summed[..., :channels].flatten(1)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, empty_like
 
-from ._common import first_of, grid, is_channels_last, memory_format, on, program, tile
+from ._common import cdiv, first_of, grid, is_channels_last, memory_format, program, tile
+from ._launch import launch
 from .pgd_step import _clamp, _load
 from .philox import noise
 
@@ -179,27 +180,28 @@ def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], resul
     # A thread reads single numbers of a channels_last prediction, but whole vectors of the state.
     block, warps = tile(size, x) if last else tile(size, x, prediction)
     coefficients = named[0].contiguous()
-    with on(x):
-        kernel[grid(rows, triton.cdiv(size, block))](
-            *(one.contiguous() for one in images[:-1]),
-            prediction if last else prediction.contiguous(),
-            coefficients,
-            *(one.contiguous() for one in named[1:]),
-            *results,
-            rows,
-            size,
-            size // x.shape[1],
-            channels,
-            coefficients.shape[-1] if coefficients.dim() == 2 else 0,
-            LEARNED=channels > x.shape[1],
-            NOISY=noisy,
-            CHANNELS_LAST=last,
-            STREAM=DIFFUSION,
-            GROUPS=block // 4,
-            PAIRS=prediction.element_size() == 2 and not last,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+    launch(
+        kernel,
+        grid(rows, cdiv(size, block)),
+        *(one.contiguous() for one in images[:-1]),
+        prediction if last else prediction.contiguous(),
+        coefficients,
+        *(one.contiguous() for one in named[1:]),
+        *results,
+        rows,
+        size,
+        size // x.shape[1],
+        channels,
+        coefficients.shape[-1] if coefficients.dim() == 2 else 0,
+        LEARNED=channels > x.shape[1],
+        NOISY=noisy,
+        CHANNELS_LAST=last,
+        STREAM=DIFFUSION,
+        GROUPS=block // 4,
+        PAIRS=prediction.element_size() == 2 and not last,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
 
 
 def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:

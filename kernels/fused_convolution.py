@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dense, grid, on, program
+from ._common import cdiv, dense, grid, next_power_of_2, program
+from ._launch import launch
 
 #: The activations, as in purify_fast/ops/fused_convolution.py.
 RELU: tl.constexpr = tl.constexpr(1)
@@ -273,7 +274,7 @@ def _width_of(count: int) -> int:
     """Return the number of columns of a program, of which the last program may use only a part."""
     return next(
         (tile for tile in (128, 64, 32) if -(-count // tile) * tile <= WASTE * count),
-        max(16, min(32, triton.next_power_of_2(count))),
+        max(16, min(32, next_power_of_2(count))),
     )
 
 
@@ -329,13 +330,15 @@ def _run(
     crowded = beside is not None or activation == SILU.value
     tile = tiles(columns, channels, x.dtype, most=64 if crowded else 128)
     steps = stride if gradient else (1, 1)
-    parts = steps[0] * steps[1] * triton.cdiv(columns, tile["TILE"])
+    parts = steps[0] * steps[1] * cdiv(columns, tile["TILE"])
     for part in _parts(x, out) if x.numel() and out.numel() else ():
         images, result = x[part], out[part]
-        rows = len(result) * triton.cdiv(result.shape[1], steps[0]) * triton.cdiv(result.shape[2], steps[1])
-        blocks = triton.cdiv(rows, tile["ROWS"])
+        rows = len(result) * cdiv(result.shape[1], steps[0]) * cdiv(result.shape[2], steps[1])
+        blocks = cdiv(rows, tile["ROWS"])
         maps = [result if one is None else one[part] for one in (added, beside, entered, total)]
-        _convolve[grid(blocks, parts)](
+        launch(
+            _convolve,
+            grid(blocks, parts),
             images,
             weight,
             weight if bias is None else bias,
@@ -391,21 +394,20 @@ def forward(
     width = (input.shape[2] + left + right - weight.shape[2]) // stride[1] + 1
     out = input.new_empty(len(input), height, width, len(weight))
     total = torch.empty_like(out) if keep else None
-    with on(input):
-        _run(
-            dense(input),
-            dense(weight),
-            out,
-            bias=bias,
-            added=_dense(added),
-            norm=norm,
-            total=total,
-            eps=eps,
-            activation=activation,
-            gradient=False,
-            stride=stride,
-            padding=padding,
-        )
+    _run(
+        dense(input),
+        dense(weight),
+        out,
+        bias=bias,
+        added=_dense(added),
+        norm=norm,
+        total=total,
+        eps=eps,
+        activation=activation,
+        gradient=False,
+        stride=stride,
+        padding=padding,
+    )
     return out, input.new_empty(0) if total is None else total
 
 
@@ -425,19 +427,18 @@ def backward(
 ) -> Tensor:
     """Return the gradient [B, H, W, C], as `purify_fast.ops.fused_convolution.reference_backward` does."""
     out = grad.new_empty(len(grad), height, width, weight.shape[3])
-    with on(grad):
-        _run(
-            dense(grad),
-            dense(weight),
-            out,
-            added=_dense(earlier),
-            beside=_dense(beside),
-            norm=norm,
-            entered=_dense(entered),
-            eps=eps,
-            activation=activation,
-            gradient=True,
-            stride=stride,
-            padding=padding,
-        )
+    _run(
+        dense(grad),
+        dense(weight),
+        out,
+        added=_dense(earlier),
+        beside=_dense(beside),
+        norm=norm,
+        entered=_dense(entered),
+        eps=eps,
+        activation=activation,
+        gradient=True,
+        stride=stride,
+        padding=padding,
+    )
     return out

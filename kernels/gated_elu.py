@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import expm1, on, tile
+from ._common import cdiv, expm1, next_power_of_2, tile
+from ._launch import launch
 
 
 @triton.jit
@@ -60,8 +61,8 @@ def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
     rows = math.prod(features.shape[:dim])
     size = features.numel() // rows // 2
     block, warps = tile(rows * size, features)
-    width = min(block, triton.next_power_of_2(size))
-    return (rows, size, triton.cdiv(size, width)), {"ROWS": block // width, "WIDTH": width, "num_warps": warps}
+    width = min(block, next_power_of_2(size))
+    return (rows, size, cdiv(size, width)), {"ROWS": block // width, "WIDTH": width, "num_warps": warps}
 
 
 def forward(features: Tensor, dim: int) -> Tensor:
@@ -72,8 +73,8 @@ def forward(features: Tensor, dim: int) -> Tensor:
     if out.numel() == 0:
         return out
     sizes, tile = _layout(features, dim)
-    with on(features):
-        _forward[(triton.cdiv(sizes[0], tile["ROWS"]) * sizes[2],)](features.contiguous(), out, *sizes, **tile)
+    programs = (cdiv(sizes[0], tile["ROWS"]) * sizes[2],)
+    launch(_forward, programs, features.contiguous(), out, *sizes, **tile)
     return out
 
 
@@ -83,8 +84,6 @@ def backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
     if out.numel() == 0:
         return out
     sizes, tile = _layout(features, dim)
-    with on(features):
-        _backward[(triton.cdiv(sizes[0], tile["ROWS"]) * sizes[2],)](
-            grad.contiguous(), features.contiguous(), out, *sizes, **tile
-        )
+    programs = (cdiv(sizes[0], tile["ROWS"]) * sizes[2],)
+    launch(_backward, programs, grad.contiguous(), features.contiguous(), out, *sizes, **tile)
     return out

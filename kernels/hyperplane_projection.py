@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, dense, on, sum_tile
+from ._common import BLOCK, dense, sum_tile
+from ._launch import launch
 
 
 @triton.jit
@@ -135,18 +136,19 @@ def forward(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) ->
     rows, size = x.shape[0], x.numel() // x.shape[0]
     width, warps = sum_tile(size, 2 * BLOCK)
     kernel, own = (_threshold, {}) if norm == 2 else (_newton, {"ALIKE": norm == 0})
-    with on(x):
-        kernel[(rows,)](
-            dense(x),
-            dense(w),
-            b.contiguous(),
-            out,
-            size,
-            float(lo),
-            float(hi),
-            **own,
-            WIDTH=width,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+    launch(
+        kernel,
+        (rows,),
+        dense(x),
+        dense(w),
+        b.contiguous(),
+        out,
+        size,
+        float(lo),
+        float(hi),
+        **own,
+        WIDTH=width,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
     return out

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import on, tile
+from ._common import cdiv, tile
+from ._launch import launch
 from .pgd_step import _clamp, _load
 from .philox import noise
 
@@ -76,25 +77,26 @@ def forward(
         return out
     size = x.numel() // x.shape[0]
     block, warps = tile(size, x)
-    blocks = triton.cdiv(size, block)
-    with on(x):
-        _forward[(x.shape[0] * blocks,)](
-            x.contiguous(),
-            x_adv.contiguous(),
-            drift.contiguous(),
-            tau.contiguous(),
-            eps.contiguous(),
-            seed.contiguous(),
-            sample_ids.contiguous(),
-            out,
-            size,
-            blocks,
-            float(lo),
-            float(hi),
-            STREAM=REPLAY_NOISE,
-            GROUPS=block // 4,
-            PAIRS=x.element_size() == 2,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+    blocks = cdiv(size, block)
+    launch(
+        _forward,
+        (x.shape[0] * blocks,),
+        x.contiguous(),
+        x_adv.contiguous(),
+        drift.contiguous(),
+        tau.contiguous(),
+        eps.contiguous(),
+        seed.contiguous(),
+        sample_ids.contiguous(),
+        out,
+        size,
+        blocks,
+        float(lo),
+        float(hi),
+        STREAM=REPLAY_NOISE,
+        GROUPS=block // 4,
+        PAIRS=x.element_size() == 2,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
     return out

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, on, sum_tile, tile
+from ._common import BLOCK, cdiv, next_power_of_2, sum_tile, tile
+from ._launch import launch
 
 #: The largest tile in which a program can hold a whole sample without spilling registers, by the index of the norm.
 WHOLE = {1: 16384, 2: 8192}
@@ -328,7 +329,7 @@ def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
     """Return the number of elements and of programs per sample, and the tile. ``norm`` is as in `forward`."""
     size = x.numel() // x.shape[0]
     width, warps = tile(size, x) if norm == 0 else sum_tile(size, 2 * BLOCK)
-    return size, triton.cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
+    return size, cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
 
 
 def whole_warps(width: int) -> int:
@@ -352,7 +353,7 @@ def forward(
     if x.numel() == 0:
         return out
     size, blocks, block = layout(x, norm)
-    fitting, chosen = max(32, triton.next_power_of_2(size)), max(1, int(density * size + 0.5))
+    fitting, chosen = max(32, next_power_of_2(size)), max(1, int(density * size + 0.5))
     whole = fitting <= WHOLE.get(norm, 0)
     if whole:
         block = {"WIDTH": fitting, "num_warps": whole_warps(fitting)}
@@ -363,19 +364,20 @@ def forward(
         (_l2_whole if whole else _l2, ()),
         (_l1_whole if whole else _l1, (chosen,)),
     )[norm]
-    with on(x):
-        kernel[(x.shape[0] * blocks,)](
-            x.contiguous(),
-            grad.contiguous(),
-            x_nat.contiguous(),
-            alpha.contiguous(),
-            eps.contiguous(),
-            out,
-            size,
-            *own,
-            float(lo),
-            float(hi),
-            **block,
-            enable_fp_fusion=False,
-        )
+    launch(
+        kernel,
+        (x.shape[0] * blocks,),
+        x.contiguous(),
+        grad.contiguous(),
+        x_nat.contiguous(),
+        alpha.contiguous(),
+        eps.contiguous(),
+        out,
+        size,
+        *own,
+        float(lo),
+        float(hi),
+        **block,
+        enable_fp_fusion=False,
+    )
     return out

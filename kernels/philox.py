@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import first_of, grid, on, program, tile
+from ._common import cdiv, first_of, grid, program, tile
+from ._launch import launch
 
 
 @triton.jit
@@ -165,18 +166,19 @@ def forward(
         return out
     block, warps = tile(numel, out)
     rows = sample_ids.shape[0] * draws
-    with on(out):
-        _philox[grid(rows, triton.cdiv(numel, block))](
-            seed.contiguous(),
-            sample_ids.contiguous(),
-            out,
-            rows,
-            numel,
-            draws,
-            first_draw,
-            stream,
-            KIND=distribution,
-            GROUPS=block // 4,
-            num_warps=warps,
-        )
+    launch(
+        _philox,
+        grid(rows, cdiv(numel, block)),
+        seed.contiguous(),
+        sample_ids.contiguous(),
+        out,
+        rows,
+        numel,
+        draws,
+        first_draw,
+        stream,
+        KIND=distribution,
+        GROUPS=block // 4,
+        num_warps=warps,
+    )
     return out

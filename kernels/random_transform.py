@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import grid, is_channels_last, memory_format, on, program, tile, warps
+from ._common import cdiv, grid, is_channels_last, memory_format, next_power_of_2, program, tile, warps
+from ._launch import launch
 from .pgd_step import _clamp, _load
 from .philox import in_order, in_pairs, noise, words
 
@@ -278,9 +279,11 @@ def _assign(
     """Return the owner of every block, uint8 [S, B, *cells]."""
     batch, blocks = sample_ids.shape[0], cells[0] * cells[1]
     out = torch.empty((samples, batch, *cells), dtype=torch.uint8, device=sample_ids.device)
-    width = min(TILE, max(16, triton.next_power_of_2(blocks)))
-    tiles = triton.cdiv(blocks, width)
-    _owners[(samples * batch * tiles,)](
+    width = min(TILE, max(16, next_power_of_2(blocks)))
+    tiles = cdiv(blocks, width)
+    launch(
+        _owners,
+        (samples * batch * tiles,),
         seed,
         sample_ids,
         out,
@@ -305,10 +308,12 @@ def _launch(
     plane = height * width
     block, own = tile(plane, pointers[0], pointers[-1])
     # A plane may begin up to 3 elements after the start of its first group.
-    tiles = triton.cdiv(plane + 3, block)
+    tiles = cdiv(plane + 3, block)
     side, pairs = width // columns, min(x.element_size() for x in (pointers[0], pointers[-1])) == 2 and not last
     unit = 8 if pairs and side % 8 == 0 else 4 if side % 4 == 0 else 1
-    kernel[grid(batch, tiles * planes)](
+    launch(
+        kernel,
+        grid(batch, tiles * planes),
         *pointers,
         float(sigma),
         batch,
@@ -353,19 +358,18 @@ def forward(
     seed, sample_ids, cells = seed.contiguous(), sample_ids.contiguous(), (height // block, width // block)
     if packed.numel() == 0:
         return packed, torch.empty((samples, batch, *cells), dtype=torch.uint8, device=x.device)
-    with on(x):
-        owners = _assign(
-            seed,
-            sample_ids,
-            cells,
-            masked_blocks=masked_blocks,
-            num_passes=num_passes,
-            samples=samples,
-            shared_mask=shared_mask,
-        )
-        pointers = (x.contiguous(), owners, seed, sample_ids, packed)
-        sizes = {"planes": channels + 2, "num_passes": num_passes}
-        _launch(_forward, pointers, x, owners, sigma=sigma, last=channels_last, **sizes)
+    owners = _assign(
+        seed,
+        sample_ids,
+        cells,
+        masked_blocks=masked_blocks,
+        num_passes=num_passes,
+        samples=samples,
+        shared_mask=shared_mask,
+    )
+    pointers = (x.contiguous(), owners, seed, sample_ids, packed)
+    sizes = {"planes": channels + 2, "num_passes": num_passes}
+    _launch(_forward, pointers, x, owners, sigma=sigma, last=channels_last, **sizes)
     return packed, owners
 
 
@@ -378,7 +382,6 @@ def backward(
         return out
     last = is_channels_last(grad)
     grad = grad if last else grad.contiguous()
-    with on(x):
-        pointers = (grad, x.contiguous(), owners.contiguous(), seed.contiguous(), sample_ids.contiguous(), out)
-        _launch(_backward, pointers, x, owners=owners, planes=x.shape[1], sigma=sigma, num_passes=num_passes, last=last)
+    pointers = (grad, x.contiguous(), owners.contiguous(), seed.contiguous(), sample_ids.contiguous(), out)
+    _launch(_backward, pointers, x, owners=owners, planes=x.shape[1], sigma=sigma, num_passes=num_passes, last=last)
     return out

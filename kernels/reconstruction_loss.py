@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import CHUNK, dense, log1p, on, sum_tile, tile
+from ._common import CHUNK, cdiv, dense, log1p, sum_tile, tile
+from ._launch import launch
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -56,22 +57,23 @@ def forward(logits: Tensor, target: Tensor) -> Tensor:
     if logits.numel() == 0:
         return out.zero_()
     size = logits.numel() // batch
-    (width, warps), chunks = sum_tile(size), triton.cdiv(size, CHUNK)
-    length = CHUNK if chunks > 1 else triton.cdiv(size, width) * width
+    (width, warps), chunks = sum_tile(size), cdiv(size, CHUNK)
+    length = CHUNK if chunks > 1 else cdiv(size, width) * width
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device) if chunks > 1 else out
-    with on(logits):
-        _forward[(batch * chunks,)](
-            dense(logits),
-            dense(target),
-            parts,
-            size,
-            chunks,
-            LENGTH=length,
-            WIDTH=width,
-            num_warps=warps,
-        )
-        if chunks > 1:
-            _add[(batch,)](parts, out, chunks, WIDTH=128, num_warps=1)
+    launch(
+        _forward,
+        (batch * chunks,),
+        dense(logits),
+        dense(target),
+        parts,
+        size,
+        chunks,
+        LENGTH=length,
+        WIDTH=width,
+        num_warps=warps,
+    )
+    if chunks > 1:
+        launch(_add, (batch,), parts, out, chunks, WIDTH=128, num_warps=1)
     return out
 
 
@@ -82,16 +84,17 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         return out
     size = logits.numel() // logits.shape[0]
     width, warps = tile(size, logits, target)
-    blocks = triton.cdiv(size, width)
-    with on(logits):
-        _backward[(logits.shape[0] * blocks,)](
-            grad.contiguous(),
-            logits.contiguous(),
-            target.contiguous(),
-            out,
-            size,
-            blocks,
-            WIDTH=width,
-            num_warps=warps,
-        )
+    blocks = cdiv(size, width)
+    launch(
+        _backward,
+        (logits.shape[0] * blocks,),
+        grad.contiguous(),
+        logits.contiguous(),
+        target.contiguous(),
+        out,
+        size,
+        blocks,
+        WIDTH=width,
+        num_warps=warps,
+    )
     return out

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import CHUNK, dense, on, sum_tile, tile
+from ._common import CHUNK, cdiv, dense, sum_tile, tile
+from ._launch import launch
 from .pgd_step import _clamp, _load
 
 #: The indices of the kinds in `purify_fast.ops.representation_distance`, and the two limits of the same file.
@@ -225,45 +226,48 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
         return out, slopes
     # A launch has a single tile size, so small layers use the tile of a whole chunk too.
     width, warps = sum_tile(CHUNK)
-    with on(out):
-        for layer in range(0, layers, LAYERS):
-            us, vs = (tuple(map(dense, side[layer : layer + LAYERS])) for side in (student, teacher))
-            sizes = tuple(u.numel() // batch for u in us)
-            chunks = tuple(max(1, triton.cdiv(size, CHUNK)) for size in sizes)
-            programs, parts = sum(chunks), None
-            if programs > len(chunks):
-                parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
-            _forward[(batch * programs,)](
-                us,
-                vs,
-                sizes,
-                chunks,
+    for layer in range(0, layers, LAYERS):
+        us, vs = (tuple(map(dense, side[layer : layer + LAYERS])) for side in (student, teacher))
+        sizes = tuple(u.numel() // batch for u in us)
+        chunks = tuple(max(1, cdiv(size, CHUNK)) for size in sizes)
+        programs, parts = sum(chunks), None
+        if programs > len(chunks):
+            parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
+        launch(
+            _forward,
+            (batch * programs,),
+            us,
+            vs,
+            sizes,
+            chunks,
+            parts,
+            out,
+            slopes,
+            programs,
+            layers,
+            layer,
+            kind,
+            DIFFERENCE=kind == L2,
+            LENGTH=CHUNK,
+            WIDTH=width,
+            num_warps=warps,
+        )
+        if parts is not None:
+            launch(
+                _add,
+                (batch * len(chunks),),
                 parts,
                 out,
                 slopes,
+                chunks,
                 programs,
                 layers,
                 layer,
                 kind,
                 DIFFERENCE=kind == L2,
-                LENGTH=CHUNK,
-                WIDTH=width,
-                num_warps=warps,
+                WIDTH=PARTS,
+                num_warps=1,
             )
-            if parts is not None:
-                _add[(batch * len(chunks),)](
-                    parts,
-                    out,
-                    slopes,
-                    chunks,
-                    programs,
-                    layers,
-                    layer,
-                    kind,
-                    DIFFERENCE=kind == L2,
-                    WIDTH=PARTS,
-                    num_warps=1,
-                )
     return out, slopes
 
 
@@ -274,26 +278,27 @@ def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes:
     if batch == 0:
         return outs
     grad, slopes = grad.contiguous(), slopes.contiguous()
-    with on(slopes):
-        for layer in range(0, layers, LAYERS):
-            us, vs = (tuple(x.contiguous() for x in side[layer : layer + LAYERS]) for side in (student, teacher))
-            sizes = tuple(u.numel() // batch for u in us)
-            width, warps = tile(max(sizes), *us, *vs)
-            blocks = tuple(triton.cdiv(size, width) for size in sizes)
-            programs = sum(blocks)
-            if programs > 0:
-                _backward[(batch * programs,)](
-                    grad,
-                    us,
-                    vs,
-                    slopes,
-                    tuple(outs[layer : layer + LAYERS]),
-                    sizes,
-                    blocks,
-                    programs,
-                    layers,
-                    layer,
-                    WIDTH=width,
-                    num_warps=warps,
-                )
+    for layer in range(0, layers, LAYERS):
+        us, vs = (tuple(x.contiguous() for x in side[layer : layer + LAYERS]) for side in (student, teacher))
+        sizes = tuple(u.numel() // batch for u in us)
+        width, warps = tile(max(sizes), *us, *vs)
+        blocks = tuple(cdiv(size, width) for size in sizes)
+        programs = sum(blocks)
+        if programs > 0:
+            launch(
+                _backward,
+                (batch * programs,),
+                grad,
+                us,
+                vs,
+                slopes,
+                tuple(outs[layer : layer + LAYERS]),
+                sizes,
+                blocks,
+                programs,
+                layers,
+                layer,
+                WIDTH=width,
+                num_warps=warps,
+            )
     return outs

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dense, expm1, on, sum_tile, tile
+from ._common import dense, expm1, sum_tile, tile
+from ._launch import launch
 from .philox import noise
 
 #: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.LATENT`.
@@ -86,20 +87,21 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tup
     if mu.numel() == 0:
         return z, kl.zero_()
     block, warps = sum_tile(mu.shape[1])
-    with on(mu):
-        _forward[(mu.shape[0],)](
-            dense(mu),
-            dense(logvar),
-            seed.contiguous(),
-            sample_ids.contiguous(),
-            z,
-            kl,
-            mu.shape[1],
-            STREAM=LATENT,
-            GROUPS=block // 4,
-            PAIRS=_pairs(mu, logvar),
-            num_warps=warps,
-        )
+    launch(
+        _forward,
+        (mu.shape[0],),
+        dense(mu),
+        dense(logvar),
+        seed.contiguous(),
+        sample_ids.contiguous(),
+        z,
+        kl,
+        mu.shape[1],
+        STREAM=LATENT,
+        GROUPS=block // 4,
+        PAIRS=_pairs(mu, logvar),
+        num_warps=warps,
+    )
     return z, kl
 
 
@@ -112,20 +114,21 @@ def backward(
     if mu.numel() == 0:
         return dmu, dlogvar
     block, warps = tile(mu.shape[1], mu, logvar)
-    with on(mu):
-        _backward[(mu.shape[0],)](
-            grad_z.contiguous(),
-            grad_kl.contiguous(),
-            mu.contiguous(),
-            logvar.contiguous(),
-            seed.contiguous(),
-            sample_ids.contiguous(),
-            dmu,
-            dlogvar,
-            mu.shape[1],
-            STREAM=LATENT,
-            GROUPS=block // 4,
-            PAIRS=_pairs(mu, logvar),
-            num_warps=warps,
-        )
+    launch(
+        _backward,
+        (mu.shape[0],),
+        grad_z.contiguous(),
+        grad_kl.contiguous(),
+        mu.contiguous(),
+        logvar.contiguous(),
+        seed.contiguous(),
+        sample_ids.contiguous(),
+        dmu,
+        dlogvar,
+        mu.shape[1],
+        STREAM=LATENT,
+        GROUPS=block // 4,
+        PAIRS=_pairs(mu, logvar),
+        num_warps=warps,
+    )
     return dmu, dlogvar

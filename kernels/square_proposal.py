@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import first_of, grid, on, program, tile, warps
+from ._common import cdiv, first_of, grid, next_power_of_2, program, tile, warps
+from ._launch import launch
 from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room
 
 #: Two constants of `purify_fast.ops.square_proposal`: the number of random numbers before the signs of the channels,
@@ -324,8 +325,8 @@ def _mass_moved(
 
 def layout(channels: int, pixels: int) -> dict[str, int]:
     """Return the tile and the warps of a program of l2 or l1. The tile has all channels, rounded up, of some pixels."""
-    every = triton.next_power_of_2(channels)
-    width = max(FEWEST, min(triton.next_power_of_2(pixels), TILE // every))
+    every = next_power_of_2(channels)
+    width = max(FEWEST, min(next_power_of_2(pixels), TILE // every))
     return {"CHANNELS": every, "WIDTH": width, "num_warps": warps(every * width)}
 
 
@@ -349,35 +350,38 @@ def forward(
     numbers = numbers if numbers.stride(2) == 1 else numbers.contiguous()
     given = x.contiguous(), x_nat.contiguous(), eps.contiguous(), numbers
     shape, settings = (height, width, edge, *numbers.stride()[:2]), (float(lo), float(hi))
-    with on(x):
-        if pattern is None:
-            size = channels * height * width
-            block, several = tile(size, x)
-            _linf[grid(draws * images, triton.cdiv(size, block))](
-                *given,
-                out,
-                draws * images,
-                images,
-                size,
-                *shape,
-                *settings,
-                WIDTH=block,
-                num_warps=several,
-                enable_fp_fusion=False,
-            )
-        else:
-            own = {"maxnreg": L1_REGISTERS} if norm == 2 else {}
-            _mass_moved[(draws * images,)](
-                *given,
-                pattern.contiguous(),
-                out,
-                images,
-                channels,
-                *shape,
-                *settings,
-                L1=norm == 2,
-                **layout(channels, height * width),
-                **own,
-                enable_fp_fusion=False,
-            )
+    if pattern is None:
+        size = channels * height * width
+        block, several = tile(size, x)
+        launch(
+            _linf,
+            grid(draws * images, cdiv(size, block)),
+            *given,
+            out,
+            draws * images,
+            images,
+            size,
+            *shape,
+            *settings,
+            WIDTH=block,
+            num_warps=several,
+            enable_fp_fusion=False,
+        )
+    else:
+        own = {"maxnreg": L1_REGISTERS} if norm == 2 else {}
+        launch(
+            _mass_moved,
+            (draws * images,),
+            *given,
+            pattern.contiguous(),
+            out,
+            images,
+            channels,
+            *shape,
+            *settings,
+            L1=norm == 2,
+            **layout(channels, height * width),
+            **own,
+            enable_fp_fusion=False,
+        )
     return out

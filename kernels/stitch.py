@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import grid, is_channels_last, memory_format, on, program, tile
+from ._common import cdiv, grid, is_channels_last, memory_format, program, tile
+from ._launch import launch
 
 
 @triton.jit
@@ -125,26 +126,27 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
     cell = line // columns
     vector = math.gcd(cell, 16 // x.element_size())
     block, warps = tile(size, x)
-    with on(x):
-        kernel[grid(samples * batch, triton.cdiv(size, block))](
-            x,
-            owners.contiguous(),
-            out,
-            samples * batch,
-            size,
-            size // vector,
-            line // vector,
-            height,
-            cell // vector,
-            height // rows,
-            columns,
-            rows * columns,
-            passes,
-            CHANNELS_LAST=last,
-            GROUPS=block // vector,
-            VECTOR=vector,
-            num_warps=warps,
-        )
+    launch(
+        kernel,
+        grid(samples * batch, cdiv(size, block)),
+        x,
+        owners.contiguous(),
+        out,
+        samples * batch,
+        size,
+        size // vector,
+        line // vector,
+        height,
+        cell // vector,
+        height // rows,
+        columns,
+        rows * columns,
+        passes,
+        CHANNELS_LAST=last,
+        GROUPS=block // vector,
+        VECTOR=vector,
+        num_warps=warps,
+    )
     return out
 
 

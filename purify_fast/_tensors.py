@@ -28,10 +28,11 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 
 def check_one_device(**tensors: Tensor) -> None:
     """Raise a ValueError if the tensors are on different devices. The keywords are the names in the message."""
-    devices = [tensor.device for tensor in tensors.values()]
-    if any(device != devices[0] for device in devices):
-        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"tensors must be on one device, got {places}")
+    first, *others = tensors.values()
+    for other in others:
+        if other.device != first.device:
+            places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+            raise ValueError(f"tensors must be on one device, got {places}")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -54,15 +55,18 @@ def check_alike(**tensors: Tensor) -> None:
 
     The shape must be [B, ...], with at least two dimensions, and the dtype must be a floating-point dtype.
     """
-    *names, last = tensors
-    named = f"{', '.join(names)} and {last}"
-    shapes, dtypes = ([getattr(tensor, what) for tensor in tensors.values()] for what in ("shape", "dtype"))
-    if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) < 2:
-        raise ValueError(
-            f"{named} must have the same shape [B, ...], got {', '.join(str(list(shape)) for shape in shapes)}"
-        )
-    if any(dtype != dtypes[0] for dtype in dtypes) or not dtypes[0].is_floating_point:
-        raise ValueError(f"{named} must have the same floating-point dtype, got {', '.join(map(str, dtypes))}")
+    first, *others = tensors.values()
+    # Every call of an op runs this loop, so it must be fast.
+    shape_fits, dtype_fits = first.dim() >= 2, first.is_floating_point()
+    for other in others:
+        shape_fits = shape_fits and other.shape == first.shape
+        dtype_fits = dtype_fits and other.dtype == first.dtype
+    if not (shape_fits and dtype_fits):
+        *names, last = tensors
+        kind, what = ("dtype", "floating-point dtype") if shape_fits else ("shape", "shape [B, ...]")
+        got = [getattr(tensor, kind) for tensor in tensors.values()]
+        texts = ", ".join(str(one if shape_fits else list(one)) for one in got)
+        raise ValueError(f"{', '.join(names)} and {last} must have the same {what}, got {texts}")
     check_one_device(**tensors)
 
 

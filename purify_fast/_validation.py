@@ -194,6 +194,26 @@ def check_folder(name: str, path: str | Path | None) -> None:
             return
 
 
+def usable_device(name: str) -> str:
+    """Check the name of a device, and replace "auto" by "cuda" or "cpu".
+
+    Raises:
+        ValueError: there is no such device, or this machine does not have it.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        # For an unknown name, PyTorch's message is a list of all names that it knows.
+        why = "PyTorch has no such device" if why.startswith("Expected one of") else why
+        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N ({why})") from error
+    return name
+
+
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
     """Raise an error if tensors are missing, unknown or have a wrong shape.
 

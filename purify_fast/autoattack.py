@@ -8,8 +8,9 @@ raises an error. To run the original implementation, use `purify_fast.attacks.Au
 Four things differ from the original:
 
 - The search for an adversarial image ends early if it can hardly succeed any more.
-- The prediction of a random model uses several new draws, as many as a step of the attack averages. An image is
-  attacked until all these draws misclassify it. The printed accuracy is the mean over the draws.
+- An image of a random model is attacked until several new draws all misclassify it, as many as a step of the attack
+  averages. The printed accuracy is the mean over at least five other draws of each image. These draws did not choose
+  the image, so chance does not lower the accuracy.
 - If the model has fewer classes than a loss needs, the margin replaces the loss.
 - ``fab`` runs targeted FAB for one class after the other, with ``fab.n_restarts`` restarts, because this package has no
   untargeted FAB.
@@ -29,10 +30,10 @@ from torch import Tensor
 from ._validation import NormName, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_at_least_one, check_eps
-from .attacks.attacked_model import TRIED_CALLS, differ
+from .attacks.attacked_model import TRIED_CALLS, differ, returning_logits
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
-from .evaluation.inputs import collect, returning_logits
+from .evaluation.inputs import collect
 from .evaluation.subject import device_of
 from .protocols import Classifier
 from .speed.precision import whole_float32_by_default
@@ -46,6 +47,9 @@ RUN: dict[str, tuple[AttackName, ...]] = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
+
+#: At least this number of draws of a random model judges each image.
+JUDGES = 5
 
 
 # With slots, setting an attribute that this package does not support raises an error.
@@ -179,7 +183,8 @@ class AutoAttack:
         Returns:
             Images ``[N, C, H, W]``, float32 on the device of x_orig: for each image its adversarial image, or the
             original image if the attacks found none. For a random model, the adversarial image is the point that the
-            largest number of draws misclassify. With ``return_labels`` also the predicted classes, int64 ``[N]``.
+            largest number of draws misclassify; the printed accuracy comes from other draws. With ``return_labels``
+            also the predicted classes, int64 ``[N]``.
 
         Raises:
             ValueError: images, labels, names or counts are not allowed, or ``state_path`` is not None.
@@ -230,7 +235,7 @@ class AutoAttack:
             ValueError: images, labels or counts are not allowed.
         """
         check_at_least_one(bs=bs)
-        x, y = collect(x_orig, y_orig)
+        x, y, _ = collect(x_orig, y_orig)
         return float((self._predicted(x, bs) == y.to(x.device)).float().mean())
 
     def _chosen(self) -> list[AttackName]:
@@ -247,15 +252,18 @@ class AutoAttack:
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_at_least_one(bs=size)
         attacks = {name: self._attack(name) for name in names}
-        x, y = collect(x, y)
+        x, y, notes = collect(x, y)
+        check_eps(self.epsilon, read_norm(self.norm), pixels=x[0].numel())
         begun, seed = time.monotonic(), 0 if self.seed is None else self.seed
         device = device_of(self.model, x) if self.device is None else self.device
         with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), frozen(self.model):
             torch.manual_seed(seed)
-            model, classes = returning_logits(self.model, x[:1].to(device, copy=True))
+            model, classes = returning_logits(self.model, x[:FEW].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             is_random = self._is_random(model, x[:FEW].to(device))
             self._tell(f"using {self.version} version including {', '.join(names)}")
+            for note in notes:
+                self._tell(f"NOTE: {note}")
             if is_random and draws == 1:
                 self._tell("WARNING: the model is random, but each step uses a single draw: use version='rand'")
             context = AttackContext(
@@ -268,13 +276,14 @@ class AutoAttack:
                 resources=Resources(batch_size=size, copies=GradientCopies()),
             )
             attacked = AttackSequence(model, x, y, context, device)
-            left = self._left(attacked)
+            judges = max(draws, JUDGES) if is_random else 1
+            left = attacked.accuracy(judges)
             self._tell(f"initial accuracy: {left:.2%}")
             for name, attack in attacks.items():
-                if left == 0:
+                if bool(attacked.fallen.all()):
                     break
                 attacked.run(attack)
-                left = self._left(attacked)
+                left = attacked.accuracy(judges)
                 spent = time.monotonic() - begun
                 self._tell(f"robust accuracy after {name.upper()}: {left:.2%} (total time {spent:.1f} s)")
             self._tell(f"robust accuracy: {left:.2%}")
@@ -306,7 +315,7 @@ class AutoAttack:
         """The predicted classes of the images, on the device of the images."""
         device = device_of(self.model, x) if self.device is None else self.device
         with frozen(self.model):
-            model, _ = returning_logits(self.model, x[:1].to(device, copy=True))
+            model, _ = returning_logits(self.model, x[:FEW].to(device, copy=True))
             return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(size)])
 
     @staticmethod
@@ -314,11 +323,6 @@ class AutoAttack:
     def _is_random(model: Classifier, some: Tensor) -> bool:
         one = model(some.clone())
         return any(differ(one, model(some.clone())) for _ in range(TRIED_CALLS))
-
-    @staticmethod
-    def _left(attacked: AttackSequence) -> float:
-        # For a random model this is the expected accuracy of a new prediction.
-        return 1 - float(attacked.share.mean())
 
     def _tell(self, text: str) -> None:
         if self.verbose:

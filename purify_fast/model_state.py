@@ -511,6 +511,15 @@ def _is_found_by_name(function: FunctionType) -> bool:
 
 
 @outside_graphs
+def switch_to_evaluation(module: nn.Module) -> None:
+    """Put a module into evaluation mode, also if it refuses ``eval()``, as a module from ``torch.export`` does."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        for part in module.modules():
+            part.training = False
+
+
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find modules that a model contains without having registered them, such as modules in a plain list.
 

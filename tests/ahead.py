@@ -83,11 +83,15 @@ def _cases() -> dict[str, tuple]:
         if name in APGD_NORMS:
             cases[f"apgd_step-{name}"] = (*[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
     for method, name in enumerate(METHODS):
-        logits = x(4, 8, 1024)
-        cases[f"aggregate-{name}-forward"] = (logits, method)
-        # The method "vote" has no gradient.
-        if name != "vote":
-            cases[f"aggregate-{name}-backward"] = (one(4, 1024), logits, method)
+        # A program has some of the many classes of an image, or the few classes of several images.
+        for classes, kind in ((1024, ""), (10, "-few")):
+            if kind and name in ("peel", "vote"):
+                continue
+            logits = x(4, 8, classes)
+            cases[f"aggregate-{name}-forward{kind}"] = (logits, method)
+            # The method "vote" has no gradient.
+            if name != "vote":
+                cases[f"aggregate-{name}-backward{kind}"] = (one(4, classes), logits, method)
 
     wide, narrow = x(4, 8, 64, 64), x(4, 4, 64, 64)
     cases["gated_elu-forward"] = (wide, 1)

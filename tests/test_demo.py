@@ -23,7 +23,7 @@ def report(model: str, **rows: int | list[int]) -> Report:
     result = Report()
     for attack, right in {"clean": N, **rows}.items():
         robust = np.array([1] * right + [0] * (N - right) if isinstance(right, int) else right, dtype=bool)
-        result.rows.append(Row(model, attack, "x", "random", robust, robust.mean(), robust.mean(), 1, 0, 0.0, "d"))
+        result.rows.append(Row(model, attack, "x", "random", robust, 1, 0, 0.0, "d"))
     return result
 
 
@@ -113,7 +113,7 @@ def believed(right=3, n=200, reliable=True, **finding):
     made = Report()
     for attack, share in {"clean": n, "worst": right}.items():
         robust = np.arange(n) < share
-        made.rows.append(Row("net", attack, attack, "random", robust, 0, 0, 1, 0, 0.0, "d", reliable=reliable))
+        made.rows.append(Row("net", attack, attack, "random", robust, 1, 0, 0.0, "d", reliable=reliable))
     made.findings = [Finding(measured="", model="net", **finding)] if finding else []
     return demo.signs(made, "net")
 

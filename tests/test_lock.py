@@ -129,7 +129,7 @@ def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "cache").glob("*.json"))
 
 
-@pytest.mark.parametrize("words", [["study", "carso_digits", "--quick"], ["gpu_check", "tests", "--dry"]])
+@pytest.mark.parametrize("words", [["study", "carso_digits", "--quick"], ["gpu_check", "correct", "--rehearse"]])
 def test_the_studies_and_the_check_of_a_gpu_lock_their_folders(tmp_path, holder, words):
     from benchmarks.__main__ import main
 

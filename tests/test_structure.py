@@ -18,8 +18,9 @@ LONGEST_FUNCTION, MOST_POSITIONAL = 100, 5
 #: Methods whose arguments are sizes or dimensions, in an order that everyone knows.
 SIZES = {"view", "reshape", "permute", "expand", "new_empty", "new_zeros", "new_ones"}
 #: A registered op takes the arguments of its schema, and an autograd function those of its forward, by position. In
-#: purify_fast/ops, ``call`` is the one of an op's reference, handle and autograd function that serves.
-BY_SCHEMA = {"handle", "apply", "OP", "BACKWARD", "call"}
+#: purify_fast/ops, ``call`` is the one of an op's reference, handle and autograd function that serves. ``launch``
+#: starts a Triton kernel, whose tensors come in the order of the op's schema.
+BY_SCHEMA = {"handle", "apply", "OP", "BACKWARD", "call", "launch"}
 #: Functions of any number of equal arguments.
 EQUAL_ARGUMENTS = {"zip", "max", "min", "save_for_backward"}
 
@@ -71,9 +72,7 @@ def positional_calls(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or len(node.args) <= MOST_POSITIONAL:
             continue
-        # kernel[grid](...) launches a Triton kernel: its tensors come in the order of the op's schema
-        launch = isinstance(node.func, ast.Subscript)
-        if launch or callee(node) in SIZES | BY_SCHEMA | EQUAL_ARGUMENTS or excused(lines, node.lineno, "positional"):
+        if callee(node) in SIZES | BY_SCHEMA | EQUAL_ARGUMENTS or excused(lines, node.lineno, "positional"):
             continue
         yield f"{named(path)}:{node.lineno} calls {ast.unparse(node.func)} with {len(node.args)} positional arguments"
 

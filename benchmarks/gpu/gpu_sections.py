@@ -1,12 +1,6 @@
 """The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`.
 
-Five sections measure CUDA graphs and kernels in detail. Each item begins with the constant that names the results file:
-
-1. `CAPTURE_COST`: the time to capture a step in a CUDA graph, and the time that a replay of the graph saves.
-2. `VERDICTS`: the correctness and the compile time of each kernel.
-3. `STANDARD`: an evaluation with CUDA graphs and without, compared with the official AutoAttack.
-4. `STEPS`: the time to launch the operators of a training step, and the computing time of the GPU, for each method.
-5. `REPLAYS`: kernels replayed in CUDA graphs, compared with their references and with `torch.compile`.
+`SECTIONS` lists them in the order of their calls. Each has a time limit, and the seconds that it took on a card.
 """
 
 from __future__ import annotations
@@ -23,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,17 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purify_fast import __version__, _library, zoo
+from purify_fast import __version__, zoo
 from purify_fast.attacks.gradient_copy import gradient_copy
-from purify_fast.cli.installation import facts
-from purify_fast.data import load_dataset, to_float
+from purify_fast.attacks.original_autoattack import implementation
+from purify_fast.data import DataSet, load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import racing, verify
-from purify_fast.ops.dispatch.examples import tile, to
 from purify_fast.ops.dispatch.op import Call
-from purify_fast.ops.dispatch.registry import Op, use_backend
+from purify_fast.ops.dispatch.registry import Op
 from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.graphs.cuda_capture import CudaCapture
 from purify_fast.speed.graphs.step_graphs import StepGraphs
@@ -51,11 +45,10 @@ from purify_fast.speed.precision import float32_products
 
 from .. import RESULTS
 from ..robustness import contests
-from ..speed import limits, pipelines, sheets, shipping, timing
-from ..speed.ops import registry
+from ..speed import limits, race, sheets, shipping, timing
+from ..speed.pipelines import pgd_forms
 from ..speed.pipelines.carso_inference import classifier
-from ..speed.running import Budget, run_ops, run_pipelines
-from .launches import Replays
+from ..speed.running import Budget, run_pipelines
 
 ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
@@ -71,7 +64,13 @@ SOURCES = (
     "setup.py",
 )
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
-STEPS, REPLAYS = "training_steps.csv", "replays.csv"
+OFFICIAL, PGD, PROFILE = "autoattack.csv", "pgd.csv", "profile.csv"
+#: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
+PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "atop_finetune")
+#: The number of images that are attacked by `standard` and AutoAttack.
+IMAGES = 500
+#: The number of kernels in the table of the longest kernels.
+LONGEST = 20
 #: The number of timed runs. The result is their median time.
 RUNS = 20
 
@@ -86,7 +85,7 @@ class Context:
     Attributes:
         out: folder for the results of the device.
         device: device that is checked.
-        dry: True for a rehearsal on a CPU, in which all inputs are small and the numbers mean nothing.
+        rehearsal: True for a rehearsal on a CPU, in which all inputs are small and the numbers mean nothing.
         seconds: time limit of the section in seconds.
         data: folder with CIFAR-10, or path of an ``.npz`` file. If it is None, the current folder is used.
         started: start time of the section on the monotonic clock.
@@ -94,7 +93,7 @@ class Context:
 
     out: Path
     device: torch.device
-    dry: bool
+    rehearsal: bool
     seconds: float
     data: Path | None = None
     started: float = field(default_factory=time.monotonic)
@@ -127,7 +126,9 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
         work: for each name in the column ``part``, the function that measures one row or several rows.
     """
     path, here = context.out / file, timing.environment(context.device)
-    rows: list[dict] = list(sheets.rows_of(path))
+    before = sheets.rows_of(path)
+    incomplete = {row["part"] for row in before if row.get("verdict") == "left out"}
+    rows: list[dict] = [row for row in before if row["part"] not in incomplete]
     there = {row["part"] for row in rows}
 
     def run(part: str) -> None:
@@ -138,8 +139,11 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
     budget = context.budget()
     with float32_products():
         budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
-    # Only the results of the section `verdicts` have the column "passed".
+    # Only kernels have the column "passed", and only forms of PGD the column "verdict".
     wrong = {row["part"]: row["case"] for row in rows if str(row.get("passed")) == "False"}
+    judged = {f"{row['part']}, {row['form']}": row["verdict"] for row in rows if "verdict" in row}
+    wrong |= {name: verdict for name, verdict in judged.items() if verdict in ("wrong", "failed")}
+    budget.left_out += [name for name, verdict in judged.items() if verdict == "left out"]
     return outcome_of(budget, f"{len({row['part'] for row in rows})} of {len(work)} parts measured", bool(rows), wrong)
 
 
@@ -158,7 +162,7 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) 
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
-def fingerprint(device: torch.device, dry: bool) -> dict:
+def fingerprint(device: torch.device, rehearsal: bool) -> dict:
     """Return the facts that identify the results of a section: version, hash of the sources, and machine."""
     sources = hashlib.blake2b(digest_size=16)
     for pattern in SOURCES:
@@ -167,12 +171,7 @@ def fingerprint(device: torch.device, dry: bool) -> dict:
     here = timing.environment(device)
     machine = {name: here[name] for name in ("device", "torch", "triton")}
     python = platform.python_version()
-    return {"version": __version__, "sources": sources.hexdigest(), "python": python, "dry": dry, **machine}
-
-
-def _capture(device: torch.device) -> Any:
-    """Return the object that captures CUDA graphs on a device. On a CPU it is a replacement without real graphs."""
-    return CudaCapture() if device.type == "cuda" else Replays()
+    return {"version": __version__, "sources": sources.hexdigest(), "python": python, "rehearsal": rehearsal, **machine}
 
 
 def _with_kernels(device: torch.device) -> list[Op]:
@@ -201,21 +200,27 @@ class _SignStep:
 def _one_capture(context: Context, images: int, precision: Any) -> dict:
     """Measure the time to capture a step, and the time of the step with and without a CUDA graph."""
     torch.manual_seed(0)
-    model = (PreActResNet18(width=4).eval() if context.dry else classifier()).to(context.device)
-    x = torch.rand(images, 3, 32, 32, device=context.device)
+    device, runs = context.device, 2 if context.rehearsal else RUNS
+    model = (PreActResNet18(width=4).eval() if context.rehearsal else classifier()).to(device)
+    x = torch.rand(images, 3, 32, 32, device=device)
     source = gradient_copy(model, x[:16], precision)
-    step, runs = _SignStep(source), 2 if context.dry else RUNS
-    state = {"point": x, "label": torch.arange(images, device=context.device) % 10}
-    capture = _capture(context.device)
+    step, state = _SignStep(source), {"point": x, "label": torch.arange(images, device=device) % 10}
+    capture, on_gpu = CudaCapture(), device.type == "cuda"
     graphs = StepGraphs("always", capture=capture)
+    # On a CPU nothing is launched, and nothing is captured.
+    now = partial(capture.now, device) if on_gpu else time.perf_counter
+
+    def timed(run: Callable[[], object]) -> tuple[float, float]:
+        return capture.timed(run, device) if on_gpu else 2 * (timing.seconds([run], device),)
+
     for _ in range(3):
         step(state)
-    eager = [capture.timed(lambda: step(state), context.device) for _ in range(runs)]
-    began = capture.now(context.device)
+    eager = [timed(lambda: step(state)) for _ in range(runs)]
+    began = now()
     loop = graphs.begin(step, state)
-    captured = capture.now(context.device) - began
-    replayed = [capture.timed(loop.take, context.device) for _ in range(runs)]
-    on_device = timing.seconds([loop.take] * runs, context.device) / runs
+    captured = now() - began
+    replayed = [timed(loop.take) for _ in range(runs)]
+    on_device = timing.seconds([loop.take] * runs, device) / runs
     launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
     graph = statistics.median(seconds for _, seconds in replayed)
     saved = whole - graph
@@ -224,7 +229,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
         "images": images,
         "precision": precision if source is not model or precision == "float32" else "no copy",
         "captured": loop.replays,
-        **{f"{name}_ms": _ms(seconds) for name, seconds in times.items()},
+        **{f"{name}_ms": f"{1e3 * seconds:.3f}" for name, seconds in times.items()},
         "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
         "refusal": graphs.refusal or "",
     }
@@ -232,7 +237,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
 
 def capture_cost(context: Context) -> Outcome:
     """Measure the times to launch and run a gradient step, to capture it in a CUDA graph, and to replay the graph."""
-    sizes = (2, 4) if context.dry else (16, 64, 250)
+    sizes = (2, 4) if context.rehearsal else (16, 64, 250)
     work = {
         f"{images} images, {precision}": partial(_one_capture, context, images, precision)
         for precision in ("float32", "bfloat16")
@@ -252,20 +257,24 @@ def verdicts(context: Context) -> Outcome:
 
 
 def _subject(context: Context) -> contests.Subject:
-    """Return a ResNet-18 of the zoo and 1,000 images of CIFAR-10. In a rehearsal, return a small random model."""
-    if context.dry:
+    """Return a ResNet-18 of the zoo and the first `IMAGES` images of CIFAR-10, or in a rehearsal a random model."""
+    if context.rehearsal:
         torch.manual_seed(0)
-        model, x = PreActResNet18(width=4).eval(), torch.rand(6, 3, 32, 32)
+        model, x = PreActResNet18(width=4).eval(), torch.rand(4, 3, 16, 16)
         return contests.Subject(model, x, model(x).argmax(1), 0.01)
-    name = str(context.data) if context.data is not None and context.data.is_file() else "cifar10"
-    data = load_dataset(name, context.data if name == "cifar10" else None)
-    x, y = to_float(data.x_test[:1000]).to(context.device), data.y_test[:1000].to(context.device)
+    data = images_of(context.data, "cifar10")
+    x, y = to_float(data.x_test[:IMAGES]).to(context.device), data.y_test[:IMAGES].to(context.device)
     return contests.Subject(zoo.load("cifar10-pgd-at-w16").eval().to(context.device), x, y, 8 / 255)
 
 
-def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray) -> dict:
+def images_of(place: Path | None, name: str) -> DataSet:
+    """Load images from an ``.npz`` file, or the data set of a name from a folder."""
+    return load_dataset(place) if place is not None and place.is_file() else load_dataset(name, place)
+
+
+def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: np.ndarray | None) -> dict:
     """Return a row of the results file. It counts the images whose outcome differs without CUDA graphs."""
-    other = int((robust != without_graphs).sum())
+    other = "" if without_graphs is None else int((robust != without_graphs).sum())
     row = {"attack": attack, "seconds": f"{seconds:.2f}", "robust": int(robust.sum()), "images": len(robust)}
     return row | {"other_than_off": other}
 
@@ -273,7 +282,7 @@ def _compared(attack: str, seconds: float, robust: np.ndarray, without_graphs: n
 def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[dict]:
     """Evaluate a model. Return a row for each attack, with the difference from the evaluation without CUDA graphs."""
     folder = context.out / "gpu_check" / "standard"
-    protocol = "fast" if context.dry else "standard"
+    protocol = "fast" if context.rehearsal else "standard"
     config = EvaluateConfig(protocol=protocol, batch_size=contests.BATCH, cuda_graphs=mode, probes=False)
     how: dict[str, Any] = {"eps": subject.eps, "config": config, "out": folder / mode, "progress": False}
     report = evaluate(subject.model, subject.x, subject.y, **how)
@@ -283,114 +292,102 @@ def _evaluated(context: Context, subject: contests.Subject, mode: Any) -> list[d
     return [_compared(row.attack, row.seconds, robust[row.attack], off[row.attack]) for row in report.rows]
 
 
-def _official(context: Context, subject: contests.Subject) -> list[dict]:
-    """Run the official AutoAttack. Return a row with the difference from our attacks without CUDA graphs."""
-    began = time.perf_counter()
-    images = contests.official("standard")(subject, contests.QUICK if context.dry else contests.Amount())
-    seconds = time.perf_counter() - began
-    with torch.no_grad():
-        robust = torch.cat([subject.model(part).argmax(1) for part in images.split(contests.BATCH)]) == subject.y
-    off = np.load(context.out / "gpu_check" / "standard" / "off.npz")
-    left = np.logical_and.reduce([off[name] for name in off.files])
-    return [_compared("AutoAttack", seconds, robust.cpu().numpy(), left)]
-
-
 def standard(context: Context) -> Outcome:
-    """Attack a model by the protocol `standard` with CUDA graphs "off", "auto" and "always", and by AutoAttack.
-
-    The results are compared image by image.
-    """
+    """Attack a model by the protocol `standard` with CUDA graphs "off" and "auto", and compare image by image."""
     subject = _subject(context)
-    work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto", "always")}
-    work["AutoAttack"] = partial(_official, context, subject)
+    work = {f"graphs {mode}": partial(_evaluated, context, subject, mode) for mode in ("off", "auto")}
     return measured(context, STANDARD, work)
 
 
-def _device_seconds(run: Callable[[], object]) -> float:
-    """Run a function. Return the GPU's computing time in seconds, or 0 if PyTorch's profiler records none."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+def _official(context: Context) -> list[dict]:
+    """Run the official AutoAttack. Return a row with the difference from our attacks without CUDA graphs."""
+    subject = _subject(context)
+    began = time.perf_counter()
+    wrong = contests.official("standard")(subject, contests.QUICK if context.rehearsal else contests.Amount())
+    seconds = time.perf_counter() - began
+    path = context.out / "gpu_check" / "standard" / "off.npz"
+    off = np.load(path) if path.is_file() else None
+    left = None if off is None else np.logical_and.reduce([off[name] for name in off.files])
+    return [_compared("AutoAttack", seconds, (wrong == 0).cpu().numpy(), left)]
 
 
-def _one_step(context: Context, pipeline: str, case: str, contestant: str) -> dict:
-    """Measure the time to launch a training step, the time of the whole step, and the GPU's computing time."""
-    chosen = pipelines.registry()[pipeline](context.dry)[case].contestants[contestant]
-    job, runs = chosen.make(context.device, context.dry), 1 if context.dry else RUNS
-    for _ in range(1 if context.dry else 5):
-        job.run()
-    capture = _capture(context.device)
-    times = [capture.timed(job.run, context.device) for _ in range(runs)]
-    launching, whole = (statistics.median(column) for column in zip(*times, strict=True))
-    computing = 0.0 if context.dry else _device_seconds(job.run)
-    times = {"host_ms": _ms(launching), "all_ms": _ms(whole), "device_ms": _ms(computing) if computing else ""}
-    return {"pipeline": pipeline, "case": case, "contestant": contestant, **times}
+def autoattack(context: Context) -> Outcome:
+    """Attack the same model by the official AutoAttack, if its package is installed."""
+    try:
+        implementation()
+    except ModuleNotFoundError as error:
+        return Outcome(NOT_AVAILABLE, str(error))
+    return measured(context, OFFICIAL, {"AutoAttack": partial(_official, context)})
 
 
-def training_steps(context: Context) -> Outcome:
-    """Measure a training step of each method: launch time on the host, and computing time on the device."""
+def _forms_of_pgd(context: Context, count: int) -> list[dict]:
+    """Time PGD in eight forms, each in a separate process. Return a row for each form."""
+    name, steps = f"{count} images", pgd_forms.STEPS
+    left = context.left / (1 if count == pgd_forms.sizes(context.rehearsal)[-1] else 2)
+    case = pgd_forms.cases(context.rehearsal)[name]
+    rows = []
+    for row in race.race("pgd_forms", name, case, context.device, context.rehearsal, left):
+        seconds = float(row["ms"] or "nan") / 1e3
+        rates = {"images_per_s": f"{count / seconds:.0f}", "TFLOP_per_s": f"{float(row['GFLOP']) / seconds / 1e3:.1f}"}
+        rates = rates if row["ms"] else dict.fromkeys(rates, "")
+        rows.append({"form": row["contestant"], "images": count, "steps": steps, "ms": row["ms"], **rates})
+        rows[-1]["verdict"] = row["verdict"]
+    return rows
+
+
+def forms_of_pgd(context: Context) -> Outcome:
+    """Time PGD as a user writes it, as an expert writes it, and by this package (see `pgd_forms`)."""
+    counts = pgd_forms.sizes(context.rehearsal)
+    return measured(context, PGD, {f"{count} images": partial(_forms_of_pgd, context, count) for count in counts})
+
+
+def _longest_kernels(context: Context, count: int, form: str) -> list[dict]:
+    """Return a row for each of the longest kernels of a step of PGD, or of its longest operators on a CPU."""
+    steps, on_gpu = pgd_forms.STEPS, context.device.type == "cuda"
+    contestant = pgd_forms.forms(count)[form]
+    with float32_products(tf32=contestant.tf32):
+        job = contestant.make(context.device, context.rehearsal)
+        # The first run compiles and captures, and the second may record the CUDA graphs of torch.compile.
+        for _ in range(3):
+            job.run()
+        activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profile:
+            job.run()
+            if on_gpu:
+                torch.cuda.synchronize()
+    spent = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in profile.key_averages()
+    }
+    whole = sum(us for us, _ in spent.values())
+    longest = sorted(spent.items(), key=lambda item: -item[1][0])[:LONGEST]
+    return [
+        {
+            "form": form,
+            "images": count,
+            "rank": rank,
+            "kernel": kernel[:200],
+            "us": f"{us / steps:.2f}",
+            "launches": f"{launches / steps:.1f}",
+            "share": f"{us / whole:.3f}",
+        }
+        for rank, (kernel, (us, launches)) in enumerate(longest, 1)
+        if us > 0
+    ]
+
+
+def profiled(context: Context) -> Outcome:
+    """List the longest kernels of a step of PGD with their microseconds, for three forms of `pgd_forms`."""
     work = {
-        f"{pipeline}, {name}: {contestant}": partial(_one_step, context, pipeline, name, contestant)
-        for pipeline in ("arrest_step", "carso_training", "atop_finetune")
-        for name, case in pipelines.registry()[pipeline](context.dry).items()
-        for contestant in ("ours", "ours, captured")
-        if contestant in case.contestants
+        f"{count} images, {form}": partial(_longest_kernels, context, count, form)
+        for count in pgd_forms.sizes(context.rehearsal)
+        for form in (pgd_forms.CAPTURED, pgd_forms.COMPILED, pgd_forms.EXPERT)
     }
-    return measured(context, STEPS, work)
-
-
-def _one_replay(context: Context, race: racing.Race) -> dict:
-    """Time the replays of a kernel, of its reference, and of the reference under `torch.compile`."""
-    op = REGISTRY[race.op]
-    arguments = to(tile(race.example.make(race.dtype, 0), race.times), context.device)
-    torch._dynamo.reset()
-    compiled = torch.compile(op.reference, fullgraph=True, dynamic=False)
-    calls = {
-        "reference": lambda: op.reference(*arguments),
-        "compile": lambda: compiled(*arguments),
-        "kernel": lambda: op.handle(*arguments),
-    }
-    if context.dry:
-        # Leave out torch.compile in a rehearsal, because compilation would take a minute.
-        del calls["compile"]
-    capture = _capture(context.device)
-    with torch.no_grad(), use_backend("reference"):
-        replays = [racing.replayed(call, context.device, capture) for call in calls.values()]
-        times = dict(zip(calls, racing.fastest(replays, context.device), strict=True))
-    named = dict(zip(("op", "example", "variant", "dtype", "size"), (race.op, *race.key), strict=True))
-    return named | {f"{name}_us": f"{1e6 * seconds:.2f}" for name, seconds in times.items()}
-
-
-def replays(context: Context) -> Outcome:
-    """Time replays of each kernel on large tensors, for every raced example, in bfloat16 if it is supported."""
-    size, work = "small" if context.dry else "large", {}
-    for op in _with_kernels(context.device):
-        for race in racing.races_of(op, context.device, (torch.bfloat16,)) or racing.races_of(op, context.device):
-            if race.size == size:
-                work[race.words()] = partial(_one_replay, context, race)
-    return measured(context, REPLAYS, work)
-
-
-def extension(context: Context) -> Outcome:
-    """Find the loaded extension, which has the CPU kernels. If none is loaded, build one in a separate folder."""
-    loaded = _library.path if _library.loaded() else None
-    path = Path(loaded) if loaded else _build(context)
-    known = facts(path)
-    summary = f"{'loaded' if loaded else 'built'}: torch {known.get('torch', 'unknown')}"
-    return Outcome(PASSED, summary, {"path": str(path), **known})
-
-
-def _build(context: Context) -> Path:
-    place = ROOT / "build" / "gpu_check" / f"cpu-{platform.python_version()}-{torch.__version__}"
-    environ = {**os.environ, "PURIFY_FAST_BUILD": "cpu"}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(place), "--build-temp", str(place / "tmp")]
-    subprocess.run(command, cwd=ROOT, env=environ, timeout=context.left, check=True)
-    return next(place.glob("purify_fast/_C*.so"))
+    return measured(context, PROFILE, work)
 
 
 def measured_limits(context: Context) -> Outcome:
-    rows = limits.run(context.device, context.dry, context.out)
+    rows = limits.run(context.device, context.rehearsal, context.out)
     return Outcome(PASSED, "; ".join(f"{row['limit']} {float(row['median']):,.0f} {row['unit']}" for row in rows))
 
 
@@ -400,8 +397,9 @@ def tests(context: Context) -> Outcome:
     The tests with small tensors run in parallel. After them, the tests with large tensors run one by one.
     """
     path = context.out / "gpu_check" / "tests.outcomes"
-    cores = min(6, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
-    for mark, share, workers in (("not large", 0.8, cores), ("large", 1.0, 0)):
+    # Some processors are left for the sections beside this one.
+    workers = min(12, 3 * (os.cpu_count() or 1) // 4) if importlib.util.find_spec("xdist") else 0
+    for mark, share, several in (("not large", 0.8, workers > 1), ("large", 1.0, False)):
         environ = {
             **os.environ,
             "PURIFY_FAST_TEST_DEVICE": context.device.type,
@@ -410,7 +408,7 @@ def tests(context: Context) -> Outcome:
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "pytest", *TESTS, "-v", "-p", "no:cacheprovider", "--show-capture=no"]
-        command += ["-m", mark, *(["-n", str(workers)] if workers > 1 else [])]
+        command += ["-m", mark, *(["-n", str(workers)] if several else [])]
         status = subprocess.run(command, cwd=ROOT, env=environ).returncode
         # Pytest ends with status 0 if all tests passed, with 1 if some tests failed, and with 5 if it found no test.
         if status not in (0, 1, 5):
@@ -427,7 +425,7 @@ def tests(context: Context) -> Outcome:
 def sanitizer(context: Context) -> Outcome:
     """Run every op once without compute-sanitizer, and then under this tool, which checks the kernels' memory accesses.
 
-    If the tool is missing, only the first run takes place.
+    If the tool is missing, only the first run takes place. Memcheck and racecheck run side by side.
     """
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
     # Give every tensor a separate allocation, so that the tool finds accesses beyond a tensor.
@@ -457,9 +455,11 @@ def sanitizer(context: Context) -> Outcome:
     if control.returncode or clean["memcheck"] not in control.stdout:
         return Outcome(NOT_AVAILABLE, "compute-sanitizer does not work on this device", {"said": control.stdout})
     said, left_out, state = {}, [], PASSED
-    for kind, command in commands.items():
+    with ThreadPoolExecutor() as pool:
+        started = {kind: pool.submit(run, [*command, *script]) for kind, command in commands.items()}
+    for kind, future in started.items():
         try:
-            done = run([*command, *script])
+            done = future.result()
         except subprocess.TimeoutExpired as error:
             left_out.append(f"{kind}: it took longer than {error.timeout:.0f} s")
             continue
@@ -490,25 +490,16 @@ def races(context: Context) -> Outcome:
     return Outcome(PASSED if ratios and not problems else FAILED, summary, details, tuned.left_out)
 
 
-def ops(context: Context) -> Outcome:
-    """Run `python -m benchmarks ops`."""
-    retain_freed_memory()
-    budget = context.budget()
-    run_ops(list(registry(context.device.type)), context.device, context.dry, context.out, budget)
-    return _judged(budget, context.out / sheets.ROWS, ("op", "variant", "shape", "dtype"))
-
-
 def raced_pipelines(context: Context) -> Outcome:
-    """Run `python -m benchmarks pipelines`."""
-    budget = context.budget()
-    run_pipelines(list(pipelines.registry()), context.device, context.dry, context.out, budget)
-    return _judged(budget, context.out / sheets.PIPELINES, ("pipeline", "case", "contestant"))
-
-
-def _judged(budget: Budget, path: Path, columns: tuple[str, ...]) -> Outcome:
-    """Return the outcome for a results file: the number of rows with each verdict, and the names of wrong rows."""
-    rows = sheets.rows_of(path)
-    wrong = {" ".join(row[name] for name in columns): "wrong" for row in rows if row["verdict"] == "wrong"}
+    """Run `python -m benchmarks pipelines`: all cases without the compiled plain forms, then cases with these forms."""
+    for compiled in (False, True):
+        budget = context.budget()
+        run_pipelines(list(PIPELINES), context.device, context.rehearsal, context.out, budget, compiled)
+        if budget.failed:
+            break
+    rows = sheets.rows_of(context.out / sheets.PIPELINES)
+    wrong = {f"{row['pipeline']} {row['case']} {row['contestant']}": row["verdict"] for row in rows}
+    wrong = {name: verdict for name, verdict in wrong.items() if verdict in ("wrong", "failed")}
     counts = Counter(row["verdict"] for row in rows)
     summary = f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}"
     return outcome_of(budget, summary, bool(rows), wrong)
@@ -519,29 +510,34 @@ class Section:
     """A section of the check. It runs in a separate process.
 
     Attributes:
-        part: name of the part of the check that the section belongs to.
+        call: name of the call of the command that the section belongs to.
         run: function that runs the section.
         limits: time limits in seconds. The first is for a GPU, the second for a rehearsal on a CPU.
+        card: seconds on a card, with the start of the process.
         files: names of the results files that the section writes into the folder of the device.
+        estimated: True if `card` was estimated. Otherwise it was measured on an NVIDIA H200 with 16 processors.
     """
 
-    part: str
+    call: str
     run: Callable[[Context], Outcome]
     limits: tuple[float, float]
+    card: float
     files: tuple[str, ...] = ()
+    estimated: bool = False
 
 
 SECTIONS = {
-    "captures": Section("tests", capture_cost, (50, 20), (CAPTURE_COST,)),
-    "verdicts": Section("tests", verdicts, (70, 20), (VERDICTS,)),
-    "extension": Section("tests", extension, (90, 110)),
-    "tests": Section("tests", tests, (230, 110)),
-    "standard": Section("ops", standard, (220, 40), (STANDARD,)),
-    "steps": Section("ops", training_steps, (35, 20), (STEPS,)),
-    "limits": Section("ops", measured_limits, (10, 10)),
-    "replays": Section("ops", replays, (45, 20), (REPLAYS,)),
-    "races": Section("ops", races, (130, 40), (shipping.FILE,)),
-    "ops": Section("pipelines", ops, (120, 22), (sheets.ROWS,)),
-    "sanitizer": Section("pipelines", sanitizer, (110, 20)),
-    "pipelines": Section("pipelines", raced_pipelines, (250, 45), (sheets.PIPELINES,)),
+    "verdicts": Section("correct", verdicts, (140, 60), 47, (VERDICTS,)),
+    "sanitizer": Section("correct", sanitizer, (140, 60), 53),
+    "tests": Section("correct", tests, (140, 90), 68),
+    "limits": Section("measured", measured_limits, (25, 10), 9),
+    "captures": Section("measured", capture_cost, (40, 12), 17, (CAPTURE_COST,)),
+    "races": Section("measured", races, (150, 30), 110, (shipping.FILE,)),
+    "pgd": Section("measured", forms_of_pgd, (160, 45), 110, (PGD,), True),
+    "profile": Section("measured", profiled, (80, 40), 40, (PROFILE,), True),
+    # The measured seconds are half of those for 1,000 images.
+    "standard": Section("measured", standard, (60, 25), 35, (STANDARD,)),
+    "autoattack": Section("measured", autoattack, (80, 15), 55, (OFFICIAL,), True),
+    # This section takes the rest of the time. The number is for seven cases without the compiled plain forms.
+    "pipelines": Section("measured", raced_pipelines, (400, 60), 140, (sheets.PIPELINES,), True),
 }

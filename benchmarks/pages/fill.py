@@ -13,23 +13,20 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from purify_fast import zoo as packed
 from purify_fast._files import write_text
-from purify_fast.evaluation.show.tables import markdown_table
 
-from .. import RESULTS
-from ..gpu import launches
-from ..kept import machines
+from .. import RESULTS, options
 from ..prose import wrapped
 from ..robustness import contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
 from ..speed import gradient_memory, running, sheets, shipping
-from . import front_page, performance
+from . import front_page, gpu_tables, performance
 
 ROOT = RESULTS.parents[1]
 
@@ -49,54 +46,22 @@ def every_page() -> list[Path]:
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def pipelines(results: Path, *wanted: str) -> list[str]:
-    """Return the table of some pipelines, with a line for each implementation and a column for each case.
-
-    Args:
-        results: the folder ``benchmarks/results``.
-        wanted: names of pipelines.
-    """
-
-    def memory(row: Mapping[str, str]) -> str:
-        if not row["peak_MB"]:
-            return ""
-        return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
-
-    rows = [row for row in sheets.read_csv(results / "cpu" / sheets.PIPELINES) if row["pipeline"] in wanted]
-    cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
-    times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
-    body = []
-    for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        ours = contestant.startswith("ours")
-        line = [f"**purify_fast{contestant.removeprefix('ours')}**" if ours else contestant]
-        for pipeline, case, _ in cases:
-            row = times.get((pipeline, case, contestant))
-            line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
-        body.append(line)
-    # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
-    # explains the name too.
-    heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
-    more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
-    what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
-    return [f"{machines(rows)}. {what}.", "", *markdown_table(["", *heads], body)]
-
-
 #: For each table, the function that makes its lines.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
     "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
     "ops_served": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
-    "pipelines_carso": lambda results: pipelines(results, "carso_inference", "carso_training"),
-    "pipelines_atop": lambda results: pipelines(results, "atop_finetune"),
-    "pipelines_diffusion": lambda results: pipelines(results, "diffusion"),
-    "pipelines_arrest": lambda results: pipelines(results, "arrest_step"),
+    "pipelines_carso": lambda results: performance.pipelines(results / "cpu", "carso_inference", "carso_training"),
+    "pipelines_atop": lambda results: performance.pipelines(results / "cpu", "atop_finetune"),
+    "pipelines_diffusion": lambda results: performance.pipelines(results / "cpu", "diffusion"),
+    "pipelines_arrest": lambda results: performance.pipelines(results / "cpu", "arrest_step"),
     "front_results": front_page.results_table,
     "front_speed": front_page.speed_table,
     "front_attacks": front_page.judges_sentences,
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
+    "gpu_evaluation": lambda results: gpu_tables.evaluations(results / front_page.GPU),
     "performance_devices": performance.devices,
     "measured": performance.chapters,
-    "launches": launches.table,
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
@@ -126,7 +91,7 @@ def value(study: str, model: str, key: str, results: Path) -> str:
     An accuracy is the mean over the seeds of the study.
 
     Args:
-        study: name of the study, or ``cpu`` for a speedup.
+        study: name of the study, or of a device's folder for a speedup, such as ``cpu``.
         model: name of the model in the study's table. For a speedup, the names of pipeline and case: "pipeline, case".
         key: name of the attack. For a study with a file ``studies/STUDY.json``, a key of this file's rows. For a
             speedup, the name of the implementation.
@@ -135,8 +100,8 @@ def value(study: str, model: str, key: str, results: Path) -> str:
     Raises:
         ValueError: the results contain no such number.
     """
-    if study == "cpu":
-        place = f"cpu/{sheets.PIPELINES}"
+    place = f"{study}/{sheets.PIPELINES}"
+    if speed := (results / place).is_file():
         own = [row for row in sheets.read_csv(results / place) if f"{row['pipeline']}, {row['case']}" == model]
         found = [float(row["speed_up"]) for row in own if row["contestant"] == key and row["ms"]]
     elif (results / f"studies/{study}.json").is_file():
@@ -151,7 +116,7 @@ def value(study: str, model: str, key: str, results: Path) -> str:
         comment = f"<!-- value: {study}/{model}/{key} -->"
         raise ValueError(f"{comment} names no number in results/{place}: correct the comment, or run the study again")
     mean = statistics.fmean(found)
-    return f"{mean:.2f}" if study == "cpu" else f"{100 * mean:.1f}"
+    return f"{mean:.2f}" if speed else f"{100 * mean:.1f}"
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:
@@ -312,7 +277,6 @@ def check(results: Path) -> list[str]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks report``."""
-    parser.add_argument("--count", action="store_true", help="count the launches of training steps again")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; check that README and docs agree with the results"
     )
@@ -326,8 +290,6 @@ def main(chosen: argparse.Namespace) -> bool | None:
         return not problems
     for folder in sorted({path.parent for path in RESULTS.glob("*/*.csv")}):
         sheets.report(folder)
-    if chosen.count:
-        print(launches.write(RESULTS))
     front_page.picture(RESULTS, ROOT / "docs" / "pictures" / "claim.png")
     publish()
     return None
@@ -341,8 +303,22 @@ def publish() -> None:
             print(f"{page}: the results of the table {name} are missing, so the table was not written", file=sys.stderr)
 
 
+def ship_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m benchmarks ship``."""
+    options.add_device(parser)
+    parser.add_argument(
+        "--file", type=Path, help="a raced.json that purify-fast tune wrote on another machine; --device is then unused"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="OP", help="ops that are left out, for example changed kernels"
+    )
+
+
 def ship(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks ship``: put the choices of `purify-fast tune` into the package and the pages."""
-    path = shipping.take(chosen.device, RESULTS / running.device_class(chosen.device))
+    raced = shipping.of_device(chosen.device) if chosen.file is None else shipping.of_file(chosen.file)
+    machine = raced["machine"]
+    folder = "cpu" if machine["kind"] == "cpu" else running.folder_of(machine["device"])
+    path = shipping.put(raced, RESULTS / folder, chosen.without)
     publish()
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Report, Row
-from purify_fast.evaluation.show.tables import markdown_table, percent, percent_always
+from purify_fast.evaluation.show.tables import markdown_table, percent
 
 from ..kept import rows_of
 from ..robustness import contests
@@ -14,6 +14,7 @@ from ..robustness.broken import broken_tables
 from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed.sheets import PIPELINES, ROWS, ops_speedups, read_csv
+from . import gpu_tables
 
 #: The colors of README's picture. Green is this package, gray is everything else, and red is an alarm.
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
@@ -23,24 +24,31 @@ WORST = "worst"
 #: earlier attacks did not break.
 LAST = "then AutoAttack standard, first 300"
 PAPER = "CARSO with the paper's objective, attacked through"
+#: The end of the names of the rows of CARSO without its randomness.
+CALM = ", deterministic"
 #: The lines of the table of results. Each line has a title, the name of a study, the model's name in the study's
 #: report, and the name of the report's row that is shown.
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
-    (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST),
-    (f"{PAPER} exact gradients", "carso_mnist", "CARSO, paper's objective", WORST),
-    ("CARSO trained through the pipeline", "carso_mnist", "CARSO pipeline", WORST),
-    ("AToP with the paper's objective, on a standard classifier", "atop_mnist", "AToP, paper's objective", WORST),
-    ("AToP trained through the pipeline, on a standard classifier", "atop_mnist", "AToP pipeline", WORST),
+    (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST + CALM),
+    (f"{PAPER} exact gradients", "carso_mnist", "CARSO, paper's objective", WORST + CALM),
+    ("CARSO trained through the pipeline", "carso_mnist", "CARSO pipeline", WORST + CALM),
     ("adversarial training from scratch", "arrest_mnist", "AT from scratch", LAST),
     ("ARREST", "arrest_mnist", "ARREST", LAST),
 ]
-#: The lines of the table of speeds. Each line has a title, and the names of a pipeline and a case in pipelines.csv.
+#: The folders of the devices in the table of speeds, and their names there.
+CPU, GPU = "cpu", "nvidia-h200"
+NAMES = {CPU: "two CPU cores", GPU: "NVIDIA H200"}
+TF32 = "plain, TF32"
+#: The lines of the table of speeds. Each line has a folder, a title, and the names of a pipeline and a case in
+#: pipelines.csv.
 CASES = [
-    ("CARSO prediction, K = 8", "carso_inference", "prediction"),
-    ("CARSO training step", "carso_training", "paper's objective"),
-    ("AToP training step", "atop_finetune", "fine-tuning step"),
-    ("ARREST training step", "arrest_step", "all attacked"),
+    (CPU, "CARSO prediction, K = 8", "carso_inference", "prediction"),
+    (CPU, "CARSO training step", "carso_training", "paper's objective"),
+    (CPU, "AToP training step", "atop_finetune", "fine-tuning step"),
+    (CPU, "ARREST training step", "arrest_step", "all attacked"),
+    (GPU, "CARSO training step, through the pipeline", "carso_training", "pipeline step"),
+    (GPU, "ARREST training step", "arrest_step", "all attacked"),
 ]
 
 
@@ -58,38 +66,55 @@ def results_table(results: Path) -> list[str]:
     """
     body = []
     for title, study, model, attack in MODELS:
-        clean, attacked = (_row(results, study, model, name) for name in ("clean", attack))
+        calm = CALM if attack.endswith(CALM) else ""
+        clean, attacked = (_row(results, study, model, name) for name in (f"clean{calm}", attack))
         verdict = "none" if attacked.reliable else "**ALARM**: no usable gradients"
-        body.append([title, percent_always(clean), percent(attacked), f"{attacked.n:,}", verdict])
+        body.append([title, percent(clean), percent(attacked), f"{attacked.n:,}", verdict])
     head = ["model", "clean, %", "under attack, %", "attacked images", "signs of a failed attack"]
     return markdown_table(head, body)
 
 
+def _speed(title: str, forms: dict[str, tuple[float, float]]) -> list[str]:
+    """Return the cells of a line of the table of speeds, without the device.
+
+    Args:
+        title: title of the line.
+        forms: milliseconds and share of the matrix rate of each implementation, by its name. The first implementation
+            is plain PyTorch.
+    """
+    plain = next(iter(forms.values()))[0]
+    compiled = min((ms for name, (ms, _) in forms.items() if "torch.compile" in name), default=None)
+    own, share = min(form for name, form in forms.items() if name.startswith("ours"))
+    cells = [f"{ms:,.0f} ms" if ms else "-" for ms in (plain, compiled)]
+    # A loss has two digits.
+    gains = [f"{ms / own:.{1 if ms > own else 2}f}" if ms else "-" for ms in (plain, compiled)]
+    return [title, *cells, f"**{own:,.0f} ms**", *gains, f"{100 * share:.0f} %"]
+
+
 def speed_table(results: Path) -> list[str]:
-    """Return the table of the CPU times of predictions, training steps and single operations.
+    """Return the table of the times of predictions, training steps, attacks and single operations.
 
     The table compares this package with plain PyTorch and with the fastest form of `torch.compile`.
 
     Args:
         results: folder of the committed results.
     """
-    rows = read_csv(results / "cpu" / PIPELINES)
     body = []
-    for title, pipeline, case in CASES:
+    for device, title, pipeline, case in CASES:
+        rows = read_csv(results / device / PIPELINES)
         own = [row for row in rows if (row["pipeline"], row["case"]) == (pipeline, case) and row["ms"]]
-        times = {row["contestant"]: float(row["ms"]) for row in own}
-        plain = float(own[0]["ms"])
-        compiled = min(ms for name, ms in times.items() if name.startswith("torch.compile"))
-        best = min((row for row in own if row["contestant"].startswith("ours")), key=lambda row: float(row["ms"]))
-        ms, share = float(best["ms"]), float(best["share_of_matrix_rate"])
-        cells = [title, f"{plain:,.0f} ms", f"{compiled:,.0f} ms", f"**{ms:,.0f} ms**"]
-        body.append([*cells, f"{plain / ms:.1f}", f"{compiled / ms:.1f}", f"{100 * share:.0f} %"])
-    head = ["on a CPU", "plain PyTorch", "best `torch.compile`", "purify_fast", "speedup over plain"]
-    head += ["speedup over `torch.compile`", "share of the processor's matrix speed"]
-    count, compiled, eager = ops_speedups(results / "cpu" / ROWS)
+        # PyTorch's default for convolutions on a GPU is TF32, so plain PyTorch is not the first row there.
+        own.sort(key=lambda row: row["contestant"] != TF32)
+        forms = {row["contestant"]: (float(row["ms"]), float(row["share_of_matrix_rate"])) for row in own}
+        body.append([NAMES[device], *_speed(title, forms)])
+    count, compiled, eager = ops_speedups(results / CPU / ROWS)
     title = f"single operations, geometric mean of {count} measurements"
-    body.append([title, "", "", "", f"{eager:.1f}", f"{compiled:.1f}", ""])
-    return markdown_table(head, body)
+    place = sum(device == CPU for device, *_ in CASES)
+    body.insert(place, [NAMES[CPU], title, "", "", "", f"{eager:.1f}", f"{compiled:.1f}", ""])
+    forms = {row["form"]: (float(row["ms"]), row["share"]) for row in gpu_tables.pgd_forms(results / GPU)}
+    body.append([NAMES[GPU], *_speed("attack by PGD-10 on a ResNet-18", forms)])
+    head = ["device", "computation", "plain PyTorch", "best `torch.compile`", "purify_fast", "speedup over plain"]
+    return markdown_table([*head, "speedup over `torch.compile`", "share of the matrix speed"], body)
 
 
 def contests_sentence(results: Path) -> list[str]:
@@ -197,7 +222,8 @@ def picture(results: Path, path: Path) -> None:
         ("The classifier alone,\ntrained adversarially", "classifier", PLAIN),
         ("CARSO trained by purify_fast\nthrough the whole defence", "CARSO pipeline", OURS),
     ]
-    rows = [_row(results, "carso_mnist", model, WORST) for _, model, _ in bars]
+    shown = {model: attack for _, study, model, attack in MODELS if study == "carso_mnist"}
+    rows = [_row(results, "carso_mnist", model, shown[model]) for _, model, _ in bars]
     texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
     axes = figure.add_subplot()
     titles, _, colors = (list(column) for column in zip(*bars, strict=True))

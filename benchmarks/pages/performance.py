@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from purify_fast.ops.dispatch.op import SIZES
 
+from ..kept import machines
 from ..prose import rendered
 from ..speed import limits, sheets, shipping
 from ..speed.sheets import table
+from . import gpu_tables
 
-#: The name of a file in a device's folder. The notes in this file are written by hand, and stand at the end of the
-#: device's chapter.
+#: The name of a file in a device's folder. The notes in this file are written by hand. They stand at the end of a CPU's
+#: chapter, and at the beginning of a GPU's chapter.
 NOTES = "notes.md"
-NOT_RUN = (
-    "Nothing has been measured on a GPU yet. The numbers for a GPU on this page are counted or estimated. "
-    "`python -m benchmarks gpu_check` measures a GPU, and its results become a chapter of this page. Until then the "
-    "eager calls use a GPU kernel only if two conditions hold: the kernel was verified on the user's own card, and the "
-    "forward and backward kernels together replace at least a dozen launches. Inside a compiled graph, there is one "
-    "more condition: compilers cannot fuse the reference of the op."
-)
 
 
 def _measured_on(rows: list[dict]) -> str:
     made = (f"{row['date']}, torch {row['torch']}, triton {row['triton'] or 'absent'}" for row in rows)
     return "; ".join(dict.fromkeys(made))
+
+
+def pipelines(folder: Path, *wanted: str) -> list[str]:
+    """Return the table of some pipelines, with a line for each implementation and a column for each case.
+
+    Args:
+        folder: folder of a device's results.
+        wanted: names of pipelines.
+    """
+
+    def memory(row: Mapping[str, str]) -> str:
+        if not row["peak_MB"]:
+            return ""
+        return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
+
+    rows = [row for row in sheets.read_csv(folder / sheets.PIPELINES) if row["pipeline"] in wanted]
+    cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
+    times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
+    body = []
+    for contestant in dict.fromkeys(row["contestant"] for row in rows):
+        line = [gpu_tables.ours(contestant)]
+        for pipeline, case, _ in cases:
+            row = times.get((pipeline, case, contestant))
+            line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
+        body.append(line)
+    # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
+    # explains the name too.
+    heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
+    more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
+    what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
+    return [f"{machines(rows)}. {what}.", "", *table(["", *heads], body)]
 
 
 def measured_races(raced: dict) -> list[str]:
@@ -68,7 +95,12 @@ def chapter(folder: Path) -> list[str]:
     compared = [line for line in lines if line["worst_ratio"]]
     text = rendered(
         Path(__file__).with_name("chapter.md.jinja"),
+        (gpu_tables.summary,),
+        device=raced["machine"]["device"] if raced else (rows or races)[0]["device"],
         name=folder.name,
+        gpu=folder.name != "cpu",
+        tables=gpu_tables.tables(folder),
+        pipelines={name: pipelines(folder, name) for name in dict.fromkeys(row["pipeline"] for row in races)},
         verdicts=lines,
         least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),
         in_graphs=[name for name, line in called.items() if line["in_graphs"] != "reference"],
@@ -87,10 +119,7 @@ def folders(results: Path) -> list[Path]:
 
 
 def devices(results: Path) -> list[str]:
-    """Return the table of all devices, with the measured rates of copies and of matrix products.
-
-    If no GPU was measured, a note follows the table.
-    """
+    """Return the table of all devices, with the measured rates of copies and of matrix products."""
     body = []
     for folder in folders(results):
         rows, races = _measurements(folder)
@@ -102,8 +131,7 @@ def devices(results: Path) -> list[str]:
             rates = measured.get((device, limits.COPY)), product
             cells = (f"{rate:,.0f}" if rate else "not measured" for rate in rates)
             body.append([device, *cells, _measured_on(own)])
-    lines = table(["device", "copy, GB/s", "bfloat16 products, GFLOP/s", "measured"], body)
-    return lines if any(folder.name != "cpu" for folder in folders(results)) else [*lines, "", NOT_RUN]
+    return table(["device", "copy, GB/s", "bfloat16 products, GFLOP/s", "measured"], body)
 
 
 def chapters(results: Path) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import stopping
 from purify_fast.evaluation.attack_lists import protocol_attacks
+from purify_fast.evaluation.measure import RULE
 from purify_fast.evaluation.softening import REVISION
 from purify_fast.evaluation.specs import AttackSpec
 from purify_fast.evaluation.subject import Subject
@@ -92,5 +93,14 @@ def of_protocol(
 
 @functools.cache
 def short(name: str, random: bool, diffusion: bool = False) -> str:
-    """Return a short hash of the result of `of_protocol` for the same arguments."""
-    return hashlib.sha256("\n".join(of_protocol(name, random, diffusion)).encode()).hexdigest()[:8]
+    """Return a short hash of the result of `of_protocol` for the same arguments, and of the rule for random models."""
+    words = of_protocol(name, random, diffusion) + of_rule(random)
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+
+
+def of_rule(random: bool) -> list[str]:
+    """Return the rule by which `evaluate` judges a random model; empty for a deterministic model.
+
+    The rule changes the numbers of a random model, whatever the attacks are.
+    """
+    return [f"rule {RULE}"] if random else []

@@ -12,6 +12,7 @@ import contextlib
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
 
 class _Process:
     def __init__(self, *task):
-        context = multiprocessing.get_context("spawn")
+        # A server imports PyTorch once, and its forks are the processes. It must not use CUDA.
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context.set_forkserver_preload(["__main__", __name__])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, *task), daemon=True)
         self.process.start()
@@ -105,7 +108,7 @@ class _Process:
         """
         try:
             if seconds < math.inf and not self.pipe.poll(max(0.0, seconds)):
-                raise TimeoutError(command)
+                raise TimeoutError(f"the command {command!r} of a compared implementation was not finished in time")
             done, answer = self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
@@ -114,9 +117,9 @@ class _Process:
             raise RuntimeError(f"the command {command!r} failed in the process of a compared implementation: {answer}")
         return answer
 
-    def ask(self, command: str):
+    def ask(self, command: str, seconds: float = math.inf):
         self.order(command)
-        return self.answer(command)
+        return self.answer(command, seconds)
 
     def end(self, at_once: bool = False) -> None:
         # Ignore an error here, because the process may have ended already.
@@ -137,15 +140,26 @@ def race(
 ) -> list[dict]:
     """Time all contestants of a case, and return one row of the results file for each contestant.
 
-    The row of a contestant whose result is wrong has no times. A contestant that is not ready within ``limit`` seconds
-    is not timed, and its row has the verdict "left out". This limit does not apply to the first contestant and to ours.
+    The row of a contestant whose result is wrong has no times. With a time limit, a contestant that is not ready after
+    about three quarters of ``limit`` seconds is not timed, and its row has the verdict "left out". The verdict of a
+    contestant that raises an error is then "failed".
+
+    Raises:
+        RuntimeError: a contestant raised an error. With a time limit, only the first contestant and ours matter.
+        TimeoutError: the first contestant or ours was not ready, or a run did not end within ``limit`` seconds.
     """
-    effort, threads, end = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic() + limit
+    effort, threads, began = QUICK if quick else Effort(), torch.get_num_threads(), time.monotonic()
     together = device.type == "cuda"
     # A short pause is enough on a GPU, because the other contestants have no spinning threads.
     pause = 0.02 if together else effort.pause
     processes: dict[str, _Process] = {}
-    right: dict[str, bool] = {}
+    verdicts, finished = dict.fromkeys(case.contestants, "left out"), False
+
+    # The last part of the time is for the timed runs.
+    spare = 0.0 if limit == math.inf else max(limit / 4, min(10.0, limit / 3))
+
+    def left(spare: float = 0.0) -> float:
+        return began + limit - spare - time.monotonic()
 
     def prepare(label: str) -> None:
         processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
@@ -153,39 +167,48 @@ def race(
             processes[label].order(command)
 
     try:
-        truth = None
-        needed = {next(iter(case.contestants)), "ours"}
-        # If there is a time limit, first prepare the two contestants that are always timed.
-        order = sorted(case.contestants, key=lambda label: limit < math.inf and label not in needed)
+        truth, first = None, next(iter(case.contestants))
+        # Operations are counted, and the device's rate is measured, in the process of one contestant.
+        counted = "ours" if "ours" in case.contestants else first
+        needed = {first, counted}
+        # If there is a time limit, prepare the contestants that are needed first, and those that compile last.
+        order = list(case.contestants)
+        if limit < math.inf:
+            order.sort(key=lambda label: (label not in needed, "compile" in label))
         for label in order if together else ():
             prepare(label)
         for label in order:
             if not together:
                 prepare(label)
-            left = math.inf if label in needed else end - time.monotonic()
             try:
-                result = torch.from_numpy(processes[label].answer("result", left))
-                processes[label].answer("time", left)
-            except TimeoutError:
+                result = torch.from_numpy(processes[label].answer("result", left(spare)))
+                processes[label].answer("time", left(spare))
+            except (RuntimeError, TimeoutError) as error:
+                if label in needed or limit == math.inf:
+                    raise
                 processes.pop(label).end(at_once=True)
+                if isinstance(error, RuntimeError):
+                    verdicts[label] = "failed"
+                    print(f"{pipeline} {name}, {label}: {error}", file=sys.stderr)
                 continue
             truth = result if truth is None else truth
             distance = float((result - truth).norm() / truth.norm())
-            right[label] = distance <= case.tolerance
+            verdicts[label] = "right" if distance <= case.tolerance else "wrong"
         times: dict[str, list[float]] = {label: [] for label in processes}
         rates = []
-        flops = processes["ours"].ask("flops")
+        flops = processes[counted].ask("flops", left())
         for _ in range(effort.runs):
             for label, process in processes.items():
                 time.sleep(pause)
-                times[label].append(process.ask("time"))
+                times[label].append(process.ask("time", left()))
             time.sleep(pause)
-            rates.append(processes["ours"].ask("rate"))
-        most = {label: process.ask("memory") for label, process in processes.items()}
+            rates.append(processes[counted].ask("rate", left()))
+        most = {label: process.ask("memory", left()) for label, process in processes.items()}
+        finished = True
     finally:
         for process in processes.values():
-            process.end(at_once=len(right) < len(processes))
-    rate, first = max(rates), statistics.median(times[next(iter(times))])
+            process.end(at_once=not finished)
+    rate, slowest = max(rates), statistics.median(times[first])
     rows = []
     for label in case.contestants:
         runs = times.get(label, [math.nan])
@@ -194,13 +217,13 @@ def race(
             "ms": f"{1e3 * median:.2f}",
             "p20": f"{1e3 * quantile(runs, 1):.2f}",
             "p80": f"{1e3 * quantile(runs, 4):.2f}",
-            "speed_up": f"{first / median:.2f}",
+            "speed_up": f"{slowest / median:.2f}",
             "share_of_matrix_rate": f"{flops / median / rate:.3f}",
         }
         row = {"pipeline": pipeline, "case": name, "shape": case.shape, "contestant": label}
-        row |= numbers if right.get(label) else dict.fromkeys(numbers, "")
-        row["verdict"] = {None: "left out", False: "wrong", True: "right"}[right.get(label)]
-        row["peak_MB"] = f"{most[label] / 1e6:.0f}" if right.get(label) else ""
+        right = verdicts[label] == "right"
+        row |= numbers if right else dict.fromkeys(numbers, "")
+        row |= {"verdict": verdicts[label], "peak_MB": f"{most[label] / 1e6:.0f}" if right else ""}
         row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
         rows.append(row | environment(device))
     return rows

@@ -13,7 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +26,20 @@ from .. import options
 from . import pipelines, race, sheets, timing
 from .ops import Case, registry
 
+#: The seconds that a case of a pipeline needs without the compiled plain forms.
+LEAST_SHARE = 40.0
 #: The columns that together identify a row of ops.csv.
 KEY = ("op", "variant", "shape", "dtype", "direction", "style")
 
 
 def device_class(device: torch.device) -> str:
     """Return the name of the folder for a device's results: "cpu", or the name of the GPU."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return "cpu" if device.type == "cpu" else folder_of(torch.cuda.get_device_name(device))
+
+
+def folder_of(gpu: str) -> str:
+    """Return the name of the folder for a GPU's results, such as "nvidia-h200" for "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 @dataclass
@@ -46,17 +52,20 @@ class Budget:
         resume: True to keep the measurements of an earlier run. False measures them again.
         failed: dictionary that collects the traceback of each failed item, by the item's name. If it is None, an error
             ends the run.
-        left_out: names of the items that were not started.
+        left_out: names of the items that were not started, or that raised a TimeoutError.
+        ends: end of the time limit on the monotonic clock. It is known once the work has begun.
     """
 
     seconds: float = math.inf
     resume: bool = False
     failed: dict[str, str] | None = None
     left_out: list[str] = field(default_factory=list)
+    ends: float = math.inf
 
     def go(self, work: list[tuple[str, Callable[[], None]]], unit: str) -> None:
         """Run items of work within the time limit. Each item of ``work`` is a pair of a name and a function."""
         start, spent, longest = time.monotonic(), 0.0, 0.0
+        self.ends = start + self.seconds
         with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
             for index, (name, run) in enumerate(progress):
                 before, spent = spent, time.monotonic() - start
@@ -67,6 +76,8 @@ class Budget:
                 progress.set_description(name, refresh=True)
                 try:
                     run()
+                except TimeoutError as error:
+                    self.left_out.append(f"{name}: {error}")
                 except Exception:
                     if self.failed is None:
                         raise
@@ -122,29 +133,55 @@ def run_ops(names: list[str], device: torch.device, quick: bool, out: Path, budg
             sheets.report(out)
 
 
-def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget) -> None:
+def run_pipelines(
+    names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget, compiled: bool = True
+) -> None:
     """Measure pipelines, and write pipelines.csv after every case. Existing rows of other cases are kept.
 
-    The arguments are those of `run_ops`.
+    Most of the time goes into the compilation of the plain forms. So a run with little time first measures all cases
+    without these forms, and then measures cases again with them.
+
+    Args:
+        names: names of the pipelines, in the order of the measurements.
+        device: device on which the pipelines run.
+        quick: True to measure small cases.
+        out: folder of the results.
+        budget: time limit. Without the compiled plain forms, the cases have equal shares of the time that is left, but
+            at least `LEAST_SHARE` seconds. With these forms, each case may use all of it.
+        compiled: False to leave out the contestants that compile the plain form.
     """
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
-    incomplete = {(row["pipeline"], row["case"]) for row in kept if row["verdict"] == "left out"}
-    done = {(row["pipeline"], row["case"]) for row in kept} - incomplete if budget.resume else set()
-    known = {name: pipelines.registry()[name](quick) for name in names}
-    work = [(name, label) for name, cases in known.items() for label in cases if (name, label) not in done]
-    # Limit the time to prepare a case (mostly compilation), so that no case uses up the time of the other cases.
-    share = budget.seconds / 3
+    there = {(r["pipeline"], r["case"], r["contestant"]) for r in kept if budget.resume and r["verdict"] != "left out"}
+    work: list[tuple[str, str, pipelines.Case]] = []
+    for name in names:
+        for label, case in pipelines.registry()[name](quick).items():
+            chosen = {
+                one: it for one, it in case.contestants.items() if compiled or not one.startswith("torch.compile")
+            }
+            if not all((name, label, one) in there for one in chosen):
+                work.append((name, label, replace(case, contestants=chosen)))
 
-    def run(name: str, label: str) -> None:
+    def run(index: int) -> None:
         nonlocal kept
-        fresh = race.race(name, label, known[name][label], device, quick, share)
-        kept = [row for row in kept if (row["pipeline"], row["case"]) != (name, label)] + fresh
+        name, label, case = work[index]
+        left = budget.ends - time.monotonic()
+        limit = left if compiled else min(left, max(LEAST_SHARE, left / (len(work) - index)))
+        fresh = race.race(name, label, case, device, quick, limit)
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
+        old = [row for row in kept if (row["pipeline"], row["case"]) == (name, label)]
+        if budget.resume and _right(old) > _right(fresh):
+            # A short race must not replace a longer one.
+            return
+        kept = [row for row in kept if row not in old] + fresh
         sheets.write_csv(path, kept)
         sheets.report(out)
 
-    budget.go([(f"{name} {label}", lambda name=name, label=label: run(name, label)) for name, label in work], "case")
+    budget.go([(f"{name} {label}", partial(run, index)) for index, (name, label, _) in enumerate(work)], "case")
+
+
+def _right(rows: list[dict]) -> int:
+    return sum(row["verdict"] == "right" for row in rows)
 
 
 def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:

@@ -8,6 +8,7 @@ written by ``python -m benchmarks ops``. It decides where raced.json has no choi
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def write_races(results: Path) -> Path:
     return races.SHIPPED
 
 
-def take(device: torch.device, folder: Path) -> Path:
-    """Copy the results of `purify-fast tune` on a device of this machine into a folder of results.
+def of_device(device: torch.device) -> dict[str, Any]:
+    """Return the results of `purify-fast tune` on a device of this machine.
 
     Raises:
         FileNotFoundError: there are no results for this machine and this version of the package.
@@ -70,5 +71,48 @@ def take(device: torch.device, folder: Path) -> Path:
             f"{records.file_of('raced', device)} has no results for this machine and version: run `purify-fast tune` "
             "first"
         )
-    write_text(folder / FILE, json.dumps(raced, indent=1) + "\n")
+    return raced
+
+
+def of_file(file: Path) -> dict[str, Any]:
+    """Return the results of `purify-fast tune` in a raced.json that was written on another machine.
+
+    Raises:
+        ValueError: the file is no raced.json, or its races are not finished.
+    """
+    try:
+        raced = json.loads(file.read_text(encoding="utf-8"))
+        finished = raced["machine"]["device"] and all(entry["cells"] for entry in raced["ops"].values())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"file must be a raced.json with finished races, got {str(file)!r}: {error!r}") from error
+    if not finished:
+        raise ValueError(f"file must be a raced.json with finished races, got {str(file)!r}")
+    return raced
+
+
+def put(raced: dict[str, Any], folder: Path, without: Collection[str] = ()) -> Path:
+    """Write results of `purify-fast tune` into a folder of results, and return the path of the file.
+
+    Args:
+        raced: content of a raced.json.
+        folder: folder of the device's results.
+        without: ops whose results are left out, because their kernels have changed since they were raced.
+
+    Raises:
+        ValueError: there are no results of an op that is to be left out.
+    """
+    for op in without:
+        if op not in raced["ops"]:
+            raise ValueError(f"without must name raced ops, got {op!r}: allowed are {', '.join(raced['ops'])}")
+    ops = {op: entry for op, entry in raced["ops"].items() if op not in without}
+    write_text(folder / FILE, json.dumps({**raced, "ops": ops}, indent=1) + "\n")
     return folder / FILE
+
+
+def take(device: torch.device, folder: Path) -> Path:
+    """Copy the results of `purify-fast tune` on a device of this machine into a folder of results.
+
+    Raises:
+        FileNotFoundError: there are no results for this machine and this version of the package.
+    """
+    return put(of_device(device), folder)

@@ -46,10 +46,39 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
     slack = ROUNDING * (clip_max - clip_min)
     # The condition is negated so that NaN is refused too.
     if not (least >= clip_min - slack and most <= clip_max + slack):
-        bytes_given = 1.5 < most <= 255 and clip_max == 1
-        hint = ": divide x by 255, or give clip_max=255 and an eps in the same unit" if bytes_given else ""
+        usual = (clip_min, clip_max) == (0, 1)
+        hint = advice_for_range(least, most, "clip_max=255 and an eps in the same unit") if usual else ""
         allowed = f"[clip_min, clip_max] = [{clip_min:g}, {clip_max:g}]"
-        raise ValueError(f"x must be in {allowed}, got values from {least:g} to {most:g}{hint}")
+        raise ValueError(f"x must be in {allowed}, got values from {least:.5g} to {most:.5g}{hint}")
+
+
+def advice_for_range(least: float, most: float, or_give: str = "uint8") -> str:
+    """The end of an error message about images that are not in [0, 1]: the likely reason, and the remedy.
+
+    Args:
+        least: the smallest value of all images.
+        most: the largest value of all images.
+        or_give: the other remedy for images in 0..255.
+
+    Returns:
+        The advice; empty if no range is likely.
+    """
+    if least >= 0 and 16 < most <= 255:
+        return f"; x is in 0..255: divide by 255, or give {or_give}"
+    wide = most - least > 1 + ROUNDING
+    if (least >= -0.05 and most <= 1.05) or (wide and least >= -0.25 and most <= 1.25):
+        return "; if a resize has moved values out of [0, 1], give x.clamp(0, 1)"
+    if wide and least >= -1 - ROUNDING and most <= 1 + ROUNDING:
+        return (
+            "; x is in [-1, 1]: give (x + 1) / 2 as the images, and lambda x: model(2 * x - 1) as the model. eps is "
+            "then a radius on images in [0, 1]"
+        )
+    if least < 0:
+        return (
+            "; if the images are normalized, give x * std + mean as the images, and lambda x: model((x - mean) / std) "
+            "as the model"
+        )
+    return ""
 
 
 def check_at_least_one(**counts: int | None) -> None:
@@ -72,22 +101,36 @@ def check_not_negative(**sizes: float | Tensor | None) -> None:
             raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def check_eps(eps: float | Tensor, norm: str | None, largest: float = 1.0, *, per_image: bool = False) -> None:
+def largest_distance(norm: str, pixels: int, width: float = 1.0) -> float:
+    """The largest distance between two images of ``pixels`` values, whose range has the given width."""
+    return width * {"linf": 1.0, "l2": pixels**0.5, "l1": pixels}[norm]
+
+
+def check_eps(
+    eps: float | Tensor, norm: str | None, largest: float = 1.0, *, per_image: bool = False, pixels: int = 0
+) -> None:
     """Refuse a radius that is not allowed.
 
     Args:
         eps: the radius in image units.
         norm: norm of the ball, a result of `read_norm`; None if it is not known.
-        largest: the largest allowed L-inf radius, which is the width of the pixels' range.
+        largest: the width of the pixels' range.
         per_image: whether a tensor ``[B]`` is allowed, with a radius for each image.
+        pixels: the number of values of an image; 0 if it is not known, then only L-inf has a largest radius.
 
     Raises:
         TypeError: eps is not a number.
-        ValueError: a negative radius, NaN, or an L-inf radius above ``largest``.
+        ValueError: a negative radius, NaN, or a radius above the largest distance between two images.
     """
     if per_image and isinstance(eps, Tensor):
         return
     check_number("eps", eps)
     check_not_negative(eps=eps)
-    if norm == "linf" and eps > largest:
-        raise ValueError(f"eps must be at most {largest:g} for linf, in image units, got {eps}: is {eps:g}/255 meant?")
+    if norm is None or (norm != "linf" and pixels == 0):
+        return
+    most = largest_distance(norm, pixels, largest)
+    if eps > most:
+        far = "" if norm == "linf" else ", the largest distance between two images"
+        raise ValueError(
+            f"eps must be at most {most:g} for {norm}, in image units{far}, got {eps}: is {eps:g}/255 meant?"
+        )

@@ -7,22 +7,37 @@ model draws its random numbers once for all images of a call.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._memory import ran_out_of_memory
 from .._tensors import repeat_batch
-from ..model_state import hidden_modules
+from ..model_state import hidden_modules, switch_to_evaluation
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
+from .outputs import (
+    INSTEAD_OF_PROBABILITIES,
+    ONE_VALUE,
+    LogitsOf,
+    are_probabilities,
+    checked_logits,
+    dtype_of_weights,
+    reason_of,
+    resized,
+    runs_on,
+)
 
 Answer = TypeVar("Answer")
 
-#: `drawn_once_per_call` tests a model on TRIED_IMAGES images. One call has a batch of at most TRIED_ROWS rows, which
-#: contains each image several times. TRIED_CALLS calls have each image once. A model that picks one of two networks in
-#: each call picks the same network in all TRIED_CALLS calls with the probability 1/128.
-TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS = 2, 8, 8
+#: `drawn_once_per_call` tests a model on TRIED_IMAGES images. A call has a batch of at most TRIED_ROWS rows, which
+#: contains each image several times. At least TRIED_CALLS calls make at least FEWEST_DRAWS draws. A model that picks
+#: one of two networks in each call picks the same network in TRIED_CALLS calls with the probability 1/128.
+TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS, FEWEST_DRAWS = 2, 8, 8, 64
 #: Draws of the same call are taken as equal if their difference is below this share of the difference between two
 #: calls.
 ALIKE = 0.01
@@ -53,10 +68,11 @@ def frozen(model: Classifier) -> Iterator[None]:
         return
     wholes = [model, *(module for _, module in hidden_modules(model))]
     modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad]
+    # The flag of a tensor that was made in inference mode could not be restored.
+    trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for whole in wholes:
-            whole.eval()
+            switch_to_evaluation(whole)
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
@@ -97,10 +113,126 @@ def ask(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
         # The parameters are frozen, so only the images can be a leaf that requires a gradient.
         if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
             raise WritesToItsInput from error
+        if "Inference tensors cannot be saved for backward" in str(error):
+            raise ValueError(
+                "the model's weights were made within torch.inference_mode(), so the model has no gradient: give "
+                "copy.deepcopy(model), made outside of torch.inference_mode()"
+            ) from error
         raise
     if x._version != writes:
         raise WritesToItsInput
     return answer
+
+
+#: True during a direct call of an attack, until the model has returned its first logits.
+_first_output: ContextVar[bool] = ContextVar("first_output", default=False)
+
+
+def logits_of(model: Classifier, x: Tensor) -> Tensor:
+    """The logits of images, ``[B, classes]``; a model that writes to them (`ask`) is refused.
+
+    Raises:
+        TypeError, ValueError: the model's output is not logits (`checked_logits`).
+    """
+    if torch.compiler.is_compiling():
+        return checked_logits(model(x), len(x))
+    logits = checked_logits(ask(model, x), len(x))
+    if _first_output.get():
+        _first_output.set(False)
+        _warn_of_values(logits)
+    return logits
+
+
+@contextlib.contextmanager
+def called_directly(model: Classifier, x: Tensor) -> Iterator[None]:
+    """The context of an attack without an evaluation, which would have tested the model before.
+
+    Errors of the model are explained (`explained_errors`). If its first logits contain NaN or are probabilities, Python
+    warns. To save time, this is tested on a CPU only.
+
+    Args:
+        model: the model that is attacked.
+        x: the images ``[B, ...]``.
+    """
+    token = _first_output.set(True)
+    try:
+        with explained_errors(model, x):
+            yield
+    finally:
+        _first_output.reset(token)
+
+
+def _warn_of_values(logits: Tensor) -> None:
+    if logits.device.type != "cpu" or is_in_torch_dispatch_mode() or logits.numel() == 0:
+        return
+    try:
+        missing, probable = bool(logits.isnan().any()), are_probabilities(logits)
+    except RuntimeError:
+        # Tensors inside torch.func.vmap have no values. Neither do fake tensors outside of their mode.
+        return
+    if missing:
+        warnings.warn("the model returns NaN for some images: an attack cannot move them", stacklevel=2)
+    if probable:
+        warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
+
+
+@contextlib.contextmanager
+def explained_errors(model: Classifier, x: Tensor) -> Iterator[None]:
+    """A context in which an error of a model is replaced by an error with its reason, if the reason is known.
+
+    Args:
+        model: any callable.
+        x: the images ``[B, ...]`` on which the model is called.
+
+    Raises:
+        ValueError: the model has failed for a known reason, see `purify_fast.attacks.outputs.reason_of`.
+    """
+    try:
+        yield
+    # Errors of other types come from this package, or from a model that explains its errors.
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:
+        if isinstance(error, ValueError) and ONE_VALUE not in str(error):
+            raise
+        with frozen(model):
+            reason = reason_of(error, model, x)
+        if reason is None:
+            raise
+        raise reason from error
+
+
+@torch.no_grad()
+def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
+    """Call a model on several images and on a single image, check its outputs, and count its classes.
+
+    Args:
+        model: any callable; a module is in evaluation mode.
+        some: a few images ``[B, C, H, W]``. A single image is doubled for the first call, because a model may fail only
+            on a batch of one, and that error would not show the reason.
+
+    Returns:
+        The model and its number of classes. The model is wrapped in `LogitsOf` if its output is an object or a mapping
+        with ``logits``, or if its weights, and so the images that it accepts, have another dtype.
+
+    Raises:
+        TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
+        ValueError: the output is not logits, or the model does not accept these images or this number of images.
+    """
+    some, dtype = resized(some, max(2, len(some))), None
+    with explained_errors(model, some):
+        try:
+            output = model(some)
+        except RuntimeError as error:
+            dtype = dtype_of_weights(model)
+            if ran_out_of_memory(error) or dtype == some.dtype or not runs_on(model, some.to(dtype)):
+                raise
+            output = model(some.to(dtype))
+        classes = checked_logits(output, len(some)).shape[1]
+        if dtype is not None or not isinstance(output, Tensor):
+            model = LogitsOf(model, dtype)
+        alone = checked_logits(model(some[:1]), 1)
+    if alone.shape[1] != classes:
+        raise ValueError(f"the model must return {classes} logits for each image, got {alone.shape[1]} for 1 image")
+    return model, classes
 
 
 def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
@@ -170,15 +302,16 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
         return ask(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1)
-    return ask(model, repeat_batch(x, draws) if draws > 1 else x)
+    return logits_of(model, repeat_batch(x, draws) if draws > 1 else x)
 
 
 @torch.no_grad()
 def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | None = None) -> bool:
     """Tell whether a random model draws once for all images of a call, like a model that picks one of two networks.
 
-    The result is True if several draws of an image in the same batch are equal, but differ from the draw of another
-    call. The random generators are restored afterwards. The comparison waits for the device.
+    The result is True if in every call all draws of an image are equal, but two calls differ. The comparison within the
+    calls that differ also recognizes a model whose draws for each image are rarely different. The random generators are
+    restored afterwards. The comparison waits for the device.
 
     Args:
         model: images to logits; frozen, see `frozen`.
@@ -193,19 +326,27 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
         return False
     some = x[: min(TRIED_IMAGES, rows // 2)].detach().clone()
     times = rows // len(some)
+    calls = max(TRIED_CALLS, FEWEST_DRAWS // rows)
     counted = cast(CountsImages, model).counted() if supports(model, CountsImages) else 0
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        together = logits_of_draws(model, some, times)
-        first = ask(model, some)
-        others = (ask(model, some) for _ in range(TRIED_CALLS - 1))
-        other = next((other for other in others if differ(first, other)), first)
-    if supports(model, CountsImages):
-        # The counter should count only the images of attacks, so the images of this test are subtracted.
-        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
 
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().nan_to_num(nan=0.0).abs().max())
 
-    # The position of an image in a batch may change the last bits of its logits, and in bfloat16 even the second digit.
-    # So draws are taken as equal if they are close.
-    return apart(together, repeat_batch(together[: len(some)], times)) < ALIKE * apart(first, other)
+    # The largest difference between two calls, and the largest difference between the copies of an image in a call.
+    between = within = 0.0
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        first: Tensor | None = None
+        for _ in range(calls):
+            logits = logits_of_draws(model, some, times)
+            within = max(within, apart(logits, repeat_batch(logits[: len(some)], times)))
+            first = logits if first is None else first
+            if differ(first, logits):
+                between = max(between, apart(first, logits))
+            # The position of an image in a batch may change the last bits of its logits, and in bfloat16 even the
+            # second digit. So draws are taken as equal if they are close.
+            if between > 0 and within >= ALIKE * between:
+                break
+    if supports(model, CountsImages):
+        # The counter should count only the images of attacks, so the images of this test are subtracted.
+        cast(CountsImages, model).count(counted - cast(CountsImages, model).counted())
+    return within < ALIKE * between

@@ -61,7 +61,7 @@ def ball_around(
         ValueError: an unknown norm, or a radius of a wrong shape or size.
     """
     known = read_norm(norm)
-    check_eps(eps, known, max(1.0, clip_max - clip_min), per_image=True)
+    check_eps(eps, known, max(1.0, clip_max - clip_min), per_image=True, pixels=x.shape[1:].numel())
     return Ball(per_sample("eps", eps, x), known, clip_min, clip_max)
 
 

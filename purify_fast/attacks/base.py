@@ -21,7 +21,7 @@ from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
-from .attacked_model import drawn_once_per_call, frozen
+from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, Resources
 from .engine.row_batches import FEWEST_STEPS, ActiveSet, Judge
@@ -209,11 +209,13 @@ class Attack(abc.ABC):
         """Attack a batch as `run` does, and return only the images: ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
         return self.run(model, x, y, **options).images
 
+    @functools.partial(outside_graphs, recursive=False)
     def run(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> AttackResult:
         """Attack a batch of images without an evaluation.
 
         Args:
-            model: images to logits. Afterwards the modes and gradient flags of an ``nn.Module`` are restored.
+            model: images to logits, or to an object or mapping with ``logits``. Afterwards the modes and gradient flags
+                of an ``nn.Module`` are restored.
             x: images ``[B, C, H, W]`` in [0, 1].
             y: labels, int64 ``[B]``.
             options: fields of `AttackContext` and of its `Resources`, such as ``eps``, ``norm`` and ``seed``.
@@ -222,13 +224,15 @@ class Attack(abc.ABC):
             The adversarial images, and the counts of the attack.
 
         Raises:
-            TypeError: an option that is a field of neither class.
-            ValueError: a missing radius, or images, labels or options that are not allowed.
+            TypeError: an option that is a field of neither class, or an output of the model without logits.
+            ValueError: a missing radius; images, labels or options that are not allowed; or logits without a row for
+                each image or a column for each of several classes.
         """
         context = AttackContext.from_options(**options)
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
-        return self.search(self.target(model), x, y, context)
+        with called_directly(model, x):
+            return self.search(self.target(model), x, y, context)
 
     def revision(self) -> str | None:
         """The version of the attack's code; an evaluation uses a cached result only if the version is the same.
@@ -428,7 +432,8 @@ def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **o
         raise TypeError(f"eps is missing: {attack.__name__} needs a radius in image units, such as eps=8 / 255")
     chosen = attack(**{name: options.pop(name) for name in own.keys() & options.keys()})
     context = AttackContext.from_options(**options, counts_health=health is not None)
-    result = chosen.search(model, x, y, context)
+    with called_directly(model, x):
+        result = chosen.search(model, x, y, context)
     if health is not None and result.health is not None:
         health.add(**result.health.counts)
     return result.images
@@ -488,7 +493,8 @@ def as_function(name: str, attack: type[Attack], returns: str, **defaults: Any) 
 
 
 _TEXTS = {
-    "model": "images ``[B, ...]`` to logits ``[B, classes]``; a module is in evaluation mode during the attack.",
+    "model": "images ``[B, ...]`` to logits ``[B, classes]``, or to an object or mapping with such ``logits``; a "
+    "module is in evaluation mode during the attack.",
     "x": "images, floating point ``[B, ...]`` in [clip_min, clip_max].",
     "y": "true labels, int64 ``[B]``.",
     "health": "the counts of faulty gradients and unmoved images are added to it; None: nothing is counted.",
@@ -498,7 +504,8 @@ _SHAPE = (
     "[clip_min, clip_max]."
 )
 _ERRORS = (
-    "TypeError: x or y is no tensor, there is no such option, or a radius is missing.",
+    "TypeError: x or y is no tensor, there is no such option, a radius is missing, or the model returns no logits.",
     "RuntimeError: an attack with gradients is called within ``torch.inference_mode()``.",
-    "ValueError: a shape, dtype, name, count or range that is not allowed; or a model that writes to its input.",
+    "ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model that "
+    "writes to its input.",
 )

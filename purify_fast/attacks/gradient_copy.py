@@ -35,6 +35,7 @@ from ..speed.folding.batchnorm import fold_sequential
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from .attacked_model import gradient_to
+from .outputs import LogitsOf, checked_logits, logits_in
 
 #: With the precision "auto", a model with fewer weights in convolutions and linear layers than this gets no copy,
 #: because conversions to bfloat16 would take more time than they save.
@@ -118,6 +119,10 @@ def gradient_copy(
         The copy, or the model itself if no copy is used. No copy is used for a plain function, for a model that cannot
         be copied or folded, or if logits, purified images or input gradients of the copy differ too much from the
         model's. The copy and the model draw the same noise during this comparison.
+
+    Raises:
+        TypeError: the model's output is neither a tensor nor an object or mapping with ``logits``.
+        ValueError: the model's logits do not have a row for each image and a column for each of several classes.
     """
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
@@ -175,22 +180,34 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
 
 
 def _made(model: nn.Module, x: Tensor) -> Classifier | None:
-    if isinstance(model, InferenceCopy):
+    accelerates = supports(model, Accelerates)
+    if isinstance(model, InferenceCopy) or (not accelerates and (supports(model, SampleLogits) or is_purifier(model))):
         return None
+    plain = model if accelerates else _returning_tensors(model, x)
     try:
-        if supports(model, Accelerates):
+        if accelerates:
             duplicate = copy.deepcopy(model).accelerate(torch.bfloat16)  # type: ignore[operator]
             # The copy is never trained, so the BatchNorms of its purifier can be folded too.
             fold_sequential(duplicate)
             return cast(Classifier, duplicate)
-        if supports(model, SampleLogits) or is_purifier(model):
-            return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return InferenceCopy(model, tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
+            return InferenceCopy(plain, tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
         # A user's module may raise any error when it is copied, folded or run in bfloat16. Such a module has no copy.
         return None
+
+
+@torch.no_grad()
+def _returning_tensors(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model itself, or a wrapper around it if its output is an object or a mapping with ``logits``."""
+    try:
+        output = model(x)
+    except Exception:
+        # An attack on the model will raise this error.
+        return model
+    checked_logits(output, len(x))
+    return model if isinstance(output, Tensor) else LogitsOf(model)
 
 
 def _same_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -226,7 +243,7 @@ def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     A constant that is added to all logits of an image changes neither the predicted class nor the softmax. So for each
     class the comparison takes the difference between its logit and the logit of the class that the model predicts.
     """
-    want, got = (_run(each, x, each) for each in (model, duplicate))
+    want, got = (_logits(each, x) for each in (model, duplicate))
     # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
     # than nine classes, measure to an earlier class, because the smallest logit may be far from all others.
     leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
@@ -267,9 +284,13 @@ def _run(model: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         return function(x).float()
 
 
+def _logits(model: Classifier, x: Tensor) -> Tensor:
+    return _run(model, x, lambda images: logits_in(model(images)))
+
+
 def _input_gradient(model: Classifier, leaf: Tensor) -> Tensor:
     """The flat gradient of the largest minus the second largest logit, summed over the images; 0 without a gradient."""
     leaf.requires_grad_()
-    first, second = _run(model, leaf, model).topk(2, 1).values.unbind(1)
+    first, second = _logits(model, leaf).topk(2, 1).values.unbind(1)
     gradient = gradient_to(leaf, (first - second).sum())
     return torch.zeros_like(leaf).flatten() if gradient is None else gradient.flatten()

@@ -6,21 +6,79 @@ the logit of class j, y is the true class, and l_(k) is the k-th largest logit.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+#: The usual formula of the cross-entropy in float32 is replaced where its result is below SURE. In float64 the limit is
+#: smaller by the ratio of the two precisions.
+SURE = 2.0**-8
+#: The smallest slope of the cross-entropy is the smallest number of the logits' dtype, raised to this power. In float32
+#: this slope is 3e-27, so its products with the derivatives of a network are not zero.
+LEAST_SLOPE = 0.7
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax(logits)_y, [B].
+    """-log softmax(logits)_y, [B], in float32 or float64.
+
+    If the model is sure, the usual formula rounds the probability p_y to 1. The loss is then 0, and its gradient lacks
+    the true class. Below a loss of 1/256 (float64: 7e-12) this function uses log(1 + exp z) instead, where z is the
+    logsumexp of the other logits minus l_y. The gradient of this form is exact: s = sigmoid(z) times the softmax over
+    the other classes, and -s for the true class. All other losses and gradients are those of
+    `torch.nn.functional.cross_entropy`, to the bit.
+
+    Where s is too small for the dtype of the logits (float32: z < -61), the loss continues along its tangent in z. So
+    it still rises with z, and its gradient keeps the direction.
 
     Args:
         logits: floating point ``[B, classes]``.
         y: true labels, int64 ``[B]``.
     """
-    return F.cross_entropy(logits, y, reduction="none")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    usual = F.cross_entropy(wide, y, reduction="none")
+    with torch.no_grad():
+        z, gradient = _against_others(wide, y[:, None])
+        # With NaN or infinite logits, one of these two numbers is NaN, and the usual loss is kept.
+        kept = ~(torch.maximum(usual, z) < SURE * torch.finfo(wide.dtype).eps / torch.finfo(torch.float32).eps)
+        bounded = z.clamp_min(min(math.log(SURE), LEAST_SLOPE * math.log(torch.finfo(logits.dtype).tiny)))
+        slope = bounded.sigmoid()
+        exact = torch.addcmul(F.softplus(bounded), slope, z - bounded)
+        gradient.mul_(slope[:, None]).masked_fill_(kept[:, None], 0.0)
+    return _Mixed.apply(wide, usual, gradient, exact, kept)
+
+
+def _against_others(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """The logsumexp of the other logits minus the true logit, ``[B]``, and its gradient ``[B, classes]``.
+
+    ``true`` are the labels, ``[B, 1]``.
+    """
+    others = logits.scatter(1, true, -torch.inf)
+    shares = others.softmax(1)
+    # The largest share is exp(top - logsumexp). The two logits are subtracted first, because both may be large.
+    z = (others.amax(1) - logits.gather(1, true)[:, 0]) - shares.amax(1).log()
+    return z, shares.scatter_(1, true, -1.0)
+
+
+class _Mixed(torch.autograd.Function):
+    """``usual`` with its own gradient where ``kept`` is True, and ``exact`` with the given gradient elsewhere.
+
+    ``gradient`` is that of ``exact`` with respect to the logits, ``[B, classes]``; it is 0 where ``kept`` is True.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _logits: Tensor, usual: Tensor, gradient: Tensor, exact: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, kept)
+        return torch.where(kept, usual, exact)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, kept = ctx.saved_tensors
+        return gradient * grad[:, None], grad * kept, None, None, None
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

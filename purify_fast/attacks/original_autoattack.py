@@ -18,14 +18,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._validation import Count, NormName
 from ..protocols import Classifier
-from .attacked_model import frozen
+from .attacked_model import frozen, gradient_to, returning_logits
 from .ball import ball_around, projected
 from .base import NORMS, Attack, AttackResult, Decided
 from .context import AttackContext
-from .objective import Objective
+from .gradient_copy import COMPARED
 from .search import GradientHealth
 
 Version = Literal["standard", "rand"]
@@ -127,8 +128,9 @@ class AutoAttack(Attack):
         if len(x) == 0:
             return AttackResult(x.clone())
         if not context.num_classes:
-            with frozen(target), torch.no_grad():
-                context = replace(context, num_classes=target(x[:1]).shape[1])
+            with frozen(target):
+                target, classes = returning_logits(target, x[:COMPARED])
+            context = replace(context, num_classes=classes)
         threat, warnings = self.threat_model(context), list[str]()
         health = GradientHealth() if context.resources.counts_health else None
         with frozen(target):
@@ -137,9 +139,8 @@ class AutoAttack(Attack):
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
             if health is not None:
-                cross_entropy = Objective(target, max_forward_batch=context.resources.batch_size)
                 for images in (x, points):
-                    health.see_gradient(cross_entropy.direction(images, y))
+                    health.see_gradient(_of_cross_entropy(target, images, y, context.resources.batch_size))
         return AttackResult(points, health, warnings)
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> Tensor:
@@ -166,6 +167,17 @@ class AutoAttack(Attack):
         size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
         result = adversary.run_standard_evaluation(x, y, **{size: context.resources.batch_size or len(x)})
         return result[0] if isinstance(result, tuple) else result
+
+
+def _of_cross_entropy(target: Classifier, x: Tensor, y: Tensor, most: int | None) -> Tensor:
+    """The gradients of the cross-entropy as the package computes it, shape of the images; ``most`` images at a time."""
+    gradients = []
+    for images, labels in zip(x.split(most or len(x)), y.split(most or len(x)), strict=True):
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            found = gradient_to(leaf, F.cross_entropy(target(leaf), labels, reduction="sum"))
+        gradients.append(torch.zeros_like(images) if found is None else found)
+    return torch.cat(gradients)
 
 
 @contextlib.contextmanager

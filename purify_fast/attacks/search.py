@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._tensors import per_image
 from ..speed.graphs.step_graphs import State
+from .attacked_model import logits_of
 from .objective import Gradient, Objective
 
 #: The largest allowed shares of non-finite gradients, of zero gradients, and of unmoved images. If an attack exceeds
@@ -167,7 +168,7 @@ class Search:
             self.health.add(gradients=self.points * len(self.begin), nonfinite=nonfinite, zero=zero)
             with torch.no_grad():
                 parts = x.split(self.objective.max_forward_batch or max(1, len(x)))
-                correct = torch.cat([self.objective.model(part) for part in parts]).argmax(1) == self.y
+                correct = torch.cat([logits_of(self.objective.model, part) for part in parts]).argmax(1) == self.y
             self.health.see_move(self.begin, last, correct)
         if "best" not in self.memory:
             return last

@@ -32,7 +32,8 @@ class AttackSequence:
 
     Attributes:
         images: the best known point of each image, ``[N, C, H, W]``; the clean image if no point is better.
-        share: the share of fresh draws that misclassify the best known point, ``[N]``.
+        share: the share of the draws that chose the best known point, and misclassify it, ``[N]``. For a random model
+            it is too high, because these draws made the choice: `accuracy` takes other draws.
     """
 
     def __init__(
@@ -53,6 +54,21 @@ class AttackSequence:
         """True for the images that every draw misclassifies, bool ``[N]``."""
         return has_fallen(self.share)
 
+    def accuracy(self, draws: int) -> float:
+        """The accuracy of a single draw on the best known points, by ``draws`` draws that did not choose them.
+
+        For a model that always predicts the same, give 1.
+        """
+        if not self.context.draws_differ and draws == 1:
+            return 1 - float(self.share.mean())
+        most = self.context.resources.max_forward_batch
+        with frozen(self.model):
+            apart = drawn_once_per_call(self.model, self.x[:FEW].to(self.device), draws, most)
+            judge = Judge(self.model, draws, most, apart)
+            parts = self._batches(torch.arange(len(self.x), device=self.x.device))
+            shares = [self._shares(self.images[part].to(self.device), part, judge) for part in parts]
+        return 1 - float(torch.cat(shares).mean())
+
     def run(self, attack: Attack) -> None:
         """Run an attack on the images that have not fallen yet."""
         with frozen(self.model):
@@ -68,5 +84,5 @@ class AttackSequence:
     def _batches(self, index: Tensor) -> tuple[Tensor, ...]:
         return index.split(self.context.resources.batch_size or max(1, len(index))) if len(index) else ()
 
-    def _shares(self, points: Tensor, part: Tensor) -> Tensor:
-        return self.judge.shares(points, self.y[part].to(self.device)).to(self.share)
+    def _shares(self, points: Tensor, part: Tensor, judge: Judge | None = None) -> Tensor:
+        return (judge or self.judge).shares(points, self.y[part].to(self.device)).to(self.share)

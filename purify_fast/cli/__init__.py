@@ -17,9 +17,10 @@ import tyro
 
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
+from .._validation import usable_device
 from .._version import __version__
 from .check import Check
-from .command import Command, usable_device
+from .command import Command
 from .evaluate import Evaluate
 from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan

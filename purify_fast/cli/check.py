@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
-from .._validation import Count
-from .command import Command, usable_device
+from .._validation import Count, usable_device
+from .command import Command
 from .evaluate import Evaluate
 from .parsing import parse
 from .run_file import RUN_FILE, report_file

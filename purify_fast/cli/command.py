@@ -1,4 +1,4 @@
-"""Base classes of the commands, and a function that checks the name of a device. A command's fields are its options."""
+"""Base classes of the commands. A command's fields are its options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .._validation import check_types
+from .._validation import check_types, usable_device
 
 if TYPE_CHECKING:
     from ..data import DataSet
@@ -106,23 +106,3 @@ class DataCommand(Command):
             if value is not None:
                 words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         return f"saved to {folder}; attack it with: {shlex.join(words)}"
-
-
-def usable_device(name: str) -> str:
-    """Check the name of a device, and replace "auto" by "cuda" or "cpu".
-
-    Raises:
-        ValueError: there is no such device, or this machine does not have it.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        # For an unknown name, PyTorch's message is a list of all names that it knows.
-        why = "PyTorch has no such device" if why.startswith("Expected one of") else why
-        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N ({why})") from error
-    return name

@@ -138,9 +138,8 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
     """
     from torch import nn
 
-    from ..attacks import frozen
+    from ..attacks.attacked_model import frozen, returning_logits
     from ..data import to_float
-    from ..evaluation.inputs import returning_logits
 
     if isinstance(model, nn.Module):
         model.to(images.y_test.device)
@@ -164,8 +163,8 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
         images: the data set.
         what: name of the model in the message.
     """
+    from ..attacks.outputs import image_shape_of
     from ..defences.base import Defence
-    from ..evaluation.inputs import image_shape_of
 
     # Every loaded classifier has the attribute `arguments`.
     facts: dict[str, Any] = model.arguments  # type: ignore[assignment]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .._files import FolderInUse, folder_lock
-from .._validation import Positive
-from .command import Command, usable_device
+from .._validation import Positive, usable_device
+from .command import Command
 
 if TYPE_CHECKING:
     from ..ops.dispatch.racing import Tuned

@@ -32,7 +32,7 @@ logger = logging.getLogger("purify_fast")
 #: of the judgment, of the counts, or of the definition of an op. Do not increase it for edited comments, docstrings,
 #: labels, pictures and tables, or for faster kernels of the same function. For a change within a single attack,
 #: increase the version of this attack instead, so that cached rows of the other attacks remain valid.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -127,7 +127,7 @@ class RowCache:
         return row
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Read plain values from the cache, or make the values and cache them.
+        """Read plain values and tensors from the cache, or make the values and cache them.
 
         Args:
             key: name of the values. With None, the values are made and not cached.
@@ -136,10 +136,11 @@ class RowCache:
         path = self._path(key, ".values.safetensors")
         content = read_file(path)
         if content is not None:
-            return content[0]
+            return content[0] | content[1]
         values = make()
         if path is not None:
-            write_sealed(path, values, {})
+            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            write_sealed(path, {name: values[name] for name in values.keys() - tensors.keys()}, tensors)
         return values
 
     def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:

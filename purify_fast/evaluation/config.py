@@ -5,7 +5,7 @@ This module does not import PyTorch, so that the command line's ``--help`` is fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ USUAL_BATCH = 250
 @dataclass(frozen=True, repr=False)
 class EvaluateConfig:
     """The settings of an evaluation. Model, images, ball and attacks are arguments of `evaluate` itself.
+
+    Three of the settings may also be given as arguments of `evaluate`: protocol, batch_size and seed.
 
     Args:
         protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
@@ -120,6 +122,8 @@ class EvaluateConfig:
             )
         else:
             check_counts(batch_size=self.batch_size)
+        if isinstance(self.curve, str) or not isinstance(self.curve, Iterable):
+            raise ValueError(f"curve must be a tuple of radii, got {self.curve!r}: write a single radius as (0.05,)")
         for radius in self.curve:
             check_number("each of curve", radius)
         # A frozen dataclass does not allow a plain assignment.

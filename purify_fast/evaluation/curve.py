@@ -3,6 +3,10 @@
 An image that fell at a smaller radius counts as fallen at all larger radii. An image that withstood at the report's
 radius counts as robust at all smaller radii. So only images that fell at the report's radius are attacked at smaller
 radii, and only images that have not fallen yet are attacked at larger radii. The accuracy never rises with the radius.
+
+On a random model nothing is concluded from another radius, because chance decides too: at each radius, every image that
+has not fallen at a smaller radius is attacked, and other draws judge the worst point that was found up to this radius
+(`purify_fast.evaluation.rows.by_worst_points`).
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from torch import Tensor
 
 from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
+from ..attacks.engine.row_batches import has_fallen
 from .measure import Measure
 from .naming import ball_name, clean_name, row_name, short, threat_name
-from .rows import Row
+from .rows import Row, Worst, by_worst_points
 from .specs import AttackSpec, FunctionAttack
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
@@ -110,25 +115,31 @@ class Curve:
         costs = [spec.resolved.cost(context) for spec in self.specs]
         return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
 
-    def rows(self, measure: Measure, left: np.ndarray) -> list[Row]:
+    def rows(self, measure: Measure, attacks: Sequence[Row]) -> list[Row]:
         """Make a row for each radius, with the images that withstand all attacks.
 
         Args:
             measure: makes the rows.
-            left: bool ``[n]``, True for images that withstood the attacks of the report.
+            attacks: the rows of the report's attacks on all images of the deployed model, in the report's ball.
         """
-        eps, rows = float(measure.context.eps), []
+        eps, rows = float(measure.context.eps), list[Row]()
+        clean, chooses = measure.clean("random"), measure.chooses("random")
+        at_start = measure.withstood(clean)
+        left = np.logical_and.reduce([at_start, *(measure.withstood(row) for row in attacks)])
         for below in (True, False):
             side = [radius for radius in self.radii if (radius < eps) is below]
             # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
             # fell at the report's radius counts as fallen at every larger radius.
-            safe = left if below else np.zeros_like(left)
-            standing = measure.clean("random").robust & ~left if below else left
+            safe = left if below and not chooses else np.zeros_like(left)
+            standing = at_start & ~safe if below else left
+            # A point in a smaller ball is also a point of this ball.
+            smaller = [clean] if below else [clean, *rows, *attacks]
             x, begin = measure.subject.x, None
             for radius, following in itertools.zip_longest(side, side[1:]):
-                row = self._row(radius, measure, standing=standing, safe=safe, begin=begin)
+                row = self._row(radius, measure, standing=standing, safe=safe, begin=begin, smaller=smaller)
                 rows.append(row)
-                standing = row.robust & ~safe
+                smaller.append(row)
+                standing = measure.withstood(row) & standing & ~safe
                 if following is not None:
                     # The attacks at the next radius begin at the best points of this radius. The distances of these
                     # points from the clean images are scaled to the next radius.
@@ -139,7 +150,14 @@ class Curve:
         return rows
 
     def _row(
-        self, radius: float, measure: Measure, *, standing: np.ndarray, safe: np.ndarray, begin: Tensor | None
+        self,
+        radius: float,
+        measure: Measure,
+        *,
+        standing: np.ndarray,
+        safe: np.ndarray,
+        begin: Tensor | None,
+        smaller: Sequence[Row],
     ) -> Row:
         """Make the row of a radius, with the best points of the images that withstand.
 
@@ -149,32 +167,41 @@ class Curve:
             standing: bool ``[n]``, True for images that are attacked.
             safe: bool ``[n]``, True for images that count as robust without an attack.
             begin: first points of the search, ``[n, C, H, W]``; None: the attacks' usual first points.
+            smaller: the rows of smaller radii, whose points a random model's row may count.
         """
-        subject, norm = measure.subject, measure.context.norm
+        subject, norm, chooses = measure.subject, measure.context.norm, measure.chooses("random")
         at_radius = self.specs_at(radius, norm)
         over, n_eval = [row_name(spec, measure.context) for spec in at_radius], subject.judges("random")
         settings = {"over": over, "norm": norm, "eps": radius, "n_eval": n_eval}
+        known = by_worst_points(smaller, len(standing)) if chooses else None
 
         def make(_: Path | None) -> Row:
             alive, health, seconds = standing.copy(), Counter[str](), 0.0
             best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
+            wrong = np.zeros(len(alive))
             for spec in at_radius:
                 if not alive.any():
                     break
                 index = torch.from_numpy(alive).nonzero()[:, 0]
                 order = measure.in_order(spec, index, lead.numpy())
                 sums = measure.attack(spec, order, None, begin)[1]
-                judged = subject.judge(sums.images[index], "random", "judge", index=index)
+                judged = subject.judge(sums.images[index], "random", "choose" if chooses else "judge", index=index)
                 # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
                 # number, so that such a point is kept only if the image has no other point.
                 margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
-                closer = index[margins < lead[index]]
+                better = margins < lead[index]
+                if chooses:
+                    before = torch.from_numpy(wrong)[index]
+                    now = torch.from_numpy(judged.wrong)
+                    better = (now > before) | ((now == before) & better)
+                closer = index[better]
                 best[closer] = sums.images[closer]
-                lead[index] = torch.minimum(lead[index], margins)
-                alive[index] = judged.right.all(0)
+                lead[closer] = margins[better]
+                wrong[closer.numpy()] = judged.wrong[better.numpy()]
+                alive[index] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
                 health.update(sums.health)
                 seconds += sums.seconds
-            return measure.new_row(
+            row = measure.new_row(
                 (alive | safe)[None],
                 attack="",
                 kind="worst",
@@ -184,12 +211,20 @@ class Curve:
                 health=dict(health) if health["gradients"] else None,
                 reliable=GradientHealth(dict(health)).reliable,
                 settings=settings,
-                attacked=int(measure.clean("random").robust.sum()),
+                attacked=int(measure.withstood(measure.clean("random")).sum()),
                 points=best[torch.from_numpy(alive)].cpu().numpy(),
             )
+            if known is not None:
+                # Images that this radius does not attack have the largest margin, so an earlier point counts.
+                right = subject.judge(best, "random", "judge").right
+                lead = lead.nan_to_num(posinf=torch.finfo(lead.dtype).max)
+                row.count(known.or_worse(Worst(wrong, lead.numpy(), right.sum(0))))
+                row.points = best[torch.from_numpy(standing & measure.withstood(row))].cpu().numpy()
+            return row
 
         given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
         given += [] if begin is None else [digest(begin)]
+        given += [] if known is None else [digest(*map(torch.from_numpy, known))]
         details = [measure.settings_of(spec) for spec in at_radius]
         row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
         row.threat = ball_name(norm, radius)

@@ -1,37 +1,22 @@
-"""Checks and converts the inputs of an evaluation: images, labels, and the model's output."""
+"""Checks and converts the inputs of an evaluation: images and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..defences.base import Defence
+from ..attacks.arguments import ROUNDING, advice_for_range
 from ..protocols import Classifier
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: Phrases in PyTorch's error messages about wrong shapes of images.
-SHAPE_ERRORS = ("Given groups=", "mat1 and mat2", "Given normalized_shape", "Given input size", "is invalid for input")
-#: The largest number of members of a tuple that an error message describes.
-MEMBERS = 4
-#: Advice for a model that returns probabilities instead of logits.
-INSTEAD_OF_PROBABILITIES = (
-    "return the logits before the softmax, or give lambda x: model(x).clamp_min(1e-30).log(), which predicts the same "
-    "classes"
-)
-
-#: The problem and the advice for a model that returns one-hot vectors, in the words of errors and reports.
-ONE_HOT = (
-    "returns one-hot rows (each has a single 1, and otherwise zeros). They name a class and have no gradient: return "
-    "the logits [B, classes] from which the class is chosen"
-)
 
 
-def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor]:
+def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tensor, Tensor, list[str]]:
     """Check images and labels, and convert them.
 
     Args:
@@ -40,7 +25,7 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
         y: labels, integers ``[N]``.
 
     Returns:
-        Images, float32 in [0, 1], and labels, int64.
+        The results of `collect`.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
@@ -57,15 +42,16 @@ def images_and_labels(x: Tensor | Iterable[Any], y: Tensor | None) -> tuple[Tens
     return collect(torch.cat(images), torch.cat(labels))
 
 
-def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     """Check and convert images and labels.
 
     Args:
-        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array.
+        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array. Values that are
+            outside by rounding, by at most `purify_fast.attacks.arguments.ROUNDING`, are clamped.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
 
     Returns:
-        Images, float32 in [0, 1], and labels, int64.
+        Images, float32 in [0, 1]; labels, int64; and notes for the report, one if values were clamped.
 
     Raises:
         ValueError: a wrong shape, dtype or range, or no images.
@@ -85,13 +71,24 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     # Tensors made in inference mode cannot take part in gradients.
     y = y.clone() if y.is_inference() else y
     if x.dtype == torch.uint8:
-        return x.float() / 255, y.to(torch.int64)
+        return x.float() / 255, y.to(torch.int64), []
     if not x.is_floating_point():
         raise ValueError(f"x must be uint8 or floating point, got {x.dtype}: if x is in 0..255, give x.byte()")
     x = x.float()
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(f"x must be in [0, 1] and free of NaN, got {_range(x)}")
-    return x.clone() if x.is_inference() else x.detach(), y.to(torch.int64)
+    least, most = (float(value) for value in x.detach().aminmax())
+    # The condition is negated so that NaN is refused too.
+    if not (least >= -ROUNDING and most <= 1 + ROUNDING):
+        values = f"values from {least:.5g} to {most:.5g}{advice_for_range(least, most)}"
+        missing = int(x.isnan().sum())
+        raise ValueError(
+            f"x must be in [0, 1] and free of NaN, got {f'{missing} values that are NaN' if missing else values}"
+        )
+    x, notes = x.clone() if x.is_inference() else x.detach(), list[str]()
+    if least < 0 or most > 1:
+        beyond = max(-least, most - 1)
+        notes.append(f"values of the images outside [0, 1] by rounding, by at most {beyond:.1g}, were clamped")
+        x = x.clamp(0, 1)
+    return x, y.to(torch.int64), notes
 
 
 def _of_array(value: Any) -> Any:
@@ -119,27 +116,6 @@ def _as_labels(x: Tensor, y: Tensor) -> str:
         many = "y.argmax(1) makes labels of one-hot rows" if y.shape[1] > 1 else "y[:, 0].long() takes its only column"
         return f"; {many}"
     return ""
-
-
-def _range(x: Tensor) -> str:
-    """Describe the values of images that are outside [0, 1], with advice if the likely cause is known."""
-    if bool(x.isnan().any()):
-        return f"{int(x.isnan().sum())} values that are NaN"
-    least, most = float(x.min()), float(x.max())
-    advice = ""
-    if 1.5 < most <= 255 and least >= 0:
-        advice = "; x is in 0..255: divide by 255, or give uint8"
-    elif -1 <= least < 0 and most <= 1:
-        advice = (
-            "; x is in [-1, 1]: give (x + 1) / 2 as the images, and lambda x: model(2 * x - 1) as the model. eps is "
-            "then a radius on images in [0, 1]"
-        )
-    elif least < 0:
-        advice = (
-            "; if the images are normalized, give x * std + mean as the images, and lambda x: model((x - mean) / std) "
-            "as the model"
-        )
-    return f"values from {least:.3g} to {most:.3g}{advice}"
 
 
 def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -170,27 +146,6 @@ def _read(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, y
 
 
-class LogitsOf(nn.Module):
-    """A wrapper that returns only the ``logits`` of a model's output object or mapping.
-
-    Args:
-        model: the model; any callable.
-    """
-
-    def __init__(self, model: Classifier):
-        super().__init__()
-        self.model = model
-        self.eval()
-
-    @property
-    def fingerprinted(self) -> Classifier:
-        """The model whose weights `purify_fast.model_state.fingerprint` reads."""
-        return self.model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _logits_in(self.model(x))
-
-
 def as_classifier(model: Any) -> Classifier:
     """Return the model itself, after a check that it is callable.
 
@@ -205,161 +160,3 @@ def as_classifier(model: Any) -> Classifier:
     if not callable(model):
         raise TypeError(f"the model must be a callable from images to logits, got {type(model).__name__}")
     return model
-
-
-@torch.no_grad()
-def returning_logits(model: Classifier, some: Tensor) -> tuple[Classifier, int]:
-    """Check a model's output, and return a model that returns only logits, and its number of classes.
-
-    A model whose output is an object or a mapping with ``logits`` is wrapped; any other model is returned unchanged.
-
-    Args:
-        model: any callable.
-        some: a few images ``[B, C, H, W]``.
-
-    Raises:
-        TypeError: the output is neither a tensor nor an object or mapping with a tensor ``logits``.
-        ValueError: the model returns classes instead of logits, its logits do not have the shape ``[B, classes]`` with
-            at least two classes, or it does not accept images of this shape.
-    """
-    output = _first_output(model, some)
-    if isinstance(output, Tensor):
-        logits = output
-    else:
-        model, logits = LogitsOf(model), _logits_in(output)
-    if _seem_classes(logits):
-        raise ValueError(
-            f"the model returns one whole number for each image, {logits.dtype} {list(logits.shape)}, such as "
-            f"{logits.flatten()[0]:g}: this looks like the class. An evaluation needs the logits [B, classes]: return "
-            "the logits without argmax, max or topk"
-        )
-    if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
-        raise ValueError(
-            f"the model returns a single number for each image, {list(logits.shape)}: an evaluation needs logits "
-            "[B, classes] of at least two classes. If the number is the logit of the second of two classes, give "
-            f"lambda x: torch.{'stack' if logits.dim() == 1 else 'cat'}([-model(x), model(x)], 1) / 2, which has the "
-            "same probabilities"
-        )
-    if logits.dim() != 2 or len(logits) != len(some):
-        raise ValueError(f"the model must return logits [B, classes], got {list(logits.shape)} for {len(some)} images")
-    if not logits.is_floating_point():
-        what = f"{logits.dtype} {list(logits.shape)}"
-        if are_one_hot(logits):
-            raise ValueError(f"the model {ONE_HOT}. The logits must be floating point, got {what}")
-        raise ValueError(
-            f"the model must return logits in floating point, got {what}: if a larger number means a "
-            "more likely class, return output.float()"
-        )
-    return model, logits.shape[1]
-
-
-def _seem_classes(output: Tensor) -> bool:
-    """Tell whether the output seems to be predicted classes: for each image, one whole number that is at least 0."""
-    if output.dim() != 1 and not (output.dim() == 2 and output.shape[1] == 1):
-        return False
-    return not output.is_complex() and bool(((output >= 0) & (output == output.round())).all())
-
-
-def are_one_hot(logits: Tensor) -> bool:
-    """Tell whether every row is a single 1 among zeros.
-
-    Args:
-        logits: output of a model, ``[B, classes]``.
-    """
-    return bool((((logits == 0) | (logits == 1)).all(1) & (logits.sum(1) == 1)).all())
-
-
-def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
-    """The shape of the images for which a model of this package was made; None for other models.
-
-    Args:
-        model: any callable.
-        given: the shape of the present images, (C, H, W). It gives the height and width if the model accepts any size.
-    """
-    if isinstance(model, Defence):
-        return model.image_shape
-    facts = getattr(model, "arguments", None)
-    if not isinstance(facts, Mapping) or "in_channels" not in facts:
-        return None
-    return (facts["in_channels"], *facts.get("image_size", given[1:]))
-
-
-def _wanted(model: Any, given: Sequence[int]) -> str:
-    """Return the end of an error message: the images that the model accepts, or nothing if they are unknown."""
-    shape = image_shape_of(model, given)
-    if shape is not None and shape != tuple(given):
-        return f": it was trained on {list(shape)}"
-    layers = model.modules() if isinstance(model, nn.Module) else ()
-    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
-    if first is None or first.in_channels == given[0]:
-        return ""
-    return f": its first convolution takes {first.in_channels} channels"
-
-
-def _first_output(model: Classifier, some: Tensor) -> Any:
-    """Return the model's output for a few images, and explain an error about their shape."""
-    try:
-        return model(some)
-    except Exception as error:
-        # A last dimension of 1, 3 or 4 usually means images [N, H, W, C]. For other shapes, explain only PyTorch's
-        # errors about shapes.
-        if some.shape[3] not in (1, 3, 4) or some.shape[1] in (1, 3, 4):
-            if not isinstance(error, RuntimeError) or not any(text in str(error) for text in SHAPE_ERRORS):
-                raise
-            given = list(some.shape[1:])
-            raise ValueError(
-                f"x has images [C, H, W] = {given}, which the model does not accept{_wanted(model, given)} "
-                f"(PyTorch says: {str(error).splitlines()[0]})"
-            ) from error
-        raise ValueError(
-            f"x must be [N, C, H, W], got [N, {', '.join(map(str, some.shape[1:]))}], and the model fails on it "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): the channels seem to be last; "
-            "x.permute(0, 3, 1, 2) puts them first"
-        ) from error
-
-
-def are_probabilities(logits: Tensor) -> bool:
-    """Tell whether every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1.
-
-    Args:
-        logits: output of a model, ``[B, classes]``.
-    """
-    # The tolerance is for rounding: the sum has many rounded terms, and half precision has only three or four digits.
-    room = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    values = logits.double()
-    inside = (values >= 0) & (values <= 1 + room)
-    return bool(inside.all() and ((values.sum(1) - 1).abs() <= room).all())
-
-
-def _logits_in(output: Any) -> Tensor:
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            "the model must return a torch.Tensor of logits [B, classes], or an object or mapping that holds such a "
-            f"tensor under the name logits, got {_described(output)}{_instead_of(output)}"
-        )
-    return logits
-
-
-def _described(output: Any) -> str:
-    """Describe a model's output by its type, and by dtype and shape if it has them; a tuple or list by its members."""
-    if isinstance(output, (tuple, list)):
-        members = [_described(member) for member in output[:MEMBERS]]
-        more = [f"{len(output) - MEMBERS} more"] if len(output) > MEMBERS else []
-        return f"a {type(output).__name__} of {', '.join([*members, *more]) or 'nothing'}"
-    kind = f"{type(output).__module__}.{type(output).__name__}".removeprefix("builtins.")
-    shape = getattr(output, "shape", None)
-    return kind if shape is None else f"{kind} {getattr(output, 'dtype', '')} {list(shape)}"
-
-
-def _instead_of(output: Any) -> str:
-    """Return the end of an error message: a function to evaluate instead of the model, or nothing if none is known."""
-    if isinstance(output, (tuple, list)):
-        places = [place for place, one in enumerate(output) if isinstance(one, Tensor) and one.dim() == 2]
-        return f". If the logits are member {places[0]}, give lambda x: model(x)[{places[0]}]" if places else ""
-    if isinstance(output, np.ndarray):
-        return (
-            ". torch.from_numpy(output) makes a tensor, but attacks then have no gradient: compute the logits in "
-            "PyTorch if possible"
-        )
-    return ""

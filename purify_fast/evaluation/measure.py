@@ -18,13 +18,14 @@ from .._sealed import write_sealed
 from .._tensors import digest
 from ..attacks import AttackContext, AttackersHead, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
+from ..attacks.engine.row_batches import has_fallen
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .attack_run import AttackedBatch, AttackRun
 from .cache import RowCache, read_file, remove_batches
 from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
-from .rows import AUTHORS, VARIANTS_APART, Examples, Row
+from .rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .specs import CLASSIFIER, AttackSpec
 from .stopping import REVISION as STOPPING
 from .stopping import StoppingRule, by_margin, nearest_first
@@ -35,6 +36,9 @@ from .team import Task, Team
 BEGIN = "begin.safetensors"
 #: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8
+#: The number of the rule by which random models are judged (docs/judge_reference.md). Increase it whenever a change of
+#: the rule gives other rows.
+RULE = 2
 
 
 @dataclass
@@ -73,15 +77,19 @@ class Measure:
 
         def make(_: Path | None) -> Row:
             begin = time.perf_counter()
-            judged = self.subject.judge(self.subject.x, variant, "clean")
+            judged = self.subject.judge(self.subject.x, variant, "judge")
+            chosen: dict[str, Any] = {}
+            if self.chooses(variant):
+                by_choice = self.subject.judge(self.subject.x, variant, "choose")
+                chosen = {"wrong": by_choice.wrong, "margins": by_choice.margins}
             return self.new_row(
                 judged.right,
                 attack=clean_name(variant),
                 kind="clean",
                 variant=variant,
-                robust=judged.right[0],
                 nonfinite_predictions=judged.nonfinite,
                 seconds=time.perf_counter() - begin,
+                **chosen,
             )
 
         if variant not in self._clean:
@@ -89,7 +97,21 @@ class Measure:
             self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
 
-    def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> Row:
+    def chooses(self, variant: Variant) -> bool:
+        """Tell whether points are chosen by other draws than those that judge: only for a random model as deployed."""
+        return variant == "random" and self.subject.is_random
+
+    def withstood(self, row: Row) -> np.ndarray:
+        """Tell which images have not fallen, bool ``[n]``.
+
+        For a random model, an image has fallen if enough choosing draws misclassify the row's point: all of them, or
+        the share that ``predict`` requires. The judging draws decide nothing, so that they remain fresh.
+        """
+        if row.wrong is None:
+            return row.robust
+        return ~has_fallen(torch.from_numpy(row.wrong), self.context.judge_share).numpy()
+
+    def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row] = ()) -> Row:
         """The row of an attack.
 
         Args:
@@ -97,6 +119,7 @@ class Measure:
             left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
             margins: the smallest margin that an earlier attack reached on each image, ``[n]``; infinite without such an
                 attack.
+            earlier: for a random model: the rows whose points the row of an attack on survivors may count.
         """
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
@@ -105,13 +128,14 @@ class Measure:
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = self.settings_of(spec)
-        images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
+        images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)} | self._known(spec, earlier)
 
         def make(folder: Path | None) -> Row:
             run, sums = self.attack(spec, index, folder)
             self._search = None if spec.variant == "random" else (run, sums)
-            # Images outside `alive` are misclassified, or fell to earlier attacks. They count as fallen.
-            row = self._judged(run, sums, settings, alive, alive)
+            # On a deterministic model, images outside `alive` are misclassified, or fell to earlier attacks. They count
+            # as fallen.
+            row = self._judged(run, sums, settings, alive, earlier)
             row.health = sums.health if sums.health["gradients"] else None
             target = spec.other_model if spec.target is None else spec.target
             # A model that differs only in the aggregation of its samples is not taken as another model.
@@ -125,30 +149,30 @@ class Measure:
         self.progress.next_row()
         return row
 
-    def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, left_deployed: np.ndarray) -> Row:
+    def retest_on_deployed(self, spec: AttackSpec, left: np.ndarray, earlier: Sequence[Row]) -> Row:
         """The row in which the deployed model judges, with fresh draws, the images of an attack on another variant.
 
         Args:
             spec: the attack.
             left: bool ``[n]``, True for images that withstood the earlier attacks on the variant.
-            left_deployed: bool ``[n]``, True for images that have not fallen on the deployed model in an earlier row.
+            earlier: see `attacked`.
         """
-        alive, standing = self._alive(spec, spec.variant, left), self._alive(spec, "random", left_deployed)
+        alive = self._alive(spec, spec.variant, left)
         attacked = self.settings_of(spec)
         settings = attacked | {
             "variant": "random",
             "n_eval": self.subject.judges("random"),
             "target": f"{attacked['target']}, {VARIANTS_APART[spec.variant]}",
         }
-        images = {"alive": digest(torch.from_numpy(alive)), "standing": digest(torch.from_numpy(standing))}
+        images = {"alive": digest(torch.from_numpy(alive))} | self._known(spec, earlier)
 
         def make(folder: Path | None) -> Row:
             # If the attack's row was read from the cache, its images are not in memory, and the attack must run again.
             search, self._search = self._search, None
             if search is None or search[0].spec is not spec:
                 search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
-            row = self._judged(*search, settings, alive, standing)
-            row.attacked, row.transferred = int((alive & standing).sum()), True
+            row = self._judged(*search, settings, alive, earlier)
+            row.transferred = True
             return row
 
         row = self.load_or_make(settings | images, [spec], make)
@@ -172,10 +196,17 @@ class Measure:
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
         """Return the images for an attack, bool ``[n]``.
 
-        An attack on survivors gets the images in ``left``. Any other attack gets the images that the variant classifies
-        correctly.
+        An attack on survivors gets the images in ``left``. Any other attack gets the images that have not fallen
+        without an attack.
         """
-        return (left if spec.survivors_only else self.clean(variant).robust)[: spec.max_images]
+        return (left if spec.survivors_only else self.withstood(self.clean(variant)))[: spec.max_images]
+
+    def _known(self, spec: AttackSpec, earlier: Sequence[Row]) -> dict[str, str]:
+        """A hash of the earlier points on which the row of a random model depends; empty if there are none."""
+        if not earlier or not (spec.survivors_only or self.keep_all):
+            return {}
+        known = by_worst_points(earlier, min(row.n for row in earlier))
+        return {"known": digest(*map(torch.from_numpy, known))}
 
     def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
         """The settings of an attack, in plain values."""
@@ -225,6 +256,9 @@ class Measure:
             "settings": settings,
             "keep": self.keep_all and bool(specs),
         }
+        if subject.is_random:
+            # Rows that were made by another rule for random models are not used.
+            whole |= {"rule": RULE, "choosing": subject.choosing}
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
@@ -235,7 +269,7 @@ class Measure:
         row.threat = threat_name(specs[0], context) if specs else None
         row.deterministic = not self.subject.is_random
         # Missing gradients are no reason for doubt if every image fell.
-        row.reliable = row.reliable or not row.robust.any()
+        row.reliable = row.reliable or bool((row.share_wrong == 1).all())
         return row
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
@@ -248,8 +282,8 @@ class Measure:
         usual: dict[str, Any] = {
             "model": self.name,
             "robust": np.asarray(right.all(0)),
-            "mean": float(right.mean()),
-            "worst": float(right.all(0).mean()),
+            "right": right.sum(0) if len(right) > 1 else None,
+            "of_draws": right.mean(1).tolist() if self.subject.draws_once_per_call and len(right) > 1 else [],
             "n_eval": len(right),
             "seed": self.subject.seed,
             "seconds": 0.0,
@@ -369,7 +403,12 @@ class Measure:
             yield AttackRun(spec, counted, index, subject, context, folder=folder, rule=rule)
 
     def _judged(
-        self, run: AttackRun, sums: AttackedBatch, settings: dict[str, Any], alive: np.ndarray, standing: np.ndarray
+        self,
+        run: AttackRun,
+        sums: AttackedBatch,
+        settings: dict[str, Any],
+        alive: np.ndarray,
+        earlier: Sequence[Row],
     ) -> Row:
         """Judge the images of an attack, and make the row.
 
@@ -377,21 +416,20 @@ class Measure:
             run: the run of the attack.
             sums: the outcome of the run.
             settings: the settings of the row.
-            alive: bool ``[n]``, True for images that the attack might get. All other images are robust if they are True
-                in ``standing``, even if fresh draws of a random model misclassify them.
-            standing: bool ``[n]``, True for images that have not fallen in an earlier row.
+            alive: bool ``[n]``, True for images that the attack might get. All other images count as fallen, except on
+                a random model, where every image keeps the draws on its point.
+            earlier: see `attacked`.
         """
-        begin, spec = time.perf_counter(), run.spec
-        judged = self.subject.judge(sums.images, settings["variant"], "judge", spec.judge)
-        right = (judged.right | ~alive) & standing
+        begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
+        judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
         stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
-        return self.new_row(
-            right,
+        row = self.new_row(
+            judged.right & alive,
             attack=row_name(spec, self.context),
             kind=spec.resolved.kind if spec.judge is None else AUTHORS,
-            variant=settings["variant"],
+            variant=variant,
             reliable=GradientHealth(dict(sums.health)).reliable,
             settings=settings | draws,
             attacked=len(run.index),
@@ -401,26 +439,59 @@ class Measure:
             may_end_early=spec.resolved.may_end_early(run.context),
             **stopped,
             nonfinite_predictions=judged.nonfinite,
-            examples=self._examples(run.index, sums.images, judged, alive & standing),
             margins=judged.margins,
-            seconds=time.perf_counter() - begin,
         )
+        fallen = run.index[torch.from_numpy(~row.robust)[run.index]]
+        if spec.judge is None and self.chooses(variant):
+            fallen = self._choose_points(row, judged, run, sums.images, earlier)
+        row.examples = self._examples(run.index, fallen, sums.images, judged)
+        row.seconds = time.perf_counter() - begin
+        return row
 
-    def _examples(self, index: Tensor, images: Tensor, judged: Judgement, given: np.ndarray) -> Examples | None:
+    def _choose_points(
+        self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, earlier: Sequence[Row]
+    ) -> Tensor:
+        """Choose the points that a row of a random model counts.
+
+        An image that the attack got counts with the point that the attack handed over, and any other image counts with
+        the clean image. In a row of an attack on survivors an image counts with the worst point so far.
+
+        Args:
+            row: the row, which this method completes.
+            judged: the judging draws on the images.
+            run: the run of the attack.
+            images: for each image the point that the attack handed over, or the clean image.
+            earlier: see `attacked`.
+
+        Returns:
+            Indices of the images whose new points are stored, int64: with ``keep_all`` those whose new point is the
+            worst so far, otherwise those whose new point most of the choosing draws misclassify.
+        """
+        n, index = len(images), run.index
+        clean = Worst.of_row(self.clean("random"), n)
+        own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
+        if len(index):
+            chosen = self.subject.judge(images[index], "random", "choose", index=index)
+            own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
+        known = by_worst_points([self.clean("random"), *earlier], n)
+        row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
+        row.count(known.or_worse(own) if run.spec.survivors_only else own)
+        found = own.is_worse(known) if self.keep_all else own.wrong > 0.5
+        return index[torch.from_numpy(found)[index]]
+
+    def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
         """Select the images that a row stores: some or all of the fallen images.
 
         If no image fell, some of the images that withstood the attack are selected.
+
+        Args:
+            index: indices of the images that the attack got, int64.
+            fallen: indices of the images that fell, int64.
+            images: all images after the attack.
+            judged: the predictions on these images.
         """
         subject = self.subject
-        wrong = torch.from_numpy(~judged.right.all(0))
-        if self.keep_all:
-            # Fresh draws of a random model may also misclassify images that fell earlier, or that the attack could not
-            # get. Such images are not stored.
-            wrong &= torch.from_numpy(given)
-            others = torch.ones_like(wrong).index_fill(0, index, False)
-            fallen = torch.cat([index[wrong[index]], (wrong & others).nonzero()[:, 0]])
-        else:
-            fallen = index[wrong[index]][:EXAMPLES]
+        fallen = fallen if self.keep_all else fallen[:EXAMPLES]
         shown = fallen if len(fallen) else index[:EXAMPLES]
         if len(shown) == 0:
             return None

@@ -6,8 +6,10 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from ..attacks import BPDA, AttackContext, AutoAttack
+from ..attacks import BPDA, Attack, AttackContext, AutoAttack
+from ..attacks.losses import usable_loss
 from ..protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Subject, Variant
@@ -20,7 +22,7 @@ _VARIANTS: dict[Variant, str] = {"random": "", "fixed": ", fixed noise", "determ
 
 
 def feasible(
-    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
+    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str, given: bool = True
 ) -> tuple[list[AttackSpec], list[str]]:
     """Select the attacks that this model allows, without duplicates, and make notes on the attacks that are left out.
 
@@ -33,6 +35,8 @@ def feasible(
         subject: the model with its images.
         context: the settings of the attacks.
         name: name of the model, for the notes.
+        given: whether the user gave the list of attacks. If not, no note is made on an attack that became equal to
+            another attack because the model has few classes.
 
     Raises:
         ValueError: two different attacks have the same name.
@@ -54,8 +58,17 @@ def feasible(
         if not subject.is_random:
             spec = dataclasses.replace(spec, variant="random")
         # An attack that is already in the plan would find nothing new.
-        if spec not in plan:
+        if spec in plan:
+            continue
+        first = next((other for other in plan if _repeats(spec, other, context)), None)
+        if first is None:
             plan.append(spec)
+        elif given:
+            lost = _replaced_loss(spec, context) or _replaced_loss(first, context)
+            notes.append(
+                f"{name}: {row_name(first, context)} was asked for twice, and ran once, because for "
+                f"{context.num_classes} classes the loss margin replaces {lost}"
+            )
     if specs and not plan:
         notes.append(f"{name}: no attack ran, so this report does not say how robust the model is")
         logger.warning(notes[-1])
@@ -67,6 +80,35 @@ def feasible(
             "a label of its own by AttackSpec(..., label=...)"
         )
     return plan, notes
+
+
+def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
+    """Tell whether an attack repeats an earlier one, after "margin" has replaced the losses that need more classes.
+
+    The images of the attack must be among those of the earlier attack.
+    """
+    if not (_replaced_loss(spec, context) or _replaced_loss(earlier, context)):
+        return False
+    if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
+        return False
+    whole: dict[str, Any] = {"until": None, "nearest": None, "survivors_only": earlier.survivors_only}
+    one, other = (dataclasses.replace(each, attack=_as_it_runs(each.resolved, context)) for each in (spec, earlier))
+    return dataclasses.replace(one, **whole) == other
+
+
+def _replaced_loss(spec: AttackSpec, context: AttackContext) -> str | None:
+    """The attack's loss if "margin" replaces it on this model, otherwise None."""
+    loss: Any = getattr(spec.resolved, "loss", "margin")
+    return None if usable_loss(loss, context.num_classes) == loss else str(loss)
+
+
+def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
+    """The attack with the options with which it runs on this model."""
+    own = {each.name for each in dataclasses.fields(attack)}
+    options = {option: value for option, value in attack.decided(context)._asdict().items() if option in own}
+    if "give_up" in own:
+        options["give_up"] = attack.may_end_early(context)
+    return dataclasses.replace(attack, **options)
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:

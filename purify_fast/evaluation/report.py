@@ -17,7 +17,7 @@ from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
 from .alarms import Finding
-from .rows import CURVE, Paired, Row, one_draw
+from .rows import CURVE, Paired, Row
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render
@@ -25,7 +25,8 @@ from .witnesses import FILE, Witnesses
 
 logger = logging.getLogger("purify_fast")
 
-FORMAT = 2
+#: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
+FORMAT = 3
 #: The name of the file in which the command line stores the options of an evaluation.
 OPTIONS = "run.yaml"
 
@@ -107,8 +108,10 @@ class Report:
         """
 
         def order(row: Row) -> tuple[float, bool, bool]:
-            # Among equal accuracies, prefer the row over all attacks, then a reliable row.
-            return row.accuracy, row.kind != "worst", not row.reliable
+            # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a
+            # random model choose no row, because the lowest of several noisy numbers is partly luck.
+            accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
+            return accuracy, row.kind != "worst", not row.reliable
 
         best: dict[tuple[str, str | None], list[Row]] = {}
         for row in self.rows:
@@ -147,20 +150,18 @@ class Report:
         return [each for each in mine if each.n >= row.n]
 
     def one_draw(self, row: Row) -> float | None:
-        """The mean accuracy of a single draw of a random model after the attacks of a row.
+        """The accuracy of a single draw of a random model on the points of a row: the mean over images and draws.
 
-        The row's own accuracy requires that all draws on an image are correct. Here a fallen image contributes the
-        share of correct draws after the attack to which it fell. An attack on survivors is combined with an attack
-        before it that got all images, if there is one. If there are several, the result is the lowest mean.
+        The row's own accuracy requires that all draws on an image are correct. `Row.mean_error` is the standard error.
 
         Args:
-            row: an attack, or the worst over all attacks, such as `headline`.
+            row: an attack, the clean row, or the worst over all attacks, such as `headline`.
 
         Returns:
             The mean, which is at least the row's accuracy. None if a single prediction judged each image, as for a
-            deterministic model, and for an attack on the survivors among the first images after attacks on more images.
+            deterministic model.
         """
-        return one_draw(self.rows, row)
+        return None if row.n_eval == 1 else row.mean
 
     @property
     def curve(self) -> list[list[float]]:

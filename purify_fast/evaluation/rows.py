@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,13 +62,10 @@ class Row:
         variant: the variant of the model that was judged. ``random``: the model as it is deployed, also if it draws no
             random numbers. ``fixed`` (noise) or ``deterministic``: a random model without randomness.
             `describe_variant` returns the report's words.
-        robust: bool ``[n]``. In a clean row: the first prediction was correct. In an attack's row: the clean image was
-            classified correctly, and all ``n_eval`` predictions on the adversarial image were correct.
-        mean: accuracy of single predictions, averaged over the ``n_eval`` predictions. An image that was not
-            attacked, because it was misclassified or had fallen before, counts with only wrong predictions. A row of
-            kind ``worst`` has no predictions: its ``mean`` and ``worst`` equal its accuracy, and tables do not show
-            them.
-        worst: share of the images for which all ``n_eval`` predictions are correct.
+        robust: bool ``[n]``. All ``n_eval`` predictions on the image of the row were correct. The image is the clean
+            image in a clean row, and in an attack's row the point that the attack handed over. In a row of an attack on
+            survivors, and in a ``worst`` row, an image is robust only if it was robust in the earlier rows too. A
+            random model has another rule for these rows, see `by_worst_points`.
         n_eval: number of predictions that judged each image.
         seed: seed of all random numbers.
         seconds: wall clock time.
@@ -97,7 +94,14 @@ class Row:
             logits; they count as wrong.
         examples: some attacked images, for the pictures.
         margins: the true logit minus the largest other logit on the attacked images, averaged over the draws, float32
-            ``[n]``; negative for misclassified images. None in a clean or ``worst`` row.
+            ``[n]``; negative for misclassified images. For a random model, the average over the choosing draws. None in
+            a ``worst`` row, and in the clean row of a deterministic model.
+        right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
+        wrong: for a random model as it is deployed: the share of the choosing draws that misclassify each image,
+            float64 ``[n]``. Choosing draws choose between points, and decide which images have fallen. They are not
+            among the ``n_eval`` predictions. None for a row without choosing draws.
+        of_draws: for a model that draws once per call: the accuracy of each of the ``n_eval`` predictions, which is
+            needed for the standard error. Empty for other models.
         points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
     """
 
@@ -106,8 +110,6 @@ class Row:
     kind: str
     variant: str
     robust: np.ndarray
-    mean: float
-    worst: float
     n_eval: int
     seed: int
     seconds: float
@@ -130,6 +132,9 @@ class Row:
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
+    right: np.ndarray | None = field(default=None, compare=False)
+    wrong: np.ndarray | None = field(default=None, compare=False)
+    of_draws: list[float] = field(default_factory=list)
     points: np.ndarray | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -147,12 +152,32 @@ class Row:
         return float(self.robust.mean())
 
     @property
-    def always_right(self) -> float:
-        """The share of the images with only correct predictions, which is the criterion of every attack.
+    def mean(self) -> float:
+        """The accuracy of a single prediction: the mean over the images and over the ``n_eval`` predictions."""
+        return self.accuracy if self.right is None else float(self.right.mean()) / self.n_eval
 
-        In a clean row ``robust`` and ``accuracy`` use the first prediction, which decides if an image is attacked.
+    @property
+    def mean_error(self) -> float:
+        """The standard error of `mean`, over images and draws.
+
+        The images' shares of correct predictions differ both by the image and by the draws, so their standard deviation
+        contains both. If the model draws once for all images, the variance over the draws is added.
         """
-        return self.worst if self.kind == "clean" else self.accuracy
+        if self.right is None:
+            return self.standard_error
+        variance = float(np.var(self.right / self.n_eval)) / self.n
+        if len(self.of_draws) > 1:
+            variance += float(np.var(self.of_draws, ddof=1)) / len(self.of_draws)
+        return math.sqrt(variance)
+
+    @property
+    def share_wrong(self) -> np.ndarray:
+        """How surely each image has fallen, from 0 to 1, ``[n]``: ``wrong``, or 1 for images that are not robust."""
+        return (~self.robust).astype(float) if self.wrong is None else self.wrong
+
+    def correct(self) -> np.ndarray:
+        """The number of correct predictions on each image, int64 ``[n]``; from ``robust`` if there is one each."""
+        return self.robust.astype(np.int64) if self.right is None else self.right
 
     @property
     def standard_error(self) -> float:
@@ -189,24 +214,36 @@ class Row:
         """Tell whether this is a ``worst`` row without attacked images, because all clean images are misclassified."""
         return self.kind == "worst" and self.attacked == 0
 
+    def count(self, points: Worst) -> None:
+        """Let the row of a random model count these points, one for each image."""
+        self.robust = points.right == self.n_eval
+        self.right = points.right if self.n_eval > 1 else None
+        self.wrong, self.margins = points.wrong, points.margins
+
     def arrays(self) -> dict[str, np.ndarray | None]:
         """The arrays that `to_dict` does not contain, by name: margins, points and examples."""
         kept = {} if self.examples is None else vars(self.examples)
         return {"margins": self.margins, "points": self.points} | kept
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, with ``robust`` as a string of 0 and 1, and without the other arrays."""
-        arrays = ("robust", "examples", "margins", "points")
-        values = {name: value for name, value in vars(self).items() if name not in arrays}
+        """The fields as plain values, with ``robust`` as a string of 0 and 1, and without `arrays`."""
+        apart = ("robust", "right", "wrong", "examples", "margins", "points")
+        values = {name: value for name, value in vars(self).items() if name not in apart}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
+        if self.right is not None:
+            values |= {"mean": self.mean, "mean_error": self.mean_error}
+        counted = {"right": self.right, "wrong": self.wrong}
+        values |= {name: array.tolist() for name, array in counted.items() if array is not None}
         return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
         """Make a row from the result of `to_dict`, and from those `arrays` that are not None."""
-        derived, held = ("n", "accuracy", "standard_error"), dict(arrays or {})
+        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error"), dict(arrays or {})
         known = {name: value for name, value in values.items() if name not in derived}
         known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
+        kinds = {"right": np.int64, "wrong": np.float64}
+        known |= {name: np.array(known[name], dtype=kind) for name, kind in kinds.items() if name in known}
         known |= {name: held.pop(name, None) for name in ("margins", "points")}
         return cls(**known, examples=Examples(**held) if held else None)
 
@@ -264,45 +301,58 @@ def followed(rows: Sequence[Row]) -> str:
     return "along the gradients of BPDA" if len(by_bpda) == 1 else "along the gradients of the model or of BPDA"
 
 
-def one_draw(rows: Sequence[Row], row: Row) -> float | None:
-    """The mean accuracy of a single draw after an attack; see `purify_fast.evaluation.Report.one_draw`.
+class Worst(NamedTuple):
+    """The worst known point of each image of a random model, by what is known of it; every array is ``[n]``.
 
     Args:
-        rows: the rows of a report, in order.
-        row: a row of this report.
+        wrong: the share of the choosing draws that misclassify the point.
+        margins: the margin of the point, averaged over the choosing draws.
+        right: the number of judging draws that classify the point correctly, int64.
     """
-    if row.n_eval == 1:
-        return None
-    of = (row.model, row.threat)
-    mine = [each for each in rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
-    if row.kind != "worst":
-        if not row.of_survivors:
-            return row.mean
-        mine = mine[: next((i for i, each in enumerate(mine) if each is row), -1) + 1]
-    equal = [each for each in mine if each.n == row.n]
-    if not equal or (equal[0].of_survivors and mine[0].n > row.n):
-        # In the second case, an attack on more images left the survivors. Its mean does not tell how often the first
-        # images are classified correctly.
-        return None
-    # `means` are the accuracies of single draws if a fallen image is predicted as after the attack to which it fell. An
-    # attack on all images begins a new chain of attacks, with its own mean. An attack on survivors lowers the means of
-    # the chains before it: each image that it fooled contributed 1, and then contributes its share of correct draws.
-    # These shares are the row's mean minus its accuracy, because all other images contribute 1 or 0 to both.
-    means: list[float] = []
-    standing = np.ones(row.n, dtype=bool)
-    for each in equal:
-        if each.of_survivors and means:
-            loss = float((standing & ~each.robust).mean()) - (each.mean - each.accuracy)
-            means = [mean - loss for mean in means]
-        else:
-            means.append(each.mean)
-        standing &= each.robust
-    # Images that fell only to probes contribute 0.
-    return min(means) - (float((standing & ~row.robust).mean()) if row.fell_to_probes else 0.0)
+
+    wrong: np.ndarray
+    margins: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of_row(cls, row: Row, n: int) -> Worst:
+        """The points of a row's first n images."""
+        margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
+        return cls(row.share_wrong[:n], margins[:n], row.correct()[:n])
+
+    def is_worse(self, than: Worst) -> np.ndarray:
+        """Tell which points are worse than other points, by the choosing draws alone, bool ``[n]``."""
+        return (self.wrong > than.wrong) | ((self.wrong == than.wrong) & (self.margins < than.margins))
+
+    def or_worse(self, other: Worst) -> Worst:
+        """For each image the worse of two points; of equally bad points the first."""
+        which = other.is_worse(self)
+        return Worst(*(np.where(which, two, one) for one, two in zip(self, other, strict=True)))
+
+
+def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
+    """For each of the first n images, choose the worst of the points that several rows handed over.
+
+    The choosing draws choose: the point that the most of them misclassify, and among equal shares the point with the
+    smallest mean margin. Other draws have judged the chosen point, so their results are not biased by the choice,
+    however many rows there are.
+
+    Args:
+        rows: rows of one random model in one threat model, each with at least n images; the clean row may be among
+            them.
+        n: number of images.
+    """
+    worst = Worst.of_row(rows[0], n)
+    for row in rows[1:]:
+        worst = worst.or_worse(Worst.of_row(row, n))
+    return worst
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
     """Make the rows over several attacks; in such a row an image is robust if it is robust in all rows of the attacks.
+
+    On a random model this would count bad luck: with more attacks, the draws on an image are more often wrong by
+    chance. So the row counts, for each image, the worst point of all rows (`by_worst_points`).
 
     All attacks of the threat model count, also transferred images and attacks on survivors. A row that was judged on a
     variant of a random model (fixed noise, noise off) counts only for the row over this variant. Its images were also
@@ -321,6 +371,7 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
     apart = [row for row in attacks if row.threat is None and not row.deployed and row.n == full]
+    clean = [row for row in rows if row.kind == "clean" and row.deployed and row.wrong is not None]
     groups: list[tuple[str, list[Row], int]] = []
     for variant in dict.fromkeys(row.variant for row in apart):
         of_variant = [row for row in apart if row.variant == variant]
@@ -332,54 +383,70 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
             for n in sorted({row.n for row in deployed}, reverse=True):
                 label = name if n == full else f"{name}, first {n}"
                 groups.append((label, [row for row in deployed if row.n >= n], n))
-    return [_row(*group) for group in groups]
+    return [_row(*group, clean) for group in groups]
 
 
-def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float) -> None:
-    """Mark the images that fell to probes as not robust in the ``worst`` rows.
+def count_fallen(rows: Sequence[Row], fallen: Sequence[int], eps: float, points: Worst | None = None) -> None:
+    """Count the images that fell to probes in the ``worst`` rows.
 
     Args:
         rows: rows of one model.
         fallen: indices of the images that fell within the report's ball.
         eps: radius of this ball. The images count as fallen within every larger ball too.
+        points: for a random model: the points of these images, in the same order. A point counts if it is worse than
+            the image's point in the row. None: the images are not robust.
     """
     for row in rows:
         larger = row.settings.get("eps", 0) > eps
         if row.kind == "worst" and row.deployed and (row.threat is None or larger):
-            row.robust = row.robust.copy()
-            row.robust[[image for image in fallen if image < row.n]] = False
-            row.mean = row.worst = row.accuracy
-            row.reliable = row.reliable or not row.robust.any()
-            row.fell_to_probes = sum(image < row.n for image in fallen)
+            mine = np.array([image < row.n for image in fallen], dtype=bool)
+            index = np.asarray(fallen, dtype=np.int64)[mine]
+            if points is None:
+                row.robust = row.robust.copy()
+                row.robust[index] = False
+            else:
+                # Copies, because the row of an attack may have the same arrays.
+                known = Worst(*(array.copy() for array in Worst.of_row(row, row.n)))
+                found = Worst(*(array[mine] for array in points))
+                worse = found.is_worse(Worst(*(array[index] for array in known)))
+                index = index[worse]
+                for array, new in zip(known, found, strict=True):
+                    array[index] = new[worse]
+                row.count(known)
+            row.reliable = row.reliable or bool((row.share_wrong == 1).all())
+            row.fell_to_probes = len(index)
 
 
-def _row(label: str, group: Sequence[Row], n: int) -> Row:
-    robust = np.logical_and.reduce([row.robust[:n] for row in group])
-    accuracy = float(robust.mean())
+def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
+    """Make a row over the attacks ``group``, on the first n images; ``clean`` is the clean row of a random model."""
     first = group[0]
+    robust = np.logical_and.reduce([row.robust[:n] for row in group])
     attacked = [row for row in group if row.attacked]
     # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
     # only lower the accuracy. Transferred images say nothing about these gradients.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
-    return Row(
+    whole = Row(
         model=first.model,
         attack=label,
         kind="worst",
         variant=first.variant,
         robust=robust,
-        mean=accuracy,
-        worst=accuracy,
         n_eval=first.n_eval,
         seed=first.seed,
         seconds=sum(row.seconds for row in group),
         data=first.data,
-        # Missing gradients are no reason for doubt if no image was attacked, or if every image fell.
-        reliable=not attacked or had_gradients or not robust.any(),
         settings={"over": [row.attack for row in group]},
         deterministic=first.deterministic,
         attacked=max(row.attacked or 0 for row in group),
         threat=first.threat,
+        # Draws that all images of a call share are the same in every row, so the first row shows how much they vary.
+        of_draws=first.of_draws,
     )
+    if first.wrong is not None:
+        whole.count(by_worst_points([*clean, *group], n))
+    # Missing gradients are no reason for doubt if no image was attacked, or if every image fell.
+    whole.reliable = not attacked or had_gradients or bool((whole.share_wrong == 1).all())
+    return whole
 
 
 def _share(part: int, whole: int) -> str:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,15 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from .._validation import NormName, check_folder, read_norm
+from .._validation import Norm, NormName, check_folder, read_norm
 from .._version import __version__
 from ..attacks import Attack, AttackContext, AutoAttack, frozen
-from ..attacks.arguments import check_eps
-from ..attacks.attacked_model import check_leaves_images
+from ..attacks.arguments import check_eps, largest_distance
+from ..attacks.attacked_model import check_leaves_images, explained_errors
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..attacks.original_autoattack import implementation
+from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
 from ..ops.dispatch.records import processor
@@ -46,14 +46,14 @@ from .alarms.probes import cost as cost_of_probes
 from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
 from .auto_batch import make_room
 from .cache import RowCache
-from .config import EvaluateConfig
+from .config import BatchSize, EvaluateConfig, ProtocolName
 from .curve import Curve, attacks_of_curve, radii_of
-from .inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, as_classifier, images_and_labels
-from .measure import EXAMPLES, Measure
+from .inputs import as_classifier, images_and_labels
+from .measure import EXAMPLES, RULE, Measure
 from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
 from .report import Report
-from .rows import CURVE, Row, count_fallen, worst_rows
+from .rows import CURVE, Row, Worst, count_fallen, worst_rows
 from .specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
@@ -75,6 +75,9 @@ def evaluate(
     y: Tensor | None = None,
     *,
     eps: float,
+    protocol: ProtocolName | None = None,
+    batch_size: BatchSize | None = None,
+    seed: int | None = None,
     config: EvaluateConfig = EvaluateConfig(),
     norm: NormName = "linf",
     base: Classifier | None = None,
@@ -93,11 +96,16 @@ def evaluate(
             plain function, its modules are not put into evaluation mode. A warning and a note name those modules in
             training mode that the function seems to use.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; they are converted to
-            float32. Or, without ``y``, a DataLoader or another iterable of batches (images, labels) or (images, labels,
-            indices). The iterable is read once, before the attacks. Each batch is checked when it is read.
+            float32, and values outside [0, 1] by at most 1e-4 are clamped. Or, without ``y``, a DataLoader or another
+            iterable of batches (images, labels) or (images, labels, indices). The iterable is read once, before the
+            attacks. Each batch is checked when it is read.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks.
-        config: the settings, such as the protocol, the steps and the seed.
+        protocol: name of the list of attacks, such as "fast". This argument and the next two are fields of
+            `EvaluateConfig`; None takes the value of ``config``.
+        batch_size: number of images that are attacked together, or "auto".
+        seed: seed of all random numbers.
+        config: all other settings.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
         base: an undefended classifier, whose adversarial images are tried on the model.
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
@@ -123,8 +131,9 @@ def evaluate(
         threat model with several attacks has a separate ``worst`` row.
 
     Raises:
-        ValueError: a wrong shape, dtype, range or setting; a model that writes to its input; ``predict`` with a
-            deterministic model; ``out`` is a file; or several processes have different arguments.
+        ValueError: a wrong shape, dtype, range or setting, or a setting that is given twice; a model that writes to its
+            input, or does not accept every batch size; ``predict`` with a deterministic model; ``out`` is a file; or
+            several processes have different arguments.
         ConnectionError: the first of several processes does not respond.
         TypeError: images or labels are neither tensors nor arrays, eps is not a number, config is not an
             `EvaluateConfig`, base cannot be called, or an element of ``attacks`` is not an attack.
@@ -132,14 +141,17 @@ def evaluate(
     """
     check_folder("out", out)
     _check_kinds(config, base)
+    config = _with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = config.images_together
-    images, labels = images_and_labels(x, y)
+    images, labels, notes = images_and_labels(x, y)
     config, given = _read_attacks(config, attacks, eps)
-    radii = radii_of(config.curve, eps, 1.0 if norm == "linf" else math.inf)
+    pixels = images[0].numel()
+    _check_radii(norm, eps, given, pixels)
+    radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    report = Report(about=_about(config, norm, eps, model, device))
+    report = Report(about=_about(config, norm, eps, model, device), notes=notes)
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(config.together))
@@ -198,6 +210,28 @@ def _check_kinds(config: object, base: object) -> None:
         raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
     if base is not None and not callable(base):
         raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
+
+
+def _with_arguments(config: EvaluateConfig, **given: Any) -> EvaluateConfig:
+    """The config with the settings that are arguments of `evaluate`; an argument that is None changes nothing."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name in given and value != each.default:
+            raise ValueError(
+                f"{each.name} is given twice, as the argument {each.name}={given[each.name]!r} of evaluate and as "
+                f"EvaluateConfig({each.name}={value!r}): leave one of the two out"
+            )
+    return replace(config, **given)
+
+
+def _check_radii(norm: Norm, eps: float, attacks: Sequence[AttackSpec], pixels: int) -> None:
+    """Refuse a radius of the evaluation, or of an attack with a radius of its own, whose ball contains every image."""
+    check_eps(eps, norm, pixels=pixels)
+    for attack in (spec.resolved for spec in attacks):
+        own: Any = attack
+        if attack.norms and own.eps is not None:
+            check_eps(own.eps, own.norm or norm, pixels=pixels)
 
 
 def _read_attacks(
@@ -292,6 +326,9 @@ def _first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, na
     notes = notes_of_modules(model, name)
     for note in notes:
         logger.warning(note)
+    dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None
+    if dtype is not None:
+        notes.append(f"the weights of {name} are {dtype}, so its images were converted to this dtype")
     if subject.has_probabilities:
         kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
         logger.warning("%s %s. The report will mark its accuracy", name, kind)
@@ -314,7 +351,8 @@ def _admit(
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
-        check_leaves_images(model, subject.sample_images()[:1])
+        with explained_errors(model, subject.sample_images()):
+            check_leaves_images(model, subject.sample_images()[:1])
     for model in others if cache.folder is not None else ():
         torch.manual_seed(subject.seed)
         model(subject.sample_images())
@@ -384,7 +422,8 @@ class _Evaluation:
         """Select the attacks that the model allows, and the attacks of the curve."""
         measure, context = self.measure, self.measure.context
         self.asked_for = asked_for
-        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
+        given = self.report.about.get("protocol") is None
+        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name, given)
         self.report.notes += [note for note in notes if note not in self.report.notes]
         self.curve = Curve(attacks_of_curve(self.plan, context, self.radii), self.radii)
         at_radii = (spec for radius in self.radii for spec in self.curve.specs_at(radius, context.norm))
@@ -439,28 +478,34 @@ class _Evaluation:
         left: dict[tuple[str, str | None], np.ndarray] = {}
         # The smallest margin that any attack has reached on each image, by variant and threat model.
         margins: dict[tuple[str, str | None], np.ndarray] = {}
-        # The images that withstood all attacks so far on the deployed model in the report's threat model. Attacks that
-        # get only the first images (``max_images``) are left out.
-        standing = measure.clean("random").robust.copy()
+        # The rows of the deployed model, by threat model.
+        deployed: dict[str | None, list[Row]] = {}
         for spec in self.plan:
-            threat = threat_name(spec, measure.context)
-            before = {name: left.get((name, threat), measure.clean(name).robust) for name in ("random", spec.variant)}
-            reached = margins.setdefault((spec.variant, threat), np.full(n, np.inf))
-            rows = [measure.attacked(spec, before[spec.variant], reached)]
+            threat, variant = threat_name(spec, measure.context), spec.variant
+            before = left.get((variant, threat), measure.withstood(measure.clean(variant)))
+            reached = margins.setdefault((variant, threat), np.full(n, np.inf))
+            images = spec.max_images or n
+            earlier = (
+                [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
+            )
+            rows = [measure.attacked(spec, before, reached, earlier)]
             source = ", kept by an earlier run" if measure.cache.was_kept else ""
-            if spec.variant != "random" and rows[0].is_attack:
-                rows.append(measure.retest_on_deployed(spec, before[spec.variant], before["random"]))
-            for row, name in zip(rows, dict.fromkeys([spec.variant, "random"]), strict=False):
+            if variant != "random" and rows[0].is_attack:
+                rows.append(measure.retest_on_deployed(spec, before, earlier))
+            for row, name in zip(rows, dict.fromkeys([variant, "random"]), strict=False):
                 all_rows.append(row)
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
-                left[name, threat] = before[name].copy()
-                left[name, threat][: row.n] &= row.robust | (not row.is_attack)
-                if row.is_attack and row.margins is not None:
-                    known = margins.setdefault((name, threat), np.full(n, np.inf))
-                    known[: row.n] = np.fmin(known[: row.n], row.margins)
-                if row.is_attack and row.deployed and threat is None and spec.max_images is None:
-                    standing &= row.robust
-        return all_rows + self.curve.rows(measure, standing)
+                if not row.is_attack:
+                    continue
+                known = left.setdefault((name, threat), measure.withstood(measure.clean(name)).copy())
+                known[: row.n] &= measure.withstood(row)
+                if row.margins is not None:
+                    nearest = margins.setdefault((name, threat), np.full(n, np.inf))
+                    nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
+                if row.deployed:
+                    deployed.setdefault(threat, []).append(row)
+        of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]
+        return all_rows + self.curve.rows(measure, of_all)
 
     def gather_witnesses(self, about: dict[str, Any]) -> None:
         """Gather the report's witnesses from the rows; each row then keeps only a few images for the pictures."""
@@ -487,7 +532,9 @@ class _Evaluation:
         if self.before is not None and asked is not None:
             probes = self.all_probes(self.before, asked, evidence)
             evidence = replace(evidence, probes=probes)
-            count_fallen(report.rows, probes.fallen(), float(self.measure.context.eps))
+            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
+            fallen = probes.found() if subject.is_random else probes.fallen()
+            count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
@@ -502,12 +549,23 @@ class _Evaluation:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
+    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
+        """Judge the points of a random model's images that fell to probes; None if there are none."""
+        subject = self.measure.subject
+        if probes.points is None or not fallen:
+            return None
+        index = torch.tensor(fallen, dtype=torch.int64)
+        points = probes.points[index].to(subject.x.device)
+        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
+        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
+
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
         settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        settings |= {"rule": RULE} if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before) -> Probes:
@@ -539,8 +597,8 @@ class _Evaluation:
         # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
         # attack it is False for all images.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
-        robust = evidence.robust(n)
-        left = np.zeros(n, dtype=bool) if robust is None else robust
+        wrong = evidence.wrong(n)
+        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
         attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
         asked_now = functools.partial(probe, before, context, asked, left.tolist())
         made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))

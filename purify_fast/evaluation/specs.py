@@ -14,8 +14,10 @@ from torch import Tensor
 from .._validation import NormName, check_literal
 from ..attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
+from ..attacks.attacked_model import returning_logits
 from ..attacks.base import NORMS, ThreatModel
 from ..attacks.bpda import Aggregation
+from ..attacks.gradient_copy import COMPARED
 from ..ops.pgd_step import pgd_step
 from ..protocols import Classifier
 from .other_packages import OtherAttack, of_other_package
@@ -147,6 +149,10 @@ class FunctionAttack(Attack):
         """
         # `frozen` restores modes and gradient flags, which an attack of another package may change.
         threat, warnings = self.threat_model(context), list[str]()
+        if not context.num_classes:
+            # No evaluation has tested the model, and the function may not accept an output with ``logits``.
+            with frozen(target):
+                target, _ = returning_logits(target, x[:COMPARED])
         with torch.enable_grad(), frozen(target):
             if isinstance(self.function, OtherAttack):
                 images = self.function.run(target, x.clone(), y.clone(), threat, warnings)

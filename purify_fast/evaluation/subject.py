@@ -18,13 +18,16 @@ from ..attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
     TRIED_ROWS,
-    ask,
     check_leaves_images,
     differ,
     drawn_once_per_call,
+    explained_errors,
+    logits_of,
+    returning_logits,
 )
 from ..attacks.base import ThreatModel
 from ..attacks.losses import margin
+from ..attacks.outputs import are_one_hot, are_probabilities
 from ..defences import Defence, MajorityVote
 from ..defences.voting import undecided
 from ..model_state import class_functions, fingerprint, hidden_modules, used_modules
@@ -33,7 +36,6 @@ from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .config import Predict
-from .inputs import are_one_hot, are_probabilities, returning_logits
 from .surrogates import surrogates
 
 logger = logging.getLogger("purify_fast")
@@ -41,8 +43,12 @@ logger = logging.getLogger("purify_fast")
 #: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
 #: ``deterministic()``.
 Variant = Literal["random", "fixed", "deterministic"]
-#: Each phase of an evaluation has its own seed, so that no attack knows the draws by which its images are judged.
-PHASES = {"clean": 0, "attack": 1, "judge": 2}
+#: Each phase of an evaluation has its own seed: the draws that choose between points, the draws of attacks, and the
+#: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
+Phase = Literal["choose", "attack", "judge"]
+PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
+#: At least this number of draws chooses between two points of an image.
+CHOOSING = 10
 #: The largest differences of an image's logits that are taken as rounding, as shares of the spread of the logits
 #: (largest minus smallest logit). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of
 #: different shapes, for which libraries may choose different algorithms.
@@ -125,6 +131,11 @@ class Judgement:
     margins: np.ndarray
     classes: np.ndarray
 
+    @property
+    def wrong(self) -> np.ndarray:
+        """The share of wrong predictions on each image, float64 ``[n]``."""
+        return 1 - self.right.mean(0)
+
 
 class Subject:
     """A model with the images on which it is attacked.
@@ -169,7 +180,7 @@ class Subject:
         self.room = Room(None, self.device)
         self.data = digest(x, y)
         torch.manual_seed(seed)
-        self.model, self.num_classes = returning_logits(model, self.sample_images()[:1])
+        self.model, self.num_classes = returning_logits(model, self.sample_images())
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
         self.is_random = differ(one, other) or self.answers_vary(self.model)
@@ -183,6 +194,8 @@ class Subject:
                 f"predict={predict!r} needs a random model, but this model always predicts the same: leave predict out"
             )
         self.base_model = self.model
+        #: The number of predictions that choose between two points of an image.
+        self.choosing = {None: CHOOSING, "worst_of": max(CHOOSING, n_eval), "votes": CHOOSING // 2}[predict]
         if predict == "votes":
             self.model, self.n_eval = MajorityVote(self.base_model, n_eval), 1
 
@@ -193,12 +206,10 @@ class Subject:
 
     def logits(self, model: Classifier, x: Tensor) -> Tensor:
         """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
-        logits = ask(model, x)
-        if logits.shape != (len(x), self.num_classes):
-            raise ValueError(
-                f"the model must return a row of {self.num_classes} logits for each image, got {list(logits.shape)} "
-                f"for {len(x)} images: does it mix or drop images of a batch?"
-            )
+        with explained_errors(model, x):
+            logits = logits_of(model, x)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"the model must return {self.num_classes} logits for each image, got {logits.shape[1]}")
         return logits
 
     def _check_labels(self) -> None:
@@ -293,7 +304,7 @@ class Subject:
         """The number of predictions that judge an image."""
         return self.n_eval if variant == "random" and self.is_random else 1
 
-    def reseed(self, phase: Literal["clean", "attack", "judge"]) -> None:
+    def reseed(self, phase: Phase) -> None:
         """Seed the random generators for a phase."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
 
@@ -310,7 +321,7 @@ class Subject:
         self,
         x: Tensor,
         variant: Variant,
-        phase: Literal["clean", "judge"],
+        phase: Literal["choose", "judge"],
         by: Classifier | None = None,
         index: Tensor | None = None,
     ) -> Judgement:
@@ -322,12 +333,13 @@ class Subject:
         Args:
             x: the images.
             variant: variant of the model.
-            phase: phase whose seed is used.
+            phase: phase whose seed is used. Phase "choose" takes `choosing` predictions, and phase "judge" `judges`.
             by: another model, which predicts each image once; None takes the judged model.
             index: indices of the images, int64; None: the first ``len(x)``.
         """
         y = self.y[: len(x)] if index is None else self.y[index]
         model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
+        draws = self.choosing if phase == "choose" else draws
 
         def predict() -> Judgement:
             self.reseed(phase)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..attacks import BpdaModel, frozen
 from ..attacks.ball import ball_around, normal_in_ball
 from ..attacks.base import ThreatModel
-from ..model_state import attributes
+from ..model_state import attributes, switch_to_evaluation
 from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from .identity_backward import REVISION as PASSED_REVISION
 from .identity_backward import PassedThrough, blocking
@@ -48,7 +48,7 @@ class _Around(nn.Module):
     def __init__(self, model: Classifier):
         super().__init__()
         self.model = model
-        self.eval()
+        switch_to_evaluation(self)
 
 
 class Softened(_Around):
@@ -169,7 +169,7 @@ class Together(nn.Module):
         self.parts = list(parts)
         # The parts are also registered as modules, so that PyTorch finds their weights.
         self.modules_inside = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
-        self.eval()
+        switch_to_evaluation(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x).float().log_softmax(1) for part in self.parts]).mean(0)

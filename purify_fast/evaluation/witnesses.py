@@ -21,12 +21,13 @@ from .._tensors import digest, weights_fingerprint
 from ..attacks import frozen
 from ..attacks.arguments import check_at_least_one, check_not_negative
 from ..attacks.base import ThreatModel
+from ..attacks.outputs import LogitsOf
 from ..model_state import fingerprint
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .config import Predict
-from .inputs import LogitsOf, as_classifier
-from .rows import Row
+from .inputs import as_classifier
+from .rows import Row, by_worst_points
 from .show.text import render
 from .specs import ROUNDING, moved
 from .subject import Subject
@@ -142,35 +143,56 @@ class Witnesses:
 def gathered(rows: Sequence[Row], about: Mapping[str, Any]) -> Witnesses | None:
     """Gather the witnesses from the rows of an evaluation with ``keep="all"``; None if no image fell.
 
-    An image has one witness for each threat model, from the first attack to which it fell. Only attacks that were
-    judged on the deployed model count. Images that fell only at other radii of a curve have no witness.
+    An image has one witness for each threat model, from the first attack to which it fell. On a random model, the
+    witness is the worst point of an image if the draws that judged this point were not all correct. Only attacks that
+    were judged on the deployed model count. Images that fell only at other radii of a curve have no witness.
 
     Args:
         rows: rows of one model, with the clean rows.
         about: the model's hashes, and the rule by which images were judged.
     """
-    right = next(row.robust for row in rows if row.kind == "clean" and row.deployed)
-    seen: set[tuple[str | None, int]] = set()
-    attacks: list[dict[str, Any]] = []
-    parts: list[tuple[np.ndarray, ...]] = []
-    for row in rows:
+    clean = next(row for row in rows if row.kind == "clean" and row.deployed)
+    deployed = [row for row in rows if row.is_attack and row.deployed and row.examples is not None]
+    # For each threat model and image: the row and the position in the row's examples.
+    places: dict[tuple[str | None, int], tuple[Row, int]] = {}
+    for row in deployed:
         kept = row.examples
-        if not (row.is_attack and row.deployed) or kept is None or kept.index is None:
+        assert kept is not None
+        if kept.index is None:
             continue
-        new = np.array([(row.threat, number) not in seen for number in kept.index.tolist()], dtype=bool)
-        fallen = np.flatnonzero(kept.fell & right[kept.index] & new)
-        if len(fallen) == 0:
+        fallen = np.flatnonzero(kept.fell)
+        if clean.wrong is not None:
+            # A later point of an image is worse than the earlier ones.
+            places |= {(row.threat, int(kept.index[at])): (row, int(at)) for at in fallen}
             continue
-        numbers = kept.index[fallen]
-        seen.update((row.threat, number) for number in numbers.tolist())
-        margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
-        found = (kept.clean[fallen], kept.adversarial[fallen], kept.labels[fallen])
-        parts.append((*found, numbers, margins[numbers], np.full(len(fallen), len(attacks))))
-        attacks.append({"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]})
-    if not attacks:
+        for at in fallen[clean.robust[kept.index[fallen]]]:
+            places.setdefault((row.threat, int(kept.index[at])), (row, int(at)))
+    if clean.wrong is not None:
+        for threat in {row.threat for row in deployed}:
+            mine = [row for row in deployed if row.threat == threat]
+            n = max(row.n for row in mine)
+            right = by_worst_points([clean, *(row for row in mine if row.n == n)], n).right == clean.n_eval
+            for number in np.flatnonzero(right).tolist():
+                places.pop((threat, number), None)
+    found = [row for row in deployed if any(each is row for each, _ in places.values())]
+    if not found:
         return None
-    joined = (torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True))
+    numbered = {id(row): number for number, row in enumerate(found)}
+    ordered = sorted(((numbered[id(row)], at, row) for row, at in places.values()), key=lambda place: place[:2])
+    parts = [_witness(row, at, number) for number, at, row in ordered]
+    joined = (torch.from_numpy(np.stack(values)) for values in zip(*parts, strict=True))
+    attacks = [{"attack": row.attack, "norm": row.settings["norm"], "eps": row.settings["eps"]} for row in found]
     return Witnesses(**dict(zip(TENSORS, joined, strict=True)), about={**about, "attacks": attacks})
+
+
+def _witness(row: Row, at: int, attack: int) -> tuple[np.ndarray, ...]:
+    """The entries of a witness in the tensors of `TENSORS`: an image among a row's examples, and its attack's index."""
+    kept = row.examples
+    assert kept is not None and kept.index is not None
+    number = int(kept.index[at])
+    margin = np.float32(0 if row.margins is None else row.margins[number])
+    entries = (kept.clean[at], kept.adversarial[at], kept.labels[at], np.int64(number), margin, np.int64(attack))
+    return tuple(np.asarray(entry) for entry in entries)
 
 
 # -- the check --------------------------------------------------------------------------------------------------------

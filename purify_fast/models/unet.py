@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .._tensors import without_autocast
 from .._validation import check_counts
 from ..ops.dispatch.gradient import first_order, transformed
-from ..ops.group_norm_silu import group_norm_silu
+from ..ops.group_norm_silu import group_norm, group_norm_silu
 from .layers import Conv2d
 
 #: The number of channels in a group of the group normalization. If the width of the network is smaller than this
@@ -82,7 +82,9 @@ class _Attention(nn.Module):
         self.project, self.out = Conv2d(channels, 3 * channels, 1), _zero(Conv2d(channels, channels, 1))
 
     def forward(self, h: Tensor) -> Tensor:
-        query, key, value = self.project(self.norm(h)).flatten(2).mT.chunk(3, 2)
+        norm = self.norm
+        normalized = group_norm(h, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
+        query, key, value = self.project(normalized).flatten(2).mT.chunk(3, 2)
         # On a CPU and for so few positions, F.scaled_dot_product_attention takes six times as long in the backward
         # pass.
         seen = (query @ key.mT / math.sqrt(query.shape[2])).softmax(2) @ value

@@ -30,6 +30,20 @@ from .dispatch.registry import define_backward, define_op, second_argument, wide
 
 #: The number of channels that the kernel processes together. They must belong to one group.
 LANES = 16
+#: The types of devices on which `torch.group_norm` accepts images of 16 bits with weights in float32. CUDA does not.
+MIXED_DTYPES = ("cpu", "meta")
+
+
+def group_norm(images: Tensor, groups: int, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """Compute a group normalization by PyTorch, on every device also for weights in float32 and images of 16 bits.
+
+    The result has the dtype of the images, except under autocast, which decides the dtypes of the operator.
+    """
+    device, dtype = images.device.type, images.dtype
+    if weight.dtype != dtype and device not in MIXED_DTYPES and not torch.is_autocast_enabled(device):
+        return torch.group_norm(images.to(weight.dtype), groups, weight, bias, eps).to(dtype)
+    # `F.group_norm` would raise an error for groups of one value.
+    return torch.group_norm(images, groups, weight, bias, eps)
 
 
 def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], groups: int, eps: float) -> Tensor:
@@ -37,8 +51,7 @@ def _composed(images: Tensor, numbers: tuple[Tensor, Tensor, Tensor | None], gro
     weight, bias, shift = numbers
     if shift is not None:
         images = images + shift.to(images.dtype).view(*shift.shape, *[1] * (images.dim() - 2))
-    # `torch.group_norm` is used because `F.group_norm` raises an error for groups of one value.
-    return F.silu(torch.group_norm(images, groups, weight, bias, eps))
+    return F.silu(group_norm(images, groups, weight, bias, eps=eps))
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float) -> Tensor:

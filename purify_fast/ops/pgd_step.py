@@ -189,7 +189,8 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
     if value.shape not in ((), (x.shape[0],)):
         raise ValueError(f"{name} must be a number or a tensor [B] = [{x.shape[0]}], got {list(value.shape)}")
-    return value.to(device=x.device, dtype=dtype).expand(x.shape[0]).contiguous()
+    value = value.to(device=x.device, dtype=dtype)
+    return value.contiguous() if value.dim() else value.expand(x.shape[0]).contiguous()
 
 
 def check(images: dict[str, Tensor], norm: str, lo: float, hi: float, norms: Sequence[str] = NORMS) -> Norm:

@@ -58,7 +58,7 @@ class ClassifierTask(Task):
         return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
-        check_classifier(self.model, shape, classes)
+        check_classifier(self.model, shape, classes, self.config.precision)
 
 
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CLASSIFIERS.values(), ForeignClassifier)}

@@ -36,7 +36,7 @@ from .distributed import average_, from_first, heartbeat, report_missing_process
 from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import HeldOut, Images, make_sources, step_seed
+from .sources import HeldOut, Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
@@ -69,16 +69,16 @@ def fit(
 
     Args:
         task: the training: model, optimizers and step.
-        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains,
-            or streamed from a file. Tensors and streamed files give the same weights to the bit, and a run with one of
-            them can be resumed with the other. Every process passes all images. **A loader**: a DataLoader or another
-            iterable with a length, of (images, labels) or (images, labels, indices); the images are float in [0, 1] or
-            uint8. Every process passes its own share. `fit` does not control the order, so a run can be resumed between
-            epochs only. A resumed run repeats the order if the loader draws it from torch's global generator or from
-            the DataLoader's own generator, as with ``shuffle=True``. **A function** of the epoch that returns such an
-            iterable, and that repeats the order when it is called again for the same epoch. With a function, a run can
-            be resumed at any step: the epoch's earlier batches are read again, but not used.
-        y: labels of the images, int64 ``[N]``; None with a loader or a function.
+        x: the images to train on, in one of three forms. **Images**: uint8 ``[N, C, H, W]`` on the device that trains
+            (a tensor or a NumPy array), or streamed from a file. All of these give the same weights to the bit, and a
+            run with one of them can be resumed with another. Every process passes all images. **A loader**: a
+            DataLoader or another iterable with a length, of (images, labels) or (images, labels, indices); the images
+            are float in [0, 1] or uint8. Every process passes its own share. `fit` does not control the order, so a run
+            can be resumed between epochs only. A resumed run repeats the order if the loader draws it from torch's
+            global generator or from the DataLoader's own generator, as with ``shuffle=True``. **A function** of the
+            epoch that returns such an iterable, and that repeats the order when it is called again for the same epoch.
+            With a function, a run can be resumed at any step: the epoch's earlier batches are read again, but not used.
+        y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
         config: length and settings of the training. With a loader or a function, its batch_size has no effect.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
@@ -96,10 +96,11 @@ def fit(
     Raises:
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
-            than a batch has; the task does not measure the metric of keep_best; the folder has a checkpoint of another
-            run; a bank is given, but the attacked model is trained, or images are cropped at random or come from a
-            loader. With several processes also: they cannot share a batch evenly, they have different data or settings,
-            or a model in training mode has a BatchNorm that is not synchronized.
+            than a batch has; a batch has only one image, but a BatchNorm needs more; the task does not measure the
+            metric of keep_best; the folder has a checkpoint of another run; a bank is given, but the attacked model is
+            trained, or images are cropped at random or come from a loader. With several processes also: they cannot
+            share a batch evenly, they have different data or settings, or a model in training mode has a BatchNorm that
+            is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
         ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
@@ -116,7 +117,9 @@ def fit(
         task.model.train()
         _check_batchnorm(task.model)
     first = processes()[0] == 0
-    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop:
+    # The caller may be within torch.no_grad() or torch.inference_mode().
+    with contextlib.ExitStack() as stack, stop_on_sigterm() as stop, torch.inference_mode(False), torch.enable_grad():
+        _check_batch_of_one(run)
         # if the folder is locked, all processes raise the error
         from_first(lambda: stack.enter_context(folder_lock(folder)))
         run.resume()
@@ -175,6 +178,9 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
     for raw in run.source.epoch(epoch, run.step % run.steps):
+        if not images and isinstance(run.source, Loader):
+            # the shape of a loader's images is not known before
+            task.check(tuple(raw[0].shape[1:]), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
@@ -280,6 +286,52 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
     finally:
         # without a reference to the graphs, their memory is freed
         task.graphs = before
+
+
+def _check_batch_of_one(run: Run) -> None:
+    """Refuse a batch of one image if a BatchNorm of the training cannot be trained on it.
+
+    BatchNorm needs several values of a channel. A single image has them where its maps have several pixels, or where
+    the training adds attacked images to the batch. So a step is tried on one image, and undone.
+
+    Raises:
+        ValueError: such a batch would come; the message names the settings and the layer.
+    """
+    task, model, why = run.task, run.task.model, run.source.batch_of_one()
+    if not why or processes()[1] > 1:
+        # Several processes have an image each at least, and BatchNorm uses the images of all processes.
+        return
+    layers = ["a BatchNorm"]
+    hooks = [
+        module.register_forward_pre_hook(lambda each, _, name=name: layers.append(f"{type(each).__name__} {name}"))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    seed, device = step_seed(run.config.seed, 0), run.source.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            images, labels, ids = next(run.source.epoch(0, 0))
+            batch = run.batch((images[:1], labels[:1], ids[:1]), 0, seed)
+            model.train()
+            for _ in task.updates(replace(batch, bank=None)):
+                pass
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"{why}, on which the layer {layers[-1]} cannot be trained: set drop_last to True, or change batch_size"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for tensor, before in tensors:
+                tensor.copy_(before)
 
 
 def _check_batchnorm(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from .._process import processes
 from .._tensors import digest
+from ..attacks.arguments import ROUNDING, advice_for_range
 from ..data import StreamedImages, batches, read_ahead
 from .bank import BankedImages
 from .config import FitConfig
@@ -96,6 +97,10 @@ class InMemory:
         for ids, images in read_ahead(self.x, [self.ids[rows] for rows in self._order(epoch)[first : self.steps]]):
             yield images, self.y[ids], ids
 
+    def batch_of_one(self) -> str:
+        """Say which settings make a batch of one image; nothing if there is no such batch."""
+        return _batch_of_one(len(self.ids), self.batch_size, self.config.drop_last, self.steps)
+
     def banked_images(self) -> BankedImages:
         """Return what a bank must know about the images. Raise ValueError if they differ from epoch to epoch."""
         if self.config.padding:
@@ -155,7 +160,7 @@ class Loader:
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
         if isinstance(self.x, DataLoader) and self.x.generator is not None:
             self.x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
-        given, seen = iter(self.x(epoch) if callable(self.x) else self.x), 0
+        given, seen, clamped = iter(self.x(epoch) if callable(self.x) else self.x), 0, False
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             try:
@@ -165,14 +170,24 @@ class Loader:
                     f"x must give {self.steps} batches, which is its length; it gave {k} in epoch {epoch}"
                 ) from None
             images, labels, *rest = batch
+            images, labels = _as_tensor(images, self.device), _as_labels(_as_tensor(labels, self.device))
             ids = rest[0] if rest else torch.arange(seen, seen + len(images))
             seen += len(images)
             if k >= first:
                 _check_batch(images, labels, ids)
                 if k == first and images.is_floating_point():
                     # this check runs once in an epoch, because it waits for the images' device
-                    _check_range(images)
+                    clamped = _outside_by_rounding(images)
+                if clamped:
+                    images = images.clamp(0, 1)
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
+
+    def batch_of_one(self) -> str:
+        """Say which settings of a DataLoader make a batch of one image; nothing if none is known."""
+        x: Any = self.x
+        if not isinstance(x, DataLoader) or x.batch_size is None or not isinstance(x.sampler, Sized):
+            return ""
+        return _batch_of_one(len(x.sampler), x.batch_size, x.drop_last, self.steps)
 
     def banked_images(self) -> BankedImages:
         raise ValueError("bank needs x as a tensor or file, because the images of a loader are not known in advance")
@@ -189,11 +204,14 @@ def make_sources(
     The second source is None if the run has no held-out images. Every process gets all held-out images.
     """
     device, share = next(task.model.parameters()).device, config.validation_share
+    x, y = _as_tensor(x, device), _as_labels(_as_tensor(y, device))
+    if isinstance(validation, tuple):
+        validation = _as_tensor(validation[0], device), _as_labels(_as_tensor(validation[1], device))
     held: Tensor | None = None
     source: Source
     if isinstance(x, (Tensor, StreamedImages)):
         kept, held = held_out(len(x), share, config.seed) if share > 0 else (None, None)
-        source = InMemory(x, y, config, *processes(), kept)  # type: ignore[arg-type]  # InMemory refuses None
+        source = InMemory(x, y, config, *processes(), kept)
         task.check(tuple(x.shape[1:]), int(source.y.max()) + 1)
     elif y is not None:
         raise ValueError("y must be None if x is a loader or a function, because their batches contain the labels")
@@ -220,6 +238,29 @@ def make_sources(
     if config.keep_best != "off":
         raise ValueError(f"keep_best {config.keep_best!r} needs held-out images: pass validation_share or validation")
     return source, None
+
+
+def _as_tensor(values: Any, device: torch.device) -> Any:
+    """Return an array as a tensor on a device, and anything else unchanged."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+        return values
+    # PyTorch refuses another byte order than the machine's, and warns about read-only arrays. Such arrays are copied.
+    return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"])).to(device)
+
+
+def _as_labels(y: Any) -> Any:
+    """Return integer labels of any size as int64, and anything else unchanged."""
+    integers = (torch.int8, torch.int16, torch.int32, torch.uint8)
+    return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
+
+
+def _batch_of_one(images: int, batch_size: int, drop_last: bool, steps: int) -> str:
+    """Say which settings make a batch of one image; nothing if there is no such batch."""
+    if batch_size == 1:
+        return f"batch_size 1 makes batches of 1 of the {images} images"
+    if not drop_last and images % batch_size == 1 and steps * batch_size > images:
+        return f"drop_last False and batch_size {batch_size} leave a last batch of 1 of the {images} images"
+    return ""
 
 
 def _check_images(x: Tensor | StreamedImages, y: Tensor | None) -> None:
@@ -250,14 +291,17 @@ def _check_batch(images: Tensor, labels: Tensor, ids: Tensor) -> None:
             raise ValueError(f"x: {name} must be int64 [B] = [{len(images)}], got {part.dtype} {list(part.shape)}")
 
 
-def _check_range(images: Tensor) -> None:
-    """Raise ValueError for floating-point images that are not in [0, 1]."""
-    if not bool(((images >= 0) & (images <= 1)).all()):
-        low, high = images.min(), images.max()
+def _outside_by_rounding(images: Tensor) -> bool:
+    """Tell whether some values are outside [0, 1], but only by rounding; ValueError for other values outside."""
+    low, high = (float(value) for value in images.aminmax())
+    # the condition is negated so that NaN is refused too
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        normalized = "; if they are normalized, undo this, and normalize in the model"
         raise ValueError(
-            f"x: images must be in [0, 1] without NaN, got values in [{low:.4g}, {high:.4g}]: divide them by 255 or "
-            "pass uint8, and normalize them in the model if it needs that"
+            f"x: images must be in [0, 1] without NaN, got values in [{low:.5g}, {high:.5g}]"
+            f"{normalized if low < 0 else advice_for_range(low, high)}"
         )
+    return low < 0 or high > 1
 
 
 def held_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._tensors import first_tensor
+from .._tensors import check_one_device, first_tensor
+from .._validation import Precision
+from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
+from ..speed.folding.inference_copy import autocast_to
 from ..speed.graphs.step_graphs import StepGraphs
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
     from .bank import BankedStep, FrozenAttacks
+
+logger = logging.getLogger("purify_fast")
 
 Metrics = dict[str, Tensor]
 
@@ -36,6 +43,9 @@ class Batch:
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
         bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
+
+    Raises:
+        ValueError: if x, y and sample_ids are not on one device.
     """
 
     x: Tensor
@@ -47,6 +57,9 @@ class Batch:
     step: int = 0
     images_before: int = 0
     bank: BankedStep | None = None
+
+    def __post_init__(self) -> None:
+        check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
 
     def progress_in(self, unit: DelayUnit) -> int:
         """Return how many epochs, steps or images of the run lie before this batch.
@@ -215,25 +228,48 @@ class Task:
 
 
 @torch.no_grad()
-def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    """Run a classifier on one black image, and refuse images or labels that the classifier does not accept.
+def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, precision: Precision = "float32") -> None:
+    """Run a classifier on two black images and on one, and refuse what a training of the classifier does not accept.
 
     Args:
         model: images to logits.
         shape: shape of an image, (C, H, W).
         classes: the largest label plus one.
+        precision: precision of the training.
 
     Raises:
-        ValueError: the images or labels do not fit; the message says why.
+        ValueError: the model cannot be trained, or the images or labels do not fit; the message says why.
     """
     weight = first_tensor(model)
-    image = torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype)
-    with evaluation_mode(model):
-        try:
-            known = count_classes(lambda: model(image), shape, 1)
-        except ValueError as error:
-            raise ValueError(f"x: {error}") from error
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights were made within torch.inference_mode(), so they cannot be trained: give "
+            "copy.deepcopy(model), made outside of torch.inference_mode()"
+        )
+    images = torch.zeros((2, *shape), device=weight.device)
+    rounded = precision == "bfloat16"
+    try:
+        with evaluation_mode(model), autocast_to(weight.device, torch.bfloat16) if rounded else nullcontext():
+            # A model may fail only on a single image, and that error alone would not show the reason.
+            known = count_classes(lambda: model(images), shape, 2)
+            count_classes(lambda: model(images[:1]), shape, 1)
+            output = model(images)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the model must have the modes of training and evaluation, but it refuses eval() ({error}): train the "
+            "module from which it was exported"
+        ) from error
+    except ValueError as error:
+        if weight.dtype != torch.float32 and isinstance(error.__cause__, RuntimeError):
+            raise ValueError(
+                f"the model's weights must be float32, got {weight.dtype}: give model.float(). With the precision "
+                f'"bfloat16", a training still computes in bfloat16 ({error.__cause__})'
+            ) from error
+        raise ValueError(f"x: {error}") from error
     check_labels(classes, known)
+    if isinstance(output, Tensor) and are_probabilities(output):
+        kind = ONE_HOT if are_one_hot(output) else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
+        logger.warning("the model %s. The loss of the training takes logits, so it will be wrong", kind)
 
 
 def check_labels(classes: int, known: int) -> None:

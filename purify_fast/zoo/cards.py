@@ -94,9 +94,9 @@ class Card:
     attacks: dict[str, str] = field(default_factory=dict)
 
     @property
-    def lowest(self) -> Accuracy:
-        """The lowest known accuracy under attack."""
-        return min(self.attacked.values(), key=lambda accuracy: accuracy.share)
+    def lowest(self) -> Accuracy | None:
+        """The lowest known accuracy under attack; None if no attack was measured."""
+        return min(self.attacked.values(), key=lambda accuracy: accuracy.share, default=None)
 
     def __str__(self) -> str:
         return render(__package__, "card.txt.jinja", card=self)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from cuda_launches import CudaLaunches
 from small_models import accuracy
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ from purify_fast.evaluation.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry
-from purify_fast.ops.dispatch.racing import Launches
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -406,7 +406,7 @@ def test_what_a_head_finds_is_tried_on_the_defence(head):
 class Noting(nn.Module):
     """Notes what was launched before each of its calls, and how many images each asks about; it launches nothing."""
 
-    def __init__(self, launches: Launches):
+    def __init__(self, launches: CudaLaunches):
         super().__init__()
         self.launches, self.calls = launches, []
         self.weight = nn.Parameter(torch.randn(192, 10, generator=torch.Generator().manual_seed(0)))
@@ -424,7 +424,7 @@ def test_a_query_is_at_most_twelve_launches(norm, eps, give_up, monkeypatch):
     monkeypatch.setattr(registry.Op, "uses_reference", lambda *given: False)
     # no image is given up before the rounds that are counted
     monkeypatch.setattr(importlib.import_module("purify_fast.attacks.square"), "GIVEN_UP_AFTER", (1395,))
-    launches, x = Launches(), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    launches, x = CudaLaunches(), torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     model = Noting(launches)
     y = model(x).argmax(1)
     with launches:

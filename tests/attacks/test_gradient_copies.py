@@ -256,3 +256,38 @@ def test_the_copies_of_the_digits_models_serve(name):
     model, x = zoo.load(name), load_dataset("digits").x_test[:8].float() / 255
     made = copies.gradient_copy(model, x, "bfloat16")
     assert made is not model and isinstance(made, (InferenceCopy, Defence))
+
+
+class Returning(nn.Module):
+    """A network whose output is changed."""
+
+    def __init__(self, output):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.output = SmallCNN(SHAPE[0], 6, SHAPE[1:], width=4), output
+
+    def forward(self, x):
+        return self.output(self.net(x))
+
+
+def test_a_model_that_returns_an_object_with_logits_has_a_copy_that_returns_them():
+    x = torch.rand(8, *SHAPE)
+    plain, wrapped = (Returning(output).eval() for output in (lambda z: z, lambda z: {"logits": z}))
+    made, wanted = (copies.gradient_copy(model, x, "bfloat16") for model in (wrapped, plain))
+    assert isinstance(made, InferenceCopy) and isinstance(wanted, InferenceCopy) and torch.equal(made(x), wanted(x))
+
+
+@pytest.mark.parametrize("kept", [None, copies.GradientCopies()])
+def test_an_output_that_is_not_logits_is_refused(kept):
+    x = torch.rand(8, *SHAPE)
+    for output, error, message in (
+        (lambda z: z[:, :1], ValueError, r"a single number for each image, \[8, 1\]"),
+        (lambda z: (z, z), TypeError, r"If the logits are member 0, give lambda x: model\(x\)\[0\]"),
+    ):
+        with pytest.raises(error, match=message):
+            copies.gradient_copy(Returning(output).eval(), x, "bfloat16", kept)
+
+
+def test_the_error_of_a_model_itself_is_left_to_the_attack():
+    model = Returning(lambda z: z @ torch.zeros(3, 3)).eval()
+    assert copies.gradient_copy(model, torch.rand(8, *SHAPE), "bfloat16") is model

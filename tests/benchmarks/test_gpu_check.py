@@ -1,15 +1,18 @@
 """The check of a GPU, rehearsed on the CPU: sections, their limits and failures, what a second run does."""
 
+import functools
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forks import until
@@ -17,6 +20,7 @@ from forks import until
 from benchmarks import __main__ as program
 from benchmarks.gpu import gpu_check, gpu_sections
 from benchmarks.speed import limits, running, sheets, timing
+from benchmarks.speed.pipelines import pgd_forms
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.op import Call
@@ -40,13 +44,23 @@ def states(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_sections_run_once_and_again_after_a_change(tmp_path, capsys, forking):
-    arguments = ("--dry", "--out", str(tmp_path), "--only", "extension", "limits")
+    arguments = ("measured", "--rehearse", "--out", str(tmp_path), "--only", "captures", "limits")
     assert check(*arguments) == 0
-    assert states(tmp_path) == {"extension": "passed", "limits": "passed"}
+    assert states(tmp_path) == {"captures": "passed", "limits": "passed"}
     assert {row["limit"] for row in sheets.read_csv(tmp_path / limits.FILE)} == {limits.COPY, limits.PRODUCT}
-    assert "| extension | passed |" in capsys.readouterr().out
-    table = (tmp_path / "gpu_check.md").read_text()
-    assert "# Rehearsal on a CPU" in table and "| tests | not run |" in table
+    assert {row["captured"] for row in sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)} == {"False"}
+    said = capsys.readouterr().out
+    assert "| captures | passed |" in said
+    # the forecast comes from the seconds that a card took
+    whole = sum(one.card for one in gpu_check.SECTIONS.values() if one.call == "measured") + gpu_check.CLOSING[0]
+    assert f"about {whole:g} s on a card. The limit is 540 s on a card" in said
+    assert "| races | 30 | 110 | measured on an NVIDIA H200 |" in said
+    table = (tmp_path / "measured.md").read_text()
+    assert "# Rehearsal on a CPU" in table and "| races | not run |" in table
+    with tarfile.open(tmp_path / "measured.tar.xz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {limits.FILE, gpu_sections.CAPTURE_COST, "measured.md", "gpu_check/limits.json"} <= names
+    assert "gpu_check/limits.outcome" not in names
     paths = sorted((tmp_path / "gpu_check").glob("*.json"))
     before = [path.stat().st_mtime_ns for path in paths]
     assert check(*arguments) == 0
@@ -61,7 +75,7 @@ def test_sections_run_once_and_again_after_a_change(tmp_path, capsys, forking):
 def test_the_fingerprint_follows_the_sources(tmp_path, monkeypatch):
     first = gpu_sections.fingerprint(CPU, True)
     assert first == gpu_sections.fingerprint(CPU, True) != gpu_sections.fingerprint(CPU, False)
-    path = tmp_path / "extension.json"
+    path = tmp_path / "limits.json"
     path.write_text(json.dumps({"state": "passed", "fingerprint": first}))
     assert gpu_check.done(path, first) and gpu_check.done(tmp_path / "none.json", first) is None
     (tmp_path / "benchmarks").mkdir()
@@ -76,17 +90,74 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     def bad(context):
         raise ValueError("what went wrong")
 
-    sections = {"extension": (bad, 300.0), "limits": (lambda _: time.sleep(600), 5.0)}
-    sections["sanitizer"] = (lambda _: os._exit(3), 300.0)
+    sections = {"captures": (bad, 300.0), "limits": (lambda _: time.sleep(600), 7.0)}
+    sections["races"] = (lambda _: os._exit(3), 300.0)
     for name, (run, limit) in sections.items():
-        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("tests", run, (limit, limit)))
-    monkeypatch.setattr(gpu_check, "GRACE", (0.5, 0.5))
-    monkeypatch.setitem(gpu_check.TOTALS, "tests", (900, 900))
-    assert check("--dry", "--out", str(tmp_path), "--only", *sections) == 1
+        monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit), 1.0))
+    monkeypatch.setitem(gpu_check.CALLS, "measured", gpu_check.Call((900, 900), False))
+    assert check("measured", "--rehearse", "--out", str(tmp_path), "--only", *sections) == 1
     assert states(tmp_path) == dict.fromkeys(sections, "failed")
-    page = (tmp_path / "gpu_check.md").read_text()
+    page = (tmp_path / "measured.md").read_text()
     assert "ValueError: what went wrong" in page and "Traceback" in page
-    assert "after its limit of 5 s" in page and "exit status 3" in page
+    assert "was killed at its limit of 7 s" in page and "exit status 3" in page
+
+
+def _sleep(context) -> None:
+    """Stands for a section that does not end, and that has begun a process of its own."""
+    child = subprocess.Popen(["sleep", "3600"])
+    (context.out / f"{child.pid}.begun").touch()
+    time.sleep(3600)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@pytest.mark.parametrize("call", gpu_check.CALLS)
+def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatch, capsys, forking):
+    """Stand-ins that sleep: a section is killed at the end of the call's time, and what follows it is left out."""
+    for name, section in gpu_check.SECTIONS.items():
+        monkeypatch.setitem(gpu_check.SECTIONS, name, replace(section, run=_sleep, limits=(3600.0, 3600.0)))
+    whole = 25.0
+    monkeypatch.setitem(gpu_check.CALLS, call, gpu_check.CALLS[call]._replace(seconds=(whole, whole)))
+    # the last seconds of a call are those in which its results are packed
+    monkeypatch.setattr(gpu_check, "CLOSING", (10.0, 15.0))
+    began = time.monotonic()
+    assert check(call, "--rehearse", "--out", str(tmp_path)) == 1
+    assert 9.0 < time.monotonic() - began < whole
+    own = [name for name, section in gpu_check.SECTIONS.items() if section.call == call]
+    ran = own if gpu_check.CALLS[call].together else own[:1]
+    begun = [int(path.stem) for path in tmp_path.glob("*.begun")]
+    assert states(tmp_path) == dict.fromkeys(ran, "failed") and len(begun) == len(ran)
+    until(lambda: not any(map(alive, begun)))
+    said = capsys.readouterr().out
+    assert "was killed at its limit of" in said and (tmp_path / f"{call}.tar.xz").is_file()
+    assert said.count("left out, because the time limit of the call is reached") == len(own) - len(ran)
+
+
+def test_the_limits_of_the_calls():
+    """150 s and nine minutes on a card, by the measured seconds; both rehearsals end in less than four minutes."""
+    assert {name: call.seconds[0] for name, call in gpu_check.CALLS.items()} == {"correct": 150, "measured": 540}
+    assert sum(call.seconds[1] for call in gpu_check.CALLS.values()) < 240
+    for name, call in gpu_check.CALLS.items():
+        own = [section for section in gpu_check.SECTIONS.values() if section.call == name]
+        whole = (max if call.together else sum)(section.card for section in own)
+        assert whole + gpu_check.CLOSING[0] <= call.seconds[0]
+        for section in own:
+            assert section.card + gpu_check.GRACE[0] <= section.limits[0] <= call.seconds[0]
+    # what must not be missing comes before what may
+    order = [name for name, section in gpu_check.SECTIONS.items() if section.call == "measured"]
+    assert order[-1] == "pipelines" and order.index("standard") < order.index("autoattack")
+
+
+def test_an_archive_is_small_enough(tmp_path, monkeypatch):
+    """The largest files are left out, and named."""
+    monkeypatch.setattr(gpu_check, "MOST_BYTES", 300_000)
+    (tmp_path / "gpu_check" / "deeper").mkdir(parents=True)
+    files = {"races.json": 10_000, "gpu_check/tests.log": 200_000, "gpu_check/pgd.log": 500_000, "weights.bin": 10}
+    for name, size in (files | {"gpu_check/deeper/rows.json": 10}).items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    path, left_out = gpu_check.pack(tmp_path, "measured")
+    assert path.stat().st_size < 300_000 and left_out == ["gpu_check/pgd.log"]
+    with tarfile.open(path) as archive:
+        assert set(archive.getnames()) == {f"{tmp_path.name}/{name}" for name in ("races.json", "gpu_check/tests.log")}
 
 
 #: The second of three tests waits for a file, and says which process it is in.
@@ -127,7 +198,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-@pytest.mark.parametrize("section", ["replays", "tests"])
+@pytest.mark.parametrize("section", ["captures", "tests"])
 def test_what_is_killed_goes_on_where_it_was(section, tmp_path, monkeypatch, forking):
     """Killed in its second row or test: nothing of it lives on, and nothing is done twice."""
     out, place = tmp_path / "out", tmp_path / "tests"
@@ -135,24 +206,25 @@ def test_what_is_killed_goes_on_where_it_was(section, tmp_path, monkeypatch, for
     (place / "test_waiting.py").write_text(WAITING)
     (place / "conftest.py").write_text(OUTCOMES)
     monkeypatch.setattr(gpu_sections, "TESTS", (str(place),))
-    monkeypatch.setitem(gpu_check.TOTALS, "tests", (1900, 1900))
+    for call, it in gpu_check.CALLS.items():
+        monkeypatch.setitem(gpu_check.CALLS, call, it._replace(seconds=(1900, 1900)))
 
     def work(context):
         made = runpy.run_path(str(place / "test_waiting.py"))
         parts = {name: lambda run=run: run() or [{"of": 3}] for name, run in made.items() if name.startswith("test_")}
-        return gpu_sections.measured(context, "replays.csv", parts)
+        return gpu_sections.measured(context, "capture_cost.csv", parts)
 
     long = (900.0, 900.0)
-    sections = {"replays": gpu_sections.Section("ops", work, long, ("replays.csv",))}
+    sections = {"captures": gpu_sections.Section("measured", work, long, 1.0, ("capture_cost.csv",))}
     sections["tests"] = replace(gpu_sections.SECTIONS["tests"], limits=long)
     monkeypatch.setitem(gpu_sections.SECTIONS, section, sections[section])
 
     def lines() -> list[str]:
-        found = {"replays": out / "replays.csv", "tests": out / "gpu_check" / "tests.outcomes"}[section]
+        found = {"captures": out / "capture_cost.csv", "tests": out / "gpu_check" / "tests.outcomes"}[section]
         return [line for line in found.read_text().splitlines() if not line.startswith("part,")]
 
     def run() -> int:
-        return check("--dry", "--out", str(out), "--only", section)
+        return check("--rehearse", "--out", str(out), "--only", section)
 
     child = os.fork()
     if child == 0:
@@ -172,11 +244,18 @@ def test_what_is_killed_goes_on_where_it_was(section, tmp_path, monkeypatch, for
     assert lines()[:1] == before and len(set(lines())) == len(lines()) == 3
     assert states(out) == {section: "passed"}
     summary = json.loads((out / "gpu_check" / f"{section}.json").read_text())["summary"]
-    assert summary.startswith({"replays": "3 of 3 parts measured", "tests": "3 passed, 0 failed"}[section])
+    assert summary.startswith({"captures": "3 of 3 parts measured", "tests": "3 passed, 0 failed"}[section])
 
 
+#: The tools of a run with every op wait for each other, because they run side by side.
 TOOL = """#!/bin/sh
-case "$2" in
+tool=$2
+case "$*" in *"every op"*)
+    touch $HERE/$tool
+    for i in $(seq 600); do [ -e $HERE/memcheck ] && [ -e $HERE/racecheck ] && break; sleep 0.1; done
+    [ -e $HERE/memcheck ] && [ -e $HERE/racecheck ] || tool=alone ;;
+esac
+case "$tool" in
 memcheck) echo "========= ERROR SUMMARY: $ERRORS errors" ;;
 racecheck) echo "========= RACECHECK SUMMARY: $HAZARDS hazards displayed (0 errors, 0 warnings)" ;;
 esac
@@ -194,6 +273,7 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("ERRORS", errors)
     monkeypatch.setenv("HAZARDS", hazards)
+    monkeypatch.setenv("HERE", str(tmp_path))
     monkeypatch.setattr(gpu_sections, "EVERY_OP", ("-c", "print('every op')"))
     context = gpu_sections.Context(tmp_path, torch.device("cuda"), False, 60.0)
     outcome = gpu_sections.sanitizer(context)
@@ -201,6 +281,71 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
     assert (f"racecheck: RACECHECK SUMMARY: {hazards} hazards" in outcome.summary) == (state != "not available")
     rehearsed = gpu_sections.sanitizer(gpu_sections.Context(tmp_path, CPU, True, 60.0))
     assert rehearsed.state == "not available" and "needs a CUDA device" in rehearsed.summary
+
+
+@pytest.fixture
+def rehearsal(tmp_path):
+    (tmp_path / "gpu_check" / "standard").mkdir(parents=True)
+    return gpu_sections.Context(tmp_path, CPU, True, 600.0)
+
+
+def test_autoattack_is_compared_with_our_attacks(rehearsal, monkeypatch):
+    """What its contestant returns are the shares of wrong predictions, one an image."""
+    pytest.importorskip("pyautoattack", reason="no such package")
+    left = np.array([True, False, True, False])
+    np.savez(rehearsal.out / "gpu_check" / "standard" / "off.npz", clean=np.ones(4, bool), worst=left)
+    monkeypatch.setattr(
+        gpu_sections.contests, "official", lambda _: lambda subject, amount: torch.tensor([0.0, 1.0, 1.0, 0.0])
+    )
+    outcome = gpu_sections.autoattack(rehearsal)
+    assert outcome.state == "passed", outcome
+    (row,) = sheets.read_csv(rehearsal.out / gpu_sections.OFFICIAL)
+    assert (row["robust"], row["images"], row["other_than_off"]) == ("2", "4", "2")
+
+
+def test_without_autoattack_s_package_the_section_says_so(rehearsal, monkeypatch):
+    for package in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    outcome = gpu_sections.autoattack(rehearsal)
+    assert outcome.state == "not available" and "purify-fast[eval]" in outcome.summary
+
+
+FORMS = [name for name in pgd_forms.forms(1) if "compile" not in name]
+
+
+def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch, forking):
+    forms = pgd_forms.forms
+    monkeypatch.setattr(pgd_forms, "forms", lambda count: {name: forms(count)[name] for name in FORMS})
+    assert len(forms(1)) == 8
+    outcome = gpu_sections.forms_of_pgd(rehearsal)
+    assert outcome.state == "passed" and not outcome.left_out, outcome
+    rows = sheets.read_csv(rehearsal.out / gpu_sections.PGD)
+    assert [(row["form"], row["images"], row["verdict"]) for row in rows] == [(name, "8", "right") for name in FORMS]
+    for row in rows:
+        assert abs(float(row["images_per_s"]) * float(row["ms"]) / 8000 - 1) < 0.05
+    weak = functools.partial(pgd_forms.pgd, steps=2)
+    monkeypatch.setattr(pgd_forms, "pgd", lambda *a, steps, **how: weak(*a, **how))
+    (rehearsal.out / gpu_sections.PGD).unlink()
+    outcome = gpu_sections.forms_of_pgd(rehearsal)
+    assert outcome.state == "failed"
+    assert outcome.details["errors"] == {f"8 images, {name}": "wrong" for name in FORMS if "ours" in name}
+
+
+def test_the_longest_kernels_of_a_step_are_listed(rehearsal, monkeypatch):
+    for name in ("COMPILED", "EXPERT"):
+        # these would be compiled
+        monkeypatch.setattr(pgd_forms, name, FORMS[0])
+    outcome = gpu_sections.profiled(rehearsal)
+    assert outcome.state == "passed", outcome
+    rows = sheets.read_csv(rehearsal.out / gpu_sections.PROFILE)
+    for form in (FORMS[0], pgd_forms.CAPTURED):
+        own = [row for row in rows if row["form"] == form]
+        times = [float(row["us"]) for row in own]
+        assert 10 < len(own) <= gpu_sections.LONGEST and times == sorted(times, reverse=True)
+        assert [row["rank"] for row in own] == [str(rank) for rank in range(1, len(own) + 1)]
+        # a step has a convolution for each layer of the network
+        (convolution,) = [row for row in own if row["kernel"] == "aten::mkldnn_convolution"]
+        assert float(convolution["launches"]) == 4 and 0 < float(convolution["share"]) < 1
 
 
 def device_tests(*words: str, **environ: str) -> str:
@@ -271,25 +416,13 @@ def test_wrong_arguments_are_refused(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_names_the_rehearsal():
-    with pytest.raises(ValueError, match="no CUDA device is available: use --dry"):
+    with pytest.raises(ValueError, match="no CUDA device is available: use --rehearse"):
         program.main(["gpu_check"])
-
-
-def test_the_three_commands_hold_every_section_within_nine_minutes():
-    parts, known = [section.part for section in gpu_check.SECTIONS.values()], list(gpu_check.TOTALS)
-    assert set(parts) == set(known) and sorted(parts, key=known.index) == parts
-    # the five measurements come first
-    order = [name for name in gpu_check.SECTIONS if name not in ("extension", "limits")]
-    assert order[:6] == ["captures", "verdicts", "tests", "standard", "steps", "replays"]
-    for part in gpu_check.TOTALS:
-        own = [section for section in gpu_check.SECTIONS.values() if section.part == part]
-        assert sum(section.limits[0] + gpu_check.GRACE[0] for section in own) <= 540
-    assert {part: dry for part, (_, dry) in gpu_check.TOTALS.items()} == {"tests": 140, "ops": 95, "pipelines": 65}
 
 
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monkeypatch, capsys):
-    """The second command rehearsed, with the races of one op: nothing outside of the folder is written."""
+    """The races of one op rehearsed: nothing outside of the folder is written."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     kept = {name: op for name, op in REGISTRY.items() if name == "noisy_replay"}
     monkeypatch.setattr("purify_fast.ops.dispatch.racing.REGISTRY", kept)
@@ -309,6 +442,7 @@ def test_the_races_end_in_a_file_that_could_ship_and_in_a_chapter(tmp_path, monk
     raced = json.loads((out / "raced.json").read_text())["ops"]["noisy_replay"]["rows"]
     assert raced and all(row["reference_us"] > 0 < row["kernel_us"] for row in raced)
     before = {path: path.read_bytes() for path in (ROOT / "docs/performance.md", ROOT / "purify_fast/ops/races.json")}
+    assert gpu_check.conclude(tmp_path, True) == []
     assert [path.name for path in gpu_check.conclude(out, True)] == ["chapter.md", "races.json"]
     assert "| noisy_replay |" in (out / "chapter.md").read_text()
     (shipped,) = json.loads((out / "races.json").read_text())

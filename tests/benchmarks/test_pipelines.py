@@ -1,6 +1,8 @@
 """The pipelines' benchmark: contestants compute the same, rows and tables say what was measured."""
 
 import math
+import multiprocessing
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.speed import pipelines, race, sheets, timing
+from benchmarks.speed import pipelines, race, running, sheets, timing
 from benchmarks.speed.flops import flop_of
-from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, registry
+from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, registry
+from benchmarks.speed.pipelines.carso_inference import latents
 from purify_fast.ops import conv2d, use_backend
 from purify_fast.speed.precision import float32_settings
 
@@ -41,6 +44,24 @@ def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
     assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
     single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
     assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_samples_of_plain_carso_are_a_part_of_the_batch(enabled):
+    """Under vmap and autocast, a GPU refuses convolutions with a bias."""
+    made = carso_inference.defence(CPU, True)
+    model, x, z = carso_inference.Plain(made), carso_inference.images(4, made, CPU), latents(made, 4, CPU)
+    seen = []
+    model.made.classifier.register_forward_hook(
+        lambda _, args, out: seen.append((len(args[0]), torch._C._are_functorch_transforms_active()))
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
+        together, seen_together = model(x, z), seen.copy()
+        alone = [model(x, one[None]) for one in z]
+    # the first pass is that of the representation
+    assert seen_together == [(4, False), (8, False)]
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts), rtol=0, atol=0.05 if enabled else 1e-5)
 
 
 class _Commands:
@@ -137,7 +158,7 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
         def answer(self, command, seconds):
             return self.ask(command)
 
-        def ask(self, command):
+        def ask(self, command, seconds=math.inf):
             self.slower += command == "time"
             time = {"plain": 2.0, "ours": 1.0}[self.label] * self.slower
             result = answers[self.label].numpy()
@@ -155,3 +176,63 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("2500.00", "2.00", "0.100")
     assert right["peak_MB"] == "3" and wrong[1]["peak_MB"] == ""
     assert "wrong" in sheets.pipelines_markdown([{**row} for row in wrong])
+
+
+def _sleeping(device, quick):
+    time.sleep(600)
+
+
+def _broken(device, quick):
+    raise ValueError("what went wrong")
+
+
+def test_a_limit_covers_the_preparation(monkeypatch, capsys, forking):
+    """What is not ready in time, or cannot be made, is left out, unless the others are measured against it."""
+    makes = {"plain": _other, "broken": _broken, "not ready": _sleeping, "ours": _other}
+    case = Case("shape", 0.05, {label: Contestant(make, False) for label, make in makes.items()})
+    monkeypatch.setattr(race, "registry", lambda: {"p": lambda quick: {"c": case}})
+    began = time.monotonic()
+    rows = race.race("p", "c", case, CPU, True, 20.0)
+    assert 20 * 2 / 3 < time.monotonic() - began < 60
+    assert {row["contestant"]: row["verdict"] for row in rows} == {
+        "plain": "right",
+        "not ready": "left out",
+        "broken": "failed",
+        "ours": "right",
+    }
+    assert "p c, broken: " in (said := capsys.readouterr().err) and "what went wrong" in said
+    case = Case("shape", 0.05, case.contestants | {"ours": Contestant(_sleeping, False)})
+    with pytest.raises(TimeoutError, match="'result' of a compared implementation was not finished in time"):
+        race.race("p", "c", case, CPU, True, 1.0)
+    assert not multiprocessing.active_children()
+
+
+def test_compiled_plain_forms_come_in_a_second_run(tmp_path, monkeypatch):
+    """First all cases without them, in equal shares of the time; then cases with them, as far as time goes."""
+    contestants = dict.fromkeys(("plain", "torch.compile of plain", "ours"), Contestant(_other, False))
+    few = {name: lambda quick: {"c": Case("shape", 0.05, contestants)} for name in "ab"}
+    monkeypatch.setattr(pipelines, "registry", lambda: few)
+    raced: list[tuple] = []
+
+    def fake(pipeline, name, case, device, quick, limit):
+        raced.append((pipeline, list(case.contestants), round(limit)))
+        if pipeline == "b" and len(case.contestants) == 3:
+            raise TimeoutError("not ready")
+        return [
+            {"pipeline": pipeline, "case": name, "contestant": label, "verdict": "right"} for label in case.contestants
+        ]
+
+    monkeypatch.setattr(race, "race", fake)
+    monkeypatch.setattr(sheets, "report", lambda folder: None)
+    lean = ["plain", "ours"]
+    for compiled, limits, left_out in ((False, [150, 300], []), (True, [300, 300], ["b c: not ready"])):
+        budget = running.Budget(300.0, resume=True, failed={})
+        running.run_pipelines(["a", "b"], CPU, True, tmp_path, budget, compiled)
+        wanted = list(contestants) if compiled else lean
+        assert raced[-2:] == [(name, wanted, limit) for name, limit in zip("ab", limits, strict=True)]
+        assert budget.left_out == left_out and not budget.failed
+    rows = sheets.read_csv(tmp_path / sheets.PIPELINES)
+    # the race that failed has not taken away what an earlier race had found
+    assert [row["pipeline"] for row in rows] == ["b", "b", "a", "a", "a"]
+    running.run_pipelines(["a", "b"], CPU, True, tmp_path, running.Budget(30.0, resume=True, failed={}), False)
+    assert len(raced) == 4

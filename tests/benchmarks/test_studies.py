@@ -263,7 +263,7 @@ def test_arrest_on_mnist_end_to_end(quick):
 
 
 def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
-    cases = {"big": None, "small": None}
+    cases = dict.fromkeys(("big", "small"), pipelines.Case("", 0.0, {"plain": None}))
     monkeypatch.setattr(pipelines, "registry", lambda: dict.fromkeys(("one", "two"), lambda quick: cases))
     monkeypatch.setattr(sheets, "report", lambda out: None)
     milliseconds = iter("11112")

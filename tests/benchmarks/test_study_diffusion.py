@@ -1,4 +1,4 @@
-"""The study of diffusion purifiers: the jobs that the tables need, their chain, and what the tables say of them."""
+"""The study of diffusion purifiers: the jobs that the tables need, and what the tables say of them."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.robustness.studies import RESULT, run
 from benchmarks.robustness.studies.diffusion import (
-    CLASSIFIER,
+    ALONE,
     GROUPS,
     Diffusion,
     difference,
@@ -36,17 +36,15 @@ def jobs_of(dataset, amount="default"):
     return [job for job in Diffusion().jobs(chosen(amount)) if job.settings["dataset"] == dataset]
 
 
-def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
+def test_each_model_meets_its_groups_of_attacks_and_the_fastest_come_first():
     jobs, groups = jobs_of("digits"), {}
     for job in jobs:
-        assert (job.settings["budget"].images, job.settings["budget"].strong_images) == (40, 20)
+        assert (job.settings["budget"].images, job.settings["budget"].autoattack_images) == (40, 20)
         if job.settings["process"] is None:
             groups.setdefault(job.settings["model"], set()).add(job.settings["group"])
-        if job.settings["group"] == "strong":
-            assert job.needs == (f"{job.settings['model']} exact",)
     purifiers = ("digits-diffpure", "digits-diffpure-at", "digits-consistency-at")
     assert all(groups[name] == set(GROUPS) for name in purifiers)
-    assert groups["digits-standard"] == groups["digits-pgd-at"] == set(CLASSIFIER)
+    assert groups["digits-standard"] == groups["digits-pgd-at"] == set(ALONE)
     assert groups["digits-carso-pipeline"] == groups["digits-atop-pipeline"] == {"exact"}
     assert {job.settings["model"] for job in jobs} <= set(zoo.list())
     order = [GROUPS.index(job.settings["group"]) for job in jobs]
@@ -54,9 +52,9 @@ def test_each_model_meets_its_groups_of_attacks_and_the_chain_comes_last():
     colour = {job.settings["model"]: job.settings.get("first") for job in jobs_of("cifar10")}
     assert colour["cifar10-carso-pipeline-w16"] == 20 and colour["cifar10-diffpure-w16"] is None
     usual = jobs_of("cifar10")[0].settings["budget"]
-    assert (usual.images, usual.strong_images, usual.steps, usual.eot, usual.draws) == (100, 10, 200, 20, 10)
+    assert (usual.images, usual.autoattack_images, usual.steps, usual.eot, usual.draws) == (100, 10, 200, 20, 10)
     quick = jobs_of("cifar10", "quick")[0].settings["budget"]
-    assert (quick.images, quick.strong_images) == (6, 3)
+    assert (quick.images, quick.autoattack_images) == (6, 3)
 
 
 def test_the_committed_rows_are_those_of_the_command():
@@ -87,9 +85,9 @@ def test_an_attack_in_bfloat16_leaves_the_model_as_it_is_and_lowers_its_accuracy
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no image:UserWarning")
-def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(tmp_path, forking):
+def test_rows_are_there_as_soon_as_they_are_made(tmp_path, forking):
     study, asked = Diffusion(), chosen("quick")
-    names = ("digits-diffpure exact", "digits-diffpure fixed", "digits-diffpure strong", "digits-diffpure authors")
+    names = ("digits-diffpure exact", "digits-diffpure fixed", "digits-diffpure authors")
     jobs = [job for job in study.jobs(asked) if job.name in names]
     seen = []
 
@@ -98,13 +96,11 @@ def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(t
         seen.append(len(rows_of(tmp_path / "results")))
 
     results = run(jobs, tmp_path / "runs", 1, after_each)
-    assert seen == [1, 2, 3, 4]
-    exact, fixed, authors, strong = results
+    assert seen == [1, 2, 3]
+    exact, fixed, authors = results
     assert all(len(bits) == 6 for bits in (*exact["clean"]["draws"], exact["attacked"]["vote"]))
     assert len(exact["attacked"]["draws"]) == 2 and len(fixed["attacked"]["draws"]) == 1
     assert [row["kind"] for row in authors["rows"]] == ["authors"] * 2
-    before = "".join(str(int(all(draw[i] == "1" for draw in exact["attacked"]["draws"]))) for i in range(3))
-    assert strong["before"] == before and all(a <= b for a, b in zip(strong["after"], before, strict=True))
     # with the runs gone, the results' file says what is done
     study.begin(tmp_path / "again", tmp_path / "results", asked)
     assert all(job.done(tmp_path / "again") for job in jobs)
@@ -116,10 +112,9 @@ def test_the_chain_only_takes_away_and_rows_are_there_as_soon_as_they_are_made(t
 def test_the_tables_say_what_the_jobs_found(tmp_path):
     study, asked = Diffusion(), chosen()
     clean = {"draws": ["1111", "1110"], "vote": "1111"}
-    row = {"attack": "as somebody", "kind": "authors", "robust": "1110", "mean": 0.75, "n": 4}
+    row = {"attack": "as somebody", "kind": "authors", "robust": "1110", "n": 4}
     groups = {
         "exact": {"clean": clean, "attacked": {"draws": ["1100", "1000"], "vote": "1100"}},
-        "strong": {"before": "1000", "after": "0000"},
         "fixed": {"attacked": {"draws": ["0000"], "vote": "0000"}},
         "authors": {"rows": [row]},
     }
@@ -128,8 +123,6 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
         if s["model"] == "digits-atop-pipeline":
             continue
         facts = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")} | groups[s["group"]]
-        if job.name == "digits-pgd-at strong":
-            facts |= {"after": "1011"}
         few = s["model"] == "digits-carso-pipeline"
         found = facts | {"name": job.name, "images": 2 if few else 4, "cpu_seconds": 8.0}
         job.folder(tmp_path).mkdir(parents=True)
@@ -144,8 +137,6 @@ def test_the_tables_say_what_the_jobs_found(tmp_path):
     start = "PGD-200, EOT 20, exact: "
     rules = ("one draw", "mean of the draws", "every draw right", "majority", "one draw, fixed and known")
     assert [told[start + rule].split(" ")[0] for rule in rules] == ["50.0", "37.5", "25.0", "50.0", "0.0"]
-    assert told["PGD-200, then `strong`: every draw right"] == "0.0 ± 0.0 (4)"
-    assert told["PGD-200, then `strong`: every draw right, minus `digits-pgd-at` alone"].startswith("-75.0 ± 21.7")
     # the mean of its draws is right in 1, 1/2, 0, 0 of four images, as that of the classifier is
     assert told[f"{start}mean, minus `digits-pgd-at` alone"] == "+0.0 ± 0.0"
     assert told["CPU seconds of PGD-200 per image"] == "2.0" and len(split[0]) == 7

@@ -1,5 +1,6 @@
 """Data that are damaged, too large, elsewhere, or change under a run."""
 
+import copy
 import io
 import os
 import shutil
@@ -172,17 +173,70 @@ class Odd(torch.nn.Module):
 
     def forward(self, x):
         logits = self.net(x)
-        return {"object": Answer(logits), "dict": {"logits": logits}, "flat": logits.flatten()}[self.how]
+        outputs = {"object": Answer(logits), "dict": {"logits": logits}, "flat": logits.flatten()}
+        return (outputs | {"squeeze": logits.squeeze()})[self.how]
 
 
 @pytest.mark.parametrize(
     ("how", "text"),
-    [("object", r"Answer for B = 1: wrap it .*\.logits"), ("dict", "a dict for B = 1"), ("flat", r"\[2\] for B = 1")],
+    [
+        ("object", r"Answer for B = 2: wrap it .*\.logits"),
+        ("dict", "a dict for B = 2"),
+        ("flat", r"\[4\] for B = 2"),
+        ("squeeze", r"\[2\] for B = 1"),
+    ],
 )
 def test_a_model_whose_output_is_no_tensor_of_logits(how, text):
     x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
-    with pytest.raises(ValueError, match=rf"must map images \[B, 3, 8, 8\] to logits \[B, C\], .*{text}"):
-        fit(ClassifierTask(Odd(how), ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
+    for images, labels in ((x, y), ([(x, y)], None)):
+        with pytest.raises(ValueError, match=rf"must map images \[B, 3, 8, 8\] to logits \[B, C\], .*{text}"):
+            fit(ClassifierTask(Odd(how), ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
+
+
+def test_weights_that_cannot_be_trained_are_refused_before_the_first_step():
+    """The weights of `.half()`, those made in inference mode, and those of an exported module."""
+    x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
+    net = SmallCNN(3, 2, (8, 8), 2)
+    with torch.inference_mode():
+        frozen = SmallCNN(3, 2, (8, 8), 2)
+    made = {
+        r"weights must be float32, got torch.float16: give model.float\(\)\. .*\(Input type": copy.deepcopy(net).half(),
+        r"weights must be float32, got torch.bfloat16": copy.deepcopy(net).bfloat16(),
+        r"weights must be float32, got torch.float64": copy.deepcopy(net).double(),
+        r"refuses eval\(\) .*: train the module from which it was exported": torch.export.export(
+            net.eval(), (x.float(),), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=99)},)
+        ).module(),
+        r"made within torch.inference_mode\(\), .* give copy.deepcopy\(model\)": frozen,
+    }
+    for message, model in made.items():
+        for images, labels in ((x, y), ([(x, y)], None)):
+            with pytest.raises(ValueError, match=message):
+                fit(ClassifierTask(model, ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
+    fit(ClassifierTask(copy.deepcopy(frozen), ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
+    # its weights are cast by autocast
+    rounded = ClassifierConfig(precision="bfloat16")
+    fit(ClassifierTask(copy.deepcopy(net).bfloat16(), rounded), x, y, FitConfig(1, 4), progress=False)
+    # a model that converts its images itself
+    double = torch.nn.Sequential(ToDouble(), copy.deepcopy(net).double())
+    fit(ClassifierTask(double, ClassifierConfig()), x, y, FitConfig(1, 4), progress=False)
+
+
+class ToDouble(torch.nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+def test_values_outside_of_0_to_1_by_rounding_are_clamped():
+    """A loader's images that were normalized and brought back train as the images themselves."""
+    x, y = torch.linspace(0, 1, 8 * 3 * 64).view(8, 3, 8, 8), torch.arange(8) % 2
+    ended = []
+    for images in (x + 5e-5, (x + 5e-5).clamp(0, 1)):
+        model = task()
+        fit(model, [(images, y), (images, y)], None, FitConfig(1), progress=False)
+        ended.append(model.model.state_dict())
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+    with pytest.raises(ValueError, match=r"got values in \[0.0002, 1.0002\]; if a resize .* x.clamp\(0, 1\)"):
+        fit(task(), [(x + 2e-4, y)], None, FitConfig(1), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,14 @@ def test_files_of_the_repository_are_pages_with_links_of_the_site(tmp_path):
     place.parent.mkdir()
     for name in ("CONTRIBUTING", "CHANGELOG"):
         (tmp_path / f"{name}.md").write_text("[a](docs/extend.md) [b](CHANGELOG.md)\n")
-    (tmp_path / "benchmarks" / "results" / "cpu").mkdir(parents=True)
     for name in api_pages.RESULTS:
-        (tmp_path / f"{name}.md").write_text("# Rows\n")
+        (tmp_path / f"{name}.md").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.md").write_text(f"# Rows of {name}\n")
     api_pages.write_project(place)
     assert (place / "contributing.md").read_text() == "[a](../extend.md) [b](changelog.md)\n"
-    assert (place / "ops.md").read_text().endswith("# Rows\n")
+    # each device has a page of its own
+    for page in ("cpu-ops", "cpu-pipelines", "nvidia-h200-pipelines", "soak"):
+        assert (place / f"{page}.md").read_text().endswith(f"/{page.replace('cpu-', 'cpu/').replace('200-', '200/')}\n")
 
 
 def test_markup_in_docstrings_is_escaped_outside_of_code():

@@ -57,6 +57,8 @@ def test_long_lines_are_broken_where_nothing_changes_its_meaning():
     assert all(line in broken.split("\n") for line in (f"| {words} |", words, f"## {words}"))
     assert broken.split() == text.split() and not re.search(r"^- (?!word word)", broken, re.M)
     assert wrapped(broken) == broken
+    # bold words begin no list item
+    assert "\nword" in wrapped(f"**Bold** {words}")
 
 
 @pytest.mark.parametrize("page", fill.every_page(), ids=lambda page: page.name)
@@ -67,10 +69,10 @@ def test_no_line_of_prose_is_long(page):
 
 
 def test_values_are_read_from_the_studies():
-    names = ("carso_mnist/CARSO pipeline/worst", "carso_digits/base/autoattack")
+    names = ("carso_mnist/CARSO pipeline/worst, deterministic", "carso_digits/base/autoattack")
     text = "keeps " + " % of ".join(f"<!-- value: {name} -->1.0<!-- end -->" for name in names)
     filled, missing = fill.filled(text, RESULTS)
-    assert "-->77.9<!-- end -->" in filled and "-->30.3<!-- end -->" in filled and not missing
+    assert "-->78.6<!-- end -->" in filled and "-->30.3<!-- end -->" in filled and not missing
     with pytest.raises(ValueError, match=r"carso_mnist/CARSO pipeline/such attack .*report.json"):
         fill.filled("<!-- value: carso_mnist/CARSO pipeline/such attack --><!-- end -->", RESULTS)
     speed, _ = fill.filled("<!-- value: cpu/carso_inference, prediction/ours --><!-- end -->", RESULTS)

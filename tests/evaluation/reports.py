@@ -12,12 +12,18 @@ MASKED = HEALTHY | {"zero": 99}
 def row(attack="PGD", robust=(1, 0, 1, 1), **more):
     """The row of an attack with these outcomes, image by image."""
     robust = np.array(robust, dtype=bool)
-    share = float(robust.mean()) if len(robust) else 0.0
-    values = {"model": "m", "kind": "pgd", "variant": "random", "health": HEALTHY, "mean": share, "worst": share}
+    values = {"model": "m", "kind": "pgd", "variant": "random", "health": HEALTHY}
     values |= {"n_eval": 1, "seed": 3, "seconds": 1.5, "data": "d", "reliable": more.get("health") is not MASKED}
     values |= {"deterministic": False, "attacked": len(robust), "settings": {"target": "defence"}}
     more |= {"settings": {"target": "defence"} | more.get("settings", {})}
     return Row(attack=attack, robust=robust, **values | more)
+
+
+def drawn(attack, right, wrong, n_eval=5, margins=None, **more):
+    """The row of a random model: right judging draws of each image, and wrong choosing draws of ten."""
+    right, wrong = np.array(right), np.array(wrong) / 10
+    margins = np.array(1 - 2 * wrong if margins is None else margins)
+    return row(attack, right == n_eval, n_eval=n_eval, right=right, wrong=wrong, margins=margins, **more)
 
 
 def forms(report):

@@ -4,6 +4,7 @@ import html
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
@@ -301,17 +302,17 @@ def test_the_fast_protocol_notices_it_too(model, alarm, row):
     assert_marked(evaluate(model(), x[:n], y[:n], eps=EPS, protocol="fast", steps=30, progress=False), alarm, row)
 
 
-def test_where_the_probes_take_all_that_was_left_the_number_is_0():
-    """The headline counts what fell to a probe: nothing is left to doubt, and the sign is noted."""
+def test_the_points_of_probes_count_by_draws_of_their_own():
+    """The headline counts what fell to a probe, at the draws that judge its points."""
     report = judged(NoisyLogits())
     assert verdicts(report)["noise and seeds"] == ("noted", "probe: gradients over 16 draws")
-    worst, attacked = report.row("worst"), [each.robust for each in report.rows if each.is_attack]
-    assert worst.accuracy == 0 and worst.reliable
-    assert worst.fell_to_probes == sum(map(all, zip(*attacked, strict=True))) > 0
+    worst, attacked = report.row("worst"), [each for each in report.rows if each.is_attack]
+    assert worst.fell_to_probes > 0 and worst.mean < min(each.mean for each in attacked)
+    assert all((worst.wrong >= each.wrong).all() for each in attacked)
 
 
 def test_a_large_scale_of_the_logits_hides_nothing():
-    """The cross-entropy of float32 has no gradient then; the attacks whose loss has no scale find the same."""
+    """The cross-entropy of float32 would have no gradient then; computed exactly, it has the right one."""
     _, _, x, y = digits()
     attacks = [APGD(steps=25), APGD(loss="dlr_targeted", steps=30)]
     plain, large = (
@@ -319,7 +320,9 @@ def test_a_large_scale_of_the_logits_hides_nothing():
         for model in (standard(), Around(lambda self, x: 1e4 * self.net(x)))
     )
     assert large.headline.accuracy <= plain.headline.accuracy + 0.03 and large.headline.reliable
-    assert verdicts(large)["gradient health"] == ("noted", "APGD-25 ce")
+    assert verdicts(large)["gradient health"] == ("passed", "")
+    rows = [[row.accuracy for row in report.rows if row.is_attack] for report in (plain, large)]
+    assert np.abs(np.subtract(*rows)).max() < 0.07, rows
 
 
 def test_a_model_that_guesses_is_told_beside_the_number():

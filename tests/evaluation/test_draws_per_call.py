@@ -229,3 +229,41 @@ def test_a_pair_of_networks_is_seen_to_be_random(batch):
     for seed in range(6):
         report = evaluate(Switch(*nets()[:2]), x, y, eps=0.1, attacks=[PGD(steps=1)], seed=seed, progress=False)
         assert not report.rows[0].deterministic and report.rows[0].n_eval == 5
+
+
+class RarelyTurned(nn.Module):
+    """Each image's logits are turned around in a share of its draws, or all images' together."""
+
+    def __init__(self, share, together=False):
+        super().__init__()
+        self.share, self.together = share, together
+
+    def forward(self, x):
+        z = (x.flatten(1).mean(1) - 0.5) * 20
+        turned = torch.rand(1 if self.together else len(x), 1) < self.share
+        return torch.stack([-z, z], 1) * torch.where(turned, -1.0, 1.0)
+
+
+def test_rare_draws_of_each_image_are_not_taken_for_draws_of_a_call():
+    """The copies of an image in a call were equal, because its draws rarely differ, and another call differed."""
+    x = torch.rand(6, 1, 4, 4)
+    for share in (0.5, 0.1, 0.03):
+        for images, draws, most in ((6, 20, None), (1, 20, None), (6, 20, 2), (1, 2, None)):
+            mistaken = together = 0
+            for seed in range(30):
+                torch.manual_seed(seed)
+                mistaken += drawn_once_per_call(RarelyTurned(share), x[:images], draws, most)
+                together += drawn_once_per_call(RarelyTurned(share, together=True), x[:images], draws, most)
+            assert mistaken <= 1, (share, images, draws, most)
+            # eight calls show a rare draw of a call now and then only
+            assert together >= {0.5: 28, 0.1: 10, 0.03: 2}[share], (share, images, draws, most)
+
+
+def test_the_note_on_calls_is_not_made_for_rare_draws():
+    y = torch.arange(40) % 2
+    x = (0.2 + 0.6 * y.float())[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+    for seed in range(6):
+        options = {"eps": 0.01, "attacks": [PGD(steps=1)], "seed": seed, "progress": False}
+        assert not evaluate(RarelyTurned(0.1), x, y, **options).notes
+        (note,) = evaluate(RarelyTurned(0.5, together=True), x, y, **options).notes
+        assert "draws its randomness once per call" in note

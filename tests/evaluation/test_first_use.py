@@ -1,5 +1,6 @@
 """A new user's first mistakes: inputs of the wrong form, a radius of 0, probabilities, training mode."""
 
+import copy
 import functools
 import time
 import warnings
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import purify_fast
 from purify_fast.attacks import PGD
+from purify_fast.evaluation import EvaluateConfig
 from purify_fast.evaluation.subject import notes_of_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,8 +38,8 @@ def trio():
         (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
         (lambda x, y: (x, y.tolist()), TypeError, r"y must be .*, got list: torch.as_tensor\(y\) makes"),
         (lambda x, y: (list(x), y), TypeError, r"x must be .*, got list: torch.stack\(x\) makes a tensor"),
-        (lambda x, y: (2 * x.double().numpy(), y), ValueError, r"x must be in \[0, 1\].*, got values from 0.* to 2"),
-        (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
+        (lambda x, y: (2 * x.double().numpy(), y), ValueError, r"x must be in \[0, 1\].* values from 0.* to 1\.99\d*$"),
+        (lambda x, y: ((255 * x).numpy(), y), ValueError, r"got values from .* to 25\S*; x is in 0..255: divide by"),
         (lambda x, y: (x.numpy().astype(object), y), TypeError, r"x must be a torch.Tensor or a NumPy array, got nu"),
         (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
         (
@@ -58,9 +60,20 @@ def trio():
         (
             lambda x, y: (5 * x - 2, y),
             ValueError,
-            r"values from -2 to 3; if the images are normalized, .* x \* std \+ mean",
+            r"values from -1\.9\d* to 2\.9\d*; if the images are normalized, .* x \* std \+ mean",
         ),
-        (lambda x, y: (255 * x, y), ValueError, r"got values from .* to 25\d; x is in 0..255: divide by 255"),
+        (
+            lambda x, y: (x - 0.5, y),
+            ValueError,
+            r"got values from -0.\d* to 0.\d*; if the images are normalized, give x \* std",
+        ),
+        (
+            lambda x, y: (1.04 * x - 0.02, y),
+            ValueError,
+            r"got values from -0.0\d* to 1.0\d*; if a resize has moved values out of \[0, 1\], give x.clamp\(0, 1\)",
+        ),
+        (lambda x, y: (x / x.max() + 2e-4, y), ValueError, r"got values from 0.0\d* to 1.000\d; if a resize has"),
+        (lambda x, y: (255 * x, y), ValueError, r"got values from .* to 25\S*; x is in 0..255: divide by 255"),
         (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got 1260 values that are"),
         (
             lambda x, y: (x.permute(0, 2, 3, 1), y),
@@ -107,6 +120,22 @@ def test_loaders_and_iterables_give_the_same_report(trio):
     whole = evaluate(model, levels, y, **QUIET)
     parts = evaluate(model, DataLoader(TensorDataset(levels, y), batch_size=4), **QUIET)
     assert [row.data for row in whole.rows] == [row.data for row in parts.rows]
+
+
+def test_values_outside_by_rounding_are_clamped_and_noted(trio):
+    """As those of images that were normalized and brought back, which the error for normalized images advises."""
+    model, x, y = trio
+    x = (x - x.min()) / (x.max() - x.min())
+    plain = evaluate(model, x, y, **QUIET)
+    assert not any("rounding" in note for note in plain.notes)
+    back = (x - 0.4465) / 0.2010 * 0.2010 + 0.4465
+    back[:, 0, 0, 0] = torch.tensor([-9e-5, 1 + 9e-5]).repeat(5)
+    whole = evaluate(model, back.clamp(0, 1), y, **QUIET)
+    for images, labels in ((back, y), (back.numpy(), y), ([(back[:4], y[:4]), (back[4:], y[4:])], None)):
+        report = evaluate(model, images, labels, **QUIET)
+        assert [row.data for row in report.rows] == [row.data for row in whole.rows]
+        note = "values of the images outside [0, 1] by rounding, by at most 9e-05, were clamped"
+        assert report.notes[0] == note and note in " ".join(report.to_text().split())
 
 
 @pytest.mark.parametrize("of_images", ["double", "numpy", "read only", "big endian", "reversed"])
@@ -184,14 +213,14 @@ def test_images_of_another_shape_are_named_with_what_the_model_takes():
     [
         (
             lambda z: z.argmax(1),
-            r"one whole number for each image, torch.int64 \[1\], .* looks like the class",
+            r"one whole number for each image, torch.int64 \[8\], .* looks like the class",
         ),
-        (lambda z: z.argmax(1, keepdim=True), r"one whole number .*, torch.int64 \[1, 1\]"),
-        (lambda z: z.argmax(1).float(), r"one whole number .*, torch.float32 \[1\].*without argmax"),
-        (lambda z: (z > -9).long(), r"must return logits in floating point, got torch.int64 \[1, 4\]: .*output.float"),
+        (lambda z: z.argmax(1, keepdim=True), r"one whole number .*, torch.int64 \[8, 1\]"),
+        (lambda z: z.argmax(1).float(), r"one whole number .*, torch.float32 \[8\].*without argmax"),
+        (lambda z: (z > -9).long(), r"must return logits in floating point, got torch.int64 \[8, 4\]: .*output.float"),
         (
             lambda z: nn.functional.one_hot(z.argmax(1), 4),
-            r"returns one-hot rows .*: return the logits \[B, classes\] .* floating point, got torch.int64 \[1, 4\]",
+            r"returns one-hot rows .*: return the logits \[B, classes\] .* floating point, got torch.int64 \[8, 4\]",
         ),
         (lambda z: z.amax(1) + 0.123, "a single number for each image"),
     ],
@@ -213,6 +242,116 @@ def test_a_radius_of_0_is_refused(trio):
     with pytest.raises(ValueError, match="eps must be above 0"):
         evaluate(*trio, eps=0, protocol="fast")
     assert evaluate(*trio, eps=0, attacks=[], progress=False).attacks == ["clean"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* two images, got 12: is 12/255 meant\?"),
+        ({"eps": 128, "norm": "l1"}, r"eps must be at most 126 for l1, .* got 128: is 128/255 meant\?"),
+        ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
+        ({"norm": "l2", "attacks": [PGD(eps=12)]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
+        ({"norm": "l2", "curve": (12.0,)}, r"curve must be radii above 0 and at most 11.2\d*, got 12"),
+        ({"curve": 0.05}, r"curve must be a tuple of radii, got 0.05: write a single radius as \(0.05,\)"),
+        ({"curve": "0.05"}, "curve must be a tuple of radii, got '0.05'"),
+    ],
+    ids=str,
+)
+def test_a_ball_that_contains_every_image_is_asked_about(trio, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*trio, **QUIET | options)
+
+
+def test_the_largest_ball_is_allowed(trio):
+    assert evaluate(*trio, **QUIET | {"eps": 126, "norm": "l1"}).row("worst").n == 10
+
+
+def test_protocol_batch_size_and_seed_are_arguments_too(trio):
+    """They give the report of the config, and are refused if the config sets them too."""
+    model, x, y = trio
+    by_config = EvaluateConfig("fast", steps=3, batch_size=4, seed=2, probes=False)
+    wanted = purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False)
+    config = EvaluateConfig(steps=3, probes=False)
+    arguments = {"protocol": "fast", "batch_size": 4, "seed": 2}
+    report = purify_fast.evaluate(model, x, y, eps=0.01, config=config, progress=False, **arguments)
+    assert report.about == wanted.about and report.about["seed"] == "2" and report.attacks == wanted.attacks
+    assert [row.settings for row in report.rows] == [row.settings for row in wanted.rows]
+    for name, value in arguments.items():
+        with pytest.raises(ValueError, match=rf"^{name} is given twice, .* {name}={value!r} .*EvaluateConfig\({name}="):
+            purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False, **{name: value})
+    with pytest.raises(ValueError, match=r"protocol must be one of .*, got 'quick'"):
+        purify_fast.evaluate(model, x, y, eps=0.01, protocol="quick")
+    with pytest.raises(ValueError, match="protocol and attacks exclude each other"):
+        purify_fast.evaluate(model, x, y, protocol="fast", **QUIET)
+
+
+# -- models that do not accept every batch --------------------------------------------------------------------------
+
+
+def squeezed(net):
+    return lambda x: net(x).squeeze()
+
+
+def transposed(net):
+    return lambda x: net(x).T
+
+
+def of_ten(net):
+    return lambda x: net(x.reshape(10, 3, 6, 7))
+
+
+def of_eight(net):
+    return lambda x: net(x.reshape(8, 3, 6, 7))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (squeezed, r"got \[4\] for 1 image: does it squeeze the batch\? Use flatten\(1\)"),
+        (transposed, r"got \[4, 8\] for 8 images: are they transposed\? Return logits.T"),
+        (of_ten, r"runs on 10 images, but fails on 8 images .* as in x.reshape\(10, -1\), write x.flatten\(1\)"),
+        (of_eight, r"runs on 8 images, but fails on 1 image .* as in x.reshape\(8, -1\), write x.flatten\(1\)"),
+    ],
+)
+def test_a_model_that_fails_on_some_batches_is_told_why(trio, make, message):
+    model, x, y = trio
+    with pytest.raises(ValueError, match=message):
+        evaluate(make(model), x, y, **QUIET)
+    if make is squeezed:
+        # a single image does not change the reason
+        with pytest.raises(ValueError, match=message):
+            evaluate(make(model), x[:1], y[:1], **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_get_images_of_this_dtype(trio, dtype):
+    model, x, y = trio
+    other = copy.deepcopy(model).to(dtype)
+    report = evaluate(other, x, y, **QUIET)
+    by_hand = evaluate(lambda z: other(z.to(dtype)).to(torch.promote_types(dtype, torch.float32)), x, y, **QUIET)
+    for row, wanted in zip(report.rows, by_hand.rows, strict=True):
+        assert row.attack == wanted.attack and np.array_equal(row.robust, wanted.robust)
+        assert row.margins is None or np.array_equal(row.margins, wanted.margins)
+    note = f"the weights of defence are {dtype}, so its images were converted to this dtype"
+    assert note in report.notes and note not in by_hand.notes
+
+
+def test_an_exported_module_is_judged_as_the_module(trio):
+    """It has no eval()."""
+    model, x, y = trio
+    dynamic = ({0: torch.export.Dim("b", min=1, max=999)},)
+    exported = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
+    settings = {"eps": 0.02, "protocol": "fast", "steps": 5, "progress": False}
+    report, wanted = (evaluate(each, x, y, **settings) for each in (exported, model))
+    assert report.attacks == wanted.attacks and report.headline.reliable == wanted.headline.reliable
+    assert all(np.array_equal(*(one.robust for one in rows)) for rows in zip(report.rows, wanted.rows, strict=True))
+    static = torch.export.export(model, (x,)).module()
+    small = torch.export.export(model, (x[:8],), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=8)},)).module()
+    for limited, numbers in ((static, "10 images, but fails on 8 images"), (small, "1 image, but fails on 10 images")):
+        with pytest.raises(ValueError, match=rf"runs on {numbers} .*: export it with a dynamic batch size"):
+            evaluate(limited, x, y, **QUIET)
+    with pytest.raises(ValueError, match=r"weights are torch\.float16, but the images are torch\.float32"):
+        evaluate(model, x, y, eps=0.1, protocol="fast", base=copy.deepcopy(model).half(), progress=False)
 
 
 # -- probabilities ------------------------------------------------------------------------------------------------

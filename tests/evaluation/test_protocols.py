@@ -222,6 +222,48 @@ def test_fast_and_standard_agree_on_an_honest_model():
 
 
 @pytest.mark.slow
+def few_classes(classes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).eval()
+    x = torch.rand(6, 1, 4, 4)
+    return model, x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
+def test_two_attacks_of_a_protocol_that_become_equal_are_one(classes, protocol):
+    """With few classes the margin replaces DLR: then two attacks of "standard" with ten steps were equal."""
+    model, x, y = few_classes(classes)
+    report = evaluate(model, x, y, eps=0.05, protocol=protocol, steps=10, probes=False, progress=False)
+    assert len(set(report.attacks)) == len(report.attacks) and not any("replaces" in note for note in report.notes)
+    assert report.attacks.count("APGD-10 margin") == 1
+    longer = evaluate(model, x, y, eps=0.05, protocol=protocol, steps=11, probes=False, progress=False)
+    assert len(longer.attacks) == len(report.attacks) + (protocol == "standard")
+    assert np.array_equal(report.headline.robust, longer.headline.robust)
+
+
+def test_a_list_with_an_attack_twice_says_that_it_ran_once():
+    model, x, y = few_classes(2)
+    dlr, margin = APGD(loss="dlr", steps=3), APGD(loss="margin", steps=3)
+    once = evaluate(model, x, y, attacks=[margin], **QUIET)
+    for attacks in ([dlr, margin], [margin, dlr], [dlr, AttackSpec(margin, survivors_only=True)]):
+        report = evaluate(model, x, y, attacks=attacks, **QUIET)
+        assert report.attacks == once.attacks
+        assert np.array_equal(report.row("APGD-3 margin").robust, once.row("APGD-3 margin").robust)
+        why = "because for 2 classes the loss margin replaces dlr"
+        assert report.notes == [f"defence: APGD-3 margin was asked for twice, and ran once, {why}"]
+    assert not evaluate(model, x, y, attacks=[margin, margin], **QUIET).notes
+    three = few_classes(3)
+    assert evaluate(*three, attacks=[dlr, margin], **QUIET).attacks == ["clean", "APGD-3 dlr", "APGD-3 margin", "worst"]
+    # attacks that differ in anything else, or in their images, are two: their names are the user's to choose
+    for other in (APGD(loss="margin", steps=3, rho=0.5), AttackSpec(margin, seed=1), AttackSpec(margin, nearest=None)):
+        both = [AttackSpec(dlr, survivors_only=True), other]
+        with pytest.raises(ValueError, match="several with the label APGD-3 margin: give each attack a label"):
+            evaluate(model, x, y, attacks=both, **QUIET)
+    named = [AttackSpec(dlr, label="one"), AttackSpec(margin, label="two")]
+    assert evaluate(model, x, y, attacks=named, **QUIET).attacks == ["clean", "one", "two", "worst"]
+
+
 def test_rand_and_official_on_a_random_model():
     pytest.importorskip("pyautoattack")
     _, _, x, y = digits()
@@ -267,24 +309,24 @@ def test_models_that_return_other_things_than_logits():
             lambda z: (net(z), z),
             TypeError,
             r"a torch.Tensor of logits \[B, classes\], or an object or mapping .* the name logits, got a tuple of "
-            r"torch.Tensor torch.float32 \[1, 10\], torch.Tensor torch.float32 \[1, 1, .*\. If the logits are member "
+            r"torch.Tensor torch.float32 \[8, 10\], torch.Tensor torch.float32 \[8, 1, .*\. If the logits are member "
             r"0, give lambda x: model\(x\)\[0\]",
         ),
         (
             lambda z: net(z).detach().numpy(),
             TypeError,
-            r"got numpy.ndarray float32 \[1, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
+            r"got numpy.ndarray float32 \[8, 10\]\. torch.from_numpy\(output\) makes a tensor, but attacks then",
         ),
         (lambda z: None, TypeError, "the name logits, got NoneType$"),
         (
             lambda z: net(z)[:, 0],
             ValueError,
-            r"a single number for each image, \[1\].*at least two classes.*torch.stack",
+            r"a single number for each image, \[8\].*at least two classes.*torch.stack",
         ),
         (lambda z: net(z)[:, :1], ValueError, "a single number for each image.*torch.cat"),
-        (lambda z: net(z).mean(0, keepdim=True), ValueError, r"a row of 10 logits for each image, got \[1, 10\] for"),
-        (lambda z: net(z[:9]), ValueError, r"a row of 10 logits for each image, got \[9, 10\] for 12 images"),
-        (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[1, 10, 1\]"),
+        (lambda z: net(z).mean(0, keepdim=True), ValueError, r"got \[1, 10\] for 8 images: does it mix or drop"),
+        (lambda z: net(z[:9]), ValueError, r"logits \[B, classes\], got \[9, 10\] for 12 images: does it mix"),
+        (lambda z: net(z)[:, :, None], ValueError, r"must return logits \[B, classes\], got \[8, 10, 1\]"),
         (nn.Linear, TypeError, r"the model must be an object, got the class Linear: give Linear\(\.\.\.\)"),
         ("resnet18", TypeError, "the model must be a callable from images to logits, got str"),
     ):

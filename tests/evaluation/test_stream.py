@@ -32,7 +32,7 @@ def test_the_report_is_that_of_the_images_in_memory(plain, tmp_path, made_rows):
     for row, other in zip(report.rows, whole.rows, strict=True):
         assert (row.attack, row.n, row.health, row.reliable) == (other.attack, other.n, other.health, other.reliable)
         assert np.array_equal(row.robust, other.robust) and row.settings == other.settings
-        assert (row.mean, row.worst, row.data) == (other.mean, other.worst, other.data)
+        assert (row.mean, row.accuracy, row.data) == (other.mean, other.accuracy, other.data)
         assert np.array_equal(row.margins, other.margins)
     assert [vars(finding) for finding in report.findings] == [vars(finding) for finding in whole.findings]
     assert report.curves == whole.curves

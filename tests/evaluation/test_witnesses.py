@@ -137,8 +137,9 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("predict", ["worst_of", "votes"])
 def test_a_random_model_is_tried_by_the_rule_of_the_report(tmp_path, predict):
     report = saved(tmp_path, Noisy(), predict=predict, n_eval=5)
-    fell = report.row("clean").robust & ~report.row("worst").robust
-    assert sorted(report.witnesses.numbers.tolist()) == fell.nonzero()[0].tolist()
+    clean, worst = report.row("clean"), report.row("worst")
+    kept = set(report.witnesses.numbers.tolist())
+    assert set((~worst.robust & (worst.wrong > clean.wrong)).nonzero()[0]) <= kept <= set((~worst.robust).nonzero()[0])
     checked = check_witnesses(tmp_path, Noisy())
     assert checked.draws == (5 if predict == "worst_of" else 1)
     assert checked.falls.tolist() == (checked.wrong > 0).tolist() and checked.falls.mean() > 0.8

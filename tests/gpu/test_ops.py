@@ -57,6 +57,8 @@ def need_kernel(op: str, device: str, served_by: str) -> None:
         pytest.skip(f"{op} has a kernel on a GPU only")
     if REGISTRY[op].launch is None and device == "cuda":
         pytest.skip(f"{op} has a kernel on a CPU only")
+    if served_by == "reference" and op.startswith("convolution") and _library.loaded():
+        pytest.skip(f"no kernel: {op} needs AVX512-BF16, and no AMX")
     if served_by == "reference":
         pytest.fail(f"{op}: no kernel on {device}; the extension: {_library.load_error or 'loaded'}", pytrace=False)
 
@@ -188,6 +190,27 @@ def test_a_captured_graph_follows_its_inputs(op):
         graph.replay()
         torch.cuda.synchronize()
         same_bits(outputs, expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("op", OPS)
+def test_a_direct_launch_gives_what_triton_s_launch_gives(op, monkeypatch):
+    """Triton launches a kernel for the first time; then the compiled kernel that it chose is started."""
+    from purify_fast.kernels import _launch
+
+    def by_triton(*args):
+        raise AssertionError("it is not the first launch")
+
+    for example in REGISTRY[op].examples:
+        for dtype in example.dtypes:
+            arguments = examples.to(example.make(dtype, 0), DEVICE)
+            run(op, arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(_launch, "_launch_by_triton", by_triton)
+                direct = run(op, arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(_launch, "_RUN", None)
+                same_bits(direct, run(op, arguments))
 
 
 @needs_cuda

@@ -5,8 +5,13 @@ the fixture `bfloat16_of_a_gpu`.
 """
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,6 +64,34 @@ def no_search_for_overflow(interpreter):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def dtypes_remembered(interpreter):
+    """Triton makes a table of all dtypes whenever it needs one dtype of NumPy. That took a tenth of the time."""
+    from triton.runtime import interpreter
+
+    known: dict = {}
+    own = interpreter._get_np_dtype
+
+    def remembered(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = own(dtype)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_get_np_dtype", remembered)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def addresses(interpreter):
+    """Every launch of every test is watched: an address outside of its tensors is an error."""
+    from addresses import watched
+
+    with watched() as watch:
+        yield watch
+
+
 @pytest.fixture
 def bfloat16_of_a_gpu(monkeypatch):
     """Rounds to bfloat16 as a GPU does, and multiplies its numbers.
@@ -93,6 +126,25 @@ def bfloat16_of_a_gpu(monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def backend(monkeypatch) -> Iterator[str]:
+    """Every op is served by its Triton kernel, and float64 by the reference."""
+    import torch
+
+    from purify_fast.ops import REGISTRY
+    from purify_fast.ops.dispatch import gradient, registry
+
+    library = torch.library.Library("purify_fast", "IMPL")
+    for name, op in REGISTRY.items():
+        if op.launch is not None:
+            kernel = registry._narrow(op.launch, torch.no_grad()(op.reference))
+            library.impl(name, kernel, "CPU", allow_override=True)
+    monkeypatch.setattr(registry.Op, "uses_reference", lambda *_: False)
+    monkeypatch.setattr(gradient, "SAVING_KERNELS", False)
+    yield "triton"
+    library._destroy()
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,19 @@ def test_more_samples_than_a_tile_holds(method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=op.METHODS)
+@pytest.mark.parametrize(("samples", "classes"), [(8, 10), (3, 2), (1, 7), (20, 3), (5, 101), (9, 300)])
+def test_images_that_share_a_program(within_budget, poisoned, samples, classes, method):
+    """Of few classes; the last program has fewer images than the others, and each image has the result it has alone."""
+    logits, grad = random(29, samples, classes), random(29, classes, scale=1.0, seed=1)
+    out, gradient = kernel.forward(logits, method), kernel.backward(grad, logits, method)
+    within_budget(out, op.reference(logits.double(), method), op.reference(logits, method))
+    golden = op.reference_backward(grad.double(), logits.double(), method)
+    within_budget(gradient, golden, op.reference_backward(grad, logits, method))
+    assert torch.equal(kernel.forward(logits[13:14], method), out[13:14])
+    assert torch.equal(kernel.backward(grad[13:14], logits[13:14], method), gradient[13:14])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=op.METHODS)
 def test_saturated_logits(within_budget, method):
     """Margins far beyond where exp and log(sigmoid) end; peel on its tangent."""
     for scale in (30.0, 300.0):

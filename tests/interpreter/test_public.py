@@ -1,16 +1,7 @@
 """The public functions with Triton kernels behind them: tests of tests/ops, run once more in the interpreter."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import pytest
-import torch
-
-from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import gradient, registry
+from loading import module
 
 pytestmark = pytest.mark.usefixtures("bfloat16_of_a_gpu")
 
@@ -42,34 +33,12 @@ TESTS = {
 }
 
 
-def module(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "ops" / f"test_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"ops_{path.stem}", path)
-    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 for _file, _names in TESTS.items():
-    _module = module(_file)
+    _module = module("ops", _file)
     for _name in _names.split():
         globals()[f"test_{_file}_{_name}"] = getattr(_module, f"test_{_name}")
     if _file == "contract":
         FUNCTIONS = _module.FUNCTIONS
-
-
-@pytest.fixture
-def backend(monkeypatch) -> Iterator[str]:
-    """Every op is served by its Triton kernel, and float64 by the reference."""
-    library = torch.library.Library("purify_fast", "IMPL")
-    for name, op in REGISTRY.items():
-        if op.launch is not None:
-            kernel = registry._narrow(op.launch, torch.no_grad()(op.reference))
-            library.impl(name, kernel, "CPU", allow_override=True)
-    monkeypatch.setattr(registry.Op, "uses_reference", lambda *_: False)
-    monkeypatch.setattr(gradient, "SAVING_KERNELS", False)
-    yield "triton"
-    library._destroy()
 
 
 @pytest.fixture

@@ -17,12 +17,14 @@ LAST, HALF = torch.channels_last, torch.bfloat16
 SHAPES = ((2, 16, 1, 2, 1), (3, 32, 5, 5, 2), (2, 96, 4, 7, 3), (1, 192, 8, 8, 12), (2, 24, 4, 4, 2), (0, 16, 4, 4, 1))
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def kernels(request):
-    """Both, where the processor has the kernel's instructions."""
+@pytest.fixture(params=["reference", "as on CUDA", "cpp"])
+def kernels(request, monkeypatch):
+    """All, where the processor has the kernel's instructions."""
     if request.param == "cpp" and op.OP.kernel("cpu") == "reference":
         pytest.skip("no kernel: it needs AVX512-BF16")
-    with use_backend(request.param):
+    if request.param == "as on CUDA":
+        monkeypatch.setattr(op, "MIXED_DTYPES", ())
+    with use_backend("cpp" if request.param == "cpp" else "reference"):
         yield request.param
 
 
@@ -96,6 +98,17 @@ def test_other_gradients_are_those_of_pytorch_s_operators(kernels):
             torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
         ):
             assert torch.equal(one, other)
+
+
+def test_the_gradients_of_weights_in_float32(kernels):
+    x = normal(2, 32, 4, 4).to(memory_format=LAST).requires_grad_()
+    leaves = [x, *(normal(32, seed=seed, dtype=torch.float32).requires_grad_() for seed in (1, 2))]
+    out = group_norm_silu(leaves[0], 2, *leaves[1:])
+    found = torch.autograd.grad(out.sum(), leaves)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = torch.autograd.grad(F.silu(F.group_norm(wide[0], 2, *wide[1:])).sum(), wide)
+    assert out.dtype == HALF and [one.dtype for one in found] == [HALF, torch.float32, torch.float32]
+    assert max(errors(found, wanted)) < 0.02
 
 
 def test_the_backward_s_definition_is_the_derivative():

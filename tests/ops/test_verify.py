@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_launches import CudaLaunches
 from forks import together
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +21,6 @@ from purify_fast.ops import REGISTRY, keep_kernels, kernels_now, tell_changes, u
 from purify_fast.ops.dispatch import races, records, registry, verify
 from purify_fast.ops.dispatch.examples import Example
 from purify_fast.ops.dispatch.op import Call
-from purify_fast.ops.dispatch.racing import Launches
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -375,7 +375,7 @@ def most_launches(name: str, variant: str) -> int:
         if example.variant == variant:
             for dtype in {torch.float32, torch.bfloat16} & {*example.dtypes}:
                 arguments = example.make(dtype, 0)
-                with use_backend("reference"), torch.no_grad(), Launches() as counter:
+                with use_backend("reference"), torch.no_grad(), CudaLaunches() as counter:
                     REGISTRY[name].reference(*arguments)
                 most = max(most, counter.count)
     return most

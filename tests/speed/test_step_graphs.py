@@ -86,7 +86,8 @@ class Turned(Scale):
         return super().forward(x).t().contiguous().t()
 
 
-def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun):
+def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, monkeypatch):
+    monkeypatch.setattr(step_graphs, "CAPTURE_STEPS", 2)
     graphs, model = StepGraphs(capture=rerun), Turned()
     state = {"x": torch.arange(6.0).view(2, 3), "before": torch.zeros(2, 3)}
     for replayed in (3, 8):
@@ -282,7 +283,8 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
     assert rerun.recorded == 1 and graphs.refusal is None
 
 
-def test_one_slow_timing_decides_nothing(rerun):
+def test_one_slow_timing_decides_nothing(rerun, monkeypatch):
+    monkeypatch.setattr(step_graphs, "CAPTURE_STEPS", 2)
     for eager, replays, captured in (([1.0, 9.0, 9.0], [9.0, 0.95, 9.0], 0), ([9.0, 1.0, 9.0], [9.0, 9.0, 0.8], 1)):
         graphs, times = StepGraphs(capture=rerun), iter([*eager, *replays])
         rerun.timed = lambda run, device, times=times: (next(times),) * 2

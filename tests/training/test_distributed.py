@@ -103,6 +103,8 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     assert first["batch"] == "ValueError: batch_size must be a multiple of 2, the number of processes, got 33"
     assert first["batchnorm"].startswith("ValueError: the model's module 1 is a BatchNorm")
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
+    # BatchNorm1d uses the images of both processes
+    assert first["an image each"] is None
     assert first["diverged"].startswith("Diverged: epoch 0: training diverged")
 
 

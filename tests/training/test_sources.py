@@ -1,14 +1,29 @@
 """What `fit` takes as images: what is wrong with them is said at the door, and loaders are read as they come."""
 
+import copy
+import importlib
+
 import pytest
 import torch
-from small_runs import StopAt, Stopped, images, same, task
+from small_runs import (
+    StopAt,
+    Stopped,
+    arrest_task,
+    atop_task,
+    carso_task,
+    diffusion_task,
+    images,
+    same,
+    task,
+)
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import FitConfig, fit
+from purify_fast.models.layers import BatchNorm1d
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         (lambda x, y: (x / 255, y), r"x must be uint8 \[N, C, H, W\], got torch.float32 .*255 \* x"),
         (lambda x, y: (x[:, 0], y), r"x must be uint8 \[N, C, H, W\], got torch.uint8 \[64, 8, 8\]"),
-        (lambda x, y: (x, y.int()), r"y must be int64 \[N\] = \[64\], got torch.int32"),
+        (lambda x, y: (x, y.float()), r"y must be int64 \[N\] = \[64\], got torch.float32"),
         (lambda x, y: (x, y[:9]), r"y must be int64 \[N\] = \[64\], got torch.int64 \[9\]"),
         (lambda x, y: (x, y.tolist()), r"y must be int64 \[N\] = \[64\], got list"),
         (lambda x, y: (x, None), r"y must be int64 \[N\] = \[64\], got NoneType"),
@@ -52,6 +67,182 @@ def test_defences_name_images_and_labels_that_they_do_not_take(method):
         fit(made, x[..., :4], y, FitConfig(1, 16))
     with pytest.raises(ValueError, match="y: the largest label is 2, but the model has 2 classes"):
         fit(made, x, y + 1, FitConfig(1, 16))
+
+
+FORMS = {
+    "arrays": lambda x, y: (x.numpy(), y.numpy()),
+    "arrays in another order": lambda x, y: (x.numpy()[::-1].copy()[::-1], y.numpy().astype(">i4")),
+    "read-only arrays": lambda x, y: tuple(read_only(part.numpy()) for part in (x, y)),
+    "int32": lambda x, y: (x, y.int()),
+    "uint8": lambda x, y: (x, y.byte()),
+}
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_and_integers_of_any_size_give_the_same_weights(form):
+    """As images, as batches, and as held-out images."""
+    (x, y), (held_x, held_y) = images(), images(24)
+    given, held = FORMS[form](x, y), FORMS[form](held_x, held_y)
+    usual, other = task(), task()
+    wanted = fit(usual, x, y, FitConfig(1, 16), progress=False, validation=(held_x, held_y))
+    assert fit(other, *given, FitConfig(1, 16), progress=False, validation=held) == wanted
+    assert same(usual, other)
+    usual, other = task(), task()
+    for made, (left, right) in ((usual, (x, y)), (other, given)):
+        batches = [(left[at : at + 16], right[at : at + 16]) for at in range(0, 64, 16)]
+        fit(made, batches, None, FitConfig(1), progress=False)
+    assert same(usual, other)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_recorded_whatever_the_mode_of_the_caller(mode):
+    (x, y), usual, other = images(), task(), task()
+    fit(usual, x, y, FitConfig(1, 16), progress=False)
+    with mode():
+        fit(other, x, y, FitConfig(1, 16), progress=False)
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode) and not torch.is_grad_enabled()
+    assert same(usual, other)
+
+
+# -- a batch of one ---------------------------------------------------------------------------------------------------
+
+
+def normed(*layers):
+    torch.manual_seed(0)
+    return ClassifierTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), *layers, nn.Linear(4, 2)), ClassifierConfig())
+
+
+def maps(size):
+    """A BatchNorm2d on maps with so many pixels along each side."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 9 - size), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * size**2, 2)
+    return ClassifierTask(nn.Sequential(*layers), ClassifierConfig())
+
+
+def loaded(n, **options):
+    return DataLoader(TensorDataset(*images(n)), **options)
+
+
+LAST = r"drop_last False and batch_size 16 leave a last batch of 1 of the 33 images, on which the layer BatchNorm"
+REFUSED = {  # the task, what `fit` gets, and the message
+    "last": (
+        lambda: normed(nn.BatchNorm1d(4)),
+        lambda: (*images(33), FitConfig(1, 16, drop_last=False)),
+        LAST + "1d 2 ",
+    ),
+    "held out": (
+        lambda: normed(nn.BatchNorm1d(4)),
+        lambda: (*images(49), FitConfig(1, 16, drop_last=False, validation_share=16 / 49)),
+        LAST,
+    ),
+    "all": (
+        lambda: normed(BatchNorm1d(4)),
+        lambda: (*images(33), FitConfig(1, 1)),
+        "batch_size 1 makes batches of 1 of the 33 images, .* BatchNorm1d 2 cannot be trained: set drop_last to True",
+    ),
+    "second layer": (
+        lambda: normed(nn.LayerNorm(4), nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2), nn.Flatten(), nn.BatchNorm1d(4)),
+        lambda: (*images(33), FitConfig(1, 16, drop_last=False)),
+        LAST + "1d 6 ",
+    ),
+    "map of one pixel": (lambda: maps(1), lambda: (*images(33), FitConfig(1, 16, drop_last=False)), LAST + "2d 1 "),
+    "DataLoader": (lambda: maps(1), lambda: (loaded(33, batch_size=16), None, FitConfig(1)), LAST + "2d 1 "),
+    "DataLoader, all": (lambda: maps(1), lambda: (loaded(33), None, FitConfig(1)), "batch_size 1 makes batches of 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_batch_of_one_that_batchnorm_cannot_take_is_refused_at_the_start(name, tmp_path):
+    make, given, message = REFUSED[name]
+    made, drawn = make(), torch.random.get_rng_state()
+    state, modes = copy.deepcopy(made.model.state_dict()), [module.training for module in made.model.modules()]
+    with pytest.raises(ValueError, match=message):
+        fit(made, *given(), tmp_path / "run", progress=False)
+    assert same(state, made.model.state_dict()) and not (tmp_path / "run").exists()
+    assert [module.training for module in made.model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in made.model.modules())
+    assert name.startswith("DataLoader") or torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: (*images(33), FitConfig(1, 11, drop_last=False)),
+        lambda: (*images(33), FitConfig(1, 16)),
+        lambda: (*images(33), FitConfig(1, 16, drop_last=False, steps_per_epoch=2)),
+        lambda: (loaded(33, batch_size=16, drop_last=True), None, FitConfig(1)),
+        lambda: (loaded(33, batch_size=16), None, FitConfig(1, steps_per_epoch=2)),
+    ],
+)
+def test_batches_of_several_images_need_no_trial(given):
+    made, seen = normed(nn.BatchNorm1d(4)), []
+    made.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])) if module.training else None)
+    fit(made, *given(), progress=False)
+    assert min(seen) > 1
+
+
+def one_of(kind, **options):
+    """A task of one of the methods, and an image of each batch."""
+    made = {"atop": atop_task, "arrest": arrest_task, "carso": carso_task, "diffusion": diffusion_task}[kind](**options)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8, generator=generator)
+    return made, x, torch.arange(3)
+
+
+ALLOWED = {
+    "LayerNorm": lambda: (normed(nn.LayerNorm(4)), *images(5)),
+    "maps of several pixels": lambda: (maps(2), *images(5)),
+    "BatchNorm that is not trained": lambda: (frozen_norm(), *images(5)),
+    # with the attacked images, BatchNorm sees two
+    "CARSO": lambda: one_of("carso", target="pipeline"),
+    # the model of these trainings is not one of images to logits
+    "AToP with a discriminator": lambda: one_of("atop", gan_grad=True, discriminator_width=2),
+    "diffusion": lambda: one_of("diffusion"),
+    # a step changes the weights, and a further call changes them back
+    "ARREST with perturbed weights": lambda: one_of("arrest", awp_gamma=0.1),
+}
+
+
+def frozen_norm():
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    return normed(Frozen(4))
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_other_batches_of_one_are_trained_on_and_their_trial_leaves_no_trace(name, monkeypatch):
+    weights = []
+    for tried in (True, False):
+        if not tried:
+            monkeypatch.setattr(
+                importlib.import_module("purify_fast.training.loop"), "_check_batch_of_one", lambda _: None
+            )
+        made, x, y = ALLOWED[name]()
+        fit(made, x, y, FitConfig(1, 2, drop_last=False), progress=False)
+        weights.append(made.model.state_dict())
+    assert same(*weights)
+
+
+# -- what a model returns ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_returns_probabilities_is_told_so(caplog):
+    made = normed()
+    made.model.append(nn.Softmax(1))
+    fit(made, *images(), FitConfig(1, 16), progress=False)
+    assert "returns probabilities, not logits" in caplog.text
+    caplog.clear()
+    fit(normed(), *images(), FitConfig(1, 16), progress=False)
+    assert "probabilities" not in caplog.text
 
 
 def test_something_else_than_a_task_is_refused():
@@ -140,7 +331,7 @@ def test_loaders_that_cannot_be_used_are_refused():
     for wrong, message in (
         ([], "x must have at least 1 batch, got 0"),
         (Short([(x, y)]), "x must give 2 batches, .* it gave 1 in epoch 0"),
-        ([(x, y.int())], r"x: labels must be int64 \[B\] = \[64\], got torch.int32"),
+        ([(x, y.float())], r"x: labels must be int64 \[B\] = \[64\], got torch.float32"),
         ([(x.long(), y)], r"x: images must be float in \[0, 1\] or uint8"),
     ):
         with pytest.raises(ValueError, match=message):

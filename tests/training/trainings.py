@@ -143,6 +143,7 @@ def refusals():
         "batch": said(small_task("convolutional"), loop=FitConfig(1, 33)),
         "batchnorm": said(ClassifierTask(own, ClassifierConfig())),
         "data": said(small_task("convolutional"), x + rank),
+        "an image each": said(small_task("classifier"), loop=FitConfig(1, 2, steps_per_epoch=2)),
         "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
     }
 

@@ -42,7 +42,10 @@ def test_a_model_loads_and_its_card_says_how_it_was_made(name):
     assert (f"classifier is {card.classifier}," in text) == (card.classifier is not None)
     # a defence does not have a classifier of its own
     assert card.classifier is None or not model.own_classifier
-    assert card.attacked and all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
+    # A random model is on its card only with numbers of the present rule.
+    assert card.attacked or card.method not in ("classifier", "ARREST")
+    assert all(0 <= accuracy.share <= 1 for accuracy in card.attacked.values())
+    assert ("Attacks: not measured since" in text) == (not card.attacked)
 
 
 @pytest.mark.parametrize("name", DIGITS)
@@ -64,9 +67,10 @@ def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits
     with frozen(model), torch.no_grad():
         found = pgd(model, x, y, eps=card.eps, steps=10)
         attacked = (model(found).argmax(1) == y).float().mean().item()
-    share = card.lowest.share
-    assert attacked >= share - 3 * (max(share * (1 - share), 0.01) / IMAGES) ** 0.5
     assert attacked < card.clean.share
+    if card.lowest is not None:
+        share = card.lowest.share
+        assert attacked >= share - 3 * (max(share * (1 - share), 0.01) / IMAGES) ** 0.5
 
 
 def test_purifiers_by_diffusion_know_up_to_which_time_they_were_trained():

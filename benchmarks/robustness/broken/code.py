@@ -41,7 +41,9 @@ def code(name: str, judge: str) -> dict[str, str]:
         judge: name of the judge in `broken_tables.JUDGES`.
     """
     entry = ENTRIES[name]
-    return {"model": _of_models(), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge)]))}
+    # The indicators do not evaluate the model.
+    rule = [] if judge == PINTOR else revisions.of_rule(entry.random)
+    return {"model": _of_models(), "judge": _short("\n".join([f"{REVISION}", *_of_judge(entry, judge), *rule]))}
 
 
 def _short(text: str) -> str:

@@ -6,8 +6,8 @@ the same radius.
 
 PGD-200 attacks with exact gradients, averaged over 20 random predictions. Ten predictions of each attacked image are
 saved. These predictions give four numbers: the accuracy of a single prediction, the mean accuracy of the ten
-predictions, the share of images that are right in all ten, and the accuracy of the majority vote. Then the protocol
-`strong` attacks a few images, except those that PGD has broken.
+predictions, the share of images that are right in all ten, and the accuracy of the majority vote. The cards of the zoo
+have the results of the protocol `strong`.
 
 The module also makes the tables of the study. For the tables, an outcome is an array with a number for each image: 1 if
 the image is classified correctly after the attack, 0 if it is not, or the share of right predictions.
@@ -43,14 +43,14 @@ from purify_fast.training import load_classifier
 from ... import kept
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
 
-#: The groups of attacks on a purifier (GROUPS), on a classifier alone (CLASSIFIER), and on CARSO and AToP (BESIDE). The
-#: fastest groups come first.
-GROUPS, CLASSIFIER, BESIDE = ("exact", "fixed", "authors", "strong"), ("exact", "strong"), ("exact",)
+#: The groups of attacks on a purifier (GROUPS), and on a classifier alone, CARSO and AToP (ALONE). The fastest groups
+#: come first.
+GROUPS, ALONE = ("exact", "fixed", "authors"), ("exact",)
 #: The largest number of images times draws in a forward pass. It is small, because CARSO classifies several
 #: reconstructions of each image.
 ROWS = 200
 #: The fields of a report's row that are saved in the results file.
-FACTS = ("attack", "kind", "robust", "mean", "n")
+FACTS = ("attack", "kind", "robust", "n")
 #: The name of the group "exact" in tables.
 PGD_EXACT = "PGD-200, EOT 20, exact"
 
@@ -146,12 +146,10 @@ def fixed(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[
         return {"attacked": told(predictions(model, found, 1, job.settings["budget"].batch), y)}
 
 
-def reported(
-    model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[AttackSpec] | None = None
-) -> list[dict[str, Any]]:
-    """Evaluate a model by a list of attacks, or by the protocol `strong` if the list is None. Return the rows."""
+def reported(model: nn.Module, x: Tensor, y: Tensor, job: Job, attacks: list[AttackSpec]) -> list[dict[str, Any]]:
+    """Evaluate a model by a list of attacks. Return the rows."""
     s = job.settings
-    config = EvaluateConfig(None if attacks else "strong", n_eval=s["budget"].draws, probes=False)
+    config = EvaluateConfig(n_eval=s["budget"].draws)
     report = evaluate(model, x, y, eps=s["eps"], config=config, attacks=attacks, name=job.name, progress=False)
     return [{name: row.to_dict()[name] for name in FACTS} for row in report.rows]
 
@@ -161,28 +159,13 @@ def authors(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dic
     budget = job.settings["budget"]
     assert isinstance(model, AuthorsEvaluation)
     specs = [
-        replace(spec, max_images=budget.strong_images) if isinstance(spec.resolved, AutoAttack) else spec
+        replace(spec, max_images=budget.autoattack_images) if isinstance(spec.resolved, AutoAttack) else spec
         for spec in model.authors_attacks(job.settings["eps"])
     ]
     if budget.quick:
         specs = [short(spec) for spec in specs if not isinstance(spec.resolved, AutoAttack)]
     rows = reported(model, x, y, job, attacks=specs)
     return {"rows": [row for row in rows if row["kind"] == "authors"]}
-
-
-def strong(job: Job, model: nn.Module, x: Tensor, y: Tensor, root: Path) -> dict[str, Any]:
-    """Attack the first images by the protocol `strong`, except those that are wrong in some draw after PGD."""
-    budget = job.settings["budget"]
-    draws = job.result(root, job.needs[0])["attacked"]["draws"]  # type: ignore[arg-type]
-    few = min(len(x), budget.strong_images)
-    standing = torch.tensor([all(right[i] == "1" for right in draws) for i in range(few)])
-    after = standing.clone()
-    if bool(standing.any()):
-        stand_in = [short(lee_kim_2023(job.settings["eps"]))] if budget.quick else None
-        rows = reported(model, x[:few][standing], y[:few][standing], job, stand_in)
-        worst = next((row for row in rows if row["kind"] == "worst"), rows[-1])
-        after[standing] = torch.tensor([right == "1" for right in worst["robust"]])
-    return {"before": in_bits(standing), "after": in_bits(after)}
 
 
 def short(spec: AttackSpec) -> AttackSpec:
@@ -196,7 +179,7 @@ def attack(job: Job, folder: Path, root: Path) -> dict[str, Any]:
     s = job.settings
     x, y = images_of(job)
     model, began = model_of(s["model"], s["process"]), time.process_time()
-    work = {"exact": exact, "fixed": fixed, "authors": authors, "strong": strong}[s["group"]]
+    work = {"exact": exact, "fixed": fixed, "authors": authors}[s["group"]]
     facts = work(job, model, x, y, root)
     spent = time.process_time() - began
     named = {name: s[name] for name in ("dataset", "model", "group", "process", "eps")}
@@ -239,10 +222,6 @@ class Found:
             return bits(of["vote"])
         draws = np.stack([bits(one) for one in of["draws"]])
         return {"first": draws[0], "mean": draws.mean(0), "all": draws.min(0)}[rule]
-
-    def chain(self) -> np.ndarray | None:
-        """Return whether each of the first images withstood PGD and then `strong`; None if `strong` did not run."""
-        return bits(self.groups["strong"]["after"]) if "strong" in self.groups else None
 
     def authors(self) -> dict[str, np.ndarray]:
         """Return the outcomes of the authors' attacks, by the labels of the attacks."""
@@ -288,10 +267,6 @@ def cells(found: Found, alone: Found, name: str) -> dict[str, str]:
     lines |= {f"{PGD_EXACT}: {words}": share(found.rule(rule)) for rule, words in rules.items()}
     lines[f"{PGD_EXACT}: mean, minus `{name}` alone"] = difference(found.rule("mean"), alone.rule("mean"))
     lines[f"{PGD_EXACT}: one draw, fixed and known"] = share(found.rule("first", group="fixed"))
-    chain = found.chain()
-    after = "PGD-200, then `strong`"
-    lines[f"{after}: every draw right"] = "-" if chain is None else f"{share(chain)} ({len(chain)})"
-    lines[f"{after}: every draw right, minus `{name}` alone"] = difference(chain, alone.chain())
     seconds = found.seconds()
     lines["CPU seconds of PGD-200 per image"] = "-" if seconds is None else f"{seconds:.1f}"
     return lines
@@ -360,7 +335,7 @@ class Diffusion(Study):
         for dataset, part in settings["data_sets"].items():
             budget = SimpleNamespace(**part["amounts"] | settings[chosen.amount], quick=quick)
             common = {"data": chosen.data, "dataset": dataset, "eps": part["eps"], "budget": budget}
-            groups = {"purifiers": GROUPS, "classifiers": CLASSIFIER, "beside": BESIDE}
+            groups = {"purifiers": GROUPS, "classifiers": ALONE, "beside": ALONE}
             asked = [(name, None, group) for kind in groups for name in part[kind] for group in groups[kind]]
             asked += [(part["processes_of"], process, "exact") for process in part.get("processes", ())]
             for model, process, group in sorted(asked, key=lambda one: GROUPS.index(one[2])):
@@ -368,8 +343,7 @@ class Diffusion(Study):
                 if model in part["beside"] and "beside_images" in part:
                     own["first"] = part["beside_images"]
                 words = [model, *([in_words(process)] if process else []), group]
-                needs = (f"{model} exact",) if group == "strong" else ()
-                jobs.append(Job(" ".join(words), 0, attack, needs, common | own))
+                jobs.append(Job(" ".join(words), 0, attack, (), common | own))
         return jobs
 
     def begin(self, root: Path, folder: Path, chosen: argparse.Namespace) -> None:

@@ -76,6 +76,8 @@ def attacked(
 ) -> dict:
     """Attack a model. Return the accuracies, and whether the attacks had usable gradients.
 
+    A random model also has the accuracy of one draw, under the key with ``_draw`` at its end.
+
     Args:
         model: attacked classifier or defence.
         job: job with the seed of the attacks, and with the settings ``quick`` and, optionally, ``eps`` and ``norm``.
@@ -86,7 +88,10 @@ def attacked(
     config = EvaluateConfig(steps=amount.steps, n_eval=3, seed=job.seed)
     report = setting.attacked(model, amount.images, list(attacks), config=config, progress=False, **ball)
     healthy = all(r.reliable for r in report.rows if r.kind not in ("autoattack", "worst"))
-    return {key: report.row(row).accuracy for key, row in rows.items()} | {"gradients": "healthy" if healthy else "BAD"}
+    found = {key: report.row(row) for key, row in rows.items()}
+    result = {key: row.accuracy for key, row in found.items()}
+    result |= {f"{key}_draw": row.mean for key, row in found.items() if row.n_eval > 1}
+    return result | {"gradients": "healthy" if healthy else "BAD"}
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
@@ -170,7 +175,11 @@ class DigitsStudy(Study):
         def to_base(name: str, key: str) -> str:
             base = "base, L2" if name.endswith("L2") else "base"
             before = rows.get(base, {}) if name != base else {}
-            changes = [result[key] - before[seed][key] for seed, result in rows[name].items() if seed in before]
+            changes = [
+                result[key] - before[seed][key]
+                for seed, result in rows[name].items()
+                if seed in before and key in result
+            ]
             return over_seeds(changes) if changes else "-"
 
         functions = (mean, to_base, number)

@@ -14,9 +14,8 @@ from torch import nn
 
 from purify_fast import data, load_defence
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
-from purify_fast.evaluation.rows import Row, worst_rows
-from purify_fast.evaluation.show import tables
-from purify_fast.evaluation.show.tables import draws, percent_always
+from purify_fast.evaluation.rows import worst_rows
+from purify_fast.evaluation.show.tables import draws, percent, single_predictions
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import (
     ClassifierConfig,
@@ -157,9 +156,6 @@ class ReportStudy(Study):
         (folder / self.name / "report.json").unlink(missing_ok=True)
         whole.save(folder / self.name)
 
-        def single_predictions(row: Row) -> str:
-            return tables.single_predictions(whole.rows, row)
-
-        functions = (draws, percent_always, single_predictions)
+        functions = (draws, percent, single_predictions)
         given = {"study": self, "whole": whole, "reports": reports, "facts": facts, "b": budget}
         return write_page(folder, self.name, functions, **given, **self.page(reports, budget))

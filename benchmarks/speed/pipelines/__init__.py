@@ -129,7 +129,7 @@ def optimizer_step(task: Task, batch: Batch) -> Tensor:
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:
     """Return, for each pipeline, a function that makes its cases. Its argument is True for the cases of a quick run."""
-    from . import arrest_step, atop_finetune, carso_inference, carso_training, diffusion
+    from . import arrest_step, atop_finetune, carso_inference, carso_training, diffusion, pgd_forms
 
-    modules = (carso_inference, carso_training, atop_finetune, arrest_step, diffusion)
+    modules = (carso_inference, carso_training, atop_finetune, arrest_step, diffusion, pgd_forms)
     return {module.__name__.rpartition(".")[2]: module.cases for module in modules}

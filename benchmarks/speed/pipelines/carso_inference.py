@@ -46,7 +46,7 @@ def images(batch: int, made: Carso, device: torch.device) -> Tensor:
 
 
 class Plain(nn.Module):
-    """CARSO in plain PyTorch, with contiguous float32 tensors. `torch.vmap` runs over the samples.
+    """CARSO in plain PyTorch, with contiguous float32 tensors. The samples are a part of the batch.
 
     No BatchNorm is folded.
     """
@@ -58,7 +58,7 @@ class Plain(nn.Module):
         self.made = made
 
     def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Decode one latent of each image, ``[B, latent_dim]``, to image logits, ``[B, C, H, W]``."""
+        """Decode latents ``[N, latent_dim]`` to image logits ``[N, C, H, W]``."""
         decoder = self.made.decoder
         h = F.leaky_relu(decoder.adapter(torch.cat([z, condition], 1)), 0.2)
         return decoder.stack(h.unflatten(1, decoder.start))
@@ -71,12 +71,9 @@ class Plain(nn.Module):
             z: latents ``[K, B, latent_dim]``.
         """
         condition = self.made.condition_encoder(self.made.representation(x))
-
-        def one(z: Tensor) -> tuple[Tensor, Tensor]:
-            image = self.reconstruct(z, condition)
-            return image, self.made.classifier(torch.sigmoid(image))
-
-        return torch.vmap(one)(z)
+        image = self.reconstruct(z.flatten(0, 1), condition.repeat(len(z), 1))
+        logits = self.made.classifier(torch.sigmoid(image))
+        return image.unflatten(0, z.shape[:2]), logits.unflatten(0, z.shape[:2])
 
 
 def latents(made: Carso, batch: int, device: torch.device, seed: int = 2) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...protocols import Classifier
-from ..attacked_model import ask
+from ..attacked_model import logits_of
 from ..ball import Ball, projected, sample_in_ball
 from ..context import AttackContext
 from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
@@ -130,7 +130,7 @@ class Judge:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """One prediction of each image, ``[B, classes]``."""
-        return torch.cat([ask(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
+        return torch.cat([logits_of(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
 
     def is_costly(self) -> bool:
         """Tell whether one step of one image takes longer on a CPU than the change to another batch size."""

@@ -121,13 +121,13 @@ class Evidence:
 
     @property
     def nothing_left(self) -> bool:
-        """Tell whether every image has fallen to an attack or to a probe."""
-        robust = self.robust(self.images)
-        if robust is None:
+        """Tell whether every image has fallen to an attack or to a probe, on a random model in all choosing draws."""
+        wrong = self.wrong(self.images)
+        if wrong is None:
             return False
         if self.probes is not None:
-            robust[self.probes.fallen()] = False
-        return not robust.any()
+            wrong[self.probes.fallen()] = 1
+        return bool((wrong == 1).all())
 
     def blind(self) -> str:
         """The reason why attacks with the model's gradients could not succeed: missing or unusable gradients.
@@ -140,19 +140,24 @@ class Evidence:
         lacked = bool(counted) and all(row.lacked_gradients for row in counted)
         return f"the attacks had no usable gradients: {counted[0].health_in_words()}" if lacked else ""
 
-    def robust(self, n: int) -> np.ndarray | None:
-        """Tell which of the first n images withstood all attacks on at least n images; None without such an attack."""
-        masks = [row.robust[:n] for row in self.attacks() if row.n >= n]
-        return np.logical_and.reduce(masks) if masks else None
+    def wrong(self, n: int) -> np.ndarray | None:
+        """For each of the first n images, the largest share of wrong draws after an attack, ``[n]``.
+
+        For a deterministic model the share is 0 or 1. For a random model it is the share of the draws that choose
+        points, because the draws that judge must stay fresh. Only attacks on at least n images count; the result is
+        None without such an attack.
+        """
+        shares = [row.share_wrong[:n] for row in self.attacks() if row.n >= n]
+        return np.maximum.reduce(shares) if shares else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
-        """Return each attack with a mask of all images, which is True for the attacked images that fell to it."""
-        clean = [row.robust for row in self.rows if row.kind == "clean" and row.deployed]
-        right = clean[0] if clean else np.ones(self.images, dtype=bool)
+        """Return each attack with the share of wrong draws on its images, ``[images]``; 0 on others."""
+        clean = [row.share_wrong for row in self.rows if row.kind == "clean" and row.deployed]
+        right = clean[0] < 1 if clean else np.ones(self.images, dtype=bool)
         left, fallen = right.copy(), []
         for row in self.attacks():
-            robust = np.pad(row.robust, (0, len(right) - row.n), constant_values=True)
+            wrong = np.pad(row.share_wrong, (0, len(right) - row.n))
             given = left if row.of_survivors else right
-            fallen.append((row, given & ~robust))
-            left &= robust
+            fallen.append((row, np.where(given, wrong, 0.0)))
+            left &= wrong < 1
         return fallen

@@ -63,7 +63,10 @@ class Probes:
         copies: by name of the surrogate, in the order of the attacks: for each image, 1 if it withstood the
             model's own gradients and all earlier surrogates, and fell to this surrogate; otherwise 0.
         absent: by name of a missing surrogate: the reason why it is missing.
-        left: for each image, whether it withstood every attack of the report.
+        points: for a random model, the last point to which each image fell, or the clean image, ``[n, C, H, W]``. None
+            for a deterministic model.
+        left: for each image, whether it withstood every attack of the report; for a random model, whether all draws
+            that chose between the attacks' points are correct.
         batch_changes: share of the predictions that depend on the batch; None if it cannot be measured.
         varying: share of the correctly classified images whose class changes from draw to draw.
         watched_changes: share of the images whose logits change while gradients are recorded; None if it cannot be
@@ -81,6 +84,7 @@ class Probes:
     fell: list[int] = field(default_factory=list)
     copies: dict[str, list[int]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    points: Tensor | None = None
     left: list[bool] = field(default_factory=list)
     batch_changes: float | None = 0.0
     varying: float = 0.0
@@ -97,6 +101,10 @@ class Probes:
         """
         found = masks or (self.fell, *self.copies.values())
         return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
+
+    def found(self) -> list[int]:
+        """The indices of all images that fell to a probe, whether they withstood the attacks of the report or not."""
+        return [image for image, fell in enumerate(zip(self.fell, *self.copies.values(), strict=True)) if any(fell)]
 
     def curves(self) -> dict[str, list[list[float]]]:
         """Return the curves that are not empty, by the name of the setting that varies along the curve."""
@@ -142,10 +150,11 @@ def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]
     """
     subject, x, y = before.subject, before.x, before.y
     some = slice(subject.batch_size)
-    (steps, fell, copies, absent), *by_draws = measured
+    (steps, fell, copies, absent, points), *by_draws = measured
     eot = [(float(draws), share) for draws, share in zip(DRAWS, by_draws, strict=False)]
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
-    return Probes(len(x), steps, cosine, without, eot=eot, fell=fell, copies=copies, absent=absent)
+    found = {"fell": fell, "copies": copies, "absent": absent, "points": points}
+    return Probes(len(x), steps, cosine, without, eot=eot, **found)
 
 
 def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
@@ -175,8 +184,8 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 
 def _sweep(
     before: Before, model: Classifier, context: AttackContext
-) -> tuple[Curve, list[int], dict[str, list[int]], dict[str, str]]:
-    """Measure the fields ``steps``, ``fell``, ``copies`` and ``absent`` of `Probes`.
+) -> tuple[Curve, list[int], dict[str, list[int]], dict[str, str], Tensor | None]:
+    """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes`.
 
     Each attack skips the images that fell to an earlier attack.
     """
@@ -199,7 +208,8 @@ def _sweep(
         for name, surrogate in before.subject.surrogates(ball, absent):
             left = short.robust(standing, gradients_from=surrogate, **targeted)
             standing, copies[name] = left, (standing & ~left).int().tolist()
-    return steps, own.int().tolist(), copies, absent
+    points = short.points.cpu() if before.subject.is_random else None
+    return steps, own.int().tolist(), copies, absent, points
 
 
 def _over_draws(before: Before, model: Classifier, draws: int, context: AttackContext) -> float:
@@ -218,6 +228,8 @@ class _Short:
     def __init__(self, before: Before, model: Classifier, context: AttackContext):
         self.x, self.y, self.model, self.context = before.x, before.y, model, context
         self.draws, self.judges, self.targets = _effort(before.subject, context)
+        #: For each image the last point that fell, or the clean image.
+        self.points = before.x.clone()
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
         """Tell for which images more than half of the draws are correct, bool ``[n]``."""
@@ -251,6 +263,8 @@ class _Short:
             **settings,
         )
         robust[at] = self.right(attacked, self.y[at])
+        fell = ~robust[at]
+        self.points[at[fell]] = attacked[fell]
         return robust
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..inputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
+from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ..rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
@@ -293,13 +293,14 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     The result is None if there were no such attacks, or no attacks with the model's own gradients.
     """
     fallen = evidence.fallen()
-    own = [mask for row, mask in fallen if row.own_gradients and row.health is not None]
-    others = {row.attack: mask for row, mask in fallen if row.kind in GRADIENT_FREE or row.transferred}
+    own = [wrong for row, wrong in fallen if row.own_gradients and row.health is not None]
+    others = {row.attack: wrong for row, wrong in fallen if row.kind in GRADIENT_FREE or row.transferred}
     if not own or not others:
         return None
     full = max(row.n for row, _ in fallen)
-    by_own = np.logical_or.reduce(own)
-    more = {name: mask & ~by_own for name, mask in others.items()}
+    by_own = np.maximum.reduce(own)
+    # On a random model, a difference of a few draws is chance. So at least half of the draws must differ.
+    more = {name: wrong - by_own >= 0.5 for name, wrong in others.items()}
     count = int(np.logical_or.reduce(list(more.values())).sum())
     best = max(more, key=lambda name: int(more[name].sum()))
     text = f"{count} of {full} images withstood every attack along the model's own gradients and fell to another attack"
@@ -372,12 +373,13 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
         f"gradients over {few:.0f} it leaves {100 * by_few:.0f} %"
     )
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
-    robust = evidence.robust(n)
+    wrong = evidence.wrong(n)
+    left = None if wrong is None else float((wrong <= 0.5).mean())
     # The report's attacks are stronger than this probe. If they found more images, their number of draws was large
     # enough.
-    if strong and robust is not None and robust.mean() < by_many:
+    if strong and left is not None and left < by_many:
         strong = False
-        text += f"; the attacks of the report leave {100 * robust.mean():.0f} % of the same images, which is less"
+        text += f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"
     verdict = _verdict(strong, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
     return Outcome(verdict, text, f"probe: gradients over {many:.0f} draws")
 

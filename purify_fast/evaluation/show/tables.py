@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from ..alarms import Finding
-from ..rows import Row, one_draw
+from ..rows import Row
 
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
@@ -122,13 +120,8 @@ def color_is_welcome() -> bool:
 
 
 def percent(row: Row) -> str:
-    """A row's accuracy and standard error, in percent; in a clean row the accuracy of the first prediction."""
+    """A row's accuracy and standard error, in percent."""
     return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
-
-
-def percent_always(row: Row) -> str:
-    """The share of images with only correct predictions, and its standard error, in percent."""
-    return percent(replace(row, robust=np.arange(row.n) < round(row.always_right * row.n)))
 
 
 def images(row: Row) -> str:
@@ -141,10 +134,10 @@ def draws(row: Row) -> str:
     return str(row.settings.get("eot_iter", "-"))
 
 
-def single_predictions(rows: Sequence[Row], row: Row) -> str:
-    """The share of correct single predictions after an attack and the attacks before it, in percent."""
-    share = row.accuracy if row.n_eval == 1 else one_draw(rows, row)
-    return "-" if share is None else f"{100 * share:.1f}"
+def single_predictions(row: Row) -> str:
+    """The share of correct single predictions in percent; of several draws also its standard error."""
+    share = f"{100 * row.mean:.1f}"
+    return share if row.right is None else f"{share} ± {100 * row.mean_error:.1f}"
 
 
 def warning(row: Row) -> Cell:
@@ -154,21 +147,20 @@ def warning(row: Row) -> Cell:
     return Cell("", remarks, unreliable=not row.reliable, red=bool(broken) or not row.reliable)
 
 
-#: The columns of the table of all rows. The function of a column gets all rows and a single row, and makes the cell of
-#: the single row.
-_CELLS: dict[str, Callable[[Sequence[Row], Row], str | Cell]] = {
-    "model": lambda rows, row: row.model,
-    "attack": lambda rows, row: row.attack,
-    "variant": lambda rows, row: row.describe_variant(),
-    "EOT": lambda rows, row: draws(row),
-    "n": lambda rows, row: images(row),
-    "accuracy": lambda rows, row: percent_always(row),
+#: The columns of the table of all rows. The function of a column makes the cell of a row.
+_CELLS: dict[str, Callable[[Row], str | Cell]] = {
+    "model": lambda row: row.model,
+    "attack": lambda row: row.attack,
+    "variant": lambda row: row.describe_variant(),
+    "EOT": lambda row: draws(row),
+    "n": lambda row: images(row),
+    "accuracy": percent,
     "one draw": single_predictions,
-    "draws": lambda rows, row: str(row.n_eval),
-    "gradients": lambda rows, row: row.describe_health(),
-    "": lambda rows, row: warning(row),
-    "seed": lambda rows, row: str(row.seed),
-    "s": lambda rows, row: f"{row.seconds:.1f}",
+    "draws": lambda row: str(row.n_eval),
+    "gradients": lambda row: row.describe_health(),
+    "": lambda row: warning(row),
+    "seed": lambda row: str(row.seed),
+    "s": lambda row: f"{row.seconds:.1f}",
 }
 COLUMNS = [*_CELLS]
 
@@ -180,7 +172,7 @@ def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Tabl
         rows: rows of a report.
         columns: titles of the columns.
     """
-    return Table([*columns], [[_CELLS[name](rows, row) for name in columns] for row in rows])
+    return Table([*columns], [[_CELLS[name](row) for name in columns] for row in rows])
 
 
 def short_table(rows: Sequence[Row]) -> Table:
@@ -198,7 +190,7 @@ def comparison(report: Any) -> Table:
 
     def cell(attack: str, model: str) -> str | Cell:
         row = by_name.get((attack, model))
-        return "-" if row is None else replace(warning(row), text=percent_always(row))
+        return "-" if row is None else replace(warning(row), text=percent(row))
 
     body = [[attack, *(cell(attack, model) for model in report.models)] for attack in report.attacks]
     return Table(["attack", *report.models], body)

@@ -229,7 +229,7 @@ class ArrestTask(MethodTask):
         return {**super().describe(), **facts, "structure": structure_fingerprint(self.classifier)}
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
-        check_classifier(self.classifier, shape, classes)
+        check_classifier(self.classifier, shape, classes, self.config.precision)
 
     def validate(self, batch: Batch) -> Metrics:
         """Return cross-entropy and accuracy under the training's attack, or under PGD-10 if the attack has fewer steps.

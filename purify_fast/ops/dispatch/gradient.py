@@ -36,8 +36,10 @@ def needs_gradient(*tensors: Tensor) -> bool:
         True if gradients are recorded and a tensor requires a gradient. Also True inside forward-mode differentiation:
         the ops' autograd functions raise an error there, while a bare kernel would silently lose the tangent.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 

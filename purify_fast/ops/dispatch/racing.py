@@ -27,7 +27,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import races
@@ -57,24 +56,6 @@ RUN = 1e-3
 #: the kernel cannot be fused with its neighbors, so its inputs and outputs are written and read once more. In a user's
 #: graph this can cost more than in the race, where the neighbors are only a few elementwise operations.
 IN_GRAPHS = 2.0
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operators of a block that would be launches on a GPU. An operator whose result is a view is no launch.
-
-    Attributes:
-        count: the number of operators.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returned = (one.alias_info for one in function._schema.returns)
-        views = [alias is not None and not alias.is_write for alias in returned]
-        self.count += not (views and all(views))
-        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ block.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ... import _library
 from ..._compiler import constant_in_graphs
@@ -102,9 +102,12 @@ class Op(Definition):
 
     def uses_reference(self, device: torch.device, dtype: torch.dtype, size: int, variant: str = "") -> bool:
         """Return True if the public function should call the reference directly. `size_key` returns dtype and size."""
+        compiling = torch.compiler.is_compiling()
         # A traced call may have another size later, so the backend must not depend on the size.
-        bits = 0 if torch.compiler.is_compiling() or type(size) is not int else size.bit_length()
-        return self.serving(Call(device, variant, dtype, bits)) == "reference"
+        bits = 0 if compiling or type(size) is not int else size.bit_length()
+        # Every eager call runs this line, so it must be fast. A tuple finds the `Call` with the same values.
+        backend = None if compiling or _forced else self.served.get((device, variant, dtype, bits, "eager"))  # type: ignore[call-overload]
+        return (backend or self.serving(Call(device, variant, dtype, bits))) == "reference"
 
     def serving(self, call: Call) -> Backend:
         """Return the backend that computes a call. A kernel is used only after it was verified.
@@ -117,7 +120,6 @@ class Op(Definition):
             return forced
         if torch.compiler.is_compiling():
             return _in_graph(self.name, call.device.type, call.device.index, call.variant, call.dtype)
-        # Every eager call runs this line, so it must be fast: the backend is looked up in a dict.
         return self.served.get(call) or self._choose(call)
 
     def _choose(self, call: Call) -> Backend:
@@ -315,8 +317,13 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
     """Return ``kernel``, but with the reference for float64, because the Triton kernels compute in float32."""
 
     def launch(*args):
-        double = any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(args))
-        return (plain if double else kernel)(*args)
+        # Every eager call of a kernel runs this loop, so it must be fast. Numbers have no dtype.
+        for arg in args:
+            several = type(arg) is list and arg and isinstance(arg[0], torch.Tensor)
+            for one in arg if several else (arg,):
+                if getattr(one, "dtype", None) is torch.float64:
+                    return plain(*args)
+        return kernel(*args)
 
     return launch
 
@@ -330,7 +337,8 @@ def _launcher(name: str) -> Callable | None:
     function = "forward" if name == module else "backward"
     if not (KERNELS / f"{module}.py").exists():
         return None
-    return lambda *args: getattr(importlib.import_module(f"purify_fast.kernels.{module}"), function)(*args)
+    load = functools.cache(lambda: getattr(importlib.import_module(f"purify_fast.kernels.{module}"), function))
+    return lambda *args: load()(*args)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ...models.layers import BatchNorm2d, Conv2d
 from ...ops.dispatch.gradient import transformed
 from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, SILU, VARIANTS, kind
-from ...ops.group_norm_silu import group_norm_silu
+from ...ops.group_norm_silu import group_norm, group_norm_silu
 from .batchnorm import close, hooked
 from .convolution_chains import SHAPE, Chain, Formula, Step
 
@@ -41,7 +41,7 @@ _ACTIVATIONS: dict[Any, int] = {
 
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(group_norm_silu,))
+        super().__init__(autowrap_functions=(group_norm, group_norm_silu))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (nn.Conv2d, _Norm)) or super().is_leaf_module(m, module_qualified_name)

@@ -10,11 +10,11 @@ values of tensors. A graph is replayed only while the settings of its model are 
 parts are the same objects (`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use
 the new values. Random draws from torch's generator of the device are the same as without a graph.
 
-A capture takes the time of a dozen steps, and the number of future steps is unknown, because an image leaves the batch
-when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a capture would
-take. With this rule, which is known from the ski rental problem, the total time is at most twice that of the best
-choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than a tenth
-of the time, the graph is deleted, and the step is not captured again at this batch size.
+A capture takes the time of a dozen steps or more, and the number of future steps is unknown, because an image leaves
+the batch when the attack has succeeded on it. So a step is captured when its launches have taken as much time as a
+capture would take. With this rule, which is known from the ski rental problem, the total time is at most twice that of
+the best choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than
+a tenth of the time, the graph is deleted, and the step is not captured again at this batch size.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The estimated cost of a capture in seconds, used until a capture was measured. It is a dozen steps of 1.5 ms on a
-#: ResNet-18.
-CAPTURE_SECONDS = 0.02
+#: The estimated cost of a capture, in launches of its step, used until a capture was measured. For a PGD step of a
+#: ResNet-18 on an H200, a capture took as long as 13 to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32
+#: (104 to 291 ms), where cuDNN also chose algorithms. A number of seconds would be wrong for hosts that launch faster.
+CAPTURE_STEPS = 15
 #: The share of a step's time that a replay must save. Otherwise the step is not captured again.
 LEAST_SAVING = 0.1
 SAVES_TOO_LITTLE = "a replay saves less than a tenth of the step"
@@ -108,12 +109,14 @@ class LaunchCost:
         self.steps += 1
         self.fastest = min(self.fastest, seconds)
 
-    def pays(self, cost: float) -> bool:
+    def pays(self, cost: float | None) -> bool:
         """Tell whether the launches have taken as much time as a capture would take.
 
         Args:
-            cost: seconds of a capture.
+            cost: seconds of a capture. None means that no capture was measured: `CAPTURE_STEPS` launches are estimated.
         """
+        if cost is None:
+            return not self.refusal and self.steps >= CAPTURE_STEPS
         # The first launch may include a compilation, so a single launch is not enough.
         return not self.refusal and self.steps > 1 and self.steps * self.fastest >= cost
 
@@ -303,9 +306,9 @@ class StepGraphs:
         return len(self._captured)
 
     @property
-    def cost(self) -> float:
-        """The seconds of a capture: the smallest measured time, or an estimate if there is no measurement."""
-        return min(self._costs, default=CAPTURE_SECONDS)
+    def cost(self) -> float | None:
+        """The seconds of a capture: the smallest measured time, or None if there is no measurement."""
+        return min(self._costs, default=None)
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # A copy of the trained or attacked model needs its own captures.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from purify_fast.cli.command import usable_device
+from purify_fast._validation import usable_device
 
 from .. import Job, Study
 from .job_list import clean_accuracy, jobs

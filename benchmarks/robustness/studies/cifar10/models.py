@@ -120,7 +120,7 @@ def training_flops(task: Task, images: data.DataSet, count: int = 16) -> float:
     x = data.to_float(images.x_train[:count])
     # Count a late step, in which all terms of the loss take part.
     late = {"epoch": 3, "epochs": 4, "step": 10**9, "images_before": 10**9}
-    batch = Batch(x, images.y_train[:count], torch.arange(count), seed=0, **late)
+    batch = Batch(x, images.y_train[:count], torch.arange(count, device=x.device), seed=0, **late)
 
     def step() -> None:
         for update in task.updates(batch):

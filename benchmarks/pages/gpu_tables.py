@@ -1,0 +1,149 @@
+"""Make the tables of a GPU's chapter in docs/performance.md from the results files in the GPU's folder."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from purify_fast.ops.dispatch.racing import LEVEL
+
+from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
+from ..speed import limits, sheets, shipping
+
+#: The name of the file with the forms of an attack by PGD. It has a row for each form.
+PGD = "pgd.csv"
+#: Two parts of the evaluation: without CUDA graphs, and with graphs where they save time.
+OFF, AUTO = "graphs off", "graphs auto"
+#: The styles of calls that are raced on a GPU, and their names in the tables.
+STYLES = {"eager": "eager calls", "replay": "replays"}
+
+
+def ours(name: str) -> str:
+    """Return the name of a compared implementation for a page: that of this package is in bold letters."""
+    return f"**purify_fast{name.removeprefix('ours')}**" if name.startswith("ours") else name
+
+
+def verdicts(folder: Path) -> list[str]:
+    """Return the table of each kernel's error, compared with its definition in float64."""
+    body = []
+    for row in sheets.rows_of(folder / VERDICTS):
+        error, budget = float(row["error"]), float(row["budget"])
+        # A kernel that only moves numbers may have no error at all.
+        share = f"{100 * error / budget:.0f} %" if budget else "-" if error else "exact"
+        right = "right" if row["passed"] == "True" else "**wrong**"
+        body.append([row["op"], right, f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
+    return sheets.table(["op", "verdict", "error", "allowed", "share", "case"], body)
+
+
+def captures(folder: Path) -> list[str]:
+    """Return the table of the times of a gradient step: launched, captured in a CUDA graph, and replayed."""
+    body = [
+        [
+            row["images"],
+            row["precision"],
+            *(f"{float(row[f'{name}_ms']):.2f}" for name in ("eager_host", "eager", "graph", "device", "capture")),
+            f"{float(row['eager_ms']) / float(row['graph_ms']):.2f}",
+            row["pays_after"],
+        ]
+        for row in sheets.rows_of(folder / CAPTURE_COST)
+    ]
+    times = ["launching, ms", "launched step, ms", "replayed step, ms", "on the device, ms", "capture, ms"]
+    return sheets.table(["images", "precision", *times, "speedup by replays", "steps that pay for a capture"], body)
+
+
+def evaluations(folder: Path) -> list[str]:
+    """Return the table of an evaluation by the protocol `standard`, without CUDA graphs and with them."""
+    rows = sheets.rows_of(folder / STANDARD)
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    by_attack: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        by_attack.setdefault(row["attack"], {})[row["part"]] = row
+    body = []
+    for attack, own in by_attack.items():
+        seconds = {part: float(row["seconds"]) for part, row in own.items()}
+        times = [f"{seconds[part]:.2f}" if part in own else "-" for part in parts]
+        gain = f"{seconds[OFF] / seconds[AUTO]:.2f}" if OFF in own and seconds.get(AUTO) else "-"
+        left, other = (max(int(row[column]) for row in own.values()) for column in ("robust", "other_than_off"))
+        body.append(["all attacks" if attack == "worst" else attack, *times, gain, left, other])
+    heads = [f"{part}, s" for part in parts]
+    return sheets.table(["attack", *heads, "speedup", "images still right", "images with another outcome"], body)
+
+
+def pgd_forms(folder: Path) -> list[dict]:
+    """Return the rows of the forms of an attack by PGD. The new column ``share`` is the share of the matrix rate.
+
+    The share is NaN if the matrix rate was not measured.
+    """
+    # A form that did not run in time has no milliseconds.
+    rows, rates = [row for row in sheets.rows_of(folder / PGD) if row["ms"]], limits.read(folder)
+    peaks = [rates.get((row["device"], limits.PRODUCT), math.nan) for row in rows]
+    return [{**row, "share": 1e3 * float(row["TFLOP_per_s"]) / peak} for row, peak in zip(rows, peaks, strict=True)]
+
+
+def pgd(folder: Path) -> list[str]:
+    """Return the tables of the forms of an attack by PGD, and sentences that compare the fastest forms."""
+    lines: list[str] = []
+    rows = pgd_forms(folder)
+    counts = list(dict.fromkeys(row.get("images") for row in rows))
+    for count in counts:
+        lines += [f"{count} images:", ""] if len(counts) > 1 else []
+        lines += [*_pgd([row for row in rows if row.get("images") == count]), ""]
+    return lines[:-1]
+
+
+def _pgd(rows: list[dict]) -> list[str]:
+    """Return the table of the forms for one number of images, and a sentence on the fastest of them."""
+    times = {row["form"]: float(row["ms"]) for row in rows}
+    best, mine = min(times, key=times.__getitem__), min(ms for form, ms in times.items() if form.startswith("ours"))
+    body = []
+    for row in rows:
+        share = "-" if math.isnan(row["share"]) else f"{100 * row['share']:.0f} %"
+        rates = f"{int(row['images_per_s']):,}", f"{float(row['TFLOP_per_s']):.0f}", share
+        speed = mine / times[row["form"]]
+        body.append([ours(row["form"]), f"{times[row['form']]:.1f}", *rates, f"{speed:.2f}"])
+    heads = ["form", "ms", "images/s", "TFLOP/s", "share of the matrix rate", "times as fast as our fastest form"]
+    ahead = f'**The fastest form is not ours:** "{best}" is {mine / times[best]:.2f} times as fast as our fastest form.'
+    said = "The fastest form is one of this package." if best.startswith("ours") else ahead
+    return [*sheets.table(heads, body), "", said]
+
+
+def _ratio(row: dict) -> float:
+    """Return the speed of a kernel relative to its reference."""
+    return row["reference_us"] / row["kernel_us"]
+
+
+def behind(folder: Path) -> list[str]:
+    """Return the table of the races that a kernel lost, with the times in the layout in which it was slowest."""
+    cases: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for op, entry in shipping.read(folder)["ops"].items():
+        for row in entry["rows"]:
+            name = " ".join(filter(None, (row["variant"], row["dtype"], row["size"])))
+            cases.setdefault((op, name), {}).setdefault(row["style"], []).append(row)
+    body = []
+    for (op, name), styles in cases.items():
+        slowest = {style: min(rows, key=_ratio) for style, rows in styles.items()}
+        if min(map(_ratio, slowest.values())) < LEVEL:
+            times = {
+                s: f"{r['kernel_us']:,.0f} / {r['reference_us']:,.0f} ({_ratio(r):.2f})" for s, r in slowest.items()
+            }
+            body.append([op, name, *(times.get(style, "-") for style in STYLES)])
+    heads = [f"{words}: kernel / reference, us (speedup)" for words in STYLES.values()]
+    return sheets.table(["op", "case", *heads], body)
+
+
+def summary(raced: dict) -> str:
+    """Return a sentence about all races of a GPU: how many the kernels won, and their mean speedups."""
+    rows = [row for entry in raced["ops"].values() for row in entry["rows"]]
+    ratios = {words: [_ratio(row) for row in rows if row["style"] == style] for style, words in STYLES.items()}
+    means = [f"{statistics.geometric_mean(own):.1f} in {words}" for words, own in ratios.items() if own]
+    return (
+        f"In {sum(_ratio(row) > 1 for row in rows):,} of {len(rows):,} measurements, the kernel was faster. The "
+        f"geometric mean of all speedups is {' and '.join(means)}."
+    )
+
+
+def tables(folder: Path) -> dict[str, list[str]]:
+    """Return the tables of a GPU's chapter by their names. A table is empty if the GPU's folder has no such results."""
+    every = {VERDICTS: verdicts, CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd, shipping.FILE: behind}
+    return {table.__name__: table(folder) if (folder / file).exists() else [] for file, table in every.items()}

@@ -1,0 +1,204 @@
+"""The losses that attacks raise, compared with float64, and attacks on models that are sure."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast.attacks import AutoAttack, GradientHealth, apgd, fgsm, frozen, pgd
+from purify_fast.attacks.context import AttackContext, Resources
+from purify_fast.attacks.losses import LOSSES, TARGETED, cross_entropy
+from purify_fast.training import Batch, TrainingAttack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: Below this loss the exact form replaces the usual one.
+SURE = {torch.float32: 2**-8, torch.float64: 2.0**-37, torch.bfloat16: 2**-8, torch.float16: 2**-8}
+
+
+def sure_logits(classes, dtype=torch.float32, margins=(0, 200)):
+    """Random logits of 802 images, whose true class is ahead of the second by margins in even steps."""
+    margin, g = torch.linspace(*margins, 802), torch.Generator().manual_seed(classes)
+    logits, y = 3 * torch.randn(802, classes, generator=g), torch.randint(0, classes, (802,), generator=g)
+    rows = torch.arange(802)
+    logits[rows, y] = -torch.inf
+    logits[rows, y] = logits.amax(1) + margin
+    return logits.to(dtype), y
+
+
+def with_gradient(loss, logits, *labels):
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf, *labels)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+def usual(logits, y):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def in_float64(logits, y):
+    """The loss and its gradient, and the logsumexp of the other classes minus the true logit, in float64."""
+    leaf = logits.double().requires_grad_()
+    z = leaf.scatter(1, y[:, None], -torch.inf).logsumexp(1) - leaf.gather(1, y[:, None])[:, 0]
+    value = F.softplus(z)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0], z.detach()
+
+
+def relative(found, wanted):
+    return (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "rounding"),
+    [
+        (torch.float32, 61, 1e-4),
+        # the gradient is rounded to the dtype of the logits
+        (torch.bfloat16, 61, 4e-3),
+        (torch.float16, 6.8, 2e-3),
+        (torch.float64, 495, 1e-4),
+    ],
+)
+def test_the_cross_entropy_of_a_sure_model_is_that_of_float64(classes, dtype, lowest, rounding):
+    logits, y = sure_logits(classes, dtype)
+    loss, gradient = with_gradient(cross_entropy, logits, y)
+    value, exact, z = in_float64(logits, y)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32) and gradient.dtype == dtype
+    seen = z > -lowest
+    assert seen.sum() > 5 and (loss.double() / value - 1)[seen].abs().max() < min(rounding, 1e-4)
+    assert relative(gradient, exact)[seen].max() < rounding
+    # further down the size stays, so that no gradient vanishes, and the direction is right
+    units = (each / each.norm(dim=1, keepdim=True) for each in (gradient.double(), exact))
+    assert relative(*units).max() < rounding
+    assert gradient.double().norm(dim=1).min() > torch.finfo(dtype).tiny ** 0.8
+    # a smaller margin has a higher loss, everywhere
+    rises = loss[z.argsort()].diff()
+    assert (rises >= 0).all() and (rises > 0).float().mean() > (0.99 if dtype == torch.float32 else 0.3)
+
+
+def test_the_usual_formula_loses_the_true_class():
+    """The premise of these tests: from a margin of 17 on, float32 has no loss, and no gradient of the true class."""
+    logits, y = sure_logits(10, margins=(18, 80))
+    loss, gradient = with_gradient(usual, logits, y)
+    assert not loss.any() and not gradient.gather(1, y[:, None]).any() and gradient.any(1).all()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_losses_keep_their_bits(classes, dtype):
+    logits, y = sure_logits(classes, dtype, margins=(-60, 30))
+    (loss, gradient), (before, slope) = (with_gradient(each, logits, y) for each in (cross_entropy, usual))
+    kept = before >= SURE[dtype]
+    assert 500 < kept.sum() < 802
+    assert torch.equal(loss[kept], before[kept]) and torch.equal(gradient[kept], slope[kept])
+    changed = with_gradient(cross_entropy, logits[~kept], y[~kept])[1]
+    assert not torch.equal(changed, slope[~kept])
+
+
+def test_infinite_logits_and_nan_are_as_in_the_usual_formula():
+    values = (-torch.inf, -1e38, -100.0, 0.0, 3.0, 100.0, 1e38, torch.inf, torch.nan)
+    logits = torch.tensor(list(itertools.product(values, repeat=3)))
+    y = torch.zeros(len(logits), dtype=torch.int64)
+    (loss, gradient), (before, slope) = (with_gradient(each, logits, y) for each in (cross_entropy, usual))
+    # the only exact losses: the true class is far ahead of another finite class
+    exact = logits[:, 0].isfinite() & (logits[:, 1:].amax(1).isfinite()) & (before == 0)
+    assert 20 < exact.sum() < 100 and (loss[exact] < 0).all() and gradient[exact].any(1).all()
+    assert torch.equal(loss[~exact].nan_to_num(7.0), before[~exact].nan_to_num(7.0))
+    assert torch.equal(gradient[~exact].nan_to_num(7.0), slope[~exact].nan_to_num(7.0))
+    assert loss[exact].isfinite().all() and gradient[exact].isfinite().all()
+    assert before.isnan().sum() > 200 and gradient.isnan().any(1).sum() > 200
+
+
+@pytest.mark.parametrize("name", sorted((LOSSES | TARGETED).keys() - {"ce"}))
+def test_no_other_loss_has_the_cancellation(name):
+    for classes in (4, 10, 1000):
+        logits, y = sure_logits(classes)
+        labels = (y, (y + 1) % classes) if name in TARGETED else (y,)
+        (loss, gradient), (value, exact) = (
+            with_gradient((LOSSES | TARGETED)[name], each, *labels) for each in (logits, logits.double())
+        )
+        assert torch.allclose(loss.double(), value, rtol=1e-5, atol=1e-6)
+        assert relative(gradient, exact).max() < 1e-5
+
+
+def test_the_cross_entropy_compiles_to_the_same_bits():
+    logits, y = sure_logits(10)
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    (loss, gradient), (before, slope) = (with_gradient(each, logits, y) for each in (compiled, cross_entropy))
+    assert torch.equal(loss, before) and torch.equal(gradient, slope)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        leaf = logits.requires_grad_()
+        weights = torch.ones(len(y), requires_grad=True)
+        (first,) = torch.autograd.grad((weights * cross_entropy(leaf, y)).sum(), leaf, create_graph=True)
+        first.sum().backward()
+
+
+class Sure(nn.Module):
+    """A linear classifier of four classes, of which the first is ahead by about a margin on gray images."""
+
+    def __init__(self, margin):
+        super().__init__()
+        weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(3))
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.tensor([margin, 0.0, 0.0, 0.0]) - 0.5 * weight.sum(1))
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.weight, self.bias)
+
+
+ATTACKS = {
+    "FGSM": lambda model, x, y: fgsm(model, x, y, eps=0.02),
+    "PGD": lambda model, x, y: pgd(model, x, y, eps=0.02, steps=3, random_start=False, keep_best=True),
+    "PGD, l2": lambda model, x, y: pgd(model, x, y, eps=0.02, steps=3, norm="l2", random_start=False),
+    "APGD": lambda model, x, y: apgd(model, x, y, eps=0.02, steps=5),
+    "training": lambda model, x, y: TrainingAttack(eps=0.02, steps=2, random_start=False).run(
+        model, Batch(x, y, torch.arange(len(x)), 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("margin", [20.0, 50.0, 150.0])
+def test_an_attack_on_a_sure_model_finds_what_it_finds_in_float64(name, margin):
+    x = 0.5 + 0.01 * torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    y = torch.zeros(6, dtype=torch.int64)
+    found, wanted = (ATTACKS[name](Sure(margin).to(dtype), x.to(dtype), y) for dtype in (torch.float32, torch.float64))
+    assert torch.allclose(found.double(), wanted, atol=1e-5) and not torch.equal(found, x)
+    if name == "FGSM":
+        # with the formula of float32 alone, the steps follow the wrong classes but not the true class
+        leaf = x.clone().requires_grad_()
+        blind = torch.autograd.grad(usual(Sure(margin)(leaf), y).sum(), leaf)[0].sign()
+        assert (blind == (found - x).sign()).float().mean() < 0.9
+
+
+def test_a_sure_network_is_as_robust_in_float32_as_in_float64(digits):
+    """Its logits times 20: PGD and FGSM leave as many images as with the same logits in float64."""
+    net, x, y = digits[0], digits[1][:200], digits[2][:200]
+
+    def left(attack, convert):
+        return (net(attack(lambda images: convert(20 * net(images)), x, y)).argmax(1) == y).float().mean()
+
+    for attack in (
+        lambda model, x, y: fgsm(model, x, y, eps=0.1),
+        lambda model, x, y: pgd(model, x, y, eps=0.1, steps=5, keep_best=True),
+    ):
+        one, two = (float(left(attack, convert)) for convert in (torch.Tensor.float, torch.Tensor.double))
+        assert one == pytest.approx(two, abs=0.011) and one < 0.9
+
+
+def test_gradients_of_the_packages_autoattack_are_counted_by_its_own_formula():
+    """AutoAttack's own cross-entropy has no gradient on a model that is sure, so its result stays unreliable."""
+    pytest.importorskip("pyautoattack")
+    x = 0.5 + 0.01 * torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    y, model = torch.zeros(5, dtype=torch.int64), Sure(150.0)
+    for batch_size in (None, 2):
+        resources = Resources(batch_size=batch_size, counts_health=True)
+        context = AttackContext(eps=0.02, num_classes=4, resources=resources)
+        health = AutoAttack(steps=2, n_queries=2).search(model, x, y, context).health
+        assert health.zero == 1 and not health.reliable, batch_size
+    own = GradientHealth()
+    with frozen(model):
+        apgd(model, x, y, eps=0.02, steps=2, health=own)
+    assert own.zero == 0 and own.reliable

@@ -1,0 +1,189 @@
+"""Chance is no attack: the numbers of a random model are those of its draws, however often it was asked.
+
+The draws of these models do not depend on the attack, or depend on it by a formula. So each number of a report has an
+exact value.
+"""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from evaluating import evaluate
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from purify_fast.attacks import APGD, PGD, Square
+from purify_fast.autoattack import AutoAttack
+from purify_fast.evaluation import AttackSpec, as_attack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: The number of evaluations in a mean.
+SEEDS = int(os.environ.get("CHANCE_SEEDS", 60))
+
+
+class Coin(nn.Module):
+    """Right with probability p in every draw, and otherwise any wrong class, whatever was done to the image."""
+
+    def __init__(self, p, classes):
+        super().__init__()
+        self.p, self.classes = p, classes
+
+    def forward(self, x):
+        size = len(x)
+        label = (x.flatten(1).mean(1) * self.classes).floor().clamp(0, self.classes - 1).long()
+        turned = torch.randint(1, self.classes, (size,)) * (torch.rand(size) >= self.p)
+        logits = nn.functional.one_hot((label + turned) % self.classes, self.classes).float()
+        # Attacks have gradients to follow, which lead nowhere.
+        return 5 * logits + 0.01 * x.flatten(1)[:, : self.classes]
+
+
+def images(classes, n):
+    y = torch.arange(n) % classes
+    return ((y + 0.5) / classes)[:, None, None, None].expand(-1, 1, 4, 4).contiguous(), y
+
+
+def idle(model, x, y):
+    return x
+
+
+def votes(p, classes, n, rounds=200_000):
+    """The chance that the majority of n draws is right; between equal counts the mean probabilities decide evenly."""
+    generator = np.random.default_rng(0)
+    wrong = np.full(classes - 1, (1 - p) / (classes - 1))
+    counts = generator.multinomial(n, [p, *wrong], rounds)
+    top = counts.max(1, keepdims=True)
+    return float(((counts[:, 0] == top[:, 0]) / (counts == top).sum(1)).mean())
+
+
+def exact(p, classes, predict, n):
+    """The exact values of a row's accuracy and of one draw."""
+    if predict == "votes":
+        right = votes(p, classes, n)
+        return right, right
+    return p**n, p
+
+
+def check(report, p, classes, predict, n, seeds=1):
+    """Every row but those of the variants is within three standard errors of the exact value."""
+    whole, one = exact(p, classes, predict, n)
+    for row in report.rows:
+        size = row.n * seeds
+        for value, expected, draws in ((row.accuracy, whole, 1), (row.mean, one, row.n_eval)):
+            error = math.sqrt(max(expected * (1 - expected), 1 / size) / (size * draws))
+            assert abs(value - expected) < 4.5 * error, (row.attack, value, expected, error)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    p=st.floats(0.05, 0.99),
+    classes=st.integers(2, 10),
+    predict=st.sampled_from([None, "worst_of", "votes"]),
+    n=st.sampled_from([1, 5, 20]),
+    protocol=st.sampled_from([None, "fast", "standard", "rand", "strong"]),
+    seed=st.integers(0, 1000),
+)
+def test_an_attack_that_changes_nothing_changes_no_number(p, classes, predict, n, protocol, seed):
+    x, y = images(classes, 240)
+    options = {"predict": predict, "n_eval": n, "seed": seed, "eps": 1e-3, "progress": False}
+    options |= {"steps": 3, "eot_iter": 2, "probes": protocol is not None, "max_forward_batch": 4096}
+    if protocol is None:
+        attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i > 2) for i in range(6)]
+        report = evaluate(Coin(p, classes), x, y, attacks=[*attacks, PGD(restarts=3)], **options)
+    elif protocol == "rand" and classes < 3:
+        return
+    else:
+        report = evaluate(Coin(p, classes), x, y, protocol=protocol, **options)
+    check(report, p, classes, predict, n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("p", "predict", "n"), [(0.7, None, 5), (0.9, "worst_of", 5), (0.3, None, 1), (0.6, "votes", 5)]
+)
+def test_over_many_seeds(p, predict, n):
+    """The mean over many evaluations, which shows a bias that a single evaluation hides."""
+    x, y = images(3, 40)
+    attacks = [AttackSpec(as_attack(idle, name=f"idle {i}"), survivors_only=i % 2 == 1) for i in range(8)]
+    options = {"eps": 1e-3, "predict": predict, "n_eval": n, "attacks": attacks, "progress": False}
+    reports = [evaluate(Coin(p, 3), x, y, seed=seed, **options) for seed in range(SEEDS)]
+    whole, one = exact(p, 3, predict, n)
+    for name in ("clean", "idle 0", "idle 7", "worst"):
+        rows = [report.row(name) for report in reports]
+        for values, expected in (([row.accuracy for row in rows], whole), ([row.mean for row in rows], one)):
+            assert abs(np.mean(values) - expected) < 3.5 * np.std(values) / math.sqrt(SEEDS) + 1e-9, (name, expected)
+        # the standard errors are those of the numbers' own spread
+        assert 0.8 < np.mean([row.mean_error for row in rows]) / np.std([row.mean for row in rows]) < 1.25
+    assert abs(np.mean([report.headline.accuracy for report in reports]) - whole) < 0.03
+
+
+class NoisyLinear(nn.Module):
+    """Class 1 if the sum of the pixels, with noise of standard deviation sigma, is above half of all."""
+
+    def __init__(self, sigma):
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x):
+        score = x.flatten(1).sum(1) - x[0].numel() / 2
+        score = score + self.sigma * torch.randn(len(x))
+        return torch.stack([-score, score], 1)
+
+
+@pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
+def test_noise_before_a_linear_classifier(protocol):
+    """The best attack moves each pixel by eps, so the normal distribution gives the accuracy of one draw."""
+    size, eps, sigma, n = 16, 0.02, 0.5, 400
+    generator = torch.Generator().manual_seed(0)
+    offsets = 0.05 * torch.rand(n, generator=generator)
+    y = torch.arange(n) % 2
+    x = (0.5 + offsets * (2 * y - 1))[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+    options = {"eps": eps, "protocol": protocol, "steps": 12, "progress": False, "n_eval": 5, "eot_iter": 4}
+    report = evaluate(NoisyLinear(sigma), x, y, **options)
+
+    def chance(distance):
+        return torch.special.ndtr(size * distance / sigma).numpy().astype(float)
+
+    for row, each in ((report.row("clean"), chance(offsets)), (report.row("worst"), chance(offsets - eps))):
+        one, every = each.mean(), (each**5).mean()
+        assert abs(row.mean - one) < 3.5 * row.mean_error, (row.attack, row.mean, one)
+        assert abs(row.accuracy - every) < 3.5 * math.sqrt(every * (1 - every) / n), (row.attack, row.accuracy, every)
+
+
+@pytest.mark.parametrize("version", ["rand", "standard"])
+def test_the_drop_in_autoattack_prints_other_draws(version, capsys):
+    x, y = images(4, 400)
+    adversary = AutoAttack(Coin(0.7, 4), eps=1e-3, version=version, seed=1)
+    for attack in (adversary.apgd, adversary.apgd_targeted):
+        attack.n_iter = 2
+    adversary.fab.n_iter, adversary.square.n_queries = 2, 5
+    adversary.run_standard_evaluation(x, y)
+    printed = [
+        float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines() if "accuracy" in line
+    ]
+    draws = 20 if version == "rand" else 5
+    assert len(printed) == (4 if version == "rand" else 6)
+    assert all(abs(value - 70) < 350 * math.sqrt(0.21 / (400 * draws)) for value in printed), printed
+
+
+def test_every_image_keeps_its_draws_wherever_the_attack_is_not():
+    """Attacks on the first or the nearest images leave the others at their clean images, with all draws."""
+    x, y = images(2, 300)
+    attacks = [AttackSpec(PGD(steps=2), max_images=50), AttackSpec(APGD(steps=2), nearest=10, survivors_only=True)]
+    attacks.append(AttackSpec(Square(n_queries=3), survivors_only=True))
+    report = evaluate(Coin(0.5, 2), x, y, eps=1e-3, attacks=attacks, progress=False)
+    assert [row.n for row in report.rows] == [300, 50, 300, 300, 300, 50]
+    check(report, 0.5, 2, None, 5)
+
+
+def test_a_curve_of_a_random_model_counts_no_chance():
+    x, y = images(2, 300)
+    report = evaluate(
+        Coin(0.8, 2), x, y, eps=1e-3, attacks=[APGD(steps=2), PGD(steps=2)], curve=(5e-4, 2e-3, 3e-3), progress=False
+    )
+    check(report, 0.8, 2, None, 5)
+    assert len(report.curve) == 5

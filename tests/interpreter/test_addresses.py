@@ -1,0 +1,107 @@
+"""No kernel reads or writes outside of its tensors. Every launch of this folder's tests is watched (`addresses`)."""
+
+import ctypes
+import os
+import signal
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from addresses import guarded_pages
+from hypothesis import strategies as st
+from loading import module
+from torch import Tensor
+
+from purify_fast.ops import REGISTRY
+
+fuzzing = module("fuzz", "ops")
+#: Shapes of images that fill no tile, or a tile and one number more.
+ODD = ((1,), (31,), (1023,), (1025,), (3, 7, 5), (1, 33, 31), (2, 1, 129))
+#: The functions of fuzzing whose ops have Triton kernels, by the names of the ops.
+KERNELS = {name: {"decode_samples": "decode_prior"}.get(name, name) for name, op in REGISTRY.items() if op.launch}
+#: The last of these draw their shapes by `image_shape`.
+CASES = [
+    *((name, "of fuzzing") for name in KERNELS if KERNELS[name] in fuzzing.OPS),
+    *((name, "odd") for name in ("apgd_step", "diffusion_step", "gated_elu", "hyperplane_projection")),
+    *((name, "odd") for name in ("noisy_replay", "pgd_step", "reconstruction_loss", "representation_distance")),
+]
+
+
+@triton.jit
+def _copy(x_ptr, out_ptr, columns, x_stride, out_stride, READ: tl.constexpr, WRITTEN: tl.constexpr, W: tl.constexpr):
+    """Copy a row. The first program also reads number READ of x, and writes number WRITTEN of the result."""
+    row, c = tl.program_id(0), tl.arange(0, W)
+    x = tl.load(x_ptr + row * x_stride + c, mask=c < columns, other=0.0)
+    tl.store(out_ptr + row * out_stride + c, x, mask=c < columns)
+    if row == 0:
+        tl.store(out_ptr + WRITTEN, tl.load(x_ptr + READ))
+
+
+def copy(x: Tensor, out: Tensor, read: int = 0, written: int = 0) -> None:
+    _copy[(3,)](x, out, 5, x.stride(0), out.stride(0), READ=read, WRITTEN=written, W=8)
+
+
+def rows(padding: int) -> Tensor:
+    """Return three rows of five numbers within a larger tensor, with ``padding`` other numbers after each row."""
+    return torch.arange(64.0).as_strided((3, 5), (5 + padding, 1), 7)
+
+
+#: Where a fault of one element is: the numbers between two rows, the fault's number, and what the error says.
+FAULTS = {
+    "before": (0, -1, "4 bytes before {} "),
+    "after": (0, 15, "0 bytes behind the end of {} "),
+    "between": (2, 5, "20 bytes behind the beginning of {} .*, between its elements"),
+}
+
+
+@pytest.mark.parametrize("turn", [0, 1], ids=["at the end of a page", "at the beginning of a page"])
+@pytest.mark.parametrize("does", ["reads", "writes"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_element_is_found(addresses, fault, does, turn):
+    padding, number, words = FAULTS[fault]
+    x, out = rows(padding), rows(padding)
+    # The launches of a kernel take turns, and the second copies to other pages than the first.
+    while addresses.launches["test_addresses._copy"] % 2 != turn:
+        copy(x, out)
+    before = x.clone()
+    tensor, numbers = ("x_ptr", {"read": number}) if does == "reads" else ("out_ptr", {"written": number})
+    with pytest.raises(Exception, match=f"_copy {does} 4 bytes {words.format(tensor)}"):
+        copy(x, out, **numbers)
+    copy(x, out)
+    assert torch.equal(out, before) and torch.equal(x, before)
+
+
+@pytest.mark.parametrize("side", ["before", "behind"])
+def test_nobody_reads_the_page_beside_a_tensor(side):
+    pages = guarded_pages(2)
+    address = pages.data_ptr() + (len(pages) if side == "behind" else -1)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        ctypes.string_at(address, 1)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
+
+
+@pytest.mark.parametrize(("kernel", "sizes"), CASES)
+def test_every_shape(backend, bfloat16_of_a_gpu, addresses, monkeypatch, kernel, sizes):
+    """Whatever an op accepts: a kernel that reads or writes outside of its tensors raises an error."""
+    if sizes == "odd":
+        monkeypatch.setattr(fuzzing, "image_shape", lambda draw: draw(st.sampled_from(ODD)))
+    op, make = fuzzing.OPS[KERNELS[kernel]]
+    before = sum(addresses.launches.values())
+
+    def tried(data):
+        arguments, _done = fuzzing.mangled(data.draw, make(data.draw), data.draw(st.integers(0, 1)))
+        floats = [key for key, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+        given = {key: x.detach().requires_grad_() if key in floats else x for key, x in arguments.items()}
+        found, refused = fuzzing.called(op, given)
+        outputs = [] if refused else [x for x in fuzzing.tensors(found) if x.requires_grad and not x.is_meta]
+        if outputs:
+            torch.autograd.grad(
+                outputs, [given[key] for key in floats], list(map(torch.ones_like, outputs)), allow_unused=True
+            )
+
+    fuzzing.fuzzed(tried, share=0.25)()
+    assert sum(addresses.launches.values()) > before
