@@ -43,7 +43,7 @@ def test_it_is_seen_at_the_next_look_without_a_checkpoint():
     """An epoch of 1,000 steps and no folder: nothing else would wait for the device before its end."""
     task = Fragile(30)
     with pytest.raises(Diverged, match=r"the loss of step 30 is not finite"):
-        fit(task, *images(1000), FitConfig(1, 1), progress=False)
+        fit(task, *images(2000), FitConfig(1, 2), progress=False)
     assert len(task.seen) == INTERVAL
 
 
