@@ -85,7 +85,7 @@ compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldes
 	$(ASIDE) $(BIN)/python tests/oldest.py $(OLDEST)
 	@echo "== the Triton kernels' budgets, then every op"
 	$(ASIDE) PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
-	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/ops
+	$(ASIDE) $(PARALLEL) -n auto --dist worksteal tests/ops tests/speed
 	$(ASIDE) TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
 # Files of an earlier build would be packed into the wheel, so they are removed first.

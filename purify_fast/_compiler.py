@@ -6,12 +6,14 @@ only at the first ``torch.compile``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -55,3 +57,29 @@ def is_compiled(module: Any) -> bool:
     """Tell whether a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+class EagerDispatchMode(TorchDispatchMode):
+    """A dispatch mode in which compiled functions run as they were written.
+
+    PyTorch compiles nothing while a dispatch mode is active. With torch 2.11, a compiled function that was called
+    within a plain dispatch mode never used its compiled form again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._stances: list[contextlib.AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> Any:
+        # Nothing is compiled before the compiler is imported.
+        dynamo = "torch._dynamo" in sys.modules
+        stance = torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext()
+        # `set_stance` already acts when it is created.
+        self._stances.append(stance)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> Any:
+        try:
+            return super().__exit__(*error)  # type: ignore[no-untyped-call]
+        finally:
+            self._stances.pop().__exit__(*error)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._compiler import EagerDispatchMode
 from ..protocols import Classifier
 from .outputs import logits_in
 
@@ -121,7 +121,7 @@ def _read(model: nn.Module, shape: Sequence[int], widths: Sequence[int]) -> list
     return layers
 
 
-class _Reading(TorchDispatchMode):
+class _Reading(EagerDispatchMode):
     """A mode that records the input of every ReLU, and replaces its output by vectors of a basis.
 
     Args:
@@ -132,7 +132,7 @@ class _Reading(TorchDispatchMode):
     """
 
     def __init__(self, basis: Tensor | None):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.basis, self.seen = basis, list[Tensor]()
 
     def vectors(self, width: int) -> Tensor:

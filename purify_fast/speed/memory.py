@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._compiler import EagerDispatchMode
 from .._memory import available_memory, bytes_of, ran_out_of_memory, resident_memory
 
 logger = logging.getLogger("purify_fast")
@@ -25,14 +25,14 @@ MOST = 1024
 Result = TypeVar("Result")
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(EagerDispatchMode):
     """Counts the bytes of existing tensors that operators have made, and their peak.
 
     Memory that operators use only while they run, such as scratch memory of a library, is not counted.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live, self.most = 0, 0
         self.seen: set[int] = set()
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..._compiler import EagerDispatchMode
 
 PACKAGE = Path(__file__).resolve().parents[2]
 #: Operators whose result the host reads, and operators whose data decide how many elements the result has.
@@ -33,7 +34,7 @@ class Wait(NamedTuple):
     function: str
 
 
-class HostSyncs(TorchDispatchMode):
+class HostSyncs(EagerDispatchMode):
     """Counts all operators in a block, and separately those for which the host waits for the device.
 
     Attributes:
@@ -42,7 +43,7 @@ class HostSyncs(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counts: Counter[Wait] = Counter()
         self.dispatched = 0
 
