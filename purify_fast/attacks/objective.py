@@ -54,7 +54,7 @@ class Objective:
     loss: str = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
-    #: A comparison of objectives ignores `graphs`, because graphs do not change the result.
+    #: A comparison of objectives ignores `graphs`, because graphs change the result by rounding errors only.
     graphs: StepGraphs | None = field(default=None, compare=False)
     apart: bool = False
 

@@ -1,8 +1,9 @@
 """Identifies this machine, and stores its results of verifying and racing kernels as files in a cache folder.
 
-A race compares the speed of a kernel and its reference. A machine has two JSON files: ``verified-*.json`` says
-whether each kernel is correct, and ``raced-*.json`` has the results of the races. Each file has the device, the
-versions that determine what a kernel computes, and an entry for each op.
+A race compares the speed of a kernel and its reference. A machine has three JSON files: ``verified-*.json`` says
+whether each kernel is correct, ``raced-*.json`` has the results of the races, and ``formed-*.json`` has the fastest
+forms of steps of attacks (`purify_fast.speed.graphs.step_forms`). Each file has the device, the versions that determine
+what a kernel computes, and an entry for each op or step.
 
 The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole. Only one
 process at a time changes a file.
@@ -31,7 +32,7 @@ from ... import _files
 
 logger = logging.getLogger("purify_fast")
 
-Kind = Literal["verified", "raced"]
+Kind = Literal["verified", "raced", "formed"]
 
 
 def folder() -> Path:
@@ -133,7 +134,7 @@ def _content_digest(path: Path) -> bytes:
 
 
 def file_of(kind: Kind, device: torch.device) -> Path:
-    """Return the path of one of this machine's two files."""
+    """Return the path of one of this machine's files."""
     facts = machine(device)
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
     return folder() / f"{kind}-{facts['kind']}-{digest}.json"

@@ -8,9 +8,10 @@ be are rewritten. A part is rewritten only if its outputs and input gradients in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -289,9 +290,29 @@ class FusedForward:
         self.module, self.graph = module, graph
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() or named or not _served(given):
+        if _off or torch.compiler.is_compiling() or named or not _served(given):
             return type(self.module).forward(self.module, *given, **named)
         return self.graph(*given)
+
+
+#: True within `without_fusion`.
+_off = False
+
+
+@contextlib.contextmanager
+def without_fusion() -> Iterator[None]:
+    """A block in which rewritten modules run as they were."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def has_fused_parts(model: nn.Module) -> bool:
+    """Tell whether a model has rewritten modules."""
+    return any(isinstance(part.__dict__.get("forward"), FusedForward) for part in model.modules())
 
 
 def _served(given: tuple[Any, ...]) -> bool:

@@ -15,6 +15,10 @@ the batch when the attack has succeeded on it. So a step is captured when its la
 capture would take. With this rule, which is known from the ski rental problem, the total time is at most twice that of
 the best choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than
 a tenth of the time, the graph is deleted, and the step is not captured again at this batch size.
+
+A step has several forms (`step_forms`). The step is captured first as it is written. When the replays of its graph have
+taken as much time as a comparison of all forms would take, the forms are compared, and the fastest is captured. It is
+remembered on disk, and a later run captures it without a comparison, as soon as this has become worth its cost.
 """
 
 from __future__ import annotations
@@ -22,24 +26,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import random
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
-from ...ops.dispatch.registry import forced_backends
 from ...protocols import CountsImages, PreparesReplay
-from ..memory import retry_when_memory_ends, same_draws_again
-from ..precision import float32_settings
+from ..memory import retry_when_memory_ends
 from .cuda_capture import CudaCapture
 from .host_syncs import HostSyncs
+from .step_forms import Form, KnownForm, agrees, candidates, form_errors, keep_form, known_form, make_form, structure
+from .step_trials import all_alike, first_replay_agrees, host_generators, no_trace, numerics
 
 logger = logging.getLogger("purify_fast")
 
@@ -60,9 +62,9 @@ RETRIED_AFTER = 1000
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launch costs are remembered.
 REMEMBERED = 64
-#: Tolerances for the comparison of a replay with its step. ROUNDING: the allowed error, as a share of the largest
-#: value. OTHER_SIGNS: the share of values that may have a larger error.
-ROUNDING, OTHER_SIGNS = 1e-3, 0.05
+#: The seconds of replays of a step after which its forms are compared, if no comparison was timed yet. A compilation of
+#: the step of a ResNet-18 takes about this long.
+CHOICE_SECONDS = 60.0
 
 
 State = dict[str, Tensor]
@@ -154,6 +156,7 @@ class Steps:
             self._ask(self.graphs)
         if self.captured is not None:
             self.captured.replay()
+            self.captured.replays += 1
             for counter, images in self.counters:
                 counter.count(images)
         elif self.graphs is not None and self.launched is not None:
@@ -207,6 +210,34 @@ class Steps:
         self.put(**before)
 
 
+class _Step(NamedTuple):
+    """A step to capture: the function, its state, its key without the model's settings, and what it depends on."""
+
+    function: StepFunction
+    state: State
+    base: Hashable
+    objects: list[Any]
+    device: torch.device
+
+
+class _Recorded(NamedTuple):
+    """A form of a step as a graph.
+
+    Attributes:
+        name: the form.
+        replay: function that launches the graph.
+        seconds: seconds of a replay.
+        cost: seconds until the form was made and checked.
+        objects: objects that the graph needs.
+    """
+
+    name: Form
+    replay: Callable[[], None]
+    seconds: float
+    cost: float
+    objects: list[Any]
+
+
 @dataclass
 class Captured:
     """A captured step.
@@ -217,6 +248,11 @@ class Captured:
         replay: function that launches the captured step.
         counts: the numbers of images that a replay adds to the counters in the model, one number for each counter.
         objects: objects that the captured step uses, and that must therefore stay alive.
+        form: the form of the step that was captured.
+        seconds: seconds of a replay.
+        known: the fastest form on this machine; None if it is not known.
+        final: whether no other form of the step will be captured.
+        replays: number of replays so far.
         loop: the `StepGraphs` loop that replayed this step last. Its state is in the buffers until another loop begins.
     """
 
@@ -225,6 +261,11 @@ class Captured:
     replay: Callable[[], None]
     counts: list[int]
     objects: list[Any]
+    form: Form
+    seconds: float
+    known: KnownForm | None
+    final: bool
+    replays: int = 0
     loop: weakref.ref[Steps] | None = None
 
 
@@ -283,6 +324,8 @@ class StepGraphs:
         mode: "auto": a step is captured when its launches have taken as much time as a capture would take. "always": a
             step is captured at its first use. "off": no step is captured.
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
+        choose_after: seconds of replays of a step after which its forms are compared. With None, it is the time of
+            such a comparison. Under deterministic algorithms, forms are never compared.
 
     Attributes:
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
@@ -292,12 +335,16 @@ class StepGraphs:
         ValueError: the mode is unknown.
     """
 
-    def __init__(self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None):
+    def __init__(
+        self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None, choose_after: float | None = None
+    ):
         check_literal("mode", mode, CudaGraphs)
         self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
+        self.choose_after = choose_after
         self._costs: list[float] = []
+        self._choice_costs: list[float] = []
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, LaunchCost] = {}
         self._told: set[str] = set()
@@ -312,7 +359,7 @@ class StepGraphs:
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # A copy of the trained or attacked model needs its own captures.
-        return StepGraphs(self.mode, self.capture)
+        return StepGraphs(self.mode, self.capture, self.choose_after)
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop.
@@ -389,14 +436,16 @@ class StepGraphs:
             return self._refuse(base, f"{_name(model)}: {error}")
         if any(isinstance(one, torch.Generator) for one in objects):
             return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
+        step = _Step(function, state, base, objects, device)
         if key in self._captured:
-            return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
+            fastest = self._fastest(self._captured[key], step)
+            return remember(self._captured, key, fastest, MOST_GRAPHS)
         launched = remember(self._launched, key, self._launched.get(key) or LaunchCost(), REMEMBERED)
         if self.mode != "always" and not launched.pays(self.cost):
             return launched
         # Forget the launches. If the graph is deleted later, the step is captured again only after as many launches.
         del self._launched[key]
-        captured = self._make(function, state, base, objects, device)
+        captured = self._make(step)
         if isinstance(captured, Captured):
             remember(self._captured, key, captured, MOST_GRAPHS)
         return captured
@@ -410,15 +459,35 @@ class StepGraphs:
         launched = LaunchCost(refusal=reason, retried_after=retried_after)
         return None if base is None else remember(self._launched, base, launched, REMEMBERED)
 
-    def _make(
-        self, function: StepFunction, state: State, base: Hashable, objects: list[Any], device: torch.device
-    ) -> Captured | LaunchCost | None:
-        """Capture a step. If this fails, return the launch cost with the reason."""
+    def _fastest(self, captured: Captured, step: _Step) -> Captured:
+        """Capture the fastest form of a captured step, if the replays have taken as much time as this would take.
+
+        If the fastest form is not known, all forms are compared.
+        """
+        known = captured.known
+        cost = min(self._choice_costs, default=CHOICE_SECONDS) if known is None else known.cost
+        patience = cost if self.choose_after is None else self.choose_after
+        if captured.final or captured.replays * captured.seconds < patience:
+            return captured
+        captured.final = True
+        found = self._make(step, candidates(step.function) if known is None else [known.form])
+        if isinstance(found, Captured):
+            return found
+        # The forms cannot be made, for example because memory ran out. The captured step still works.
+        self.refusal = None
+        self._launched.pop(step.base, None)
+        return captured
+
+    def _make(self, step: _Step, forms: Sequence[Form] = ()) -> Captured | LaunchCost | None:
+        """Capture a step, in the fastest of the given forms. If this fails, return the launch cost with the reason.
+
+        Args:
+            step: the step.
+            forms: the forms. The fastest of several forms is remembered on disk. Without forms, the step is captured in
+                a form that needs no compiler.
+        """
+        function, state, base, objects, device = step
         buffers = {name: value.detach().clone() for name, value in state.items()}
-
-        def advance() -> None:
-            write(function(buffers), buffers)
-
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before = [counter.counted() for counter in counters]
         try:
@@ -434,14 +503,18 @@ class StepGraphs:
                     return self._refuse(base, reason)
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 eager = self._timed(lambda: function(buffers), device)
-                # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
-                replay = self.capture.record(advance, device)
-                if not first_replay_agrees(lambda: function(buffers), buffers, replay, device):
+                digest = structure(function, state, numerics(device))
+                known = None if torch.are_deterministic_algorithms_enabled() else known_form(digest, device)
+                plain: Form = "unfused" if known is not None and known.form == "unfused" else "launched"
+                right = [one for form in forms or [plain] if (one := self._record(form, step, buffers)) is not None]
+                if not right:
                     return self._refuse(base, "a replay gives another result than the step")
-                replayed = self._timed(replay, device)
-                self._costs.append(self.capture.now(device) - begun)
-                if self.mode != "always" and eager - replayed < LEAST_SAVING * eager:
-                    logger.debug("a replay takes %.3g ms, the step alone %.3g ms", replayed * 1e3, eager * 1e3)
+                best = min(right, key=lambda form: form.seconds)
+                (self._costs if len(forms) < 2 else self._choice_costs).append(self.capture.now(device) - begun)
+                if len(forms) > 1:
+                    keep_form(digest, device, {form.name: (form.seconds, form.cost) for form in right})
+                if self.mode != "always" and eager - best.seconds < LEAST_SAVING * eager:
+                    logger.debug("a replay takes %.3g ms, the step alone %.3g ms", best.seconds * 1e3, eager * 1e3)
                     return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
@@ -451,7 +524,42 @@ class StepGraphs:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
-        return Captured(weakref.ref(function.model), buffers, replay, counts, objects)
+        alone = torch.are_deterministic_algorithms_enabled() or len(candidates(function)) == 1
+        final = bool(forms) or alone or (known is not None and known.form == best.name)
+        kept = [*objects, *best.objects]
+        return Captured(
+            weakref.ref(function.model), buffers, best.replay, counts, kept, best.name, best.seconds, known, final
+        )
+
+    def _record(self, form: Form, step: _Step, buffers: State) -> _Recorded | None:
+        """Record a form of a step, and time its replay. Return None if the form does not exist, or if it is wrong.
+
+        Args:
+            form: the form. An error of the form "launched" is raised.
+            step: the step.
+            buffers: the buffers of the graph.
+        """
+        function, device = step.function, step.device
+        # The comparison of an earlier form has changed the buffers.
+        write(step.state, buffers)
+        begun = self.capture.now(device)
+        with form_errors(form) if form != "launched" else contextlib.nullcontext():
+            made = make_form(form, function, buffers)
+            if form != "launched":
+                with self.capture.aside(device):
+                    made.run(buffers)
+
+            def advance() -> None:
+                write(made.run(buffers), buffers)
+
+            # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
+            replay = self.capture.record(advance, device)
+            compared = all_alike if form == "launched" else agrees
+            if first_replay_agrees(lambda: function(buffers), buffers, replay, compared):
+                cost = self.capture.now(device) - begun
+                return _Recorded(form, replay, self._timed(replay, device), cost, made.objects)
+            logger.info("the form %r of a step gives another result than the step, and is not used", form)
+        return None
 
     def _timed(self, run: Callable[[], object], device: torch.device) -> float:
         """The seconds until the device has finished a step. This is the smallest of several timings."""
@@ -508,84 +616,3 @@ def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) 
 
 def _name(model: Any) -> str:
     return getattr(model, "__qualname__", None) or type(model).__qualname__
-
-
-def numerics(device: torch.device) -> tuple[Any, ...]:
-    """The settings of the process that affect the results of operators on a device, as a value that can be hashed."""
-    older, newer = float32_settings()
-    return (
-        older,
-        tuple(newer),
-        forced_backends(),
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-@contextlib.contextmanager
-def no_trace(device: torch.device) -> Iterator[None]:
-    """A block for trials and captures of a step. It restores all random generators, and disables autocast's cache.
-
-    Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
-    are not updated when the weights change.
-    """
-    python, array = random.getstate(), np.random.get_state()
-    cached = torch.is_autocast_cache_enabled()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        torch.set_autocast_cache_enabled(False)
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        random.setstate(python)
-        np.random.set_state(array)
-
-
-def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the random generators on the host. A graph advances only the generator of the device."""
-    array: Any = np.random.get_state()
-    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
-    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
-
-
-def first_replay_agrees(
-    step: Callable[[], Mapping[str, Tensor]],
-    buffers: Mapping[str, Tensor],
-    replay: Callable[[], None],
-    device: torch.device,
-) -> bool:
-    """Tell whether a replay has the same results as the step, from the same state and with the same random draws.
-
-    This function waits for the device.
-
-    Args:
-        step: function that returns new values of some of the buffers, and does not write to the buffers.
-        buffers: the buffers of the state, by name. They contain the results of the replay afterwards.
-        replay: function that launches the captured step.
-        device: device of the buffers.
-    """
-    again = same_draws_again(device)
-    # Clone the results, because a result may be a buffer itself, which the replay overwrites.
-    wanted = {name: value.clone() for name, value in step().items()}
-    again()
-    replay()
-    return all(alike(buffers[name], value) for name, value in wanted.items() if value.is_floating_point())
-
-
-def alike(got: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two results of a step are equal, up to rounding errors. This function waits for the device.
-
-    A library may add numbers in another order. If a gradient is nearly 0, its sign may then differ, and the step goes
-    in the other direction. So a small share of the values may have a large error.
-    """
-    if not wanted.numel():
-        return True
-    finite = torch.where(wanted.isfinite(), wanted, 0.0)
-    close = (got - wanted).abs() <= ROUNDING * finite.abs().amax()
-    same = (got == wanted) | (got.isnan() & wanted.isnan()) | close
-    return bool(same.float().mean() >= 1 - OTHER_SIGNS)

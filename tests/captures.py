@@ -1,0 +1,73 @@
+"""Stand-ins for CUDA graphs on a CPU."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+
+class Rerun:
+    """Stands for CUDA graphs on a CPU: a replay runs the captured function again, on the buffers it was captured with.
+
+    Attributes:
+        recorded: how many functions were captured.
+        replayed: how often one was replayed.
+        replaying: whether one is being replayed.
+        times: seconds of launching a step and of all of it, as `CudaCapture.timed` measures them.
+        replay_time: seconds of a replay.
+        cost: seconds that a capture takes.
+        readings: how often the clock was read; each reading is a launched step later than the one before.
+        released: how often memory was given back.
+        error: raised in place of a capture, if given.
+    """
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed, self.replaying = 0, 0, False
+        self.times, self.replay_time, self.cost = (1.0, 1.0), 0.1, 10.0
+        self.readings = self.released = 0
+        self.error: Exception | None = None
+
+    def aside(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def timed(self, run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+        before = self.replayed
+        run()
+        replays, self.replayed = self.replayed - before, before
+        return (self.replay_time,) * 2 if replays else self.times
+
+    def clock(self) -> float:
+        self.readings += 1
+        return self.readings * self.times[0]
+
+    def now(self, device: torch.device) -> float:
+        return self.recorded * self.cost
+
+    def release(self) -> None:
+        self.released += 1
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        if self.error is not None:
+            raise self.error
+        self.recorded += 1
+        # the first replay of each checks it
+        self.replayed -= 1
+
+        def replay() -> None:
+            self.replayed += 1
+            self.replaying = True
+            run()
+            self.replaying = False
+
+        return replay
+
+
+class Launched(Rerun):
+    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
+
+    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        # but for the first time, which checks it
+        once = iter([run])
+        return lambda: next(once, lambda: None)()
