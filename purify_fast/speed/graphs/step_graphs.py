@@ -29,6 +29,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -526,9 +527,16 @@ class StepGraphs:
                 counter.count(start - counter.counted())
         alone = torch.are_deterministic_algorithms_enabled() or len(candidates(function)) == 1
         final = bool(forms) or alone or (known is not None and known.form == best.name)
-        kept = [*objects, *best.objects]
         return Captured(
-            weakref.ref(function.model), buffers, best.replay, counts, kept, best.name, best.seconds, known, final
+            weakref.ref(function.model),
+            buffers,
+            best.replay,
+            counts=counts,
+            objects=[*objects, *best.objects],
+            form=best.name,
+            seconds=best.seconds,
+            known=known,
+            final=final,
         )
 
     def _record(self, form: Form, step: _Step, buffers: State) -> _Recorded | None:
@@ -540,8 +548,9 @@ class StepGraphs:
             buffers: the buffers of the graph.
         """
         function, device = step.function, step.device
-        # The comparison of an earlier form has changed the buffers.
-        write(step.state, buffers)
+        if form != "launched":
+            # The timing of an earlier form has changed the buffers.
+            write(step.state, buffers)
         begun = self.capture.now(device)
         with form_errors(form) if form != "launched" else contextlib.nullcontext():
             made = make_form(form, function, buffers)
@@ -554,7 +563,7 @@ class StepGraphs:
 
             # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
             replay = self.capture.record(advance, device)
-            compared = all_alike if form == "launched" else agrees
+            compared = all_alike if form == "launched" else partial(agrees, before=step.state)
             if first_replay_agrees(lambda: function(buffers), buffers, replay, compared):
                 cost = self.capture.now(device) - begun
                 return _Recorded(form, replay, self._timed(replay, device), cost, made.objects)
