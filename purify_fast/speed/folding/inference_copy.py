@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
 from .batchnorm import FoldedPairs, fold_batchnorm
+from .unrolled import unroll
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For batches below this size, PyTorch chooses another convolution algorithm on a CPU, so torch.compile makes another
@@ -196,6 +197,8 @@ def prepare_for_inference(
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
             module.to(dtype)
+    if dtype == torch.bfloat16 and uses_channels_last:
+        unroll(model)
     return pairs, uses_channels_last
 
 
