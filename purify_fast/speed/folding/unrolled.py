@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
@@ -135,7 +134,8 @@ def unroll(model: nn.Module) -> None:
         return
     for module in model.modules():
         if (
-            type(module) in (nn.Conv2d, Conv2d)
+            isinstance(module, nn.Conv2d)
+            and type(module) in (nn.Conv2d, Conv2d)
             and module.in_channels * module.out_channels >= CHANNELS
             and module.kernel_size != (1, 1)
             and module.groups == 1
