@@ -1,5 +1,7 @@
 """Convolutions of small maps as matrix products: the same numbers, only where they pay."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +87,20 @@ def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
     # transforms of torch.func take PyTorch's convolution
     torch.func.vmap(lambda one: copy.classifier.wide(one[None])[0])(torch.zeros(2, 256, 8, 8, dtype=BF16))
     assert len(calls) == (2 if usable else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_trained_network_takes_it_in_bfloat16(dtype, monkeypatch):
+    """The gradients of its float32 weights are those of PyTorch under autocast, up to rounding."""
+    calls, own = [], unrolled.unrolled
+    monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or own(*a))
+    torch.manual_seed(0)
+    network, x, found = _Net().train(), torch.rand(5, 3, 16, 16), []
+    weights = [weight for name, weight in network.named_parameters() if "grouped" not in name]
+    for block in (contextlib.nullcontext(), unrolled.unrolling(torch.device("cpu"), dtype)):
+        with torch.autocast("cpu", BF16), block:
+            loss = F.cross_entropy(network(x).float(), torch.arange(5))
+        found.append(torch.autograd.grad(loss, weights))
+    assert len(calls) == (dtype == BF16)
+    for wanted, actual in zip(*found, strict=True):
+        assert actual.dtype == torch.float32 and (actual - wanted).norm() <= 0.1 * wanted.norm() + 1e-4

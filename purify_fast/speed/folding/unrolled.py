@@ -10,12 +10,14 @@ The results differ from those of `torch.nn.functional.conv2d` only by the roundi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
@@ -116,6 +118,30 @@ def unrolled(
     # An attribute of a module has the type of a tuple of any length, which torch.compile treats as constants.
     result: Tensor = _Unrolled.apply(x.to(half), weight.to(half), shift, tuple(stride), tuple(padding))
     return result
+
+
+class _Unrolling(TorchFunctionMode):
+    """Within the block, convolutions are computed by `unrolled` where that pays."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # torch.nn.Conv2d passes seven arguments.
+        if func is torch.conv2d and len(args) == 7 and not kwargs:
+            x, weight, bias, stride, padding, dilation, groups = args
+            plain = groups == 1 and not isinstance(padding, str) and tuple(dilation) == (1, 1)
+            if plain and not transformed() and pays(x, weight, stride, padding):
+                return unrolled(x, weight, bias, stride, padding)
+        return func(*args, **(kwargs or {}))
+
+
+def unrolling(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a network that is trained uses `unrolled` where that pays.
+
+    Args:
+        device: device of the network.
+        dtype: dtype of its products.
+    """
+    used = device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_tiles()
+    return _Unrolling() if used else contextlib.nullcontext()
 
 
 class _UnrolledConv2d(nn.Conv2d):
