@@ -16,18 +16,17 @@ from .robustness import contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import gradient_memory, pipelines, running
+from .speed import gradient_memory, running
 from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
-_pipelines = partial(running.arguments, known=list(pipelines.registry()))
 #: For each command, a module and the help text. The module's function ``main`` runs the command. A text or a path that
 #: ``main`` returns is printed. If ``main`` returns False, the command has failed. A module may also have a function
 #: ``arguments``, which adds the command's options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (_ops, "measure the speed of the ops, compared with their references in PyTorch"),
     "pipelines": (
-        SimpleNamespace(main=running.pipelines_command, arguments=_pipelines),
+        SimpleNamespace(main=running.pipelines_command, arguments=running.pipelines_arguments),
         "measure the speed of whole predictions and training steps, compared with a plain implementation",
     ),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),

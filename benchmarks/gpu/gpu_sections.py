@@ -345,7 +345,7 @@ def _longest_kernels(context: Context, count: int, form: str) -> list[dict]:
     """Return a row for each of the longest kernels of a step of PGD, or of its longest operators on a CPU."""
     steps, on_gpu = pgd_forms.STEPS, context.device.type == "cuda"
     contestant = pgd_forms.forms(count)[form]
-    with float32_products(tf32=contestant.tf32):
+    with contestant.settings(context.device):
         job = contestant.make(context.device, context.rehearsal)
         # The first run compiles and captures, and the second may record the CUDA graphs of torch.compile.
         for _ in range(3):

@@ -40,19 +40,66 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
     rows = [row for row in sheets.read_csv(folder / sheets.PIPELINES) if row["pipeline"] in wanted]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
+    groups = sheets.by_case(rows)
+    by_expert = all(sheets.fastest(group, sheets.EXPERT) for group in groups.values())
     body = []
     for contestant in dict.fromkeys(row["contestant"] for row in rows):
         line = [gpu_tables.ours(contestant)]
         for pipeline, case, _ in cases:
             row = times.get((pipeline, case, contestant))
-            line.append(f"{float(row['ms']):,.0f} ({row['speed_up']}){memory(row)}" if row and row["ms"] else "-")
+            if row and row["ms"]:
+                speed = sheets.times_the_expert(row, groups[pipeline, case]) if by_expert else row["speed_up"]
+                line.append(f"{float(row['ms']):,.0f} ({speed}){memory(row)}")
+            else:
+                line.append("-")
         body.append(line)
     # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
     # explains the name too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
-    what = f"Milliseconds (speedup over the plain form, which has 1.00){more if any(map(memory, rows)) else ''}"
+    base = "speed relative to the expert's faster form" if by_expert else "speedup over the plain form, which has 1.00"
+    what = f"Milliseconds ({base}){more if any(map(memory, rows)) else ''}"
     return [f"{machines(rows)}. {what}.", "", *table(["", *heads], body)]
+
+
+#: The explanations of rows in a table of pipelines, by the beginnings of the names of the rows.
+ROWS = {
+    "plain": "PyTorch in float32 with contiguous memory, as introductions teach it. No BatchNorm is folded, and the "
+    "attacks also compute the gradients of the weights.",
+    "plain, allocator raised": "*plain* after `retain_freed_memory()`. All rows below it run after this call.",
+    "plain, bfloat16": "like *plain*, under `torch.autocast`.",
+    "torch.compile of plain": "PyTorch's compiler runs on the networks of *plain*, without this package.",
+    "torch.compile of plain, bfloat16": "the compiled networks of *plain* under `torch.autocast`.",
+    "lean plain": "plain PyTorch without AToP's needless work.",
+    "plain, checkpointed": "plain PyTorch that computes each step of a diffusion again (`torch.utils.checkpoint`).",
+    "expert": "the best code that we could write with PyTorch alone. Attacks compute only the gradient of the images, "
+    "on a frozen copy of the network in bfloat16 and channels_last with folded BatchNorms. Training uses autocast.",
+    "expert, compiled": "the expert's code under `torch.compile`, in the mode that is fastest on the device.",
+    "ours": "this package after `accelerate()`.",
+    "ours, compiled": "this package after `accelerate(compile=True)`.",
+}
+
+
+def rows(folder: Path) -> list[str]:
+    """Return a list that explains the rows of a device's tables of pipelines.
+
+    Args:
+        folder: folder of the device's results.
+    """
+    names = {row["contestant"] for row in sheets.read_csv(folder / sheets.PIPELINES)}
+    return [f"- *{gpu_tables.ours(name).strip('*')}*: {text}" for name, text in ROWS.items() if name in names]
+
+
+def attack(folder: Path) -> list[str]:
+    """Return the section about the attack by PGD alone, or nothing if it was not measured on a device.
+
+    Args:
+        folder: folder of the device's results.
+    """
+    if not any(row["pipeline"] == "pgd_forms" for row in sheets.read_csv(folder / sheets.PIPELINES)):
+        return []
+    text = "The attack PGD-10 on a ResNet-18, without a random start. Every form takes the same steps."
+    return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms")]
 
 
 def measured_races(raced: dict) -> list[str]:
@@ -105,6 +152,7 @@ def chapter(folder: Path) -> list[str]:
         least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),
         in_graphs=[name for name, line in called.items() if line["in_graphs"] != "reference"],
         behind_in_graphs=[" ".join(pair) for pair in behind.items()],
+        by_expert=any(row["contestant"].startswith(sheets.EXPERT) for row in races),
         raced=raced,
         races=measured_races(raced) if raced else [],
         pages=[page for page, own in ((sheets.TABLE, rows), (sheets.PIPELINES_TABLE, races)) if own],

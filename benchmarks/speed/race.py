@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 
 from purify_fast.speed import retain_freed_memory
-from purify_fast.speed.precision import float32_products
 
 from . import limits
 from .flops import flop_of
@@ -68,7 +67,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
     if chosen.raised:
         retain_freed_memory()
     try:
-        with float32_products(tf32=chosen.tf32):
+        with chosen.settings(device):
             job = chosen.make(device, quick)
             commands = {
                 "result": lambda: job.result().double().cpu().numpy(),

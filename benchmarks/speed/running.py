@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,7 @@ def run_pipelines(
         fresh = race.race(name, label, case, device, quick, limit)
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
         old = [row for row in kept if (row["pipeline"], row["case"]) == (name, label)]
-        if budget.resume and _right(old) > _right(fresh):
+        if budget.resume and _right(row for row in old if row["contestant"] in case.contestants) > _right(fresh):
             # A short race must not replace a longer one.
             return
         kept = [row for row in kept if row not in old] + fresh
@@ -180,7 +180,7 @@ def run_pipelines(
     budget.go([(f"{name} {label}", partial(run, index)) for index, (name, label, _) in enumerate(work)], "case")
 
 
-def _right(rows: list[dict]) -> int:
+def _right(rows: Iterable[dict]) -> int:
     return sum(row["verdict"] == "right" for row in rows)
 
 
@@ -195,6 +195,12 @@ def arguments(parser: argparse.ArgumentParser, known: list[str]) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of(known), help=which)
     options.add_device(parser)
     options.add_out(parser, "/<device>")
+
+
+def pipelines_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m benchmarks pipelines``."""
+    arguments(parser, list(pipelines.registry()))
+    parser.add_argument("--resume", action="store_true", help="keep the cases that have a row for each implementation")
 
 
 def ops_command(chosen: argparse.Namespace) -> str:
@@ -213,5 +219,6 @@ def ops_command(chosen: argparse.Namespace) -> str:
 def pipelines_command(chosen: argparse.Namespace) -> str:
     """Measure pipelines, and return the page of the results."""
     out = options.out_of(chosen, chosen.quick, device_class(chosen.device))
-    run_pipelines(chosen.names or list(pipelines.registry()), chosen.device, chosen.quick, out, Budget())
+    names, budget = chosen.names or list(pipelines.registry()), Budget(resume=chosen.resume)
+    run_pipelines(names, chosen.device, chosen.quick, out, budget)
     return (out / sheets.PIPELINES_TABLE).read_text()

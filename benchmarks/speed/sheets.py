@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from purify_fast._files import write_text
@@ -22,6 +22,9 @@ from .timing import CONTESTANTS, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE = "pipelines.csv", "pipelines.md"
+
+#: The beginnings of the names of the expert's forms, and of those of this package.
+EXPERT, OURS = "expert", "ours"
 
 #: The folder with the templates of the pages.
 PAGES = Path(__file__).with_name("pages")
@@ -211,10 +214,27 @@ def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     return cases
 
 
+def fastest(rows: Iterable[Mapping[str, str]], kind: str, column: str = "contestant") -> float | None:
+    """Return the milliseconds of the fastest form of a kind, or None if no such form has a time.
+
+    Args:
+        rows: rows of a case, with the column ``ms``.
+        kind: beginning of the names of the forms, such as `EXPERT`.
+        column: name of the column with the names of the forms.
+    """
+    return min((float(row["ms"]) for row in rows if row[column].startswith(kind) and row["ms"]), default=None)
+
+
+def times_the_expert(row: Mapping[str, str], group: list[dict]) -> str:
+    """Return how many times a row is as fast as the expert's fastest form in its group, or an empty text."""
+    expert = fastest(group, EXPERT)
+    return f"{expert / float(row['ms']):.2f}" if expert and row["ms"] else ""
+
+
 def pipelines_markdown(rows: list[dict]) -> str:
     """Return the page of the pipelines.
 
     Args:
         rows: rows of pipelines.csv.
     """
-    return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case), rows=rows)
+    return rendered(PAGES / "pipelines.md.jinja", (measured_on, by_case, times_the_expert), rows=rows)

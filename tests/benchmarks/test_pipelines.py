@@ -8,11 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, running, sheets, timing
 from benchmarks.speed.flops import flop_of
-from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, registry
+from benchmarks.speed.pipelines import (
+    Case,
+    Contestant,
+    Job,
+    atop_finetune,
+    carso_inference,
+    carso_training,
+    expert,
+    registry,
+)
 from benchmarks.speed.pipelines.carso_inference import latents
 from purify_fast.ops import conv2d, use_backend
 from purify_fast.speed.precision import float32_settings
@@ -38,12 +48,91 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         job.run()
 
 
-def test_plain_in_bfloat16_is_another_contestant_and_is_bfloat16():
-    """Ours computes in bfloat16: what that alone brings to the plain form is to be seen beside it."""
-    chosen = registry()["carso_training"](True)["paper's objective"].contestants
-    assert {"plain, bfloat16", "torch.compile of plain, bfloat16"} < set(chosen)
-    single, half = (chosen[label].make(CPU, True).result() for label in ("plain", "plain, bfloat16"))
-    assert 0 < abs(half - single) < 1e-2 * single and half.dtype == torch.float32
+class _Ops(TorchDispatchMode):
+    """Notes the ops of this package that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "purify_fast":
+            self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("pipeline", "case"), CASES)
+def test_the_expert_is_in_every_pipeline_and_has_pytorch_alone(pipeline, case):
+    chosen = registry()[pipeline](True)[case].contestants
+    plain = next(iter(chosen))
+    assert plain.startswith("plain") and {"expert", "expert, compiled", "ours", "ours, compiled"} < set(chosen)
+    job = chosen["expert"].make(CPU, True)
+    with _Ops() as ops:
+        job.run()
+    assert not ops.seen
+    assert chosen["expert"].raised and chosen["expert"].raced
+
+
+def test_the_expert_attacks_without_gradients_of_weights():
+    """Neither of the trained network nor of the frozen copies; and what it steps by is the gradient of the images."""
+    made = carso_training.ExpertTraining("pipeline", CPU, True, compiled=False)
+    x, y, seen = made.batch.x, made.batch.y, []
+
+    def loss(*inputs):
+        seen.append(made.adversarial_loss(*inputs, made.latents().bfloat16()))
+        return seen[-1]
+
+    moved = expert.attack(loss, x, y, 8 / 255, 2 / 255, 2) - x
+    assert all(p.grad is None for p in made.made.parameters())
+    copy = made.frozen.copies[0].model
+    assert not any(p.requires_grad for p in copy.parameters())
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+    assert 0 < moved.abs().max() <= 4.01 / 255 and seen[1] > seen[0]
+
+
+def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
+    network = carso_inference.classifier()
+    copy = expert.FrozenCopy(network)
+    norms = (torch.nn.BatchNorm2d, torch.nn.BatchNorm1d)
+    assert len(copy.pairs) == 20 and not any(isinstance(part, norms) for part in copy.model.modules())
+    x = torch.rand(2, 3, 32, 32)
+    for _ in range(2):
+        with torch.no_grad():
+            right, found = network(x), copy.model(expert.half(x)).float()
+            assert (found - right).norm() < 0.02 * right.norm()
+            for weight in network.parameters():
+                weight.mul_(1.2)
+        assert (copy.model(expert.half(x)).float() - network(x)).norm() > 0.1 * right.norm()
+        copy.refresh()
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_cudnn_times_its_convolutions_for_the_expert_alone(raced, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with Contestant(_other, True, raced=raced).settings(torch.device("cuda")):
+        assert torch.backends.cudnn.benchmark == raced
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_resumed_run_measures_what_has_no_row_of_the_expert(tmp_path, monkeypatch):
+    """A longer race of forms that are gone does not stand in the way of the new one."""
+    contestants = dict.fromkeys(("plain", "expert", "ours"), Contestant(_other, False))
+    monkeypatch.setattr(pipelines, "registry", lambda: {"a": lambda quick: {"c": Case("shape", 0.05, contestants)}})
+    row = {"pipeline": "a", "case": "c", "verdict": "right"}
+    old = [row | {"contestant": name} for name in ("plain", "ours", "gone", "gone too", "gone as well")]
+    sheets.write_csv(tmp_path / sheets.PIPELINES, old)
+    raced = []
+
+    def fake(*arguments):
+        raced.append(arguments)
+        return [row | {"contestant": name} for name in contestants]
+
+    monkeypatch.setattr(race, "race", fake)
+    monkeypatch.setattr(sheets, "report", lambda folder: None)
+    for _ in range(2):
+        running.run_pipelines(["a"], CPU, True, tmp_path, running.Budget(resume=True))
+    assert len(raced) == 1
+    assert [row["contestant"] for row in sheets.read_csv(tmp_path / sheets.PIPELINES)] == list(contestants)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -95,7 +184,7 @@ def test_float32_is_ieees_but_for_the_column_of_tf32(tf32, monkeypatch):
 def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
     """Weights of a fresh generator would paint grey, and a step without its gates would agree with what is right."""
     chosen = registry()["atop_finetune"](True)["fine-tuning step"]
-    lean = chosen.contestants["lean plain"].make
+    lean = chosen.contestants["expert"].make
     truth = lean(CPU, True).result()
     monkeypatch.setattr(atop_finetune.PlainGate, "forward", lambda self, x: F.elu(self.conv(x).chunk(2, 1)[0]) / 2)
     assert (lean(CPU, True).result() - truth).norm() > 1.2 * chosen.tolerance * truth.norm()
@@ -104,7 +193,7 @@ def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
 @pytest.mark.slow
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking):
     case = registry()["carso_inference"](True)["prediction"]
-    contestants = {label: case.contestants[label] for label in ("plain", "torch.compile of plain", "ours")}
+    contestants = {label: case.contestants[label] for label in ("plain", "expert", "ours")}
     few = {"carso_inference": lambda quick: {"prediction": replace(case, contestants=contestants)}}
     monkeypatch.setattr(race, "registry", lambda: few)
     monkeypatch.setattr(pipelines, "registry", lambda: few)
@@ -115,7 +204,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking
         assert row["verdict"] == "right" and row["torch"] == torch.__version__
         assert math.isclose(float(row["speed_up"]), float(rows[0]["ms"]) / float(row["ms"]), rel_tol=0.05)
     table = (tmp_path / sheets.PIPELINES_TABLE).read_text()
-    assert table in capsys.readouterr().out and "| torch.compile of plain |" in table
+    assert table in capsys.readouterr().out and "| expert |" in table
     (tmp_path / sheets.PIPELINES_TABLE).unlink()
     sheets.report(tmp_path)
     assert (tmp_path / sheets.PIPELINES_TABLE).read_text() == table

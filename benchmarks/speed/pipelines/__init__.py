@@ -1,19 +1,25 @@
 """Measure pipelines: whole computations, such as a prediction or a training step. Each pipeline has a module.
 
 A case of a pipeline compares several implementations of the same work, which are called contestants. "Ours" is the
-implementation by this package. "Plain" is an implementation in plain PyTorch.
+implementation by this package. "Plain" is an implementation in plain PyTorch, as its introductions teach it. "Expert"
+is the fastest implementation that a practitioner writes with PyTorch's public functions (see `expert`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
+
+#: The beginning of the names of the expert's forms.
+EXPERT = "expert"
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,19 @@ class Contestant:
         raised: True to raise the thresholds of glibc's memory allocator, so that the allocator keeps freed memory.
         tf32: True to let a GPU round the operands of float32 products to ten bits of mantissa. False computes in IEEE
             float32, as evaluations and trainings of this package do.
+        raced: True to let cuDNN time its convolutions on a GPU, and use the fastest.
     """
 
     make: Make
     raised: bool
     tf32: bool = False
+    raced: bool = False
+
+    @contextlib.contextmanager
+    def settings(self, device: torch.device) -> Iterator[None]:
+        """Give the process the settings of the contestant on a device within the block."""
+        with float32_products(tf32=self.tf32), raced_convolutions("on" if self.raced else "off", device):
+            yield
 
 
 @dataclass(frozen=True)
@@ -79,16 +93,20 @@ def _made(make: Make, device: torch.device, quick: bool) -> Job:
     return Job(eager(job.run), eager(job.result))
 
 
-def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool = True) -> dict[str, Contestant]:
-    """Return the usual contestants: plain in float32 and in bfloat16, and ours in bfloat16, each also compiled.
+def columns(
+    plain: Callable[..., Job], expert: Callable[..., Job], ours: Callable[..., Job], captured: bool = True
+) -> dict[str, Contestant]:
+    """Return the usual contestants.
 
-    Plain in float32 is timed twice: with raised thresholds of the memory allocator, and without.
+    They are plain in float32, the compiled form of plain under autocast to bfloat16, the expert, and ours in bfloat16,
+    the last two each also compiled.
 
     On a machine with a GPU there are two further contestants: plain in TF32, which is PyTorch's default for
     convolutions, and ours with the step of its attack captured as a CUDA graph.
 
     Args:
         plain: function that makes a job of plain PyTorch. With the keyword ``compiled=True``, the job is compiled.
+        expert: function that makes a job of the best code in PyTorch alone (see `expert`), with the same keyword.
         ours: function that makes a job of this package, with the same keyword. With ``captured=True``, the step of the
             attack is captured as a CUDA graph.
         captured: True if ``ours`` accepts the keyword ``captured``.
@@ -97,14 +115,13 @@ def columns(plain: Callable[..., Job], ours: Callable[..., Job], captured: bool 
     def of(make: Callable[..., Job], **options: bool) -> Make:
         return partial(_made, partial(make, **options))
 
-    compiled, gpu = of(plain, compiled=True), torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     return {
         "plain": Contestant(of(plain), False),
-        "plain, allocator raised": Contestant(of(plain), True),
         **({"plain, TF32": Contestant(of(plain), True, tf32=True)} if gpu else {}),
-        "plain, bfloat16": Contestant(partial(autocast, of(plain)), True),
-        "torch.compile of plain": Contestant(compiled, True),
-        "torch.compile of plain, bfloat16": Contestant(partial(autocast, compiled), True),
+        "torch.compile of plain, bfloat16": Contestant(partial(autocast, of(plain, compiled=True)), True),
+        EXPERT: Contestant(of(expert), True, tf32=True, raced=True),
+        f"{EXPERT}, compiled": Contestant(of(expert, compiled=True), True, tf32=True, raced=True),
         "ours": Contestant(of(ours), True),
         "ours, compiled": Contestant(of(ours, compiled=True), True),
         **({"ours, captured": Contestant(of(ours, captured=True), True)} if gpu and captured else {}),

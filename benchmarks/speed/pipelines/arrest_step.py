@@ -19,9 +19,9 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, optimizer_step, random_batch
+from . import Case, Job, columns, expert, optimizer_step, random_batch
 from .carso_inference import classifier
-from .carso_training import attack
+from .carso_training import attack, start_of
 
 BATCH, EPOCHS = 64, 20
 
@@ -56,6 +56,12 @@ def batch_of(device: torch.device, quick: bool) -> Batch:
     return random_batch(device, 16 if quick else BATCH, 32, EPOCHS)
 
 
+def flattened(features: Tensor) -> Tensor:
+    """Flatten a map of features in the order of its memory, without a copy."""
+    last = features.is_contiguous(memory_format=torch.channels_last)
+    return (features.permute(0, 2, 3, 1) if last else features).flatten(1)
+
+
 class _Split(nn.Module):
     """Wraps a ResNet-18, and returns its logits and the flattened map before pooling."""
 
@@ -67,9 +73,9 @@ class _Split(nn.Module):
         m = self.model
         if isinstance(m, PreActResNet18):
             features = F.relu(m.norm(m.stages(m.conv(m.normalize(x)))))
-            return m.head(features.mean((2, 3))), features.flatten(1)
+            return m.head(features.mean((2, 3))), flattened(features)
         features = m.layer4(m.layer3(m.layer2(m.layer1(F.relu(m.bn1(m.conv1(x)))))))
-        return m.fc(features.mean((2, 3))), features.flatten(1)
+        return m.fc(features.mean((2, 3))), flattened(features)
 
 
 class PlainStep:
@@ -105,8 +111,53 @@ class PlainStep:
         return torch.stack(self.losses()).detach()
 
 
+class ExpertStep:
+    """The step as an expert writes it (see `expert`). The attack runs on a frozen copy of the student."""
+
+    def __init__(self, device: torch.device, quick: bool, compiled: bool):
+        now, start, _ = networks(device, quick)
+        self.config, self.batch = setting(quick), batch_of(device, quick)
+        self.student = _Split(now.to(memory_format=expert.LAST))
+        self.attacked = expert.FrozenCopy(self.student.model.eval())
+        teacher = _Split(expert.FrozenCopy(start).model)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), 0.025, 0.9, weight_decay=5e-4, fused=True)
+        self.adversarial_loss = expert.compiled(expert.loss_of(self.attacked.model), device, compiled, "attack")
+        self.teacher = expert.compiled(teacher, device, compiled, "inference")
+        self.loss = expert.compiled(self.both, device, compiled)
+
+    def both(self, x: Tensor, y: Tensor, of_teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy and the distance of the student."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits, features = self.student(x)
+        distance = 1 - F.cosine_similarity(features.float(), of_teacher.float()).abs()
+        return F.cross_entropy(logits.float(), y), distance.mean()
+
+    def losses(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        b, a = self.batch, self.config.attack
+        with torch.no_grad():
+            of_teacher = self.teacher(expert.half(b.x))[1].clone()
+        self.attacked.refresh()
+        x = expert.attack(self.adversarial_loss, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start)
+        self.student.train()
+        return self.loss(x.contiguous(memory_format=expert.LAST), b.y, of_teacher)
+
+    def run(self) -> None:
+        cross_entropy, distance = self.losses(expert.random_start(self.batch.x, self.config.attack.eps))
+        self.optimizer.zero_grad()
+        (cross_entropy + self.config.distillation_weight * distance).backward()
+        self.optimizer.step()
+
+    def result(self) -> Tensor:
+        return torch.stack(self.losses(start_of(self.batch, self.config.attack.eps))).detach()
+
+
 def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     step = PlainStep(device, quick, compiled)
+    return Job(step.run, step.result)
+
+
+def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
+    step = ExpertStep(device, quick, compiled)
     return Job(step.run, step.result)
 
 
@@ -126,4 +177,4 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{16 if quick else BATCH} images, PGD-{setting(quick).attack.steps}, the map before pooling; all attacked"
-    return {"all attacked": Case(shape, 0.05, columns(_plain, _ours))}
+    return {"all attacked": Case(shape, 0.05, columns(_plain, _expert, _ours))}

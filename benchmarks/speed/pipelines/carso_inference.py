@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from purify_fast import Carso
 from purify_fast.models.classifiers import SmallCNN
 
-from . import Case, Job, columns
+from . import Case, Job, columns, expert
 
 BATCH, SAMPLES = 32, 8
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -49,12 +49,17 @@ class Plain(nn.Module):
     """CARSO in plain PyTorch, with contiguous float32 tensors. The samples are a part of the batch.
 
     No BatchNorm is folded.
+
+    Args:
+        made: the defence.
+        copied: False uses the networks of ``made`` as they are, in their present layout.
     """
 
-    def __init__(self, made: Carso):
+    def __init__(self, made: Carso, copied: bool = True):
         super().__init__()
-        made = copy.deepcopy(made).requires_grad_(True)
-        made.to(memory_format=torch.contiguous_format)
+        if copied:
+            made = copy.deepcopy(made).requires_grad_(True)
+            made.to(memory_format=torch.contiguous_format)
         self.made = made
 
     def reconstruct(self, z: Tensor, condition: Tensor) -> Tensor:
@@ -74,6 +79,25 @@ class Plain(nn.Module):
         image = self.reconstruct(z.flatten(0, 1), condition.repeat(len(z), 1))
         logits = self.made.classifier(torch.sigmoid(image))
         return image.unflatten(0, z.shape[:2]), logits.unflatten(0, z.shape[:2])
+
+
+class FrozenCarso(nn.Module):
+    """CARSO as an expert runs it without training: a `expert.FrozenCopy` of all networks.
+
+    Args:
+        made: the defence, which is copied.
+    """
+
+    def __init__(self, made: Carso):
+        super().__init__()
+        # Neither the copy nor the defence is a part of this module, so that only the copy is moved and compiled.
+        self.copies = (expert.FrozenCopy(made),)
+        self.plain = Plain(self.copies[0].model, copied=False)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 image logits ``[K, B, C, H, W]`` and logits ``[K, B, classes]``, see `Plain`."""
+        image, logits = self.plain(expert.half(x), z.bfloat16())
+        return image.float(), logits.float()
 
 
 def latents(made: Carso, batch: int, device: torch.device, seed: int = 2) -> Tensor:
@@ -104,6 +128,22 @@ def _plain(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     return Job(run, result)
 
 
+def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
+    made, batch = defence(device, quick), size(quick)
+    call = expert.compiled(FrozenCarso(made), device, compiled, "inference")
+    x, fixed = images(batch, made, device), latents(made, batch, device)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return torch.logsumexp(call(x, torch.randn_like(fixed))[1], 0)
+
+    @torch.inference_mode()
+    def result() -> Tensor:
+        return call(x, fixed)[1].transpose(0, 1)
+
+    return Job(run, result)
+
+
 def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
     made = defence(device, quick).accelerate(compile=compiled)
     batch = size(quick)
@@ -113,4 +153,4 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 
 def cases(quick: bool) -> dict[str, Case]:
     shape = f"{size(quick)} images, K = {2 if quick else SAMPLES}"
-    return {"prediction": Case(shape, 0.05, columns(_plain, _ours, captured=False))}
+    return {"prediction": Case(shape, 0.05, columns(_plain, _expert, _ours, captured=False))}

@@ -20,8 +20,8 @@ from purify_fast.speed import StepGraphs
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, optimizer_step
-from .carso_inference import Plain, defence, images
+from . import Case, Job, columns, expert, optimizer_step
+from .carso_inference import FrozenCarso, Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
 
@@ -37,6 +37,16 @@ def batch_of(made, device: torch.device, quick: bool) -> Batch:
     return Batch(images(size, made, device), labels, torch.arange(size, device=device), 7, 9, 10)
 
 
+def in_ball(x: Tensor, eps: Tensor, seed: int, ids: Tensor) -> Tensor:
+    """Return the random starts of this package's attack, for a comparison of results. The radii are ``[B]``."""
+    return sample_in_ball(x, Ball(eps), seed=seed, sample_ids=ids)
+
+
+def start_of(batch: Batch, eps: float) -> Tensor:
+    """Return `in_ball` for all images of a batch."""
+    return in_ball(batch.x, torch.full((len(batch.x),), eps, device=batch.x.device), batch.seed, batch.sample_ids)
+
+
 def attack(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, alpha: float, steps: int, seed: int | None, ids
 ) -> Tensor:
@@ -46,7 +56,7 @@ def attack(
     """
     adversarial = x.clone()
     if seed is not None:
-        adversarial = sample_in_ball(x, Ball(torch.full((len(x),), eps, device=x.device)), seed=seed, sample_ids=ids)
+        adversarial = in_ball(x, torch.full((len(x),), eps, device=x.device), seed, ids)
     for _ in range(steps):
         adversarial = adversarial.clone().detach().requires_grad_(True)
         F.cross_entropy(model(adversarial), y, reduction="sum").backward()
@@ -116,9 +126,100 @@ class PlainTraining:
         return loss.detach()
 
 
+class ExpertTraining:
+    """Both training steps as an expert writes them (see `expert`). Attacks of equally many steps share a batch."""
+
+    def __init__(self, target: str, device: torch.device, quick: bool, compiled: bool):
+        made = defence(device, quick, samples=1)
+        made.to(memory_format=expert.LAST)
+        made.classifier.requires_grad_(False)
+        self.config, self.made, self.batch = setting(target, quick), made, batch_of(made, device, quick)
+        self.plain, self.frozen = Plain(made, copied=False), FrozenCarso(made)
+        parameters = [p for p in made.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, fused=True)
+        self.step = self.objective if target == "classifier" else self.pipeline
+        copy = self.frozen.copies[0].model
+        attacked = copy.classifier if target == "classifier" else self.of_one_sample
+        self.adversarial_loss = expert.compiled(expert.loss_of(attacked), device, compiled, "attack")
+        self.read = expert.compiled(copy.representation, device, compiled, "inference")
+        self.purify = expert.compiled(self.purifier_loss, device, compiled)
+        self.predict = expert.compiled(self.prediction_loss, device, compiled)
+
+    def of_one_sample(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the logits ``[B, classes]`` of the copy of the whole defence for latents ``[1, B, latent_dim]``."""
+        return self.frozen.plain(x, z)[1][0]
+
+    def latents(self) -> Tensor:
+        return torch.randn(1, len(self.batch.x), self.made.latent_dim, device=self.batch.x.device)
+
+    def purifier_loss(self, representation: list[Tensor], perturbed: Tensor, noise: Tensor) -> Tensor:
+        made, clean = self.made, self.batch.x
+        with torch.autocast(clean.device.type, torch.bfloat16):
+            condition = made.condition_encoder(representation)
+            mean, logs = (out.float() for out in made.posterior_encoder((perturbed - made.mean) / made.std, condition))
+            logits = self.plain.reconstruct(mean + noise * torch.exp(0.5 * logs), condition)
+        kl = 0.5 * (mean**2 + logs.exp() - 1 - logs).sum(1).mean()
+        reconstruction = F.binary_cross_entropy_with_logits(logits.float(), clean, reduction="sum") / len(clean)
+        return reconstruction + kl_weight(self.batch.epoch, self.batch.epochs / 8) * kl
+
+    def objective(self, fixed: bool) -> Tensor:
+        b, a = self.batch, self.config.attack
+        atom = int(len(b.x) * self.config.adversarial_fraction // 4)
+        clean = len(b.x) - 4 * atom
+        slow, fast = slice(clean, clean + 2 * atom), slice(clean + 2 * atom, len(b.x))
+        radii = torch.tensor([a.eps / 2, a.eps], device=b.x.device).repeat_interleave(atom)
+        lengths = torch.tensor([a.step_size(a.eps / 2), a.step_size(a.eps)], device=b.x.device).repeat_interleave(atom)
+        eps, alpha = radii.view(-1, 1, 1, 1), lengths.view(-1, 1, 1, 1)
+        x, ids = b.x[slow], b.sample_ids[slow]
+        start = in_ball(x, radii, b.seed, ids) if fixed else expert.random_start(x, eps)
+        by_pgd = expert.attack(self.adversarial_loss, x, b.y[slow], eps, alpha, a.steps, start)
+        by_fgsm = expert.attack(self.adversarial_loss, b.x[fast], b.y[fast], eps, eps, 1)
+        perturbed = torch.cat([b.x[:clean], by_pgd, by_fgsm])
+        with torch.no_grad():
+            representation = [layer.clone() for layer in self.read(expert.half(perturbed))]
+        self.made.train()
+        zeros, seed = b.x.new_zeros(len(b.x), self.made.latent_dim), torch.full_like(b.sample_ids[:1], b.seed)
+        noise = sample_latent(zeros, zeros, seed, b.sample_ids)[0] if fixed else torch.randn_like(zeros)
+        return self.purify(representation, perturbed, noise)
+
+    def prediction_loss(self, representation: list[Tensor], z: Tensor) -> Tensor:
+        b, copy = self.batch, self.frozen.copies[0].model
+        with torch.autocast(b.x.device.type, torch.bfloat16):
+            image = self.plain.reconstruct(z, self.made.condition_encoder(representation))
+        predictions = copy.classifier(expert.half(torch.sigmoid(image))).float()
+        reconstruction = F.binary_cross_entropy_with_logits(image.float(), b.x, reduction="sum") / len(b.x)
+        return F.cross_entropy(predictions, b.y) + self.config.reconstruction_weight * reconstruction
+
+    def pipeline(self, fixed: bool) -> Tensor:
+        b, a = self.batch, self.config.attack
+        self.made.eval()
+        self.frozen.copies[0].refresh("condition_encoder", "decoder")
+        start = start_of(b, a.eps) if fixed else expert.random_start(b.x, a.eps)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return self.adversarial_loss(x, y, self.latents().bfloat16())
+
+        x = expert.attack(loss, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start)
+        with torch.no_grad():
+            representation = [layer.clone() for layer in self.read(expert.half(x))]
+        return self.predict(representation, self.latents()[0])
+
+    def run(self) -> Tensor:
+        loss = self.step(fixed=False)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
 def _plain(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:
     plain = PlainTraining(target, device, quick, compiled)
     return Job(plain.run, lambda: plain.step().detach())
+
+
+def _expert(device: torch.device, quick: bool, target: str, compiled: bool = False) -> Job:
+    made = ExpertTraining(target, device, quick, compiled)
+    return Job(made.run, lambda: made.step(fixed=True).detach())
 
 
 def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False, captured: bool = False) -> Job:
@@ -146,5 +247,6 @@ def cases(quick: bool) -> dict[str, Case]:
         ("pipeline step", "pipeline", "K = 1"),
     ):
         shape = f"{16 if quick else BATCH} images, PGD-{setting(target, quick).attack.steps}, {with_what}"
-        every[name] = Case(shape, 0.03, columns(partial(_plain, target=target), partial(_ours, target=target)))
+        makes = (partial(make, target=target) for make in (_plain, _expert, _ours))
+        every[name] = Case(shape, 0.03, columns(*makes))
     return every

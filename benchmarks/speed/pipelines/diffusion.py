@@ -6,6 +6,7 @@ and the gradient through the steps.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -21,7 +22,7 @@ from purify_fast.models.unet import UNet
 from purify_fast.ops import use_backend
 from purify_fast.ops.diffusion_step import diffusion_step
 
-from . import Case, Contestant, Job, columns
+from . import EXPERT, Case, Contestant, Job, columns, expert
 from .carso_inference import classifier
 
 IMAGES, SAMPLES, STEPS, T_STAR = 4, 8, 100, 0.1
@@ -78,11 +79,11 @@ class Plain:
         device: device of the networks.
         quick: True for small networks and images.
         compiled: True to compile the denoiser and the classifier.
-        keep: True if autograd stores all activations. False if `torch.utils.checkpoint` computes each step again in
+        keep: 1 if autograd stores all activations. 0 if `torch.utils.checkpoint` computes each step again in
             the backward pass.
     """
 
-    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: bool):
+    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: int):
         self.made, self.keep = defence(device, quick), keep
         self.x = images(self.made, device)
         table, noises = self.made.process.table()
@@ -113,7 +114,8 @@ class Plain:
         x = self.numbers[0][4] * x + self.numbers[0][5] * noise(x, 0)
         for i in range(1, self.count + 1):
             z = noise(x, i)
-            x = self.step(x, z, i) if self.keep else checkpoint(self.step, x, z, i, use_reentrant=False)
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            x = self.step(x, z, i) if self.keep else again(self.step, x, z, i)
         return self.classify((x + 1) / 2).unflatten(0, (-1, self.made.samples)).mean(1)
 
     def fixed(self, x: Tensor, i: int) -> Tensor:
@@ -130,12 +132,53 @@ class Plain:
         return torch.autograd.grad(loss(self(x, noise).float()), x)[0]
 
 
+class Expert(Plain):
+    """The defence as an expert writes it (see `expert`). The state of the process remains in float32.
+
+    Args:
+        device: device of the networks.
+        quick: True for small networks and images.
+        compiled: True to compile a step of the process, and the classifier.
+        keep: as for `Plain`.
+        gradient: True if the gradient of the images is computed.
+    """
+
+    def __init__(self, device: torch.device, quick: bool, compiled: bool, keep: int, gradient: bool):
+        super().__init__(device, quick, False, keep)
+        self.network = copy.deepcopy(self.made.denoiser.module).requires_grad_(False).to(memory_format=expert.LAST)
+        for layer in self.network.modules():
+            # The layers that embed the time stay in float32. They compute a single row.
+            if isinstance(layer, (nn.Conv2d, nn.GroupNorm)):
+                layer.to(torch.bfloat16)
+        judge, kind = expert.FrozenCopy(self.made.classifier).model, "training" if gradient else "inference"
+        self.table = self.made.process.table()[0].coefficients.to(device)
+        self.moments = torch.tensor(self.times, device=device)
+        self.advance = expert.compiled(self.moved, device, compiled, kind)
+        self.classify = expert.compiled(lambda x: judge(expert.half(x)).float(), device, compiled, kind)
+
+    def moved(self, x: Tensor, z: Tensor, row: Tensor, t: Tensor) -> Tensor:
+        """Return the state after a step with the coefficients ``row`` at the time ``t``."""
+        p, q, limit, image, state, noise, _, _ = row.unbind()
+        predicted = self.network(expert.half(x), t).float()
+        return image * (p * x + q * predicted).clamp(-limit, limit) + state * x + noise * z
+
+    def step(self, x: Tensor, z: Tensor, i: int) -> Tensor:
+        return self.advance(x, z, self.table[i], self.moments[i])
+
+
 def fresh(x: Tensor, i: int) -> Tensor:
     return torch.randn_like(x)
 
 
-def _plain(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: bool = True) -> Job:
-    plain = Plain(device, quick, compiled, keep)
+def _plain(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: int = 1) -> Job:
+    return _job(Plain(device, quick, compiled, keep), gradient)
+
+
+def _expert(device: torch.device, quick: bool, gradient: bool, compiled: bool = False, keep: int = 1) -> Job:
+    return _job(Expert(device, quick, compiled, keep, gradient), gradient)
+
+
+def _job(plain: Plain, gradient: bool) -> Job:
     call = plain.gradient if gradient else torch.no_grad()(lambda noise: plain(plain.x, noise))
     # Use only PyTorch's operators. Otherwise the denoiser, which is a network of this package, would use our kernels.
     call = use_backend("reference")(call)
@@ -163,18 +206,21 @@ def _ours(device: torch.device, quick: bool, gradient: bool, compiled: bool = Fa
 def _gradients() -> dict[str, Contestant]:
     """Return the contestants for the gradient through DDPM, which differ in the activations that they store.
 
-    "Plain" stores the activations of all steps, and "plain, checkpointed" those of a single step. "Ours" stores as many
+    "Expert" stores the activations of all steps, and "checkpointed" forms those of a single step. "Ours" stores as many
     as fit into a quarter of the free memory, and "ours, each step again" those of a single step.
 
     Every contestant keeps its memory while the others are timed. Plain in float32 needs the most memory, so it is
     measured only with checkpoints. Otherwise too little memory would remain for the activations of ours.
     """
-    stored = columns(partial(_plain, gradient=True), partial(_ours, gradient=True), captured=False)
-    again = columns(partial(_plain, gradient=True, keep=False), partial(_ours, gradient=True, keep=0), captured=False)
-    half, ours = ("plain, bfloat16", "torch.compile of plain, bfloat16"), ("ours", "ours, compiled")
+    makes = (_plain, _expert, _ours)
+    stored = columns(*(partial(make, gradient=True) for make in makes), captured=False)
+    again = columns(*(partial(make, gradient=True, keep=0) for make in makes), captured=False)
+    best, ours = (EXPERT, f"{EXPERT}, compiled"), ("ours", "ours, compiled")
     return (
-        {label.replace("plain", "plain, checkpointed", 1): again[label] for label in ("plain", *half)}
-        | {label: stored[label] for label in (*half, *ours)}
+        {"plain, checkpointed": again["plain"]}
+        | {label: stored[label] for label in ("torch.compile of plain, bfloat16", *best)}
+        | {f"{label}, checkpointed": again[label] for label in best}
+        | {label: stored[label] for label in ours}
         | {f"{label}, each step again": again[label] for label in ours}
     )
 
@@ -182,7 +228,7 @@ def _gradients() -> dict[str, Contestant]:
 def cases(quick: bool) -> dict[str, Case]:
     steps = 3 if quick else STEPS
     shape = f"{IMAGES} images, K = {2 if quick else SAMPLES}, {steps} steps of DDPM"
-    predictions = columns(partial(_plain, gradient=False), partial(_ours, gradient=False), captured=False)
+    predictions = columns(*(partial(make, gradient=False) for make in (_plain, _expert, _ours)), captured=False)
     return {
         "prediction": Case(shape, PREDICTION_TOLERANCE, predictions),
         "gradient": Case(shape, GRADIENT_TOLERANCE, _gradients()),

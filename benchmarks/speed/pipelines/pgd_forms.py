@@ -1,7 +1,7 @@
-"""Measure PGD-10 on a ResNet-18 in eight forms: as a user writes it, as an expert writes it, and by this package.
+"""Measure PGD-10 on a ResNet-18 in several forms: in plain PyTorch, as an expert writes it, and by this package.
 
 No form draws a random start, so all forms take the same steps up to rounding. A captured form is a replay of a CUDA
-graph for each step. Without a GPU nothing is captured, and there are only the small cases of a quick run.
+graph for each step. Without a GPU nothing is captured.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
 
-from . import Case, Contestant, Job
+from . import EXPERT as FORM
+from . import Case, Contestant, Job, autocast, expert
 from .carso_inference import classifier
 
 STEPS, EPS, ALPHA = 10, 8 / 255, 2 / 255
-EXPERT = "expert: bfloat16 weights, torch.compile reduce-overhead"
+EXPERT = f"{FORM}, compiled"
 CAPTURED, COMPILED = "ours, captured", "ours, compiled and captured"
 
 
 def sizes(quick: bool) -> tuple[int, ...]:
     """Return the numbers of images in a batch."""
-    return (8,) if quick else (64, 256) if torch.cuda.is_available() else ()
+    return (8,) if quick else (64, 256, 1024) if torch.cuda.is_available() else (32,)
 
 
 def _network(quick: bool) -> nn.Module:
@@ -58,42 +59,36 @@ def _images(device: torch.device, quick: bool, count: int) -> tuple[Tensor, Tens
     return x.to(device), (torch.arange(count) % 10).to(device)
 
 
-def plain(device: torch.device, quick: bool, *, count: int, lean: str = "", mode: str | None = None) -> Job:
-    """Return the attack in plain PyTorch.
+def plain(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
+    """Return the attack in plain PyTorch: the network as a user has it, which also computes gradients of its weights.
 
     Args:
         device: device that computes.
         quick: True for a small network and small images.
         count: number of images.
-        lean: "" keeps the network as a user has it. "autocast" freezes the weights, makes them channels_last, and
-            computes products in bfloat16. "bfloat16" also converts the weights.
-        mode: mode of `torch.compile`. None compiles nothing.
+        compiled: True to compile the network.
     """
     x, y = _images(device, quick, count)
     network, attacked = _network(quick).to(device), _network(quick).to(device)
-    if lean:
-        attacked.requires_grad_(False).to(memory_format=torch.channels_last)
-    if lean == "bfloat16":
-        attacked.bfloat16()
-    called = attacked if mode is None else torch.compile(attacked, dynamic=False, mode=mode)
-
-    def logits(point: Tensor) -> Tensor:
-        # In the mode "reduce-overhead", a step may overwrite the results of the step before.
-        torch.compiler.cudagraph_mark_step_begin()
-        given = point.bfloat16() if lean == "bfloat16" else point
-        given = given.contiguous(memory_format=torch.channels_last) if lean else given
-        with torch.autocast(device.type, torch.bfloat16, enabled=lean == "autocast"):
-            return called(given).float()
+    called = torch.compile(attacked, dynamic=False, disable=not compiled)
 
     def run() -> Tensor:
         point = x
         for _ in range(STEPS):
             point = point.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits(point), y), point)
-            point = (x + (point.detach() + ALPHA * gradient.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
+            F.cross_entropy(called(point), y).backward()
+            point = (x + (point.detach() + ALPHA * point.grad.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
         return point
 
     return _job(run, network, x, y)
+
+
+def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
+    """Return the attack as an expert writes it (see `expert`), with the arguments of `plain`."""
+    x, y = _images(device, quick, count)
+    network = _network(quick).to(device)
+    loss = expert.compiled(expert.loss_of(expert.FrozenCopy(network).model), device, compiled, "attack")
+    return _job(lambda: expert.attack(loss, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
 def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = False, captured: bool = False) -> Job:
@@ -121,20 +116,30 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
 
 
 def forms(count: int) -> dict[str, Contestant]:
-    """Return the eight forms of the attack on ``count`` images."""
-    makes: dict[str, Callable[..., Job]] = {
-        "plain, PyTorch defaults": plain,
-        "frozen, channels_last, autocast bf16": partial(plain, lean="autocast"),
-        "expert: frozen, channels_last, autocast, torch.compile": partial(plain, lean="autocast", mode="default"),
-        EXPERT: partial(plain, lean="bfloat16", mode="reduce-overhead"),
-        "ours, eager": ours,
-        CAPTURED: partial(ours, captured=True),
-        "ours, compiled": partial(ours, compiled=True),
-        COMPILED: partial(ours, compiled=True, captured=True),
+    """Return the forms of the attack on ``count`` images."""
+    bfloat16 = partial(autocast, partial(plain, count=count, compiled=True))
+    theirs = partial(Contestant, raised=True, tf32=True, raced=True)
+    own: dict[str, dict[str, bool]] = {
+        "ours": {},
+        CAPTURED: {"captured": True},
+        "ours, compiled": {"compiled": True},
+        COMPILED: {"compiled": True, "captured": True},
     }
-    # By default, PyTorch computes convolutions of float32 in TF32.
-    return {name: Contestant(partial(make, count=count), True, tf32=make is plain) for name, make in makes.items()}
+    return {
+        # By default, PyTorch computes convolutions of float32 in TF32.
+        "plain, PyTorch defaults": Contestant(partial(plain, count=count), False, tf32=True),
+        "torch.compile of plain, bfloat16": Contestant(bfloat16, True, tf32=True),
+        FORM: theirs(partial(by_expert, count=count)),
+        EXPERT: theirs(partial(by_expert, count=count, compiled=True)),
+        **{name: Contestant(partial(ours, count=count, **how), True) for name, how in own.items()},
+    }
 
 
 def cases(quick: bool) -> dict[str, Case]:
-    return {f"{count} images": Case(f"{count} images, PGD-{STEPS}", 0.05, forms(count)) for count in sizes(quick)}
+    made = {}
+    for count in sizes(quick):
+        every = forms(count)
+        if not (quick or torch.cuda.is_available()):
+            every = {name: form for name, form in every.items() if "captured" not in name}
+        made[f"{count} images"] = Case(f"{count} images, PGD-{STEPS}", 0.05, every)
+    return made

@@ -36,6 +36,7 @@ from ...speed.folding.inference_copy import (
     convert_to_channels_last,
     prepare_for_inference,
 )
+from ...speed.folding.unrolled import unrolling
 from ...training.config import TrainingAttack
 from ...training.distributed import average_
 from ...training.schedules import RunLength, arrest_published
@@ -113,7 +114,7 @@ class ArrestTask(MethodTask):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits ``[B, classes]`` and representation of images ``[B, C, H, W]``, in the model's present mode."""
-        with autocast_to(x.device, self.dtype):
+        with autocast_to(x.device, self.dtype), unrolling(x.device, self.dtype):
             if self._reader is None:
                 return self.classifier(x), []
             logits, features = self._reader.with_logits(x)

@@ -21,6 +21,7 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
 from .batchnorm import FoldedPairs, fold_batchnorm
 from .fused_networks import chains_serve, fuse_convolutions
+from .unrolled import unroll
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For batches below this size, PyTorch chooses another convolution algorithm on a CPU, so torch.compile makes another
@@ -203,6 +204,8 @@ def prepare_for_inference(
             module.to(dtype)
     if dtype == torch.bfloat16 and chains_serve(device):
         fuse_convolutions(model, example)
+    if dtype == torch.bfloat16 and uses_channels_last:
+        unroll(model)
     return pairs, uses_channels_last
 
 

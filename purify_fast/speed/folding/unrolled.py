@@ -1,0 +1,172 @@
+"""Convolutions of small maps as matrix products, for CPUs with matrix tiles (AMX).
+
+oneDNN's convolutions fill a tile with the pixels of one row of the result. A map of 4 x 4 pixels fills a quarter of a
+tile. A product of matrices, whose rows are the patches of all images, fills it whole. On an Intel Xeon of the fourth
+generation, a layer of 512 x 512 channels on maps of 4 x 4 then takes half the time, and the gradient of its weights a
+quarter. For larger maps or fewer channels, to make the patches takes longer than is gained.
+
+The results differ from those of `torch.nn.functional.conv2d` only by the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ...models.layers import Conv2d
+from ...ops.dispatch.gradient import first_order, transformed
+
+#: The largest number of pixels in a map of the result.
+PIXELS = 16
+#: The smallest product of the numbers of input and output channels.
+CHANNELS = 2**17
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Tell whether the processor has matrix tiles (AMX) for bfloat16."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
+
+
+def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+    """Return the patches of images ``[B, C, H, W]`` as rows of a matrix: ``[B, H', W', K L C]``."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Return weights ``[O, C, K, L]`` as a matrix ``[O, K L C]``. It is a view if they are channels_last."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+class _Unrolled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        rows = patches(x, weight.shape[2:], stride, padding)
+        ctx.settings = x.shape, stride, padding
+        ctx.save_for_backward(weight, rows if ctx.needs_input_grad[1] else None)
+        # The next layer may change the result in place, which a view that a Function returns does not allow.
+        return F.linear(rows, _matrix(weight), bias).permute(0, 3, 1, 2).data
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rows = ctx.saved_tensors
+        grad, of_input, of_weight, of_bias = grad.permute(0, 2, 3, 1), None, None, None
+        if ctx.needs_input_grad[0]:
+            of_input = _input_gradient(grad, weight, *ctx.settings)
+        if rows is not None:
+            product = grad.flatten(0, 2).mT @ rows.flatten(0, 2)
+            kernel = weight.shape[2:]
+            of_weight = product.unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum((0, 1, 2))
+        return of_input, of_weight, of_bias, None, None
+
+
+def _input_gradient(
+    grad: Tensor, weight: Tensor, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """Return the gradient of the images ``[B, C, H, W]`` of the given shape, from that of the result, channels last."""
+    b, c, h, w = shape
+    (rows, columns), (high, wide), (top, left) = weight.shape[2:], grad.shape[1:3], padding
+    taps = (grad @ _matrix(weight)).unflatten(3, (rows, columns, c))
+    total = torch.zeros(b, h + 2 * top, w + 2 * left, c, dtype=torch.float32, device=grad.device)
+    for i in range(rows):
+        for j in range(columns):
+            across = slice(j, j + stride[1] * (wide - 1) + 1, stride[1])
+            total[:, i : i + stride[0] * (high - 1) + 1 : stride[0], across] += taps[:, :, :, i, j]
+    return total[:, top : top + h, left : left + w].to(grad.dtype).permute(0, 3, 1, 2)
+
+
+def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Tell whether a convolution is faster as a product of matrices.
+
+    Compiled code keeps PyTorch's convolutions, because the compiler makes slow code of the patches.
+
+    Args:
+        x: images ``[B, C, H, W]``.
+        weight: ``[O, C, K, L]``.
+        stride: stride of rows and columns.
+        padding: zeros on each side of rows and columns.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:
+        return False
+    if weight.shape[0] * weight.shape[1] < CHANNELS or weight.shape[2:] == (1, 1):
+        return False
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not (cast or x.dtype == weight.dtype == torch.bfloat16) or not has_tiles():
+        return False
+    sides = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
+    return min(sides) > 0 and sides[0] * sides[1] <= PIXELS
+
+
+def unrolled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """Compute a convolution in bfloat16 as a product of matrices, with the arguments of `pays` and a bias ``[O]``."""
+    half = torch.bfloat16
+    shift = None if bias is None else bias.to(half)
+    # An attribute of a module has the type of a tuple of any length, which torch.compile treats as constants.
+    result: Tensor = _Unrolled.apply(x.to(half), weight.to(half), shift, tuple(stride), tuple(padding))
+    return result
+
+
+class _Unrolling(TorchFunctionMode):
+    """Within the block, convolutions are computed by `unrolled` where that pays."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # torch.nn.Conv2d passes seven arguments.
+        if func is torch.conv2d and len(args) == 7 and not kwargs:
+            x, weight, bias, stride, padding, dilation, groups = args
+            plain = groups == 1 and not isinstance(padding, str) and tuple(dilation) == (1, 1)
+            if plain and not transformed() and pays(x, weight, stride, padding):
+                return unrolled(x, weight, bias, stride, padding)
+        return func(*args, **(kwargs or {}))
+
+
+def unrolling(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a network that is trained uses `unrolled` where that pays.
+
+    Args:
+        device: device of the network.
+        dtype: dtype of its products.
+    """
+    used = device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_tiles()
+    return _Unrolling() if used else contextlib.nullcontext()
+
+
+class _UnrolledConv2d(nn.Conv2d):
+    """A convolution of a frozen copy, which is computed by `unrolled` where that pays."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding: Any = self.padding
+        if not transformed() and pays(input, weight, self.stride, padding):
+            return unrolled(input, weight, bias, self.stride, padding)
+        return super()._conv_forward(input, weight, bias)
+
+
+def unroll(model: nn.Module) -> None:
+    """Let the wide convolutions of a frozen model compute small maps by `unrolled`, in place, on a CPU with tiles."""
+    if not has_tiles():
+        return
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and type(module) in (nn.Conv2d, Conv2d)
+            and module.in_channels * module.out_channels >= CHANNELS
+            and module.kernel_size != (1, 1)
+            and module.groups == 1
+            and module.dilation == (1, 1)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        ):
+            module.__class__ = _UnrolledConv2d

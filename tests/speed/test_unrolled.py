@@ -1,0 +1,106 @@
+"""Convolutions of small maps as matrix products: the same numbers, only where they pay."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from purify_fast.models.layers import Conv2d
+from purify_fast.speed import InferenceCopy
+from purify_fast.speed.folding import unrolled
+
+BF16, LAST = torch.bfloat16, torch.channels_last
+#: The side of the images, the side of the kernel, the stride and the padding.
+FORMS = [(4, 3, 1, 1), (8, 3, 2, 1), (5, 3, 1, 0), (2, 3, 1, 1), (7, 3, 2, 0), (6, 2, 2, 0), (9, 5, 3, 2)]
+
+
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    monkeypatch.setattr(unrolled, "has_tiles", lambda: True)
+
+
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
+@pytest.mark.parametrize(("side", "kernel", "stride", "padding"), FORMS)
+def test_results_and_gradients_are_those_of_the_convolution(side, kernel, stride, padding, layout):
+    generator = torch.Generator().manual_seed(side + kernel)
+    shapes = ((3, 24, side, side), (40, 24, kernel, kernel), (40,))
+    given = [torch.randn(shape, generator=generator).to(BF16) for shape in shapes]
+    given = [(t.to(memory_format=layout) if t.dim() == 4 else t).requires_grad_() for t in given]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    right = F.conv2d(*exact, stride, padding)
+    found = unrolled.unrolled(*given, (stride, stride), (padding, padding))
+    assert found.dtype == BF16 and found.is_contiguous(memory_format=LAST) and found.shape == right.shape
+    grad = torch.randn(right.shape, generator=generator).to(BF16)
+    wanted = [right, *torch.autograd.grad(right, exact, grad.double(), retain_graph=True)]
+    actual = [found.detach().clone(), *torch.autograd.grad(found, given, grad, retain_graph=True)]
+    # the next layer may change the result in place
+    actual.append(torch.autograd.grad(found.relu_(), given[0], grad)[0])
+    wanted.append(torch.autograd.grad(right, exact[0], grad.double() * (found.detach() > 0))[0])
+    for a, b in zip(actual, wanted, strict=True):
+        assert (a.double() - b).norm() < 0.006 * b.norm()
+
+
+def test_it_serves_small_maps_of_wide_layers_alone():
+    x, weight = torch.zeros(2, 512, 4, 4, dtype=BF16), torch.zeros(512, 512, 3, 3, dtype=BF16)
+    ones = (1, 1)
+    assert unrolled.pays(x, weight, ones, ones)
+    assert not unrolled.pays(torch.zeros(2, 512, 5, 5, dtype=BF16), weight, ones, ones)
+    assert unrolled.pays(torch.zeros(2, 512, 8, 8, dtype=BF16), weight, (2, 2), ones)
+    assert not unrolled.pays(x[:, :64], weight[:64, :64], ones, ones)
+    assert not unrolled.pays(x, weight[:, :, :1, :1], ones, (0, 0))
+    assert not unrolled.pays(x.float(), weight.float(), ones, ones)
+    with torch.autocast("cpu", BF16):
+        assert unrolled.pays(x.float(), weight.float(), ones, ones)
+
+
+class _Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 256, 3, 2, 1)
+        self.wide, self.grouped = Conv2d(256, 512, 3, 2, 1, bias=False), nn.Conv2d(512, 512, 3, 1, 1, groups=512)
+        self.norm, self.head = nn.BatchNorm2d(512), nn.Linear(512, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.wide(F.relu_(self.first(x)))) + 0).mean((2, 3)))
+
+
+@pytest.mark.parametrize("usable", [False, True])
+def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
+    monkeypatch.setattr(unrolled, "has_tiles", lambda: usable)
+    calls, torch_s = [], unrolled.unrolled
+    monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
+    torch.manual_seed(0)
+    network = _Net().eval()
+    copy = InferenceCopy(network, (3, 16, 16), BF16)
+    assert type(network.wide) is Conv2d and type(copy.classifier.grouped) is nn.Conv2d
+    calls.clear()
+    x = torch.rand(5, 3, 16, 16, requires_grad=True)
+    for weight in (1.0, 1.5):
+        with torch.no_grad():
+            network.wide.weight.mul_(weight)
+        copy.refresh(network)
+        found, right = (torch.autograd.grad(one(x).logsumexp(1).sum(), x)[0] for one in (copy, network))
+        assert (found - right).norm() < 0.1 * right.norm()
+    assert len(calls) == (2 if usable else 0)
+    # transforms of torch.func take PyTorch's convolution
+    torch.func.vmap(lambda one: copy.classifier.wide(one[None])[0])(torch.zeros(2, 256, 8, 8, dtype=BF16))
+    assert len(calls) == (2 if usable else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_trained_network_takes_it_in_bfloat16(dtype, monkeypatch):
+    """The gradients of its float32 weights are those of PyTorch under autocast, up to rounding."""
+    calls, own = [], unrolled.unrolled
+    monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or own(*a))
+    torch.manual_seed(0)
+    network, x, found = _Net().train(), torch.rand(5, 3, 16, 16), []
+    weights = [weight for name, weight in network.named_parameters() if "grouped" not in name]
+    for block in (contextlib.nullcontext(), unrolled.unrolling(torch.device("cpu"), dtype)):
+        with torch.autocast("cpu", BF16), block:
+            loss = F.cross_entropy(network(x).float(), torch.arange(5))
+        found.append(torch.autograd.grad(loss, weights))
+    assert len(calls) == (dtype == BF16)
+    for wanted, actual in zip(*found, strict=True):
+        assert actual.dtype == torch.float32 and (actual - wanted).norm() <= 0.1 * wanted.norm() + 1e-4
