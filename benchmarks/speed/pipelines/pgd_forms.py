@@ -6,6 +6,7 @@ graph for each step. Without a GPU nothing is captured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from .carso_inference import classifier
 
 STEPS, EPS, ALPHA = 10, 8 / 255, 2 / 255
 EXPERT = f"{FORM}, compiled"
-CAPTURED, COMPILED = "ours, captured", "ours, compiled and captured"
+CAPTURED, FASTEST = "ours, captured", "ours, fastest form captured"
 
 
 def sizes(quick: bool) -> tuple[int, ...]:
@@ -91,7 +92,15 @@ def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool =
     return _job(lambda: expert.attack(loss, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
-def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = False, captured: bool = False) -> Job:
+def ours(
+    device: torch.device,
+    quick: bool,
+    *,
+    count: int,
+    compiled: bool = False,
+    captured: bool = False,
+    fastest: bool = False,
+) -> Job:
     """Return the attack by this package, with an inference copy in bfloat16.
 
     Args:
@@ -100,9 +109,11 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
         count: number of images.
         compiled: True to compile the inference copy.
         captured: True to capture the step of the attack as a CUDA graph.
+        fastest: True to compare the forms of the step, and to capture the fastest of them.
     """
     x, y = _images(device, quick, count)
-    network, graphs = _network(quick).to(device), StepGraphs("always") if captured else None
+    graphs = StepGraphs("always", choose_after=0.0 if fastest else math.inf) if captured or fastest else None
+    network = _network(quick).to(device)
     copy = InferenceCopy(network, tuple(x.shape[1:]), torch.bfloat16, compile=compiled)
     how: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": STEPS, "random_start": False, "graphs": graphs}
 
@@ -112,6 +123,10 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
             raise RuntimeError(f"the step was not captured: {graphs.refusal}")
         return found
 
+    if fastest:
+        # The first attack captures the step as it is written, and the second compares the forms.
+        for _ in range(2):
+            run()
     return _job(run, network, x, y)
 
 
@@ -123,7 +138,7 @@ def forms(count: int) -> dict[str, Contestant]:
         "ours": {},
         CAPTURED: {"captured": True},
         "ours, compiled": {"compiled": True},
-        COMPILED: {"compiled": True, "captured": True},
+        FASTEST: {"fastest": True},
     }
     return {
         # By default, PyTorch computes convolutions of float32 in TF32.
