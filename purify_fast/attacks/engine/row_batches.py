@@ -92,7 +92,7 @@ def _rounded_up(items: int, parts: int) -> int:
     return -(-items // step) * step
 
 
-def _repeated_to(index: Tensor, size: int) -> Tensor:
+def repeated_to(index: Tensor, size: int) -> Tensor:
     """Extend an index to ``size`` elements by repeating its first elements; the index must not be empty."""
     return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
 
@@ -397,7 +397,7 @@ class ActiveSet:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
             if takes_every_size(owner.device) or len(stays) == 0:
                 return stays
-            return _repeated_to(stays, min(bucket(len(stays), owner.device), len(owner)))
+            return repeated_to(stays, min(bucket(len(stays), owner.device), len(owner)))
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
         size = bucket(left, owner.device, self.costly) if left else 0
@@ -476,7 +476,7 @@ def waves(
         rows = Rows(owner, x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins), run=wave // count)
         if padded:
             size = max(len(wave), min(bucket(len(wave), x.device), fits))
-            rows = rows.take(_repeated_to(torch.arange(len(wave), device=x.device), size))
+            rows = rows.take(repeated_to(torch.arange(len(wave), device=x.device), size))
         yield rows
         is_first = False
     for number in active.felled_by[active.felled_by >= 0].tolist():
