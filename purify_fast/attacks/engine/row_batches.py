@@ -33,8 +33,8 @@ from ..attacked_model import logits_of
 from ..ball import Ball, projected, sample_in_ball
 from ..context import AttackContext
 from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
-from ..objective import Gradients, Objective
-from ..search import GradientHealth, better_of, faults
+from ..objective import Objective
+from ..search import GradientHealth, better_of
 
 #: The distance to the border is computed for this number of wrong classes: those with the highest logits. An attack
 #: with more target classes than this computes the distance for as many classes as it has target classes.
@@ -552,7 +552,6 @@ class RowSearch:
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         self.point = rows.begin
-        self.gradients = Gradients(objective, self.point, rows.labels)
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
@@ -568,19 +567,6 @@ class RowSearch:
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index."""
         take_rows(self, index, by_column=("faulty", "score"))
-        if len(index):
-            # Delete the old object first. Otherwise the new object would first copy the old object's state out of the
-            # buffers of their CUDA graph.
-            del self.gradients
-            self.gradients = Gradients(self.objective, self.point, self.rows.labels)
-
-    def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
-        """Count the gradients of one step, as `GradientHealth.see_gradient` does, without waiting for the device."""
-        if self.health is not None:
-            faulty = torch.stack(faults(gradient, fooled))
-            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
-            nonfinite, zero = faulty.sum(1)
-            self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def see_given_up(self, index: Tensor) -> None:
         """Count the gradients that the given-up rows ``index`` no longer take, without waiting for the device.
