@@ -24,7 +24,8 @@ from ..speed.graphs.step_graphs import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import USUAL_TARGETS, EngineAttack, as_function, targets_and_times
 from .context import AttackContext
-from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, has_fallen, nearest_borders, waves
+from .engine.judge import has_fallen
+from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, nearest_borders, waves
 from .objective import Gradient, Objective
 from .search import faults
 

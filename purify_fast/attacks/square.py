@@ -31,7 +31,8 @@ from ..speed.graphs.step_graphs import State, Steps, begin_steps
 from .ball import Ball, philox_key, projected
 from .base import EngineAttack, as_function, times
 from .context import AttackContext
-from .engine.row_batches import ActiveSet, PaceMonitor, bucket, repeated_to, some_of, take_rows, takes_every_size
+from .engine.judge import bucket, repeated_to, takes_every_size
+from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
 from .objective import Objective
 
 #: The number of queries in the authors' code.

@@ -247,8 +247,8 @@ def square_proposal(
         lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
         pattern: content of a window in its two orientations, for ``l2`` and ``l1``; float32 ``[2, edge, edge]``. Each
-            has length 1 in ``norm``. If ``edge`` is a tensor, the pattern may be larger. Only its first rows and columns
-            are then used.
+            has length 1 in ``norm``. If ``edge`` is a tensor, the pattern may be larger, and only its first rows and
+            columns are used.
 
     Returns:
         The points, ``[T * B, C, H, W]`` in x's dtype, contiguous: the first proposal of every image, then the second of
