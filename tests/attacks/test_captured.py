@@ -3,6 +3,7 @@
 CUDA graphs are stood for by functions that are run again on the buffers they were captured with.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from purify_fast import _library
 from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, square, stadv
+from purify_fast.attacks.engine import judge, row_batches
 from purify_fast.attacks.objective import Objective
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import use_backend
+from purify_fast.ops import square_proposal, use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs.host_syncs import HostSyncs
@@ -98,6 +100,92 @@ def test_captured_searches_give_the_bits_of_eager_ones(batch, graphs, rerun, nor
     assert torch.equal(wanted, found) and not torch.equal(found, x)
     # the first steps are launched, since the batch may shrink after any of them
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 15 or norm == "l1" or name == "apgd")
+
+
+class Sizes(nn.Module):
+    """Notes the sizes of its batches; about half of the images fall at a radius of 0.05."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5))
+        self.seen: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(len(x))
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("norm", SIZES)
+def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, norm):
+    """Rows that fill a batch change no result, and a graph serves for all edges and blocks of random numbers."""
+    x, model = torch.rand(75, 1, 8, 8, generator=torch.Generator().manual_seed(2)), Sizes()
+    options = {"eps": SIZES[norm] / 3, "norm": norm, "n_queries": 700, "restarts": 2}
+    y = model(x).argmax(1)
+    wanted = square(model, x, y, **options)
+    left = int((model(wanted).argmax(1) == y).sum())
+    assert 0 < left < 60, left
+    for module in (judge, row_batches, importlib.import_module("purify_fast.attacks.square")):
+        monkeypatch.setattr(module, "takes_every_size", lambda device: False)
+    model.seen.clear()
+    torch.testing.assert_close(square(model, x, y, graphs=graphs, **options), wanted, rtol=0, atol=0)
+    # 16, 32, 64 and 128 rows, times the number of proposals in a round
+    assert model.seen <= {75} | {size * together for size in (16, 32, 64, 128) for together in (1, 2, 4)}
+    sizes = {size for size in (16, 32, 64, 128) if size in model.seen}
+    # three numbers of proposals, and the judgements
+    assert 3 < rerun.recorded <= 4 * len(sizes) and graphs.refusal is None
+
+
+def test_square_without_a_graph_knows_its_edge(model, batch, rerun, monkeypatch):
+    """A kernel makes the proposals where no graph may be replayed, as for a model that is a function."""
+    edges = []
+
+    def noting(*given, **options):
+        edges.append(given[4])
+        return square_proposal(*given, **options)
+
+    monkeypatch.setattr(importlib.import_module("purify_fast.attacks.square"), "square_proposal", noting)
+    x, graphs = batch[0], StepGraphs("always", capture=rerun)
+    y = model(x).argmax(1)
+    wanted = square(model, x, y, eps=1e-3, n_queries=60)
+    assert all(isinstance(edge, int) for edge in edges) and len(edges) == 60
+    edges.clear()
+    assert torch.equal(square(lambda z: model(z), x, y, eps=1e-3, n_queries=60, graphs=graphs), wanted)
+    assert "not a torch.nn.Module" in graphs.refusal and all(isinstance(edge, int) for edge in edges)
+
+
+@pytest.mark.parametrize("give_up", [False, True])
+def test_captured_fab_counts_the_same_faults(batch, graphs, give_up):
+    """Rows without a gradient are counted as often as in the eager loop, also those that have left."""
+    torch.manual_seed(0)
+    x, model = torch.rand(40, 1, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 5))
+    with torch.no_grad():
+        model[1].bias -= 0.4
+    y, healths = model(x).argmax(1), [GradientHealth(), GradientHealth()]
+    options = {"eps": 0.05, "steps": 50, "n_target_classes": 2, "give_up": give_up}
+    wanted, found = (
+        fab_t(model, x, y, graphs=chosen, health=health, **options)
+        for chosen, health in zip((None, graphs), healths, strict=True)
+    )
+    counts = [[health.count(name) for name in ("gradients", "nonfinite", "zero")] for health in healths]
+    assert torch.equal(wanted, found) and counts[0] == counts[1] and 0 < counts[0][2] < counts[0][0]
+
+
+def test_a_judgement_is_captured_in_few_sizes_and_keeps_the_images(model, graphs, rerun, monkeypatch):
+    x, y = torch.rand(40, 1, 8, 8), torch.randint(0, 5, (40,))
+    given = x.clone(), y.clone()
+    monkeypatch.setattr(judge, "takes_every_size", lambda device: False)
+    with torch.no_grad():
+        wanted = (model(x).argmax(1) != y).float()
+    for way, recorded in (("auto", 0), ("always", 3)):
+        graphs.mode = way
+        asked = judge.Judge(model, graphs=graphs)
+        kept = [(asked.shares(x[:n], y[:n]), n) for n in (16, 33, 40, 5, 40, 17, 1, 16)]
+        assert all(torch.equal(shares, wanted[:n]) for shares, n in kept)
+        assert torch.equal(x, given[0]) and torch.equal(y, given[1]) and rerun.recorded == recorded
+    assert 0 < wanted.mean() < 1 and rerun.replayed == 8
+    judge.Judge(model, draws=2, graphs=graphs).shares(x, y)
+    assert rerun.recorded == 3, "a random model would draw other numbers in a larger batch"
 
 
 def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
