@@ -299,7 +299,8 @@ class _SquareSearch:
         return function, begin_steps(None, function, state)
 
     def _side(self, query: int) -> int:
-        return side(query, *self.x.shape[2:], 1 if self.ball.norm == "linf" else 3)
+        height, width = self.x.shape[2:]
+        return side(query, height, width, 1 if self.ball.norm == "linf" else 3)
 
     def _window(self, edge: int) -> State:
         """The edge of the squares and their pattern, as tensors of the same shape for all edges."""
