@@ -12,7 +12,7 @@ from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check, gpu_train
 from .pages import fill
-from .robustness import contests, pack_zoo
+from .robustness import alone, contests, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         "measure the speed of whole predictions and training steps, compared with a plain implementation",
     ),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
+    "alone": (alone, "count the images that fall to a single attack of the protocol standard"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),

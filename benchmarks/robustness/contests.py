@@ -38,7 +38,7 @@ from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
 from purify_fast.attacks import AttackContext, Resources, frozen
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.attacks.engine.row_batches import Judge, has_fallen
+from purify_fast.attacks.engine.judge import Judge, has_fallen
 from purify_fast.attacks.gradient_copy import GradientCopies
 from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.attacks.sequence import AttackSequence

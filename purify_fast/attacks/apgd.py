@@ -27,8 +27,8 @@ from .base import USUAL_TARGETS, Decided, EngineAttack, as_function, targets_and
 from .context import AttackContext
 from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, nearest_borders, waves
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
-from .objective import Objective
-from .search import better_of, forgiven
+from .objective import Gradients, Objective
+from .search import better_of, faults, forgiven
 
 #: The paper's alpha. A move is alpha times the new step plus (1 - alpha) times the last move.
 MOMENTUM = 0.75
@@ -166,6 +166,7 @@ class AutoPgd(RowSearch):
     def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
         super().__init__(*given, **options)
         begin, self.rho, self.claims = self.point, rho, claims
+        self.gradients = Gradients(self.objective, begin, self.rows.labels)
         nothing = torch.full((len(begin),), -torch.inf, device=begin.device)
         self.previous = self.best = self.gradient = self.top = begin
         self.score = torch.stack([nothing, nothing])
@@ -192,6 +193,22 @@ class AutoPgd(RowSearch):
         if self.claims:
             self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
+
+    def take(self, index: Tensor) -> None:
+        super().take(index)
+        if len(index):
+            # Delete the old object first. Otherwise the new object would first copy the old object's state out of the
+            # buffers of their CUDA graph.
+            del self.gradients
+            self.gradients = Gradients(self.objective, self.point, self.rows.labels)
+
+    def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
+        """Count the gradients of one step, as `GradientHealth.see_gradient` does, without waiting for the device."""
+        if self.health is not None:
+            faulty = torch.stack(faults(gradient, fooled))
+            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
+            nonfinite, zero = faulty.sum(1)
+            self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def _look(self) -> None:
         """Take the gradient at the present points, and remember the points that are the best so far."""

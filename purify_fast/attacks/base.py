@@ -24,7 +24,8 @@ from .arguments import check_eps, check_images
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, Resources
-from .engine.row_batches import FEWEST_STEPS, ActiveSet, Judge
+from .engine.judge import Judge
+from .engine.row_batches import FEWEST_STEPS, ActiveSet
 from .gradient_copy import COMPARED, gradient_copy
 from .losses import usable_loss
 from .objective import Objective
@@ -370,7 +371,8 @@ class EngineAttack(Attack):
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
             apart = drawn_once_per_call(target, x, max(judges, draws), most)
-            active = ActiveSet(x, y, ball, Judge(target, judges, most, apart, context.judge_share), ids)
+            judge = Judge(target, judges, most, apart, context.judge_share, graphs=resources.graphs)
+            active = ActiveSet(x, y, ball, judge, ids)
             active.health = GradientHealth() if resources.counts_health else None
             if source is None:
                 source = gradient_copy(target, x[:COMPARED], self.precision, resources.copies)

@@ -36,7 +36,8 @@ from .attacked_model import frozen
 from .ball import projected
 from .base import Attack, AttackResult, as_function
 from .context import AttackContext
-from .engine.row_batches import ActiveSet, Judge
+from .engine.judge import Judge
+from .engine.row_batches import ActiveSet
 from .relu_layers import Affine, affine_layers, forward
 
 #: The numbers of steps for each node. RAISES: steps that raise the node's lower bound. DESCENTS: steps that search for

@@ -19,11 +19,15 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
-from .ball import projected
+from ..protocols import Classifier
+from ..speed.graphs.step_graphs import State, Steps, begin_steps
+from .ball import Ball, projected
 from .base import USUAL_TARGETS, EngineAttack, as_function, targets_and_times
 from .context import AttackContext
-from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, has_fallen, nearest_borders, waves
+from .engine.judge import has_fallen
+from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, nearest_borders, waves
 from .objective import Gradient, Objective
+from .search import faults
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
@@ -83,6 +87,52 @@ fab_t = as_function(
 )
 
 
+@dataclass(frozen=True)
+class FabStep:
+    """A step of FAB as a step that a CUDA graph can capture.
+
+    Args:
+        objective: the difference of the target's logit and the label's logit.
+        ball: the norm and the box of the images. A comparison ignores its radius, which the step does not use.
+    """
+
+    objective: Objective
+    ball: Ball
+
+    @property
+    def model(self) -> Classifier:
+        """The model that gives the gradients."""
+        return self.objective.model
+
+    def __call__(self, state: State) -> State:
+        """Move every point. If the state has ``faulty``, count the faulty gradients of each row and of all rows."""
+        point, x, draws, counts = state["point"], state["x"], self.objective.eot_iter, State()
+        gradient = self.objective.gradient(point, state["y"])
+        if "faulty" in state:
+            faulty = torch.stack(faults(gradient.image))
+            counts = {"faulty": state["faulty"] + faulty, "faults": state["faults"] + faulty.sum(1)}
+        if draws > 1:
+            gradient = gradient._replace(image=gradient.image / draws)
+        across, moved = has_fallen(gradient.wrong), point - x
+        near = nearer(self.ball, state, across)
+        origin = torch.where(per_image(across, point), torch.add(x, moved, alpha=BACK), point)
+        return {"point": _step(self.ball, x, origin, point, gradient), **near, **counts}
+
+
+def nearer(ball: Ball, state: State, across: Tensor) -> State:
+    """The nearest points and their distances, after the present points are compared with the nearest points so far.
+
+    Only points across the border count: those with True in ``across``, bool ``[R]``.
+    """
+    point, nearest, distance = state["point"], state["nearest"], state["distance"]
+    far = _length(ball, point - state["x"]).to(distance.dtype)
+    closer = across & (far < distance)
+    return {
+        "nearest": torch.where(per_image(closer, point), point, nearest),
+        "distance": torch.where(closer, far, distance),
+    }
+
+
 class _FabSearch(RowSearch):
     """The search of FAB from one start. The arguments are those of `RowSearch`.
 
@@ -91,42 +141,61 @@ class _FabSearch(RowSearch):
             across the border is found.
         distance: the distance from the image to ``nearest`` in the norm of the ball, ``[R]``; infinite until a point
             across the border is found.
+        loop: the loop of the steps, which has the state; None: it begins with the next step.
     """
 
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
         self.nearest = self.point
         self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
+        self.loop: Steps | None = None
 
     def run(self) -> None:
         """Take all steps, or stop when no row is left."""
-        draws = self.objective.eot_iter
         for i in range(self.steps):
-            gradient = self.gradients.at(self.point)
-            self.see_gradient(gradient.image)
-            if draws > 1:
-                gradient = gradient._replace(image=gradient.image / draws)
-            across, moved = has_fallen(gradient.wrong), self.point - self.rows.x
-            self._note(self.point, across)
-            origin = torch.where(per_image(across, self.point), torch.add(self.rows.x, moved, alpha=BACK), self.point)
-            self.point = _step(self.rows, origin, self.point, gradient)
+            if self.loop is None:
+                self.loop = self._begin_loop()
+            self.loop.take()
+            self.counted += 1
+            if self.health is not None:
+                self.health.add(gradients=len(self.point))
             if self.shrinks_after(i + 1):
+                vars(self).update(self.loop.values(*self._names()))
                 self._shrink(i + 1)
             if len(self.point) == 0:
                 return
-        self._note(self.point, has_fallen(self.objective.score(self.point, self.rows.labels)[0]))
+        if self.loop is not None:
+            vars(self).update(self.loop.values(*self._names()))
+        self._end_loop()
+        across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
+        vars(self).update(nearer(self.rows.ball, self._state(), across))
         self.active.tried.index_fill_(0, self.rows.owner, True)
         self._try(self.rows, self.nearest)
 
-    def _note(self, point: Tensor, across: Tensor) -> None:
-        """Remember the points that are nearer to their images than all earlier points across the border.
+    def _state(self) -> State:
+        own = {"x": self.rows.x, "y": self.rows.labels} | {name: getattr(self, name) for name in self._names()}
+        if self.health is not None:
+            own["faults"] = torch.zeros(2, dtype=torch.int64, device=self.point.device)
+        return own
 
-        Only points across the border count: those with True in ``across``, bool ``[R]``.
-        """
-        far = _length(self.rows, point - self.rows.x).to(self.distance.dtype)
-        nearer = across & (far < self.distance)
-        self.nearest = torch.where(per_image(nearer, point), point, self.nearest)
-        self.distance = torch.where(nearer, far, self.distance)
+    def _names(self) -> list[str]:
+        """The attributes that a step changes."""
+        return ["point", "nearest", "distance"] + (["faulty"] if self.health is not None else [])
+
+    def _begin_loop(self) -> Steps:
+        return begin_steps(self.objective.graphs, FabStep(self.objective, self.rows.ball), self._state())
+
+    def _end_loop(self) -> None:
+        """Forget the loop, after its faulty gradients are counted."""
+        if self.loop is not None and self.health is not None:
+            nonfinite, zero = self.loop.values("faults")["faults"]
+            self.health.add(nonfinite=nonfinite, zero=zero)
+        self.loop = None
+
+    def take(self, index: Tensor) -> None:
+        """Continue with some of the rows, selected by an int64 index. The next step begins another loop."""
+        self._end_loop()
+        super().take(index)
 
     def _shrink(self, step: int) -> None:
         """Remove the rows of fallen images, and the rows that are given up; ``step`` is the number of steps so far."""
@@ -135,6 +204,8 @@ class _FabSearch(RowSearch):
         judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside, rows.run)
         # A point that the model itself does not confirm is forgotten, and the search continues.
         self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
+        if self.loop is not None:
+            self.loop.put(distance=self.distance)
         lost = self.out_of_reach(step, self.distance - rows.ball.eps)
         if lost is not None:
             index = lost.nonzero()[:, 0]
@@ -152,23 +223,23 @@ class _FabSearch(RowSearch):
         self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
 
 
-def _length(rows: Rows, moved: Tensor) -> Tensor:
+def _length(ball: Ball, moved: Tensor) -> Tensor:
     """The length of each row's move in the norm of the ball, ``[R]``."""
-    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[rows.ball.norm], dim=1)
+    return torch.linalg.vector_norm(moved.flatten(1), ord=_ORDERS[ball.norm], dim=1)
 
 
-def _step(rows: Rows, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
+def _step(ball: Ball, x: Tensor, origin: Tensor, point: Tensor, at_point: Gradient) -> Tensor:
     """Mix two steps to the linearized border: one from ``origin``, and one of small weight from the clean image.
 
     ``origin`` is ``point``, moved back if it is across the border. ``at_point`` is the gradient, at ``point``, of the
     target's logit minus the label's logit.
     """
-    bounds = rows.ball.bounds
+    bounds = ball.bounds
     # The border of the linearized model is the hyperplane with this normal and this offset.
     gradient = at_point.image.to(point.dtype)
     offset = (gradient * point).flatten(1).sum(1) - at_point.loss
-    ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, rows.x))
-    length, other = (_length(rows, move).clamp_min(1e-8) for move in (ahead, back))
+    ahead, back = (hyperplane_projection(start, gradient, offset, **bounds) for start in (origin, x))
+    length, other = (_length(ball, move).clamp_min(1e-8) for move in (ahead, back))
     pull = per_image((length / (length + other)).clamp_max(LARGEST_PULL), point)
-    from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(rows.x, back, alpha=OVERSHOOT)
-    return torch.lerp(from_origin, from_clean, pull).clamp(rows.ball.clip_min, rows.ball.clip_max)
+    from_origin, from_clean = torch.add(origin, ahead, alpha=OVERSHOOT), torch.add(x, back, alpha=OVERSHOOT)
+    return torch.lerp(from_origin, from_clean, pull).clamp(ball.clip_min, ball.clip_max)

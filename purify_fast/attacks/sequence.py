@@ -14,7 +14,7 @@ from ..protocols import Classifier
 from .attacked_model import drawn_once_per_call, frozen
 from .base import Attack
 from .context import AttackContext
-from .engine.row_batches import Judge, has_fallen
+from .engine.judge import Judge, has_fallen
 
 #: The number of images that are passed to `drawn_once_per_call`, which tests only the first few of them.
 FEW = 8

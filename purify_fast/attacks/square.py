@@ -13,21 +13,25 @@ not depend on the batches. Three things are not in the paper:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._tensors import per_image
 from .._validation import Count
 from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
+from ..protocols import Classifier
+from ..speed.graphs.step_graphs import State, Steps, begin_steps
 from .ball import Ball, philox_key, projected
 from .base import EngineAttack, as_function, times
 from .context import AttackContext
+from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
 from .objective import Objective
 
@@ -93,8 +97,13 @@ class Square(EngineAttack):
             left = active.left()
             if len(left) == 0:
                 break
+            if not takes_every_size(left.device):
+                # Copies of the first rows fill the batch up to one of few sizes, so that few graphs are needed.
+                left = repeated_to(left, bucket(len(left), left.device))
             search = _SquareSearch(objective, active, left, context.seed + restart)
             search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
+            # Its loop would copy its state out of the buffers of the next loop.
+            del search
 
 
 square = as_function(
@@ -103,6 +112,71 @@ square = as_function(
     "Per image the misclassified point that was found, otherwise the point of the highest margin.",
     precision="float32",
 )
+
+
+@dataclass(frozen=True)
+class SquareRound:
+    """A round of Square as a step that a CUDA graph can capture.
+
+    Args:
+        objective: the margin; its model scores the proposals.
+        ball: the norm and the box of the images. The radius is in the state.
+        together: the number of proposals for each image.
+        edge: the edge of the squares. None: the state has the edge, and the numbers of a whole block, so that one graph
+            serves for all edges and blocks.
+    """
+
+    objective: Objective
+    ball: Ball
+    together: int
+    edge: int | None = None
+
+    @property
+    def model(self) -> Classifier:
+        """The model that scores the proposals."""
+        return self.objective.model
+
+    def __call__(self, state: State) -> State:
+        """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
+        numbers, edge, new = state["numbers"], self.edge, State()
+        if edge is None:
+            at = state["at"]
+            # A trial of the graph may go beyond the end of a block.
+            numbers, new["at"] = numbers.index_select(1, at), (at + self.together) % BLOCK
+        # The first proposals of all rows come first, then the second proposals of all rows, and so on.
+        points = square_proposal(
+            state["point"],
+            state["x"],
+            state["eps"],
+            numbers,
+            state["edge"] if edge is None else edge,
+            **self.ball.bounds,
+            pattern=state.get("pattern"),
+        )
+        share, margin = scored(self.objective, points, state["y"])
+        if self.together > 1:
+            margin, best = margin.view(self.together, -1).max(0)
+            points = points.unflatten(0, (self.together, -1))[best, state["row"]]
+            share = None if share is None else share.view(self.together, -1)[best, state["row"]]
+        better = margin > state["margin"]
+        new["point"] = torch.where(per_image(better, points), points, state["point"])
+        new["margin"] = torch.maximum(margin, state["margin"])
+        if share is not None:
+            new["share"] = torch.where(better, share, state["share"])
+        return new
+
+
+def scored(objective: Objective, points: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Two values for each proposal: the share of misclassified draws, or None for a single draw; and the margin.
+
+    A margin of NaN counts as infinite if every draw is misclassified, and as minus infinite otherwise. With a single
+    draw, NaN always means a misclassified draw.
+    """
+    if objective.eot_iter == 1:
+        margin = objective.loss_of(points, y).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        return None, margin if margin.dtype == torch.float64 else margin.float()
+    wrong, margin = objective.score(points, y)
+    return wrong, torch.where(margin.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margin)
 
 
 class _SquareSearch:
@@ -120,15 +194,14 @@ class _SquareSearch:
         self.numbers = self.random(self.ids, count)[:, 0]
         self.point = self._begin(self.numbers)
         self.monitor: PaceMonitor | None = None
-        self._once_for_all_queries()
-        self.share, self.margin = self._scored(self.point)
+        self.share, self.margin = scored(objective, self.point, self.y)
         # The margin that the point of each row had when the row was last judged. The first value is just below 0, so
         # that a point with margin 0, which lies on the border, is judged too.
         self.judged = torch.full_like(self.margin, -torch.finfo(self.margin.dtype).tiny)
-
-    def _once_for_all_queries(self) -> None:
-        self.labels = self.y.repeat(max(TOGETHER.values()))
-        self.row = torch.arange(len(self.y), device=self.y.device)
+        # The step of the present rounds, their loop, which has the state, and the edge of the squares in the state.
+        self.function: SquareRound | None = None
+        self.loop: Steps | None = None
+        self.edge = 0
 
     def _begin(self, numbers: Tensor) -> Tensor:
         """Make the first points with stripes (linf) or a grid of patterns; the numbers ``[R, n]`` are from [0, 1)."""
@@ -153,9 +226,9 @@ class _SquareSearch:
         return (x + delta / length * per_image(ball.eps, x)).clamp(ball.clip_min, ball.clip_max).to(x.dtype)
 
     def take(self, index: Tensor) -> None:
-        """Continue with some of the rows, selected by an int64 index."""
+        """Continue with some of the rows, selected by an int64 index. `_read` was called after the last round."""
+        self.function = self.loop = None
         take_rows(self, index)
-        self._once_for_all_queries()
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
         """Make ``n_queries`` queries for every image; with ``give_up``, images out of reach are removed earlier."""
@@ -168,14 +241,17 @@ class _SquareSearch:
             together = min(max(count for start, count in TOGETHER.items() if query >= start), n_queries - query)
             # A round must not use numbers of the next block.
             together = min(together, BLOCK - query % BLOCK)
-            self._round(query, self.numbers[:, query % BLOCK : query % BLOCK + together])
+            self._round(query, together)
             query, rounds = query + together, rounds + 1
             if rounds % ROUNDS == 0:
+                self._read()
                 self._shrink()
             if self.monitor is not None and self.monitor.due(query):
+                self._read()
                 self._give_up(self.monitor, some_of(self.monitor.lost(query, -self.margin)))
             if len(self.owner) == 0:
                 return
+        self._read()
         self.active.tried.index_fill_(0, self.owner, True)
         self._judge(slice(None))
 
@@ -185,36 +261,61 @@ class _SquareSearch:
         share, _ = self.active.confirm_successes(owner, points, torch.ones_like(margin))
         self.active.keep_best(owner, points, torch.stack([share, margin]))
 
-    def _round(self, query: int, numbers: Tensor) -> None:
-        """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
-        norm, (height, width) = self.ball.norm, self.x.shape[2:]
-        edge = side(query, height, width, 1 if norm == "linf" else 3)
-        shapes = None if norm == "linf" else pattern(edge, norm, self.x.device)
-        # The first proposals of all rows come first, then the second proposals of all rows, and so on.
-        points = square_proposal(self.point, self.x, self.ball.eps, numbers, edge, **self.ball.bounds, pattern=shapes)
-        share, margin = self._scored(points)
-        if numbers.shape[1] > 1:
-            margin, best = margin.view(-1, len(self.owner)).max(0)
-            points = points.unflatten(0, (-1, len(self.owner)))[best, self.row]
-            share = None if share is None else share.view(-1, len(self.owner))[best, self.row]
-        better = margin > self.margin
-        self.point = torch.where(per_image(better, points), points, self.point)
-        self.margin = torch.maximum(margin, self.margin)
-        if share is not None and self.share is not None:
-            self.share = torch.where(better, share, self.share)
+    def _round(self, query: int, together: int) -> None:
+        """Do the round that begins with a query, and makes ``together`` queries for each image."""
+        first, edge = query % BLOCK, self._side(query)
+        function, loop = self.function, self.loop
+        if function is None or loop is None or function.together != together or function.edge not in (None, edge):
+            self._read()
+            # Forget the old loop first. Otherwise it would copy its state out of the buffers of the new one.
+            self.function = self.loop = loop = None
+            function, loop = self.function, self.loop = self._begin_loop(together, first, edge=edge)
+        if function.edge is not None:
+            loop.put(numbers=self.numbers[:, first : first + together])
+        else:
+            if first == 0:
+                loop.put(numbers=self.numbers)
+            if edge != self.edge:
+                loop.put(**self._window(edge))
+        self.edge = edge
+        loop.take()
 
-    def _scored(self, points: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Two values for each proposal: the share of misclassified draws, or None for a single draw; and the margin.
+    def _begin_loop(self, together: int, first: int, edge: int) -> tuple[SquareRound, Steps]:
+        """Begin rounds of ``together`` queries, with number ``first`` of the block and squares of a given edge."""
+        device = self.x.device
+        state = {"x": self.x, "eps": self.ball.eps, "y": self.y.repeat(together), "point": self.point}
+        state |= {"margin": self.margin, "row": torch.arange(len(self.y), device=device)}
+        state |= {} if self.share is None else {"share": self.share}
+        graphs, function = self.objective.graphs, SquareRound(self.objective, self.ball, together)
+        if graphs is not None:
+            at = torch.arange(first, first + together, device=device)
+            loop = begin_steps(graphs, function, state | {"numbers": self.numbers, "at": at} | self._window(edge))
+            if loop.graphs is not None and graphs.refusal is None:
+                return function, loop
+        # Without a graph, a kernel makes the proposals, and needs to know the edge.
+        if self.ball.norm != "linf":
+            state["pattern"] = pattern(edge, self.ball.norm, device)
+        function = replace(function, edge=edge)
+        return function, begin_steps(None, function, state)
 
-        The first proposals of all rows come first. A margin of NaN counts as infinite if every draw is misclassified,
-        and as minus infinite otherwise. With a single draw, NaN always means a misclassified draw.
-        """
-        y = self.labels[: len(points)]
-        if self.objective.eot_iter == 1:
-            margin = self.objective.loss_of(points, y).nan_to_num(torch.inf, torch.inf, -torch.inf)
-            return None, margin if margin.dtype == torch.float64 else margin.float()
-        wrong, margin = self.objective.score(points, y)
-        return wrong, torch.where(margin.isnan(), torch.where(wrong == 1, torch.inf, -torch.inf), margin)
+    def _side(self, query: int) -> int:
+        height, width = self.x.shape[2:]
+        return side(query, height, width, 1 if self.ball.norm == "linf" else 3)
+
+    def _window(self, edge: int) -> State:
+        """The edge of the squares and their pattern, as tensors of the same shape for all edges."""
+        # The tensor is made on the device, because a copy to the device would wait for the device.
+        window = {"edge": torch.full((), edge, dtype=torch.int64, device=self.x.device)}
+        if self.ball.norm != "linf":
+            more = self._side(0) - edge
+            window["pattern"] = F.pad(pattern(edge, self.ball.norm, self.x.device), (0, more, 0, more))
+        return window
+
+    def _read(self) -> None:
+        """Take the points, margins and shares from the loop of the rounds."""
+        if self.loop is not None:
+            names = ["point", "margin"] if self.share is None else ["point", "margin", "share"]
+            vars(self).update(self.loop.values(*names))
 
     def _shrink(self) -> None:
         """Let the model itself judge the misclassified points, and remove the images that have fallen."""
@@ -229,7 +330,9 @@ class _SquareSearch:
             self.take(kept)
         if self.objective.eot_iter > 1 and len(self.owner):
             # The highest of many noisy margins is partly luck, so the margin of the present point is drawn again.
-            self.share, self.margin = self._scored(self.point)
+            self.share, self.margin = scored(self.objective, self.point, self.y)
+            if self.loop is not None and self.share is not None:
+                self.loop.put(share=self.share, margin=self.margin)
 
     def _give_up(self, monitor: PaceMonitor, lost: Tensor | None) -> None:
         """Judge and remove the rows that are out of reach; ``lost``, bool ``[R]``, is True for them."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._sealed import write_sealed
 from .._tensors import digest
 from ..attacks import AttackContext, AttackResult, GradientHealth
-from ..attacks.engine.row_batches import Judge, has_fallen
+from ..attacks.engine.judge import Judge, has_fallen
 from ..protocols import Classifier
 from .cache import read_file
 from .specs import AttackSpec, check_adversarial
@@ -156,8 +156,9 @@ class AttackRun:
 
     def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
         """Return a number for each attacked image: 1 if the attacked model misclassifies it, otherwise 0."""
-        subject = self.subject
-        judge = Judge(self.target, max_forward_batch=subject.room.limit(self.context.resources.max_forward_batch))
+        subject, resources = self.subject, self.context.resources
+        most = subject.room.limit(resources.max_forward_batch)
+        judge = Judge(self.target, max_forward_batch=most, graphs=resources.graphs)
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
     def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
-from ..attacks.engine.row_batches import has_fallen
+from ..attacks.engine.judge import has_fallen
 from .measure import Measure
 from .naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import Row, Worst, by_worst_points

@@ -18,7 +18,7 @@ from .._sealed import write_sealed
 from .._tensors import digest
 from ..attacks import AttackContext, AttackersHead, GradientHealth, frozen
 from ..attacks.bpda import classifier_of
-from ..attacks.engine.row_batches import has_fallen
+from ..attacks.engine.judge import has_fallen
 from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .attack_run import AttackedBatch, AttackRun

@@ -46,7 +46,7 @@ def signs(numbers: Tensor) -> Tensor:
     return torch.where(numbers < 0.5, -1.0, 1.0)
 
 
-def from_border(place: Tensor, edge: int, size: int) -> Tensor:
+def from_border(place: Tensor, edge: int | Tensor, size: int) -> Tensor:
     """Return the distance of every pixel along an axis from the first pixel of a random window, int64 ``[..., size]``.
 
     Args:
@@ -58,7 +58,7 @@ def from_border(place: Tensor, edge: int, size: int) -> Tensor:
     return torch.arange(size, device=place.device) - first[..., None]
 
 
-def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
+def window(place: Tensor, edge: int | Tensor, height: int, width: int) -> Tensor:
     """Return the mask of the pixels in a random window, bool ``[..., 1, height, width]``.
 
     Args:
@@ -74,16 +74,18 @@ def window(place: Tensor, edge: int, height: int, width: int) -> Tensor:
     return both.view(torch.bool)
 
 
-def _placed(pattern: Tensor, numbers: Tensor, height: int, width: int) -> Tensor:
+def _placed(pattern: Tensor, numbers: Tensor, edge: int | Tensor, height: int, width: int) -> Tensor:
     """Return the pattern, placed in the window W: [..., 1, height, width]. Values outside W are arbitrary."""
-    edge = pattern.shape[1]
-    rows = from_border(numbers[..., 0], edge, height).clamp(0, edge - 1)
-    columns = from_border(numbers[..., 1], edge, width).clamp(0, edge - 1)
+    last = pattern.shape[1] - 1
+    rows = from_border(numbers[..., 0], edge, height).clamp(0, last)
+    columns = from_border(numbers[..., 1], edge, width).clamp(0, last)
     way = (numbers[..., 4] < 0.5).long()
     return pattern[way[..., None, None], rows[..., :, None], columns[..., None, :]].unsqueeze(-3)
 
 
-def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, power: int) -> Tensor:
+def _moved_mass(
+    offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor, edge: int | Tensor, power: int
+) -> Tensor:
     """Return the proposals' new offsets d in l2 or l1, by the formula in the module's docstring.
 
     The offsets are [B, C, H, W], radius is [B, 1, 1, 1], numbers is [T, B, 5 + C], and the result is [T, B, C, H, W].
@@ -93,11 +95,11 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
     def mass(part: Tensor) -> Tensor:
         return part.abs().pow(power).sum((-2, -1), keepdim=True)
 
-    sizes = pattern.shape[1], height, width
+    sizes = edge, height, width
     one, two = window(numbers[..., :2], *sizes), window(numbers[..., 2:4], *sizes)
     old = torch.where(one, offset, 0.0)
     length = mass(old).pow(1 / power)
-    shape = torch.where(one, _placed(pattern, numbers, height, width).to(offset.dtype), 0.0)
+    shape = torch.where(one, _placed(pattern, numbers, *sizes).to(offset.dtype), 0.0)
     new = shape * signs(numbers[..., PLACES:]).to(offset.dtype)[..., None, None] + old / (TINY + length)
     new = new / (TINY + mass(new).pow(1 / power))
     unused = (radius.pow(power) - mass(offset).sum(1, keepdim=True)).clamp_min(0)
@@ -106,7 +108,14 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
 
 
 def reference(
-    x: Tensor, x_nat: Tensor, eps: Tensor, numbers: Tensor, pattern: Tensor | None, edge: int, norm: int, *box: float
+    x: Tensor,
+    x_nat: Tensor,
+    eps: Tensor,
+    numbers: Tensor,
+    pattern: Tensor | None,
+    edge: int | Tensor,
+    norm: int,
+    *box: float,
 ) -> Tensor:
     """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype.
 
@@ -121,11 +130,11 @@ def reference(
         # The published attack moves x by twice the radius and projects it. This gives x_nat + eps or x_nat - eps.
         points = torch.where(inside, moved.clamp_(lo, hi), point).flatten(0, 1)
     elif NORMS[norm] == "l2":
-        offset = _moved_mass(point - clean, radius, drawn, pattern, 2)
+        offset = _moved_mass(point - clean, radius, drawn, pattern=pattern, edge=edge, power=2)
         length = offset.square().sum((2, 3, 4), keepdim=True).sqrt() + TINY
         points = (clean + offset / length * radius).clamp(lo, hi).flatten(0, 1)
     else:
-        moved = (clean + _moved_mass(point - clean, radius, drawn, pattern, 1)).flatten(0, 1)
+        moved = (clean + _moved_mass(point - clean, radius, drawn, pattern=pattern, edge=edge, power=1)).flatten(0, 1)
         centers = clean.expand(len(drawn), *clean.shape).flatten(0, 1)
         # With alpha = 0, the step only projects.
         radii = eps.repeat(len(drawn))
@@ -183,7 +192,7 @@ OP = define_op(
 )
 
 
-def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | None) -> None:
+def _check(x: Tensor, numbers: Tensor, edge: int | Tensor, norm: str, pattern: Tensor | None) -> None:
     """Raise ValueError if the numbers, the window or the pattern of a proposal do not match."""
     if x.dim() != 4:
         raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
@@ -192,15 +201,22 @@ def _check(x: Tensor, numbers: Tensor, edge: int, norm: str, pattern: Tensor | N
         wanted, got = f"[{batch}, T, {PLACES + channels}]", f"{numbers.dtype} {list(numbers.shape)}"
         raise ValueError(f"numbers must be float32 [B, T, 5 + C] = {wanted}, got {got}")
     check_one_device(x=x, numbers=numbers)
-    if not 1 <= edge <= min(height, width):
+    if isinstance(edge, Tensor):
+        if edge.dtype != torch.int64 or edge.dim():
+            raise ValueError(f"edge must be a number or an int64 tensor [], got {edge.dtype} {list(edge.shape)}")
+        # The pattern may be larger than the windows.
+        side = min(height, width) if pattern is None else pattern.shape[-1]
+    elif not 1 <= edge <= min(height, width):
         raise ValueError(f"edge must be from 1 to {min(height, width)} in images of {height} x {width}, got {edge}")
+    else:
+        side = edge
     if norm == "linf":
         if pattern is not None:
             raise ValueError("pattern must be None for norm='linf', which has no pattern")
         return
-    if pattern is None or pattern.shape != (2, edge, edge) or pattern.dtype != torch.float32:
+    if pattern is None or pattern.shape != (2, side, side) or pattern.dtype != torch.float32:
         got = "None" if pattern is None else f"{pattern.dtype} {list(pattern.shape)}"
-        raise ValueError(f"pattern must be float32 [2, edge, edge] = [2, {edge}, {edge}] for {norm}, got {got}")
+        raise ValueError(f"pattern must be float32 [2, edge, edge] = [2, {side}, {side}] for {norm}, got {got}")
     check_one_device(x=x, pattern=pattern)
 
 
@@ -209,7 +225,7 @@ def square_proposal(
     x_nat: Tensor,
     eps: float | Tensor,
     numbers: Tensor,
-    edge: int,
+    edge: int | Tensor,
     norm: str = "linf",
     lo: float = 0.0,
     hi: float = 1.0,
@@ -224,12 +240,15 @@ def square_proposal(
         numbers: uniform numbers in [0, 1), float32 ``[B, T, 5 + C]``, for T proposals per image: the places of two
             windows (two numbers each), the orientation of the pattern, and the signs of the channels. ``linf`` uses
             only the first place and the signs.
-        edge: side of the windows, in pixels, from 1 to the smaller side of the images.
+        edge: side of the windows, in pixels, from 1 to the smaller side of the images. It may be an int64 tensor ``[]``
+            on x's device, so that a captured step serves for every edge. The op then runs on its reference, and nobody
+            checks the range of the edge.
         norm: ``linf``, ``l2`` or ``l1``.
         lo: lower end of the box of the images.
         hi: upper end of the box, at least lo.
         pattern: content of a window in its two orientations, for ``l2`` and ``l1``; float32 ``[2, edge, edge]``. Each
-            has length 1 in ``norm``.
+            has length 1 in ``norm``. If ``edge`` is a tensor, the pattern may be larger, and only its first rows and
+            columns are used.
 
     Returns:
         The points, ``[T * B, C, H, W]`` in x's dtype, contiguous: the first proposal of every image, then the second of
@@ -245,4 +264,7 @@ def square_proposal(
     _check(x, numbers, edge, norm, pattern)
     with torch.no_grad():
         radii, index = per_sample("eps", eps, x), NORMS.index(norm)
+        if isinstance(edge, Tensor):
+            # The arguments are positional because the op takes them in this order too.
+            return reference(x, x_nat, radii, numbers, pattern, edge, index, float(lo), float(hi))
         return OP(x, x_nat, radii, numbers, pattern, edge, index, float(lo), float(hi), variant=norm)

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from purify_fast.attacks import AttackContext, GradientHealth, Resources, apgd
 from purify_fast.attacks.apgd import AutoPgd, AutoPgdL1, checkpoints
 from purify_fast.attacks.ball import Ball
+from purify_fast.attacks.engine import judge as judging
 from purify_fast.attacks.engine import row_batches as engine_rows
-from purify_fast.attacks.engine.row_batches import ActiveSet, Judge, Rows
+from purify_fast.attacks.engine.judge import Judge
+from purify_fast.attacks.engine.row_batches import ActiveSet, Rows
 from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
 
@@ -117,8 +119,8 @@ def test_fallen_images_leave_the_batch():
     steps = [size for size, gradient in sizes if gradient]
     judged = sum(size for size, gradient in sizes if not gradient)
     assert steps[0] == 64 and steps == sorted(steps, reverse=True) and 0 < stood < 40
-    assert engine_rows.bucket(stood, x.device) <= steps[-1] < 64
-    assert {engine_rows.bucket(n, x.device) for n in steps} == set(steps)
+    assert judging.bucket(stood, x.device) <= steps[-1] < 64
+    assert {judging.bucket(n, x.device) for n in steps} == set(steps)
     # the clean images, the last points and each of those that fell
     assert judged >= 64 + (64 - stood)
 
@@ -145,7 +147,8 @@ def test_under_many_draws_nothing_that_has_fallen_is_attacked_further():
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
     """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
-    monkeypatch.setattr(engine_rows, "takes_every_size", lambda device: not padded)
+    for module in (engine_rows, judging):
+        monkeypatch.setattr(module, "takes_every_size", lambda device: not padded)
     x, y, ids = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64), torch.arange(90)
     judge = Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2))
     active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, ids)

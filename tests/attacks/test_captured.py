@@ -3,6 +3,7 @@
 CUDA graphs are stood for by functions that are run again on the buffers they were captured with.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,12 @@ from cuda_launches import CudaLaunches
 from torch import Tensor, nn
 
 from purify_fast import _library
-from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, stadv
+from purify_fast.attacks import GradientHealth, apgd, fab_t, fgsm, frozen, pgd, square, stadv
+from purify_fast.attacks.engine import judge, row_batches
 from purify_fast.attacks.objective import Objective
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import use_backend
+from purify_fast.ops import square_proposal, use_backend
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs.host_syncs import HostSyncs
@@ -81,6 +83,8 @@ LEAVING = {
     "apgd": (apgd, {"loss": "dlr_targeted", "n_target_classes": 2}, 8),
     "apgd, nothing leaves": (apgd, {"leave_when_fallen": False}, 8),
     "fab": (fab_t, {"n_target_classes": 2}, 4),
+    "square": (square, {"n_queries": 300}, 8),
+    "square, the mean of two draws": (square, {"n_queries": 150, "eot_iter": 2}, 8),
 }
 
 
@@ -90,12 +94,146 @@ def test_captured_searches_give_the_bits_of_eager_ones(batch, graphs, rerun, nor
     torch.manual_seed(0)
     x, model = batch[0], nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5))
     attack, options, part = LEAVING[name]
-    options = {"eps": SIZES[norm] / part, "norm": norm, "steps": 25, "eot_iter": 2, **options}
+    usual = {} if attack is square else {"steps": 25, "eot_iter": 2}
+    options = {"eps": SIZES[norm] / part, "norm": norm, **usual, **options}
     y = model(x).argmax(1)
     wanted, found = (attack(model, x, y, graphs=chosen, **options) for chosen in (None, graphs))
     assert torch.equal(wanted, found) and not torch.equal(found, x)
     # the first steps are launched, since the batch may shrink after any of them
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 15 or norm == "l1" or name == "apgd")
+
+
+class Sizes(nn.Module):
+    """Notes the sizes of its batches; about half of the images fall at a radius of 0.05."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5))
+        self.seen: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(len(x))
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("norm", SIZES)
+def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, norm):
+    """Rows that fill a batch change no result, and a graph serves for all edges and blocks of random numbers."""
+    x, model = torch.rand(75, 1, 8, 8, generator=torch.Generator().manual_seed(2)), Sizes()
+    options = {"eps": SIZES[norm] / 3, "norm": norm, "n_queries": 700, "restarts": 2}
+    y = model(x).argmax(1)
+    wanted = square(model, x, y, **options)
+    left = int((model(wanted).argmax(1) == y).sum())
+    assert 0 < left < 60, left
+    for module in (judge, row_batches, importlib.import_module("purify_fast.attacks.square")):
+        monkeypatch.setattr(module, "takes_every_size", lambda device: False)
+    model.seen.clear()
+    torch.testing.assert_close(square(model, x, y, graphs=graphs, **options), wanted, rtol=0, atol=0)
+    # 16, 32, 64 and 128 rows, times the number of proposals in a round
+    assert model.seen <= {75} | {size * together for size in (16, 32, 64, 128) for together in (1, 2, 4)}
+    sizes = {size for size in (16, 32, 64, 128) if size in model.seen}
+    # three numbers of proposals, and the judgements
+    assert 3 < rerun.recorded <= 4 * len(sizes) and graphs.refusal is None
+
+
+def test_square_without_a_graph_knows_its_edge(model, batch, rerun, monkeypatch):
+    """A kernel makes the proposals where no graph may be replayed, as for a model that is a function."""
+    edges = []
+
+    def noting(*given, **options):
+        edges.append(given[4])
+        return square_proposal(*given, **options)
+
+    monkeypatch.setattr(importlib.import_module("purify_fast.attacks.square"), "square_proposal", noting)
+    x, graphs = batch[0], StepGraphs("always", capture=rerun)
+    y = model(x).argmax(1)
+    wanted = square(model, x, y, eps=1e-3, n_queries=60)
+    assert all(isinstance(edge, int) for edge in edges) and len(edges) == 60
+    edges.clear()
+    assert torch.equal(square(lambda z: model(z), x, y, eps=1e-3, n_queries=60, graphs=graphs), wanted)
+    assert "not a torch.nn.Module" in graphs.refusal and all(isinstance(edge, int) for edge in edges)
+
+
+@pytest.mark.parametrize("give_up", [False, True])
+def test_captured_fab_counts_the_same_faults(batch, graphs, give_up):
+    """Rows without a gradient are counted as often as in the eager loop, also those that have left."""
+    torch.manual_seed(0)
+    x, model = torch.rand(40, 1, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 5))
+    with torch.no_grad():
+        model[1].bias -= 0.4
+    y, healths = model(x).argmax(1), [GradientHealth(), GradientHealth()]
+    options = {"eps": 0.05, "steps": 50, "n_target_classes": 2, "give_up": give_up}
+    wanted, found = (
+        fab_t(model, x, y, graphs=chosen, health=health, **options)
+        for chosen, health in zip((None, graphs), healths, strict=True)
+    )
+    counts = [[health.count(name) for name in ("gradients", "nonfinite", "zero")] for health in healths]
+    assert torch.equal(wanted, found) and counts[0] == counts[1] and 0 < counts[0][2] < counts[0][0]
+
+
+@pytest.mark.parametrize("attack", [square, fab_t], ids=["square", "fab"])
+def test_captured_searches_of_a_random_model(model, graphs, rerun, attack):
+    """Lucky draws are judged again by the model itself, and what it says reaches the captured state."""
+    x, defence = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(3)), NoisyEnsemble(model, 0.2, 1)
+    amount, found = {"n_queries": 90} if attack is square else {"steps": 30, "n_target_classes": 2}, []
+    y = model(x).argmax(1)
+    for chosen in (None, graphs):
+        torch.manual_seed(4)
+        found.append(attack(defence, x, y, eps=0.03, eot_iter=2, judge_draws=6, graphs=chosen, **amount))
+    assert torch.equal(*found) and rerun.replayed > 20 and graphs.refusal is None
+
+
+class Lucky(nn.Module):
+    """A model of two classes and a border at some mean, which errs in one of the calls that ``counts`` accepts."""
+
+    def __init__(self, border: float, call: int, by: float, counts: Callable[[Tensor], bool]):
+        super().__init__()
+        self.border, self.left, self.by, self.counts = border, call, by, counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = self.counts(x)
+        self.left -= counts
+        lucky = self.by if counts and self.left == 0 else 0.0
+        return torch.stack([self.border - x.mean((1, 2, 3)) - lucky, torch.zeros(len(x))], 1)
+
+
+def test_a_lucky_margin_is_forgotten_by_the_loop():
+    """The first points have a margin that is too high, and block all proposals until the margin is drawn again."""
+    x, y = torch.full((4, 1, 8, 8), 0.3), torch.zeros(4, dtype=torch.int64)
+    # The first call about changed images is about the first points.
+    once, before, after = (
+        square(Lucky(0.9, 1, 0.3, lambda z: bool(z.std() > 1e-3)), x, y, eps=0.1, eot_iter=2, n_queries=n)
+        for n in (1, 9, 60)
+    )
+    assert torch.equal(once, before) and (before != after).flatten(1).any(1).all()
+
+
+def test_a_point_that_the_model_does_not_confirm_is_forgotten_by_the_loop():
+    """The image itself seems to lie across the border, and would be nearer than every other point."""
+    x, y = torch.full((4, 1, 8, 8), 0.45), torch.zeros(4, dtype=torch.int64)
+    # The distances to the borders take the first gradient.
+    model = Lucky(0.5, 2, 1.0, lambda z: z.requires_grad)
+    found = fab_t(model, x, y, eps=0.1, steps=20)
+    assert model.left < 0 and (model(found).argmax(1) == 1).all()
+
+
+def test_a_judgement_is_captured_in_few_sizes_and_keeps_the_images(model, graphs, rerun, monkeypatch):
+    x, y = torch.rand(40, 1, 8, 8), torch.randint(0, 5, (40,))
+    given = x.clone(), y.clone()
+    monkeypatch.setattr(judge, "takes_every_size", lambda device: False)
+    with torch.no_grad():
+        wanted = (model(x).argmax(1) != y).float()
+    for way, recorded in (("auto", 0), ("always", 3)):
+        graphs.mode = way
+        asked = judge.Judge(model, graphs=graphs)
+        parts = [slice(*ends) for ends in ((0, 16), (7, 40), (0, 40), (9, 14), (0, 40), (3, 20), (8, 9), (24, 40))]
+        kept = [(asked.shares(x[part], y[part]), wanted[part]) for part in parts]
+        assert all(torch.equal(shares, right) for shares, right in kept)
+        assert torch.equal(x, given[0]) and torch.equal(y, given[1]) and rerun.recorded == recorded
+    assert 0 < wanted.mean() < 1 and rerun.replayed == 8
+    judge.Judge(model, draws=2, graphs=graphs).shares(x, y)
+    assert rerun.recorded == 3, "a random model would draw other numbers in a larger batch"
 
 
 def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, rerun):
@@ -143,7 +281,7 @@ COUNTS = {
     # what decides on the step and on who leaves
     "APGD": (apgd, {"leave_when_fallen": False}, 103, 55),
     # two projections, their weights, and which point is the nearest; views count
-    "FAB": (fab_t, {"n_target_classes": 1}, 95, 45),
+    "FAB": (fab_t, {"n_target_classes": 1}, 95, 5),
 }
 
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from purify_fast.attacks import APGD, FABT, AttackContext, GradientHealth, Square, apgd, fab_t, square
 from purify_fast.attacks import gradient_copy as copies
 from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.engine.row_batches import ActiveSet, Judge, has_fallen
+from purify_fast.attacks.engine.judge import Judge, has_fallen
+from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side

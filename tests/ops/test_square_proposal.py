@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from purify_fast.attacks.square import pattern
-from purify_fast.ops import square_proposal
+from purify_fast.ops import square_proposal, use_backend
 
 op = import_module("purify_fast.ops.square_proposal")
 NORMS = op.NORMS
@@ -83,3 +83,24 @@ def test_ball_and_box_and_no_mutation(norm, dtype):
     reach = (found.unflatten(0, (2, 4)) - clean.double()).flatten(2).norm(p=POWERS[norm], dim=2)
     assert (reach <= radius * (1 + 1e-5) + slack * 360 ** (1 / POWERS[norm])).all()
     assert all(torch.equal(now, before) for now, before in zip((x, clean, numbers), given, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_edge_in_a_tensor_gives_the_same_bits(norm, dtype):
+    """The pattern may be larger than the windows, as in a step that is captured for every edge."""
+    x, clean, eps, numbers, edge, *rest, shapes = inputs(norm, dtype=dtype)
+    larger = None if shapes is None else torch.nn.functional.pad(shapes, (0, 4, 0, 4), value=torch.nan)
+    with use_backend("reference"):
+        wanted = square_proposal(x, clean, eps, numbers, edge, *rest, shapes)
+        found, other = (
+            square_proposal(x, clean, eps, numbers, torch.tensor(number), *rest, larger) for number in (edge, edge - 1)
+        )
+    assert torch.equal(found, wanted) and not torch.equal(other, wanted)
+
+
+def test_an_edge_in_a_tensor_is_a_whole_number():
+    x, clean, eps, numbers, _edge, *rest = inputs("linf")
+    for edge in (torch.tensor(5.0), torch.tensor([5])):
+        with pytest.raises(ValueError, match=r"edge must be a number or an int64 tensor \[\], got torch"):
+            square_proposal(x, clean, eps, numbers, edge, *rest)

@@ -25,16 +25,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ...protocols import Classifier
-from ..attacked_model import logits_of
 from ..ball import Ball, projected, sample_in_ball
 from ..context import AttackContext
-from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
-from ..objective import Gradients, Objective
-from ..search import GradientHealth, better_of, faults
+from ..objective import Objective
+from ..search import GradientHealth, better_of
+from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
 
 #: The distance to the border is computed for this number of wrong classes: those with the highest logits. An attack
 #: with more target classes than this computes the distance for as many classes as it has target classes.
@@ -45,14 +43,6 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 #: If no batch size is given, runs of few images are searched together, up to this number of rows, because a small batch
 #: is slow.
 FEWEST_ROWS = 64
-#: With at least this number of draws, a CPU needs more time for one more row than for the change to a new batch size,
-#: for any model.
-MANY_DRAWS = 4
-#: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
-PER_DOUBLING = 4
-#: SMALLEST: the smallest batch size on a GPU, because a smaller batch takes the same time. FINER_FROM: from this size
-#: on there are two sizes per doubling, because the arithmetic then takes longer than the launches of kernels.
-SMALLEST, FINER_FROM = 16, 128
 #: Attacks with gradients may give rows up after these SHARES of the steps. A row is given up if it would not reach its
 #: border even at TIMES its recent pace. On the models of docs/evaluation.md this rule misses no adversarial image. A
 #: check after a quarter of the steps would miss a few.
@@ -67,75 +57,6 @@ EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
 #: the device once.
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
-
-
-def takes_every_size(device: torch.device) -> bool:
-    """Tell whether a device prepares for a new batch size in almost no time, as a CPU does."""
-    return device.type == "cpu"
-
-
-def bucket(items: int, device: torch.device, costly: bool = False) -> int:
-    """The smallest allowed batch size that holds ``items`` items; ``items`` is at least 1.
-
-    On a CPU every size below 8 is allowed, and from 8 on the powers of two times 1, 5/4, 6/4 and 7/4. With ``costly``,
-    every size is allowed on a CPU, because one more item takes longer than the change to a new size. On a GPU the
-    allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
-    """
-    if takes_every_size(device):
-        return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
-    return max(SMALLEST, _rounded_up(items, 2 if items > FINER_FROM else 1))
-
-
-def _rounded_up(items: int, parts: int) -> int:
-    """Round ``items`` up to a multiple of p / ``parts``, where p is the largest power of two below ``items``."""
-    step = (1 << ((items - 1).bit_length() - 1)) // parts if items > 1 else 1
-    return -(-items // step) * step
-
-
-def _repeated_to(index: Tensor, size: int) -> Tensor:
-    """Extend an index to ``size`` elements by repeating its first elements; the index must not be empty."""
-    return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
-
-
-def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
-    """Tell which images have fallen, bool ``[B]``: those whose share of misclassified draws is at least ``enough``."""
-    return share >= enough - 1e-6
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Confirms or refuses the successes that a search claims, by predictions of the model itself.
-
-    Args:
-        model: the model under attack, not a copy.
-        draws: number of fresh draws of a random model; 1 for a model that predicts the same every time.
-        max_forward_batch: the largest number of images in one forward pass; None: no limit.
-        apart: whether each draw takes a separate forward pass, because the model draws once per call.
-        enough: the share of the draws that must be misclassified for an image to fall.
-    """
-
-    model: Classifier
-    draws: int = 1
-    max_forward_batch: int | None = None
-    apart: bool = False
-    enough: float = 1.0
-
-    def shares(self, x: Tensor, y: Tensor) -> Tensor:
-        """The share of fresh draws that misclassify each image, ``[B]``."""
-        if len(x) == 0:
-            return torch.zeros_like(y, dtype=torch.float32)
-        objective = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart)
-        return objective.score(x, y)[0]
-
-    @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        """One prediction of each image, ``[B, classes]``."""
-        return torch.cat([logits_of(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
-
-    def is_costly(self) -> bool:
-        """Tell whether one step of one image takes longer on a CPU than the change to another batch size."""
-        large = isinstance(self.model, nn.Module) and matrix_weights(self.model) >= FEWEST_WEIGHTS
-        return large or self.draws >= MANY_DRAWS
 
 
 @dataclass(frozen=True)
@@ -397,7 +318,7 @@ class ActiveSet:
             stays = (~(self.fallen[owner] | lost)).nonzero()[:, 0]
             if takes_every_size(owner.device) or len(stays) == 0:
                 return stays
-            return _repeated_to(stays, min(bucket(len(stays), owner.device), len(owner)))
+            return repeated_to(stays, min(bucket(len(stays), owner.device), len(owner)))
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
         size = bucket(left, owner.device, self.costly) if left else 0
@@ -476,7 +397,7 @@ def waves(
         rows = Rows(owner, x[owner], torch.cat(labels), ball=ball, begin=torch.cat(begins), run=wave // count)
         if padded:
             size = max(len(wave), min(bucket(len(wave), x.device), fits))
-            rows = rows.take(_repeated_to(torch.arange(len(wave), device=x.device), size))
+            rows = rows.take(repeated_to(torch.arange(len(wave), device=x.device), size))
         yield rows
         is_first = False
     for number in active.felled_by[active.felled_by >= 0].tolist():
@@ -552,7 +473,6 @@ class RowSearch:
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         self.point = rows.begin
-        self.gradients = Gradients(objective, self.point, rows.labels)
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
@@ -568,19 +488,6 @@ class RowSearch:
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index."""
         take_rows(self, index, by_column=("faulty", "score"))
-        if len(index):
-            # Delete the old object first. Otherwise the new object would first copy the old object's state out of the
-            # buffers of their CUDA graph.
-            del self.gradients
-            self.gradients = Gradients(self.objective, self.point, self.rows.labels)
-
-    def see_gradient(self, gradient: Tensor, fooled: Tensor | None = None) -> None:
-        """Count the gradients of one step, as `GradientHealth.see_gradient` does, without waiting for the device."""
-        if self.health is not None:
-            faulty = torch.stack(faults(gradient, fooled))
-            self.faulty, self.counted = self.faulty + faulty, self.counted + 1
-            nonfinite, zero = faulty.sum(1)
-            self.health.add(gradients=len(gradient), nonfinite=nonfinite, zero=zero)
 
     def see_given_up(self, index: Tensor) -> None:
         """Count the gradients that the given-up rows ``index`` no longer take, without waiting for the device.

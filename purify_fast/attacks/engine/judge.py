@@ -1,0 +1,143 @@
+"""The model's own judgement of points, which decides whether an image has fallen; and the sizes of batches.
+
+On a GPU a judgement is captured as a CUDA graph, for the few sizes of `bucket`. Rows that are not asked about fill the
+batch up to such a size, and are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...protocols import Classifier
+from ...speed.graphs.step_graphs import State, StepGraphs, Steps, begin_steps
+from ..attacked_model import logits_of
+from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
+from ..objective import Objective
+
+#: With at least this number of draws, a CPU needs more time for one more row than for the change to a new batch size,
+#: for any model.
+MANY_DRAWS = 4
+#: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
+PER_DOUBLING = 4
+#: SMALLEST: the smallest batch size on a GPU, because a smaller batch takes the same time. FINER_FROM: from this size
+#: on there are two sizes per doubling, because the arithmetic then takes longer than the launches of kernels.
+SMALLEST, FINER_FROM = 16, 128
+
+
+def takes_every_size(device: torch.device) -> bool:
+    """Tell whether a device prepares for a new batch size in almost no time, as a CPU does."""
+    return device.type == "cpu"
+
+
+def bucket(items: int, device: torch.device, costly: bool = False) -> int:
+    """The smallest allowed batch size that holds ``items`` items; ``items`` is at least 1.
+
+    On a CPU every size below 8 is allowed, and from 8 on the powers of two times 1, 5/4, 6/4 and 7/4. With ``costly``,
+    every size is allowed on a CPU, because one more item takes longer than the change to a new size. On a GPU the
+    allowed sizes are 16, 32, 64, and from 128 on the powers of two times 1 and 3/2.
+    """
+    if takes_every_size(device):
+        return items if costly or items <= 2 * PER_DOUBLING else _rounded_up(items, PER_DOUBLING)
+    return max(SMALLEST, _rounded_up(items, 2 if items > FINER_FROM else 1))
+
+
+def _rounded_up(items: int, parts: int) -> int:
+    """Round ``items`` up to a multiple of p / ``parts``, where p is the largest power of two below ``items``."""
+    step = (1 << ((items - 1).bit_length() - 1)) // parts if items > 1 else 1
+    return -(-items // step) * step
+
+
+def repeated_to(index: Tensor, size: int) -> Tensor:
+    """Extend an index to ``size`` elements by repeating its first elements; the index must not be empty."""
+    return index.repeat(-(-size // len(index)))[:size] if size > len(index) else index
+
+
+def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
+    """Tell which images have fallen, bool ``[B]``: those whose share of misclassified draws is at least ``enough``."""
+    return share >= enough - 1e-6
+
+
+@dataclass(frozen=True)
+class JudgeStep:
+    """A judgement as a step that a CUDA graph can capture.
+
+    Args:
+        objective: the margin on the model under attack.
+    """
+
+    objective: Objective
+
+    @property
+    def model(self) -> Classifier:
+        """The model under attack."""
+        return self.objective.model
+
+    def __call__(self, state: State) -> State:
+        """The share of draws that misclassify each image ``x`` with the label ``y``."""
+        return {"wrong": self.objective.score(state["x"], state["y"])[0]}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Confirms or refuses the successes that a search claims, by predictions of the model itself.
+
+    Args:
+        model: the model under attack, not a copy.
+        draws: number of fresh draws of a random model; 1 for a model that predicts the same every time.
+        max_forward_batch: the largest number of images in one forward pass; None: no limit.
+        apart: whether each draw takes a separate forward pass, because the model draws once per call.
+        enough: the share of the draws that must be misclassified for an image to fall.
+        graphs: captures the judgements of a single draw as CUDA graphs; None: nothing is captured.
+    """
+
+    model: Classifier
+    draws: int = 1
+    max_forward_batch: int | None = None
+    apart: bool = False
+    enough: float = 1.0
+    graphs: StepGraphs | None = field(default=None, compare=False)
+    #: The loop of the judgements of each batch size and dtype.
+    _loops: dict[tuple[torch.Size, torch.dtype], Steps] = field(default_factory=dict, compare=False, repr=False)
+
+    def shares(self, x: Tensor, y: Tensor) -> Tensor:
+        """The share of fresh draws that misclassify each image, ``[B]``."""
+        if len(x) == 0:
+            return torch.zeros_like(y, dtype=torch.float32)
+        objective = Objective(self.model, "margin", self.draws, self.max_forward_batch, apart=self.apart)
+        # The draws of a random model would be others in a larger batch, so only a single draw is captured.
+        if self.draws > 1 or self.graphs is None or not self.graphs.may_replay(x.device):
+            return objective.score(x, y)[0]
+        more = 0 if takes_every_size(x.device) else bucket(len(x), x.device) - len(x)
+        key = (torch.Size((len(x) + more, *x.shape[1:])), x.dtype)
+        loop = self._loops.get(key)
+        if loop is not None and loop.replays:
+            # The rows behind keep what an earlier judgement has left there.
+            loop.state["x"][: len(x)].copy_(x)
+            loop.state["y"][: len(x)].copy_(y)
+        else:
+            asked = (
+                {"x": F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)), "y": F.pad(y, (0, more))}
+                if more
+                else {"x": x, "y": y}
+            )
+            if loop is None:
+                asked["wrong"] = torch.empty(key[0][:1], device=x.device)
+                loop = self._loops[key] = begin_steps(self.graphs, JudgeStep(objective), asked)
+            else:
+                loop.put(**asked)
+        loop.take()
+        return loop.state["wrong"][: len(x)].clone()
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """One prediction of each image, ``[B, classes]``."""
+        return torch.cat([logits_of(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
+
+    def is_costly(self) -> bool:
+        """Tell whether one step of one image takes longer on a CPU than the change to another batch size."""
+        large = isinstance(self.model, nn.Module) and matrix_weights(self.model) >= FEWEST_WEIGHTS
+        return large or self.draws >= MANY_DRAWS

@@ -1,0 +1,115 @@
+"""What one `standard` run launches without and with graphs, beside its replays. docs/speed.md has the numbers.
+
+Functions that run again stand for CUDA graphs, and a replay counts as one launch.
+"""
+
+import importlib
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_launches import CudaLaunches
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from purify_fast.attacks.engine import judge, row_batches
+from purify_fast.evaluation import EvaluateConfig, evaluate, runner
+from purify_fast.ops.dispatch import registry
+from purify_fast.speed import StepGraphs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The package has functions of these names.
+square, fab = (importlib.import_module(f"purify_fast.attacks.{name}") for name in ("square", "fab"))
+#: The parts of an evaluation that are captured as a whole, and the methods that do them.
+PARTS = {
+    "rounds of Square": (square._SquareSearch, "run"),
+    "steps of FAB": (fab._FabSearch, "run"),
+    "judging": (judge.Judge, "shares"),
+    "captures": (StepGraphs, "_make"),
+}
+WHOLE = "the whole run"
+#: The ways to run, as `EvaluateConfig.cuda_graphs` names them.
+WAYS = ("off", "always")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, torch.relu(self.linear(x)), alpha=0.1)
+
+
+def subject() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network that launches as many operators as a ResNet-18, and 1,000 images, which it classifies correctly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *(Block() for _ in range(20)), nn.Linear(16, 3)).eval()
+    x = torch.rand(1000, 1, 4, 4)
+    with torch.no_grad():
+        model[-1].bias -= model(x).mean(0)
+        return model, x, model(x).argmax(1)
+
+
+def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
+    """The launches of each part of a run, and which images withstood."""
+    launches, parts = CudaLaunches(), Counter()
+
+    def of_part(part: str, function):
+        def noting(*given, **options):
+            before, inner = launches.count, parts.total()
+            try:
+                return function(*given, **options)
+            finally:
+                # Parts within this part count for themselves.
+                parts[part] += launches.count - before - (parts.total() - inner)
+
+        return noting
+
+    def record(run, device, made=rerun.record):
+        again = made(run, device)
+
+        def replay() -> None:
+            launches.by_name["replay"] = launches.by_name.get("replay", 0) + 1
+            with _disable_current_modes():
+                again()
+
+        return replay
+
+    with monkeypatch.context() as patch:
+        # As on a GPU, kernels serve, and a batch takes few sizes only.
+        patch.setattr(registry.Op, "uses_reference", lambda *given: False)
+        for module in (judge, row_batches, square):
+            patch.setattr(module, "takes_every_size", lambda device: False)
+        patch.setattr(rerun, "record", record)
+        patch.setattr(runner, "StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
+        for part, (kind, name) in PARTS.items():
+            patch.setattr(kind, name, of_part(part, getattr(kind, name)))
+        config, (model, x, y) = EvaluateConfig(cuda_graphs=way, probes=False), subject()
+        with launches:
+            report = evaluate(
+                model, x, y, eps=0.15, protocol="standard", batch_size=1000, config=config, progress=False
+            )
+    parts[WHOLE] = launches.count - parts["captures"]
+    return parts, torch.from_numpy(report.headline.robust)
+
+
+def test_what_a_standard_run_launches(rerun, monkeypatch):
+    (before, withstood), (after, same) = (counted(way, rerun, monkeypatch) for way in WAYS)
+    assert torch.equal(withstood, same) and 0 < int(withstood.sum()) < 100
+    assert before["captures"] == 0 < after["captures"] and rerun.recorded > 10 < rerun.replayed
+    for part in ("rounds of Square", "steps of FAB", "judging"):
+        assert 1000 < 10 * after[part] <= before[part], part
+    # What is left is Auto-PGD beside its gradients.
+    assert 4 * after[WHOLE] < before[WHOLE]
+    table = PAGE.read_text().partition("<!-- launches -->")[2].partition("<!-- end of launches -->")[0]
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+ \| [\d,]+) \|$", table, re.MULTILINE))
+    assert set(rows) == {*PARTS, WHOLE} - {"captures"}
+    for part, cells in rows.items():
+        said = [int(cell.replace(",", "")) for cell in cells.split(" | ")]
+        # Another version of PyTorch may launch a few more or fewer.
+        assert said == [pytest.approx(count[part], rel=0.05) for count in (before, after)], part
