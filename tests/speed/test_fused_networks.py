@@ -34,6 +34,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE, HALF = (3, 16, 16), torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def no_tiles(monkeypatch):
+    """Most tests are about the op, which a CPU with matrix tiles would use only for gradients."""
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: False)
+
+
+@pytest.fixture
+def tiles(no_tiles, monkeypatch):
+    """Pretend that the CPU has matrix tiles, and that no convolution is faster as a product of matrices."""
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: True)
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.pays", lambda *_: False)
+
+
 def cifar_resnet18() -> nn.Module:
     model = resnet18(num_classes=10)
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
@@ -401,3 +414,49 @@ def test_the_page_has_these_counts():
     page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
     for _, launches, kilobytes in COUNTS.values():
         assert f"| {launches[0]} | {launches[1]} | {kilobytes[0]} | {kilobytes[1]} |" in page
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+@pytest.mark.parametrize("name", ["resnet18", "small_cnn", "in place", "two normalizations"])
+def test_on_a_cpu_with_tiles_a_prediction_takes_one_call_of_onednn_for_a_convolution(name, tiles):
+    model = prepared(NETWORKS[name][0]())
+    given = [one.to(HALF) for one in example(model)]
+    with torch.no_grad():
+        wanted = model(*given)
+    assert fuse_convolutions(model, *given) == NETWORKS[name][1]
+    with torch.no_grad(), Calls() as calls:
+        found = model(*given)
+    fused = calls.names.count("mkldnn::_convolution_pointwise")
+    # A BatchNorm that is not folded has no such call.
+    assert fused == NETWORKS[name][1] - (name == "two normalizations")
+    if name == "resnet18":
+        assert not {"aten::relu", "aten::relu_", "aten::add", "aten::add_"} & set(calls.names)
+    assert (found - wanted).float().norm() <= 0.02 * wanted.float().norm()
+    leaf = given[0].requires_grad_()
+    with Calls() as calls:
+        (gradient,) = torch.autograd.grad(model(leaf).float().square().sum(), leaf)
+    assert "mkldnn::_convolution_pointwise" not in calls.names and bool(gradient.any())
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+def test_a_chain_without_gradients_frees_its_maps(tiles):
+    model = prepared(cifar_resnet18())
+    given = [one.to(HALF) for one in example(model)]
+    fuse_convolutions(model, *given)
+    (chain,) = chains(model)
+    with torch.no_grad():
+        values = chain.run([torch.rand(4, 3, 16, 16).to(HALF)], saving=False)
+    # The last step's sum is not made, and all other maps were read for the last time.
+    assert set(values) == set(chain.outputs)

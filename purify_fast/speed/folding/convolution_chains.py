@@ -10,6 +10,8 @@ For a residual block:
 
 Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. Besides the maps that
 enter and leave the convolutions themselves, the block reads x in the forward, and h, x and dz' in the backward.
+
+On a CPU with matrix tiles, a step without gradients is a single call of oneDNN.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
-from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, kind, through_activation
+from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, through_activation
+from .unrolled import has_tiles, pays, unrolled
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"
@@ -42,6 +46,23 @@ def value_of(formula: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(formula, Formula):
         return formula.function(*[value_of(one, shape) for one in formula.arguments])
     return shape if formula == SHAPE else formula
+
+
+#: The activations in oneDNN, and in place, by their numbers in `ACTIVATIONS`.
+_NAMES = {number: {"silu": "swish"}.get(name, name) for number, name in enumerate(ACTIVATIONS)}
+_IN_PLACE: dict[int, Callable[[Tensor], Tensor]] = {
+    NONE: lambda x: x,
+    RELU: torch.relu_,
+    SILU: lambda x: F.silu(x, True),
+}
+
+
+def onednn_serves(device: torch.device) -> bool:
+    """Tell whether oneDNN computes the steps of a chain on a device if no gradient is needed.
+
+    This was measured on CPUs with matrix tiles only. On other CPUs, kernels of this package compute some layers.
+    """
+    return device.type == "cpu" and has_tiles() and torch.backends.mkldnn.is_available()
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,29 @@ class Step:
         shape = 1, self.layer.in_channels, *size
         return list(self.layer.stride), [value_of(one, shape) for one in self.padding]
 
+    def by_onednn(self, x: Tensor, added: Tensor | None) -> Tensor | None:
+        """Return the result of the step by one call of oneDNN, without a gradient; None if oneDNN has no such call.
+
+        Args:
+            x: map that is convolved, ``[B, H, W, C]`` in bfloat16 on a CPU.
+            added: map that is added, ``[B, H', W', O]``, or None.
+        """
+        layer, (_, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
+        if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
+            return None
+        images, given = channels_first(x), (layer.weight, layer.bias, [top, left], layer.stride, [1, 1], 1)
+        if pays(images, layer.weight, layer.stride, (top, left)):
+            out = unrolled(images, layer.weight, layer.bias, layer.stride, (top, left))
+            out = out if added is None else out.add_(channels_first(added))
+            return channels_last(_IN_PLACE[self.activation](out))
+        name = _NAMES[self.activation]
+        if added is None:
+            return channels_last(torch.ops.mkldnn._convolution_pointwise(images, *given, name, [], ""))
+        # The arguments are positional because the operator's schema has them in this order without defaults.
+        rest: tuple[Any, ...] = "add", 1.0, None if name == "none" else name, [], ""
+        binary = torch.ops.mkldnn._convolution_pointwise.binary
+        return channels_last(binary(images, channels_first(added), *given, *rest))
+
     def variant(self) -> str:
         layer = self.layer
         return kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
@@ -121,14 +165,30 @@ class Chain(nn.Module):
         """Return all maps with channels last, by their numbers; with ``saving`` also those that the backward needs."""
         values = {number: channels_last(one).contiguous() for number, one in enumerate(maps)}
         wanted = {*self.outputs, *self.uses, *(self.saved if saving else ())}
+        left = Counter(self.uses)
         for step in self.steps:
             x, added = values[step.input], None if step.added is None else values[step.added]
             keep = step.activation != NONE and step.total in wanted
-            given = x, channels_last(step.layer.weight), step.layer.bias, added, *step.numbers(), step.activation, keep
-            out, total = OP(*given, *step.settings(x.shape[1:3]), variant=step.variant())
-            values[step.out] = out
-            if keep:
-                values[step.total] = total
+            fused = step.by_onednn(x, added) if not (saving or keep) and onednn_serves(x.device) else None
+            if fused is None:
+                given = (
+                    x,
+                    channels_last(step.layer.weight),
+                    step.layer.bias,
+                    added,
+                    *step.numbers(),
+                    step.activation,
+                    keep,
+                )
+                fused, total = OP(*given, *step.settings(x.shape[1:3]), variant=step.variant())
+                if keep:
+                    values[step.total] = total
+            values[step.out] = fused
+            for value in (step.input, step.added):
+                left.subtract([] if value is None else [value])
+                if value is not None and left[value] == 0 and not saving and value not in self.outputs:
+                    # Nothing reads this map any more, so its memory is freed.
+                    values.pop(value, None)
         return values
 
     def gradients(

@@ -21,11 +21,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ...models.layers import BatchNorm2d, Conv2d
-from ...ops.dispatch.gradient import transformed
+from ...ops.dispatch.gradient import needs_gradient, transformed
 from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, SILU, VARIANTS, kind
 from ...ops.group_norm_silu import group_norm, group_norm_silu
 from .batchnorm import close, hooked
-from .convolution_chains import SHAPE, Chain, Formula, Step
+from .convolution_chains import SHAPE, Chain, Formula, Step, onednn_serves
 
 _Norm = nn.modules.batchnorm._BatchNorm
 #: Nodes of torch.fx, whose arguments have too many types for a type checker.
@@ -322,12 +322,19 @@ def _served(given: tuple[Any, ...]) -> bool:
     devices = {one.device for one in given if isinstance(one, Tensor)}
     if len(devices) != 1 or not kinds <= {Tensor, nn.Parameter, type(None)}:
         return False
-    return chains_serve(*devices)
+    (device,) = devices
+    if onednn_serves(device):
+        # oneDNN has no such call for the gradient.
+        return not needs_gradient(*(one for one in given if isinstance(one, Tensor)))
+    return chains_serve(device)
 
 
 def chains_serve(device: torch.device) -> bool:
-    """Return True if a kernel of the op `fused_convolution` or of its backward serves some calls on a device."""
-    return OP.may_serve(device) or BACKWARD.may_serve(device)
+    """Return True if a kernel serves some steps of chains on a device.
+
+    On a GPU it is a kernel of the op `fused_convolution` or of its backward, on a CPU a call of oneDNN.
+    """
+    return onednn_serves(device) or OP.may_serve(device) or BACKWARD.may_serve(device)
 
 
 def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:
