@@ -33,6 +33,8 @@ DEFINES = [
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
+    # Python's own flags ask for debug information, which would make the extension six times as large.
+    "-g0",
     # This option lets the compiler use a single instruction for sqrt.
     "-fno-math-errno",
     # Vectorized code evaluates both sides of a selection, which this option allows. The option does not change the

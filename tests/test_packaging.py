@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,25 @@ def test_an_installed_package_has_the_kernels_inside(tmp_path):
     made = {path.name: path.read_text() for path in (tmp_path / "lib/purify_fast/kernels").iterdir()}
     assert made == {path.name: path.read_text() for path in (ROOT / "kernels").glob("*.py")}
     assert not (tmp_path / "lib" / "kernels").exists()
+
+
+def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):
+    """Tests would be packed by setuptools' default, without the helpers that they import."""
+    built = ("csrc/", "kernels/", "purify_fast/")
+    read = {*("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")}
+    tracked = set(git("ls-files", "--cached", "--others", "--exclude-standard").split("\n")[:-1])
+    wanted = {name for name in tracked if name.startswith(built)} | read
+    for name in {*wanted, "tests/test_packaging.py", "benchmarks/__main__.py", "docs/index.md"}:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
+    environ = os.environ | {"PURIFY_FAST_BUILD": "none"}
+    subprocess.run(command, cwd=tmp_path / "tree", env=environ, check=True, capture_output=True, timeout=600)
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames() if not file.getmember(name).isdir()}
+    made = {name for name in names if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert names - made == wanted
 
 
 # setup.py

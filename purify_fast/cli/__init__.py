@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | recipe | evaluate | check | plan | report | zoo | ...``.
+"""The command line: ``purify-fast demo | train ... | recipe | evaluate | purify | check | plan | report | zoo | ...``.
 
 The import of PyTorch takes 1.8 seconds. A command imports PyTorch only when it runs, so help and the refusal of wrong
 options do not wait for the import.
@@ -24,6 +24,7 @@ from .command import Command
 from .evaluate import Evaluate
 from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan
+from .purify import Purify
 from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import TrainArrest, TrainClassifier
 from .train_diffusion import TrainDiffusion
@@ -35,7 +36,7 @@ __all__ = ["main"]
 
 
 _TRAININGS = (TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion)
-_ALL = (Demo, *_TRAININGS, ShowRecipe, Evaluate, Check, Plan, ShowReport, Zoo, Tune, Info)
+_ALL = (Demo, *_TRAININGS, ShowRecipe, Evaluate, Purify, Check, Plan, ShowReport, Zoo, Tune, Info)
 _KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
 
 

@@ -106,3 +106,26 @@ class DataCommand(Command):
             if value is not None:
                 words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
         return f"saved to {folder}; attack it with: {shlex.join(words)}"
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """The options of a diffusion purifier's process.
+
+    Args:
+        t_star: For a diffusion purifier: time t* up to which noise is added, as a share of the diffusion process.
+            Several numbers mean several rounds of purification. Default: the saved time, or 0.1.
+        denoising_steps: For a diffusion purifier: number of steps of the solver from t* back to 0, or a number for each
+            round. Default: the saved number, or all steps of the training's process.
+        solver: For a diffusion purifier: solver that removes the noise. Default: the saved solver, or ddpm.
+    """
+
+    t_star: tuple[float, ...] = ()
+    denoising_steps: tuple[int, ...] = ()
+    solver: Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"] | None = None
+
+    def process(self) -> dict[str, Any] | None:
+        """The fields of `Process` that --t-star, --denoising-steps and --solver set; None if none of them is given."""
+        times, steps = (each[0] if len(each) == 1 else each for each in (self.t_star, self.denoising_steps))
+        given = {"t_star": times, "steps": steps, "solver": self.solver}
+        return {name: value for name, value in given.items() if value not in ((), None)} or None

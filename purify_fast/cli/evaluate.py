@@ -9,14 +9,14 @@ import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
 from .._files import folder_lock
 from .._validation import Count, Norm, Precision, read_norm
 from ..evaluation.config import EvaluateConfig
-from .command import DataCommand
+from .command import DataCommand, ProcessOptions
 from .run_file import EVALUATION, ball_of_run, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
@@ -32,7 +32,7 @@ Published = Literal["cifar10", "cifar100", "tiny_imagenet"]
 
 
 @dataclass(frozen=True)
-class Evaluate(DataCommand):
+class Evaluate(ProcessOptions, DataCommand):
     """Attack a saved classifier or defence, or your own model, on held-out images, and write a report.
 
     An interrupted evaluation continues if the same command is run again.
@@ -48,11 +48,6 @@ class Evaluate(DataCommand):
             defences contain their classifier.
         classifier_weights: File of the classifier, if the folder --official does not contain it: a .safetensors file,
             or a .pt file, from which only tensors are read.
-        t_star: For a diffusion purifier: time t* up to which noise is added, as a share of the diffusion process.
-            Several numbers mean several rounds of purification. Default: the saved time, or 0.1.
-        denoising_steps: For a diffusion purifier: number of steps of the solver from t* back to 0, or a number for each
-            round. Default: the saved number, or all steps of the training's process.
-        solver: For a diffusion purifier: solver that removes the noise. Default: the saved solver, or ddpm.
         eps: Radius in image units, such as 8/255. Default: the radius at which the model was trained. For your own
             model this option is required.
         norm: Norm of the ball. Default: the norm with which the model was trained, or linf if --eps is given.
@@ -72,9 +67,6 @@ class Evaluate(DataCommand):
     recipe: Published | None = None
     classifier: str | None = None
     classifier_weights: Path | None = None
-    t_star: tuple[float, ...] = ()
-    denoising_steps: tuple[int, ...] = ()
-    solver: Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"] | None = None
     eps: float | None = None
     norm: Norm | None = None
     images: Count = 500
@@ -161,12 +153,6 @@ class Evaluate(DataCommand):
             card = zoo.card(self.of_zoo)
             return card.eps, card.norm
         return ball_of_run(self.folder)
-
-    def process(self) -> dict[str, Any] | None:
-        """The fields of `Process` that --t-star, --denoising-steps and --solver set; None if none of them is given."""
-        times, steps = (each[0] if len(each) == 1 else each for each in (self.t_star, self.denoising_steps))
-        given = {"t_star": times, "steps": steps, "solver": self.solver}
-        return {name: value for name, value in given.items() if value not in ((), None)} or None
 
     def loaded(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
         """Load the attacked model, and its base (the classifier without the defence) if the model is a defence."""

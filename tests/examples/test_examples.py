@@ -1,5 +1,6 @@
 """Every example runs to its end with small settings, and says what it is to say; none reads a network."""
 
+import json
 import os
 import re
 import runpy
@@ -82,9 +83,40 @@ def test_a_job_of_slurm(tmp_path):
     assert "worst" in done.stdout and (tmp_path / "report" / "report.json").is_file()
 
 
+def code_cells(notebook):
+    return [cell for cell in json.loads((EXAMPLES / notebook).read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+def test_the_notebook_judges_a_defence_and_draws_it(tmp_path, monkeypatch, capsys, no_network, short_signs):
+    """Its cells run one after the other as they are, in this process, which needs no kernel of Jupyter."""
+    plot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "show", lambda: None)
+    plot.switch_backend("Agg")
+    plot.close("all")
+    scope = {}
+    for cell in code_cells("judge_a_defence.ipynb"):
+        exec("".join(cell["source"]), scope)
+    drawn = [plot.figure(number) for number in plot.get_fignums()]
+    plot.close("all")
+    assert len(drawn) == 4 and all(figure.axes[0].has_data() for figure in drawn)
+    # as its text says: PGD leaves everything that the defence classifies, but not reliably, and a better attack less
+    first, report = scope["first"], scope["report"]
+    assert first.headline.accuracy == first.row("clean").accuracy and not first.headline.reliable
+    assert report.headline.accuracy < first.headline.accuracy - 0.2
+    assert len(report.curve) == len(scope["alone"].curve) == 5 and len(scope["fell"]) == 6
+    assert "claim of 70 % robust accuracy: refuted" in capsys.readouterr().out
+
+
+def test_the_notebook_has_no_outputs():
+    for cell in code_cells("judge_a_defence.ipynb"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None, cell["source"]
+
+
 def test_every_example_is_tested_and_listed():
-    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
-    assert scripts == {*SMALL, "multi_gpu.sh", "slurm.sh"}
+    scripts = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh", ".ipynb")}
+    assert scripts == {*SMALL, "multi_gpu.sh", "slurm.sh", "judge_a_defence.ipynb"}
     listed = (EXAMPLES / "README.md").read_text()
     assert all(f"[{name}]({name})" in listed for name in scripts)
     for name in SMALL:

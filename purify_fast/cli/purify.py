@@ -1,0 +1,164 @@
+"""The command ``purify-fast purify``, which purifies image files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import tyro
+
+from .._files import atomic
+from .._validation import Count, check_folder, usable_device
+from .command import Command, ProcessOptions
+from .saved_models import is_named, saved_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..defences.base import Defence
+
+
+@dataclass(frozen=True)
+class Purify(ProcessOptions, Command):
+    """Purify image files by the purifier of a saved defence, and write them as PNG files.
+
+    The images must have the size and the channels of the defence. If the defence makes several purified images of an
+    image, the first of them is written.
+
+    Args:
+        model: Defence whose purifier is used: a folder that a `train` command wrote, or zoo:NAME for a model of the
+            zoo.
+        source: Image to purify, a .png, .jpg or .jpeg file; or a folder, whose images of all subfolders are purified.
+        target: File to write, with the suffix .png; if SOURCE is a folder, the folder to write to. A file that exists
+            is replaced.
+        batch_size: Number of images that are purified at once.
+        seed: Seed of the purifier's random draws. All images get the same draws.
+        device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
+    """
+
+    called: ClassVar[str] = "purify"
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")] = Path("runs/carso")
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")] = Path("images")
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")] = Path("purified")
+    batch_size: Count = 32
+    seed: int = 0
+    device: str = "auto"
+
+    def run(self) -> None:
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        files = self.files()
+        defence = self.defence()
+        for path in files:
+            # Read every image before the first is purified, so that a refusal comes before any work.
+            read_image(path, defence.image_shape)
+        several, waiting = 1, iter(files.items())
+        with torch.inference_mode(), defence.fixed_noise(self.seed):
+            while part := dict(islice(waiting, self.batch_size)):
+                levels = np.stack([read_image(path, defence.image_shape) for path in part])
+                images = torch.from_numpy(levels).to(usable_device(self.device)).float() / 255
+                purified = defence.purify(images)
+                several = purified.shape[1]
+                # Some diffusion processes do not clip their images.
+                kept = (purified[:, 0].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+                for path, image in zip(part.values(), kept.numpy(), strict=True):
+                    with atomic(path) as temporary:
+                        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
+        first = f", the first of {several} purified images of each image" if several > 1 else ""
+        print(f"written: {self.target} ({len(files)} image{'s' if len(files) > 1 else ''}{first})")
+
+    def files(self) -> dict[Path, Path]:
+        """The images to read, each with the file to write.
+
+        Raises:
+            FileNotFoundError: SOURCE does not exist, or contains no images.
+            ValueError: SOURCE is no image; TARGET is no PNG file, or no folder; TARGET would replace an image of
+                SOURCE; or two images would be written to a single file.
+        """
+        from ..data.folders import SUFFIXES
+
+        allowed = ", ".join(SUFFIXES)
+        if not self.source.exists():
+            raise FileNotFoundError(f"SOURCE {self.source} does not exist: give an image file, or a folder of images")
+        if self.source.is_file():
+            if self.source.suffix.lower() not in SUFFIXES:
+                raise ValueError(f"SOURCE must be a {allowed} file or a folder, got {self.source}")
+            if self.target.is_dir() or self.target.suffix.lower() != ".png":
+                raise ValueError(f"TARGET must be a .png file, because SOURCE is a file, got {self.target}")
+            files = {self.source: self.target}
+        else:
+            check_folder("TARGET", self.target)
+            images = sorted(path for path in self.source.rglob("*") if path.suffix.lower() in SUFFIXES)
+            if not images:
+                raise FileNotFoundError(f"SOURCE {self.source} contains no images: give a folder of {allowed} files")
+            files = {path: self.target / path.relative_to(self.source).with_suffix(".png") for path in images}
+        sources = {path.resolve() for path in files}
+        readers: dict[Path, Path] = {}
+        for path, written in files.items():
+            if written.resolve() in sources:
+                raise ValueError(f"TARGET must not replace an image of SOURCE, got {self.target}: choose another name")
+            if (other := readers.setdefault(written, path)) != path:
+                raise ValueError(f"{other} and {path} would both be written to {written}: rename one of them")
+        return files
+
+    def defence(self) -> Defence:
+        """Load the defence to the device.
+
+        Raises:
+            FileNotFoundError: the folder or a file of it is missing.
+            ValueError: MODEL is not a saved defence or denoiser.
+        """
+        from torch import nn
+
+        from ..methods.loading import is_denoiser, load_defence
+        from ..training import is_classifier, load_classifier
+
+        if is_named(str(self.model)):
+            raise ValueError(f"MODEL must be a folder or zoo:NAME, got {self.model}")
+        folder = saved_folder(self.model)
+        if is_classifier(folder):
+            raise ValueError(
+                f"MODEL must be a defence with a purifier, got {self.model}, which is a classifier; `purify-fast zoo` "
+                "lists models"
+            )
+        # Purification by a denoiser needs no classifier, so any module that returns logits will do.
+        base = nn.Flatten() if is_denoiser(folder) else load_classifier(saved_folder(self.model, classifier=True))
+        return load_defence(folder, base, process=self.process()).to(usable_device(self.device))
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """Decode an image, uint8 ``[C, H, W]``. Transparency and the orientation in the metadata of a photo are ignored.
+
+    Args:
+        path: the file.
+        shape: the shape (C, H, W) that the image must have. A gray image is also an image of three channels.
+
+    Raises:
+        ValueError: the file cannot be decoded, or the image has another shape.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from ..data.folders import MODES
+
+    try:
+        with Image.open(path) as file:
+            mode, image = file.mode, np.asarray(file.convert("RGB")).transpose(2, 0, 1)
+    # A damaged file may raise any error.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be decoded: {error}") from error
+    if mode not in MODES:
+        raise ValueError(f"{path} must have a mode of Pillow with 8 bits, such as L or RGB, got the mode {mode}")
+    image = image[:1] if shape[0] == 1 and (image == image[:1]).all() else image
+    if image.shape != tuple(shape):
+        got, wanted = ("x".join(map(str, sizes)) for sizes in (image.shape, shape))
+        raise ValueError(
+            f"{path} must be {wanted} (channels x height x width), the images of MODEL's training, got {got}: convert "
+            "the image first"
+        )
+    return image
