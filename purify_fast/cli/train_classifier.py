@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
-    from ..methods.base import Recipe
+    from ..methods.publication import Recipe
     from ..training import Task
 
 
@@ -140,6 +140,11 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
             return super().ignored_beside()
         message = f"--classifier {self.classifier} is already trained: leave out {{given}}"
         return super().ignored_beside() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+
+    def starts(self) -> dict[str, str]:
+        if self.classifier is not None:
+            return super().starts()
+        return {"start.classifier": f"trained on clean images for {self.standard_epochs} epochs"}
 
     def task(self, images: DataSet) -> Task:
         from .._process import processes
