@@ -25,6 +25,7 @@ from ..training.task import Batch, Task, check_labels
 
 D = TypeVar("D", bound=Defence)
 
+
 class MethodTask(Task):
     """The base class of the methods' trainings, with precision, learning rates and a moving average of the weights.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._process import processes
 from ..models.classifiers import CLASSIFIERS
-from ..training.config import FitConfig, TrainingAttack
+from ..training.config import FitConfig
 from ..training.run import loop_facts
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ class Recipe:
         published = {key: fact.of(official_code) for key, fact in self.facts.items() if key not in left_out}
         published |= authors.implied() | _by_key(authors.config(official_code), authors.loop(official_code))
         published["run.bank"] = None
-        run = self.of_training(task) | _by_key(task.config, loop) | dict(given or {})
-        run |= {"run.processes": processes()[1], "run.bank": None if bank is None else bank.facts}
+        run = {"run.processes": processes()[1], "run.bank": None if bank is None else bank.facts}
+        run |= self.of_training(task) | _by_key(task.config, loop) | dict(given or {})
         if "loop.seed" not in self.facts:
             # the order of the images is drawn from other random numbers anyway
             del published["loop.seed"]

@@ -59,12 +59,6 @@ class CarsoRecipe(Recipe):
         fraction = 4 * atom_size(local, config.adversarial_fraction, allow_none=True) / local
         return replace(config, adversarial_fraction=fraction, allow_no_adversarial=fraction == 0)
 
-    def for_batch(self, batch_size: int) -> Self:
-        recipe = super().for_batch(batch_size)
-        # the authors' code computes the rate from the batch
-        rate = self["method.learning_rate"] * batch_size / self["loop.batch_size"]
-        return replace(recipe, own={**recipe.own, "method.learning_rate": rate})
-
     def defence(self, classifier: nn.Module, **changes: Any) -> Carso:
         """Build the defence with a fresh purifier. If no decoder was published for the images, it is `decoder_plan`'s.
 
