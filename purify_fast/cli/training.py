@@ -86,7 +86,7 @@ class FollowsRecipe(Training):
 
     Args:
         recipe: Name of a published training of this method; `purify-fast recipe` lists them. Its settings become the
-            defaults of this command.
+            defaults of this command. The command prints in which points the training is not as published.
         official_code: With --recipe: repeat also the known mistakes of the authors' code, which `purify-fast recipe
             NAME` lists.
     """
