@@ -127,8 +127,9 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep_teacher and (self.loop.padding or self.loop.flip):
-            raise ValueError("--keep-teacher needs images that are not augmented: leave out --padding and --flip")
+        if self.keep_teacher and (self.loop.crops or self.loop.flip):
+            names = "--padding, --resized-crop and --flip"
+            raise ValueError(f"--keep-teacher needs images that are not augmented: leave out {names}")
 
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _broken(root: Path, source: str, splits: dict[str, Split], workers: int) -> 
     with contextlib.suppress(OSError, ValueError, KeyError):
         facts = json.loads(place.read_text())
         if facts["source"] == source:
-            return facts["broken"]  # type: ignore[no-any-return]
+            return facts["broken"]
     files, broken, threads = (
         [path for split in splits.values() for path in split.files],
         dict[str, str](),
