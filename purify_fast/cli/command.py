@@ -69,6 +69,8 @@ class DataCommand(Command):
             save memory of the GPU.
         decode: When the images of an image folder are decoded. once: before the first use, into a copy on the disk.
             each_time: whenever an image is read.
+        broken: What to do with images of a folder that cannot be decoded. refuse: end with an error that names them.
+            skip: leave them out, with a warning that names them.
         cache: Folder for the decoded images of an image folder. Default: .purify_fast in the image folder.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
     """
@@ -82,6 +84,7 @@ class DataCommand(Command):
     num_classes: int | None = None
     stream: bool = False
     decode: Literal["once", "each_time"] = "once"
+    broken: Literal["refuse", "skip"] = "refuse"
     cache: Path | None = None
     device: str = "auto"
 
@@ -90,7 +93,7 @@ class DataCommand(Command):
         from ..data import load_dataset
 
         device = usable_device(self.device)
-        names = ("download", "stream", "decode", "cache")
+        names = ("download", "stream", "decode", "broken", "cache")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
@@ -105,6 +108,8 @@ class DataCommand(Command):
             value = getattr(self, name)
             if value is not None:
                 words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        if self.broken == "skip":
+            words += ["--broken", "skip"]
         return f"saved to {folder}; attack it with: {shlex.join(words)}"
 
 

@@ -133,6 +133,7 @@ def early_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="purify-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--recipe")
+    parser.add_argument("--batch-size", "--batch_size")
     parser.add_argument("--official-code", "--official_code", action=argparse.BooleanOptionalAction)
     parser.add_argument("--version", action="version", version=f"purify-fast {__version__}")
     return parser
@@ -171,7 +172,10 @@ def parse(kind: type[C], arguments: list[str]) -> C:
     chosen = {**in_file, **{name: value for name, value in vars(early).items() if value is not None}}
     if (recipe := chosen.get("recipe")) not in (None, "None"):
         if issubclass(kind, FollowsRecipe):
-            default = kind.of_recipe(recipe, bool(chosen.get("official_code")))
+            size = str(chosen.get("batch_size", ""))
+            # The configuration refuses any other text.
+            batch_size = int(size) if size.isdecimal() and int(size) > 0 else None
+            default = kind.of_recipe(recipe, bool(chosen.get("official_code")), batch_size)
         elif kind is Evaluate and "data" not in given:
             # The default data set is that of the published system.
             options = {"data": recipe, **in_file}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
-    from ..methods.base import Recipe
+    from ..methods.publication import Recipe
     from ..training import Task
 
 
@@ -127,8 +127,9 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep_teacher and (self.loop.padding or self.loop.flip):
-            raise ValueError("--keep-teacher needs images that are not augmented: leave out --padding and --flip")
+        if self.keep_teacher and (self.loop.crops or self.loop.flip):
+            names = "--padding, --resized-crop and --flip"
+            raise ValueError(f"--keep-teacher needs images that are not augmented: leave out {names}")
 
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
@@ -140,6 +141,11 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
             return super().ignored_beside()
         message = f"--classifier {self.classifier} is already trained: leave out {{given}}"
         return super().ignored_beside() | {("model", "width", "depth", "activation", "standard_epochs"): message}
+
+    def starts(self) -> dict[str, str]:
+        if self.classifier is not None:
+            return super().starts()
+        return {"start.classifier": f"trained on clean images for {self.standard_epochs} epochs"}
 
     def task(self, images: DataSet) -> Task:
         from .._process import processes

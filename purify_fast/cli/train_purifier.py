@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ..data import DataSet
     from ..defences.base import Defence
     from ..methods.atop import AtopTask
-    from ..methods.base import PurifierTask, Recipe
+    from ..methods.base import PurifierTask
     from ..methods.carso import CarsoTask
+    from ..methods.publication import Recipe
     from ..training import BankConfig
 
 _SIZES = ("layers", "cond_dim", "latent_dim", "samples", "decoder_width")
@@ -145,11 +146,13 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
             return CarsoTask(Carso(classifier, image_shape=images.image_shape, **sizes), self.method)
         del sizes["decoder_width"]
         try:
-            return CarsoTask(self.published().defence(classifier, **sizes), self.method)
+            return CarsoTask(self.adapted(images).defence(classifier, **sizes), self.method)
         except ValueError as error:
+            if self.layers != self.published()["defence.layers"]:
+                raise
             raise ValueError(
                 f"{error}. --recipe {self.recipe} names layers of the paper's classifier: name layers of your "
-                f"classifier with --layers. For another number of classes, {self.without_recipe()}"
+                "classifier with --layers"
             ) from error
 
 
@@ -237,8 +240,13 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
     @staticmethod
     def sizes_of(recipe: Recipe, official_code: bool) -> dict[str, Any]:
         # The authors start from weights that were trained on Places2. The user passes these weights as --weights.
+        # The default side of a block is the recipe's, for images of the recipe's size.
         options = {"size": recipe.image_shape[1:], "purifier": "deepfill", "init": None}
-        return options | recipe.part("defence", official_code)
+        return options | recipe.part("defence", official_code) | {"block": None}
+
+    def starts(self) -> dict[str, str]:
+        start = self.weights if self.init is None else self.init
+        return super().starts() | ({} if start is None else {"start.purifier": str(start)})
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
         if self.init is None:

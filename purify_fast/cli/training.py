@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..data import DataSet
-    from ..methods.base import Recipe
+    from ..methods.publication import Recipe
     from ..training import BankConfig, Task
 
 
@@ -44,6 +44,13 @@ class Training(DataCommand):
         """The settings of the bank of adversarial images; None for a training without a bank."""
         return None
 
+    def starts(self) -> dict[str, str]:
+        """The weights from which the training starts, by the keys of a recipe's facts."""
+        return {}
+
+    def before_training(self, task: Any, images: DataSet) -> None:
+        """Print what the user should know before the first step."""
+
     def run(self) -> None:
         from .._process import processes
         from ..training import Callback, TrainingState, fit, summary
@@ -63,6 +70,8 @@ class Training(DataCommand):
 
         images, title = self.load_data(), self.called.split()[-1]
         task = self.task(images)
+        if processes()[0] == 0:
+            self.before_training(task, images)
         options: dict[str, Any] = {"folder": self.out, "title": title, "callbacks": [Begun()]}
         last = fit(task, images.x_train, images.y_train, self.loop, bank=self.bank_config(), **options)
         if processes()[0] == 0:
@@ -77,7 +86,7 @@ class FollowsRecipe(Training):
 
     Args:
         recipe: Name of a published training of this method; `purify-fast recipe` lists them. Its settings become the
-            defaults of this command.
+            defaults of this command. The command prints in which points the training is not as published.
         official_code: With --recipe: repeat also the known mistakes of the authors' code, which `purify-fast recipe
             NAME` lists.
     """
@@ -89,11 +98,19 @@ class FollowsRecipe(Training):
     official_code: bool = False
 
     @classmethod
-    def of_recipe(cls, name: str, official_code: bool) -> Self:
-        """Make this command with the settings of a recipe, whose name may be given without the method."""
+    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
+        """Make this command with the settings of a recipe.
+
+        Args:
+            name: the name, with or without the method.
+            official_code: repeat the known mistakes of the authors' code.
+            batch_size: images per step, if this is not the recipe's number.
+        """
         from ..methods.recipes import recipe
 
         published = recipe(name, cls.of)
+        if batch_size is not None:
+            published = published.for_batch(batch_size)
         options = {"method": published.config(official_code), "loop": published.loop(official_code)}
         options |= {"recipe": published.name, "official_code": official_code, "data": published["data.name"]}
         return cls(**options, **cls.sizes_of(published, official_code))
@@ -109,22 +126,28 @@ class FollowsRecipe(Training):
 
         return None if self.recipe is None else recipe(self.recipe, self.of)
 
+    def adapted(self, images: DataSet) -> Any:
+        """The recipe for the images; None if no recipe is named."""
+        from ..data import statistics
+
+        published = self.published()
+        if published is None:
+            return None
+        same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
+        mean, std = (None, None) if same else statistics(images.x_train)
+        return published.for_data(images.image_shape, images.num_classes, name=images.name, mean=mean, std=std)
+
+    def before_training(self, task: Any, images: DataSet) -> None:
+        """Print in which points a training by a recipe is not as published."""
+        if (recipe := self.adapted(images)) is None:
+            return
+        bank, given = self.bank_config(), self.starts()
+        points = recipe.deviations(task, self.loop, self.official_code, bank=bank, given=given)
+        print("\n- ".join([f"{recipe.name} on {images.name}: not as published in {len(points)} points", *points]))
+        print("\n- ".join(["Not reproduced in any training by this recipe:", *recipe.not_reproduced]))
+
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
         return {("official_code",): "--official-code needs --recipe NAME"} if self.recipe is None else {}
-
-    def without_recipe(self) -> str:
-        """The end of an error message, which says how to train without the recipe."""
-        listed = f"`purify-fast recipe {self.published().name}` lists them"
-        return f"leave out --recipe and give its settings as options ({listed})"
-
-    def load_data(self) -> DataSet:
-        images, recipe = super().load_data(), self.published()
-        if recipe is not None and images.image_shape != recipe.image_shape:
-            raise ValueError(
-                f"--recipe {recipe.name} needs images of shape {recipe.image_shape}; --data {self.data} has "
-                f"{images.image_shape}: resize them with --size, or {self.without_recipe()}"
-            )
-        return images
 
 
 @dataclass(frozen=True)
@@ -141,3 +164,6 @@ class OnClassifier(Training):
 
     classifier: str | None = None
     classifier_weights: str | None = None
+
+    def starts(self) -> dict[str, str]:
+        return {"start.classifier": " with ".join(filter(None, (self.classifier, self.classifier_weights)))}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .datasets import load_dataset as load_dataset
     from .images import crop_flip as crop_flip
     from .images import mirrored as mirrored
+    from .images import resized_crop as resized_crop
     from .images import statistics as statistics
     from .images import to_float as to_float
     from .selection import balanced_subset as balanced_subset

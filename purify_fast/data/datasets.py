@@ -26,6 +26,8 @@ DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 #: When to decode the images of a folder: once, or each time they are read.
 Decode = Literal["once", "each_time"]
+#: What to do with the images of a folder that cannot be decoded.
+Broken = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +82,7 @@ def load_dataset(
     image_size: tuple[int, int] | None = None,
     stream: bool = False,
     decode: Decode = "once",
+    broken: Broken = "refuse",
     cache: str | Path | None = None,
     workers: int | None = None,
 ) -> DataSet:
@@ -110,6 +113,9 @@ def load_dataset(
         decode: when the images of a folder are decoded. "once": before the first use, into ``cache``. "each_time":
             whenever an image is read; this needs no space on the disk, but an image that cannot be decoded is found
             only when it is read. Both give the same pixels.
+        broken: what to do with the images of a folder that cannot be decoded. "refuse": raise an error that names them,
+            before the first use if ``decode`` is "once". "skip": leave them out, with a warning that names them. They
+            are found by decoding all images once; a file in ``cache`` keeps their names.
         cache: folder for the decoded images of an image folder; None: ``.purify_fast`` in the image folder.
         workers: number of threads that decode the images of a folder; 0 counts as 1; None: the number of CPUs.
 
@@ -126,6 +132,7 @@ def load_dataset(
     """
     name = str(name_or_path)
     check_literal("decode", decode, Decode)
+    check_literal("broken", broken, Broken)
     if workers is not None:
         Range(0).check("workers", workers)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
@@ -148,14 +155,15 @@ def load_dataset(
             image_size,
             stream=stream,
             decode_once=decode == "once",
+            skip_broken=broken == "skip",
             workers=workers,
             cache=None if cache is None else Path(cache),
         )
         classes = chosen_classes(present, num_classes)
         title = name if name in NAMES else place.resolve().name
         return DataSet(x["train"], y["train"], x["test"], y["test"], name=title, num_classes=classes)
-    if stream or decode == "each_time":
-        what = "stream=True" if stream else "decode='each_time'"
+    if stream or decode == "each_time" or broken == "skip":
+        what = "stream=True" if stream else "decode='each_time'" if decode == "each_time" else "broken='skip'"
         raise ValueError(f"{what} needs an image folder, but {name} is not an image folder")
     if place is None:
         tensors, classes = _digits(), chosen_classes(10, num_classes)

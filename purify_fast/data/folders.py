@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -59,6 +60,7 @@ def read_folder(
     *,
     stream: bool,
     decode_once: bool,
+    skip_broken: bool,
     cache: Path | None,
     workers: int | None,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
@@ -83,6 +85,9 @@ def read_folder(
     # On Linux this is the number of CPUs that this process may use.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = cpus if workers is None else workers
+    if skip_broken and (broken := _broken(root, source, splits, count)):
+        splits = _without(splits, broken, classes)
+        source = _fingerprint(folder, splits, classes)
     images: dict[str, StreamedImages] | None
     if decode_once:
         place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
@@ -184,6 +189,54 @@ def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> 
     return content.hexdigest()
 
 
+# ---- images that cannot be decoded
+
+
+def _broken(root: Path, source: str, splits: dict[str, Split], workers: int) -> dict[str, str]:
+    """The errors of the images that cannot be decoded, by path. They are found once, and kept in ``broken.json``."""
+    place = root / "broken.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        facts = json.loads(place.read_text())
+        if facts["source"] == source:
+            return facts["broken"]
+    files, broken, threads = (
+        [path for split in splits.values() for path in split.files],
+        dict[str, str](),
+        max(workers, 1),
+    )
+    bar = tqdm(total=len(files), unit="img", desc="check images", mininterval=0.1 if sys.stderr.isatty() else 10)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(files), CHUNK * threads):
+            part = files[first : first + CHUNK * threads]
+            for path, image in zip(part, pool.map(_image, part, repeat(None)), strict=True):
+                bar.update()
+                if isinstance(image, str):
+                    broken[str(path)] = image
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(place, json.dumps({"source": source, "broken": broken}))
+    return broken
+
+
+def _without(splits: dict[str, Split], broken: dict[str, str], classes: list[str]) -> dict[str, Split]:
+    """Leave out images, with a warning that names them. Raise a ValueError if a class of ``train`` would be empty."""
+    total = sum(len(split.files) for split in splits.values())
+    warnings.warn(f"{len(broken)} of {total} images are left out: {_some(broken)}", stacklevel=4)
+    kept = {}
+    for part, split in splits.items():
+        ids = [number for number, path in enumerate(split.files) if str(path) not in broken]
+        kept[part] = Split([split.files[number] for number in ids], split.labels[ids])
+    empty = [name for label, name in enumerate(classes) if label not in kept["train"].labels]
+    if empty or not kept["test"].files:
+        what = f"the class {empty[0]} of train" if empty else "the held-out images"
+        raise ValueError(f"no image of {what} can be decoded: replace the images. The errors are: {_some(broken)}")
+    return kept
+
+
+def _some(errors: dict[str, str]) -> str:
+    """The first errors."""
+    return "; ".join(list(errors.values())[:NAMED]) + ("; ..." if len(errors) > NAMED else "")
+
+
 # ---- the cache: x_train-<hash>.npy and x_test-<hash>.npy, with the hash of `_fingerprint`, and set.json, written last
 
 
@@ -230,18 +283,18 @@ def _write(
             f"the decoded images need {needed} bytes, but {place} has {free} bytes free: give another folder as cache"
         )
     images: dict[str, StreamedImages] = {}
-    paths, failed = {part: _array(place, part, source) for part in splits}, list[str]()
+    paths, failed = {part: _array(place, part, source) for part in splits}, dict[str, str]()
     for part, split in splits.items():
         with atomic(paths[part]) as temporary:
             resize, title = image_size is not None, f"decode {part} images"
-            failed += decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
+            failed |= decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
     if failed:
         for path in paths.values():
             path.unlink()
         total = sum(len(split.files) for split in splits.values())
-        names = "; ".join(failed[:NAMED]) + ("; ..." if len(failed) > NAMED else "")
         raise ValueError(
-            f"{len(failed)} of {total} images cannot be decoded: replace or remove them. The errors are: {names}"
+            f"{len(failed)} of {total} images cannot be decoded: replace or remove them, or leave them out by "
+            f"broken='skip' (--broken skip). The errors are: {_some(failed)}"
         )
     for part, path in paths.items():
         array = np.load(path, mmap_mode="r")
@@ -269,7 +322,7 @@ def first_size(files: Sequence[Path]) -> tuple[int, int]:
 
 def decode(
     files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
-) -> list[str]:
+) -> dict[str, str]:
     """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time.
 
     Args:
@@ -281,22 +334,22 @@ def decode(
         title: text of the progress bar.
 
     Returns:
-        The errors of the images that cannot be decoded. If there are any, the file is not complete.
+        The errors of the images that cannot be decoded, by path. If there are any, the file is not complete.
 
     Raises:
         ValueError: an image has another size.
         OSError: the file cannot be written.
     """
     bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
     with bar, out.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, *size)}
         np.lib.format.write_array_header_1_0(file, header)
-        for image in _decoded(files, size, resize=resize, workers=workers):
+        for path, image in zip(files, _decoded(files, size, resize=resize, workers=workers), strict=True):
             bar.update()
             if isinstance(image, str):
-                failed.append(image)
+                failed[str(path)] = image
             elif not failed:
                 file.write(image.tobytes())
     return failed

@@ -1,14 +1,12 @@
-"""Defines what all methods share: recipes of published systems, the training of a purifier, and saving of defences."""
+"""Defines what all methods share: the training of a purifier, and saving of defences."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,144 +18,12 @@ from .._tensors import weights_fingerprint
 from ..defences.base import Defence
 from ..models.representation import evaluation_mode
 from ..training.checkpoint import save_model
-from ..training.config import FitConfig, TrainingAttack, settings
+from ..training.config import TrainingAttack, settings
 from ..training.moving_average import moving_average
 from ..training.schedules import one_cycle
 from ..training.task import Batch, Task, check_labels
 
 D = TypeVar("D", bound=Defence)
-R = TypeVar("R", bound="Recipe")
-
-#: The source of a fact. "code": the authors' code. "paper": the paper. "second-hand": a text or code of other people
-#: who have read the paper. "inferred": a conclusion from facts of the other grades.
-Grade = Literal["code", "paper", "second-hand", "inferred"]
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A number or choice of a published system.
-
-    Args:
-        value: the value that the paper states, or that the authors' code is clearly meant to have.
-        grade: the kind of source.
-        source: file and line of the authors' code, or section of the paper.
-        official: the value in the authors' code, if it differs from ``value``; otherwise None.
-    """
-
-    value: Any
-    grade: Grade
-    source: str
-    official: Any = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The facts of a published system. A subclass for each method builds the system and its training from the facts.
-
-    The key of a fact begins with the part of the system that it describes, such as ``data.``, ``classifier.`` or
-    ``defence.``. Facts with ``method.`` are fields of the method's config, facts with ``attack.`` are fields of
-    `purify_fast.training.TrainingAttack`, and facts with ``loop.`` are fields of `purify_fast.training.FitConfig`. Most
-    facts with ``start.``, ``run.`` and ``evaluation.`` are descriptions in words.
-
-    Args:
-        name: name in `purify_fast.methods.recipes.recipe`, such as "carso/cifar10".
-        title: description of the system in one line.
-        facts: the facts by key.
-        not_reproduced: differences between this package and the publication, one sentence each.
-    """
-
-    #: The class of the method's config.
-    settings: ClassVar[Any]
-
-    name: str
-    title: str
-    facts: Mapping[str, Fact]
-    not_reproduced: tuple[str, ...] = ()
-
-    def __getitem__(self, key: str) -> Any:
-        """Return the value of a fact."""
-        return self.facts[key].value
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape of the images, (C, H, W), after resizing."""
-        return self["data.image_shape"]
-
-    def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
-        """Return the facts whose keys begin with a prefix. The result has the keys without the prefix.
-
-        Args:
-            prefix: prefix of the keys, such as "loop".
-            official_code: use the value in the authors' code where it differs.
-        """
-        return {
-            key.removeprefix(f"{prefix}."): fact.official if official_code and fact.official is not None else fact.value
-            for key, fact in self.facts.items()
-            if key.startswith(f"{prefix}.")
-        }
-
-    def config(self, official_code: bool = False) -> Any:
-        """Return the settings of the training, as an object of the method's config.
-
-        Args:
-            official_code: use the value in the authors' code where it differs.
-        """
-        attack = replace(self.settings.attack, **self.part("attack", official_code))
-        return self.settings(attack=attack, **self.part("method", official_code))
-
-    def loop(self, official_code: bool = False) -> FitConfig:
-        """Return the settings of the training loop, such as epochs, batches and augmentation.
-
-        Args:
-            official_code: use the value in the authors' code where it differs.
-        """
-        return FitConfig(**self.part("loop", official_code))
-
-    def __str__(self) -> str:
-        """Return all facts with grades and sources, and the differences of this package, as text."""
-        rows: list[tuple[str, ...]] = [("fact", "value", "official_code=True", "grade", "source")]
-        for key, fact in self.facts.items():
-            official = "" if fact.official is None else _text(fact.official)
-            rows.append((key, _text(fact.value), official, fact.grade, fact.source))
-        # the width of a column ignores long texts, because they would make the column too wide
-        widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
-        lines = [f"{self.name}: {self.title}", ""]
-        lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]
-        if self.not_reproduced:
-            lines += ["", "Not reproduced:", *(f"- {sentence}" for sentence in self.not_reproduced)]
-        return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    """Return the text of a value in a recipe."""
-    if isinstance(value, tuple) and len(value) > 6:
-        return f"{value[0]} ... {value[-1]} ({len(value)})"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def read_recipes(kind: type[R], method: str) -> dict[str, R]:
-    """Read the recipes of a method. The keys of the result are the recipes' names without the method's name.
-
-    Args:
-        kind: the method's class of recipes.
-        method: name of the method's folder, which has ``recipes.json``. A fact in this file is a list of value, grade,
-            source and, if it differs, the value in the authors' code. A fraction is a text such as "8/255".
-    """
-    systems = json.loads((Path(__file__).parent / method / "recipes.json").read_text(encoding="utf-8"))
-    recipes = {}
-    for name, system in systems.items():
-        facts = {key: Fact(_number(value), *rest) for key, (value, *rest) in system["facts"].items()}
-        recipes[name] = kind(f"{method}/{name}", system["title"], facts, tuple(system["not_reproduced"]))
-    return recipes
-
-
-def _number(value: Any) -> Any:
-    """Convert a value of the file: a fraction to a number, and a list to a tuple."""
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and value.replace("/", "", 1).isdigit():
-        return float(Fraction(value))
-    return value
 
 
 class MethodTask(Task):

@@ -7,9 +7,9 @@ from typing import Any
 
 from .arrest.recipes import RECIPES as ARREST
 from .atop.recipes import RECIPES as ATOP
-from .base import Recipe
 from .carso.recipes import RECIPES as CARSO
 from .diffusion.recipes import RECIPES as DIFFUSION
+from .publication import Recipe
 
 _BY_METHOD: dict[str, Mapping[str, Recipe]] = {"carso": CARSO, "atop": ATOP, "arrest": ARREST, "diffusion": DIFFUSION}
 #: All recipes by their whole names, such as "carso/cifar10".

@@ -175,6 +175,8 @@ class FitConfig:
         seed: seed of all random draws.
         padding: width of a black border, in pixels, that is added to an image before a random crop to the old size. 0
             means no crop.
+        resized_crop: smallest share of an image's area that a random crop keeps; the crop is resized to the old size
+            (`purify_fast.data.resized_crop`). Usual for images of 224 x 224 is 0.08. 0 means no such crop.
         flip: whether half of the images, drawn at random, are mirrored from left to right.
         drop_last: whether an epoch leaves out its last batch if that batch is smaller than the others.
         steps_per_epoch: steps of an epoch that ends before a whole pass over the data; the next epoch draws from all
@@ -205,6 +207,7 @@ class FitConfig:
     batch_size: Count = 128
     seed: Annotated[int, Range(0, 2**31, below=True)] = 0
     padding: Annotated[int, Range(0)] = 0
+    resized_crop: Share = 0.0
     flip: bool = False
     drop_last: bool = True
     steps_per_epoch: Count | None = None
@@ -218,6 +221,16 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.padding and self.resized_crop:
+            raise ValueError(
+                f"padding must be 0 with a resized_crop, which crops too, got padding={self.padding} and "
+                f"resized_crop={self.resized_crop}"
+            )
+
+    @property
+    def crops(self) -> bool:
+        """Whether images are cropped at random."""
+        return bool(self.padding or self.resized_crop)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import ops
 from .._files import with_room, write_text
 from .._process import processes
-from ..data import crop_flip, mirrored, to_float
+from ..data import crop_flip, mirrored, resized_crop, to_float
 from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
@@ -103,7 +103,9 @@ class Run:
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
         x = to_float(images) if images.dtype == torch.uint8 else images
-        if augment and (config.padding or config.flip):
+        if augment and config.resized_crop:
+            x = resized_crop(x, config.seed, ids, config.resized_crop, config.flip, epoch=epoch)
+        elif augment and (config.padding or config.flip):
             x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
         banked = None
         if augment and self.bank is not None:

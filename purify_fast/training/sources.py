@@ -103,10 +103,11 @@ class InMemory:
 
     def banked_images(self) -> BankedImages:
         """Return what a bank must know about the images. Raise ValueError if they differ from epoch to epoch."""
-        if self.config.padding:
+        if self.config.crops:
             raise ValueError(
                 f"bank needs images that are the same in every epoch, but they are cropped at random (padding "
-                f"{self.config.padding}): train without padding or without a bank"
+                f"{self.config.padding}, resized_crop {self.config.resized_crop:g}): train without crops or without a "
+                "bank"
             )
         # the description has a digest of the images and also of the labels, because the attacks depend on the labels
         views = 2 if self.config.flip else 1

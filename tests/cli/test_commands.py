@@ -139,20 +139,21 @@ def test_a_recipe_is_trained_on_the_users_data(tmp_path, capsys):
     assert cli.main([*preset, *common]) == 0
     defence = purify_fast.load_defence(tmp_path / "carso")
     assert defence.arguments["version"] == "v1" and defence.samples == 4
-    assert cli.main([*preset, "--data", "digits", "--device", "cpu"]) == 2
-    printed = capsys.readouterr().err
-    assert "--recipe carso/mnist_v1 needs images of shape (1, 28, 28); --data digits has (1, 16, 16)" in printed
-    instead = "leave out --recipe and give its settings as options (`purify-fast recipe carso/mnist_v1` lists them)"
-    assert instead in printed
     np.savez(tmp_path / "few.npz", x_train=x, y_train=y % 3, x_test=x, y_test=y % 3)
     few = ["--data", str(tmp_path / "few.npz"), "--device", "cpu"]
     own = ["--classifier", str(tmp_path / "three"), "--out", str(tmp_path / "own")]
     own += ["--batch-size", "20", "--epochs", "1", "--steps", "1"]
     assert cli.main(["train", "classifier", "--out", str(tmp_path / "three"), *own[4:], *few]) == 0
-    for more, message in (([], "has no module"), (["--layers", "conv1"], "must have 10 classes")):
-        assert cli.main(["train", "carso", "--recipe", "mnist_v1", *own, *more, *few]) == 2
-        printed = capsys.readouterr().err
-        assert message in printed and "with --layers" in printed and instead in printed
+    assert cli.main(["train", "carso", "--recipe", "mnist_v1", *own, *few]) == 2
+    printed = capsys.readouterr().err
+    assert "has no module" in printed and "name layers of your classifier with --layers" in printed
+    assert cli.main(["train", "carso", "--recipe", "mnist_v1", *own, "--layers", "conv1", *few]) == 0
+    assert purify_fast.load_defence(tmp_path / "own").num_classes == 3
+    wide = ["--data", "digits", "--classifier", "zoo:digits-standard", "--layers", "conv1", "--device", "cpu"]
+    assert cli.main(["train", "carso", "--recipe", "mnist_v1", "--out", str(tmp_path / "wide"), *wide]) == 2
+    printed = capsys.readouterr().err
+    assert "image_shape must be (C, 28, 28) for version 'v1', got (1, 16, 16)" in printed
+    assert "name layers" not in printed
     other = ["train", "carso", *folder, "--data", "digits", "--device", "cpu"]
     assert cli.main(other) == 2
     assert " are 1x16x16, but the classifier in" in capsys.readouterr().err

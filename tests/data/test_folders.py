@@ -129,6 +129,39 @@ def test_every_8_bit_mode_becomes_rgb(tmp_path, mode, ending):
     assert np.array_equal(data.load_dataset(tmp_path).x_train[0].numpy(), want)
 
 
+@pytest.mark.parametrize("decode", ["once", "each_time"])
+def test_files_that_cannot_be_decoded_are_left_out(tmp_path, decode, monkeypatch):
+    made = folder(tmp_path / "pets")
+    (tmp_path / "pets/train/dog/003.png").write_text("no image")
+    cut = tmp_path / "pets/val/cat/001.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    given = {"broken": "skip", "decode": decode, "cache": tmp_path / "cache"}
+    named = r"2 of 14 images are left out: .*003\.png: .*001\.png: "
+    with pytest.warns(UserWarning, match=named):
+        d = data.load_dataset(tmp_path / "pets", **given)
+    rest = {"train": made["train"][:8] + made["train"][9:], "test": [made["test"][0], *made["test"][2:]]}
+    assert np.array_equal(d.x_train[:].numpy(), rest["train"]) and np.array_equal(d.x_test[:].numpy(), rest["test"])
+    assert d.y_train.tolist() == [0] * 5 + [1] * 4 and d.y_test.tolist() == [0, 1, 1]
+    # the names are kept, so a second start decodes nothing to find them
+    monkeypatch.setattr(folders, "_image", lambda path, size: pytest.fail("decoded again"))
+    if decode == "once":
+        with pytest.warns(UserWarning, match=named):
+            assert torch.equal(data.load_dataset(tmp_path / "pets", **given).x_train, d.x_train)
+    monkeypatch.undo()
+    # what one start leaves out, another refuses
+    with pytest.raises(ValueError, match=r"2 of 14 images cannot be decoded: .*\(--broken skip\)"):
+        data.load_dataset(tmp_path / "pets", cache=tmp_path / "cache")
+    for path in (tmp_path / "pets/train/dog").iterdir():
+        path.write_text("no image")
+    with (
+        pytest.raises(ValueError, match="no image of the class dog of train can be decoded"),
+        pytest.warns(UserWarning),
+    ):
+        data.load_dataset(tmp_path / "pets", **given)
+    with pytest.raises(ValueError, match="broken='skip' needs an image folder"):
+        data.load_dataset("digits", broken="skip")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_that_cannot_be_decoded_are_all_named(tmp_path, workers):
     folder(tmp_path, train=40)

@@ -1,6 +1,7 @@
 """Recipes: their numbers over the whole schedule, two steps of each, and that every term of the loss acts."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ from small_models import SMALL, smaller
 
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
+from purify_fast.methods.atop.defence import _block
 from purify_fast.methods.atop.recipes import AtopRecipe
 from purify_fast.methods.carso.config import config_in_epoch
 from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
-from purify_fast.training import Batch, fit
+from purify_fast.training import BankConfig, Batch, Callback, fit
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import set_learning_rate
+from purify_fast.training.run import _NO_FACTS
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
@@ -242,3 +245,129 @@ def test_official_code_reproduces_the_quirks():
     assert arrest.attack.start_std == 0.001 and arrest.pooled and arrest.drift_mode == "train"
     assert isinstance(recipe("arrest/wrn_34_10"), ArrestRecipe)
     assert recipe("arrest/wrn_34_10").build_classifier(width=1).arguments["activation"] == "relu"
+
+
+def points(made, task, **options):
+    """The deviations of a training by their keys."""
+    return dict(line.split(": ", 1) for line in made.deviations(task, options.pop("loop", made.loop()), **options))
+
+
+def as_published(made, official_code=False):
+    """A training with the networks and settings of the recipe, without their memory."""
+    config = made.config(official_code)
+    if isinstance(made, ArrestRecipe):
+        with torch.device("meta"):
+            network = made.build_classifier()
+        return SimpleNamespace(config=config, classifier=network, layers=[network.before_pooling])
+    if isinstance(made, CarsoRecipe):
+        with torch.device("meta"):
+            return SimpleNamespace(config=config, defence=made.defence(made.build_classifier()))
+    implied = {key.removeprefix("defence."): value for key, value in made.implied().items()}
+    facts = {"image_shape": made.image_shape, "num_classes": 10, "classifier": torch.nn.Identity()}
+    defence = SimpleNamespace(arguments=made.part("defence", official_code) | implied, **facts)
+    return SimpleNamespace(config=config, defence=defence, origin="the user's weights")
+
+
+@pytest.mark.parametrize("official_code", [False, True])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_as_published_deviates_only_in_words(name, official_code):
+    made = recipe(name)
+    task, loop = as_published(made, official_code), made.loop(official_code)
+    known = {"run.processes": made.part("run").get("processes", 1)}
+    found = points(made, task, loop=loop, official_code=official_code, given=known)
+    in_words = {"start.classifier", "start.purifier", *(["classifier.name"] if name.startswith("atop") else [])}
+    assert set(found) <= in_words and found
+    known |= {key: made[key] for key in found}
+    assert points(made, task, loop=loop, official_code=official_code, given=known) == {}
+
+
+@pytest.mark.parametrize("name", ["carso/tiny_imagenet", "atop/cifar_rt2", "arrest/resnet18"])
+def test_every_setting_is_compared(name):
+    """Also the settings that no fact of the recipe states."""
+    made = recipe(name)
+    task, loop = as_published(made), made.loop()
+    checked = set()
+    for part, one in {"method": task.config, "attack": task.config.attack, "loop": loop}.items():
+        for field in dataclasses.fields(one):
+            key, value = f"{part}.{field.name}", getattr(one, field.name)
+            if key == "method.attack":
+                continue
+            # the configs refuse many values
+            object.__setattr__(one, field.name, "another value")
+            found = points(made, task, loop=loop)
+            object.__setattr__(one, field.name, value)
+            if found.get(key, "").startswith("another value (published: "):
+                checked.add(key)
+            else:
+                assert field.name in _NO_FACTS or (key == "loop.seed" and key not in made.facts), key
+    assert len(checked) > 30 and key not in points(made, task, loop=loop)
+    assert "variants" in points(made, task, bank=BankConfig(variants=4))["run.bank"]
+    official = {key for key, fact in made.facts.items() if fact.official is not None}
+    assert official and official <= set(points(made, as_published(made, official_code=True)))
+
+
+#: By recipe: options of the networks for a training with small networks on grey images that are not square.
+OWN = {
+    "carso/cifar10": {"cond_dim": 6, "latent_dim": 4, "samples": 2, "decoder_width": 2},
+    "atop/cifar_rt2": {"purifier": DeepFillGenerator(3, 4)},
+    "arrest/wrn_34_10": {},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_recipe_trains_on_a_loader_of_own_images(name, tmp_path):
+    """Three classes, grey, 16 x 24 pixels; stopped after an epoch and resumed."""
+    made = recipe(name).for_data((1, 16, 24), 3, mean=(0.4,), std=(0.3,)).for_batch(8)
+    epochs = 3
+    loop = dataclasses.replace(made.loop(), epochs=epochs, steps_per_epoch=None)
+    x, y = torch.rand(24, 1, 16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
+
+    def train(folder, stop=False):
+        torch.manual_seed(0)
+        classifier = build_classifier("wide_resnet", made.image_shape, 3, depth=10, width=1)
+        task = made.task(classifier if name.startswith("arrest") else made.defence(classifier, **OWN[name]))
+        attack = dataclasses.replace(task.config.attack, steps=10 if name.startswith("atop") else 1, alpha=None)
+        delay = {"carso": {"kl_delay": 0.0}, "atop": {"cls_delay": 0}}.get(name.partition("/")[0], {})
+        task.config = dataclasses.replace(task.config, attack=attack, **delay)
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(x, y), 8, shuffle=True, generator=torch.Generator()
+        )
+        callbacks = [Stops()] if stop else []
+        fit(task, loader, None, loop, folder, progress=False, callbacks=callbacks)
+        return task
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", stop=True)
+    task, whole = train(tmp_path / "resumed"), train(tmp_path / "whole")
+    for one, other in zip(task.result.parameters(), whole.result.parameters(), strict=True):
+        assert torch.equal(one, other)
+    found = points(made, task, loop=loop, given={"data.name": "mine"})
+    assert found["data.image_shape"].startswith("(1, 16, 24) (published: (3, ")
+    assert found["data.num_classes"] == "3 (published: 10)" and found["data.name"] == "mine (published: cifar10)"
+    assert found["loop.epochs"] == f"{epochs} (published: {recipe(name).loop().epochs})"
+    if name.startswith("carso"):
+        # the rate is 1e-4 times the images of a process in a batch of 8 times as many
+        assert found["method.learning_rate"] == "0.0001 (published: 0.064)"
+        assert found["data.mean"] == "(0.4) (published: (0.4914, 0.4822, 0.4465))"
+        assert found["defence.decoder"].startswith("not one of the paper")
+        assert task.defence.arguments["layers"] == classifier_layers(10)
+    if name.startswith("atop"):
+        assert found["defence.block"] == "2 (published: 32)"
+
+
+def classifier_layers(depth):
+    return build_classifier("wide_resnet", (3, 8, 8), 2, depth=depth, width=1).representation_layers()
+
+
+class Stops(Callback):
+    """Stops after the first epoch."""
+
+    def on_step(self, state):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_the_published_block_is_the_default_for_images_of_the_published_size():
+    """So another size has the default, which is the same share of the image."""
+    for name in [name for name in TRAINED if name.startswith("atop")]:
+        assert recipe(name)["defence.block"] == _block(recipe(name).image_shape)

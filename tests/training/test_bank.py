@@ -476,7 +476,8 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         (lambda: carso_task("pipeline"), {}, {}, "attacks a model that it changes"),
         (lambda: atop_task("pipeline"), {}, {}, "attacks a model that it changes"),
         (classifier_task, {}, {}, "attacks a model that it changes"),
-        (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1\): train without padding"),
+        (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1, resized_crop 0\): train without crops"),
+        (TASKS["carso"], {"resized_crop": 0.5}, {}, r"cropped at random \(padding 0, resized_crop 0.5\): train without"),
         (
             TASKS["carso"],
             {},
@@ -485,7 +486,7 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         ),
         (lambda: TASKS["carso"](attack=attack(eps_warmup=0.5)), {}, {}, "eps_warmup 0.5"),
     ],
-    ids=["carso", "atop", "classifier", "padding", "variants", "warm-up"],
+    ids=["carso", "atop", "classifier", "padding", "resized crop", "variants", "warm-up"],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path, make, settings, options, message):
     with pytest.raises(ValueError, match=message):

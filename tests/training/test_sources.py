@@ -268,9 +268,10 @@ def as_batches(epoch, x, y, config):
     return list(InMemory(x, y, config, 0, 1).epoch(epoch, 0))
 
 
-def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
+@pytest.mark.parametrize("crop", [{"padding": 1}, {"resized_crop": 0.3}])
+def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form(crop):
     x, y = images()
-    config = FitConfig(3, 16, padding=1, flip=True)
+    config = FitConfig(3, 16, flip=True, **crop)
     tensors, function, floats = task(), task(), task()
     last = fit(tensors, x, y, config, progress=False)
     assert fit(function, lambda epoch: as_batches(epoch, x, y, config), None, config, progress=False) == last
@@ -280,6 +281,14 @@ def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
 
     fit(floats, in_floats, None, config, progress=False)
     assert same(tensors, function) and same(tensors, floats)
+    plain = task()
+    fit(plain, x, y, FitConfig(3, 16, flip=True), progress=False)
+    assert not same(tensors, plain)
+
+
+def test_two_kinds_of_crop_are_refused():
+    with pytest.raises(ValueError, match=r"padding must be 0 with a resized_crop, .*padding=4 and resized_crop=0.08"):
+        FitConfig(1, padding=4, resized_crop=0.08)
 
 
 @pytest.mark.parametrize("indices", [False, True])

@@ -6,13 +6,14 @@ ARREST has no official code. "FAT" is a re-implementation by readers of the pape
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ...models.classifiers import build_classifier
-from ..base import Recipe, read_recipes
+from ...models.classifiers import CLASSIFIERS, build_classifier
+from ..publication import Recipe, classifier_facts, read_recipes
 from .config import ArrestConfig
 from .task import ArrestTask
 
@@ -37,17 +38,28 @@ class ArrestRecipe(Recipe):
         name = options.pop("name")
         shape, classes = self.image_shape, self["data.num_classes"]
         # the sources do not say how images are normalized, so these are the statistics of the data set
-        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        mean = self.own.get("data.mean", (0.4914, 0.4822, 0.4465))
+        std = self.own.get("data.std", (0.2470, 0.2435, 0.2616))
         return build_classifier(name, shape, classes, mean=mean, std=std, **options)
 
-    def task(self, classifier: nn.Module, official_code: bool = False) -> ArrestTask:
+    def implied(self) -> dict[str, Any]:
+        network: Any = CLASSIFIERS[self["classifier.name"]]
+        return {"method.layers": [network.before_pooling]}
+
+    def of_training(self, task: ArrestTask) -> dict[str, Any]:
+        return {**super().of_training(task), "method.layers": task.layers, **classifier_facts(task.classifier)}
+
+    def task(
+        self, classifier: nn.Module, official_code: bool = False, layers: Sequence[str] | None = None
+    ) -> ArrestTask:
         """Return the finetuning of a classifier, for `purify_fast.training.fit`. The classifier is changed in place.
 
         Args:
             classifier: classifier that was trained on clean images.
             official_code: train as the re-implementation does, as in `config`.
+            layers: as in `ArrestTask`.
         """
-        return ArrestTask(classifier, self.config(official_code), self.image_shape)
+        return ArrestTask(classifier, self.config(official_code), self.image_shape, layers)
 
 
 RECIPES = read_recipes(ArrestRecipe, "arrest")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base import Recipe, read_recipes
+from ..publication import Recipe, classifier_facts, read_recipes
 from .config import AtopConfig
 from .defence import Atop
 from .generators import DeepFillGenerator
@@ -32,7 +32,7 @@ class AtopRecipe(Recipe):
     def defence(
         self, classifier: nn.Module, purifier: nn.Module | None = None, official_code: bool = False, **changes: Any
     ) -> Atop:
-        """Build the defence to train.
+        """Build the defence to train. For images of another size, the side of a block is `Atop`'s default.
 
         Args:
             classifier: classifier for images of the recipe's size. The authors' classifier was trained on clean images.
@@ -41,9 +41,27 @@ class AtopRecipe(Recipe):
             official_code: use one mask for all images of a batch, as in the authors' code.
             changes: arguments of `Atop` that replace those of the recipe.
         """
-        purifier = DeepFillGenerator() if purifier is None else purifier
+        purifier = DeepFillGenerator(self.image_shape[0] + 2) if purifier is None else purifier
         options = {"image_shape": self.image_shape, **self.part("defence", official_code), **changes}
+        if tuple(options["image_shape"])[1:] != self.facts["data.image_shape"].value[1:] and "block" not in changes:
+            # 32 pixels of 256, the published side, is the default for images of 256 x 256
+            del options["block"]
         return Atop(classifier, purifier, **options)
+
+    def implied(self) -> dict[str, Any]:
+        network = {"kind": "deepfill", "arguments": {"in_channels": 5, "width": 48}}
+        return {"defence.purifier": network, "defence.aggregation": "mean"}
+
+    def of_training(self, task: AtopTask) -> dict[str, Any]:
+        defence = task.defence
+        return {
+            **super().of_training(task),
+            **{f"defence.{name}": value for name, value in defence.arguments.items()},
+            "data.image_shape": defence.image_shape,
+            "data.num_classes": defence.num_classes,
+            "start.purifier": task.origin,
+            **classifier_facts(defence.classifier),
+        }
 
     def task(self, defence: Atop, official_code: bool = False) -> AtopTask:
         """Return the training of a defence, for `purify_fast.training.fit`.

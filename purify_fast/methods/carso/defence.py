@@ -115,6 +115,11 @@ class Carso(Defence):
             layer_list = [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in decoder[1]]
             plan: Plan = ((start, h, w), layer_list)
         elif version == "v1":
+            if self.image_shape[1:] != (28, 28):
+                raise ValueError(
+                    f"image_shape must be (C, 28, 28) for version 'v1', got {self.image_shape}: resize the images to "
+                    "28 x 28, or use version 'v4'"
+                )
             plan = decoder_plan_v1(self.image_shape[0], latent_dim + cond_dim)
         else:
             plan = decoder_plan(self.image_shape, decoder_width)

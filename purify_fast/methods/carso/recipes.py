@@ -7,20 +7,26 @@ is in earlier commits of the repository (8dadfc8, 5f65f97).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ...models.classifiers import FullyConnected, WideResNet
 from ...models.foreign import load_state, read_weights
-from ..base import Recipe, read_recipes
+from ..publication import Recipe, classifier_facts, read_recipes
 from .config import CarsoConfig, atom_size
 from .defence import Carso
-from .networks import published_decoder
+from .networks import PUBLISHED, published_decoder
 from .official import PARTS
 from .task import CarsoTask
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PUBLISHED_FOR = "that of the paper for images {}"
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,48 @@ class CarsoRecipe(Recipe):
         return replace(config, adversarial_fraction=fraction, allow_no_adversarial=fraction == 0)
 
     def defence(self, classifier: nn.Module, **changes: Any) -> Carso:
-        """Build the defence with a fresh purifier.
+        """Build the defence with a fresh purifier. If no decoder was published for the images, it is `decoder_plan`'s.
 
         Args:
-            classifier: a trained network with the architecture of `build_classifier`.
+            classifier: a trained network. If it is not a `WideResNet`, name its ``layers``.
             changes: arguments of `Carso` that replace those of the recipe.
 
         Raises:
-            ValueError: the classifier has another number of classes.
+            ValueError: the classifier lacks a layer, or the version v1 gets images that are not 28 x 28.
         """
-        decoder = published_decoder(self.image_shape) if self["defence.version"] == "v4" else None
         data = {"image_shape": self.image_shape, "mean": self["data.mean"], "std": self["data.std"]}
-        defence = Carso(classifier, **{**self.part("defence"), **data, "decoder": decoder, **changes})
-        classes = self["data.num_classes"]
-        if defence.num_classes != classes:
-            raise ValueError(f"classifier must have {classes} classes for {self.name}, got {defence.num_classes}")
-        return defence
+        options = {**self.part("defence"), **data, **changes}
+        if isinstance(classifier, WideResNet) and options["layers"] == self["defence.layers"]:
+            # the paper takes the same layers of every block, and this network may have fewer blocks
+            options["layers"] = classifier.representation_layers()
+        shape = tuple(options["image_shape"])
+        if options["version"] == "v4" and shape in PUBLISHED:
+            options.setdefault("decoder", published_decoder(shape))
+        return Carso(classifier, **options)
+
+    def implied(self) -> dict[str, Any]:
+        return {"defence.decoder": _PUBLISHED_FOR.format(self.image_shape)}
+
+    def of_training(self, task: CarsoTask) -> dict[str, Any]:
+        defence = task.defence
+        shape, arguments = defence.image_shape, defence.arguments
+        plan = published_decoder(shape) if shape in PUBLISHED else None
+        published = None if plan is None else json.loads(json.dumps([plan[0], [asdict(layer) for layer in plan[1]]]))
+        known = arguments["version"] == "v1" or arguments["decoder"] == published is not None
+        return {
+            **super().of_training(task),
+            **{f"defence.{name}": value for name, value in arguments.items()},
+            **{f"data.{name}": arguments[name] for name in ("image_shape", "mean", "std")},
+            "data.num_classes": defence.num_classes,
+            "defence.decoder": _PUBLISHED_FOR.format(shape) if known else "not one of the paper",
+            **classifier_facts(defence.classifier),
+        }
+
+    def for_batch(self, batch_size: int) -> Self:
+        # the authors' code computes the rate from the batch
+        rate = self["method.learning_rate"] * batch_size / self["loop.batch_size"]
+        recipe = super().for_batch(batch_size)
+        return replace(recipe, own={**recipe.own, "method.learning_rate": rate})
 
     def load(self, directory: str | Path, classifier_weights: str | Path | None = None) -> Carso:
         """Load the system with its authors' weights, in evaluation mode.

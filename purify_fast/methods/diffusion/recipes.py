@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base import Recipe, read_recipes
+from ..publication import Recipe, read_recipes
 from .defence import DiffusionPurifier
 from .process import Process
 from .schedule import Schedule

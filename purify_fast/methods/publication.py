@@ -1,0 +1,268 @@
+"""Published systems: their facts with sources, and in which points a training differs from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import nn
+
+from .._process import processes
+from ..models.classifiers import CLASSIFIERS
+from ..training.config import FitConfig
+from ..training.run import loop_facts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..training.bank import BankConfig
+
+R = TypeVar("R", bound="Recipe")
+
+#: The source of a fact. "code": the authors' code. "paper": the paper. "second-hand": a text or code of other people
+#: who have read the paper. "inferred": a conclusion from facts of the other grades.
+Grade = Literal["code", "paper", "second-hand", "inferred"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number or choice of a published system.
+
+    Args:
+        value: the value that the paper states, or that the authors' code is clearly meant to have.
+        grade: the kind of source.
+        source: file and line of the authors' code, or section of the paper.
+        official: the value in the authors' code, if it differs from ``value``; otherwise None.
+    """
+
+    value: Any
+    grade: Grade
+    source: str
+    official: Any = None
+
+    def of(self, official_code: bool) -> Any:
+        """Return ``official`` if it is asked for and there is one, and otherwise ``value``."""
+        return self.official if official_code and self.official is not None else self.value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The facts of a published system. A subclass for each method builds the system and its training from the facts.
+
+    The key of a fact begins with the part of the system that it describes, such as ``data.``, ``classifier.`` or
+    ``defence.``. Facts with ``method.`` are fields of the method's config, facts with ``attack.`` are fields of
+    `purify_fast.training.TrainingAttack`, and facts with ``loop.`` are fields of `purify_fast.training.FitConfig`. Most
+    facts with ``start.``, ``run.`` and ``evaluation.`` are descriptions in words.
+
+    Args:
+        name: name in `purify_fast.methods.recipes.recipe`, such as "carso/cifar10".
+        title: description of the system in one line.
+        facts: the facts by key.
+        not_reproduced: differences between this package and the publication, one sentence each.
+        own: the user's values, by the keys of the facts that they replace (`for_data`, `for_batch`).
+    """
+
+    #: The class of the method's config.
+    settings: ClassVar[Any]
+
+    name: str
+    title: str
+    facts: Mapping[str, Fact]
+    not_reproduced: tuple[str, ...] = ()
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of a fact, or the user's own value."""
+        return self.own[key] if key in self.own else self.facts[key].value
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the images, (C, H, W), after resizing."""
+        return self["data.image_shape"]
+
+    def part(self, prefix: str, official_code: bool = False) -> dict[str, Any]:
+        """Return the facts whose keys begin with a prefix. The result has the keys without the prefix.
+
+        Args:
+            prefix: prefix of the keys, such as "loop".
+            official_code: use the value in the authors' code where it differs.
+        """
+        return {
+            key.removeprefix(f"{prefix}."): self.own.get(key, fact.of(official_code))
+            for key, fact in self.facts.items()
+            if key.startswith(f"{prefix}.")
+        }
+
+    def config(self, official_code: bool = False) -> Any:
+        """Return the settings of the training, as an object of the method's config.
+
+        Args:
+            official_code: use the value in the authors' code where it differs.
+        """
+        attack = replace(self.settings.attack, **self.part("attack", official_code))
+        return self.settings(attack=attack, **self.part("method", official_code))
+
+    def loop(self, official_code: bool = False) -> FitConfig:
+        """Return the settings of the training loop, such as epochs, batches and augmentation.
+
+        Args:
+            official_code: use the value in the authors' code where it differs.
+        """
+        return FitConfig(**self.part("loop", official_code))
+
+    # -- the user's own data -------------------------------------------------------------------------------------------
+
+    def for_data(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        name: str = "own data",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Self:
+        """Return this recipe for other data, with the authors' optimizer, schedule, attack and weights of the loss.
+
+        `deviations` still compares a training with the publication.
+
+        Args:
+            image_shape: (C, H, W) of the images.
+            num_classes: number of classes.
+            name: name of the data.
+            mean: mean of each channel, with which the networks normalize images (`purify_fast.data.statistics`). None
+                means the recipe's mean, or 0.5 if the recipe has another number of channels.
+            std: standard deviation of each channel, in the same form.
+        """
+        own = {"data.image_shape": tuple(image_shape), "data.num_classes": num_classes, "data.name": name}
+        for key, values in {"data.mean": mean, "data.std": std}.items():
+            if values is not None or image_shape[0] != self.image_shape[0]:
+                own[key] = (0.5,) * image_shape[0] if values is None else tuple(values)
+        return replace(self, own={**self.own, **own})
+
+    def for_batch(self, batch_size: int) -> Self:
+        """Return this recipe for another number of images per step. CARSO's learning rate changes in proportion.
+
+        Args:
+            batch_size: images per step, of all processes together.
+        """
+        return replace(self, own={**self.own, "loop.batch_size": batch_size})
+
+    def implied(self) -> dict[str, Any]:
+        """Return published values that follow from the facts, but that no fact states, by key."""
+        return {}
+
+    def of_training(self, task: Any) -> dict[str, Any]:
+        """Return the values of a training that are not settings, by the keys of facts: of its data and networks.
+
+        Args:
+            task: the training, as ``task`` of the recipe makes it.
+        """
+        return {key: self[key] for key in self.facts if key.startswith("data.")}
+
+    def deviations(
+        self,
+        task: Any,
+        loop: FitConfig,
+        official_code: bool = False,
+        *,
+        bank: BankConfig | None = None,
+        given: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Return the points in which a training is not as published, one line each.
+
+        All facts and all settings of the training are compared. A fact in words, such as the classifier's weights, is
+        listed unless ``given`` has the same words. What this package does not reproduce is in ``not_reproduced``.
+
+        Args:
+            task: the training, as ``task`` of the recipe makes it.
+            loop: the settings of the training loop.
+            official_code: whether to compare with the authors' code where it differs from the recipe.
+            bank: the bank of adversarial images that is passed to `purify_fast.training.fit`.
+            given: values that the training does not know, by the keys of their facts, such as "start.classifier". If
+                the training reads a loader, give the loader's "loop.batch_size".
+        """
+        authors = replace(self, own={})
+        # other facts with "run." repeat the settings in words, and the evaluation is not a part of the training
+        left_out = {key for key in self.facts if key.startswith(("run.", "evaluation."))} - {"run.processes"}
+        published = {key: fact.of(official_code) for key, fact in self.facts.items() if key not in left_out}
+        published |= authors.implied() | _by_key(authors.config(official_code), authors.loop(official_code))
+        published["run.bank"] = None
+        run = {"run.processes": processes()[1], "run.bank": None if bank is None else bank.facts}
+        run |= self.of_training(task) | _by_key(task.config, loop) | dict(given or {})
+        if "loop.seed" not in self.facts:
+            # the order of the images is drawn from other random numbers anyway
+            del published["loop.seed"]
+        if run.get("classifier.name") != published.get("classifier.name"):
+            # the sizes of another network have other meanings
+            published = {k: v for k, v in published.items() if k == "classifier.name" or k[:11] != "classifier."}
+        return [
+            f"{key}: {_text(run.get(key, 'not known'))} (published: {_text(value)})"
+            for key, value in published.items()
+            if json.dumps(run.get(key, "not known")) != json.dumps(value)
+        ]
+
+    def __str__(self) -> str:
+        """Return all facts with grades and sources, and the differences of this package, as text."""
+        rows: list[tuple[str, ...]] = [("fact", "value", "official_code=True", "grade", "source")]
+        for key, fact in self.facts.items():
+            official = "" if fact.official is None else _text(fact.official)
+            rows.append((key, _text(fact.value), official, fact.grade, fact.source))
+        # the width of a column ignores long texts, because they would make the column too wide
+        widths = [max(len(row[column]) for row in rows if len(row[column]) <= 32) for column in range(4)]
+        lines = [f"{self.name}: {self.title}", ""]
+        lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows]
+        if self.not_reproduced:
+            lines += ["", "Not reproduced:", *(f"- {sentence}" for sentence in self.not_reproduced)]
+        return "\n".join(lines)
+
+
+def _by_key(config: Any, loop: FitConfig) -> dict[str, Any]:
+    """Return the settings of a method, of its attack and of the loop that decide the result, by the keys of facts."""
+    attack = {f"attack.{name}": value for name, value in asdict(config.attack).items()}
+    method = {f"method.{one.name}": getattr(config, one.name) for one in fields(config) if one.name != "attack"}
+    return attack | method | {f"loop.{name}": value for name, value in loop_facts(loop).items()}
+
+
+def classifier_facts(classifier: nn.Module) -> dict[str, Any]:
+    """Return the name and the sizes of a classifier, by the keys of facts."""
+    names = {kind: name for name, kind in CLASSIFIERS.items()}
+    arguments: dict[str, Any] = getattr(classifier, "arguments", {})
+    name = names.get(type(classifier), arguments.get("spec", type(classifier).__name__))
+    return {**{f"classifier.{key}": value for key, value in arguments.items()}, "classifier.name": name}
+
+
+def _text(value: Any) -> str:
+    """Return the text of a value in a recipe."""
+    if isinstance(value, (tuple, list)):
+        one = [_text(part) for part in value]
+        return f"{one[0]} ... {one[-1]} ({len(one)})" if len(one) > 6 else f"({', '.join(one)})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read_recipes(kind: type[R], method: str) -> dict[str, R]:
+    """Read the recipes of a method. The keys of the result are the recipes' names without the method's name.
+
+    Args:
+        kind: the method's class of recipes.
+        method: name of the method's folder, which has ``recipes.json``. A fact in this file is a list of value, grade,
+            source and, if it differs, the value in the authors' code. A fraction is a text such as "8/255".
+    """
+    systems = json.loads((Path(__file__).parent / method / "recipes.json").read_text(encoding="utf-8"))
+    recipes = {}
+    for name, system in systems.items():
+        facts = {key: Fact(_number(value), *rest) for key, (value, *rest) in system["facts"].items()}
+        recipes[name] = kind(f"{method}/{name}", system["title"], facts, tuple(system["not_reproduced"]))
+    return recipes
+
+
+def _number(value: Any) -> Any:
+    """Convert a value of the file: a fraction to a number, and a list to a tuple."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and value.replace("/", "", 1).isdigit():
+        return float(Fraction(value))
+    return value

@@ -1,0 +1,123 @@
+"""The authors' recipes on data of a user's own: trained, stopped and resumed, saved, loaded and judged by commands."""
+
+import numpy as np
+import pytest
+import torch
+from pictures import picture
+
+import purify_fast
+from purify_fast import cli
+from purify_fast.evaluation import Report
+from purify_fast.training import load_classifier, loop
+
+pytestmark = pytest.mark.usefixtures("one_thread", "short_signs")
+
+#: Options that make the networks and the attacks small.
+SMALL = {
+    "carso": [
+        "--recipe",
+        "cifar10",
+        "--layers",
+        "conv2",
+        "hidden",
+        "--cond-dim",
+        "8",
+        "--latent-dim",
+        "4",
+        "--steps",
+        "1",
+    ],
+    "atop": ["--recipe", "cifar_rt2", "--width", "4"],
+    "arrest": ["--recipe", "resnet18", "--steps", "1", "--alpha", "None"],
+}
+#: A delayed term of the loss acts from the first step.
+AT_ONCE = {"carso": ["--kl-delay", "0"], "atop": ["--cls-delay", "0"]}
+
+
+def folder(root, classes, side):
+    for part, images in (("train", 24), ("val", 2 * classes)):
+        for number in range(images):
+            picture(root / part / f"class{number % classes}" / f"{number}.png", number, (side, side))
+    return root
+
+
+def npz(path):
+    x, y = np.random.RandomState(0).randint(0, 256, (24, 16, 24)).astype(np.uint8), np.arange(24) % 3
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    return path
+
+
+class Own:
+    """A data set, and a classifier that was trained on it; makes the words of commands."""
+
+    def __init__(self, path, shape, classes, base):
+        self.path, self.shape, self.classes, self.base = path, shape, classes, str(base)
+        # AToP's recipe resizes images to 256 x 256 by default
+        self.size = {"atop": ["--size", str(shape[1]), str(shape[2])]}
+        words = ["train", "classifier", "--width", "4", "--epochs", "1", "--out", self.base]
+        assert cli.main([*words, *self.common, "--batch-size", "8"]) == 0
+
+    @property
+    def common(self):
+        return ["--data", str(self.path), "--device", "cpu"]
+
+    def train(self, method, out):
+        length = ["--batch-size", "8", "--epochs", "2", "--steps-per-epoch", "2", "--checkpoint-seconds", "0"]
+        words = [*SMALL[method], *AT_ONCE.get(method, []), *length, *self.size.get(method, [])]
+        return cli.main(["train", method, *words, *self.common, "--classifier", self.base, "--out", str(out)])
+
+    def evaluate(self, method, out):
+        words = ["--images", "3", "--protocol", "fast", "--steps", "1", *self.size.get(method, [])]
+        return cli.main(["evaluate", str(out), *words, *self.common])
+
+
+@pytest.fixture(
+    scope="module", params=["three classes", "npz", pytest.param("ten classes at 224", marks=pytest.mark.slow)]
+)
+def own(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp("own")
+    if request.param == "npz":
+        return Own(npz(place / "own.npz"), (1, 16, 24), 3, place / "classifier")
+    classes, side = (3, 40) if request.param == "three classes" else (10, 224)
+    return Own(folder(place / "own", classes, side), (3, side, side), classes, place / "classifier")
+
+
+def resumed(own, method, out, monkeypatch):
+    """Train, stopped at the fourth step of four, and started again."""
+    step, taken = loop.train_step, []
+
+    def stopping(task, batch):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return step(task, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stopping)
+        assert own.train(method, out) == 130
+    assert own.train(method, out) == 0
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_each_recipe_on_own_data_is_stopped_and_resumed(own, method, tmp_path, monkeypatch, capsys):
+    resumed(own, method, tmp_path / "resumed", monkeypatch)
+    said = capsys.readouterr().out
+    assert f"data.image_shape: ({', '.join(map(str, own.shape))}) (published: " in said
+    assert ("data.num_classes: 3 (published: 10)" in said) == (own.classes == 3)
+    assert own.train(method, tmp_path / "whole") == 0
+    one, other = (loaded(tmp_path / name, method) for name in ("resumed", "whole"))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert one(torch.rand(2, *own.shape)).shape == (2, own.classes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SMALL)
+def test_each_recipe_on_own_data_is_judged(own, method, tmp_path):
+    assert own.train(method, tmp_path / "run") == 0
+    assert own.evaluate(method, tmp_path / "run") == 0
+    report = Report.from_json((tmp_path / "run/evaluation/report.json").read_text())
+    assert report.row("clean").n == 3 and report.eps == pytest.approx(8 / 255)
+
+
+def loaded(folder, method):
+    return load_classifier(folder).eval() if method == "arrest" else purify_fast.load_defence(folder)
