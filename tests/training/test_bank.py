@@ -477,7 +477,12 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         (lambda: atop_task("pipeline"), {}, {}, "attacks a model that it changes"),
         (classifier_task, {}, {}, "attacks a model that it changes"),
         (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1, resized_crop 0\): train without crops"),
-        (TASKS["carso"], {"resized_crop": 0.5}, {}, r"cropped at random \(padding 0, resized_crop 0.5\): train without"),
+        (
+            TASKS["carso"],
+            {"resized_crop": 0.5},
+            {},
+            r"cropped at random \(padding 0, resized_crop 0.5\): train without",
+        ),
         (
             TASKS["carso"],
             {},
