@@ -116,7 +116,7 @@ def test_each_recipe_on_own_data_is_judged(own, method, tmp_path):
     assert own.train(method, tmp_path / "run") == 0
     assert own.evaluate(method, tmp_path / "run") == 0
     report = Report.from_json((tmp_path / "run/evaluation/report.json").read_text())
-    assert report.row("clean").n == 3 and report.eps == pytest.approx(8 / 255)
+    assert report.row("clean").n == 3 and report.about["threat"] == "L-inf 8/255"
 
 
 def loaded(folder, method):
