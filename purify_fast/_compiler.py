@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -66,20 +67,33 @@ class EagerDispatchMode(TorchDispatchMode):
     within a plain dispatch mode never used its compiled form again.
     """
 
+    #: The stance belongs to the whole process. So it is set by the first of several modes, also of other threads, and
+    #: restored by the last.
+    _lock = threading.Lock()
+    _active = 0
+    _stance: contextlib.AbstractContextManager[Any] | None = None
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stances: list[contextlib.AbstractContextManager[Any]] = []
 
     def __enter__(self) -> Any:
-        # Nothing is compiled before the compiler is imported.
-        dynamo = "torch._dynamo" in sys.modules
-        stance = torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext()
-        # `set_stance` already acts when it is created.
-        self._stances.append(stance)
+        mode = EagerDispatchMode
+        with mode._lock:
+            mode._active += 1
+            # Nothing is compiled before the compiler is imported.
+            if mode._stance is None and "torch._dynamo" in sys.modules:
+                # PyTorch refuses this where a compiled function has called us. Then it compiles nothing here anyway.
+                with contextlib.suppress(RuntimeError):
+                    mode._stance = torch.compiler.set_stance("force_eager")
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> Any:
+        mode = EagerDispatchMode
         try:
             return super().__exit__(*error)  # type: ignore[no-untyped-call]
         finally:
-            self._stances.pop().__exit__(*error)
+            with mode._lock:
+                mode._active -= 1
+                if mode._active == 0 and mode._stance is not None:
+                    mode._stance.__exit__(None, None, None)
+                    mode._stance = None

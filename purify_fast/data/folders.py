@@ -85,7 +85,7 @@ def read_folder(
     # On Linux this is the number of CPUs that this process may use.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     count = cpus if workers is None else workers
-    if skip_broken and (broken := _broken(root, source, splits, count)):
+    if skip_broken and (broken := _broken(folder, root, source, splits, workers=count)):
         splits = _without(splits, broken, classes)
         source = _fingerprint(folder, splits, classes)
     images: dict[str, StreamedImages] | None
@@ -192,18 +192,18 @@ def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> 
 # ---- images that cannot be decoded
 
 
-def _broken(root: Path, source: str, splits: dict[str, Split], workers: int) -> dict[str, str]:
-    """The errors of the images that cannot be decoded, by path. They are found once, and kept in ``broken.json``."""
-    place = root / "broken.json"
+def _broken(folder: Path, root: Path, source: str, splits: dict[str, Split], workers: int) -> dict[str, str]:
+    """The errors of the images that cannot be decoded, by path. They are found once, and kept in ``broken.json``.
+
+    The file has paths relative to the folder of the images, because the same folder may be given by another path later.
+    """
+    place, threads, broken = root / "broken.json", max(workers, 1), dict[str, str]()
+    files = [path for split in splits.values() for path in split.files]
+    names = {path.relative_to(folder).as_posix(): str(path) for path in files}
     with contextlib.suppress(OSError, ValueError, KeyError):
         facts = json.loads(place.read_text())
         if facts["source"] == source:
-            return facts["broken"]
-    files, broken, threads = (
-        [path for split in splits.values() for path in split.files],
-        dict[str, str](),
-        max(workers, 1),
-    )
+            return {names[name]: error for name, error in facts["broken"].items()}
     bar = tqdm(total=len(files), unit="img", desc="check images", mininterval=0.1 if sys.stderr.isatty() else 10)
     with bar, ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(files), CHUNK * threads):
@@ -211,10 +211,10 @@ def _broken(root: Path, source: str, splits: dict[str, Split], workers: int) -> 
             for path, image in zip(part, pool.map(_image, part, repeat(None)), strict=True):
                 bar.update()
                 if isinstance(image, str):
-                    broken[str(path)] = image
+                    broken[path.relative_to(folder).as_posix()] = image
     root.mkdir(parents=True, exist_ok=True)
     write_text(place, json.dumps({"source": source, "broken": broken}))
-    return broken
+    return {names[name]: error for name, error in broken.items()}
 
 
 def _without(splits: dict[str, Split], broken: dict[str, str], classes: list[str]) -> dict[str, Split]:

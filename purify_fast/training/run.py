@@ -298,7 +298,9 @@ class Run:
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:
     """Return the loop's settings that decide the result of a run."""
-    return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
+    facts = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
+    # Runs of before this setting existed have no entry for it.
+    return facts if config.resized_crop else {name: facts[name] for name in facts if name != "resized_crop"}
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:

@@ -1,16 +1,20 @@
 """The graphs that are made of a region: one for all batch sizes on a CPU, one for each of the first two on a GPU."""
 
+import threading
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
+from purify_fast._compiler import outside_graphs
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.folding import inference_copy
 from purify_fast.speed.folding.inference_copy import STATIC_SIZES, CompiledRegion
+from purify_fast.speed.graphs.host_syncs import HostSyncs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,3 +108,34 @@ def test_what_is_captured_is_what_was_compiled(monkeypatch, rerun):
     assert graphs.refusal is None and rerun.recorded == 1
     assert captured == [("forward", compiled["forward"]), ("backward", compiled["backward"])]
     assert min(compiled.values()) > 5
+
+
+def test_modes_that_overlap_in_threads_leave_the_compiler_on(graphs):
+    first, second = HostSyncs(), HostSyncs()
+    begun, ended = threading.Event(), threading.Event()
+
+    def other():
+        with second:
+            begun.set()
+            ended.wait(10)
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        begun.wait(10)
+    ended.set()
+    thread.join()
+    function = torch.compile(lambda x: x * 2)
+    function(torch.ones(3))
+    assert len(graphs) == 1
+
+
+def test_a_mode_inside_a_compiled_function_is_no_error():
+    def count(x: Tensor) -> int:
+        with HostSyncs() as counted:
+            x + 1
+        return counted.dispatched
+
+    plain = outside_graphs(count, recursive=False)
+    function = torch.compile(lambda x: plain(x * 2), backend="eager")
+    assert function(torch.ones(3)) == 1

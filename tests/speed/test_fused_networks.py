@@ -460,3 +460,55 @@ def test_a_chain_without_gradients_frees_its_maps(tiles):
         values = chain.run([torch.rand(4, 3, 16, 16).to(HALF)], saving=False)
     # The last step's sum is not made, and all other maps were read for the last time.
     assert set(values) == set(chain.outputs)
+
+
+class Broadcast(nn.Module):
+    """A convolution to which a map is added that is the same for all pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layer(x) + x.mean((1, 2, 3), keepdim=True))
+
+
+class Optionally(Broadcast):
+    """A convolution to which a map is added in some calls."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        out = self.layer(x)
+        return F.relu(out if skip is None else out + skip)
+
+
+def test_an_added_map_has_the_shape_that_a_kernel_reads(monkeypatch):
+    model = prepared(Broadcast())
+    x = torch.rand(4, *SHAPE).to(HALF)
+    with torch.no_grad():
+        wanted = model(x)
+    monkeypatch.setattr("purify_fast.speed.folding.fused_networks.chains_serve", lambda device: True)
+    assert fuse_convolutions(model, x) == 1
+    seen, call = list[Any](), convolution_chains.OP
+
+    def noted(*given: Any, **named: Any) -> Any:
+        result = call(*given, **named)
+        seen.append((given[3], result[0]))
+        return result
+
+    monkeypatch.setattr(convolution_chains, "OP", noted)
+    with torch.no_grad():
+        assert torch.equal(model(x), wanted)
+    added = [(added, out) for added, out in seen if added is not None]
+    assert added and all(one.shape == out.shape and one.is_contiguous() for one, out in added)
+
+
+def test_a_call_with_other_arguments_than_the_traced_ones_runs_the_module_as_it_was(monkeypatch):
+    model = prepared(Optionally())
+    x, skip = torch.rand(4, *SHAPE).to(HALF), torch.rand(4, 16, 16, 16).to(HALF)
+    with torch.no_grad():
+        wanted = [model(x), model(x, skip)]
+    monkeypatch.setattr("purify_fast.speed.folding.fused_networks.chains_serve", lambda device: True)
+    assert fuse_convolutions(model, x, skip)
+    with torch.no_grad():
+        assert torch.equal(model(x), wanted[0])
+        assert (model(x, skip) - wanted[1]).float().norm() <= 0.02 * wanted[1].float().norm()

@@ -215,6 +215,49 @@ def test_a_form_uses_weights_that_change_in_place(monkeypatch, form):
     assert ((found - wanted).abs() > 1e-6).float().mean() < 0.1
 
 
+def test_a_caller_under_autocast_gets_the_joint_form_in_the_same_precision():
+    model = InferenceCopy(network(), (3, 8, 8), torch.float32)
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    step = GradientStep(Objective(model, "ce"))
+    zeros = torch.zeros(8)
+    state = {"point": x, "y": torch.arange(8), "image": torch.zeros_like(x), "loss": zeros, "wrong": zeros}
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, made = step(state), make_form("joint", step, state)
+        found = made.run(state)
+    assert torch.allclose(found["image"], wanted["image"], rtol=1e-4, atol=1e-7)
+
+
+def test_many_compiled_forms_in_a_process_are_all_compiled():
+    """PyTorch compiles the code of a function only eight times."""
+    model, graphs = inference_copy(), torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    with torch.no_grad():
+        for size in range(8, 20):
+            form = make_form("compiled", Noisy(model), {"x": torch.zeros(size, 3, 8, 8)})
+            (_, region), *_ = form.objects
+            region(torch.rand(size, 3, 8, 8))
+    assert graphs["unique_graphs"] - before == 12
+
+
+class Shaken(nn.Module):
+    """A model that draws random numbers on the device."""
+
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x + 1e-3 * torch.rand_like(x))
+
+
+def test_a_random_model_has_no_compiled_forms(monkeypatch):
+    capture = TimedForms(TIMES, monkeypatch)
+    graphs, model = StepGraphs("always", capture, choose_after=0.0), Shaken(inference_copy()).eval()
+    attack(model, graphs)
+    attack(model, graphs)
+    assert set(capture.made) == {"launched"} and graphs.refusal is None
+
+
 @dataclass(frozen=True)
 class Noisy:
     model: nn.Module

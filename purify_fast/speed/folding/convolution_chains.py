@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
-from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, through_activation
+from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
 from .unrolled import has_tiles, pays, unrolled
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
@@ -168,6 +168,10 @@ class Chain(nn.Module):
         left = Counter(self.uses)
         for step in self.steps:
             x, added = values[step.input], None if step.added is None else values[step.added]
+            if added is not None:
+                # A kernel reads the added map at every pixel, and networks may add a map that is broadcast.
+                size = output_size(x.shape[1:3], step.layer.kernel_size, *step.settings(x.shape[1:3]))
+                added = added.expand(len(x), *size, step.layer.out_channels).contiguous()
             keep = step.activation != NONE and step.total in wanted
             fused = step.by_onednn(x, added) if not (saving or keep) and onednn_serves(x.device) else None
             if fused is None:

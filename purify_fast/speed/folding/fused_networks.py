@@ -281,16 +281,19 @@ class FusedForward:
     Args:
         module: the module, whose attribute ``forward`` this object becomes.
         graph: the rewritten module.
+        tensors: for each argument, whether it was a tensor when the module was traced. The graph is valid only for
+            such calls, because the module may test whether an argument is None.
     """
 
     #: Captured steps read the tensors of the module, and no others.
     not_dependencies = frozenset({"module", "graph"})
 
-    def __init__(self, module: nn.Module, graph: fx.GraphModule):
-        self.module, self.graph = module, graph
+    def __init__(self, module: nn.Module, graph: fx.GraphModule, tensors: tuple[bool, ...]):
+        self.module, self.graph, self.tensors = module, graph, tensors
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        if _off or torch.compiler.is_compiling() or named or not _served(given):
+        other = named or tuple(isinstance(one, Tensor) for one in given) != self.tensors
+        if _off or torch.compiler.is_compiling() or other or not _served(given):
             return type(self.module).forward(self.module, *given, **named)
         return self.graph(*given)
 
@@ -367,7 +370,7 @@ def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:
         graph = _rewritten(module, tried, arguments.get(tried))
         if graph is None:
             return sum(map(visit, module.children(), tried.children()))
-        module.forward = FusedForward(module, graph)
+        module.forward = FusedForward(module, graph, tuple(isinstance(one, Tensor) for one in arguments[tried]))
         return sum(len(part.steps) for part in graph.children() if isinstance(part, Chain))
 
     return visit(model, trial)

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..._tensors import without_autocast
 from ...ops.dispatch import records
 from ..folding.fused_networks import has_fused_parts, without_fusion
 from ..folding.inference_copy import Accelerated, CompiledRegion, InferenceCopy
@@ -105,7 +107,7 @@ def _unfused(function: Any) -> Run:
 
 
 def _compiled(function: Any) -> MadeForm:
-    regions = [(part, CompiledRegion(part._logits)) for part in copies_in(function.model)]
+    regions = [(part, CompiledRegion(_with_own_code(part._logits))) for part in copies_in(function.model)]
 
     def run(state: Mapping[str, Tensor]) -> State:
         for part, region in regions:
@@ -120,8 +122,16 @@ def _compiled(function: Any) -> MadeForm:
     return MadeForm(run, regions)
 
 
+def _with_own_code(method: Any) -> Any:
+    """Copy a method. PyTorch compiles a code object only a few times, and then runs all of its functions uncompiled."""
+    function = method.__func__
+    code, given = function.__code__.replace(), (function.__defaults__, function.__closure__)
+    duplicate = types.FunctionType(code, function.__globals__, function.__name__, *given)
+    return types.MethodType(duplicate, method.__self__)
+
+
 def _joint(function: Any, buffers: State) -> MadeForm:
-    names = sorted(buffers)
+    names, device = sorted(buffers), next(iter(buffers.values())).device
 
     def flat(*values: Tensor) -> State:
         result: State = function(dict(zip(names, values, strict=True)))
@@ -134,7 +144,8 @@ def _joint(function: Any, buffers: State) -> MadeForm:
     called = torch.compile(graph, dynamic=False, fullgraph=True, backend=BACKEND)
 
     def run(state: Mapping[str, Tensor]) -> State:
-        with torch.no_grad():
+        # The graph already has the casts of an autocast.
+        with torch.no_grad(), without_autocast(device):
             result: State = called(*tensors, *[state[name] for name in names])
         return result
 

@@ -42,7 +42,7 @@ from ..memory import retry_when_memory_ends
 from .cuda_capture import CudaCapture
 from .host_syncs import HostSyncs
 from .step_forms import Form, KnownForm, agrees, candidates, form_errors, keep_form, known_form, make_form, structure
-from .step_trials import all_alike, first_replay_agrees, host_generators, no_trace, numerics
+from .step_trials import all_alike, device_generator, first_replay_agrees, host_generators, no_trace, numerics
 
 logger = logging.getLogger("purify_fast")
 
@@ -498,16 +498,24 @@ class StepGraphs:
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device. So
                     # it precedes the trial, which refuses steps that wait.
                     function(buffers)
+                drawn = device_generator(device)
                 tried = [counter.counted() for counter in counters]
                 reason = self._trial(function, buffers, device)
                 if reason is not None:
                     return self._refuse(base, reason)
+                # Compiled code draws other random numbers.
+                draws = device_generator(device) != drawn
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 eager = self._timed(lambda: function(buffers), device)
                 digest = structure(function, state, numerics(device))
                 known = None if torch.are_deterministic_algorithms_enabled() else known_form(digest, device)
                 plain: Form = "unfused" if known is not None and known.form == "unfused" else "launched"
-                right = [one for form in forms or [plain] if (one := self._record(form, step, buffers)) is not None]
+                asked = [form for form in forms if not draws or form in ("launched", "unfused")]
+                right = [one for form in asked or [plain] if (one := self._record(form, step, buffers)) is not None]
+                if not right and forms:
+                    return None
+                if not right and plain != "launched":
+                    right = [one for one in [self._record("launched", step, buffers)] if one is not None]
                 if not right:
                     return self._refuse(base, "a replay gives another result than the step")
                 best = min(right, key=lambda form: form.seconds)

@@ -65,6 +65,12 @@ def host_generators(device: torch.device) -> tuple[Any, ...]:
     return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
 
 
+def device_generator(device: torch.device) -> bytes:
+    """The state of torch's generator of the device. On a GPU this waits for the device."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state.numpy().tobytes()
+
+
 def all_alike(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     """Tell whether all results in floating point are `alike`."""
     return all(alike(got[name], value) for name, value in wanted.items() if value.is_floating_point())
