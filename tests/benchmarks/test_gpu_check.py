@@ -332,7 +332,7 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
 
 
 def test_the_longest_kernels_of_a_step_are_listed(rehearsal, monkeypatch):
-    for name in ("COMPILED", "EXPERT"):
+    for name in ("FASTEST", "EXPERT"):
         # these would be compiled
         monkeypatch.setattr(pgd_forms, name, FORMS[0])
     outcome = gpu_sections.profiled(rehearsal)
