@@ -229,7 +229,7 @@ class FitConfig:
 
     @property
     def crops(self) -> bool:
-        """Whether images are cropped at random."""
+        """Tell whether images are cropped at random."""
         return bool(self.padding or self.resized_crop)
 
 

@@ -1,4 +1,4 @@
-"""What one `standard` run launches without and with graphs, beside its replays. docs/speed.md has the numbers.
+"""Count the launches of one `standard` run, without graphs and with them. docs/speed.md has the numbers.
 
 Functions that run again stand for CUDA graphs, and a replay counts as one launch.
 """

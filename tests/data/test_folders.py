@@ -148,7 +148,7 @@ def test_files_that_cannot_be_decoded_are_left_out(tmp_path, decode, monkeypatch
         with pytest.warns(UserWarning, match=named):
             assert torch.equal(data.load_dataset(tmp_path / "pets", **given).x_train, d.x_train)
     monkeypatch.undo()
-    # what one start leaves out, another refuses
+    # A later start without this option refuses the same images.
     with pytest.raises(ValueError, match=r"2 of 14 images cannot be decoded: .*\(--broken skip\)"):
         data.load_dataset(tmp_path / "pets", cache=tmp_path / "cache")
     for path in (tmp_path / "pets/train/dog").iterdir():

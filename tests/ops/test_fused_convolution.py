@@ -63,7 +63,7 @@ def composed(z: Tensor, norm: list[Tensor], activation: int) -> Tensor:
 @pytest.mark.parametrize("padding", [[1, 1, 1, 1], [0, 1, 0, 1]])
 @pytest.mark.parametrize("activation", [op.RELU, op.SILU])
 def test_the_backward_s_definition_is_the_derivative(activation, padding):
-    """Of a sum of three uses of z: through the convolution, through another function of the images, and itself."""
+    """The loss uses z three times: in the convolution, in another function of the images, and directly."""
     z, weight = normal(2, 4, 6, 8).requires_grad_(), normal(5, 3, 3, 4, seed=1)
     for norm in ([], [normal(4, seed=2), normal(4, seed=3).abs() + 1, normal(4, seed=4), normal(4, seed=5)]):
         images = composed(z, norm, activation)

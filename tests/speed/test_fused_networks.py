@@ -221,7 +221,7 @@ def test_the_denoiser_of_a_diffusion_purifier_is_rewritten(served):
 
 
 class Other(nn.Module):
-    """What is not rewritten, and why."""
+    """Some convolutions stay as they are. Each case says why."""
 
     def __init__(self, kind: str):
         super().__init__()

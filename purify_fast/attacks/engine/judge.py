@@ -134,7 +134,7 @@ class Judge:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """One prediction of each image, ``[B, classes]``."""
+        """Return the logits of one draw for each image, ``[B, classes]``."""
         return torch.cat([logits_of(self.model, part) for part in x.split(self.max_forward_batch or max(1, len(x)))])
 
     def is_costly(self) -> bool:

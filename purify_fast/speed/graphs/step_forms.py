@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import operator
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -161,7 +162,7 @@ def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     known: dict[Any, Any] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in inputs:
-            value = _attribute(traced, node.target)
+            value = operator.attrgetter(node.target)(traced)
             if not isinstance(value, Tensor):
                 raise RuntimeError(f"the step has the constant {node.target}, which is not a tensor")
             inputs[node.target] = graph.placeholder(f"tensor_{len(inputs)}")
@@ -172,12 +173,6 @@ def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
         known[node] = inputs[node.target] if node.op == "get_attr" else graph.node_copy(node, lambda one: known[one])
     graph.eliminate_dead_code()
     return fx.GraphModule(nn.Module(), graph), list(tensors.values())
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:

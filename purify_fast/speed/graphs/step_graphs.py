@@ -514,8 +514,8 @@ class StepGraphs:
                 right = [one for form in asked or [plain] if (one := self._record(form, step, buffers)) is not None]
                 if not right and forms:
                     return None
-                if not right and plain != "launched":
-                    right = [one for one in [self._record("launched", step, buffers)] if one is not None]
+                if not right and plain != "launched" and (one := self._record("launched", step, buffers)) is not None:
+                    right = [one]
                 if not right:
                     return self._refuse(base, "a replay gives another result than the step")
                 best = min(right, key=lambda form: form.seconds)
