@@ -189,4 +189,5 @@ class TrainArrest(FollowsRecipe, OnClassifier, ResultsInClassifier, FreshClassif
             return
         wanted = {"task": "arrest", **settings(self.method), **loop_facts(self.loop)}
         wanted["alpha"] = attack.step_size(attack.eps)
-        refuse_another(self.out, {name: checkpoint["facts"].get(name) for name in wanted}, wanted)
+        facts = checkpoint["facts"]
+        refuse_another(self.out, {name: facts[name] for name in wanted if name in facts}, wanted)

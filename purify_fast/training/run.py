@@ -298,9 +298,7 @@ class Run:
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:
     """Return the loop's settings that decide the result of a run."""
-    facts = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
-    # Runs of before this setting existed have no entry for it.
-    return facts if config.resized_crop else {name: facts[name] for name in facts if name != "resized_crop"}
+    return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
@@ -308,8 +306,8 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here:
 
     ``there`` and ``here`` are the words for the two runs in this text.
     """
-    # JSON turns a checkpoint's tuples into lists
-    saved, wanted = (json.loads(json.dumps(facts)) for facts in (saved, wanted))
+    # JSON turns a checkpoint's tuples into lists. Runs of before the setting `resized_crop` have no entry for it.
+    saved, wanted = ({"resized_crop": 0.0} | json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
 

@@ -92,6 +92,18 @@ def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_run_of_before_a_setting_existed_goes_on(tmp_path):
+    x, y = images()
+    first = fit(task(), x, y, FitConfig(2, 16), tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    saved = read_tree(file)
+    assert saved["facts"].pop("resized_crop") == 0
+    write_tree(file, saved)
+    assert fit(task(), x, y, FitConfig(2, 16), tmp_path) == first
+    with pytest.raises(ValueError, match=r"resized_crop: 0\.0 there, 0\.5 now"):
+        fit(task(), x, y, FitConfig(2, 16, resized_crop=0.5), tmp_path)
+
+
 def carso(seed, origin="scratch"):
     torch.manual_seed(seed)
     defence = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
