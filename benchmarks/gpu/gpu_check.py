@@ -77,7 +77,7 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {"correct": Call((150, 90), True), "measured": Call((540, 130), False)}
+CALLS = {"correct": Call((150, 70), True), "measured": Call((540, 165), False)}
 
 
 def _rehearse(out: Path) -> None:
