@@ -1,8 +1,8 @@
 """The tests of a device: of the GPU's kernels, or rehearsed on a CPU's with PURIFY_FAST_TEST_DEVICE=cpu.
 
 With PURIFY_FAST_TEST_SECONDS, tests that would start later than that are skipped, and say so. PURIFY_FAST_TEST_STRIDE=N
-runs every N-th case of each test. With PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as a line of JSON. A run that was killed
-goes on where it was: tests that passed, by the file, are not run again.
+runs every N-th case of each test. With PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as
+a line of JSON. A run that was killed goes on where it was: tests that passed, by the file, are not run again.
 """
 
 import json
