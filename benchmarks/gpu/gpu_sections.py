@@ -482,7 +482,7 @@ def races(context: Context) -> Outcome:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     capture = CudaCapture() if device.type == "cuda" else None
-    tuned = racing.tune(device, seconds=0.9 * context.left, capture=capture)
+    tuned = racing.tune(device, seconds=(0.5 if context.rehearsal else 0.9) * context.left, capture=capture)
     shipping.take(device, context.out)
     ratios = [row.ratio for op in _with_kernels(device) for row in racing.known_rows(op, device)]
     problems = {**tuned.failed, **tuned.wrong}
@@ -536,8 +536,8 @@ SECTIONS = {
     "sanitizer": Section("correct", sanitizer, (140, 60), 53),
     "tests": Section("correct", tests, (140, 70), 68),
     "limits": Section("measured", measured_limits, (25, 10), 9),
-    "captures": Section("measured", capture_cost, (40, 20), 17, (CAPTURE_COST,)),
-    "races": Section("measured", races, (150, 18), 110, (shipping.FILE,)),
+    "captures": Section("measured", capture_cost, (40, 26), 17, (CAPTURE_COST,)),
+    "races": Section("measured", races, (150, 26), 110, (shipping.FILE,)),
     "pgd": Section("measured", forms_of_pgd, (190, 45), 140, (PGD, FORMS), True),
     "profile": Section("measured", profiled, (80, 40), 40, (PROFILE,), True),
     # The measured seconds are half of those for 1,000 images.
