@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
         copy.refresh()
 
 
-def test_the_expert_compiles_a_whole_step_of_its_attack():
+def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
     """The step and the gradient are in one graph without autograd, and it computes what the eager form does."""
     network = carso_inference.classifier()
     x, y, graphs = torch.rand(2, 3, 32, 32), torch.arange(2), []
@@ -120,12 +121,9 @@ def test_the_expert_compiles_a_whole_step_of_its_attack():
     loss = expert.loss_of(expert.FrozenCopy(network).model)
     right = expert.attack(expert.ascent(loss, CPU, False, True), x, y, 8 / 255, 2 / 255, 2)
     torch._dynamo.reset()
-    expert_compile = torch.compile
-    try:
-        torch.compile = lambda function, **options: expert_compile(function, backend=backend, fullgraph=True)
-        found = expert.attack(expert.ascent(loss, CPU, True, True), x, y, 8 / 255, 2 / 255, 2)
-    finally:
-        torch.compile = expert_compile
+    whole = partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: whole(function))
+    found = expert.attack(expert.ascent(loss, CPU, True, True), x, y, 8 / 255, 2 / 255, 2)
     assert [enabled for _, enabled in graphs] == [False]
     assert "sign" in str(graphs[0][0].graph)
     assert (found == right).float().mean() > 0.99

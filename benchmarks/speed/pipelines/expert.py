@@ -22,9 +22,9 @@ from torch.nn.utils import fusion
 
 LAST = torch.channels_last
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-#: The smallest number of channels and the largest number of pixels for which a product of matrices is faster than
-#: PyTorch's convolution. With 512 channels and 16 pixels it took half the time on a Xeon with AMX, and with 256 channels
-#: and 64 pixels twice the time.
+#: The smallest number of channels and the largest number of pixels for which a convolution is a product of matrices. On
+#: a Xeon with AMX, the product took half the time of PyTorch's convolution for 512 channels and 16 pixels, and twice
+#: the time for 256 channels and 64 pixels.
 WIDE, PIXELS = 256, 16
 
 
@@ -82,15 +82,14 @@ class _Product(torch.autograd.Function):
 class WideConv(nn.Conv2d):
     """A frozen wide convolution. For maps of at most 16 pixels it is a product of matrices.
 
-    The class replaces that of a convolution, see `wide`. Then `turn` must be called.
+    `FrozenCopy` gives this class to the convolutions that `wide` chooses, and keeps their `turn` in ``turned``.
     """
 
     turned: Tensor
 
-    def turn(self) -> None:
-        """Keep the weights as the gradient of the images needs them."""
-        turned = self.weight.detach().flip(2, 3).transpose(0, 1).contiguous(memory_format=LAST)
-        self.register_buffer("turned", turned, persistent=False)
+    def turn(self) -> Tensor:
+        """Return the weights as the gradient of the images needs them."""
+        return self.weight.detach().flip(2, 3).transpose(0, 1).contiguous(memory_format=LAST)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[2] * input.shape[3] > PIXELS:
@@ -100,7 +99,8 @@ class WideConv(nn.Conv2d):
 
 def wide(layer: nn.Module) -> bool:
     """Tell whether `WideConv` computes what a layer computes, and faster where the maps are small."""
-    if not isinstance(layer, nn.Conv2d) or layer.weight.device.type != "cpu" or not torch.cpu._is_amx_tile_supported():
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    if not isinstance(layer, nn.Conv2d) or layer.weight.device.type != "cpu" or tiles is None or not tiles():
         return False
     same = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
     plain = layer.groups == 1 and layer.padding_mode == "zeros"
@@ -130,7 +130,7 @@ class FrozenCopy:
         self.model.to(memory_format=LAST)
         for layer in filter(wide, self.model.modules()):
             layer.__class__ = WideConv
-            layer.turn()
+            layer.register_buffer("turned", layer.turn(), persistent=False)
 
     @torch.no_grad()
     def refresh(self, *parts: str) -> None:
@@ -148,7 +148,7 @@ class FrozenCopy:
         torch._foreach_copy_(list(changed.values()), [theirs[name] for name in changed])
         for name, layer in self.model.named_modules():
             if isinstance(layer, WideConv) and (not parts or name.startswith(parts)):
-                layer.turned.copy_(layer.weight.flip(2, 3).transpose(0, 1))
+                layer.turned.copy_(layer.turn())
 
 
 def compiled(function: Callable, device: torch.device, enabled: bool, kind: str = "training") -> Callable:
@@ -192,8 +192,8 @@ def loss_of(logits: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 def ascent(loss: Callable[..., Tensor], device: torch.device, enabled: bool, constant: bool) -> Callable[..., Tensor]:
     """Return a step of L-inf PGD, a function of the point, the labels, both limits, ``alpha`` and further arguments.
 
-    The compiled form is one graph of the forward pass, the gradient and the step. Autograd has two graphs, between which
-    the activations are kept, and steps outside them.
+    The compiled form is one graph of the forward pass, the gradient and the step. With `torch.autograd.grad` it would
+    be two graphs, and the step would be outside them.
 
     Args:
         loss: function of images, labels and further arguments that the attack maximizes, from `loss_of`.
