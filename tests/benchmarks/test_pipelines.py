@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -78,11 +79,13 @@ def test_the_expert_attacks_without_gradients_of_weights():
     made = carso_training.ExpertTraining("pipeline", CPU, True, compiled=False)
     x, y, seen = made.batch.x, made.batch.y, []
 
+    of_copy = expert.loss_of(made.of_one_sample)
+
     def loss(*inputs):
-        seen.append(made.adversarial_loss(*inputs, made.latents().bfloat16()))
+        seen.append(of_copy(*inputs, made.latents().bfloat16()))
         return seen[-1]
 
-    moved = expert.attack(loss, x, y, 8 / 255, 2 / 255, 2) - x
+    moved = expert.attack(expert.ascent(loss, CPU, False, False), x, y, 8 / 255, 2 / 255, 2) - x
     assert all(p.grad is None for p in made.made.parameters())
     copy = made.frozen.copies[0].model
     assert not any(p.requires_grad for p in copy.parameters())
@@ -104,6 +107,55 @@ def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
                 weight.mul_(1.2)
         assert (copy.model(expert.half(x)).float() - network(x)).norm() > 0.1 * right.norm()
         copy.refresh()
+
+
+def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
+    """The step and the gradient are in one graph without autograd, and it computes what the eager form does."""
+    network = carso_inference.classifier()
+    x, y, graphs = torch.rand(2, 3, 32, 32), torch.arange(2), []
+
+    def backend(graph, inputs):
+        graphs.append((graph, torch.is_grad_enabled()))
+        return graph.forward
+
+    loss = expert.loss_of(expert.FrozenCopy(network).model)
+    right = expert.attack(expert.ascent(loss, CPU, False, True), x, y, 8 / 255, 2 / 255, 2)
+    torch._dynamo.reset()
+    whole = partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: whole(function))
+    found = expert.attack(expert.ascent(loss, CPU, True, True), x, y, 8 / 255, 2 / 255, 2)
+    assert [enabled for _, enabled in graphs] == [False]
+    assert "sign" in str(graphs[0][0].graph)
+    assert (found == right).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_a_wide_convolution_of_small_maps_is_a_product_of_matrices(side, monkeypatch):
+    """Its result and its gradient are those of the convolution, also after new weights."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    source = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1), torch.nn.Conv2d(320, 8, 3, padding=1))
+    copy = expert.FrozenCopy(source)
+    assert [isinstance(layer, expert.WideConv) for layer in copy.model] == [True, False]
+    x = torch.rand(2, 256, side, side)
+    for _ in range(2):
+        gradients, results = [], []
+        for network, point in ((source, x), (copy.model, expert.half(x))):
+            leaf = point.detach().requires_grad_()
+            results.append(network(leaf).float())
+            gradients.append(torch.autograd.grad(results[-1].sin().sum(), leaf)[0].float())
+        for right, found in (results, gradients):
+            assert (found - right).norm() < 0.02 * right.norm()
+        with torch.no_grad():
+            for weight in source.parameters():
+                weight.copy_(torch.randn_like(weight) / weight[0].numel() ** 0.5)
+        copy.refresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(expert, "_product", None)
+        if side == 5:
+            copy.model(expert.half(x))
+        else:
+            with pytest.raises(TypeError):
+                copy.model(expert.half(x))
 
 
 @pytest.mark.parametrize("raced", [False, True])

@@ -121,7 +121,7 @@ class ExpertStep:
         self.attacked = expert.FrozenCopy(self.student.model.eval())
         teacher = _Split(expert.FrozenCopy(start).model)
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.025, 0.9, weight_decay=5e-4, fused=True)
-        self.adversarial_loss = expert.compiled(expert.loss_of(self.attacked.model), device, compiled, "attack")
+        self.ascent = expert.ascent(expert.loss_of(self.attacked.model), device, compiled, constant=False)
         self.teacher = expert.compiled(teacher, device, compiled, "inference")
         self.loss = expert.compiled(self.both, device, compiled)
 
@@ -137,7 +137,7 @@ class ExpertStep:
         with torch.no_grad():
             of_teacher = self.teacher(expert.half(b.x))[1].clone()
         self.attacked.refresh()
-        x = expert.attack(self.adversarial_loss, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start)
+        x = expert.attack(self.ascent, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start)
         self.student.train()
         return self.loss(x.contiguous(memory_format=expert.LAST), b.y, of_teacher)
 

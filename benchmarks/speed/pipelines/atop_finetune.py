@@ -278,12 +278,12 @@ class ExpertStep(PlainStep):
         self.generator.to(memory_format=expert.LAST)
         judge = expert.FrozenCopy(self.classifier).model
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-4, betas=(0.5, 0.999), fused=True)
-        self.adversarial_loss = expert.compiled(expert.loss_of(judge), device, compiled, "attack")
+        self.ascent = expert.ascent(expert.loss_of(judge), device, compiled, constant=True)
         self.g = expert.compiled(self.generator, device, compiled)
         self.f = expert.compiled(lambda x: judge(expert.half(x)).float(), device, compiled)
 
     def adversarial(self) -> Tensor:
-        return expert.attack(self.adversarial_loss, self.batch.x, self.batch.y, EPS, EPS, 1)
+        return expert.attack(self.ascent, self.batch.x, self.batch.y, EPS, EPS, 1)
 
 
 def _plain(device: torch.device, quick: bool, form: type[PlainStep], compiled: bool = False) -> Job:

@@ -139,8 +139,9 @@ class ExpertTraining:
         self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, fused=True)
         self.step = self.objective if target == "classifier" else self.pipeline
         copy = self.frozen.copies[0].model
-        attacked = copy.classifier if target == "classifier" else self.of_one_sample
-        self.adversarial_loss = expert.compiled(expert.loss_of(attacked), device, compiled, "attack")
+        constant = target == "classifier"
+        loss = expert.loss_of(copy.classifier if constant else self.of_one_sample)
+        self.ascent = expert.ascent(loss, device, compiled, constant)
         self.read = expert.compiled(copy.representation, device, compiled, "inference")
         self.purify = expert.compiled(self.purifier_loss, device, compiled)
         self.predict = expert.compiled(self.prediction_loss, device, compiled)
@@ -172,8 +173,8 @@ class ExpertTraining:
         eps, alpha = radii.view(-1, 1, 1, 1), lengths.view(-1, 1, 1, 1)
         x, ids = b.x[slow], b.sample_ids[slow]
         start = in_ball(x, radii, b.seed, ids) if fixed else expert.random_start(x, eps)
-        by_pgd = expert.attack(self.adversarial_loss, x, b.y[slow], eps, alpha, a.steps, start)
-        by_fgsm = expert.attack(self.adversarial_loss, b.x[fast], b.y[fast], eps, eps, 1)
+        by_pgd = expert.attack(self.ascent, x, b.y[slow], eps, alpha, a.steps, start)
+        by_fgsm = expert.attack(self.ascent, b.x[fast], b.y[fast], eps, eps, 1)
         perturbed = torch.cat([b.x[:clean], by_pgd, by_fgsm])
         with torch.no_grad():
             representation = [layer.clone() for layer in self.read(expert.half(perturbed))]
@@ -195,11 +196,8 @@ class ExpertTraining:
         self.made.eval()
         self.frozen.copies[0].refresh("condition_encoder", "decoder")
         start = start_of(b, a.eps) if fixed else expert.random_start(b.x, a.eps)
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return self.adversarial_loss(x, y, self.latents().bfloat16())
-
-        x = expert.attack(loss, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start)
+        more = lambda: (self.latents().bfloat16(),)  # noqa: E731
+        x = expert.attack(self.ascent, b.x, b.y, a.eps, a.step_size(a.eps), a.steps, start, more)
         with torch.no_grad():
             representation = [layer.clone() for layer in self.read(expert.half(x))]
         return self.predict(representation, self.latents()[0])

@@ -88,8 +88,8 @@ def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool =
     """Return the attack as an expert writes it (see `expert`), with the arguments of `plain`."""
     x, y = _images(device, quick, count)
     network = _network(quick).to(device)
-    loss = expert.compiled(expert.loss_of(expert.FrozenCopy(network).model), device, compiled, "attack")
-    return _job(lambda: expert.attack(loss, x, y, EPS, ALPHA, STEPS), network, x, y)
+    step = expert.ascent(expert.loss_of(expert.FrozenCopy(network).model), device, compiled, constant=True)
+    return _job(lambda: expert.attack(step, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
 def ours(
