@@ -134,7 +134,8 @@ def test_a_wide_convolution_of_small_maps_is_a_product_of_matrices(side, monkeyp
     """Its result and its gradient are those of the convolution, also after new weights."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     source = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1), torch.nn.Conv2d(320, 8, 3, padding=1))
-    copy = expert.FrozenCopy(source)
+    assert not any(isinstance(layer, expert.WideConv) for layer in expert.FrozenCopy(source).model)
+    copy = expert.FrozenCopy(source, products=True)
     assert [isinstance(layer, expert.WideConv) for layer in copy.model] == [True, False]
     x = torch.rand(2, 256, side, side)
     for _ in range(2):

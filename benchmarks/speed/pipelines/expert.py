@@ -1,10 +1,13 @@
 """The parts of the contestant "expert": code as its best practitioners write it with PyTorch's public functions alone.
 
 An attack runs on a frozen copy of the network, with folded BatchNorms and weights in bfloat16 and channels_last. Only
-the gradient of the images is computed. On a CPU with matrix tiles (AMX), wide convolutions of small maps are products
-of matrices there, because PyTorch's convolutions take twice as long. What is trained runs under `torch.autocast`. The
-compiled form compiles the networks, each together with its loss, and a whole step of an attack. From this package the
-expert has only the plain networks and their weights, and for a comparison of results the random numbers.
+the gradient of the images is computed. What is trained runs under `torch.autocast`. The compiled form compiles the
+networks, each together with its loss, and a whole step of an attack. From this package the expert has only the plain
+networks and their weights, and for a comparison of results the random numbers.
+
+One more form of an attack shows what the expert gains by an idea of this package (`purify_fast.speed.folding.unrolled`)
+that no page of PyTorch names: on a CPU with matrix tiles (AMX), `WideConv` computes wide convolutions of small maps as
+products of matrices.
 """
 
 from __future__ import annotations
@@ -112,12 +115,13 @@ class FrozenCopy:
 
     Args:
         source: network in evaluation mode. It is copied.
+        products: True to use `WideConv` where it is faster.
 
     Attributes:
         model: the copy.
     """
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: nn.Module, products: bool = False):
         self.source, self.pairs = source, pairs(source)
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
         for name, norm in self.pairs:
@@ -128,7 +132,7 @@ class FrozenCopy:
             setattr(self.model.get_submodule(parent), own, nn.Identity())
         self.model.to(torch.bfloat16)
         self.model.to(memory_format=LAST)
-        for layer in filter(wide, self.model.modules()):
+        for layer in filter(wide, self.model.modules() if products else ()):
             layer.__class__ = WideConv
             layer.register_buffer("turned", layer.turn(), persistent=False)
 

@@ -25,6 +25,8 @@ from .carso_inference import classifier
 
 STEPS, EPS, ALPHA = 10, 8 / 255, 2 / 255
 EXPERT = f"{FORM}, compiled"
+#: The expert's code with this package's idea, which helps on a CPU with matrix tiles only.
+PRODUCTS = "our matrix products in the expert's code"
 CAPTURED, FASTEST = "ours, captured", "ours, fastest form captured"
 
 
@@ -84,11 +86,14 @@ def plain(device: torch.device, quick: bool, *, count: int, compiled: bool = Fal
     return _job(run, network, x, y)
 
 
-def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
-    """Return the attack as an expert writes it (see `expert`), with the arguments of `plain`."""
+def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False, products: bool = False) -> Job:
+    """Return the attack as an expert writes it (see `expert`), with the arguments of `plain`.
+
+    With ``products``, it has this package's idea for wide convolutions of small maps.
+    """
     x, y = _images(device, quick, count)
     network = _network(quick).to(device)
-    step = expert.ascent(expert.loss_of(expert.FrozenCopy(network).model), device, compiled, constant=True)
+    step = expert.ascent(expert.loss_of(expert.FrozenCopy(network, products).model), device, compiled, constant=True)
     return _job(lambda: expert.attack(step, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
@@ -146,6 +151,8 @@ def forms(count: int) -> dict[str, Contestant]:
         "torch.compile of plain, bfloat16": Contestant(bfloat16, True, tf32=True),
         FORM: theirs(partial(by_expert, count=count)),
         EXPERT: theirs(partial(by_expert, count=count, compiled=True)),
+        PRODUCTS: theirs(partial(by_expert, count=count, products=True)),
+        f"{PRODUCTS}, compiled": theirs(partial(by_expert, count=count, compiled=True, products=True)),
         **{name: Contestant(partial(ours, count=count, **how), True) for name, how in own.items()},
     }
 
@@ -156,5 +163,7 @@ def cases(quick: bool) -> dict[str, Case]:
         every = forms(count)
         if not (quick or torch.cuda.is_available()):
             every = {name: form for name, form in every.items() if "captured" not in name}
+        if quick or torch.cuda.is_available():
+            every = {name: form for name, form in every.items() if not name.startswith(PRODUCTS)}
         made[f"{count} images"] = Case(f"{count} images, PGD-{STEPS}", 0.05, every)
     return made
