@@ -36,7 +36,7 @@ from ..speed.folding.inference_copy import Accelerated
 from ..speed.memory import Room
 from ..speed.precision import float32_settings
 from .config import Predict
-from .surrogates import surrogates
+from .surrogates.usable import surrogates
 
 logger = logging.getLogger("purify_fast")
 

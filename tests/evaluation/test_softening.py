@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.evaluation import surrogates
-from purify_fast.evaluation.surrogates import Softened
+from purify_fast.evaluation.surrogates import usable as surrogates
+from purify_fast.evaluation.surrogates.usable import Softened
 from purify_fast.model_state import fingerprint
 
 LEVELS = torch.linspace(0, 0.9, 10)

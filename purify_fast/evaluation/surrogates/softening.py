@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot, pad, softsign
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._tensors import per_image
+from ..._tensors import per_image
 
 #: Increase this number whenever a softened model computes something else than before. Cached rows with an older number
 #: are then made again.

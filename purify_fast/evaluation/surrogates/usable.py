@@ -4,7 +4,7 @@ The gradient through a sharp gate, a threshold, a rounding, a detached part or a
 zero, but useless. A surrogate is made from the attacked model, and does not have this problem. The images that are
 found with a surrogate are tried on the attacked model itself. A softened copy can be made of any model, because
 PyTorch's sharp functions, such as comparisons and rounding, are replaced while the model's code runs
-(`purify_fast.evaluation.softening`).
+(`purify_fast.evaluation.surrogates.softening`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..attacks import BpdaModel, frozen
-from ..attacks.ball import ball_around, normal_in_ball
-from ..attacks.base import ThreatModel
-from ..model_state import attributes, switch_to_evaluation
-from ..protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
+from ...attacks import BpdaModel, frozen
+from ...attacks.ball import ball_around, normal_in_ball
+from ...attacks.base import ThreatModel
+from ...model_state import attributes, switch_to_evaluation
+from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from .identity_backward import REVISION as PASSED_REVISION
 from .identity_backward import PassedThrough, blocking
 from .softening import REVISION, Softening
