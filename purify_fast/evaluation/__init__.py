@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .config import EvaluateConfig as EvaluateConfig
+    from .asked.config import EvaluateConfig as EvaluateConfig
     from .report import Report as Report
     from .report import merge as merge
     from .rows import Examples as Examples
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .runner import evaluate as evaluate
     from .show.tradeoff import Tradeoff as Tradeoff
     from .show.tradeoff import plot_tradeoff as plot_tradeoff
-    from .specs import AttackSpec as AttackSpec
-    from .specs import as_attack as as_attack
-    from .specs import lee_kim_2023 as lee_kim_2023
+    from .asked.specs import AttackSpec as AttackSpec
+    from .asked.specs import as_attack as as_attack
+    from .asked.specs import lee_kim_2023 as lee_kim_2023
     from .witnesses import CheckedWitnesses as CheckedWitnesses
     from .witnesses import check_witnesses as check_witnesses
 

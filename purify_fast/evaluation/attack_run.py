@@ -18,9 +18,9 @@ from ..attacks import AttackContext, AttackResult, GradientHealth
 from ..attacks.engine.judge import Judge, has_fallen
 from ..protocols import Classifier
 from .cache import read_file
-from .specs import AttackSpec, check_adversarial
+from .asked.specs import AttackSpec, check_adversarial
 from .stopping import StoppingRule
-from .subject import Subject
+from .asked.subject import Subject
 
 #: The names of the counts that `GradientHealth` keeps.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")

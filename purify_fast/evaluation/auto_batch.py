@@ -16,7 +16,7 @@ from ..attacks.objective import Objective
 from ..protocols import Classifier
 from ..speed.memory import Room, free_memory, images_that_fit
 from .cache import RowCache
-from .subject import Subject
+from .asked.subject import Subject
 
 logger = logging.getLogger("purify_fast")
 

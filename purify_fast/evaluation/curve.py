@@ -25,9 +25,9 @@ from .._tensors import digest
 from ..attacks import AttackContext, GradientHealth
 from ..attacks.engine.judge import has_fallen
 from .measure import Measure
-from .naming import ball_name, clean_name, row_name, short, threat_name
+from .asked.naming import ball_name, clean_name, row_name, short, threat_name
 from .rows import Row, Worst, by_worst_points
-from .specs import AttackSpec, FunctionAttack
+from .asked.specs import AttackSpec, FunctionAttack
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
 #: number are then made again.

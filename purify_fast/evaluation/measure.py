@@ -23,13 +23,13 @@ from ..defences.stochastic import WithAggregation
 from ..protocols import Classifier, has_classifier
 from .attack_run import AttackedBatch, AttackRun
 from .cache import RowCache, read_file, remove_batches
-from .naming import ALONE, clean_name, row_name, threat_name
+from .asked.naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
 from .rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
-from .specs import CLASSIFIER, AttackSpec
+from .asked.specs import CLASSIFIER, AttackSpec
 from .stopping import REVISION as STOPPING
 from .stopping import StoppingRule, by_margin, nearest_first
-from .subject import Judgement, Subject, Variant
+from .asked.subject import Judgement, Subject, Variant
 from .team import Task, Team
 
 #: The file with the first points of an attack, for the processes that share the attack.

@@ -25,12 +25,12 @@ from ..attacks.outputs import LogitsOf
 from ..model_state import fingerprint
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
-from .config import Predict
-from .inputs import as_classifier
+from .asked.config import Predict
+from .asked.inputs import as_classifier
 from .rows import Row, by_worst_points
 from .show.text import render
-from .specs import ROUNDING, moved
-from .subject import Subject
+from .asked.specs import ROUNDING, moved
+from .asked.subject import Subject
 
 #: The file with the witnesses, in the folder of ``report.json``. Its name begins with "report.", so that it is moved
 #: together with the other files of the report.

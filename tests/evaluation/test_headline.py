@@ -15,8 +15,8 @@ from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report, runner
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import ALARMS
-from purify_fast.evaluation.claims import chance_of_at_most, images_to_decide
-from purify_fast.evaluation.config import check_claim
+from purify_fast.evaluation.asked.claims import chance_of_at_most, images_to_decide
+from purify_fast.evaluation.asked.config import check_claim
 from purify_fast.evaluation.rows import Worst, count_fallen, worst_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
 from purify_fast.evaluation.rows import by_worst_points
 from purify_fast.evaluation.show.page import html_page
-from purify_fast.evaluation.subject import Subject
+from purify_fast.evaluation.asked.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

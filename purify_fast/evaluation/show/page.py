@@ -19,7 +19,7 @@ from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleL
 from ..alarms import Evidence
 from ..alarms.answers import PROBED
 from ..rows import CURVE, Examples, Row
-from ..subject import device_of
+from ..asked.subject import device_of
 from .text import render
 
 #: The largest number of purified images, and of transformed images, that are shown for each image.

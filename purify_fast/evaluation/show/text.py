@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ... import _templates
 from ..alarms import STATES, Finding
 from ..alarms.signs import ALARMS
-from ..claims import MOST, REFUTED, chance_of_at_most, images_to_decide
+from ..asked.claims import MOST, REFUTED, chance_of_at_most, images_to_decide
 from ..rows import Row, followed
 from .tables import (
     COLUMNS,

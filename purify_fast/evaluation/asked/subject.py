@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._tensors import digest, text_hash
-from ..attacks.attacked_model import (
+from ..._tensors import digest, text_hash
+from ...attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
     TRIED_ROWS,
@@ -25,18 +25,18 @@ from ..attacks.attacked_model import (
     logits_of,
     returning_logits,
 )
-from ..attacks.base import ThreatModel
-from ..attacks.losses import margin
-from ..attacks.outputs import are_one_hot, are_probabilities
-from ..defences import Defence, MajorityVote
-from ..defences.voting import undecided
-from ..model_state import class_functions, fingerprint, hidden_modules, used_modules
-from ..protocols import Classifier
-from ..speed.folding.inference_copy import Accelerated
-from ..speed.memory import Room
-from ..speed.precision import float32_settings
+from ...attacks.base import ThreatModel
+from ...attacks.losses import margin
+from ...attacks.outputs import are_one_hot, are_probabilities
+from ...defences import Defence, MajorityVote
+from ...defences.voting import undecided
+from ...model_state import class_functions, fingerprint, hidden_modules, used_modules
+from ...protocols import Classifier
+from ...speed.folding.inference_copy import Accelerated
+from ...speed.memory import Room
+from ...speed.precision import float32_settings
 from .config import Predict
-from .surrogates.usable import surrogates
+from ..surrogates.usable import surrogates
 
 logger = logging.getLogger("purify_fast")
 

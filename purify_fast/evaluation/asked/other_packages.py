@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
-from .._validation import read_norm
-from ..attacks.base import ThreatModel
-from ..attacks.outputs import LogitsOf
-from ..defences import MajorityVote
-from .progress import CountedModel
+from ..._tensors import per_image
+from ..._validation import read_norm
+from ...attacks.base import ThreatModel
+from ...attacks.outputs import LogitsOf
+from ...defences import MajorityVote
+from ..progress import CountedModel
 
 #: The share by which an attack's own radius may exceed the radius of the evaluation, because of rounding.
 ROUNDED = 1e-5
