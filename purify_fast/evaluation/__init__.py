@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .asked.config import EvaluateConfig as EvaluateConfig
     from .report import Report as Report
     from .report import merge as merge
-    from .rows import Examples as Examples
-    from .rows import Paired as Paired
-    from .rows import Row as Row
+    from .results.rows import Examples as Examples
+    from .results.rows import Paired as Paired
+    from .results.rows import Row as Row
     from .runner import evaluate as evaluate
     from .show.tradeoff import Tradeoff as Tradeoff
     from .show.tradeoff import plot_tradeoff as plot_tradeoff

@@ -23,7 +23,7 @@ from .._sealed import read_sealed, write_sealed
 from .._tensors import text_hash
 from ..ops.dispatch.registry import forced_backends
 from ..speed.precision import float32_settings
-from .rows import Row
+from .results.rows import Row
 
 logger = logging.getLogger("purify_fast")
 

@@ -6,7 +6,7 @@ radii, and only images that have not fallen yet are attacked at larger radii. Th
 
 On a random model nothing is concluded from another radius, because chance decides too: at each radius, every image that
 has not fallen at a smaller radius is attacked, and other draws judge the worst point that was found up to this radius
-(`purify_fast.evaluation.rows.by_worst_points`).
+(`purify_fast.evaluation.results.rows.by_worst_points`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..attacks import AttackContext, GradientHealth
 from ..attacks.engine.judge import has_fallen
 from .measure import Measure
 from .asked.naming import ball_name, clean_name, row_name, short, threat_name
-from .rows import Row, Worst, by_worst_points
+from .results.rows import Row, Worst, by_worst_points
 from .asked.specs import AttackSpec, FunctionAttack
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older

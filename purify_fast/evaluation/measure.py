@@ -25,7 +25,7 @@ from .attack_run import AttackedBatch, AttackRun
 from .cache import RowCache, read_file, remove_batches
 from .asked.naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
-from .rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
+from .results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .asked.specs import CLASSIFIER, AttackSpec
 from .stopping import REVISION as STOPPING
 from .stopping import StoppingRule, by_margin, nearest_first

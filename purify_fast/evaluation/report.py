@@ -17,7 +17,7 @@ from .._files import write_text
 from .._validation import check_folder
 from ..protocols import Classifier
 from .alarms import Finding
-from .rows import CURVE, Paired, Row
+from .results.rows import CURVE, Paired, Row
 from .show.page import html_page
 from .show.tables import color_is_welcome, comparison, markdown_table
 from .show.text import render

@@ -53,7 +53,7 @@ from .measure import EXAMPLES, RULE, Measure
 from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .progress import Progress, counted_model
 from .report import Report
-from .rows import CURVE, Row, Worst, count_fallen, worst_rows
+from .results.rows import CURVE, Row, Worst, count_fallen, worst_rows
 from .asked.specs import AttackFunction, AttackSpec, as_specs
 from .stopping import notes_of_proofs, notes_of_unsearched
 from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..attacks.ball import philox_key
 from ..ops.philox import Stream, philox
-from .rows import Row
+from .results.rows import Row
 
 #: Increase this number whenever a change here makes the same attack reach other images. Cached rows with an older
 #: number are then made again.

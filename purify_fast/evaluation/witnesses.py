@@ -27,7 +27,7 @@ from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .asked.config import Predict
 from .asked.inputs import as_classifier
-from .rows import Row, by_worst_points
+from .results.rows import Row, by_worst_points
 from .show.text import render
 from .asked.specs import ROUNDING, moved
 from .asked.subject import Subject

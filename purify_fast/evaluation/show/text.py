@@ -11,7 +11,7 @@ from ... import _templates
 from ..alarms import STATES, Finding
 from ..alarms.signs import ALARMS
 from ..asked.claims import MOST, REFUTED, chance_of_at_most, images_to_decide
-from ..rows import Row, followed
+from ..results.rows import Row, followed
 from .tables import (
     COLUMNS,
     RED_UNRELIABLE,
