@@ -44,20 +44,20 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .asked.attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
-from .auto_batch import make_room
-from .cache import RowCache
+from .run.auto_batch import make_room
+from .run.cache import RowCache
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
-from .curve import Curve, attacks_of_curve, radii_of
+from .run.curve import Curve, attacks_of_curve, radii_of
 from .asked.inputs import as_classifier, images_and_labels
-from .measure import EXAMPLES, RULE, Measure
+from .run.measure import EXAMPLES, RULE, Measure
 from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
-from .progress import Progress, counted_model
+from .run.progress import Progress, counted_model
 from .report import Report
 from .results.rows import CURVE, Row, Worst, count_fallen, worst_rows
 from .asked.specs import AttackFunction, AttackSpec, as_specs
-from .stopping import notes_of_proofs, notes_of_unsearched
+from .run.stopping import notes_of_proofs, notes_of_unsearched
 from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import Team
+from .run.team import Team
 from .witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")

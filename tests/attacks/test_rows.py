@@ -31,7 +31,7 @@ from purify_fast.attacks.engine.judge import Judge
 from purify_fast.attacks.engine.row_batches import ActiveSet, nearest_borders
 from purify_fast.attacks.losses import margin
 from purify_fast.attacks.objective import Objective
-from purify_fast.evaluation.progress import Progress, counted_model
+from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from purify_fast.evaluation import measure
+from purify_fast.evaluation.run import measure
 
 # the helpers of this folder, and of all tests
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]

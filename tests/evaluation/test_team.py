@@ -17,9 +17,10 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation import attack_run, runner, team
-from purify_fast.evaluation.attack_run import AttackRun
-from purify_fast.evaluation.measure import Measure
+from purify_fast.evaluation.run import attack_run, team
+from purify_fast.evaluation import runner
+from purify_fast.evaluation.run.attack_run import AttackRun
+from purify_fast.evaluation.run.measure import Measure
 
 SCRIPT = Path(__file__).with_name("teamwork.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}

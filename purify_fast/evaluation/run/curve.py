@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest
-from ..attacks import AttackContext, GradientHealth
-from ..attacks.engine.judge import has_fallen
+from ..._tensors import digest
+from ...attacks import AttackContext, GradientHealth
+from ...attacks.engine.judge import has_fallen
 from .measure import Measure
-from .asked.naming import ball_name, clean_name, row_name, short, threat_name
-from .results.rows import Row, Worst, by_worst_points
-from .asked.specs import AttackSpec, FunctionAttack
+from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
+from ..results.rows import Row, Worst, by_worst_points
+from ..asked.specs import AttackSpec, FunctionAttack
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
 #: number are then made again.
