@@ -11,8 +11,8 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .asked.config import EvaluateConfig as EvaluateConfig
-    from .report import Report as Report
-    from .report import merge as merge
+    from .show.report import Report as Report
+    from .show.report import merge as merge
     from .results.rows import Examples as Examples
     from .results.rows import Paired as Paired
     from .results.rows import Row as Row
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .asked.specs import AttackSpec as AttackSpec
     from .asked.specs import as_attack as as_attack
     from .asked.specs import lee_kim_2023 as lee_kim_2023
-    from .witnesses import CheckedWitnesses as CheckedWitnesses
-    from .witnesses import check_witnesses as check_witnesses
+    from .show.witnesses import CheckedWitnesses as CheckedWitnesses
+    from .show.witnesses import check_witnesses as check_witnesses
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

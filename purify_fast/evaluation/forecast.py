@@ -16,7 +16,7 @@ from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
 from .asked.config import EvaluateConfig
-from .report import Report
+from .show.report import Report
 from .runner import evaluate
 from .asked.subject import device_of
 

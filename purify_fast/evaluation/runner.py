@@ -52,13 +52,13 @@ from .asked.inputs import as_classifier, images_and_labels
 from .run.measure import EXAMPLES, RULE, Measure
 from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .run.progress import Progress, counted_model
-from .report import Report
+from .show.report import Report
 from .results.rows import CURVE, Row, Worst, count_fallen, worst_rows
 from .asked.specs import AttackFunction, AttackSpec, as_specs
 from .run.stopping import notes_of_proofs, notes_of_unsearched
 from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 from .run.team import Team
-from .witnesses import gathered, model_marks
+from .show.witnesses import gathered, model_marks
 
 logger = logging.getLogger("purify_fast")
 

@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._sealed import read_sealed, write_sealed
-from .._tensors import digest, weights_fingerprint
-from ..attacks import frozen
-from ..attacks.arguments import check_at_least_one, check_not_negative
-from ..attacks.base import ThreatModel
-from ..attacks.outputs import LogitsOf
-from ..model_state import fingerprint
-from ..protocols import Classifier
-from ..speed.precision import whole_float32_by_default
-from .asked.config import Predict
-from .asked.inputs import as_classifier
-from .results.rows import Row, by_worst_points
-from .show.text import render
-from .asked.specs import ROUNDING, moved
-from .asked.subject import Subject
+from ..._sealed import read_sealed, write_sealed
+from ..._tensors import digest, weights_fingerprint
+from ...attacks import frozen
+from ...attacks.arguments import check_at_least_one, check_not_negative
+from ...attacks.base import ThreatModel
+from ...attacks.outputs import LogitsOf
+from ...model_state import fingerprint
+from ...protocols import Classifier
+from ...speed.precision import whole_float32_by_default
+from ..asked.config import Predict
+from ..asked.inputs import as_classifier
+from ..results.rows import Row, by_worst_points
+from .text import render
+from ..asked.specs import ROUNDING, moved
+from ..asked.subject import Subject
 
 #: The file with the witnesses, in the folder of ``report.json``. Its name begins with "report.", so that it is moved
 #: together with the other files of the report.
