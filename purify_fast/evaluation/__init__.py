@@ -11,18 +11,18 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .asked.config import EvaluateConfig as EvaluateConfig
-    from .show.report import Report as Report
-    from .show.report import merge as merge
+    from .asked.specs import AttackSpec as AttackSpec
+    from .asked.specs import as_attack as as_attack
+    from .asked.specs import lee_kim_2023 as lee_kim_2023
     from .results.rows import Examples as Examples
     from .results.rows import Paired as Paired
     from .results.rows import Row as Row
     from .runner import evaluate as evaluate
+    from .show.checked_witnesses import CheckedWitnesses as CheckedWitnesses
+    from .show.checked_witnesses import check_witnesses as check_witnesses
+    from .show.report import Report as Report
+    from .show.report import merge as merge
     from .show.tradeoff import Tradeoff as Tradeoff
     from .show.tradeoff import plot_tradeoff as plot_tradeoff
-    from .asked.specs import AttackSpec as AttackSpec
-    from .asked.specs import as_attack as as_attack
-    from .asked.specs import lee_kim_2023 as lee_kim_2023
-    from .show.witnesses import CheckedWitnesses as CheckedWitnesses
-    from .show.witnesses import check_witnesses as check_witnesses
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -16,9 +16,9 @@ from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
 from .asked.config import EvaluateConfig
-from .show.report import Report
-from .runner import evaluate
 from .asked.subject import device_of
+from .runner import evaluate
+from .show.report import Report
 
 #: The number of images in the first trial, whose memory is measured.
 FEW = 8

@@ -44,21 +44,21 @@ from .alarms.answers import PROBED, Before
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .asked.attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
+from .asked.config import BatchSize, EvaluateConfig, ProtocolName
+from .asked.inputs import as_classifier, images_and_labels
+from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
+from .asked.specs import AttackFunction, AttackSpec, as_specs
+from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
+from .results.rows import CURVE, Row, Worst, count_fallen, worst_rows
+from .results.witnesses import gathered, model_marks
 from .run.auto_batch import make_room
 from .run.cache import RowCache
-from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .asked.inputs import as_classifier, images_and_labels
 from .run.measure import EXAMPLES, RULE, Measure
-from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .run.progress import Progress, counted_model
-from .show.report import Report
-from .results.rows import CURVE, Row, Worst, count_fallen, worst_rows
-from .asked.specs import AttackFunction, AttackSpec, as_specs
 from .run.stopping import notes_of_proofs, notes_of_unsearched
-from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
 from .run.team import Team
-from .show.witnesses import gathered, model_marks
+from .show.report import Report
 
 logger = logging.getLogger("purify_fast")
 

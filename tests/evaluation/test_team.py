@@ -17,8 +17,8 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation.run import attack_run, team
 from purify_fast.evaluation import runner
+from purify_fast.evaluation.run import attack_run, team
 from purify_fast.evaluation.run.attack_run import AttackRun
 from purify_fast.evaluation.run.measure import Measure
 

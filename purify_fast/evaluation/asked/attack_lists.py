@@ -27,10 +27,10 @@ from ...protocols import (
     is_purifier,
     supports,
 )
+from ..surrogates.usable import WithoutNoise
 from .config import ProtocolName
 from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
-from ..surrogates.usable import WithoutNoise
 
 #: The name of the attack of the protocol "authors" for a model without ``authors_attacks()``.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"

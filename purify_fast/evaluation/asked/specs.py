@@ -252,8 +252,8 @@ class AttackSpec:
             ``worst``, because it says nothing about the defence. The row's label must begin with "as", and name the
             source.
         until: a share of all images. The attack begins with the images of the smallest margins. It stops when at most
-            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.run.stopping`). With None,
-            or on a random model, every image is attacked.
+            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.run.stopping`). With
+            None, or on a random model, every image is attacked.
         nearest: number of images to attack: the images with the smallest margins after the earlier attacks. With None,
             all images are attacked.
         published: the publication of this attack, if its rule for a robust image differs from that of this package. The

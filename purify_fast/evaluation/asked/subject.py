@@ -35,8 +35,8 @@ from ...protocols import Classifier
 from ...speed.folding.inference_copy import Accelerated
 from ...speed.memory import Room
 from ...speed.precision import float32_settings
-from .config import Predict
 from ..surrogates.usable import surrogates
+from .config import Predict
 
 logger = logging.getLogger("purify_fast")
 

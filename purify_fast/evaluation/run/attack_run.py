@@ -17,10 +17,10 @@ from ..._tensors import digest
 from ...attacks import AttackContext, AttackResult, GradientHealth
 from ...attacks.engine.judge import Judge, has_fallen
 from ...protocols import Classifier
-from .cache import read_file
 from ..asked.specs import AttackSpec, check_adversarial
-from .stopping import StoppingRule
 from ..asked.subject import Subject
+from .cache import read_file
+from .stopping import StoppingRule
 
 #: The names of the counts that `GradientHealth` keeps.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")

@@ -15,8 +15,8 @@ import torch
 from ...attacks.objective import Objective
 from ...protocols import Classifier
 from ...speed.memory import Room, free_memory, images_that_fit
-from .cache import RowCache
 from ..asked.subject import Subject
+from .cache import RowCache
 
 logger = logging.getLogger("purify_fast")
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from ..._tensors import digest
 from ...attacks import AttackContext, GradientHealth
 from ...attacks.engine.judge import has_fallen
-from .measure import Measure
 from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
-from ..results.rows import Row, Worst, by_worst_points
 from ..asked.specs import AttackSpec, FunctionAttack
+from ..results.rows import Row, Worst, by_worst_points
+from .measure import Measure
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
 #: number are then made again.

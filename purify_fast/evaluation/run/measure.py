@@ -21,15 +21,15 @@ from ...attacks.bpda import classifier_of
 from ...attacks.engine.judge import has_fallen
 from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, has_classifier
+from ..asked.naming import ALONE, clean_name, row_name, threat_name
+from ..asked.specs import CLASSIFIER, AttackSpec
+from ..asked.subject import Judgement, Subject, Variant
+from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
 from .attack_run import AttackedBatch, AttackRun
 from .cache import RowCache, read_file, remove_batches
-from ..asked.naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
-from ..results.rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
-from ..asked.specs import CLASSIFIER, AttackSpec
 from .stopping import REVISION as STOPPING
 from .stopping import StoppingRule, by_margin, nearest_first
-from ..asked.subject import Judgement, Subject, Variant
 from .team import Task, Team
 
 #: The file with the first points of an attack, for the processes that share the attack.

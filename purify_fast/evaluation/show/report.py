@@ -18,10 +18,10 @@ from ..._validation import check_folder
 from ...protocols import Classifier
 from ..alarms import Finding
 from ..results.rows import CURVE, Paired, Row
+from ..results.witnesses import FILE, Witnesses
 from .page import html_page
 from .tables import color_is_welcome, comparison, markdown_table
 from .text import render
-from .witnesses import FILE, Witnesses
 
 logger = logging.getLogger("purify_fast")
 
