@@ -24,7 +24,7 @@ from purify_fast.evaluation.alarms import probes
 from purify_fast.evaluation.run.attack_run import AttackRun
 from purify_fast.evaluation.run.cache import read_file
 from purify_fast.evaluation.run.progress import Progress
-from purify_fast.evaluation.surrogates.usable import Softened
+from purify_fast.evaluation.surrogates.copies import Softened
 from purify_fast.ops.dispatch import verify
 from purify_fast.ops.dispatch.op import Call
 
@@ -39,7 +39,7 @@ MOMENTS = (
     # a row is written, its batches are not gone
     ("purify_fast.evaluation.run.cache.remove_batches", 3),
     # the softened copy is attacked in a row of its own
-    ("purify_fast.evaluation.surrogates.usable.Softened.forward", 50),
+    ("purify_fast.evaluation.surrogates.copies.Softened.forward", 50),
     # the probes: the sweeps before the attacks and the softened copies, then the answers after the attacks
     ("purify_fast.evaluation.alarms.probes._Short.robust", 2),
     ("purify_fast.evaluation.alarms.probes._Short.robust", 4),

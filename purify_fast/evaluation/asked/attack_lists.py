@@ -27,7 +27,7 @@ from ...protocols import (
     is_purifier,
     supports,
 )
-from ..surrogates.usable import WithoutNoise
+from ..surrogates.copies import WithoutNoise
 from .config import ProtocolName
 from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
