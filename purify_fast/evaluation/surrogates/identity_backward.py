@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...attacks import frozen
 from ...protocols import Classifier
-from .softening import Args, HoldingMode, Rule
+from .function_mode import Args, HoldingMode, Rule
 
 #: Increase this number whenever a change here gives a model another gradient. Cached rows with an older number are then
 #: made again.
