@@ -49,8 +49,9 @@ from .asked.inputs import as_classifier, images_and_labels
 from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec, as_specs
 from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .results.rows import CURVE, Row, Worst, count_fallen, worst_rows
+from .results.rows import CURVE, Row, Worst
 from .results.witnesses import gathered, model_marks
+from .results.worst_rows import count_fallen, worst_rows
 from .run.auto_batch import make_room
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of

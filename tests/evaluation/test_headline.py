@@ -17,7 +17,8 @@ from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.asked.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.asked.config import check_claim
-from purify_fast.evaluation.results.rows import Worst, count_fallen, worst_rows
+from purify_fast.evaluation.results.rows import Worst
+from purify_fast.evaluation.results.worst_rows import count_fallen, worst_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
