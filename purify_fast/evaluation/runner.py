@@ -46,9 +46,10 @@ from .alarms.probes import cost as cost_of_probes
 from .asked.attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .asked.inputs import as_classifier, images_and_labels
+from .asked.module_checks import notes_of_modules, refresh_stale_copies
 from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec, as_specs
-from .asked.subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
+from .asked.subject import Subject, Variant, device_of, precision_name
 from .results.rows import CURVE, Row, Worst
 from .results.witnesses import gathered, model_marks
 from .results.worst_rows import count_fallen, worst_rows
