@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,14 @@ import torch
 from torch import Tensor
 
 from .._tensors import digest
-from .._validation import Norm, NormName, check_folder, read_norm
-from .._version import __version__
-from ..attacks import Attack, AttackContext, AutoAttack, frozen
+from .._validation import NormName, check_folder, read_norm
+from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
 from ..attacks.attacked_model import check_leaves_images, explained_errors
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
-from ..attacks.original_autoattack import implementation
-from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
-from ..ops.dispatch.records import processor
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
@@ -43,13 +37,15 @@ from .alarms import Evidence, Probes, findings, probe, signs_of_masking
 from .alarms.answers import PROBED, Before
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
-from .asked.attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
+from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
+from .asked.checked_arguments import check_kinds, check_radii, read_attacks, with_arguments
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
+from .asked.first_facts import facts, first_notes
 from .asked.inputs import as_classifier, images_and_labels
-from .asked.module_checks import notes_of_modules, refresh_stale_copies
-from .asked.naming import ball_name, beside_fixed, feasible, row_name, threat_name
-from .asked.specs import AttackFunction, AttackSpec, as_specs
-from .asked.subject import Subject, Variant, device_of, precision_name
+from .asked.module_checks import refresh_stale_copies
+from .asked.naming import beside_fixed, feasible, row_name, threat_name
+from .asked.specs import AttackFunction, AttackSpec
+from .asked.subject import Subject, Variant, device_of
 from .results.rows import CURVE, Row, Worst
 from .results.witnesses import gathered, model_marks
 from .results.worst_rows import count_fallen, worst_rows
@@ -142,18 +138,18 @@ def evaluate(
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
-    _check_kinds(config, base)
-    config = _with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
+    check_kinds(config, base)
+    config = with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
     in_batch = config.images_together
     images, labels, notes = images_and_labels(x, y)
-    config, given = _read_attacks(config, attacks, eps)
+    config, given = read_attacks(config, attacks, eps)
     pixels = images[0].numel()
-    _check_radii(norm, eps, given, pixels)
+    check_radii(norm, eps, given, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    report = Report(about=_about(config, norm, eps, model, device), notes=notes)
+    report = Report(about=facts(config, norm, eps, model, device), notes=notes)
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(config.together))
@@ -171,7 +167,7 @@ def evaluate(
         mark, reason = fingerprint_or_reason(subject.model, revision)
         if mark is not None:
             report.about["model"] = mark
-        report.notes += _first_notes(config, model, subject, name)
+        report.notes += first_notes(config, model, subject, name)
         before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
         ball = ThreatModel(norm, float(eps))
         plan = given
@@ -206,83 +202,6 @@ def evaluate(
         return run.fill(witnessed)
 
 
-def _check_kinds(config: object, base: object) -> None:
-    """Raise a TypeError if an argument of `evaluate` is of another kind than documented."""
-    if not isinstance(config, EvaluateConfig):
-        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
-    if base is not None and not callable(base):
-        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
-
-
-def _with_arguments(config: EvaluateConfig, **given: Any) -> EvaluateConfig:
-    """The config with the settings that are arguments of `evaluate`; an argument that is None changes nothing."""
-    given = {name: value for name, value in given.items() if value is not None}
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if each.name in given and value != each.default:
-            raise ValueError(
-                f"{each.name} is given twice, as the argument {each.name}={given[each.name]!r} of evaluate and as "
-                f"EvaluateConfig({each.name}={value!r}): leave one of the two out"
-            )
-    return replace(config, **given)
-
-
-def _check_radii(norm: Norm, eps: float, attacks: Sequence[AttackSpec], pixels: int) -> None:
-    """Refuse a radius of the evaluation, or of an attack with a radius of its own, whose ball contains every image."""
-    check_eps(eps, norm, pixels=pixels)
-    for attack in (spec.resolved for spec in attacks):
-        own: Any = attack
-        if attack.norms and own.eps is not None:
-            check_eps(own.eps, own.norm or norm, pixels=pixels)
-
-
-def _read_attacks(
-    config: EvaluateConfig, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, eps: float
-) -> tuple[EvaluateConfig, list[AttackSpec]]:
-    """Return the config with the protocol that runs, and the specifications of the given attacks.
-
-    The protocol is None if attacks are given, even if the list is empty.
-    """
-    if config.protocol is not None and attacks is not None:
-        raise ValueError(
-            f"protocol and attacks exclude each other, got protocol={config.protocol!r} and a list of attacks: leave "
-            "one of the two out"
-        )
-    if config.protocol is None and attacks is None:
-        config = replace(config, protocol="standard")
-    given = [] if attacks is None else as_specs(attacks)
-    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # If the package is missing, its error is raised here, before any work.
-        implementation()
-    if eps == 0 and (given or config.protocol or config.probes):
-        raise ValueError(
-            "eps must be above 0, got 0: no image could be changed. Give the radius of the attacks, such as 8/255; for "
-            "the accuracy on clean images only, give attacks=[]"
-        )
-    return config, given
-
-
-def _about(
-    config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
-) -> dict[str, str]:
-    """The facts about all rows, for `Report.about`."""
-    words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
-    known = {
-        "threat": ball_name(norm, eps),
-        "version": f"purify_fast {__version__}",
-        "seed": str(config.seed),
-        # Code that was typed, into a notebook or after -c, has no command that repeats it.
-        "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "precision": precision_name(model, device),
-        "claim": None if config.claim is None else f"{config.claim:g}",
-        "dataset": config.dataset_name,
-        "protocol": config.protocol,
-        "predict": words and f"{words} of {config.n_eval} draws",
-    }
-    return {what: value for what, value in known.items() if value is not None}
-
-
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
     """The settings of the attacks.
 
@@ -311,36 +230,6 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         graphs=StepGraphs(config.cuda_graphs),
         copies=GradientCopies(),
     )
-
-
-def _first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, name: str) -> list[str]:
-    """Return the first notes for the report.
-
-    A warning about modules in training mode or about probabilities is also logged now, because an evaluation may take
-    hours.
-    """
-    draws = f"{config.n_eval} fresh draws of the model"
-    judged = {
-        None: [],
-        "worst_of": [f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong"],
-        "votes": [f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote"],
-    }
-    notes = notes_of_modules(model, name)
-    for note in notes:
-        logger.warning(note)
-    dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None
-    if dtype is not None:
-        notes.append(f"the weights of {name} are {dtype}, so its images were converted to this dtype")
-    if subject.has_probabilities:
-        kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
-        logger.warning("%s %s. The report will mark its accuracy", name, kind)
-    if subject.draws_once_per_call:
-        notes.append(
-            f"{name} draws its randomness once per call, for all images of a batch, so each draw needs a separate "
-            "call: a step or a judgement by 20 draws takes 20 calls. Other random models compute several draws in one "
-            "call"
-        )
-    return judged[config.predict] + notes + notes_of_protocol(config.protocol, model)
 
 
 def _admit(
