@@ -10,10 +10,9 @@ deployed model, because only the deployed model counts for the headline, the rob
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest
 from .._validation import NormName, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
@@ -33,10 +31,8 @@ from ..ops import keep_kernels, kernels_now
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from .alarms import Evidence, Probes, findings, probe, signs_of_masking
-from .alarms.answers import PROBED, Before
-from .alarms.probes import Probe, asked_before, probes_before
-from .alarms.probes import cost as cost_of_probes
+from .alarms import signs_of_masking
+from .alarms.answers import Before
 from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
 from .asked.checked_arguments import check_kinds, check_radii, read_attacks, with_arguments
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
@@ -46,17 +42,18 @@ from .asked.module_checks import refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
 from .asked.subject import Subject, Variant, device_of
-from .results.rows import CURVE, Row, Worst
+from .results.rows import CURVE, Row
 from .results.witnesses import gathered, model_marks
-from .results.worst_rows import count_fallen, worst_rows
+from .results.worst_rows import worst_rows
 from .run.auto_batch import make_room
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .run.measure import EXAMPLES, RULE, Measure
-from .run.progress import Progress, counted_model
+from .run.measure import EXAMPLES, Measure
+from .run.progress import Progress
 from .run.stopping import notes_of_proofs, notes_of_unsearched
 from .run.team import Team
 from .show.report import Report
+from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")
 
@@ -292,7 +289,8 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
             }
         )
-        asked = None if self.before is None or team.rank > 0 else self.ask_before(self.before)
+        suspicion = Suspicion(report, measure, self.before)
+        asked = None if self.before is None or team.rank > 0 else suspicion.ask_before(self.before, self.costs())
         if self.before is not None:
             signs = None if asked is None else signs_of_masking(asked, subject.is_random)
             self.act_on(team.from_first("signs", lambda: signs))
@@ -302,7 +300,7 @@ class _Evaluation:
         if witnessed is not None:
             self.gather_witnesses(witnessed)
         report.rows += worst_rows(report.rows)
-        self.conclude(asked)
+        suspicion.conclude(asked)
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
@@ -403,94 +401,3 @@ class _Evaluation:
         self.report.witnesses = gathered(self.report.rows, about)
         for row in self.report.rows:
             row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
-
-    # -- alarms: tests whether the numbers are reliable ---------------------------------------------------------------
-
-    def conclude(self, asked: Probes | None) -> None:
-        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
-
-        Args:
-            asked: results of the probes before the attacks; None without probes.
-        """
-        report, subject, name = self.report, self.measure.subject, self.measure.name
-        evidence = Evidence(
-            [row for row in report.rows if row.kind == "clean" or row.is_attack],
-            classes=subject.num_classes,
-            probabilities=subject.has_probabilities,
-            one_hot=subject.has_one_hot,
-            protocol=report.about.get("protocol"),
-        )
-        if self.before is not None and asked is not None:
-            probes = self.all_probes(self.before, asked, evidence)
-            evidence = replace(evidence, probes=probes)
-            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
-            fallen = probes.found() if subject.is_random else probes.fallen()
-            count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
-            report.curves.setdefault(name, {}).update(probes.curves())
-        report.findings = [replace(finding, model=name) for finding in findings(evidence)]
-        doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
-        inconsistent = any(finding.of_answers for finding in doubts)
-        # If no attack counted gradients, the headline is still reliable if the probes could use the model's gradients.
-        followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
-        for row in report.rows:
-            # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
-            headline = row.kind == "worst" and row.threat is None and row.deployed
-            row.reliable = row.reliable or (headline and followed)
-            if headline and doubts and (row.accuracy > 0 or inconsistent):
-                row.reliable = False
-                row.doubts = [finding.alarm for finding in doubts]
-
-    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
-        """Judge the points of a random model's images that fell to probes; None if there are none."""
-        subject = self.measure.subject
-        if probes.points is None or not fallen:
-            return None
-        index = torch.tensor(fallen, dtype=torch.int64)
-        points = probes.points[index].to(subject.x.device)
-        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
-        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
-
-    def probes_key(self, more: dict[str, Any]) -> str | None:
-        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
-        context, subject = self.measure.context, self.measure.subject
-        settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
-        settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
-        settings |= {"rule": RULE} if subject.is_random else {}
-        return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
-
-    def ask_before(self, before: Before) -> Probes:
-        """Run the probes before the attacks."""
-        measure, progress = self.measure, self.measure.progress
-        context, subject = measure.context, measure.subject
-        passes = cost_of_probes(subject, context)
-        progress.costs = [passes, *self.costs()]
-
-        def run(each: Probe) -> Any:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return each(replace(context, resources=resources))
-
-        def make() -> dict[str, Any]:
-            with progress.row("probes", passes):
-                probes = probes_before(before, counted_model(subject.model, progress))
-                # If memory runs out, a probe runs again with fewer images at once.
-                values = [subject.room.within(functools.partial(run, each)) for each in probes]
-                return asdict(subject.room.within(lambda: asked_before(before, context, values)))
-
-        asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
-        progress.next_row()
-        return asked
-
-    def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
-        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
-        context, subject = self.measure.context, self.measure.subject
-        # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
-        # attack it is False for all images.
-        n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
-        wrong = evidence.wrong(n)
-        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
-        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
-        asked_now = functools.partial(probe, before, context, asked, left.tolist())
-        made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))
-        return Probes(**made)
