@@ -48,8 +48,10 @@ from .results.worst_rows import worst_rows
 from .run.auto_batch import make_room
 from .run.cache import RowCache
 from .run.curve import Curve, attacks_of_curve, radii_of
-from .run.measure import EXAMPLES, Measure
+from .run.measure import Measure
 from .run.progress import Progress
+from .run.row_judge import EXAMPLES
+from .run.specified import settings_of
 from .run.stopping import notes_of_proofs, notes_of_unsearched
 from .run.team import Team
 from .show.report import Report
@@ -286,7 +288,7 @@ class _Evaluation:
                 "models": [self.mark, subject.num_classes, subject.is_random],
                 "seed": subject.seed,
                 "batch size": [resources.batch_size, resources.max_forward_batch],
-                "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
+                "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
         suspicion = Suspicion(report, measure, self.before)
@@ -371,7 +373,7 @@ class _Evaluation:
         deployed: dict[str | None, list[Row]] = {}
         for spec in self.plan:
             threat, variant = threat_name(spec, measure.context), spec.variant
-            before = left.get((variant, threat), measure.withstood(measure.clean(variant)))
+            before = left.get((variant, threat), measure.judge.withstood(measure.clean(variant)))
             reached = margins.setdefault((variant, threat), np.full(n, np.inf))
             images = spec.max_images or n
             earlier = (
@@ -386,8 +388,8 @@ class _Evaluation:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
                 if not row.is_attack:
                     continue
-                known = left.setdefault((name, threat), measure.withstood(measure.clean(name)).copy())
-                known[: row.n] &= measure.withstood(row)
+                known = left.setdefault((name, threat), measure.judge.withstood(measure.clean(name)).copy())
+                known[: row.n] &= measure.judge.withstood(row)
                 if row.margins is not None:
                     nearest = margins.setdefault((name, threat), np.full(n, np.inf))
                     nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
