@@ -25,7 +25,8 @@ from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, Resources
 from .engine.judge import Judge
-from .engine.row_batches import FEWEST_STEPS, ActiveSet
+from .engine.pace import FEWEST_STEPS
+from .engine.row_batches import ActiveSet
 from .gradient_copy import COMPARED, gradient_copy
 from .losses import usable_loss
 from .objective import Objective

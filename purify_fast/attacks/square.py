@@ -32,7 +32,8 @@ from .ball import Ball, philox_key, projected
 from .base import EngineAttack, as_function, times
 from .context import AttackContext
 from .engine.judge import bucket, repeated_to, takes_every_size
-from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
+from .engine.pace import PaceMonitor, some_of
+from .engine.row_batches import ActiveSet, take_rows
 from .objective import Objective
 
 #: The number of queries in the authors' code.
