@@ -20,7 +20,7 @@ from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, Steps, begin_steps
+from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import USUAL_TARGETS, EngineAttack, targets_and_times
 from .context import AttackContext

@@ -22,7 +22,7 @@ from torch import Tensor
 from .._validation import AtLeast0, Count, NormName
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, begin_steps
+from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_runs

@@ -27,7 +27,7 @@ from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, Steps, begin_steps
+from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, philox_key, projected
 from .base import EngineAttack, times
 from .context import AttackContext
