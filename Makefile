@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# `make test` runs the tests with these marks. `make test MARKS=` also runs the slow tests, like .ci/run.
+# `make test` runs the tests with these marks. `make test MARKS=` also runs the slow tests.
 MARKS  ?= not slow
 
 BIN    := $(VENV)/bin

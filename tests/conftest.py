@@ -20,6 +20,7 @@ os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from captures import Launched, Rerun
+from slow_shares import of_other_shares
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
@@ -50,6 +51,18 @@ OF_THE_MACHINE = (
     "no such ball",
 )
 _began = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of the slow tests, run only share K (from 0) of N equal shares; others are not affected"
+    parser.addoption("--slow-share", metavar="K/N", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (share := config.getoption("--slow-share")) is not None:
+        left_out = of_other_shares(items, share)
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 def _processor_seconds() -> float:

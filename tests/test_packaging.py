@@ -58,6 +58,7 @@ print("loaded" if _library.loaded() else "pure")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "no-triton"])
 @pytest.mark.parametrize("extension", [True, False], ids=["extension", "no-extension"])
 def test_imports_without_the_optional_parts(triton, extension):
@@ -73,6 +74,7 @@ def test_importing_ops_does_not_import_triton_kernels():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import contests, pack_zoo
+from ..robustness import alone, contests, large_images, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
@@ -68,6 +68,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
+    "large_images": large_images.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"
@@ -275,7 +276,8 @@ def check(results: Path) -> list[str]:
         found += broken_links(page)
         if page.name not in (MEASURED_PAGE, "CHANGELOG.md"):
             found += typed_numbers(page, results)
-    return found + contests.outdated(results) + truth.outdated(results) + code_of_broken.outdated(results)
+    parts = (contests, alone, truth, code_of_broken)
+    return found + [line for part in parts for line in part.outdated(results)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from purify_fast.evaluation.show.tables import markdown_table
 from .. import kept, options
 from ..kept import Row
 from ..speed import timing
+from . import revisions
 from .contests import BATCH, CONTESTS, OURS, ROBUST, Subject
 
 #: The results file, and the file with the table for docs/evaluation.md.
@@ -85,6 +86,17 @@ def read(out: Path) -> list[Row]:
     return kept.rows_of(out / FILE)
 
 
+def outdated(results: Path) -> list[str]:
+    """Return a message for each row that was made with other attacks than the protocol has now.
+
+    Args:
+        results: the folder ``benchmarks/results``.
+    """
+    now = revisions.short(OURS, random=False)
+    rows = [row for row in read(results / "studies") if row.get("revision") != now]
+    return [kept.outdated(FILE, repr(row["contest"]), f"alone '{row['contest']}'") for row in rows]
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks alone``."""
     names = f"contests to run; default: all. Names: {'; '.join(ALL)}"
@@ -102,6 +114,7 @@ def main(chosen: argparse.Namespace) -> str:
         subject = ALL[name].make(chosen.data)
         subject = replace(subject, x=subject.x[:most], y=subject.y[:most])
         row: Row = {"contest": name, "images": len(subject.x), "weights": weights_fingerprint(subject.model)}
+        row["revision"] = revisions.short(OURS, random=False)
         row |= {"attacks": {attack: counts for attack, *counts in found(subject)}}
         row |= timing.environment(torch.device("cpu"))
         kept.put(out / FILE, row, lambda one: list(ALL).index(one["contest"]))

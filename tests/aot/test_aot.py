@@ -378,7 +378,9 @@ TWO_BYTES = (
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"] if ALL else ["bf16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * case.startswith("decode_samples")) for case in CASES]
+)
 def test_machine_code(case, dtype):
     """No division of 64 bits, which is a call; no access of two bytes; two programs on a multiprocessor."""
     for name, one in code(case, dtype).items():
@@ -399,6 +401,7 @@ LOOPS = {128: 135, 64: 195, 32: 195}
 PRODUCTS = {80: "HMMA.16816", 90: "HGMMA.64x", 100: "UTCHMMA", 120: "HMMA.16816"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("decode_samples")])
 @pytest.mark.parametrize("architecture", architectures_of("bf16"))
 def test_the_decoder_multiplies_by_the_matrix_units(case, architecture):
@@ -450,6 +453,7 @@ DECODER = {(128, 128): (93, 916), (256, 128): (113, 1264), (128, 64): (162, 1173
 LAST_TWO_LAYERS = 3369
 
 
+@pytest.mark.slow
 def test_the_decoders_machine_code_gets_no_longer():
     """Its instructions are as many as they were, by the Triton that they were counted with."""
     within = 0.03 if triton.__version__.startswith("3.8.") else 0.2

@@ -243,6 +243,7 @@ def test_square_beside_the_authors(digits, norm, eps):
     assert 10 < left < 95 and ours <= left + 2, (norm, ours, left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [apgd, fab_t])
 def test_what_is_given_up_would_not_have_fallen(digits, attack):
     net, x, y = digits[0], digits[1][:80], digits[2][:80]
@@ -282,6 +283,7 @@ def test_dead_gradients_are_seen_where_searches_are_given_up(loss, count):
     assert seen[0] == seen[1] and seen[0][2] > 0
 
 
+@pytest.mark.slow
 def test_the_share_of_zero_gradients_is_that_of_searches_to_the_end(digits):
     share, net, x, y = 0.3, digits[0], digits[1][:100], digits[2][:100]
 

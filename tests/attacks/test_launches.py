@@ -98,6 +98,7 @@ def counted(way: str, rerun, monkeypatch) -> tuple[Counter[str], Tensor]:
     return parts, torch.from_numpy(report.headline.robust)
 
 
+@pytest.mark.slow
 def test_what_a_standard_run_launches(rerun, monkeypatch):
     (before, withstood), (after, same) = (counted(way, rerun, monkeypatch) for way in WAYS)
     assert torch.equal(withstood, same) and 0 < int(withstood.sum()) < 100

@@ -84,6 +84,7 @@ def test_the_fingerprint_follows_the_sources(tmp_path, monkeypatch):
     assert gpu_check.done(path, gpu_sections.fingerprint(CPU, True)) is None
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     """One raises, one does not end, one dies."""
 
@@ -109,6 +110,7 @@ def _sleep(context) -> None:
     time.sleep(3600)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 @pytest.mark.parametrize("call", gpu_check.CALLS)
 def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatch, capsys, forking):

@@ -122,6 +122,7 @@ def test_a_training_that_fails_is_named_and_stops_only_what_needs_it(tmp_path, m
     }
 
 
+@pytest.mark.slow
 def test_the_commands_need_neither_tyro_nor_a_gpu_to_be_imported():
     """A rented machine may lack tyro, and a server that forks processes must not have used CUDA."""
     code = """

@@ -275,6 +275,7 @@ def _broken(device, quick):
     raise ValueError("what went wrong")
 
 
+@pytest.mark.slow
 def test_a_limit_covers_the_preparation(monkeypatch, capsys, forking):
     """What is not ready in time, or cannot be made, is left out, unless the others are measured against it."""
     makes = {"plain": _other, "broken": _broken, "not ready": _sleeping, "ours": _other}

@@ -88,6 +88,7 @@ def test_a_defence_shares_its_classifier_and_is_judged_as_it_is_stored(small_zoo
     assert torch.equal(judged[0].classifier.head.weight, packed.load("digits-pgd-at").head.weight)
 
 
+@pytest.mark.slow
 def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypatch):
     asked = {}
 

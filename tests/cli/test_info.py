@@ -82,6 +82,7 @@ def test_an_extension_that_is_absent_is_told():
     assert "PURIFY_FAST_NO_EXTENSION=1" in text.split("environment ")[1]
 
 
+@pytest.mark.slow
 def test_an_extension_built_elsewhere_is_loaded(tmp_path):
     """PURIFY_FAST_EXTENSION replaces the installed one; a broken extension is reported."""
     broken, copy = tmp_path / "broken.so", tmp_path / "_C.abi3.so"

@@ -24,6 +24,8 @@ SMALL = {
         "8",
         "--latent-dim",
         "4",
+        "--samples",
+        "2",
         "--steps",
         "1",
     ],

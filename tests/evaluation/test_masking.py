@@ -35,6 +35,7 @@ def searched_early(report):
     return [row.attack for row in report.rows if any(row.settings.get(name) for name in names)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["fast", "standard"])
 def test_where_gradients_are_masked_searches_run_to_their_end_and_surrogates_join(protocol):
     report = judged(Rounded(), n=24, protocol=protocol)
@@ -50,12 +51,14 @@ def test_where_gradients_are_masked_searches_run_to_their_end_and_surrogates_joi
     assert own.attacks == ["clean", "PGD-2 ce", "worst"] and not any("masked" in note for note in own.notes)
 
 
+@pytest.mark.slow
 def test_a_gate_is_broken_by_the_gradients_of_its_parts_in_fast():
     alone, acted = judged(Gated(slope=100.0), n=64, probes=False), judged(Gated(slope=100.0), n=64)
     assert any("withstand short attacks" in note for note in acted.notes)
     assert acted.headline.accuracy < alone.headline.accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["fast", "standard"])
 def test_an_honest_model_is_attacked_as_without_the_signs(protocol):
     alone, asked = (judged(robust(), n=40, protocol=protocol, probes=probes) for probes in (False, True))

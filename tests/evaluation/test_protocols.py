@@ -230,6 +230,7 @@ def few_classes(classes):
     return model, x, model(x).argmax(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
 def test_two_attacks_of_a_protocol_that_become_equal_are_one(classes, protocol):
@@ -265,6 +266,7 @@ def test_a_list_with_an_attack_twice_says_that_it_ran_once():
     assert evaluate(model, x, y, attacks=named, **QUIET).attacks == ["clean", "one", "two", "worst"]
 
 
+@pytest.mark.slow
 def test_rand_and_official_on_a_random_model():
     pytest.importorskip("pyautoattack")
     _, _, x, y = digits()

@@ -97,6 +97,7 @@ def killed(folder, kind, rank, number, moment="keep", store="file"):
     return together(folder, 2, work, store, victim.is_killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "victim", "number", "moment"),
     [

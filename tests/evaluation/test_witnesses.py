@@ -77,6 +77,7 @@ def test_a_fresh_process_reproduces_every_fallen_image(tmp_path, monkeypatch):
     assert f"{len(report.witnesses)} of {len(report.witnesses)} witnesses still fall" in done.stdout
 
 
+@pytest.mark.slow
 def test_another_model_is_told_and_what_no_longer_falls(tmp_path, capsys):
     report = saved(tmp_path)
     same = check_witnesses(tmp_path, digit_nets.standard())

@@ -348,6 +348,7 @@ def test_an_op(name, data):
             same(found, wanted, ordinary(arguments) and context != "autocast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 @functools.partial(fuzzed, share=0.1)
 def test_an_op_in_a_compiled_graph(name, data):

@@ -1,8 +1,8 @@
 """The tests of a device: of the GPU's kernels, or rehearsed on a CPU's with PURIFY_FAST_TEST_DEVICE=cpu.
 
-With PURIFY_FAST_TEST_SECONDS, tests that would start later than that are skipped, and say so. With
-PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as a line of JSON. A run that was killed
-goes on where it was: tests that passed, by the file, are not run again.
+With PURIFY_FAST_TEST_SECONDS, tests that would start later than that are skipped, and say so. PURIFY_FAST_TEST_STRIDE=N
+runs every N-th case of each test. With PURIFY_FAST_TEST_OUTCOMES, what becomes of each test is appended to that file as
+a line of JSON. A run that was killed goes on where it was: tests that passed, by the file, are not run again.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ torch.backends.cuda.matmul.allow_tf32 = False
 LIMIT = float(os.environ.get("PURIFY_FAST_TEST_SECONDS", "inf"))
 BEGAN = time.monotonic()
 OUTCOMES = os.environ.get("PURIFY_FAST_TEST_OUTCOMES")
+STRIDE = int(os.environ.get("PURIFY_FAST_TEST_STRIDE", "1"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -33,6 +35,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cases: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if cases[name] % STRIDE:
+            left_out.append(item)
+        cases[name] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     known = Path(f"{OUTCOMES}.known")
     if OUTCOMES and known.exists():
         lines = map(json.loads, known.read_text(encoding="utf-8").splitlines())

@@ -159,6 +159,7 @@ def test_batches_and_attacks(name):
         assert (config.attack.steps, config.attack.step_size(config.attack.eps)) == (steps, pytest.approx(alpha))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("official_code", [False, True])
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_steps_at_the_recipes_size(name, official_code):

@@ -70,6 +70,7 @@ def test_bfloat16_is_near_float32():
     assert F.cosine_similarity(rounded.float().flatten(), exact.flatten(), 0) > 0.999
 
 
+@pytest.mark.slow
 def test_it_compiles_whole():
     torch._dynamo.reset()
     model, x, t = network(channels=1), torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])

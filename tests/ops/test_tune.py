@@ -49,6 +49,7 @@ def timed(monkeypatch, seconds: dict[str, float]) -> None:
     monkeypatch.setattr(racing, "fastest", fastest)
 
 
+@pytest.mark.slow
 def test_who_wins_serves_and_it_is_said(folder, monkeypatch, capsys):
     """The kernel of the l-infinity step, which serves as it ships, is made ten times as slow, and then as fast."""
     op, wide = REGISTRY["pgd_step"], torch.float32
@@ -244,6 +245,7 @@ class Memory(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
 def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
     """The reference's tensors, once for eager calls and once for its graph, counted with tensors that hold nothing."""

@@ -120,6 +120,7 @@ def test_a_later_run_takes_the_known_form_when_it_is_worth_its_cost(monkeypatch)
     assert captured.form == "joint" and captured.final
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["model", "batch", "version", "setting"])
 def test_another_model_batch_version_or_setting_is_compared_again(monkeypatch, change):
     model, capture = inference_copy(), TimedForms(TIMES, monkeypatch)
@@ -227,6 +228,7 @@ def test_a_caller_under_autocast_gets_the_joint_form_in_the_same_precision():
     assert torch.allclose(found["image"], wanted["image"], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_many_compiled_forms_in_a_process_are_all_compiled():
     """PyTorch compiles the code of a function only eight times."""
     model, graphs = inference_copy(), torch._dynamo.utils.counters["stats"]

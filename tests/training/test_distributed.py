@@ -80,6 +80,7 @@ def test_batchnorm_over_two_processes_is_torchs_over_all_images(two, name, form)
         torch.testing.assert_close(got.double(), want, **tolerance)
 
 
+@pytest.mark.slow
 def test_a_process_is_killed_and_the_run_resumed_by_two_or_by_one(two, tmp_path):
     kind, folder = "pipeline", tmp_path / "run"
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL) if dist.get_rank() == 1 else None  # noqa: E731

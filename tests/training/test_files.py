@@ -99,6 +99,7 @@ def test_two_damaged_checkpoints_are_both_named_and_stay(tmp_path):
     assert all((tmp_path / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_while_another_process_writes_checkpoints(tmp_path):
     """The files differ in size, so a reader that opens a file twice finds the size of another one."""
     save_checkpoint(tmp_path, {"step": 0})
@@ -141,6 +142,7 @@ t.train(sys.argv[1], epochs=1, checkpoint_seconds=0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
 def test_a_full_disk_ends_a_run_with_the_file_named_and_the_run_goes_on_later(tmp_path):
     script = [sys.executable, "-c", FULL, str(tmp_path / "run"), os.path.dirname(__file__)]

@@ -38,6 +38,7 @@ def close(found, wanted):
         torch.testing.assert_close(found["state"][name], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_the_run_resumed_by_three(one, tmp_path):
     run = tmp_path / "run"
 
@@ -102,6 +103,7 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch, tmp_path, rank, 
     assert read_tree(tmp_path / "run" / "checkpoint.safetensors")["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_process_that_is_only_slow_is_not_lost(monkeypatch, tmp_path):
     """It takes much longer for a step than others may be silent."""
     monkeypatch.setattr(_distributed, "BEAT", 0.1)

@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,6 +67,8 @@ def defence(device: torch.device, quick: bool) -> Atop:
     """Return AToP with the published generator and an untrained ResNet-18. A quick run gets a narrow generator."""
     _, side, width = sizes(quick)
     torch.manual_seed(0)
+    import torchvision
+
     classifier = torchvision.models.resnet18(num_classes=10).eval()
     # Without this factor, the cross-entropy would be about log 10 for every image.
     classifier.fc.weight.data *= 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,9 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 def classifier() -> nn.Module:
     """Return a ResNet-18 for images of 32 x 32, with random weights and random statistics of its BatchNorms."""
+    # This import takes seconds, and quick runs of many processes do without it.
+    import torchvision
+
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
     # Libraries for robustness change the ResNet-18 in the same way for small images.
