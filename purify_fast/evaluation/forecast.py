@@ -15,10 +15,10 @@ from ..protocols import Classifier
 from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
-from .config import EvaluateConfig
-from .report import Report
+from .asked.config import EvaluateConfig
+from .asked.subject import device_of
 from .runner import evaluate
-from .subject import device_of
+from .show.report import Report
 
 #: The number of images in the first trial, whose memory is measured.
 FEW = 8

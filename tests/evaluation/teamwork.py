@@ -22,7 +22,7 @@ from evaluating import evaluate
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.attack_run import AttackRun
+from purify_fast.evaluation.run.attack_run import AttackRun
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
 from purify_fast.training.distributed import torchrun_group
 

@@ -12,7 +12,8 @@ from torch import nn
 from purify_fast.attacks import APGD, PGD
 from purify_fast.cli.evaluate import Evaluate
 from purify_fast.cli.parsing import parse
-from purify_fast.evaluation import AttackSpec, auto_batch
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.run import auto_batch
 from purify_fast.speed.memory import Room, images_that_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")

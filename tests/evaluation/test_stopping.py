@@ -7,8 +7,9 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, Square
-from purify_fast.evaluation import AttackSpec, stopping
-from purify_fast.evaluation.stopping import StoppingRule, nearest_first
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.run import stopping
+from purify_fast.evaluation.run.stopping import StoppingRule, nearest_first
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

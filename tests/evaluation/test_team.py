@@ -17,9 +17,10 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation import attack_run, runner, team
-from purify_fast.evaluation.attack_run import AttackRun
-from purify_fast.evaluation.measure import Measure
+from purify_fast.evaluation import runner
+from purify_fast.evaluation.run import attack_run, team
+from purify_fast.evaluation.run.attack_run import AttackRun
+from purify_fast.evaluation.run.row_judge import RowJudge
 
 SCRIPT = Path(__file__).with_name("teamwork.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
@@ -77,7 +78,7 @@ MOMENTS = {
     "keep": (AttackRun, "keep"),
     "write": (attack_run, "write_sealed"),
     "claim": (team.Team, "claimed"),
-    "judge": (Measure, "_judged"),
+    "judge": (RowJudge, "judged"),
 }
 
 

@@ -21,7 +21,7 @@ from ...attacks import AttackContext, apgd
 from ...attacks.base import ThreatModel
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
-from ..subject import Subject
+from ..asked.subject import Subject
 from . import answers
 from .answers import Before, in_parts
 

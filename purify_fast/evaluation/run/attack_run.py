@@ -12,15 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._sealed import write_sealed
-from .._tensors import digest
-from ..attacks import AttackContext, AttackResult, GradientHealth
-from ..attacks.engine.judge import Judge, has_fallen
-from ..protocols import Classifier
+from ..._sealed import write_sealed
+from ..._tensors import digest
+from ...attacks import AttackContext, AttackResult, GradientHealth
+from ...attacks.engine.judge import Judge, has_fallen
+from ...protocols import Classifier
+from ..asked.specs import AttackSpec, check_adversarial
+from ..asked.subject import Subject
 from .cache import read_file
-from .specs import AttackSpec, check_adversarial
 from .stopping import StoppingRule
-from .subject import Subject
 
 #: The names of the counts that `GradientHealth` keeps.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._sealed import read_sealed, write_sealed
-from .._tensors import text_hash
-from ..ops.dispatch.registry import forced_backends
-from ..speed.precision import float32_settings
-from .rows import Row
+from ... import _library
+from ..._sealed import read_sealed, write_sealed
+from ..._tensors import text_hash
+from ...ops.dispatch.registry import forced_backends
+from ...speed.precision import float32_settings
+from ..results.rows import Row
 
 logger = logging.getLogger("purify_fast")
 

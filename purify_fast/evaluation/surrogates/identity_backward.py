@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import frozen
-from ..protocols import Classifier
-from .softening import Args, HoldingMode, Rule
+from ...attacks import frozen
+from ...protocols import Classifier
+from .function_mode import Args, HoldingMode, Rule
 
 #: Increase this number whenever a change here gives a model another gradient. Cached rows with an older number are then
 #: made again.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..protocols import Classifier, SharesDraws, supports
+from ...protocols import Classifier, SharesDraws, supports
 
 #: The shortest time between two lines of a log, in seconds.
 LINE_EVERY = 30.0

@@ -13,15 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .._files import write_text
-from .._validation import check_folder
-from ..protocols import Classifier
-from .alarms import Finding
-from .rows import CURVE, Paired, Row
-from .show.page import html_page
-from .show.tables import color_is_welcome, comparison, markdown_table
-from .show.text import render
-from .witnesses import FILE, Witnesses
+from ..._files import write_text
+from ..._validation import check_folder
+from ...protocols import Classifier
+from ..alarms import Finding
+from ..results.rows import CURVE, Paired, Row
+from ..results.witnesses import FILE, Witnesses
+from .page import html_page
+from .tables import color_is_welcome, comparison, markdown_table
+from .text import render
 
 logger = logging.getLogger("purify_fast")
 

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from .. import _distributed
-from .._distributed import Heartbeat, ProcessLost
-from .._process import processes, sendable
+from ... import _distributed
+from ..._distributed import Heartbeat, ProcessLost
+from ..._process import processes, sendable
 from .progress import Progress
 
 logger = logging.getLogger("purify_fast")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from .._memory import bytes_of
-from .._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
+from ..._memory import bytes_of
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
 
 ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
 #: The rule by which several predictions of a random model on an image count as correct: all of them are correct
@@ -34,7 +34,7 @@ class EvaluateConfig:
             with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
             evaluation of the defence's authors, for a comparison with their numbers; its rows do not count for the
             robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
-            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.attack_lists`.
+            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.asked.attack_lists`.
         steps: number of steps of PGD and APGD, for attacks that set no number of steps. This number also limits the
             steps of a protocol's attacks, but not of its first attack if that has ten steps. FAB-T takes 100 steps, as
             in its authors' code.

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 
-from .._validation import check_literal
-from ..attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
-from ..attacks.base import EngineAttack, ThreatModel
-from ..attacks.heads import HEADS, AttackersHead
-from ..attacks.losses import ApgdLoss
-from ..protocols import (
+from ..._validation import check_literal
+from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
+from ...attacks.base import EngineAttack, ThreatModel
+from ...attacks.heads import HEADS, AttackersHead
+from ...attacks.losses import ApgdLoss
+from ...protocols import (
     AuthorsEvaluation,
     Classifier,
     DeterministicMode,
@@ -27,10 +27,10 @@ from ..protocols import (
     is_purifier,
     supports,
 )
+from ..surrogates.copies import WithoutNoise
 from .config import ProtocolName
 from .specs import AttackSpec, lee_kim_2023
 from .subject import Subject
-from .surrogates import WithoutNoise
 
 #: The name of the attack of the protocol "authors" for a model without ``authors_attacks()``.
 AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import torch
 
-from ..attacks.objective import Objective
-from ..protocols import Classifier
-from ..speed.memory import Room, free_memory, images_that_fit
+from ...attacks.objective import Objective
+from ...protocols import Classifier
+from ...speed.memory import Room, free_memory, images_that_fit
+from ..asked.subject import Subject
 from .cache import RowCache
-from .subject import Subject
 
 logger = logging.getLogger("purify_fast")
 

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..attacks import BPDA, Attack, AttackContext, AutoAttack
-from ..attacks.losses import usable_loss
-from ..protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
+from ...attacks import BPDA, Attack, AttackContext, AutoAttack
+from ...attacks.losses import usable_loss
+from ...protocols import DeterministicMode, FixedNoise, SampleLogits, has_classifier, is_purifier, supports
 from .specs import CLASSIFIER, AttackSpec
 from .subject import Subject, Variant
 

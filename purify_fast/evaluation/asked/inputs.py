@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks.arguments import ROUNDING, advice_for_range
-from ..protocols import Classifier
+from ...attacks.arguments import ROUNDING, advice_for_range
+from ...protocols import Classifier
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

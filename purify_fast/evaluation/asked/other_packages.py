@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
-from .._validation import read_norm
-from ..attacks.base import ThreatModel
-from ..attacks.outputs import LogitsOf
-from ..defences import MajorityVote
-from .progress import CountedModel
+from ..._tensors import per_image
+from ..._validation import read_norm
+from ...attacks.base import ThreatModel
+from ...attacks.outputs import LogitsOf
+from ...defences import MajorityVote
+from ...protocols import CountsImages, PassesOn, supports
 
 #: The share by which an attack's own radius may exceed the radius of the evaluation, because of rounding.
 ROUNDED = 1e-5
+#: The protocols by which the evaluation's counter of images, a wrapper around the judged model, is recognized.
+COUNTER = (CountsImages, PassesOn)
 
 
 class OtherAttack(abc.ABC):
@@ -87,7 +89,7 @@ class OtherAttack(abc.ABC):
             warnings: a list to which warnings for the reader of the report are added.
         """
         given, judged = self.wrapped(), model
-        while isinstance(judged, (CountedModel, LogitsOf, MajorityVote)):
+        while isinstance(judged, (LogitsOf, MajorityVote)) or all(supports(judged, each) for each in COUNTER):
             judged = judged.model
         if any(one is not judged for one in given):
             other = type(given[0]).__name__

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks.ball import philox_key
-from ..ops.philox import Stream, philox
-from .rows import Row
+from ...attacks.ball import philox_key
+from ...ops.philox import Stream, philox
+from ..results.rows import Row
 
 #: Increase this number whenever a change here makes the same attack reach other images. Cached rows with an older
 #: number are then made again.

@@ -11,18 +11,39 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from math import isinf, sqrt
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn.functional import one_hot, pad, softsign
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._tensors import per_image
+from ..._tensors import per_image
+from .function_mode import Args, HoldingMode, Rule
+from .softened_functions import (
+    ARITHMETIC,
+    CASTS,
+    CHOICES,
+    COMPARISONS,
+    LOOKUPS,
+    OF_COUNTERPARTS,
+    OF_MASKS,
+    SATURATING,
+    SHAPES,
+    SLICES,
+    SOFTENED,
+    STEPS,
+    UNKNOWN,
+    follows,
+    goes_in_steps,
+    is_flat,
+    not_in_place,
+    plain_name,
+    wider,
+)
+from .users_functions import with_gradient
 
 #: Increase this number whenever a softened model computes something else than before. Cached rows with an older number
 #: are then made again.
@@ -32,132 +53,9 @@ REVISION = 2
 #: SOFT_SLOPE is used at temperature 1; at another temperature it is divided by the root of the temperature. A larger
 #: slope is closer to a hard threshold. With a tenth of these slopes, attacks find little.
 EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
-
-
-#: A function of PyTorch, or a formula that replaces it.
-Rule = Callable[..., Any]
-Args = tuple[Any, ...]
 #: The origin of a tensor of indices, such as a result of argmax. It is a pair (values, dim): the values among which the
 #: indices were chosen, and the dimension of the choice. Or a pair (weights, None): the weights of all possible indices.
 Choice = tuple[Tensor, int | None]
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-#: Functions that saturate. Their first argument is divided by the temperature.
-_SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
-#: Functions whose gradient is zero everywhere or outside of a range; the gradient of the identity replaces their
-#: gradient.
-_FLAT = _names(
-    "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
-    "fake_quantize_per_channel_affine"
-)
-#: Functions whose result has steps, for floating-point numbers or for integers, each with a smooth formula that gives
-#: the gradient. The formula for a remainder has half of the identity's gradient. So half of the gradient arrives if a
-#: model uses the remainder, and also if it rounds by subtracting the remainder.
-_STEPS: dict[str, Rule] = {
-    "div": lambda a, b: a / b,
-    "floordiv": lambda a, b: a / b,
-    "rfloordiv": lambda a, b: b / a,
-    "remainder": lambda a, b: a / 2,
-    "fmod": lambda a, b: a / 2,
-    "frac": lambda a: a / 2,
-    "rshift": lambda a, b: a / 2**b,
-    "lshift": lambda a, b: a * 2**b,
-    "clamp": lambda a, *bounds: a,
-    "and": lambda *each: sum(value for value in each if _follows(value)),
-    "or": lambda *each: sum(value for value in each if _follows(value)),
-}
-#: All functions that saturate or are flat, including those that are flat only for some arguments (see `_is_flat`).
-_SOFTENED = _SATURATING | _FLAT | {"clamp", "hardtanh", "threshold"}
-#: The names of comparisons. The value is 1 for "greater" and -1 for "less".
-_COMPARISONS = {
-    **dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1),
-    **dict.fromkeys(("lt", "le", "less", "less_equal"), -1),
-}
-#: Functions that only change the type. A change from a floating-point type to another type rounds.
-_CASTS = _names(
-    "to type type_as float double half bfloat16 bool byte char short int long quantize_per_tensor "
-    "quantize_per_channel dequantize"
-)
-#: Functions that only select or rearrange values. The counterpart of their first argument is changed in the same way.
-_SHAPES = _names(
-    "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute "
-    "transpose t movedim repeat tile select narrow flip roll contiguous clone getitem"
-)
-#: Functions that are called a second time, with the counterparts of those arguments that have a counterpart.
-_ARITHMETIC = _names(
-    "mul multiply add sub subtract rsub div divide true_divide rdiv neg sum mean cumsum cat concat stack matmul"
-)
-#: For each function of masks, the formula that is computed with the smooth counterparts of these masks.
-_OF_MASKS: dict[str, Rule] = {
-    "where": lambda mask, a, b: mask * a + (1 - mask) * b,
-    "masked_fill": lambda x, mask, value: mask * value + (1 - mask) * x,
-    "and": lambda p, q: p * q,
-    "or": lambda p, q: p + q - p * q,
-    "not": lambda p: 1 - p,
-    "any": torch.amax,
-    "all": torch.amin,
-}
-#: For each function that reads values from a table: the positions of the table (None: no argument is the table) and of
-#: the indices among its arguments.
-_LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take": (0, 1), "one_hot": (None, 0)}
-#: Functions that can be called with counterparts, and that have an in-place form, such as ``add_``.
-_OF_COUNTERPARTS = {*_ARITHMETIC, *_OF_MASKS, "scatter"}
-#: Some functions have several names in PyTorch. The keys are such names, the values are the names that are used here.
-_SPELLINGS = {
-    "invert": "not",
-    "clip": "clamp",
-    "divide": "div",
-    "floor_divide": "floordiv",
-    "right_shift": "rshift",
-    "left_shift": "lshift",
-    "iand": "and_",
-    "ior": "or_",
-    "irshift": "rshift_",
-    "ilshift": "lshift_",
-}
-#: Errors that a formula may raise for arguments for which it was not written. The result of the function is then not
-#: changed.
-_UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-#: For each function that chooses among values: the position of its argument ``dim``, and the position of the indices in
-#: its result (None: the result itself).
-_CHOICES: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(("argmax", "argmin", "argsort"), (1, None)),
-    **dict.fromkeys(("max", "min", "median", "sort"), (1, 1)),
-    **dict.fromkeys(("kthvalue", "topk"), (2, 1)),
-}
-#: Functions that may select some of the indices of a choice. Their result is still a choice in the same dimension.
-_SLICES = {"getitem", "narrow", "contiguous", "clone"}
-
-
-class HoldingMode(TorchFunctionMode):
-    """A function mode that also enters another context, and that can be entered again inside its own block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._open: list[contextlib.ExitStack] = []
-
-    def held(self, stack: contextlib.ExitStack) -> None:
-        """Enter the other context.
-
-        Args:
-            stack: the stack in which the context is entered; it is closed at the end of the block.
-        """
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        stack = contextlib.ExitStack()
-        self.held(stack)
-        self._open.append(stack)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._open.pop().close()
 
 
 class Softening(HoldingMode):
@@ -182,7 +80,7 @@ class Softening(HoldingMode):
         stack.enter_context(kept)
 
     def __torch_function__(self, func: Rule, types: Any, args: Args = (), kwargs: dict[str, Any] | None = None) -> Any:
-        name, kwargs = _plain_name(func), kwargs or {}
+        name, kwargs = plain_name(func), kwargs or {}
         self.let_through(args)
         if name == "set_grad_enabled":
             # A no_grad block inside the model is ignored, because it would hide gradients.
@@ -193,30 +91,30 @@ class Softening(HoldingMode):
         if name in ("numpy", "array") and _floating(first):
             return func(first.detach(), *args[1:], **kwargs)
         known = any(map(self._known, args))
-        if kwargs.get("inplace") and name in _SOFTENED:
+        if kwargs.get("inplace") and name in SOFTENED:
             name, kwargs = name + "_", {key: value for key, value in kwargs.items() if key != "inplace"}
-        with contextlib.suppress(*_UNKNOWN):
+        with contextlib.suppress(*UNKNOWN):
             if name == "setitem" and known:
                 return self._set(func, *args)
             if name.endswith("_") and (
-                name[:-1] in _SOFTENED | (_OF_COUNTERPARTS if known else set())
-                or _goes_in_steps(name[:-1], first, **kwargs)
+                name[:-1] in SOFTENED | (OF_COUNTERPARTS if known else set())
+                or goes_in_steps(name[:-1], first, **kwargs)
             ):
                 # The operation is computed out of place, and its result is copied into the argument, which the model
                 # continues to use.
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
-                after = self.__torch_function__(_not_in_place(func), types, (before, *args[1:]), kwargs)
+                after = self.__torch_function__(not_in_place(func), types, (before, *args[1:]), kwargs)
                 first.copy_(after)
                 self._keep(first, self._kept(after, Tensor))
                 return first
-        if name in _SATURATING and self.temperature is not None and _floating(first):
+        if name in SATURATING and self.temperature is not None and _floating(first):
             return func(first / self.temperature, *args[1:], **kwargs)
         hard = func(*args, **kwargs)
-        if name in _CHOICES and _floating(first):
+        if name in CHOICES and _floating(first):
             self._choose(name, hard, args, kwargs)
         if isinstance(hard, Tensor):
-            with contextlib.suppress(*_UNKNOWN):
+            with contextlib.suppress(*UNKNOWN):
                 return self._followed(name, func, hard, args, kwargs)
         return hard
 
@@ -232,28 +130,28 @@ class Softening(HoldingMode):
         """
         first: Any = args[0] if args else None
         call = functools.partial(func, **kwargs)
-        if _is_flat(name, *args[1:], **kwargs) and _floating(first):
+        if is_flat(name, *args[1:], **kwargs) and _floating(first):
             return _straight(hard, first)
         if name == "hardtanh" and self.temperature is not None:
-            return _straight(hard, _wider(self.temperature, *args, **kwargs))
-        if name in _COMPARISONS and len(args) == 2:
+            return _straight(hard, wider(self.temperature, *args, **kwargs))
+        if name in COMPARISONS and len(args) == 2:
             a, b = map(self._or_itself, args)
-            self._keep(hard, self._compared(a, b, _COMPARISONS[name]))
+            self._keep(hard, self._compared(a, b, COMPARISONS[name]))
         elif name in ("eq", "ne") and len(args) == 2 and args[0] is not args[1]:
             soft = self._equal(hard, *args)
             self._keep(hard, soft if name == "eq" or soft is None else 1 - soft)
         elif name in ("bucketize", "searchsorted"):
             values, bounds = map(self._or_itself, args[:2] if name == "bucketize" else args[1::-1])
             return self._stepped(hard, self._between(values, bounds))
-        elif _goes_in_steps(name, hard, **kwargs):
-            return self._stepped(hard, _STEPS[name](*map(self._or_itself, args)))
-        elif name in _LOOKUPS and self._index(name, args) is not None:
+        elif goes_in_steps(name, hard, **kwargs):
+            return self._stepped(hard, STEPS[name](*map(self._or_itself, args)))
+        elif name in LOOKUPS and self._index(name, args) is not None:
             return self._soft(hard, self._looked_up(name, call, hard, args))
-        elif name in _CASTS and _floating(first):
+        elif name in CASTS and _floating(first):
             if not (_floating(hard) or hard.dtype == torch.bool):
                 values = hard.dequantize() if hard.is_quantized else hard.to(first.dtype)
                 self._keep(hard, _straight(values, first))
-        elif name in _CASTS:
+        elif name in CASTS:
             if (choice := self._kept(first, tuple)) is None:
                 return self._soft(hard, self._kept(first, Tensor))
             if _floating(hard):
@@ -262,7 +160,7 @@ class Softening(HoldingMode):
         elif name == "scatter":
             choice = self._kept(args[2], tuple)
             return hard if choice is None else self._soft(hard, self._scattered(args, choice, [*kwargs.values()]))
-        elif name in _SHAPES:
+        elif name in SHAPES:
             choice, soft = self._kept(first, tuple), self._kept(first, Tensor)
             if choice is not None:
                 self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
@@ -270,7 +168,7 @@ class Softening(HoldingMode):
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
             # Arithmetic with an infinity, as in the mask of a softmax, has no softened form, so the condition above
             # excludes such arithmetic.
-            rule = func if name in _ARITHMETIC else _OF_MASKS.get(name)
+            rule = func if name in ARITHMETIC else OF_MASKS.get(name)
             if name == "where" and _floating(first):
                 # For x.where(mask, other) the mask is put first, as in torch.where.
                 args = (args[1], first, *args[2:])
@@ -290,7 +188,7 @@ class Softening(HoldingMode):
                 if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
                     # The backward pass takes the method `backward` from this class, so another class gives another
                     # gradient.
-                    value.grad_fn._forward_cls = _with_gradient(function, self.temperature is None)
+                    value.grad_fn._forward_cls = with_gradient(function, self.temperature is None)
 
     # -- counterparts -------------------------------------------------------------------------------------------------
 
@@ -341,7 +239,7 @@ class Softening(HoldingMode):
 
     def _stepped(self, hard: Tensor, smooth: Any) -> Tensor:
         """Return the value of a function with jumps, such as rounding, with the gradient of its smooth formula."""
-        if not _follows(smooth) or smooth.shape != hard.shape:
+        if not follows(smooth) or smooth.shape != hard.shape:
             return hard
         straight = _straight(hard.to(smooth.dtype), smooth)
         if _floating(hard):
@@ -388,7 +286,7 @@ class Softening(HoldingMode):
 
     def _choose(self, name: str, hard: Any, args: Args, kwargs: dict[str, Any]) -> None:
         """Record the values from which indices were chosen."""
-        at, place = _CHOICES[name]
+        at, place = CHOICES[name]
         source, last = args[0], None if name in ("argmax", "argmin", "max", "min", "median") else -1
         dim = args[at] if len(args) > at else kwargs.get("dim", last)
         if dim is None and name in ("argmax", "argmin"):
@@ -413,7 +311,7 @@ class Softening(HoldingMode):
         """Return the `Choice` of indices after a function has selected some of them or has reshaped their tensor."""
         choice = self._kept(args[0], tuple)
         source, dim = choice
-        if dim is not None and name in _SLICES and _without(hard, dim) == _without(source, dim):
+        if dim is not None and name in SLICES and _without(hard, dim) == _without(source, dim):
             return choice
         weights = self._weights(args[0], choice).movedim(-1, 0).contiguous()
         return torch.vmap(lambda each: call(each, *args[1:]), out_dims=-1)(weights), None
@@ -434,7 +332,7 @@ class Softening(HoldingMode):
 
     def _index(self, name: str, args: Args) -> Tensor | None:
         """The indices with which a function reads from a table, if they depend on the images; otherwise None."""
-        place = _LOOKUPS[name][1]
+        place = LOOKUPS[name][1]
         index = args[place] if len(args) > place else None
         if isinstance(index, tuple) and all(each == slice(None) for each in index[1:] if not isinstance(each, Tensor)):
             index = index[0] if sum(isinstance(each, Tensor) for each in index) == 1 else None
@@ -444,7 +342,7 @@ class Softening(HoldingMode):
 
     def _looked_up(self, name: str, call: Rule, hard: Tensor, args: Args) -> Tensor | None:
         """The softened form of a table's values at some indices, or of ``one_hot`` of the indices."""
-        (of_table, of_index), index = _LOOKUPS[name], self._index(name, args)
+        (of_table, of_index), index = LOOKUPS[name], self._index(name, args)
         assert index is not None
         table, choice = None if of_table is None else args[of_table], self._kept(index, tuple)
         if name == "index_select" and args[1] != 0:
@@ -478,86 +376,6 @@ class Softening(HoldingMode):
             x.copy_(self._soft(x.clone(), mask * value + (1 - mask) * before))
 
 
-def _not_in_place(func: Rule) -> Rule:
-    """The out-of-place form of an in-place operation."""
-    name = func.__name__.strip("_")
-    name = {f"i{each}": f"bitwise_{each}" for each in ("and", "or")}.get(name, name)
-    name = {"irshift": "bitwise_right_shift", "ilshift": "bitwise_left_shift"}.get(name, name)
-    return getattr(torch, name, None) or getattr(torch.nn.functional, name)
-
-
-def _plain_name(func: Rule) -> str:
-    """Return the name of a function without outer underscores and without the prefixes "logical_" and "bitwise_".
-
-    The name of an in-place function ends with ``_``.
-    """
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    name = name.strip("_").removeprefix("logical_").removeprefix("bitwise_")
-    return _SPELLINGS.get(name, name) + "_" * in_place
-
-
-def _is_flat(name: str, /, *bounds: Any, **named: Any) -> bool:
-    """Tell whether a function has a range with gradient 0; a ReLU, or a clamp with one bound, does not count."""
-    given = [each for each in (*bounds, *named.values()) if each is not None]
-    return name in _FLAT or (name == "clamp" and len(given) == 2) or (name == "threshold" and 0 not in given[:1])
-
-
-def _goes_in_steps(name: str, result: Any, **named: Any) -> bool:
-    """Tell whether a function is in `_STEPS` and has steps; some have steps only for integers or with an option."""
-    whole = isinstance(result, Tensor) and not (result.is_floating_point() or result.dtype == torch.bool)
-    return name in _STEPS and (
-        named.get("rounding_mode") is not None if name == "div" else whole or name not in ("clamp", "and", "or")
-    )
-
-
-def _wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
-    """Apply ``hardtanh`` with a range whose width is multiplied by the temperature; its middle does not change."""
-    middle, half = (max_val + min_val) / 2, (max_val - min_val) / 2
-    return x.clamp(middle - temperature * half, middle + temperature * half)
-
-
-@functools.lru_cache(maxsize=64)
-def _with_gradient(function: Any, always: bool) -> type:
-    """Make a subclass of a user's ``autograd.Function`` with the gradient of the identity.
-
-    Only the first input that needs a gradient and has the shape of the output gets this gradient.
-
-    Args:
-        function: the user's class.
-        always: whether every gradient is replaced. If not, only a gradient that is missing, zero or not finite is
-            replaced.
-    """
-    by_vjp = function.vjp is not torch.autograd.Function.vjp
-    own = function.vjp if by_vjp else function.backward
-
-    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-        found: Any = None
-        # A function that was never differentiated may have no backward, or a backward with errors.
-        with contextlib.suppress(Exception):
-            found = own(ctx, grad, *others)
-        needed = ctx.needs_input_grad
-        every = list(found) if isinstance(found, tuple) else [found] + [None] * (len(needed) - 1)
-        edges = [edge for edge in ctx.next_functions if edge[0] is not None]
-        places = [place for place, need in enumerate(needed) if need]
-        for place, (node, number) in zip(places, edges, strict=True):
-            if grad is not None and node._input_metadata[number].shape == list(grad.shape):
-                every[place] = grad if always or every[place] is None else _where_useful(every[place], grad)
-                break
-        return tuple(every)
-
-    # The function has either `vjp` or `backward`, and this method is replaced.
-    named = {"vjp" if by_vjp else "backward": staticmethod(backward), "__module__": "purify_fast"}
-    return type(function.__name__, (function,), named)
-
-
-def _where_useful(own: Tensor, other: Tensor) -> Tensor:
-    """The gradient ``own``, or ``other`` for images where ``own`` is zero or not finite."""
-    each = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
-    useless = (each == 0).all(1) | ~each.isfinite().all(1)
-    return torch.where(per_image(useless, own) if own.dim() else useless[0], other, own)
-
-
 def _size(a: Any, b: Any) -> Tensor:
     """The mean size of the compared values, for each entry of the first dimension."""
     size = (abs(a) + abs(b)).detach()
@@ -569,10 +387,6 @@ def _size(a: Any, b: Any) -> Tensor:
 def _without(tensor: Tensor, dim: int) -> list[int]:
     """The shape of a tensor without the dimension ``dim``."""
     return [size for place, size in enumerate(tensor.shape) if place != dim]
-
-
-def _follows(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _floating(value: Any) -> bool:

@@ -6,7 +6,7 @@ radii, and only images that have not fallen yet are attacked at larger radii. Th
 
 On a random model nothing is concluded from another radius, because chance decides too: at each radius, every image that
 has not fallen at a smaller radius is attacked, and other draws judge the worst point that was found up to this radius
-(`purify_fast.evaluation.rows.by_worst_points`).
+(`purify_fast.evaluation.results.rows.by_worst_points`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest
-from ..attacks import AttackContext, GradientHealth
-from ..attacks.engine.judge import has_fallen
+from ..._tensors import digest
+from ...attacks import AttackContext, GradientHealth
+from ...attacks.engine.judge import has_fallen
+from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
+from ..asked.specs import AttackSpec, FunctionAttack
+from ..results.rows import Row, Worst, by_worst_points
 from .measure import Measure
-from .naming import ball_name, clean_name, row_name, short, threat_name
-from .rows import Row, Worst, by_worst_points
-from .specs import AttackSpec, FunctionAttack
+from .specified import settings_of
 
 #: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
 #: number are then made again.
@@ -123,9 +124,9 @@ class Curve:
             attacks: the rows of the report's attacks on all images of the deployed model, in the report's ball.
         """
         eps, rows = float(measure.context.eps), list[Row]()
-        clean, chooses = measure.clean("random"), measure.chooses("random")
-        at_start = measure.withstood(clean)
-        left = np.logical_and.reduce([at_start, *(measure.withstood(row) for row in attacks)])
+        clean, chooses = measure.clean("random"), measure.judge.chooses("random")
+        at_start = measure.judge.withstood(clean)
+        left = np.logical_and.reduce([at_start, *(measure.judge.withstood(row) for row in attacks)])
         for below in (True, False):
             side = [radius for radius in self.radii if (radius < eps) is below]
             # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
@@ -139,7 +140,7 @@ class Curve:
                 row = self._row(radius, measure, standing=standing, safe=safe, begin=begin, smaller=smaller)
                 rows.append(row)
                 smaller.append(row)
-                standing = measure.withstood(row) & standing & ~safe
+                standing = measure.judge.withstood(row) & standing & ~safe
                 if following is not None:
                     # The attacks at the next radius begin at the best points of this radius. The distances of these
                     # points from the clean images are scaled to the next radius.
@@ -169,7 +170,7 @@ class Curve:
             begin: first points of the search, ``[n, C, H, W]``; None: the attacks' usual first points.
             smaller: the rows of smaller radii, whose points a random model's row may count.
         """
-        subject, norm, chooses = measure.subject, measure.context.norm, measure.chooses("random")
+        subject, norm, chooses = measure.subject, measure.context.norm, measure.judge.chooses("random")
         at_radius = self.specs_at(radius, norm)
         over, n_eval = [row_name(spec, measure.context) for spec in at_radius], subject.judges("random")
         settings = {"over": over, "norm": norm, "eps": radius, "n_eval": n_eval}
@@ -201,7 +202,7 @@ class Curve:
                 alive[index] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
                 health.update(sums.health)
                 seconds += sums.seconds
-            row = measure.new_row(
+            row = measure.judge.new_row(
                 (alive | safe)[None],
                 attack="",
                 kind="worst",
@@ -211,7 +212,7 @@ class Curve:
                 health=dict(health) if health["gradients"] else None,
                 reliable=GradientHealth(dict(health)).reliable,
                 settings=settings,
-                attacked=int(measure.withstood(measure.clean("random")).sum()),
+                attacked=int(measure.judge.withstood(measure.clean("random")).sum()),
                 points=best[torch.from_numpy(alive)].cpu().numpy(),
             )
             if known is not None:
@@ -219,13 +220,13 @@ class Curve:
                 right = subject.judge(best, "random", "judge").right
                 lead = lead.nan_to_num(posinf=torch.finfo(lead.dtype).max)
                 row.count(known.or_worse(Worst(wrong, lead.numpy(), right.sum(0))))
-                row.points = best[torch.from_numpy(standing & measure.withstood(row))].cpu().numpy()
+                row.points = best[torch.from_numpy(standing & measure.judge.withstood(row))].cpu().numpy()
             return row
 
         given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
         given += [] if begin is None else [digest(begin)]
         given += [] if known is None else [digest(*map(torch.from_numpy, known))]
-        details = [measure.settings_of(spec) for spec in at_radius]
+        details = [settings_of(spec, subject, measure.context) for spec in at_radius]
         row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
         row.threat = ball_name(norm, radius)
         row.attack = f"worst, {row.threat}"

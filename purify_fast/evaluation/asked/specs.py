@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from .._validation import NormName, check_literal
-from ..attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
-from ..attacks.arguments import check_at_least_one, check_eps, check_not_negative
-from ..attacks.attacked_model import returning_logits
-from ..attacks.base import NORMS, ThreatModel
-from ..attacks.bpda import Aggregation
-from ..attacks.gradient_copy import COMPARED
-from ..ops.pgd_step import pgd_step
-from ..protocols import Classifier
+from ..._validation import NormName, check_literal
+from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
+from ...attacks.arguments import check_at_least_one, check_eps, check_not_negative
+from ...attacks.attacked_model import returning_logits
+from ...attacks.base import NORMS, ThreatModel
+from ...attacks.bpda import Aggregation
+from ...attacks.gradient_copy import COMPARED
+from ...ops.pgd_step import pgd_step
+from ...protocols import Classifier
 from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
@@ -50,7 +50,7 @@ def as_attack(
             mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, both on the
             model's device. Gradients are enabled. The result must be images of the same shape and dtype, in [0, 1] and
             in the ball. Or an attack of torchattacks, Foolbox or ART, which runs unchanged on the judged model, see
-            `purify_fast.evaluation.other_packages`.
+            `purify_fast.evaluation.asked.other_packages`.
         name: name of the attack in the report; None takes the function's name.
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
@@ -252,8 +252,8 @@ class AttackSpec:
             ``worst``, because it says nothing about the defence. The row's label must begin with "as", and name the
             source.
         until: a share of all images. The attack begins with the images of the smallest margins. It stops when at most
-            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.stopping`). With None,
-            or on a random model, every image is attacked.
+            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.run.stopping`). With
+            None, or on a random model, every image is attacked.
         nearest: number of images to attack: the images with the smallest margins after the earlier attacks. With None,
             all images are attacked.
         published: the publication of this attack, if its rule for a robust image differs from that of this package. The

@@ -14,28 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._sealed import write_sealed
-from .._tensors import digest
-from ..attacks import AttackContext, AttackersHead, GradientHealth, frozen
-from ..attacks.bpda import classifier_of
-from ..attacks.engine.judge import has_fallen
-from ..defences.stochastic import WithAggregation
-from ..protocols import Classifier, has_classifier
+from ..._sealed import write_sealed
+from ..._tensors import digest
+from ...attacks import AttackContext, AttackersHead, frozen
+from ...defences.stochastic import WithAggregation
+from ..asked.naming import clean_name, row_name, threat_name
+from ..asked.specs import AttackSpec
+from ..asked.subject import Subject, Variant
+from ..results.rows import VARIANTS_APART, Row, by_worst_points
 from .attack_run import AttackedBatch, AttackRun
 from .cache import RowCache, read_file, remove_batches
-from .naming import ALONE, clean_name, row_name, threat_name
 from .progress import CountedModel, Progress, counted_model
-from .rows import AUTHORS, VARIANTS_APART, Examples, Row, Worst, by_worst_points
-from .specs import CLASSIFIER, AttackSpec
-from .stopping import REVISION as STOPPING
+from .row_judge import RowJudge
+from .specified import settings_of, target_of
 from .stopping import StoppingRule, by_margin, nearest_first
-from .subject import Judgement, Subject, Variant
 from .team import Task, Team
 
 #: The file with the first points of an attack, for the processes that share the attack.
 BEGIN = "begin.safetensors"
-#: The number of attacked images that each row stores for the pictures.
-EXAMPLES = 8
 #: The number of the rule by which random models are judged (docs/judge_reference.md). Increase it whenever a change of
 #: the rule gives other rows.
 RULE = 2
@@ -56,6 +52,7 @@ class Measure:
 
     Attributes:
         attacks: all attacks of the evaluation, in the same order in every process.
+        judge: judges the images of attacks, and makes the rows.
     """
 
     subject: Subject
@@ -66,11 +63,15 @@ class Measure:
     team: Team
     keep_all: bool = False
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
+    judge: RowJudge = field(init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
     # The last attack on a variant other than "random", and its outcome. They are stored because the deployed model
     # judges the attack's images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.judge = RowJudge(self.subject, self.context, self.name, self.keep_all)
 
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
@@ -79,10 +80,10 @@ class Measure:
             begin = time.perf_counter()
             judged = self.subject.judge(self.subject.x, variant, "judge")
             chosen: dict[str, Any] = {}
-            if self.chooses(variant):
+            if self.judge.chooses(variant):
                 by_choice = self.subject.judge(self.subject.x, variant, "choose")
                 chosen = {"wrong": by_choice.wrong, "margins": by_choice.margins}
-            return self.new_row(
+            return self.judge.new_row(
                 judged.right,
                 attack=clean_name(variant),
                 kind="clean",
@@ -96,20 +97,6 @@ class Measure:
             settings = {"clean": variant, "n_eval": self.subject.judges(variant)}
             self._clean[variant] = self.load_or_make(settings, [], make)
         return self._clean[variant]
-
-    def chooses(self, variant: Variant) -> bool:
-        """Tell whether points are chosen by other draws than those that judge: only for a random model as deployed."""
-        return variant == "random" and self.subject.is_random
-
-    def withstood(self, row: Row) -> np.ndarray:
-        """Tell which images have not fallen, bool ``[n]``.
-
-        For a random model, an image has fallen if enough choosing draws misclassify the row's point: all of them, or
-        the share that ``predict`` requires. The judging draws decide nothing, so that they remain fresh.
-        """
-        if row.wrong is None:
-            return row.robust
-        return ~has_fallen(torch.from_numpy(row.wrong), self.context.judge_share).numpy()
 
     def attacked(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray, earlier: Sequence[Row] = ()) -> Row:
         """The row of an attack.
@@ -127,7 +114,7 @@ class Measure:
             # defence misclassifies.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
-        settings = self.settings_of(spec)
+        settings = settings_of(spec, self.subject, self.context)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)} | self._known(spec, earlier)
 
         def make(folder: Path | None) -> Row:
@@ -135,7 +122,7 @@ class Measure:
             self._search = None if spec.variant == "random" else (run, sums)
             # On a deterministic model, images outside `alive` are misclassified, or fell to earlier attacks. They count
             # as fallen.
-            row = self._judged(run, sums, settings, alive, earlier)
+            row = self.judge.judged(run, sums, settings, alive, [self.clean("random"), *earlier])
             row.health = sums.health if sums.health["gradients"] else None
             target = spec.other_model if spec.target is None else spec.target
             # A model that differs only in the aggregation of its samples is not taken as another model.
@@ -158,7 +145,7 @@ class Measure:
             earlier: see `attacked`.
         """
         alive = self._alive(spec, spec.variant, left)
-        attacked = self.settings_of(spec)
+        attacked = settings_of(spec, self.subject, self.context)
         settings = attacked | {
             "variant": "random",
             "n_eval": self.subject.judges("random"),
@@ -171,7 +158,7 @@ class Measure:
             search, self._search = self._search, None
             if search is None or search[0].spec is not spec:
                 search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
-            row = self._judged(*search, settings, alive, earlier)
+            row = self.judge.judged(*search, settings, alive, [self.clean("random"), *earlier])
             row.transferred = True
             return row
 
@@ -199,7 +186,7 @@ class Measure:
         An attack on survivors gets the images in ``left``. Any other attack gets the images that have not fallen
         without an attack.
         """
-        return (left if spec.survivors_only else self.withstood(self.clean(variant)))[: spec.max_images]
+        return (left if spec.survivors_only else self.judge.withstood(self.clean(variant)))[: spec.max_images]
 
     def _known(self, spec: AttackSpec, earlier: Sequence[Row]) -> dict[str, str]:
         """A hash of the earlier points on which the row of a random model depends; empty if there are none."""
@@ -207,29 +194,6 @@ class Measure:
             return {}
         known = by_worst_points(earlier, min(row.n for row in earlier))
         return {"known": digest(*map(torch.from_numpy, known))}
-
-    def settings_of(self, spec: AttackSpec) -> dict[str, Any]:
-        """The settings of an attack, in plain values."""
-        target = spec.other_model if spec.target is None else spec.target
-        on = "defence" if target is None else ALONE if target == CLASSIFIER else type(target).__name__
-        optional = {
-            # This is the aggregation of the spec. BPDA's own option of this name is among the settings of the attack.
-            "aggregation": spec.aggregation,
-            "seed": spec.seed or None,
-            "gradients_from": None if spec.gradients_from is None else on,
-            "judge": None if spec.judge is None else type(spec.judge).__name__,
-            "published": spec.published,
-            "until": None if spec.until is None else [spec.until, STOPPING],
-            "nearest": spec.nearest,
-        }
-        return spec.resolved.settings(self.context) | {
-            "variant": spec.variant,
-            "target": on,
-            "max_images": spec.max_images,
-            "survivors_only": spec.survivors_only,
-            "n_eval": self.subject.judges(spec.variant) if spec.judge is None else 1,
-            **{name: value for name, value in optional.items() if value is not None},
-        }
 
     def load_or_make(
         self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]
@@ -271,25 +235,6 @@ class Measure:
         # Missing gradients are no reason for doubt if every image fell.
         row.reliable = row.reliable or bool((row.share_wrong == 1).all())
         return row
-
-    def new_row(self, right: np.ndarray, **values: Any) -> Row:
-        """Make a row from predictions.
-
-        Args:
-            right: bool ``[draws, n]``, True for correct predictions.
-            **values: further fields of the row; they override the values that this method sets.
-        """
-        usual: dict[str, Any] = {
-            "model": self.name,
-            "robust": np.asarray(right.all(0)),
-            "right": right.sum(0) if len(right) > 1 else None,
-            "of_draws": right.mean(1).tolist() if self.subject.draws_once_per_call and len(right) > 1 else [],
-            "n_eval": len(right),
-            "seed": self.subject.seed,
-            "seconds": 0.0,
-            "data": self.subject.data,
-        }
-        return Row(**usual | values)
 
     def attack(
         self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None
@@ -380,7 +325,7 @@ class Measure:
         """
         subject = self.subject
         subject.reseed("attack")
-        target = self._target(spec)
+        target = target_of(spec, self.subject)
         with subject.variant(spec.variant), frozen(target):
             # Some aggregations give infinite logits, which hide differences between draws. The draws of a random model
             # are then taken as different.
@@ -401,120 +346,3 @@ class Measure:
             if spec.until is not None and not context.draws_differ:
                 rule = StoppingRule(spec.until, len(index), len(subject.y))
             yield AttackRun(spec, counted, index, subject, context, folder=folder, rule=rule)
-
-    def _judged(
-        self,
-        run: AttackRun,
-        sums: AttackedBatch,
-        settings: dict[str, Any],
-        alive: np.ndarray,
-        earlier: Sequence[Row],
-    ) -> Row:
-        """Judge the images of an attack, and make the row.
-
-        Args:
-            run: the run of the attack.
-            sums: the outcome of the run.
-            settings: the settings of the row.
-            alive: bool ``[n]``, True for images that the attack might get. All other images count as fallen, except on
-                a random model, where every image keeps the draws on its point.
-            earlier: see `attacked`.
-        """
-        begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
-        judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
-        # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
-        draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
-        stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
-        row = self.new_row(
-            judged.right & alive,
-            attack=row_name(spec, self.context),
-            kind=spec.resolved.kind if spec.judge is None else AUTHORS,
-            variant=variant,
-            reliable=GradientHealth(dict(sums.health)).reliable,
-            settings=settings | draws,
-            attacked=len(run.index),
-            warnings=sums.warnings,
-            fell_to=sums.fallen,
-            proved=sums.proved,
-            may_end_early=spec.resolved.may_end_early(run.context),
-            **stopped,
-            nonfinite_predictions=judged.nonfinite,
-            margins=judged.margins,
-        )
-        fallen = run.index[torch.from_numpy(~row.robust)[run.index]]
-        if spec.judge is None and self.chooses(variant):
-            fallen = self._choose_points(row, judged, run, sums.images, earlier)
-        row.examples = self._examples(run.index, fallen, sums.images, judged)
-        row.seconds = time.perf_counter() - begin
-        return row
-
-    def _choose_points(
-        self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, earlier: Sequence[Row]
-    ) -> Tensor:
-        """Choose the points that a row of a random model counts.
-
-        An image that the attack got counts with the point that the attack handed over, and any other image counts with
-        the clean image. In a row of an attack on survivors an image counts with the worst point so far.
-
-        Args:
-            row: the row, which this method completes.
-            judged: the judging draws on the images.
-            run: the run of the attack.
-            images: for each image the point that the attack handed over, or the clean image.
-            earlier: see `attacked`.
-
-        Returns:
-            Indices of the images whose new points are stored, int64: with ``keep_all`` those whose new point is the
-            worst so far, otherwise those whose new point most of the choosing draws misclassify.
-        """
-        n, index = len(images), run.index
-        clean = Worst.of_row(self.clean("random"), n)
-        own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
-        if len(index):
-            chosen = self.subject.judge(images[index], "random", "choose", index=index)
-            own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
-        known = by_worst_points([self.clean("random"), *earlier], n)
-        row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
-        row.count(known.or_worse(own) if run.spec.survivors_only else own)
-        found = own.is_worse(known) if self.keep_all else own.wrong > 0.5
-        return index[torch.from_numpy(found)[index]]
-
-    def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
-        """Select the images that a row stores: some or all of the fallen images.
-
-        If no image fell, some of the images that withstood the attack are selected.
-
-        Args:
-            index: indices of the images that the attack got, int64.
-            fallen: indices of the images that fell, int64.
-            images: all images after the attack.
-            judged: the predictions on these images.
-        """
-        subject = self.subject
-        fallen = fallen if self.keep_all else fallen[:EXAMPLES]
-        shown = fallen if len(fallen) else index[:EXAMPLES]
-        if len(shown) == 0:
-            return None
-        return Examples(
-            clean=subject.x[shown].cpu().numpy(),
-            adversarial=images[shown].cpu().numpy(),
-            labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
-            fell=np.full(len(shown), len(fallen) > 0),
-            predicted=judged.classes[shown.numpy()],
-            index=shown.numpy() if self.keep_all else None,
-        )
-
-    def _target(self, spec: AttackSpec) -> Classifier:
-        """Return the model that is attacked."""
-        model = self.subject.base_model
-        if spec.aggregation is not None:
-            return WithAggregation(model, spec.aggregation)  # type: ignore[arg-type]  # a model with sample_logits
-        if spec.gradients_from is not None:
-            return self.subject.judged_model(spec.variant)
-        if spec.target == CLASSIFIER and has_classifier(model):
-            return classifier_of(model)
-        if callable(spec.target):
-            return spec.target
-        model = model if spec.judge is None else spec.judge
-        view = spec.resolved.target(model)
-        return self.subject.judged_model(spec.variant) if spec.judge is None and view is model else view
