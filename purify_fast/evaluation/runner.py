@@ -144,7 +144,6 @@ def evaluate(
     config = _with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    in_batch = config.images_together
     images, labels, notes = images_and_labels(x, y)
     config, given = _read_attacks(config, attacks, eps)
     pixels = images[0].numel()
@@ -160,6 +159,7 @@ def evaluate(
         stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
+        in_batch = config.images_together(len(images), team.world)
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
         if config.batch_size == "auto":
@@ -177,7 +177,7 @@ def evaluate(
             plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
         if config.predict is not None:
             plan = beside_fixed(plan, subject)
-        context = _context(config, subject, ball)
+        context = _context(config, subject, ball, in_batch)
         served = None
         if out is not None or team.world > 1:
             # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
@@ -281,8 +281,8 @@ def _about(
     return {what: value for what, value in known.items() if value is not None}
 
 
-def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
-    """The settings of the attacks.
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel, in_batch: int) -> AttackContext:
+    """The settings of the attacks, which get batches of ``in_batch`` images.
 
     With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
@@ -304,7 +304,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         judge_draws=draws,
         judge_share=share,
         votes=votes,
-        batch_size=config.images_together,
+        batch_size=in_batch,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs),
         copies=GradientCopies(),
@@ -401,7 +401,7 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
             }
         )
-        asked = None if self.before is None or team.rank > 0 else self.ask_before(self.before)
+        asked = None if self.before is None else self.ask_before(self.before)
         if self.before is not None:
             signs = None if asked is None else signs_of_masking(asked, subject.is_random)
             self.act_on(team.from_first("signs", lambda: signs))
@@ -415,6 +415,8 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+        team.wait_for_idle()
+        measure.cache.clear()
         team.end(report.to_json)
         return report
 
@@ -449,10 +451,8 @@ class _Evaluation:
 
     def work_for_first(self) -> Report:
         """Make batches for the first process; at the end, return the report of that process."""
-        measure = self.measure
-        for task in measure.team.tasks():
-            measure.work_for_first(task)
-        return Report.from_json(measure.team.report())
+        self.measure.work_for_first()
+        return Report.from_json(self.measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
@@ -564,12 +564,12 @@ class _Evaluation:
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        settings |= {"probes": 9, "images": PROBED, "data": subject.data, "seed": subject.seed}
         settings |= {"rule": RULE} if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
-    def ask_before(self, before: Before) -> Probes:
-        """Run the probes before the attacks."""
+    def ask_before(self, before: Before) -> Probes | None:
+        """Run the probes before the attacks; None in processes other than the first, which only help."""
         measure, progress = self.measure, self.measure.progress
         context, subject = measure.context, measure.subject
         passes = cost_of_probes(subject, context)
@@ -580,11 +580,17 @@ class _Evaluation:
             resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
             return each(replace(context, resources=resources))
 
+        # If memory runs out, a probe runs again with fewer images at once.
+        probes = probes_before(before, context, counted_model(subject.model, progress))
+        works = [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
+        shared = functools.partial(measure.team.shared, works, measure.cache.folder, progress, "signs")
+        if measure.team.rank > 0:
+            shared()
+            return None
+
         def make() -> dict[str, Any]:
             with progress.row("probes", passes):
-                probes = probes_before(before, counted_model(subject.model, progress))
-                # If memory runs out, a probe runs again with fewer images at once.
-                values = [subject.room.within(functools.partial(run, each)) for each in probes]
+                values = shared()
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
         asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
