@@ -43,9 +43,9 @@ def test_batches_that_are_not_needed_take_time_too():
 
 def test_an_error_in_a_simulated_process_is_raised():
     made = trace(True)
-    made["lists"][0]["needed"] = ["0 0 never"]
-    with pytest.raises(Exception, match="never"):
-        processes.simulated(made, 1)
+    made["seconds"]["0 0 b"] = "a word"
+    with pytest.raises(TypeError):
+        processes.simulated(made, 3)
 
 
 def test_eight_processes_are_five_times_as_fast_as_one():
