@@ -39,8 +39,8 @@ from . import sheets, timing
 
 #: The results file, the judged model of the zoo, its number of images, and the simulated numbers of processes.
 FILE, MODEL, IMAGES, PROCESSES = "processes.json", "digits-pgd-at", 500, (1, 2, 4, 8)
-#: How often each evaluation is measured.
-TIMES = 3
+#: The number of images with which one and two processes are measured, and how often.
+MEASURED, TIMES = 200, 3
 
 Trace = dict[str, Any]
 
@@ -241,16 +241,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(chosen: argparse.Namespace) -> str:
     """Run ``python -m benchmarks processes``, and return the table."""
-    images = 24 if chosen.quick else IMAGES
+    images, few = (24, 24) if chosen.quick else (IMAGES, MEASURED)
     path = options.out_of(chosen, chosen.quick, "cpu") / FILE
     torch.set_num_threads(1)
-    batch = EvaluateConfig().images_together(images, 2)
-    forms = {"1": (1, None), f"1, batches of {batch}": (1, batch), "2": (2, None)}
+    same = EvaluateConfig().images_together(few, 2)
+    forms = {"1": (1, None), f"1, in batches of {same}": (1, same), "2": (2, None)}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(chosen.times):
         for name, (processes, size) in forms.items():
-            seconds[name].append(round(measured(images, processes, size), 2))
-    row = {"model": MODEL, "images": images, "batch": batch, "measured": seconds, "trace": recorded(images)}
+            seconds[name].append(round(measured(few, processes, size), 2))
+    row = {"model": MODEL, "images": images, "measured_images": few, "measured": seconds, "trace": recorded(images)}
     write_text(path, json.dumps(row | timing.environment(torch.device("cpu"))) + "\n")
     return "\n".join(table(path.parent.parent))
 
@@ -263,12 +263,13 @@ def table(results: Path) -> list[str]:
     """
     row = json.loads((results / "cpu" / FILE).read_text())
     medians = {name: statistics.median(each) for name, each in row["measured"].items()}
-    one = simulated(row["trace"], 1)
-    body = [[f"{name} (measured)", f"{each:.1f}", f"{medians['1'] / each:.2f}"] for name, each in medians.items()]
-    for processes in PROCESSES:
-        each = simulated(row["trace"], processes)
-        body.append([f"{processes} (counted)", f"{each:.1f}", f"{one / each:.2f}"])
-    return sheets.table(["processes", "seconds", "times faster than one"], body)
+    counted = {str(number): simulated(row["trace"], number) for number in PROCESSES}
+    body = [
+        [name, how, str(images), f"{each:.0f}", f"{seconds['1'] / each:.2f}"]
+        for how, images, seconds in (("measured", row["measured_images"], medians), ("counted", row["images"], counted))
+        for name, each in seconds.items()
+    ]
+    return sheets.table(["processes", "", "images", "seconds", "times as fast as one"], body)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ def trace(ahead, before=0.0):
 def test_no_process_waits_while_a_later_attack_has_batches():
     # An attack of three batches keeps two processes for two seconds, if the next one cannot begin before its end.
     assert [round(simulated(trace(ahead), 2), 1) for ahead in (False, True)] == [4.0, 3.0]
-    # What the first process does alone takes its time with any number of processes.
+    # While the first process works alone before the second attack, the other one makes two batches of that attack.
     assert simulated(trace(True, before=2.0), 1) == pytest.approx(10.0)
-    assert simulated(trace(True, before=2.0), 2) == pytest.approx(5.0 + 2.0, abs=0.5)
+    assert simulated(trace(True, before=2.0), 2) == pytest.approx(6.0, abs=0.2)
 
 
 def test_batches_that_are_not_needed_take_time_too():

@@ -139,7 +139,7 @@ def probes_before(before: Before, context: AttackContext, model: Classifier) -> 
     """
     draws = DRAWS if before.subject.is_random else ()
     parts = torch.arange(len(before.x), device=before.x.device).split(context.resources.batch_size or len(before.x))
-    kinds = [_sweep, *(partial(_over_draws, n) for n in draws)]
+    kinds: list[Callable[..., Any]] = [_sweep, *(partial(_over_draws, n) for n in draws)]
     return [partial(kind, before, model, part) for kind in kinds for part in parts]
 
 
@@ -158,7 +158,7 @@ def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]
     sweeps, *by_draws = [measured[first : first + count] for first in range(0, len(measured), count)]
     curves, own, copied, missing, reached = zip(*sweeps, strict=True)
     steps = [(float(n), _share(torch.cat(each))) for n, each in zip(ITERATIONS, zip(*curves, strict=True), strict=True)]
-    eot = [(float(n), _share(torch.cat(each))) for n, each in zip(DRAWS, by_draws, strict=False)]
+    eot = [(float(n), _share(torch.cat([*each]))) for n, each in zip(DRAWS, by_draws, strict=False)]
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
     # A part whose images all fell to the model's own gradients has no result for the surrogates.
     names = dict.fromkeys(name for each in copied for name in each)
