@@ -55,7 +55,7 @@ def forecast(
     def some(count: int, config: EvaluateConfig = without_signs) -> Report:
         return evaluate(model, x[:count], y[:count], config=config, **options)
 
-    together = min(config.images_together, len(x))
+    together = min(config.images_together(len(x)), len(x))
     # The peak does not contain what was allocated before, such as the model.
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
     memory = before + peak_memory(lambda: some(few), device) * together / few

@@ -141,7 +141,6 @@ def evaluate(
     config = with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    in_batch = config.images_together
     images, labels, notes = images_and_labels(x, y)
     config, given = read_attacks(config, attacks, eps)
     pixels = images[0].numel()
@@ -157,6 +156,7 @@ def evaluate(
         stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
+        in_batch = config.images_together(len(images), team.world)
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
         if config.batch_size == "auto":
@@ -174,7 +174,7 @@ def evaluate(
             plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
         if config.predict is not None:
             plan = beside_fixed(plan, subject)
-        context = _context(config, subject, ball)
+        context = _context(config, subject, ball, in_batch)
         served = None
         if out is not None or team.world > 1:
             # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
@@ -201,8 +201,8 @@ def evaluate(
         return run.fill(witnessed)
 
 
-def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
-    """The settings of the attacks.
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel, in_batch: int) -> AttackContext:
+    """The settings of the attacks, which get batches of ``in_batch`` images.
 
     With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
@@ -224,7 +224,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         judge_draws=draws,
         judge_share=share,
         votes=votes,
-        batch_size=config.images_together,
+        batch_size=in_batch,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs),
         copies=GradientCopies(),
@@ -292,7 +292,7 @@ class _Evaluation:
             }
         )
         suspicion = Suspicion(report, measure, self.before)
-        asked = None if self.before is None or team.rank > 0 else suspicion.ask_before(self.before, self.costs())
+        asked = None if self.before is None else suspicion.ask_before(self.before, self.costs())
         if self.before is not None:
             signs = None if asked is None else signs_of_masking(asked, subject.is_random)
             self.act_on(team.from_first("signs", lambda: signs))
@@ -306,6 +306,8 @@ class _Evaluation:
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+        team.wait_for_idle()
+        measure.cache.clear()
         team.end(report.to_json)
         return report
 
@@ -340,10 +342,8 @@ class _Evaluation:
 
     def work_for_first(self) -> Report:
         """Make batches for the first process; at the end, return the report of that process."""
-        measure = self.measure
-        for task in measure.team.tasks():
-            measure.work_for_first(task)
-        return Report.from_json(measure.team.report())
+        self.measure.work_for_first()
+        return Report.from_json(self.measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 

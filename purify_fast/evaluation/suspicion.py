@@ -85,12 +85,12 @@ class Suspicion:
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        settings |= {"probes": 9, "images": PROBED, "data": subject.data, "seed": subject.seed}
         settings |= {"rule": RULE} if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
-    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes:
-        """Run the probes before the attacks.
+    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes | None:
+        """Run the probes before the attacks. Return None in processes other than the first, which only help.
 
         Args:
             before: predictions of the model before the attacks.
@@ -106,11 +106,17 @@ class Suspicion:
             resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
             return each(replace(context, resources=resources))
 
+        # If memory runs out, a probe runs again with fewer images at once.
+        probes = probes_before(before, context, counted_model(subject.model, progress))
+        works = [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
+        shared = functools.partial(measure.team.shared, works, measure.cache.folder, progress, "signs")
+        if measure.team.rank > 0:
+            shared()
+            return None
+
         def make() -> dict[str, Any]:
             with progress.row("probes", passes):
-                probes = probes_before(before, counted_model(subject.model, progress))
-                # If memory runs out, a probe runs again with fewer images at once.
-                values = [subject.room.within(functools.partial(run, each)) for each in probes]
+                values = shared()
                 return asdict(subject.room.within(lambda: asked_before(before, context, values)))
 
         asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))

@@ -18,8 +18,11 @@ ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "author
 Predict = Literal["worst_of", "votes"]
 BatchSize = int | Literal["auto"]
 
-#: The default number of images that are attacked together.
+#: The number of images that a single process attacks together by default.
 USUAL_BATCH = 250
+#: Several processes divide the images into this number of batches by default. It does not depend on the number of
+#: processes, so that a run can continue with any number of processes. A batch has at least FEWEST images.
+DIVIDED, FEWEST = 32, 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,11 +50,12 @@ class EvaluateConfig:
             under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
             wrong, attacks search for images that all of five fresh draws misclassify, and no attack is repeated
             under fixed noise.
-        batch_size: number of images that are attacked together. "auto": 250, the default, but each pass of the model
-            has only as many images as fit into memory. The number per pass is measured on a pass of a few images, and
-            is halved when memory runs out. The number per pass does not change the result of a deterministic model, but
-            it changes the draws of a random model, as max_forward_batch does. With "auto", attacks that are functions
-            or belong to other packages get 250 images at once.
+        batch_size: number of images that are attacked together. None: 250, or for several processes a 32nd of the
+            images, but at least 8 and at most 250. "auto": the same number, but each pass of the model has only as many
+            images as fit into memory. The number per pass is measured on a pass of a few images, and is halved when
+            memory runs out. The number per pass does not change the result of a deterministic model, but it changes the
+            draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that are functions or
+            belong to other packages get a whole batch at once.
         max_forward_batch: largest number of images in a forward pass of an attack. This limit changes no result of
             a deterministic model. None: no limit.
         memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
@@ -95,7 +99,7 @@ class EvaluateConfig:
     eot_iter: Count = 5
     n_eval: Count = 5
     predict: Predict | None = None
-    batch_size: BatchSize = USUAL_BATCH
+    batch_size: BatchSize | None = None
     max_forward_batch: Count | None = None
     memory: int | str | None = None
     cuda_graphs: CudaGraphs = "auto"
@@ -120,7 +124,7 @@ class EvaluateConfig:
                 f'memory={self.memory!r} needs batch_size="auto", got batch_size={self.batch_size}: give '
                 'batch_size="auto", or leave memory out'
             )
-        else:
+        elif self.batch_size is not None:
             check_counts(batch_size=self.batch_size)
         if isinstance(self.curve, str) or not isinstance(self.curve, Iterable):
             raise ValueError(f"curve must be a tuple of radii, got {self.curve!r}: write a single radius as (0.05,)")
@@ -135,10 +139,11 @@ class EvaluateConfig:
         words = (f"{name}={value!r}" for name, value, usual in given if value != usual)
         return f"EvaluateConfig({', '.join(words)})"
 
-    @property
-    def images_together(self) -> int:
-        """The number of images that are attacked together."""
-        return USUAL_BATCH if self.batch_size == "auto" else int(self.batch_size)
+    def images_together(self, images: int, processes: int = 1) -> int:
+        """The number of images that are attacked together, of all ``images``, by this number of processes."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        return USUAL_BATCH if processes == 1 else min(USUAL_BATCH, max(FEWEST, -(-images // DIVIDED)))
 
     def has_signs(self, attacks: Sequence[Any] | None) -> bool:
         """Tell whether an evaluation searches for signs that an attack has failed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import digest, text_hash
+from ..._tensors import digest
 from ...attacks.attacked_model import (
     SAME_SIZE,
     TRIED_CALLS,
@@ -299,14 +300,15 @@ class Subject:
         """Seed the random generators for a phase."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
 
-    def reseed_batch(self, number: int) -> None:
-        """Seed the random generators for a batch of an attack, so that any process would make the same batch.
+    def generators(self) -> list[Tensor]:
+        """The states of the random generators."""
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
 
-        The first batch needs no new seed, because the generators were seeded for the attack.
-        """
-        if number:
-            # The 0 in the text must stay, because other texts give other seeds, and cached batches have these seeds.
-            torch.manual_seed(int(text_hash(f"{self.seed} 0 {number}").hexdigest()[:15], 16))
+    def set_generators(self, states: Sequence[Tensor]) -> None:
+        """Set the random generators to earlier states, see `generators`."""
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self.device)
 
     def judge(
         self,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..._sealed import write_sealed
-from ..._tensors import digest
+from ..._tensors import digest, text_hash
 from ...attacks import AttackContext, AttackResult, GradientHealth
 from ...attacks.engine.judge import Judge, has_fallen
 from ...protocols import Classifier
+from ..asked.config import USUAL_BATCH
 from ..asked.specs import AttackSpec, check_adversarial
 from ..asked.subject import Subject
 from .cache import read_file
@@ -58,7 +61,8 @@ class AttackRun:
     """The batches of an attack, which this class makes, saves, reads and sums up.
 
     On a deterministic model the result of most attacks does not depend on the batches, because the random start of an
-    image depends only on its index. On a random model each batch has a separate seed.
+    image depends only on its index. On a random model each batch has a separate seed. The batches depend only on the
+    images and their order, on the batch size and on the rule, and never on the number of processes.
 
     Args:
         spec: the attack.
@@ -68,7 +72,12 @@ class AttackRun:
         context: the settings of the attack.
         folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
             process. It is made when the first batch is saved. With None, no batch is saved.
-        rule: decides after each batch whether the attack stops. With None, every batch is attacked.
+        rule: decides after each round of images whether the attack stops. With None, every batch is attacked.
+
+    Attributes:
+        parts: the indices of the images of each batch.
+        rounds: the numbers of the batches of each round of the rule; without a rule all batches are one round.
+        by_image: whether every batch is a single image, whose outcome does not depend on the other images.
     """
 
     spec: AttackSpec
@@ -80,28 +89,39 @@ class AttackRun:
     rule: StoppingRule | None = None
 
     def __post_init__(self) -> None:
-        most = self.context.resources.batch_size or len(self.index)
-        most = most if self.rule is None else min(most, self.rule.round)
-        self.parts = self.index.split(most) if len(self.index) else ()
+        most, nearest = self.context.resources.batch_size or max(1, len(self.index)), self.spec.nearest
+        # An attack on the nearest images makes many runs from each image. It is divided in the same ratio as an attack
+        # on a batch of the usual size.
+        most = most if nearest is None else min(most, max(1, nearest * most // USUAL_BATCH))
+        self.by_image = nearest is not None and most == 1
+        self.parts, self.rounds = list[Tensor](), list[range]()
+        for images in self.index.split(self.rule.round if self.rule else max(1, len(self.index))):
+            if len(images):
+                parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
+                self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
+                self.parts += parts
+        self.names = [self._name(number) for number in range(len(self.parts))]
+        self._generators = self.subject.generators()
 
-    def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Return those of the given numbers whose batches are not finished."""
-        return [number for number in numbers if self.read(self.parts[number]) is None]
+    def _name(self, number: int) -> str:
+        """Return the name of a batch. Batches of the same name and the same settings have the same outcome."""
+        images = digest(self.parts[number].cpu())
+        return images if self.by_image else f"{number}-{images}"
 
-    def read(self, ids: Tensor) -> AttackedBatch | None:
-        """Read the batch of the images ``ids``; None if it is not finished or its file is damaged."""
-        content = read_file(self._path(ids))
+    def read(self, number: int) -> AttackedBatch | None:
+        """Read a batch; None if it is not finished or its file is damaged."""
+        content = read_file(self._path(number))
         return None if content is None else AttackedBatch(content[1]["images"], **content[0])
 
-    def keep(self, ids: Tensor, batch: AttackedBatch) -> None:
-        """Save the finished batch of the images ``ids``."""
-        path, values = self._path(ids), dict(vars(batch))
+    def keep(self, number: int, batch: AttackedBatch) -> None:
+        """Save a finished batch."""
+        path, values = self._path(number), dict(vars(batch))
         images = values.pop("images")
         if path is not None:
             write_sealed(path, values, {"images": images})
 
-    def _path(self, ids: Tensor) -> Path | None:
-        return None if self.folder is None else self.folder / f"{digest(ids.cpu())}.safetensors"
+    def _path(self, number: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{self.names[number]}.safetensors"
 
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch, and save the batch.
@@ -114,12 +134,22 @@ class AttackRun:
             ValueError: the attack returned images that are not allowed, see `check_adversarial`.
         """
         part = self.parts[number]
-        self.subject.reseed_batch(number)
+        self._seed(number)
         batch = self._attacked(part)
         if self.rule is not None:
             batch.fell = self.subject.room.within(lambda: self._fallen(part, batch.images))
-        self.keep(part, batch)
+        self.keep(number, batch)
         return batch
+
+    def _seed(self, number: int) -> None:
+        """Set the random generators for a batch, so that any process would make the same batch at any time."""
+        if number == 0 and not self.by_image:
+            # The first batch needs no new seed, because the generators were seeded for the attack.
+            self.subject.set_generators(self._generators)
+        else:
+            # The 0 in the text must stay, because other texts give other seeds, and cached batches have these seeds.
+            which = f"image {int(self.parts[number])}" if self.by_image else number
+            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {which}").hexdigest()[:15], 16))
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""
@@ -161,38 +191,35 @@ class AttackRun:
         judge = Judge(self.target, max_forward_batch=most, graphs=resources.graphs)
         return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
 
-    def sums(self, share: Callable[[list[int]], None] | None = None, at_once: int = 1) -> AttackedBatch:
+    def sums(self, obtain: Callable[[int], AttackedBatch] | None = None) -> AttackedBatch:
         """Make or read all batches, and sum up their results.
 
         Args:
-            share: a function that makes the batches with the given numbers in several processes. With None, this
+            obtain: a function that returns the batch with a number, which several processes make. With None, this
                 process makes all batches.
-            at_once: number of batches that are made in parallel before the rule decides; without a rule all are made in
-                parallel. Batches after the batch at which the rule stops the attack are ignored, so that the result
-                equals that of a single process.
 
         Returns:
             The sums over the batches, with all images of the subject. Images that were not attacked are clean.
         """
+        obtain = obtain or (lambda number: self.read(number) or self.make(number))
         sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
         health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
-        step = at_once if self.rule is not None else len(self.parts)
-        for number, part in enumerate(self.parts):
-            if share is not None and number % step == 0:
-                missing = self.missing(range(number, min(number + step, len(self.parts))))
-                if missing:
-                    share(missing)
-            batch = self.read(part) or self.make(number)
-            sums.images[part] = batch.images.to(self.subject.x.device)
-            sums.seconds += batch.seconds
-            health.update(batch.health)
-            fallen.update(batch.fallen)
-            sums.proved += batch.proved
-            sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
-            # The survival of an image says nothing about other images if the search stood still or lacked gradients.
-            usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
-            no_evidence = batch.stood_still if usable else len(batch.fell)
-            if self.rule is not None and self.rule.record([bool(fell) for fell in batch.fell], no_evidence):
+        for numbers in self.rounds:
+            fell, no_evidence = list[bool](), 0
+            for number in numbers:
+                batch = obtain(number)
+                sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
+                sums.seconds += batch.seconds
+                health.update(batch.health)
+                fallen.update(batch.fallen)
+                sums.proved += batch.proved
+                sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+                # The survival of an image says nothing about other images if the search stood still or lacked
+                # gradients.
+                usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
+                no_evidence += batch.stood_still if usable else len(batch.fell)
+                fell += map(bool, batch.fell)
+            if self.rule is not None and self.rule.record(fell, no_evidence):
                 break
         sums.health, sums.fallen = dict(health), dict(fallen)
         return sums

@@ -62,6 +62,7 @@ class RowCache:
 
     Attributes:
         was_kept: whether the last row was read from the cache.
+        busy: folders of batches to which other processes still write; `clear` removes them.
     """
 
     was_kept = False
@@ -69,6 +70,7 @@ class RowCache:
     def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served or {}, revision
+        self.busy = set[Path]()
         # The fingerprint of each model, by the id of the model. The model itself is stored too, so that no other object
         # can get the same id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
@@ -103,19 +105,19 @@ class RowCache:
         """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
         self._marks[id(model)] = model, mark
 
-    def row(self, key: str | None, make: Callable[[Path | None], Row]) -> Row:
+    def row(self, key: str | None, make: Callable[[], Row], batches: Path | None = None) -> Row:
         """Read a row from the cache, or make the row and cache it.
 
         Args:
             key: name of the row. With None, the row is made and not cached.
-            make: a function that makes the row. Its argument is the folder for the batches of the row, in which there
-                may be batches of an interrupted run; None if the row is not cached.
+            make: a function that makes the row.
+            batches: the folder for the batches of the row, see `batches`. It is removed.
         """
-        path, batches = self._path(key), self._path(key, ".batches")
+        path = self._path(key)
         content = read_file(path)
         self.was_kept = content is not None
         if content is None:
-            row = make(batches)
+            row = make()
             if path is not None:
                 arrays = {name: array for name, array in row.arrays().items() if array is not None}
                 write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -123,8 +125,22 @@ class RowCache:
             values, tensors = content
             row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
         # The batches are always removed, because a run may have been interrupted after it wrote the row.
-        remove_batches(batches)
+        if batches not in self.busy:
+            remove_batches(batches)
         return row
+
+    def batches(self, key: str | None) -> Path | None:
+        """The folder for the batches of an attack, in which there may be batches of an interrupted run.
+
+        Args:
+            key: name of the attack's settings; with None the batches are not cached, and the result is None.
+        """
+        return self._path(key, ".batches")
+
+    def clear(self) -> None:
+        """Remove the folders in ``busy``."""
+        for folder in self.busy:
+            remove_batches(folder)
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read plain values and tensors from the cache, or make the values and cache them.

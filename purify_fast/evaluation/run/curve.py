@@ -15,7 +15,6 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -176,7 +175,7 @@ class Curve:
         settings = {"over": over, "norm": norm, "eps": radius, "n_eval": n_eval}
         known = by_worst_points(smaller, len(standing)) if chooses else None
 
-        def make(_: Path | None) -> Row:
+        def make() -> Row:
             alive, health, seconds = standing.copy(), Counter[str](), 0.0
             best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
             wrong = np.zeros(len(alive))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class Measure:
     judge: RowJudge = field(init=False)
     _clean: dict[Variant, Row] = field(default_factory=dict, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
+    # The number of finished runs of each attack.
+    _runs: Counter[int] = field(default_factory=Counter, init=False)
     # The last attack on a variant other than "random", and its outcome. They are stored because the deployed model
     # judges the attack's images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
@@ -76,7 +79,7 @@ class Measure:
     def clean(self, variant: Variant) -> Row:
         """The row of the clean images."""
 
-        def make(_: Path | None) -> Row:
+        def make() -> Row:
             begin = time.perf_counter()
             judged = self.subject.judge(self.subject.x, variant, "judge")
             chosen: dict[str, Any] = {}
@@ -117,8 +120,8 @@ class Measure:
         settings = settings_of(spec, self.subject, self.context)
         images = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)} | self._known(spec, earlier)
 
-        def make(folder: Path | None) -> Row:
-            run, sums = self.attack(spec, index, folder)
+        def make() -> Row:
+            run, sums = self.attack(spec, index, self.folder(spec), ahead=self._ahead(spec, left, margins))
             self._search = None if spec.variant == "random" else (run, sums)
             # On a deterministic model, images outside `alive` are misclassified, or fell to earlier attacks. They count
             # as fallen.
@@ -153,11 +156,11 @@ class Measure:
         }
         images = {"alive": digest(torch.from_numpy(alive))} | self._known(spec, earlier)
 
-        def make(folder: Path | None) -> Row:
+        def make() -> Row:
             # If the attack's row was read from the cache, its images are not in memory, and the attack must run again.
             search, self._search = self._search, None
             if search is None or search[0].spec is not spec:
-                search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], folder)
+                search = self.attack(spec, torch.from_numpy(alive).nonzero()[:, 0], self.folder(spec))
             row = self.judge.judged(*search, settings, alive, [self.clean("random"), *earlier])
             row.transferred = True
             return row
@@ -195,16 +198,33 @@ class Measure:
         known = by_worst_points(earlier, min(row.n for row in earlier))
         return {"known": digest(*map(torch.from_numpy, known))}
 
-    def load_or_make(
-        self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[Path | None], Row]
-    ) -> Row:
+    def load_or_make(self, settings: dict[str, Any], specs: Sequence[AttackSpec], make: Callable[[], Row]) -> Row:
         """Read the row with these settings from the cache, or make the row and cache it.
 
         Args:
             settings: the settings as plain values.
             specs: the attacks; empty for the clean images.
-            make: a function that makes the row, see `RowCache.row`.
+            make: a function that makes the row.
         """
+        folder = self.folder(specs[0]) if len(specs) == 1 else None
+        row = self.cache.row(self._key(settings, specs), make, folder)
+        # The following fields are not a part of the key, so they are also set for a cached row.
+        row.model = self.name
+        row.threat = threat_name(specs[0], self.context) if specs else None
+        row.deterministic = not self.subject.is_random
+        # Missing gradients are no reason for doubt if every image fell.
+        row.reliable = row.reliable or bool((row.share_wrong == 1).all())
+        return row
+
+    def folder(self, spec: AttackSpec) -> Path | None:
+        """The folder of an attack's batches in the cache; None if the batches are not cached.
+
+        It does not depend on the attacked images, which name the files of the batches.
+        """
+        return self.cache.batches(self._key(settings_of(spec, self.subject, self.context), [spec]))
+
+    def _key(self, settings: dict[str, Any], specs: Sequence[AttackSpec]) -> str | None:
+        """The name in the cache of a row with these settings and attacks; None if the row is not cached."""
         subject, context = self.subject, self.context
         attacks = [[spec.resolved.kind, spec.resolved.revision(), *spec.resolved.identity()] for spec in specs]
         whole = {
@@ -226,18 +246,15 @@ class Measure:
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
-        key = self.cache.key(whole, *models) if named else None
-        row = self.cache.row(key, make)
-        # The following fields are not a part of the key, so they are also set for a cached row.
-        row.model = self.name
-        row.threat = threat_name(specs[0], context) if specs else None
-        row.deterministic = not self.subject.is_random
-        # Missing gradients are no reason for doubt if every image fell.
-        row.reliable = row.reliable or bool((row.share_wrong == 1).all())
-        return row
+        return self.cache.key(whole, *models) if named else None
 
     def attack(
-        self, spec: AttackSpec, index: Tensor, folder: Path | None, begin: Tensor | None = None
+        self,
+        spec: AttackSpec,
+        index: Tensor,
+        folder: Path | None,
+        begin: Tensor | None = None,
+        ahead: Sequence[Task] = (),
     ) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images.
 
@@ -247,50 +264,114 @@ class Measure:
             folder: the folder for the batches in the cache, in which there may be batches of an interrupted run. With
                 None, the batches are not cached.
             begin: first points of the search, ``[N, C, H, W]``; None: the attack's usual first points.
+            ahead: batches of later attacks, for processes that have no batch of this attack.
 
         Returns:
             The run of the attack, and its outcome (see `AttackRun.sums`). The outcome has only the images that the
             attack may get by its ``max_images``.
         """
-        team = self.team
-        shared = team.folder(folder, self.cache.folder)
+        team, number = self.team, self.attacks.index(spec)
+        shared = self._shared(number, folder)
         with self._run(spec, index, shared, begin) as run:
-
-            def share(missing: list[int]) -> None:
-                assert shared is not None
+            obtain = None
+            if team.world > 1:
                 if begin is not None:
+                    assert shared is not None
                     write_sealed(shared / BEGIN, {}, {"points": begin})
-                task = Task(
-                    attack=self.attacks.index(spec),
-                    images=index.numpy().tobytes(),
-                    batches=missing,
-                    folder=str(shared.resolve()),
-                    draws_differ=run.context.draws_differ,
-                    begins=begin is not None,
-                )
-                team.share(task, run.make, self.progress)
-
+                task = self._task(number, run, begin is not None)
+                team.publish([task, *ahead])
+                obtain = functools.partial(self._obtain, run, task)
             cost = spec.resolved.cost(run.context)
             with self.progress.row(row_name(spec, self.context), None if cost is None else cost * len(index)):
-                sums = run.sums(share if team.world > 1 else None, team.world)
-        if shared != folder:
+                sums = run.sums(obtain)
+        self._runs[number] += 1
+        if shared is not None and team.withdraw(str(shared.resolve())):
+            self.cache.busy.add(shared)
+        elif shared != folder:
             remove_batches(shared)
         sums.images = sums.images[: spec.max_images]
         return run, sums
 
-    def work_for_first(self, task: Task) -> None:
-        """Make some batches of an attack for the first process.
+    def _shared(self, number: int, folder: Path | None) -> Path | None:
+        """The folder of an attack's batches, for all processes; ``folder`` is the one in the cache."""
+        return self.team.folder(folder, self.cache.folder, f"{number} {self._runs[number]}")
+
+    def _task(self, number: int, run: AttackRun, begins: bool = False) -> Task:
+        """The missing batches of an attack, for all processes."""
+        assert run.folder is not None
+        return Task(
+            attack=number,
+            run=self._runs[number],
+            images=run.index.numpy().tobytes(),
+            batches=[(each, name) for each, name in enumerate(run.names) if run.read(each) is None],
+            folder=str(run.folder.resolve()),
+            draws_differ=run.context.draws_differ,
+            begins=begins,
+        )
+
+    def _ahead(self, spec: AttackSpec, left: np.ndarray, margins: np.ndarray) -> list[Task]:
+        """Predict the batches of the attacks after ``spec``, as far as these attack single images.
+
+        It is assumed that ``spec`` changes neither the images that are left nor their order. A batch for which this is
+        wrong is made for nothing, by a process that would have waited. So it changes no result.
 
         Args:
-            task: the attack, and the numbers of the batches.
+            spec: the present attack.
+            left: see `attacked`.
+            margins: see `attacked`.
+        """
+        tasks = list[Task]()
+        for number in range(self.attacks.index(spec) + 1, len(self.attacks) if self.team.world > 1 else 0):
+            each = self.attacks[number]
+            alike = threat_name(each, self.context) == threat_name(spec, self.context) and each.survivors_only
+            # The contexts of other variants cannot be entered within each other.
+            if (
+                each.nearest is None
+                or not alike
+                or {spec.variant, each.variant} != {"random"}
+                or each.judge is not None
+            ):
+                break
+            alive = torch.from_numpy(self._alive(each, each.variant, left)).nonzero()[:, 0]
+            folder = self._shared(number, self.folder(each))
+            with self._run(each, self.in_order(each, alive, margins), folder, None) as run:
+                if run.by_image:
+                    tasks.append(self._task(number, run))
+        return tasks
+
+    def _obtain(self, run: AttackRun, task: Task, number: int) -> AttackedBatch:
+        """Read or make a batch of the present attack, which is in the newest list of the team."""
+
+        def make(each: Task, number: int) -> None:
+            if each is task:
+                run.make(number)
+            else:
+                with self._run_of(each) as other:
+                    other.make(number)
+
+        read = functools.partial(run.read, number)
+        batch = read()
+        if batch is None and number in dict(task.batches):
+            batch = self.team.obtain(task.place(run.names[number]), read, make, self.progress)
+        return batch or run.make(number)
+
+    def work_for_first(self) -> None:
+        """Make batches for the first process until the evaluation ends."""
+        with contextlib.ExitStack() as stack:
+            opened, run = None, None
+            for task, number in self.team.batches(self.progress):
+                if run is None or task != opened:
+                    stack.close()
+                    opened, run = task, stack.enter_context(self._run_of(task))
+                run.make(number)
+
+    @contextlib.contextmanager
+    def _run_of(self, task: Task) -> Iterator[AttackRun]:
+        """A context with the run of an attack that another process, or this process, has published.
 
         Raises:
             ValueError: this process cannot see the folder of the batches.
         """
-        mine = self.team.claimed(task, self.progress)
-        first = next(mine, None)
-        if first is None:
-            return
         folder = Path(task.folder)
         self.team.check_folder(folder)
         index = torch.frombuffer(bytearray(task.images), dtype=torch.int64)
@@ -302,8 +383,7 @@ class Measure:
             )
         begin = None if content is None else content[1]["points"]
         with self._run(self.attacks[task.attack], index, folder, begin, task.draws_differ) as run:
-            for number in itertools.chain([first], mine):
-                run.make(number)
+            yield run
 
     @contextlib.contextmanager
     def _run(

@@ -1,9 +1,11 @@
-"""Shares an evaluation among processes. All processes attack batches; the first does all other work.
+"""Shares an evaluation among processes.
 
-The first process of torch's default process group runs the evaluation. At each attack it publishes the numbers of the
-batches, and every process repeatedly takes the next free batch, so that no process waits because another process has
-difficult images. A finished batch is a file in a folder that all processes can read. A resumed evaluation reads these
-files too. A batch does not depend on the process that makes it, because its random seed depends only on its number.
+The first process of torch's default process group runs the evaluation. At each attack it publishes a list of the
+batches, and every process repeatedly takes the next free batch of the newest list, so that no process waits because
+another process has difficult images. After the batches of the present attack, the list has batches that the next
+attacks will probably need. A finished batch is a file in a folder that all processes can read. A resumed evaluation
+reads these files too. A batch does not depend on the process that makes it, nor on the time, because its random seed
+depends only on its number or its image.
 
 The processes communicate only through the store of the process group, without collective operations, which a dead
 process would block. The first process makes the batches of a dead process.
@@ -18,51 +20,57 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ... import _distributed
 from ..._distributed import Heartbeat, ProcessLost
+from ..._files import atomic
 from ..._process import processes, sendable
 from .progress import Progress
 
 logger = logging.getLogger("purify_fast")
 
 #: The longest pause between two reads of the store, in seconds.
-LONGEST = 0.5
+LONGEST = 0.1
 #: The longest time that the first process waits for all other processes at the end, in seconds.
 GOODBYE = 10.0
 #: The longest time until a folder of another machine becomes visible on this machine, in seconds.
 VISIBLE = 60.0
 
+Result = TypeVar("Result")
 _AGAIN = "Start the same command again, with any number of processes, to continue after the finished batches"
 
 
 class Task(NamedTuple):
-    """A task for all processes: some batches of an attack.
+    """The batches of an attack that are missing.
 
     Args:
         attack: the number of the attack in the evaluation.
+        run: counts the runs of this attack; the first has the number 0.
         images: the indices of the attacked images in order, int64 as bytes.
-        batches: the numbers of the missing batches.
+        batches: the number and the name of each missing batch.
         folder: the folder of the batches.
         draws_differ: whether the attacked model is random, by the test of the first process.
         begins: whether the folder has a file with the first points of the attack.
-        number: the number of this task in the evaluation.
     """
 
     attack: int
+    run: int
     images: bytes
-    batches: list[int]
+    batches: list[tuple[int, str]]
     folder: str
     draws_differ: bool
-    begins: bool
-    number: int = 0
+    begins: bool = False
+
+    def place(self, name: str) -> str:
+        """The name of a batch in the store, the same in every list of tasks."""
+        return f"{self.attack} {self.run} {name}"
 
 
 class Team:
@@ -81,7 +89,9 @@ class Team:
 
     def __init__(self, together: bool = True):
         self.rank, self.world = processes() if together else (0, 1)
-        self._tasks, self._ended = 0, False
+        self._tasks, self._lists, self._ended = list[Task](), 0, False
+        # The batches that a process is known to have taken, and those of them that are not known to be finished.
+        self._taken, self._open = set[str](), dict[str, Task]()
         if self.world > 1:
             Team._evaluations += 1
             name = f"purify_fast evaluation {Team._evaluations}"
@@ -154,41 +164,77 @@ class Team:
 
     # -- the first process --------------------------------------------------------------------------------------------
 
-    def folder(self, folder: Path | None, out: Path | None) -> Path | None:
+    def folder(self, folder: Path | None, out: Path | None, name: str) -> Path | None:
         """The folder for an attack's batches: ``folder``, or a temporary folder.
 
         Args:
             folder: the folder for the batches in the cache; None if the batches are not cached.
             out: a folder that all processes can read, in which a temporary folder is made. None takes the system's
                 folder for temporary files.
+            name: name of the temporary folder.
         """
         if self.world == 1 or folder is not None:
             return folder
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="shared-", dir=out))
-        return self._scratch / str(self._tasks)
+        return self._scratch / name
 
-    def share(self, task: Task, make: Callable[[int], object], progress: Progress) -> None:
-        """Let all processes make the batches of a task; the caller must make those that a dead process has taken.
+    def publish(self, tasks: Sequence[Task]) -> None:
+        """Replace the list of the batches that all processes take, in the order in which they are taken."""
+        for task in tasks:
+            Path(task.folder).mkdir(parents=True, exist_ok=True)
+        self._tasks = list(tasks)
+        self._open |= {task.place(name): task for task in tasks for _, name in task.batches}
+        self.store.set(f"tasks {self._lists}", _as_text([tuple(task) for task in tasks]))
+        self._lists += 1
+
+    def obtain(
+        self, place: str, read: Callable[[], Result], make: Callable[[Task, int], object], progress: Progress
+    ) -> Result | None:
+        """Make free batches until a batch of the newest list is finished.
 
         Args:
-            task: the batches.
-            make: a function that makes the batch with a number.
+            place: the place of the wanted batch, see `Task.place`.
+            read: a function that reads the wanted batch.
+            make: a function that makes the batch with a number of a task.
             progress: counts the images of all processes.
+
+        Returns:
+            The result of ``read``. None if the process that has taken the batch is dead.
         """
-        Path(task.folder).mkdir(parents=True, exist_ok=True)
-        task = task._replace(number=self._tasks)
-        self._tasks += 1
-        self.store.set(f"task {task.number}", _as_text(tuple(task)))
-        for number in self.claimed(task, progress):
-            make(number)
-        for number in task.batches:
-            owner = int(self.store.get(f"taken {task.number} {number}"))
-            if owner > 0 and (images := self._wait_for(f"made {task.number} {number}", owner)):
-                progress.count(int(images))
+        while not self.store.check([f"made {place}"]):
+            if (claim := self.claimed()) is not None:
+                with self._making(*claim, progress):
+                    make(*claim)
+                continue
+            owner = int(self.store.get(f"taken {place}"))
+            if owner == self.rank or self._wait_for(f"made {place}", owner) is None:
+                return None
+        if int(self.store.get(f"taken {place}")) != self.rank:
+            progress.count(int(self.store.get(f"made {place}")))
+        return read()
+
+    def withdraw(self, folder: str) -> bool:
+        """Withdraw the batches of a folder that no process has taken.
+
+        Returns:
+            Whether another process still makes a batch of this folder.
+        """
+        for place in [place for place, task in self._open.items() if task.folder == folder]:
+            owner = self.store.compare_set(f"taken {place}", "", str(self.rank))
+            if int(owner) == self.rank or self.store.check([f"made {place}"]):
+                del self._open[place]
+        return folder in [task.folder for task in self._open.values()]
+
+    def wait_for_idle(self) -> None:
+        """Wait until no other process makes a batch."""
+        for place in self._open:
+            owner = int(self.store.compare_set(f"taken {place}", "", str(self.rank)))
+            if owner != self.rank:
+                self._wait_for(f"made {place}", owner)
 
     def end(self, report: Callable[[], str]) -> None:
-        """End the evaluation.
+        """End the evaluation, after `wait_for_idle`.
 
         Args:
             report: a function that returns the report as text, for the other processes.
@@ -198,11 +244,26 @@ class Team:
 
     # -- the other processes ------------------------------------------------------------------------------------------
 
-    def tasks(self) -> Iterator[Task]:
-        """The tasks for a process other than the first, until the evaluation ends."""
-        while (text := self._wait_for(f"task {self._tasks}", 0, "ended")) is not None:
-            self._tasks += 1
-            yield Task(*_as_value(text))
+    def batches(self, progress: Progress, until: str = "ended") -> Iterator[tuple[Task, int]]:
+        """Take free batches until the evaluation ends; a batch is finished when the caller asks for the next.
+
+        Args:
+            progress: counts the images of this process.
+            until: the name of a value that the first process sets, after which this process takes no more batches.
+
+        Yields:
+            The task of the batch, and the number of the batch in this task.
+        """
+        while True:
+            # Only the newest list counts.
+            while self.store.check([f"tasks {self._lists}"]):
+                self._tasks = [Task(*values) for values in _as_value(self.store.get(f"tasks {self._lists}"))]
+                self._lists += 1
+            if (claim := self.claimed()) is not None:
+                with self._making(*claim, progress):
+                    yield claim
+            elif self._wait_for(f"tasks {self._lists}", 0, until, "ended") is None:
+                return
 
     def report(self) -> str:
         """Wait for the report that the first process passes to `end`, and return it."""
@@ -227,33 +288,82 @@ class Team:
 
     # -- all processes ------------------------------------------------------------------------------------------------
 
-    def claimed(self, task: Task, progress: Progress) -> Iterator[int]:
-        """Take free batches one by one, and yield their numbers; a batch is finished when the caller asks for the next.
+    def shared(self, works: Sequence[Callable[[], Any]], out: Path | None, progress: Progress, until: str) -> list[Any]:
+        """Call functions, each in one of the processes, which all call this method.
 
         Args:
-            task: the batches.
+            works: the functions; they have no side effects.
+            out: see `folder`; only the first process uses it.
             progress: counts the images of this process.
-        """
-        for number in task.batches:
-            if self.store.check(["failed"]):
-                raise _as_value(self.store.get("failed"))
-            if self.store.check([f"lost {self.rank}"]):
-                raise ProcessLost(
-                    f"process {self.rank} gave no sign of life for too long, so process 0 continued without it"
-                )
-            own, place = str(self.rank).encode(), f"{task.number} {number}"
-            if self.store.compare_set(f"taken {place}", "", str(self.rank)) == own:
-                before = progress.images
-                yield number
-                self.store.set(f"made {place}", str(progress.images - before))
+            until: the name of a value that the first process sets afterwards.
 
-    def _wait_for(self, name: str, owner: int = 0, other: str | None = None) -> bytes | None:
+        Returns:
+            The results in the first process, and an empty list in other processes.
+        """
+        if self.world == 1:
+            return [work() for work in works]
+
+        def make(task: Task, number: int) -> None:
+            with atomic(Path(task.folder) / str(number)) as path:
+                path.write_bytes(pickle.dumps(works[number]()))
+
+        if self.rank > 0:
+            for task, number in self.batches(progress, until):
+                self.check_folder(Path(task.folder))
+                make(task, number)
+            return []
+        folder = self.folder(None, out, until)
+        assert folder is not None
+        names = [(number, str(number)) for number in range(len(works))]
+        # This is no attack, so it has no number.
+        task = Task(-1, 0, b"", names, str(folder.resolve()), draws_differ=False)
+        self.publish([task])
+
+        def result(number: int) -> Any:
+            def read() -> bytes:
+                return (folder / str(number)).read_bytes()
+
+            found = self.obtain(task.place(str(number)), read, make, progress)
+            return works[number]() if found is None else pickle.loads(found)
+
+        return [result(number) for number, _ in names]
+
+    def claimed(self) -> tuple[Task, int] | None:
+        """Take the first free batch of the list.
+
+        Returns:
+            The task of the batch, and the number of the batch in this task. None if no batch is free.
+        """
+        if self.store.check(["failed"]):
+            raise _as_value(self.store.get("failed"))
+        if self.store.check([f"lost {self.rank}"]):
+            raise ProcessLost(
+                f"process {self.rank} gave no sign of life for too long, so process 0 continued without it"
+            )
+        for task in self._tasks:
+            for number, name in task.batches:
+                place = task.place(name)
+                if place not in self._taken:
+                    self._taken.add(place)
+                    if self.store.compare_set(f"taken {place}", "", str(self.rank)) == str(self.rank).encode():
+                        return task, number
+        return None
+
+    @contextlib.contextmanager
+    def _making(self, task: Task, number: int, progress: Progress) -> Iterator[None]:
+        """A context in which this process makes a batch, and after which it tells the others that it is finished."""
+        before = progress.images
+        yield
+        name = dict(task.batches)[number]
+        self.store.set(f"made {task.place(name)}", str(progress.images - before))
+
+    def _wait_for(self, name: str, owner: int = 0, *others: str) -> bytes | None:
         """Wait for the value of a name in the store.
 
         Args:
             name: the name.
             owner: the process that will set the value.
-            other: another name; if this name appears first, the result is None.
+            *others: other names; if one of them appears first, the result is None.
 
         Returns:
             The value. None if the other name has appeared first, or if the first process waits for a dead process.
@@ -264,7 +374,7 @@ class Team:
         pause = 0.01
         while not self.store.check([name]):
             # If both names have appeared by now, the value is returned, so its name is checked again.
-            if other is not None and self.store.check([other]) and not self.store.check([name]):
+            if any(self.store.check([other]) for other in others) and not self.store.check([name]):
                 return None
             if self.rank == 0 and self.store.check(["failed"]):
                 raise _as_value(self.store.get("failed"))
