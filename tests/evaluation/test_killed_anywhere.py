@@ -38,8 +38,8 @@ MOMENTS = (
     ("purify_fast.evaluation.run.cache.write_sealed", 3),
     # a row is written, its batches are not gone
     ("purify_fast.evaluation.run.cache.remove_batches", 3),
-    # the softened copy is attacked in a row of its own
-    ("purify_fast.evaluation.surrogates.copies.Softened.forward", 50),
+    # the softened copy was attacked in a row of its own
+    ("purify_fast.evaluation.run.attack_run.AttackRun.keep", 5),
     # the probes: the sweeps before the attacks and the softened copies, then the answers after the attacks
     ("purify_fast.evaluation.alarms.probes._Short.robust", 2),
     ("purify_fast.evaluation.alarms.probes._Short.robust", 4),
