@@ -33,8 +33,8 @@ from .attacks.arguments import check_at_least_one, check_eps
 from .attacks.attacked_model import TRIED_CALLS, differ, returning_logits
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
-from .evaluation.inputs import collect
-from .evaluation.subject import device_of
+from .evaluation.asked.inputs import collect
+from .evaluation.asked.subject import device_of
 from .protocols import Classifier
 from .speed.precision import whole_float32_by_default
 

@@ -74,7 +74,11 @@ ROWS = {
     "plain, checkpointed": "plain PyTorch that computes each step of a diffusion again (`torch.utils.checkpoint`).",
     "expert": "the best code that we could write with PyTorch alone. Attacks compute only the gradient of the images, "
     "on a frozen copy of the network in bfloat16 and channels_last with folded BatchNorms. Training uses autocast.",
-    "expert, compiled": "the expert's code under `torch.compile`, in the mode that is fastest on the device.",
+    "expert, compiled": "the expert's code under `torch.compile`, in the mode that is fastest on the device. A step of "
+    "an attack (forward pass, gradient and new point) is one compiled graph.",
+    "our matrix products in the expert's code": "the expert's attack with an idea of this package, which no page of "
+    "PyTorch names: wide convolutions of small maps are products of matrices.",
+    "our matrix products in the expert's code, compiled": "the same under `torch.compile`.",
     "ours": "this package after `accelerate()`.",
     "ours, compiled": "this package after `accelerate(compile=True)`.",
 }

@@ -47,8 +47,8 @@ from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.demo.methods import BASE, FOLDERS, train
 from purify_fast.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
-from purify_fast.evaluation import subject as evaluated
-from purify_fast.evaluation.attack_lists import protocol_attacks
+from purify_fast.evaluation.asked import subject as evaluated
+from purify_fast.evaluation.asked.attack_lists import protocol_attacks
 from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops.pgd_step import pgd_step
 from purify_fast.training import load_classifier

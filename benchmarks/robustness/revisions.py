@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.evaluation import stopping
-from purify_fast.evaluation.attack_lists import protocol_attacks
-from purify_fast.evaluation.measure import RULE
-from purify_fast.evaluation.softening import REVISION
-from purify_fast.evaluation.specs import AttackSpec
-from purify_fast.evaluation.subject import Subject
+from purify_fast.evaluation.asked.attack_lists import protocol_attacks
+from purify_fast.evaluation.asked.specs import AttackSpec
+from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.run import stopping
+from purify_fast.evaluation.run.measure import RULE
+from purify_fast.evaluation.surrogates.softening import REVISION
 from purify_fast.methods.diffusion.own_attacks import strong_attacks
 
 

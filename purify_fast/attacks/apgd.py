@@ -23,9 +23,11 @@ from .._tensors import per_image
 from .._validation import Count, Share
 from ..ops.apgd_step import apgd_step
 from .ball import projected
-from .base import USUAL_TARGETS, Decided, EngineAttack, as_function, targets_and_times, times
+from .base import USUAL_TARGETS, Decided, EngineAttack, targets_and_times, times
 from .context import AttackContext
-from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, nearest_borders, waves
+from .engine.borders import cost_of_borders, nearest_borders
+from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
+from .functions import as_function
 from .losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from .objective import Gradients, Objective
 from .search import better_of, faults, forgiven

@@ -34,10 +34,11 @@ from .._validation import Count, NormName
 from ..protocols import Classifier
 from .attacked_model import frozen
 from .ball import projected
-from .base import Attack, AttackResult, as_function
+from .base import Attack, AttackResult
 from .context import AttackContext
 from .engine.judge import Judge
 from .engine.row_batches import ActiveSet
+from .functions import as_function
 from .relu_layers import Affine, affine_layers, forward
 
 #: The numbers of steps for each node. RAISES: steps that raise the node's lower bound. DESCENTS: steps that search for

@@ -20,12 +20,14 @@ from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, Steps, begin_steps
+from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
-from .base import USUAL_TARGETS, EngineAttack, as_function, targets_and_times
+from .base import USUAL_TARGETS, EngineAttack, targets_and_times
 from .context import AttackContext
+from .engine.borders import cost_of_borders, nearest_borders
 from .engine.judge import has_fallen
-from .engine.row_batches import ActiveSet, Rows, RowSearch, cost_of_borders, nearest_borders, waves
+from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
+from .functions import as_function
 from .objective import Gradient, Objective
 from .search import faults
 

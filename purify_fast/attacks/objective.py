@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..protocols import Classifier, SharesDraws, supports
-from ..speed.graphs.step_graphs import State, StepGraphs, begin_steps
+from ..speed.graphs.step_graphs import StepGraphs
+from ..speed.graphs.step_loop import State, begin_steps
 from .attacked_model import gradient_to, logits_of_draws
 from .losses import LOSSES, TARGETED
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from .._validation import AtLeast0, Count, NormName
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, begin_steps
+from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
-from .base import NORMS, Attack, AttackResult, as_function, cost_of_ascents, times, worst_of_runs
+from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_runs
 from .context import AttackContext
+from .functions import as_function
 from .losses import Loss
 from .objective import Objective
 from .search import GradientHealth, Search, noted

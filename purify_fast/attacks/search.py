@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image
-from ..speed.graphs.step_graphs import State
+from ..speed.graphs.step_loop import State
 from .attacked_model import logits_of
 from .objective import Gradient, Objective
 

@@ -27,12 +27,14 @@ from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
 from ..protocols import Classifier
-from ..speed.graphs.step_graphs import State, Steps, begin_steps
+from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, philox_key, projected
-from .base import EngineAttack, as_function, times
+from .base import EngineAttack, times
 from .context import AttackContext
 from .engine.judge import bucket, repeated_to, takes_every_size
-from .engine.row_batches import ActiveSet, PaceMonitor, some_of, take_rows
+from .engine.pace import PaceMonitor, some_of
+from .engine.row_batches import ActiveSet, take_rows
+from .functions import as_function
 from .objective import Objective
 
 #: The number of queries in the authors' code.

@@ -24,8 +24,9 @@ from ..ops.pgd_step import per_sample
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
 from .ball import Ball, sample_in_ball
-from .base import Attack, AttackResult, ThreatModel, as_function, cost_of_ascents, times, worst_of_runs
+from .base import Attack, AttackResult, ThreatModel, cost_of_ascents, times, worst_of_runs
 from .context import AttackContext
+from .functions import as_function
 from .losses import Loss
 from .objective import Gradients, Objective
 from .search import GradientHealth, Search

@@ -16,7 +16,7 @@ from .run_file import RUN_FILE, report_file
 
 if TYPE_CHECKING:
     from ..data import DataSet
-    from ..evaluation.witnesses import Witnesses
+    from ..evaluation.results.witnesses import Witnesses
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Check(Command):
     device: str = "auto"
 
     def run(self) -> int:
-        from ..evaluation.witnesses import check_witnesses, load_witnesses
+        from ..evaluation.results.witnesses import load_witnesses
+        from ..evaluation.show.checked_witnesses import check_witnesses
         from ..speed.precision import float32_products
 
         folder = report_file(self.report, "report.json").parent

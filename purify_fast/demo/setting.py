@@ -14,7 +14,7 @@ from typing import Any
 from .. import data
 from ..attacks import PGD
 from ..evaluation import AttackSpec, EvaluateConfig, Report, evaluate
-from ..evaluation.subject import Variant
+from ..evaluation.asked.subject import Variant
 from ..protocols import Classifier
 from ..training import ClassifierConfig, TrainingAttack
 

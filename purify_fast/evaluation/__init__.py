@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .config import EvaluateConfig as EvaluateConfig
-    from .report import Report as Report
-    from .report import merge as merge
-    from .rows import Examples as Examples
-    from .rows import Paired as Paired
-    from .rows import Row as Row
+    from .asked.config import EvaluateConfig as EvaluateConfig
+    from .asked.specs import AttackSpec as AttackSpec
+    from .asked.specs import as_attack as as_attack
+    from .asked.specs import lee_kim_2023 as lee_kim_2023
+    from .results.rows import Examples as Examples
+    from .results.rows import Paired as Paired
+    from .results.rows import Row as Row
     from .runner import evaluate as evaluate
+    from .show.checked_witnesses import CheckedWitnesses as CheckedWitnesses
+    from .show.checked_witnesses import check_witnesses as check_witnesses
+    from .show.report import Report as Report
+    from .show.report import merge as merge
     from .show.tradeoff import Tradeoff as Tradeoff
     from .show.tradeoff import plot_tradeoff as plot_tradeoff
-    from .specs import AttackSpec as AttackSpec
-    from .specs import as_attack as as_attack
-    from .specs import lee_kim_2023 as lee_kim_2023
-    from .witnesses import CheckedWitnesses as CheckedWitnesses
-    from .witnesses import check_witnesses as check_witnesses
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -15,10 +15,10 @@ from ..protocols import Classifier
 from ..speed.memory import peak_memory
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
-from .config import EvaluateConfig
-from .report import Report
+from .asked.config import EvaluateConfig
+from .asked.subject import device_of
 from .runner import evaluate
-from .subject import device_of
+from .show.report import Report
 
 #: The number of images in the first trial, whose memory is measured.
 FEW = 8
@@ -55,7 +55,7 @@ def forecast(
     def some(count: int, config: EvaluateConfig = without_signs) -> Report:
         return evaluate(model, x[:count], y[:count], config=config, **options)
 
-    together = min(config.images_together, len(x))
+    together = min(config.images_together(len(x)), len(x))
     # The peak does not contain what was allocated before, such as the model.
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
     memory = before + peak_memory(lambda: some(few), device) * together / few

@@ -10,12 +10,9 @@ deployed model, because only the deployed model counts for the headline, the rob
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +20,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tensors import digest
-from .._validation import Norm, NormName, check_folder, read_norm
-from .._version import __version__
-from ..attacks import Attack, AttackContext, AutoAttack, frozen
+from .._validation import NormName, check_folder, read_norm
+from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
 from ..attacks.attacked_model import check_leaves_images, explained_errors
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
-from ..attacks.original_autoattack import implementation
-from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, LogitsOf
 from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
-from ..ops.dispatch.records import processor
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import raced_convolutions, whole_float32_by_default
-from .alarms import Evidence, Probes, findings, probe, signs_of_masking
-from .alarms.answers import PROBED, Before
-from .alarms.probes import Probe, asked_before, probes_before
-from .alarms.probes import cost as cost_of_probes
-from .attack_lists import SEARCHES, notes_of_protocol, protocol_attacks, to_the_end
-from .auto_batch import make_room
-from .cache import RowCache
-from .config import BatchSize, EvaluateConfig, ProtocolName
-from .curve import Curve, attacks_of_curve, radii_of
-from .inputs import as_classifier, images_and_labels
-from .measure import EXAMPLES, RULE, Measure
-from .naming import ball_name, beside_fixed, feasible, row_name, threat_name
-from .progress import Progress, counted_model
-from .report import Report
-from .rows import CURVE, Row, Worst, count_fallen, worst_rows
-from .specs import AttackFunction, AttackSpec, as_specs
-from .stopping import notes_of_proofs, notes_of_unsearched
-from .subject import Subject, Variant, device_of, notes_of_modules, precision_name, refresh_stale_copies
-from .team import Team
-from .witnesses import gathered, model_marks
+from .alarms import signs_of_masking
+from .alarms.answers import Before
+from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
+from .asked.checked_arguments import check_kinds, check_radii, read_attacks, with_arguments
+from .asked.config import BatchSize, EvaluateConfig, ProtocolName
+from .asked.first_facts import facts, first_notes
+from .asked.inputs import as_classifier, images_and_labels
+from .asked.module_checks import refresh_stale_copies
+from .asked.naming import beside_fixed, feasible, row_name, threat_name
+from .asked.specs import AttackFunction, AttackSpec
+from .asked.subject import Subject, Variant, device_of
+from .results.rows import CURVE, Row
+from .results.witnesses import gathered, model_marks
+from .results.worst_rows import worst_rows
+from .run.auto_batch import make_room
+from .run.cache import RowCache
+from .run.curve import Curve, attacks_of_curve, radii_of
+from .run.measure import Measure
+from .run.progress import Progress
+from .run.row_judge import EXAMPLES
+from .run.specified import settings_of
+from .run.stopping import notes_of_proofs, notes_of_unsearched
+from .run.team import Team
+from .show.report import Report
+from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")
 
@@ -140,18 +137,17 @@ def evaluate(
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
     check_folder("out", out)
-    _check_kinds(config, base)
-    config = _with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
+    check_kinds(config, base)
+    config = with_arguments(config, protocol=protocol, batch_size=batch_size, seed=seed)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    in_batch = config.images_together
     images, labels, notes = images_and_labels(x, y)
-    config, given = _read_attacks(config, attacks, eps)
+    config, given = read_attacks(config, attacks, eps)
     pixels = images[0].numel()
-    _check_radii(norm, eps, given, pixels)
+    check_radii(norm, eps, given, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    report = Report(about=_about(config, norm, eps, model, device), notes=notes)
+    report = Report(about=facts(config, norm, eps, model, device), notes=notes)
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(config.together))
@@ -160,6 +156,7 @@ def evaluate(
         stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
+        in_batch = config.images_together(len(images), team.world)
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
         if config.batch_size == "auto":
@@ -169,7 +166,7 @@ def evaluate(
         mark, reason = fingerprint_or_reason(subject.model, revision)
         if mark is not None:
             report.about["model"] = mark
-        report.notes += _first_notes(config, model, subject, name)
+        report.notes += first_notes(config, model, subject, name)
         before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
         ball = ThreatModel(norm, float(eps))
         plan = given
@@ -177,7 +174,7 @@ def evaluate(
             plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
         if config.predict is not None:
             plan = beside_fixed(plan, subject)
-        context = _context(config, subject, ball)
+        context = _context(config, subject, ball, in_batch)
         served = None
         if out is not None or team.world > 1:
             # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
@@ -204,85 +201,8 @@ def evaluate(
         return run.fill(witnessed)
 
 
-def _check_kinds(config: object, base: object) -> None:
-    """Raise a TypeError if an argument of `evaluate` is of another kind than documented."""
-    if not isinstance(config, EvaluateConfig):
-        raise TypeError(f'config must be an EvaluateConfig, such as EvaluateConfig(protocol="fast"), got {config!r}')
-    if base is not None and not callable(base):
-        raise TypeError(f"base must be a module or a function from images to logits, or None, got {base!r}")
-
-
-def _with_arguments(config: EvaluateConfig, **given: Any) -> EvaluateConfig:
-    """The config with the settings that are arguments of `evaluate`; an argument that is None changes nothing."""
-    given = {name: value for name, value in given.items() if value is not None}
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if each.name in given and value != each.default:
-            raise ValueError(
-                f"{each.name} is given twice, as the argument {each.name}={given[each.name]!r} of evaluate and as "
-                f"EvaluateConfig({each.name}={value!r}): leave one of the two out"
-            )
-    return replace(config, **given)
-
-
-def _check_radii(norm: Norm, eps: float, attacks: Sequence[AttackSpec], pixels: int) -> None:
-    """Refuse a radius of the evaluation, or of an attack with a radius of its own, whose ball contains every image."""
-    check_eps(eps, norm, pixels=pixels)
-    for attack in (spec.resolved for spec in attacks):
-        own: Any = attack
-        if attack.norms and own.eps is not None:
-            check_eps(own.eps, own.norm or norm, pixels=pixels)
-
-
-def _read_attacks(
-    config: EvaluateConfig, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, eps: float
-) -> tuple[EvaluateConfig, list[AttackSpec]]:
-    """Return the config with the protocol that runs, and the specifications of the given attacks.
-
-    The protocol is None if attacks are given, even if the list is empty.
-    """
-    if config.protocol is not None and attacks is not None:
-        raise ValueError(
-            f"protocol and attacks exclude each other, got protocol={config.protocol!r} and a list of attacks: leave "
-            "one of the two out"
-        )
-    if config.protocol is None and attacks is None:
-        config = replace(config, protocol="standard")
-    given = [] if attacks is None else as_specs(attacks)
-    if config.protocol in ("official", "authors") or any(isinstance(spec.resolved, AutoAttack) for spec in given):
-        # If the package is missing, its error is raised here, before any work.
-        implementation()
-    if eps == 0 and (given or config.protocol or config.probes):
-        raise ValueError(
-            "eps must be above 0, got 0: no image could be changed. Give the radius of the attacks, such as 8/255; for "
-            "the accuracy on clean images only, give attacks=[]"
-        )
-    return config, given
-
-
-def _about(
-    config: EvaluateConfig, norm: NormName, eps: float, model: Classifier, device: torch.device
-) -> dict[str, str]:
-    """The facts about all rows, for `Report.about`."""
-    words = {None: None, "worst_of": "the worst", "votes": "the majority"}[config.predict]
-    known = {
-        "threat": ball_name(norm, eps),
-        "version": f"purify_fast {__version__}",
-        "seed": str(config.seed),
-        # Code that was typed, into a notebook or after -c, has no command that repeats it.
-        "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "precision": precision_name(model, device),
-        "claim": None if config.claim is None else f"{config.claim:g}",
-        "dataset": config.dataset_name,
-        "protocol": config.protocol,
-        "predict": words and f"{words} of {config.n_eval} draws",
-    }
-    return {what: value for what, value in known.items() if value is not None}
-
-
-def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
-    """The settings of the attacks.
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel, in_batch: int) -> AttackContext:
+    """The settings of the attacks, which get batches of ``in_batch`` images.
 
     With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
@@ -304,41 +224,11 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Att
         judge_draws=draws,
         judge_share=share,
         votes=votes,
-        batch_size=config.images_together,
+        batch_size=in_batch,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs),
         copies=GradientCopies(),
     )
-
-
-def _first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, name: str) -> list[str]:
-    """Return the first notes for the report.
-
-    A warning about modules in training mode or about probabilities is also logged now, because an evaluation may take
-    hours.
-    """
-    draws = f"{config.n_eval} fresh draws of the model"
-    judged = {
-        None: [],
-        "worst_of": [f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong"],
-        "votes": [f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote"],
-    }
-    notes = notes_of_modules(model, name)
-    for note in notes:
-        logger.warning(note)
-    dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None
-    if dtype is not None:
-        notes.append(f"the weights of {name} are {dtype}, so its images were converted to this dtype")
-    if subject.has_probabilities:
-        kind = ONE_HOT if subject.has_one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
-        logger.warning("%s %s. The report will mark its accuracy", name, kind)
-    if subject.draws_once_per_call:
-        notes.append(
-            f"{name} draws its randomness once per call, for all images of a batch, so each draw needs a separate "
-            "call: a step or a judgement by 20 draws takes 20 calls. Other random models compute several draws in one "
-            "call"
-        )
-    return judged[config.predict] + notes + notes_of_protocol(config.protocol, model)
 
 
 def _admit(
@@ -398,10 +288,11 @@ class _Evaluation:
                 "models": [self.mark, subject.num_classes, subject.is_random],
                 "seed": subject.seed,
                 "batch size": [resources.batch_size, resources.max_forward_batch],
-                "attacks": [[row_name(spec, context), measure.settings_of(spec)] for spec in measure.attacks],
+                "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
-        asked = None if self.before is None or team.rank > 0 else self.ask_before(self.before)
+        suspicion = Suspicion(report, measure, self.before)
+        asked = None if self.before is None else suspicion.ask_before(self.before, self.costs())
         if self.before is not None:
             signs = None if asked is None else signs_of_masking(asked, subject.is_random)
             self.act_on(team.from_first("signs", lambda: signs))
@@ -411,10 +302,12 @@ class _Evaluation:
         if witnessed is not None:
             self.gather_witnesses(witnessed)
         report.rows += worst_rows(report.rows)
-        self.conclude(asked)
+        suspicion.conclude(asked)
         if self.radii:
             report.curves.setdefault(name, {})[CURVE] = self.curve.points(report.rows, float(context.eps))
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
+        team.wait_for_idle()
+        measure.cache.clear()
         team.end(report.to_json)
         return report
 
@@ -449,10 +342,8 @@ class _Evaluation:
 
     def work_for_first(self) -> Report:
         """Make batches for the first process; at the end, return the report of that process."""
-        measure = self.measure
-        for task in measure.team.tasks():
-            measure.work_for_first(task)
-        return Report.from_json(measure.team.report())
+        self.measure.work_for_first()
+        return Report.from_json(self.measure.team.report())
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
@@ -482,7 +373,7 @@ class _Evaluation:
         deployed: dict[str | None, list[Row]] = {}
         for spec in self.plan:
             threat, variant = threat_name(spec, measure.context), spec.variant
-            before = left.get((variant, threat), measure.withstood(measure.clean(variant)))
+            before = left.get((variant, threat), measure.judge.withstood(measure.clean(variant)))
             reached = margins.setdefault((variant, threat), np.full(n, np.inf))
             images = spec.max_images or n
             earlier = (
@@ -497,8 +388,8 @@ class _Evaluation:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
                 if not row.is_attack:
                     continue
-                known = left.setdefault((name, threat), measure.withstood(measure.clean(name)).copy())
-                known[: row.n] &= measure.withstood(row)
+                known = left.setdefault((name, threat), measure.judge.withstood(measure.clean(name)).copy())
+                known[: row.n] &= measure.judge.withstood(row)
                 if row.margins is not None:
                     nearest = margins.setdefault((name, threat), np.full(n, np.inf))
                     nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
@@ -512,94 +403,3 @@ class _Evaluation:
         self.report.witnesses = gathered(self.report.rows, about)
         for row in self.report.rows:
             row.examples = None if row.examples is None else row.examples.first(EXAMPLES)
-
-    # -- alarms: tests whether the numbers are reliable ---------------------------------------------------------------
-
-    def conclude(self, asked: Probes | None) -> None:
-        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
-
-        Args:
-            asked: results of the probes before the attacks; None without probes.
-        """
-        report, subject, name = self.report, self.measure.subject, self.measure.name
-        evidence = Evidence(
-            [row for row in report.rows if row.kind == "clean" or row.is_attack],
-            classes=subject.num_classes,
-            probabilities=subject.has_probabilities,
-            one_hot=subject.has_one_hot,
-            protocol=report.about.get("protocol"),
-        )
-        if self.before is not None and asked is not None:
-            probes = self.all_probes(self.before, asked, evidence)
-            evidence = replace(evidence, probes=probes)
-            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
-            fallen = probes.found() if subject.is_random else probes.fallen()
-            count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
-            report.curves.setdefault(name, {}).update(probes.curves())
-        report.findings = [replace(finding, model=name) for finding in findings(evidence)]
-        doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
-        inconsistent = any(finding.of_answers for finding in doubts)
-        # If no attack counted gradients, the headline is still reliable if the probes could use the model's gradients.
-        followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
-        for row in report.rows:
-            # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
-            headline = row.kind == "worst" and row.threat is None and row.deployed
-            row.reliable = row.reliable or (headline and followed)
-            if headline and doubts and (row.accuracy > 0 or inconsistent):
-                row.reliable = False
-                row.doubts = [finding.alarm for finding in doubts]
-
-    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
-        """Judge the points of a random model's images that fell to probes; None if there are none."""
-        subject = self.measure.subject
-        if probes.points is None or not fallen:
-            return None
-        index = torch.tensor(fallen, dtype=torch.int64)
-        points = probes.points[index].to(subject.x.device)
-        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
-        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
-
-    def probes_key(self, more: dict[str, Any]) -> str | None:
-        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
-        context, subject = self.measure.context, self.measure.subject
-        settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
-        settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"probes": 8, "images": PROBED, "data": subject.data, "seed": subject.seed}
-        settings |= {"rule": RULE} if subject.is_random else {}
-        return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
-
-    def ask_before(self, before: Before) -> Probes:
-        """Run the probes before the attacks."""
-        measure, progress = self.measure, self.measure.progress
-        context, subject = measure.context, measure.subject
-        passes = cost_of_probes(subject, context)
-        progress.costs = [passes, *self.costs()]
-
-        def run(each: Probe) -> Any:
-            at_once = subject.room.limit(context.resources.max_forward_batch)
-            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
-            return each(replace(context, resources=resources))
-
-        def make() -> dict[str, Any]:
-            with progress.row("probes", passes):
-                probes = probes_before(before, counted_model(subject.model, progress))
-                # If memory runs out, a probe runs again with fewer images at once.
-                values = [subject.room.within(functools.partial(run, each)) for each in probes]
-                return asdict(subject.room.within(lambda: asked_before(before, context, values)))
-
-        asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
-        progress.next_row()
-        return asked
-
-    def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
-        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
-        context, subject = self.measure.context, self.measure.subject
-        # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
-        # attack it is False for all images.
-        n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
-        wrong = evidence.wrong(n)
-        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
-        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
-        asked_now = functools.partial(probe, before, context, asked, left.tolist())
-        made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))
-        return Probes(**made)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from purify_fast.attacks import checkpointed_steps
-from purify_fast.evaluation.surrogates import Softened
+from purify_fast.evaluation.surrogates.copies import Softened
 from purify_fast.speed.memory import LiveBytes
 
 MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]

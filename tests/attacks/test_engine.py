@@ -19,7 +19,7 @@ from purify_fast.attacks.engine.row_batches import ActiveSet
 from purify_fast.attacks.heads import HEADS, AttackersHead, class_margins, head_logits
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.square import pattern, side
-from purify_fast.evaluation.progress import Progress, counted_model
+from purify_fast.evaluation.run.progress import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.ops.dispatch import registry

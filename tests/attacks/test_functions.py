@@ -10,8 +10,8 @@ from torch import Tensor
 
 from purify_fast import attacks
 from purify_fast.attacks import AttackContext
-from purify_fast.attacks.base import run_alone
 from purify_fast.attacks.context import Resources
+from purify_fast.attacks.functions import run_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

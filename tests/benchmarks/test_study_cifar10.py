@@ -18,7 +18,7 @@ from benchmarks.robustness.studies.cifar10 import study as names
 from benchmarks.robustness.studies.cifar10.results import Results
 from benchmarks.robustness.studies.cifar10.table import write_table
 from purify_fast.evaluation import Report
-from purify_fast.evaluation.rows import Row
+from purify_fast.evaluation.results.rows import Row
 from purify_fast.evaluation.show import tradeoff
 from purify_fast.methods.carso import Carso, CarsoConfig
 from purify_fast.methods.carso.task import as_trained

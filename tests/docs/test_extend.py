@@ -48,6 +48,7 @@ def followed(copy: Path) -> None:
         *(ROOT / "benchmarks").glob("*.py"),
         *(ROOT / "benchmarks" / "speed").glob("*.py"),
         ROOT / "tests" / "conftest.py",
+        ROOT / "tests" / "slow_shares.py",
         ROOT / "tests" / "captures.py",
     ]:
         shutil.copy(path, copy / path.relative_to(ROOT))

@@ -22,7 +22,7 @@ from evaluating import evaluate
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.attack_run import AttackRun
+from purify_fast.evaluation.run.attack_run import AttackRun
 from purify_fast.methods.diffusion import DiffusionPurifier, Process
 from purify_fast.training.distributed import torchrun_group
 
@@ -67,13 +67,15 @@ def made(kind, out=None, **more):
     x, y = images(plain)
     options = {"eps": 0.04, "batch_size": 4, "n_eval": 2, "eot_iter": 2, "seed": 3, "out": out, "progress": False}
     options |= {"attacks": [PGD(steps=3), AttackSpec(APGD(steps=4, restarts=2), survivors_only=True, until=0.1)]}
+    # attacks on single images, of which the second begins before the first has ended
+    nearest = [AttackSpec(APGD(steps=count), survivors_only=True, nearest=6, seed=count) for count in (5, 7)]
     if kind == "deterministic":
-        options["attacks"] += [FABT(steps=3), Square(n_queries=20)]
+        options["attacks"] += [FABT(steps=3), Square(n_queries=20), *nearest]
         return evaluate(plain, x, y, **{"curve": [0.02, 0.08]} | options | more)
     if kind == "random":
         model = NoisyEnsemble(plain, 0.1, samples=2)
         fixed = AttackSpec(PGD(steps=2), "fixed")
-        return evaluate(model, x, y, **options | {"attacks": [*options["attacks"], fixed]} | more)
+        return evaluate(model, x, y, **options | {"attacks": [*options["attacks"], *nearest, fixed]} | more)
     if kind == "own":
         # a function has nothing that tells whether it is the same: its rows are not kept
         model = Noisy(plain)

@@ -17,7 +17,7 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.show.page import html_page
-from purify_fast.evaluation.surrogates import surrogates
+from purify_fast.evaluation.surrogates.usable import surrogates
 from purify_fast.ops import aggregate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

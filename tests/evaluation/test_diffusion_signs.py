@@ -12,7 +12,7 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
-from purify_fast.evaluation.surrogates import surrogates
+from purify_fast.evaluation.surrogates.usable import surrogates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

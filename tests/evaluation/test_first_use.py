@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.evaluation import EvaluateConfig
-from purify_fast.evaluation.subject import notes_of_modules
+from purify_fast.evaluation.asked.module_checks import notes_of_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,12 +12,13 @@ from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import AttackSpec, Report, runner
+from purify_fast.evaluation import AttackSpec, Report, suspicion
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import ALARMS
-from purify_fast.evaluation.claims import chance_of_at_most, images_to_decide
-from purify_fast.evaluation.config import check_claim
-from purify_fast.evaluation.rows import Worst, count_fallen, worst_rows
+from purify_fast.evaluation.asked.claims import chance_of_at_most, images_to_decide
+from purify_fast.evaluation.asked.config import check_claim
+from purify_fast.evaluation.results.rows import Worst
+from purify_fast.evaluation.results.worst_rows import count_fallen, worst_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -233,7 +234,7 @@ def test_draws_that_were_made_are_not_advised():
 def test_an_evaluation_tells_its_signs_which_protocol_ran(digits, monkeypatch):
     model, x, y = digits
     seen = []
-    monkeypatch.setattr(runner, "findings", lambda evidence: seen.append(evidence.protocol) or [])
+    monkeypatch.setattr(suspicion, "findings", lambda evidence: seen.append(evidence.protocol) or [])
     evaluate(model, x[:4], y[:4], eps=0.1, protocol="rand", steps=1, probes=False, progress=False)
     evaluate(model, x[:4], y[:4], eps=0.1, attacks=[PGD(steps=1)], progress=False)
     assert seen == ["rand", None]

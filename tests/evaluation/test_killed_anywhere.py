@@ -21,10 +21,10 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import probes
-from purify_fast.evaluation.attack_run import AttackRun
-from purify_fast.evaluation.cache import read_file
-from purify_fast.evaluation.progress import Progress
-from purify_fast.evaluation.surrogates import Softened
+from purify_fast.evaluation.run.attack_run import AttackRun
+from purify_fast.evaluation.run.cache import read_file
+from purify_fast.evaluation.run.progress import Progress
+from purify_fast.evaluation.surrogates.copies import Softened
 from purify_fast.ops.dispatch import verify
 from purify_fast.ops.dispatch.op import Call
 
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: The function during which the process is killed, and the number of the call.
 MOMENTS = (
     # a batch of the second attack is kept
-    ("purify_fast.evaluation.attack_run.AttackRun.keep", 4),
+    ("purify_fast.evaluation.run.attack_run.AttackRun.keep", 4),
     # the arrays of a row are written, the row is not
-    ("purify_fast.evaluation.cache.write_sealed", 3),
+    ("purify_fast.evaluation.run.cache.write_sealed", 3),
     # a row is written, its batches are not gone
-    ("purify_fast.evaluation.cache.remove_batches", 3),
-    # the softened copy is attacked in a row of its own
-    ("purify_fast.evaluation.surrogates.Softened.forward", 50),
+    ("purify_fast.evaluation.run.cache.remove_batches", 3),
+    # the softened copy was attacked in a row of its own
+    ("purify_fast.evaluation.run.attack_run.AttackRun.keep", 5),
     # the probes: the sweeps before the attacks and the softened copies, then the answers after the attacks
     ("purify_fast.evaluation.alarms.probes._Short.robust", 2),
     ("purify_fast.evaluation.alarms.probes._Short.robust", 4),
@@ -198,9 +198,9 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    def stop(self, ids, batch):
-        keep(self, ids, batch)
-        seen.append(len(ids))
+    def stop(self, number, batch):
+        keep(self, number, batch)
+        seen.append(number)
         if len(seen) == 2:
             raise Killed
 
@@ -216,7 +216,7 @@ def test_finished_batches_are_not_attacked_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("probes", [False, True])
 def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypatch, probes):
-    monkeypatch.setattr("purify_fast.evaluation.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("purify_fast.evaluation.run.progress.LINE_EVERY", 0.0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     x = torch.rand(6, 1, 4, 4)
     with torch.no_grad():

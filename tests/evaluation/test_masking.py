@@ -7,7 +7,7 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import runner
+from purify_fast.evaluation import suspicion
 from purify_fast.evaluation.alarms import Probes, signs_of_masking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +74,7 @@ def test_an_honest_model_is_attacked_as_without_the_signs(protocol):
 def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows, monkeypatch):
     once = judged(Rounded(), n=24, out=tmp_path)
     made = len(made_rows)
-    monkeypatch.setattr(runner, "asked_before", lambda *_: pytest.fail("the signs are looked for again"))
+    monkeypatch.setattr(suspicion, "asked_before", lambda *_: pytest.fail("the signs are looked for again"))
     again = judged(Rounded(), n=24, out=tmp_path)
     assert len(made_rows) == made and again.attacks == once.attacks and again.notes == once.notes
     assert again.findings == once.findings and again.curves == once.curves

@@ -12,7 +12,8 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.heads import HEADS
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec
-from purify_fast.evaluation.surrogates import Softened, surrogates
+from purify_fast.evaluation.surrogates.copies import Softened
+from purify_fast.evaluation.surrogates.usable import surrogates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from purify_fast._files import folder_lock
 from purify_fast._validation import check_folder
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.evaluation import cache
+from purify_fast.evaluation.run import cache
 from purify_fast.model_state import fingerprint
 from purify_fast.ops import use_backend
 from purify_fast.speed.precision import float32_products

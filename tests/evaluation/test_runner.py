@@ -16,8 +16,9 @@ from torch import nn
 
 from purify_fast import Carso
 from purify_fast.attacks import APGD, BPDA, FGSM, PGD, AttackContext, AutoAttack, StAdv
-from purify_fast.evaluation import AttackSpec, lee_kim_2023, progress
-from purify_fast.evaluation.rows import by_worst_points
+from purify_fast.evaluation import AttackSpec, lee_kim_2023
+from purify_fast.evaluation.results.rows import by_worst_points
+from purify_fast.evaluation.run import progress
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 from purify_fast.speed import StepGraphs

@@ -7,8 +7,9 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, Square
-from purify_fast.evaluation import AttackSpec, stopping
-from purify_fast.evaluation.stopping import StoppingRule, nearest_first
+from purify_fast.evaluation import AttackSpec
+from purify_fast.evaluation.run import stopping
+from purify_fast.evaluation.run.stopping import StoppingRule, nearest_first
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,3 +114,17 @@ def test_of_a_random_model_every_image_is_searched():
     attacks = [FGSM(), AttackSpec(APGD(steps=3), survivors_only=True, until=0.5)]
     report = evaluate(noisy, x, y, eps=0.01, eot_iter=1, n_eval=2, attacks=attacks, progress=False)
     assert report.rows[2].unsearched == 0
+
+
+def test_small_batches_do_not_make_the_rule_decide_more_often(monkeypatch):
+    """The bound counts the decisions: one after each round, however many batches a round has."""
+    monkeypatch.setattr(stopping, "SMALLEST", 8)
+    model, x, y = _far_and_near()
+    attacks = [FGSM(), AttackSpec(APGD(steps=20, loss="margin"), survivors_only=True, until=0.04)]
+    whole, parts = (
+        evaluate(model, x, y, eps=0.02, attacks=attacks, progress=False, batch_size=size).row("APGD-20 margin")
+        for size in (250, 3)
+    )
+    assert 0 < whole.unsearched < whole.attacked
+    assert (parts.unsearched, parts.may_hold) == (whole.unsearched, whole.may_hold)
+    assert (parts.robust == whole.robust).all()

@@ -17,9 +17,10 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation import attack_run, runner, team
-from purify_fast.evaluation.attack_run import AttackRun
-from purify_fast.evaluation.measure import Measure
+from purify_fast.evaluation import EvaluateConfig, runner
+from purify_fast.evaluation.run import attack_run, team
+from purify_fast.evaluation.run.attack_run import AttackRun
+from purify_fast.evaluation.run.row_judge import RowJudge
 
 SCRIPT = Path(__file__).with_name("teamwork.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
@@ -53,6 +54,61 @@ def test_the_rows_are_those_of_one_process(one, tmp_path, world):
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_dir() and path.parent.name == "rows"]
 
 
+@pytest.mark.parametrize("kind", ["deterministic", "random"])
+def test_the_order_in_which_batches_are_made_changes_nothing(one, tmp_path, monkeypatch, kind):
+    """Also the first batch may be made last, after its process has died."""
+    original = AttackRun.sums
+
+    def backwards(self, obtain=None):
+        for number in reversed(range(len(self.parts))) if self.folder else ():
+            self.make(number)
+        return original(self, obtain)
+
+    monkeypatch.setattr(AttackRun, "sums", backwards)
+    assert report(kind, tmp_path) == one[kind]
+
+
+def test_processes_without_work_begin_with_the_next_attack(tmp_path):
+    """The first process has one image of an attack; meanwhile the other makes all others, and the next attack."""
+    begun, ahead = tmp_path / "begun", tmp_path / "ahead"
+
+    def work():
+        seeds, original = [], AttackRun.make
+
+        def make(self, number):
+            seeds.append(self.spec.seed)
+            if self.spec.seed == 5 and dist.get_rank() == 0:
+                begun.touch()
+                until(ahead.exists)
+            elif self.spec.seed == 5:
+                until(begun.exists)
+            batch = original(self, number)
+            if seeds.count(7) == 6:
+                ahead.touch()
+            return batch
+
+        with mock.patch.object(AttackRun, "make", make):
+            return plain(made("deterministic", tmp_path / "out", curve=())), seeds
+
+    done = together(tmp_path, 2, work)
+    assert done.codes == [0, 0], done.errors
+    (found, slow), (_, fast) = done.results
+    assert found == plain(made("deterministic", curve=()))
+    assert (slow.count(5), slow.count(7)) == (1, 0) and (fast.count(5), fast.count(7)) == (5, 6)
+
+
+def test_the_default_batch_of_several_processes_does_not_depend_on_their_number():
+    sizes = [EvaluateConfig().images_together(images, 2) for images in (50, 500, 10**5)]
+    assert sizes == [8, 16, 250] == [EvaluateConfig().images_together(images, 8) for images in (50, 500, 10**5)]
+    assert EvaluateConfig(batch_size="auto").images_together(500, 2) == 16
+    assert EvaluateConfig().images_together(500) == EvaluateConfig(batch_size=250).images_together(500, 2) == 250
+
+
+def test_probes_in_parts_find_what_they_find_on_all_images(one):
+    whole = plain(made("masked", batch_size=250))
+    assert whole["curves"]["defence"]["steps"] == one["masked"]["curves"]["defence"]["steps"]
+
+
 def counted(kind, out=None):
     """The report, and how many batches this process made."""
     calls, original = [], AttackRun.keep
@@ -77,7 +133,7 @@ MOMENTS = {
     "keep": (AttackRun, "keep"),
     "write": (attack_run, "write_sealed"),
     "claim": (team.Team, "claimed"),
-    "judge": (Measure, "_judged"),
+    "judge": (RowJudge, "judged"),
 }
 
 

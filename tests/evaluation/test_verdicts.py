@@ -17,9 +17,9 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.evaluation.alarms import Evidence, Finding, Probes, findings
-from purify_fast.evaluation.rows import by_worst_points
+from purify_fast.evaluation.asked.subject import Subject
+from purify_fast.evaluation.results.rows import by_worst_points
 from purify_fast.evaluation.show.page import html_page
-from purify_fast.evaluation.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.step_graphs import CAPTURE_STEPS, LaunchCost
+from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS, LaunchCost
 
 SIZES = (16, 64, 250)
 Times = dict[int, tuple[float, float]]

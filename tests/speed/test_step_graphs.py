@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.model_state import identity_key
-from purify_fast.speed.graphs import step_graphs
-from purify_fast.speed.graphs.step_graphs import RETRIED_AFTER, State, StepGraphs, begin_steps
+from purify_fast.speed.graphs import step_graphs, step_loop
+from purify_fast.speed.graphs.step_graphs import StepGraphs
+from purify_fast.speed.graphs.step_loop import RETRIED_AFTER, State, begin_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Steps of a loop.
@@ -87,7 +88,7 @@ class Turned(Scale):
 
 
 def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, monkeypatch):
-    monkeypatch.setattr(step_graphs, "CAPTURE_STEPS", 2)
+    monkeypatch.setattr(step_loop, "CAPTURE_STEPS", 2)
     graphs, model = StepGraphs(capture=rerun), Turned()
     state = {"x": torch.arange(6.0).view(2, 3), "before": torch.zeros(2, 3)}
     for replayed in (3, 8):
@@ -284,7 +285,7 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun, caplog):
 
 
 def test_one_slow_timing_decides_nothing(rerun, monkeypatch):
-    monkeypatch.setattr(step_graphs, "CAPTURE_STEPS", 2)
+    monkeypatch.setattr(step_loop, "CAPTURE_STEPS", 2)
     for eager, replays, captured in (([1.0, 9.0, 9.0], [9.0, 0.95, 9.0], 0), ([9.0, 1.0, 9.0], [9.0, 9.0, 0.8], 1)):
         graphs, times = StepGraphs(capture=rerun), iter([*eager, *replays])
         rerun.timed = lambda run, device, times=times: (next(times),) * 2

@@ -17,7 +17,7 @@ from purify_fast._tensors import text_hash, weights_fingerprint
 from purify_fast.attacks import AutoAttack
 from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.alarms import signs
-from purify_fast.evaluation.softening import REVISION as SOFTENING
+from purify_fast.evaluation.surrogates.softening import REVISION as SOFTENING
 
 from ... import kept
 from .. import revisions

@@ -19,7 +19,7 @@ from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
 from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
-from purify_fast.evaluation.subject import Variant
+from purify_fast.evaluation.asked.subject import Variant
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierTask, FitConfig, fit, load_classifier, save_classifier
 

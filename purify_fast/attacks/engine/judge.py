@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...protocols import Classifier
-from ...speed.graphs.step_graphs import State, StepGraphs, Steps, begin_steps
+from ...speed.graphs.step_graphs import StepGraphs
+from ...speed.graphs.step_loop import State, Steps, begin_steps
 from ..attacked_model import logits_of
 from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Objective

@@ -9,51 +9,29 @@ A new batch size takes time: a convolution library prepares kernels, a compiler 
 captured. So a shrinking batch takes only sizes from a fixed list, and rows of fallen images fill the batch up to such a
 size. On a CPU with a large model or with many draws, a superfluous row takes longer than the change to a new batch
 size. In that case every row of a fallen image is removed.
-
-A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), for example on
-steps towards the ninth target class, or on the last of 5,000 squares. The progress per step of such a row (its "pace")
-hardly ever rises. So a row can be given up if it would not reach its border even at several times its recent pace. This
-rule is empirical: it also gives up a row that made no progress for a while, although the row might succeed later.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ball import Ball, projected, sample_in_ball
 from ..context import AttackContext
 from ..objective import Objective
 from ..search import GradientHealth, better_of
 from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
+from .pace import FEWEST_STEPS, SHARES, TIMES, Gains, PaceMonitor, some_of
 
-#: The distance to the border is computed for this number of wrong classes: those with the highest logits. An attack
-#: with more target classes than this computes the distance for as many classes as it has target classes.
-CANDIDATES = 20
-#: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
-#: times the dual norm of its gradient.
-DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 #: If no batch size is given, runs of few images are searched together, up to this number of rows, because a small batch
 #: is slow.
 FEWEST_ROWS = 64
-#: Attacks with gradients may give rows up after these SHARES of the steps. A row is given up if it would not reach its
-#: border even at TIMES its recent pace. On the models of docs/evaluation.md this rule misses no adversarial image. A
-#: check after a quarter of the steps would miss a few.
-SHARES, TIMES = (0.4, 0.6, 0.8), 8.0
-#: A run with fewer steps never gives rows up.
-FEWEST_STEPS = 50
-#: The first EARLY_SHARE of the steps are the early steps. The gain of a row is the distance by which it came nearer to
-#: its border after its early steps. A row is given up at the end of its early steps if its distance to the border is
-#: more than GAINS times the largest gain of earlier rows of the same attack. The rule is used once FEWEST_GAINS rows
-#: were searched.
-EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 #: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
 #: the device once.
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
@@ -101,115 +79,6 @@ def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> No
             setattr(state, name, value[:, index] if name in by_column else value[index])
         elif isinstance(value, (Ball, Rows, PaceMonitor)):
             setattr(state, name, value.take(index))
-
-
-@dataclass
-class Gains:
-    """Records by how much the rows of an attack came nearer to their borders after their early steps (their gains).
-
-    Args:
-        largest: the largest gain of a row, in the unit of the loss or distance.
-        rows: the number of rows that were searched beyond the first check of their pace.
-    """
-
-    largest: float = 0.0
-    rows: int = 0
-
-    def see(self, gained: Tensor) -> None:
-        """Update the largest gain with the gains of some rows, ``[R]``. This waits for the device."""
-        if len(gained):
-            self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
-
-    def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Tell which rows are farther from their borders than `GAINS` times the largest gain, bool ``[R]``.
-
-        The result is None while too few gains are known.
-        """
-        if self.rows < FEWEST_GAINS:
-            return None
-        return missing.isfinite() & (missing > GAINS * self.largest)
-
-
-class PaceMonitor:
-    """Watches the distance of each row from its border, and decides which rows are given up.
-
-    Args:
-        checks: the steps after which rows may be given up. For a check at step n, the pace is measured from step n / 2
-            to step n.
-        steps: the number of steps of the whole search.
-        times: the largest factor by which the pace is assumed to rise.
-        gains: the gains of earlier rows of the same attack; None: only the pace decides.
-    """
-
-    def __init__(self, checks: Iterable[int], steps: int, times: float, gains: Gains | None = None):
-        self.checks, self.steps, self.times, self.gains = sorted(set(checks)), steps, times, gains
-        #: The step after which gains are measured, and the distance of each row from its border at that step, ``[R]``.
-        self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
-        #: A dict from the step of a check to the earlier step at which distances were noted, and these distances.
-        self.notes: dict[int, tuple[int, Tensor]] = {}
-        #: True for the rows whose pace was above 0 at the last check, bool ``[R]``. At the end of the early steps it is
-        #: True for all rows.
-        self.came_nearer = torch.tensor(False)
-        self.last_step = 0
-
-    def due(self, step: int) -> bool:
-        """Return True if `lost` has work at this step: to note distances, or to measure the pace.
-
-        A search without `gains` can skip the call of `lost` at all other steps.
-        """
-        return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
-
-    def lost(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step.
-
-        A row whose distance is NaN or infinite is never out of reach.
-
-        Args:
-            step: the number of steps that were taken; it must grow from call to call.
-            missing: the smallest distance so far of each row from its border, in the unit of the loss or distance,
-                ``[R]``. At 0 or below, the row has crossed its border.
-        """
-        lost = self._beyond_gains(step, missing)
-        for check in self.checks:
-            if self.last_step < check // 2 <= step:
-                self.notes[check] = step, missing
-            if self.last_step < check <= step < self.steps and check in self.notes:
-                noted_at, before = self.notes.pop(check)
-                if step > noted_at:
-                    pace = (before - missing) / (step - noted_at)
-                    beyond = missing.isfinite() & (missing > self.times * pace * (self.steps - step))
-                    lost = beyond if lost is None else lost | beyond
-                    self.came_nearer = pace > 0
-        self.last_step = step
-        return lost
-
-    def _beyond_gains(self, step: int, missing: Tensor) -> Tensor | None:
-        """Tell which rows are given up because of the gains of earlier rows.
-
-        The decision is made once, at the end of the early steps. At later steps the gains of the present rows are
-        recorded.
-        """
-        if self.gains is None:
-            return None
-        if self.last_step < self.early_step <= step:
-            self.early, self.came_nearer = missing, torch.ones_like(missing, dtype=torch.bool)
-            return self.gains.out_of_reach(missing)
-        if step > self.early_step:
-            self.gains.see(self.early - missing)
-            if self.last_step < self.checks[0] <= step:
-                self.gains.rows += len(missing)
-        return None
-
-    def take(self, index: Tensor) -> PaceMonitor:
-        """Continue with some of the rows, selected by an int64 index."""
-        self.early = self.early[index] if self.early.dim() else self.early
-        self.notes = {check: (at, missing[index]) for check, (at, missing) in self.notes.items()}
-        return self
-
-
-def some_of(lost: Tensor | None) -> Tensor | None:
-    """Return ``lost``, bool ``[R]``, or None if no element is True. This waits for the device."""
-    return lost if lost is not None and bool(lost.any()) else None
 
 
 class ActiveSet:
@@ -406,55 +275,6 @@ def waves(
         if goals[target] is not None and restarts > 1:
             name += f", restart {restart + 1}"
         active.fell_to[name] = active.fell_to.get(name, 0) + 1
-
-
-def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
-    """Return the ``count`` wrong classes of highest logit (None: all), in descending order, each int64 ``[B]``."""
-    classes = logits.shape[1]
-    wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
-    return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
-
-
-def cost_of_borders(count: int | None, classes: int, draws: int) -> int:
-    """Return the number of forward passes per image that `nearest_borders` makes, for ``classes`` classes."""
-    searched = min(max(count or classes, CANDIDATES), classes - 1)
-    return 1 + (searched * draws if searched > 1 else 0)
-
-
-def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
-    """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
-
-    The distance to a border is the difference of the two logits, divided by the norm of this difference's gradient.
-    MALT orders target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the
-    norm is the dual of the ball's norm. Only images that have not fallen get target classes. The distance is computed
-    for the `CANDIDATES` wrong classes of highest logit, or for ``count`` classes if that is more. The distance of each
-    class takes a gradient.
-
-    Args:
-        active: the images.
-        objective: an objective with the model that gives the gradients; its loss is not used.
-        count: the number of classes to return; None: all.
-
-    Returns:
-        The nearest class of each image, then the second nearest, and so on, each int64 ``[N]``.
-    """
-    left, by_margin = active.left(), replace(objective, loss="margin_targeted")
-    x, y = active.x[left], active.y[left]
-    logits = active.logits[left]
-    count = min(count or logits.shape[1], logits.shape[1] - 1)
-    candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
-    goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
-    if len(left):
-        distances = []
-        for candidate in candidates:
-            at_image = by_margin.gradient(x, torch.stack([y, candidate], 1))
-            slope = torch.linalg.vector_norm(at_image.image.flatten(1), ord=DUAL[active.ball.norm], dim=1)
-            # The gradient is a sum over the draws, but the loss is a mean. The loss is negative while the label has the
-            # higher logit.
-            distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
-        ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
-        goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
-    return goals.unbind(1)
 
 
 class RowSearch:

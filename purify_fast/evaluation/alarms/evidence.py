@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..rows import Row
+from ..results.rows import Row
 from .answers import Missing
 from .probes import Probes
 

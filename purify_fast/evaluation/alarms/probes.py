@@ -21,7 +21,7 @@ from ...attacks import AttackContext, apgd
 from ...attacks.base import ThreatModel
 from ...attacks.losses import usable_loss
 from ...protocols import Classifier
-from ..subject import Subject
+from ..asked.subject import Subject
 from . import answers
 from .answers import Before, in_parts
 
@@ -129,15 +129,18 @@ def _effort(subject: Subject, context: AttackContext) -> tuple[int, int, int]:
     return 1, 1, TARGETS
 
 
-def probes_before(before: Before, model: Classifier) -> list[Probe]:
-    """Return the probes that run before the attacks of the report.
+def probes_before(before: Before, context: AttackContext, model: Classifier) -> list[Probe]:
+    """Return the probes that run before the attacks of the report. Each has at most as many images as a batch.
 
     Args:
         before: the model's predictions before the attacks.
+        context: the settings of the attacks.
         model: the attacked model, in a wrapper that counts images.
     """
     draws = DRAWS if before.subject.is_random else ()
-    return [partial(_sweep, before, model), *(partial(_over_draws, before, model, n) for n in draws)]
+    parts = torch.arange(len(before.x), device=before.x.device).split(context.resources.batch_size or len(before.x))
+    kinds: list[Callable[..., Any]] = [_sweep, *(partial(_over_draws, n) for n in draws)]
+    return [partial(kind, before, model, part) for kind in kinds for part in parts]
 
 
 def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]) -> Probes:
@@ -150,11 +153,30 @@ def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]
     """
     subject, x, y = before.subject, before.x, before.y
     some = slice(subject.batch_size)
-    (steps, fell, copies, absent, points), *by_draws = measured
-    eot = [(float(draws), share) for draws, share in zip(DRAWS, by_draws, strict=False)]
+    kinds = 1 + (len(DRAWS) if subject.is_random else 0)
+    count = len(measured) // kinds
+    sweeps, *by_draws = [measured[first : first + count] for first in range(0, len(measured), count)]
+    curves, own, copied, missing, reached = zip(*sweeps, strict=True)
+    steps = [(float(n), _share(torch.cat(each))) for n, each in zip(ITERATIONS, zip(*curves, strict=True), strict=True)]
+    eot = [(float(n), _share(torch.cat([*each]))) for n, each in zip(DRAWS, by_draws, strict=False)]
     cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
-    found = {"fell": fell, "copies": copies, "absent": absent, "points": points}
-    return Probes(len(x), steps, cosine, without, eot=eot, **found)
+    # A part whose images all fell to the model's own gradients has no result for the surrogates.
+    names = dict.fromkeys(name for each in copied for name in each)
+    copies = {
+        name: [fell for each, mask in zip(copied, own, strict=True) for fell in each.get(name, [0] * len(mask))]
+        for name in names
+    }
+    return Probes(
+        len(x),
+        steps,
+        cosine,
+        without,
+        eot=eot,
+        fell=[each for mask in own for each in mask],
+        copies=copies,
+        absent={name: reason for each in missing for name, reason in each.items()},
+        points=torch.cat(reached) if subject.is_random else None,
+    )
 
 
 def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[bool]) -> Probes:
@@ -183,18 +205,19 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
 
 
 def _sweep(
-    before: Before, model: Classifier, context: AttackContext
-) -> tuple[Curve, list[int], dict[str, list[int]], dict[str, str], Tensor | None]:
-    """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes`.
+    before: Before, model: Classifier, part: Tensor, context: AttackContext
+) -> tuple[list[Tensor], list[int], dict[str, list[int]], dict[str, str], Tensor | None]:
+    """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes` for some images.
 
-    Each attack skips the images that fell to an earlier attack.
+    Each attack skips the images that fell to an earlier attack. Instead of the accuracies of ``steps``, the result has
+    the images that are still classified correctly, bool ``[n]``.
     """
-    short = _Short(before, model, context)
+    short = _Short(before, model, part, context)
     right = standing = short.right(short.x, short.y)
-    steps: Curve = []
+    steps = list[Tensor]()
     for count in ITERATIONS:
         standing = short.robust(standing, steps=count)
-        steps.append((float(count), _share(standing)))
+        steps.append(standing.cpu())
     targeted: dict[str, Any] = {
         "steps": STEPS,
         "loss": usable_loss("dlr_targeted", context.num_classes),
@@ -212,10 +235,9 @@ def _sweep(
     return steps, own.int().tolist(), copies, absent, points
 
 
-def _over_draws(before: Before, model: Classifier, draws: int, context: AttackContext) -> float:
-    """Measure the accuracy after a short attack that averages ``draws`` draws per step."""
-    everything = torch.ones(len(before.x), dtype=torch.bool, device=before.x.device)
-    return _share(_Short(before, model, context).robust(everything, eot_iter=draws))
+def _over_draws(draws: int, before: Before, model: Classifier, part: Tensor, context: AttackContext) -> Tensor:
+    """Tell which of some images withstand a short attack that averages ``draws`` draws per step, bool ``[n]``."""
+    return _Short(before, model, part, context).robust(torch.ones_like(part, dtype=torch.bool), eot_iter=draws).cpu()
 
 
 def _share(which: Tensor) -> float:
@@ -223,13 +245,15 @@ def _share(which: Tensor) -> float:
 
 
 class _Short:
-    """Short attacks on the first few images."""
+    """Short attacks on some of the first images, whose indices are ``part``."""
 
-    def __init__(self, before: Before, model: Classifier, context: AttackContext):
-        self.x, self.y, self.model, self.context = before.x, before.y, model, context
+    def __init__(self, before: Before, model: Classifier, part: Tensor, context: AttackContext):
+        self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
         self.draws, self.judges, self.targets = _effort(before.subject, context)
         #: For each image the last point that fell, or the clean image.
-        self.points = before.x.clone()
+        self.points = self.x.clone()
+        # The result does not depend on the process, nor on the probes that it has run before.
+        torch.manual_seed(context.seed)
 
     def right(self, x: Tensor, y: Tensor) -> Tensor:
         """Tell for which images more than half of the draws are correct, bool ``[n]``."""
@@ -256,7 +280,7 @@ class _Short:
             eps=context.eps,
             norm=context.norm,
             judge_draws=self.judges,
-            sample_ids=at,
+            sample_ids=self.part[at],
             precision="auto",
             copies=context.resources.copies,
             max_forward_batch=context.resources.max_forward_batch or context.resources.batch_size,

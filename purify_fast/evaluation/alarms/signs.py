@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..rows import GRADIENT_FREE, followed
+from ..results.rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 

@@ -1,1 +1,1 @@
-"""The forms of a report: text for a terminal, Markdown, an HTML page, and pictures."""
+"""The report and its forms: text for a terminal, Markdown, an HTML page, and pictures."""

@@ -18,8 +18,8 @@ from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, Reconstructs, SampleLogits, ShowsTransform, supports
 from ..alarms import Evidence
 from ..alarms.answers import PROBED
-from ..rows import CURVE, Examples, Row
-from ..subject import device_of
+from ..asked.subject import device_of
+from ..results.rows import CURVE, Examples, Row
 from .text import render
 
 #: The largest number of purified images, and of transformed images, that are shown for each image.

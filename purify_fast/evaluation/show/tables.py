@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ..alarms import Finding
-from ..rows import Row
+from ..results.rows import Row
 
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.

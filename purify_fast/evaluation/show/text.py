@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ... import _templates
 from ..alarms import STATES, Finding
 from ..alarms.signs import ALARMS
-from ..claims import MOST, REFUTED, chance_of_at_most, images_to_decide
-from ..rows import Row, followed
+from ..asked.claims import MOST, REFUTED, chance_of_at_most, images_to_decide
+from ..results.rows import Row, followed
 from .tables import (
     COLUMNS,
     RED_UNRELIABLE,

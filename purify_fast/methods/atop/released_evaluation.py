@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ...attacks import PGD, AutoAttack
 from ...evaluation import AttackSpec
-from ...evaluation.surrogates import FewerSamples
+from ...evaluation.surrogates.copies import FewerSamples
 from ...ops.random_transform import random_transform
 
 NOTEBOOK = "as evaluate.ipynb (glin2022/atop)"

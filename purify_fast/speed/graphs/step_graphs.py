@@ -1,10 +1,5 @@
 """Capture the steps of an attack as CUDA graphs, and replay them.
 
-A step is a function from named tensors to named tensors. Its results replace the tensors of the same names, which are
-the state. In an eager loop (without a graph), the new tensors become the state. In a captured loop, the state is in
-fixed buffers, and the step writes its results to them. Both loops call the same function, so the formula of an attack
-is written only once.
-
 A graph contains the launches of a step, but not its Python code. So a step is captured only if its Python code reads no
 values of tensors. A graph is replayed only while the settings of its model are unchanged, and the model's tensors and
 parts are the same objects (`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays use
@@ -28,12 +23,12 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
@@ -41,24 +36,19 @@ from ...protocols import CountsImages, PreparesReplay
 from ..memory import retry_when_memory_ends
 from .cuda_capture import CudaCapture
 from .host_syncs import HostSyncs
-from .step_forms import Form, KnownForm, agrees, candidates, form_errors, keep_form, known_form, make_form, structure
+from .step_forms import Form, agrees, candidates, form_errors, keep_form, known_form, make_form, structure
+from .step_loop import RETRIED_AFTER, Captured, LaunchCost, State, StepFunction, Steps, parts_of
 from .step_trials import all_alike, device_generator, first_replay_agrees, host_generators, no_trace, numerics
 
 logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: The estimated cost of a capture, in launches of its step, used until a capture was measured. For a PGD step of a
-#: ResNet-18 on an H200, a capture took as long as 13 to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32
-#: (104 to 291 ms), where cuDNN also chose algorithms. A number of seconds would be wrong for hosts that launch faster.
-CAPTURE_STEPS = 15
 #: The share of a step's time that a replay must save. Otherwise the step is not captured again.
 LEAST_SAVING = 0.1
 SAVES_TOO_LITTLE = "a replay saves less than a tenth of the step"
 #: The number of timings of a step. The smallest time is used, because other work on the machine makes steps slower.
 TIMINGS = 3
-#: A step that could not be captured is tried again after this many launched steps.
-RETRIED_AFTER = 1000
 #: The largest number of graphs.
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launch costs are remembered.
@@ -66,149 +56,6 @@ REMEMBERED = 64
 #: The seconds of replays of a step after which its forms are compared, if no comparison was timed yet. A compilation of
 #: the step of a ResNet-18 takes about this long.
 CHOICE_SECONDS = 60.0
-
-
-State = dict[str, Tensor]
-
-
-class StepFunction(Protocol):
-    """A step. It can be hashed, and equal steps compute equal results from equal states."""
-
-    @property
-    def model(self) -> Any:
-        """The model that the step uses. Only a step with a module as model can be captured."""
-
-    def __call__(self, state: State) -> State:
-        """Compute new values, with unchanged shapes and dtypes, for some tensors of the state.
-
-        Args:
-            state: tensors by name, which must not be written to.
-        """
-
-
-@dataclass
-class LaunchCost:
-    """The cost of a step without a graph, at one batch size.
-
-    Args:
-        steps: number of launches of the step so far.
-        fastest: seconds of the host for the fastest launch. Other launches may include compilation, or other work of
-            the machine.
-        refusal: reason why the step is not captured; "" if there is none.
-        retried_after: number of launches after which the capture of a refused step is tried again.
-    """
-
-    steps: int = 0
-    fastest: float = math.inf
-    refusal: str = ""
-    retried_after: float = RETRIED_AFTER
-
-    def count(self, seconds: float) -> None:
-        """Count a launch of the step.
-
-        Args:
-            seconds: time of the host for the launch.
-        """
-        self.steps += 1
-        self.fastest = min(self.fastest, seconds)
-
-    def pays(self, cost: float | None) -> bool:
-        """Tell whether the launches have taken as much time as a capture would take.
-
-        Args:
-            cost: seconds of a capture. None means that no capture was measured: `CAPTURE_STEPS` launches are estimated.
-        """
-        if cost is None:
-            return not self.refusal and self.steps >= CAPTURE_STEPS
-        # The first launch may include a compilation, so a single launch is not enough.
-        return not self.refusal and self.steps > 1 and self.steps * self.fastest >= cost
-
-
-class Steps:
-    """A loop of steps. It is eager at first, and replays a graph after its step was captured.
-
-    Args:
-        function: the step.
-        state: initial tensors by name, which are not written to.
-        graphs: object that captures the step if this saves time. With None, the loop remains eager.
-
-    Attributes:
-        state: the current tensors, which the next step may overwrite. `values` returns tensors that are not
-            overwritten.
-    """
-
-    def __init__(self, function: StepFunction, state: State, graphs: StepGraphs | None = None):
-        self.function, self.state, self.graphs = function, dict(state), graphs
-        # Graphs are found by the strides of the initial tensors, because the results of a step may have other strides.
-        self._first = dict(state)
-        self.captured: Captured | None = None
-        self.launched: LaunchCost | None = None
-        if graphs is not None:
-            self._ask(graphs)
-
-    @property
-    def replays(self) -> bool:
-        """Tell whether the next step is a replay."""
-        return self.captured is not None
-
-    def take(self) -> None:
-        """Do a step, eagerly or as a replay."""
-        if self.graphs is not None and self.launched is not None and self.launched.pays(self.graphs.cost):
-            self._ask(self.graphs)
-        if self.captured is not None:
-            self.captured.replay()
-            self.captured.replays += 1
-            for counter, images in self.counters:
-                counter.count(images)
-        elif self.graphs is not None and self.launched is not None:
-            begun = self.graphs.capture.clock()
-            self.state |= self.function(self.state)
-            self.launched.count(self.graphs.capture.clock() - begun)
-        else:
-            self.state |= self.function(self.state)
-
-    def put(self, **values: Tensor) -> None:
-        """Replace tensors of the state.
-
-        Args:
-            values: new tensors by name, with unchanged shapes and dtypes.
-        """
-        if self.captured is None:
-            self.state |= values
-            return
-        for name, value in values.items():
-            if value is not self.state[name]:
-                self.state[name].copy_(value)
-
-    def values(self, *names: str) -> State:
-        """The current tensors of the state. Later steps do not overwrite them.
-
-        Args:
-            names: names of the tensors; without names, all tensors.
-        """
-        values = {name: self.state[name] for name in names or self.state}
-        return values if self.captured is None else {name: value.clone() for name, value in values.items()}
-
-    def _ask(self, graphs: StepGraphs) -> None:
-        """Use the graph of the step, if there is one or if the step can be captured now.
-
-        Otherwise set `launched`, in which later steps count their launches. `launched` is None if launches need not be
-        counted.
-        """
-        found = graphs.find(self.function, self._first)
-        if not isinstance(found, Captured):
-            self.launched = found
-            return
-        holder = None if found.loop is None else found.loop()
-        if holder is not None:
-            # This loop takes the buffers of an earlier loop. If the earlier loop continues, it continues eagerly with a
-            # copy of its state.
-            holder.state, holder.captured = holder.values(), None
-        before, self.state = self.state, found.buffers
-        self.captured, self.launched = found, None
-        self.counters = list(zip(parts_of(self.function.model, CountsImages), found.counts, strict=True))
-        found.loop = weakref.ref(self)
-        self.put(**before)
 
 
 class _Step(NamedTuple):
@@ -237,47 +84,6 @@ class _Recorded(NamedTuple):
     seconds: float
     cost: float
     objects: list[Any]
-
-
-@dataclass
-class Captured:
-    """A captured step.
-
-    Args:
-        model: the model that the step uses. The graph is deleted when the model no longer exists.
-        buffers: the tensors of the state.
-        replay: function that launches the captured step.
-        counts: the numbers of images that a replay adds to the counters in the model, one number for each counter.
-        objects: objects that the captured step uses, and that must therefore stay alive.
-        form: the form of the step that was captured.
-        seconds: seconds of a replay.
-        known: the fastest form on this machine; None if it is not known.
-        final: whether no other form of the step will be captured.
-        replays: number of replays so far.
-        loop: the `StepGraphs` loop that replayed this step last. Its state is in the buffers until another loop begins.
-    """
-
-    model: weakref.ref[nn.Module]
-    buffers: State
-    replay: Callable[[], None]
-    counts: list[int]
-    objects: list[Any]
-    form: Form
-    seconds: float
-    known: KnownForm | None
-    final: bool
-    replays: int = 0
-    loop: weakref.ref[Steps] | None = None
-
-
-def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
-    """The submodules of a model that have the methods of a protocol.
-
-    Args:
-        model: any module.
-        protocol: a protocol of `purify_fast.protocols`.
-    """
-    return [part for part in model.modules() if issubclass(type(part), protocol)]
 
 
 def write(values: State, buffers: State) -> None:
@@ -602,17 +408,6 @@ class StepGraphs:
                     f"the step changes {name} from {old.dtype} {list(old.shape)} to {value.dtype} {list(value.shape)}"
                 )
         return None
-
-
-def begin_steps(graphs: StepGraphs | None, function: StepFunction, state: State) -> Steps:
-    """Begin a loop of a step, which ``graphs`` may capture.
-
-    Args:
-        graphs: the captured steps of the caller. With None, the loop is eager.
-        function: the step.
-        state: the initial state: tensors by name, on the same device.
-    """
-    return Steps(function, state) if graphs is None else graphs.begin(function, state)
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:

@@ -1,0 +1,274 @@
+"""Defines the protocols, which are functions from the model and the ball to a list of attacks.
+
+To add a protocol, write its function and add its name to `PROTOCOLS` and `ProtocolName`. Cheap attacks come first.
+Images that fall to them are not attacked again, so the expensive attacks get few images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from ..._validation import check_literal
+from ...attacks import APGD, FABT, PGD, Attack, AutoAttack, BranchAndBound, Square
+from ...attacks.base import EngineAttack, ThreatModel
+from ...attacks.heads import HEADS, AttackersHead
+from ...attacks.losses import ApgdLoss
+from ...protocols import (
+    AuthorsEvaluation,
+    Classifier,
+    DeterministicMode,
+    FixedNoise,
+    OwnAttacks,
+    SampleLogits,
+    is_purifier,
+    supports,
+)
+from ..surrogates.copies import WithoutNoise
+from .config import ProtocolName
+from .specs import AttackSpec, lee_kim_2023
+from .subject import Subject
+
+#: The name of the attack of the protocol "authors" for a model without ``authors_attacks()``.
+AS_A_CLASSIFIER = "as ARREST's paper evaluates a classifier: AutoAttack standard"
+#: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
+FIRST_STEPS = 10
+#: Steps of the targeted attack of "fast" on many images. With 100 steps only 1 more image in 500 fell, and the attack
+#: took a fifth longer.
+FAST_STEPS = 60
+#: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
+#: namely at most this share of all images.
+FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
+#: The images with the smallest margins are attacked again, because they decide the accuracy. These are the numbers of
+#: such images. NEAREST: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for
+#: the slowest attacks of both protocols.
+NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
+#: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
+SHORT_QUERIES = 1000
+#: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
+RAND_DRAWS = 20
+#: The number of further random starts of "strong". Each has a separate row, so that the report shows how many images
+#: still fall to the last start.
+RESTARTS = 2
+
+
+def protocol_attacks(
+    name: str, subject: Subject, ball: ThreatModel, base: Classifier | None = None, steps: int | None = None
+) -> list[AttackSpec]:
+    """The attacks of a protocol, in their order.
+
+    Args:
+        name: name of the protocol, in `ProtocolName`.
+        subject: the attacked model.
+        ball: norm and radius of the evaluation.
+        base: an undefended classifier, whose adversarial images are tried on the model; None: no transfer attack.
+        steps: upper limit for the steps of Auto-PGD; a first attack with `FIRST_STEPS` ignores it. None: no limit.
+
+    Raises:
+        ValueError: an unknown protocol.
+    """
+    check_literal("protocol", name, ProtocolName)
+    attacks = PROTOCOLS[name](subject, ball)
+    if steps is not None and name in SEARCHES:
+        attacks = [_shortened(spec, steps) for spec in attacks]
+    # The protocol "authors" repeats an evaluation by other authors, which has no transfer attack.
+    if base is not None and name != "authors":
+        attacks.append(_left(PGD(), "transfer from the base", target=base))
+    return attacks
+
+
+def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
+    attack = spec.resolved
+    if isinstance(attack, APGD) and attack.steps is not None and attack.steps > max(steps, FIRST_STEPS):
+        return replace(spec, attack=replace(attack, steps=steps))
+    return spec
+
+
+def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
+    """Specify an attack on the images that withstood all earlier attacks."""
+    return AttackSpec(attack, label=label, survivors_only=True, **options)
+
+
+def _nearest(attack: Attack, images: int, **options: Any) -> AttackSpec:
+    """Specify an attack on the few images with the smallest margins, from another random start."""
+    return _left(attack, nearest=images, seed=1, **options)
+
+
+def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    first = _left(APGD(loss="margin", steps=FIRST_STEPS))
+    if subject.is_random:
+        return [first, _left(APGD(loss="margin_targeted", steps=50, n_target_classes=4, give_up=True))]
+    return [
+        first,
+        _left(APGD(loss="margin_targeted", steps=FAST_STEPS, give_up=True), until=FAST_SHARE),
+        _nearest(APGD(loss="dlr_targeted", give_up=True), FAST_NEAREST),
+        _nearest(APGD(steps=30, restarts=10), FAST_NEAREST),
+        _nearest(Square(n_queries=SHORT_QUERIES, give_up=True), FEWEST_NEAREST),
+    ]
+
+
+def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
+    searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2)
+    again = APGD(steps=50, precision="float32", restarts=20)
+    return [
+        _left(APGD(loss="margin", steps=FIRST_STEPS)),
+        *(_left(attack, until=STANDARD_SHARE) for attack in searches),
+        *_without_noise(subject, ball),
+        _nearest(FABT(give_up=True), NEAREST),
+        # The images with the smallest margins decide the accuracy, so they are attacked from many starts.
+        *(_nearest(attack, FEWEST_NEAREST) for attack in (every, again, FABT(n_target_classes=None))),
+        _nearest(Square(give_up=True), FEWEST_NEAREST),
+    ]
+
+
+def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """Specify, for a random model, an attack with the gradients of the model without noise."""
+    if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
+        return []
+    return [_transferred(*pair) for pair in subject.surrogates(ball) if isinstance(pair[1], WithoutNoise)]
+
+
+def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
+    return [_left(APGD(loss=loss, eot_iter=RAND_DRAWS, give_up=True)) for loss in losses]
+
+
+def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    # In contrast to other protocols, every attack here gets all remaining images, and takes all of its steps.
+    attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
+    attacks.append(_left(every, "APGD-T margin, every target, float32"))
+    attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
+    attacks += _through_heads(subject)
+    attacks += [_transferred(*pair) for pair in subject.surrogates(ball)]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square()), *_complete(subject, ball)]
+    again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
+    for i in range(RESTARTS):
+        attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
+    return attacks
+
+
+def _complete(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """Specify branch and bound, a complete search, for a small ReLU network in an L-inf ball."""
+    attack = BranchAndBound()
+    if subject.is_random or ball.norm not in attack.norms:
+        return []
+    try:
+        attack.layers(subject.base_model, subject.sample_images())
+    except ValueError:
+        return []
+    return [_left(attack)]
+
+
+def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
+    """Return the attacks that the model's class defines, or Lee and Kim's PGD for other random purifiers."""
+    model = subject.base_model
+    if supports(model, OwnAttacks):
+        return list(cast(OwnAttacks, model).strong_attacks(ball.norm, ball.eps))
+    # A purifier with several samples is attacked with other aggregations of the samples instead.
+    bare = is_purifier(model) and not supports(model, SampleLogits)
+    return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
+
+
+def to_the_end(attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates.
+
+    The attacks with surrogates come directly before the first FAB-T or Square. Attacks with the model's own gradients
+    come earlier, so that the report shows how many images fall to these gradients. A list that needs no change is
+    returned unchanged.
+
+    Args:
+        attacks: attacks of a protocol.
+        subject: the attacked model.
+        ball: norm and radius of the evaluation.
+    """
+    whole = [_whole(spec) for spec in attacks]
+    named = {spec.label for spec in whole}
+    joined = [_transferred(*pair) for pair in subject.surrogates(ball)]
+    at = next((i for i, spec in enumerate(whole) if isinstance(spec.resolved, (FABT, Square))), len(whole))
+    return [*whole[:at], *(spec for spec in joined if spec.label not in named), *whole[at:]]
+
+
+def _whole(spec: AttackSpec) -> AttackSpec:
+    attack = spec.resolved
+    if isinstance(attack, EngineAttack):
+        attack = replace(attack, give_up=False)
+    return replace(spec, attack=attack, until=None, nearest=None)
+
+
+def _through_heads(subject: Subject) -> list[AttackSpec]:
+    """Specify attacks along the gradients of other combinations of the samples; the defence itself judges them."""
+    if not supports(subject.base_model, SampleLogits):
+        return []
+    model, attack = cast(SampleLogits, subject.base_model), APGD(loss="dlr_targeted")
+    with torch.no_grad():
+        samples = model.sample_logits(subject.sample_images()[:1]).shape[1]
+    if samples == 1:
+        # With a single sample all aggregations are about the same.
+        return []
+    return [
+        _left(attack, f"APGD-T through the samples' {head}", gradients_from=AttackersHead(model, head))
+        for head in HEADS
+    ]
+
+
+def _transferred(name: str, surrogate: Classifier) -> AttackSpec:
+    label = f"APGD-T by the gradients of {name}"
+    return _left(APGD(loss="dlr_targeted", precision="float32"), label, gradients_from=surrogate)
+
+
+def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    if not subject.is_random:
+        return [AttackSpec(AutoAttack())]
+    quiet: list[AttackSpec] = []
+    if supports(subject.base_model, FixedNoise):
+        quiet = [AttackSpec(AutoAttack(), "fixed")]
+    elif supports(subject.base_model, DeterministicMode):
+        quiet = [AttackSpec(AutoAttack(), "deterministic")]
+    return [*quiet, AttackSpec(AutoAttack(version="rand"))]
+
+
+def _authors(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    if supports(subject.base_model, AuthorsEvaluation):
+        return list(cast(AuthorsEvaluation, subject.base_model).authors_attacks(ball.eps))
+    return [AttackSpec(AutoAttack(), label=AS_A_CLASSIFIER, judge=subject.base_model)]
+
+
+def notes_of_protocol(name: str | None, model: Classifier) -> list[str]:
+    """Return the notes of a report on its protocol. Only "authors" has a note: it says whose evaluation is repeated.
+
+    Args:
+        name: name of the protocol; None for a list of attacks.
+        model: the attacked model.
+    """
+    if name != "authors":
+        return []
+    whose = (
+        "AutoAttack standard, as ARREST's paper evaluates a classifier, since the model has no authors_attacks() that "
+        "says how its own authors evaluate it"
+    )
+    if supports(model, AuthorsEvaluation):
+        whose = "the evaluation that its authors published"
+    return [
+        f"the protocol 'authors' repeats {whose}: its rows are for comparison with published numbers, they are no "
+        "judgement of this package, and there is no headline"
+    ]
+
+
+#: The protocols that `to_the_end` changes if probes find signs of masked gradients before the attacks.
+SEARCHES = ("fast", "standard", "rand", "strong")
+#: The protocols by name.
+PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
+    "fast": _fast,
+    "standard": _standard,
+    "rand": _rand,
+    "strong": _strong,
+    "official": _official,
+    "authors": _authors,
+}

@@ -1,0 +1,180 @@
+"""The settings of an evaluation, for `purify_fast.evaluation.evaluate` and for the command line.
+
+This module does not import PyTorch, so that the command line's ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from ..._memory import bytes_of
+from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
+
+ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "authors"]
+#: The rule by which several predictions of a random model on an image count as correct: all of them are correct
+#: (worst_of), or their majority is correct (votes).
+Predict = Literal["worst_of", "votes"]
+BatchSize = int | Literal["auto"]
+
+#: The number of images that a single process attacks together by default.
+USUAL_BATCH = 250
+#: Several processes divide the images into this number of batches by default. It does not depend on the number of
+#: processes, so that a run can continue with any number of processes. A batch has at least FEWEST images.
+DIVIDED, FEWEST = 32, 8
+
+
+@dataclass(frozen=True, repr=False)
+class EvaluateConfig:
+    """The settings of an evaluation. Model, images, ball and attacks are arguments of `evaluate` itself.
+
+    Three of the settings may also be given as arguments of `evaluate`: protocol, batch_size and seed.
+
+    Args:
+        protocol: name of a list of attacks. "fast": Auto-PGD, in minutes. "standard": the four attacks of AutoAttack in
+            this package's faster versions. "rand": AutoAttack's version for random models. "strong": adaptive attacks,
+            with surrogate models, restarts and every target class. "official": AutoAttack itself. "authors": the
+            evaluation of the defence's authors, for a comparison with their numbers; its rows do not count for the
+            robust accuracy. "official" and "authors" need the package pyautoattack. With None, the attacks are the list
+            ``attacks`` of `evaluate`, or else "standard". See `purify_fast.evaluation.asked.attack_lists`.
+        steps: number of steps of PGD and APGD, for attacks that set no number of steps. This number also limits the
+            steps of a protocol's attacks, but not of its first attack if that has ten steps. FAB-T takes 100 steps, as
+            in its authors' code.
+        eot_iter: number of draws averaged per step, for attacks that set no number of draws. On a deterministic model
+            attacks take one draw.
+        n_eval: number of independent predictions on each adversarial image; 1 for a deterministic model.
+        predict: rule by which the predictions of a random model decide. "worst_of": an image has fallen if any
+            prediction is wrong. "votes": the prediction is the majority vote over several draws, and attacks take the
+            gradient of the mean probabilities. With both rules the attacks know the rule, and every attack is repeated
+            under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
+            wrong, attacks search for images that all of five fresh draws misclassify, and no attack is repeated
+            under fixed noise.
+        batch_size: number of images that are attacked together. None: 250, or for several processes a 32nd of the
+            images, but at least 8 and at most 250. "auto": the same number, but each pass of the model has only as many
+            images as fit into memory. The number per pass is measured on a pass of a few images, and is halved when
+            memory runs out. The number per pass does not change the result of a deterministic model, but it changes the
+            draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that are functions or
+            belong to other packages get a whole batch at once.
+        max_forward_batch: largest number of images in a forward pass of an attack. This limit changes no result of
+            a deterministic model. None: no limit.
+        memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
+            "20GB". None allows all free memory, on a CPU within the limits of the process and its control group.
+        cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured as a graph when its repetitions
+            have taken as much time as a capture takes; the graph is used if it saves at least a tenth of the time.
+            "always": every step that can be captured is captured. "off": no step is captured. Choose "off" if the model
+            changes its settings during an attack, and stores them in an object that is not a module, dataclass or
+            namespace: a graph does not follow such changes.
+        cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN measure its algorithms for each shape of a batch,
+            and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The chosen algorithm,
+            and so the last bits of a gradient, may differ from run to run.
+        seed: seed of all random numbers.
+        curve: further radii, in image units, for a curve of robust accuracy over the radius. At each radius, the
+            attacks that set no radius run on the images that have not fallen at a smaller radius. The attacks begin at
+            the best points of the smaller radius. Each radius has a result, such as "worst, L-inf 2/255";
+            `Report.curve` has the results of all radii.
+        probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different
+            numbers of steps and draws, by small steps in random directions, and by repeated predictions. Default: test
+            with every protocol except "authors", but not with a list of attacks.
+        keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
+            every fallen image, exactly as the model got it, in a file next to the report, 25 KB for each image of
+            CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.
+        claim: a claimed robust accuracy, in percent, such as 70. The report says whether the result refutes it, and how
+            many images would be needed for a decision.
+        dataset_name: name of the data set, for the report's title. On the command line, the default is the data set's
+            name.
+        together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
+            with the same arguments, and attacks some of the batches of batch_size images. The result is the same as
+            that of a single process. Only the first process writes and prints; the other processes get the report
+            without pictures. Processes without common temporary files need a common folder ``out``. False: each process
+            makes a separate evaluation.
+
+    Raises:
+        TypeError: claim, or a radius of curve, is not a number.
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    protocol: ProtocolName | None = None
+    steps: Count = 100
+    eot_iter: Count = 5
+    n_eval: Count = 5
+    predict: Predict | None = None
+    batch_size: BatchSize | None = None
+    max_forward_batch: Count | None = None
+    memory: int | str | None = None
+    cuda_graphs: CudaGraphs = "auto"
+    cudnn_benchmark: CudnnBenchmark = "off"
+    seed: int = 0
+    curve: tuple[float, ...] = ()
+    probes: bool | None = None
+    keep: Literal["some", "all"] = "some"
+    claim: float | None = None
+    dataset_name: str | None = None
+    together: bool = True
+
+    def __post_init__(self) -> None:
+        check_claim(self.claim)
+        if self.batch_size == "auto":
+            if self.memory is not None:
+                bytes_of(self.memory)
+        elif isinstance(self.batch_size, str):
+            raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
+        elif self.memory is not None:
+            raise ValueError(
+                f'memory={self.memory!r} needs batch_size="auto", got batch_size={self.batch_size}: give '
+                'batch_size="auto", or leave memory out'
+            )
+        elif self.batch_size is not None:
+            check_counts(batch_size=self.batch_size)
+        if isinstance(self.curve, str) or not isinstance(self.curve, Iterable):
+            raise ValueError(f"curve must be a tuple of radii, got {self.curve!r}: write a single radius as (0.05,)")
+        for radius in self.curve:
+            check_number("each of curve", radius)
+        # A frozen dataclass does not allow a plain assignment.
+        object.__setattr__(self, "curve", tuple(self.curve))
+        check_types(self)
+
+    def __repr__(self) -> str:
+        given = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
+        words = (f"{name}={value!r}" for name, value, usual in given if value != usual)
+        return f"EvaluateConfig({', '.join(words)})"
+
+    def images_together(self, images: int, processes: int = 1) -> int:
+        """The number of images that are attacked together, of all ``images``, by this number of processes."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        return USUAL_BATCH if processes == 1 else min(USUAL_BATCH, max(FEWEST, -(-images // DIVIDED)))
+
+    def has_signs(self, attacks: Sequence[Any] | None) -> bool:
+        """Tell whether an evaluation searches for signs that an attack has failed.
+
+        Args:
+            attacks: the list of attacks that replaces a protocol; None if the evaluation has a protocol.
+        """
+        if self.probes is not None:
+            return self.probes
+        return attacks is None and self.protocol != "authors"
+
+
+def check_claim(claim: Any) -> None:
+    """Check a claimed robust accuracy.
+
+    Args:
+        claim: robust accuracy in percent; None if nothing is claimed.
+
+    Raises:
+        TypeError: claim is not a number.
+        ValueError: claim is outside 0 to 100, or is above 0 and at most 1, and so seems to be a share instead of a
+            percentage.
+    """
+    if claim is None:
+        return
+    if isinstance(claim, bool) or not isinstance(claim, (int, float)):
+        raise TypeError(f"claim must be a percentage from 0 to 100, got {claim!r}: give a number, such as claim=70")
+    if not 0 <= claim <= 100:
+        raise ValueError(f"claim must be from 0 to 100, got {claim!r}: give a robust accuracy in percent, such as 70")
+    if 0 < claim <= 1:
+        raise ValueError(
+            f"claim must be in percent, got {claim!r}: write a claim of {100 * claim:g} % as claim={100 * claim:g}. "
+            "Claims above 0 % and up to 1 % cannot be tested"
+        )

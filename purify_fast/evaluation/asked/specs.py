@@ -1,0 +1,369 @@
+"""Specifies the attacks of an evaluation: `AttackSpec`, and `as_attack` for a user's function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..._validation import NormName, check_literal
+from ...attacks import BPDA, PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
+from ...attacks.arguments import check_at_least_one, check_eps, check_not_negative
+from ...attacks.attacked_model import returning_logits
+from ...attacks.base import NORMS, ThreatModel
+from ...attacks.bpda import Aggregation
+from ...attacks.gradient_copy import COMPARED
+from ...ops.pgd_step import pgd_step
+from ...protocols import Classifier
+from .other_packages import OtherAttack, of_other_package
+from .subject import Variant
+
+AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
+#: The allowed rounding error in a value of a float32 image in [0, 1]. Two additions of numbers up to 2 cause a smaller
+#: error.
+ROUNDING = 2.0**-21
+#: The value of `AttackSpec.target` that means the defence's own classifier.
+CLASSIFIER = "classifier"
+LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
+
+
+# -- a user's functions as attacks ------------------------------------------------------------------------------------
+
+
+def as_attack(
+    function: AttackFunction,
+    *,
+    name: str | None = None,
+    eps: float | None = None,
+    norm: NormName | None = None,
+    revision: str | None = None,
+) -> FunctionAttack:
+    """Make an attack from a function, for `evaluate` or an `AttackSpec`.
+
+    Args:
+        function: a function ``(model, x, y) -> x_adv``. ``model`` is a module from images to logits, in evaluation
+            mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, both on the
+            model's device. Gradients are enabled. The result must be images of the same shape and dtype, in [0, 1] and
+            in the ball. Or an attack of torchattacks, Foolbox or ART, which runs unchanged on the judged model, see
+            `purify_fast.evaluation.asked.other_packages`.
+        name: name of the attack in the report; None takes the function's name.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
+        revision: a name for the function's code. With a revision the results of the attack are cached, so choose
+            another name after a change of the function. Without a revision they are not cached. Two functions with the
+            same module and name, such as two lambdas or two results of the same function, need different revisions.
+
+    Raises:
+        TypeError: function is not callable.
+        ValueError: name is empty, the ball is not allowed, or an attack of another package needs other images or
+            labels.
+    """
+    given: Any = of_other_package(function) or function
+    if isinstance(given, type) and issubclass(given, Attack):
+        raise TypeError(f"an attack must be an object, got the class {given.__name__}: write {given.__name__}()")
+    if not callable(given) and not isinstance(given, OtherAttack):
+        raise TypeError(
+            "an attack must be an object of purify_fast.attacks, such as PGD(), an attack of torchattacks, Foolbox or "
+            f"ART, an AttackSpec, or a function (model, x, y) -> x_adv, got {given!r}"
+        )
+    if name is None:
+        name = given.name if isinstance(given, OtherAttack) else getattr(given, "__name__", type(given).__name__)
+    return FunctionAttack(function=given, row_name=name, eps=eps, norm=norm, own_revision=revision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionAttack(Attack):
+    """An attack that calls a function; `as_attack` makes it.
+
+    Args:
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
+        function: ``(model, x, y) -> x_adv``.
+        row_name: name of the attack in the report.
+        own_revision: a name for the function's code; None: the results are not cached.
+    """
+
+    kind: ClassVar[str] = "function"
+    norms: ClassVar[tuple[str, ...]] = NORMS
+
+    eps: float | None = None
+    norm: NormName | None = None
+    function: AttackFunction | OtherAttack
+    row_name: str
+    own_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.row_name:
+            raise ValueError(f"the name of an attack must not be empty, got {self.row_name!r}")
+        super().__post_init__()
+
+    def name(self, context: AttackContext) -> str:
+        return self.row_name
+
+    def draws(self, context: AttackContext) -> int:
+        """Return 1, because only the function itself can average over draws."""
+        return 1
+
+    def threat_model(self, context: AttackContext) -> ThreatModel:
+        threat = super().threat_model(context)
+        if isinstance(self.function, OtherAttack):
+            self.function.check_ball(threat)
+        return threat
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        norm, eps = self.threat_model(context)
+        return {"norm": norm, "eps": eps}
+
+    def revision(self) -> str | None:
+        return self.own_revision
+
+    def identity(self) -> list[str]:
+        """Return the module and the name of the function, or of the class of a callable object."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = function.attack if isinstance(function, OtherAttack) else function
+        named = function if inspect.isroutine(function) else type(function)
+        return [str(named.__module__), named.__qualname__]
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        """Call the function on a batch, and check its result.
+
+        Args:
+            target: images to logits.
+            x: images ``[B, C, H, W]`` in [0, 1].
+            y: labels, int64 ``[B]``.
+            context: the settings of the attack.
+
+        Returns:
+            The function's images, and the warnings.
+
+        Raises:
+            TypeError: the result is not a tensor.
+            ValueError: the result has a wrong shape or dtype, NaN, or a point outside [0, 1] or the ball.
+        """
+        # `frozen` restores modes and gradient flags, which an attack of another package may change.
+        threat, warnings = self.threat_model(context), list[str]()
+        if not context.num_classes:
+            # No evaluation has tested the model, and the function may not accept an output with ``logits``.
+            with frozen(target):
+                target, _ = returning_logits(target, x[:COMPARED])
+        with torch.enable_grad(), frozen(target):
+            if isinstance(self.function, OtherAttack):
+                images = self.function.run(target, x.clone(), y.clone(), threat, warnings)
+            else:
+                images = self.function(target, x.clone(), y.clone())
+        check_adversarial(self.row_name, images, x, threat)
+        # Because of rounding, values may be slightly outside of the ball or of [0, 1], so the images are projected.
+        inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+        return AttackResult(inside, warnings=warnings)
+
+
+def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
+    """Refuse attacked images that are not allowed; x are the clean images in [0, 1].
+
+    The radius is checked only for norms of pixel changes, and not for "flow".
+
+    Raises:
+        TypeError: images is not a tensor.
+        ValueError: images have a wrong shape or dtype, contain NaN, or are outside [0, 1] or the ball by more than
+            rounding.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"the attack {name!r} must return a torch.Tensor, got {type(images).__name__}")
+    if images.shape != x.shape or images.dtype != x.dtype or images.device != x.device:
+        raise ValueError(
+            f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}, "
+            f"got {images.dtype} {list(images.shape)} on {images.device}"
+        )
+    images = images.detach()
+    if not bool(images.isfinite().all()):
+        raise ValueError(
+            f"the attack {name!r} returned {int((~images.isfinite()).sum())} values that are not finite: all values "
+            "must be numbers in [0, 1]"
+        )
+    beyond = float(torch.maximum(-images.amin(), images.amax() - 1)) if images.numel() else 0.0
+    if beyond > ROUNDING:
+        raise ValueError(
+            f"the attack {name!r} returned values from {float(images.amin()):.6g} to {float(images.amax()):.6g}: "
+            f"the values are up to {beyond:.3g} outside the allowed range [0, 1]"
+        )
+    how_far = moved(images, x, threat)
+    if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
+        raise ValueError(
+            f"the attack {name!r} left the ball: it changed image {int(how_far[0].argmax())} of the batch by "
+            f"{length:.6g} in the norm {threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = "
+            f"{threat.eps:.6g}"
+        )
+
+
+def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
+    """The distance between each attacked image and its clean image, and the allowed distance.
+
+    Args:
+        images: attacked images ``[B, C, H, W]``.
+        x: clean images ``[B, C, H, W]``.
+        threat: the ball.
+
+    Returns:
+        The distances, float64 ``[B]``, and the radius plus the allowed rounding; None for "flow", which is not a norm
+        of pixel changes.
+    """
+    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
+    if order is None:
+        return None
+    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
+    # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
+    return lengths, threat.eps * (1 + 1e-5) + ROUNDING * x.shape[1:].numel() ** (1 / order)
+
+
+# -- an attack of an evaluation ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack of an evaluation, which makes a row of the report: the attack, its target, its images and its name.
+
+    Args:
+        attack: an attack of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
+        variant: the variant of the model that is attacked and judged. ``random``: the model as it is deployed.
+            ``fixed``: with the same noise for every image. ``deterministic``: without noise.
+        target: a model that is attacked instead of the defence, for a transfer attack; the defence judges the images.
+            ``"classifier"``: the defence's own classifier. The name of the row then says that such an attack is not
+            adaptive.
+        aggregation: a method of `purify_fast.ops.aggregate`, by which the attacked defence aggregates its samples. The
+            judged defence does not change. For BPDA use its own option.
+        label: the name of the row; None makes a name from the other fields. Another threat model than the report's, and
+            the target ``"classifier"``, are added to the name.
+        max_images: the attack gets only this number of images, from the first image on. With None, it gets all images.
+        survivors_only: whether the attack gets only images that withstood all earlier attacks on this variant and in
+            this threat model. All other images count as fallen in this row. If cheap attacks come first, later attacks
+            have little work.
+        gradients_from: a surrogate model from which the gradients are taken; the defence itself checks every success.
+            Only some attacks support it, such as `purify_fast.attacks.APGD`.
+        seed: a number that is added to the evaluation's seed for this attack. Another seed gives another random start.
+        judge: for a repeated evaluation by other authors: their model, which judges every image by a single prediction.
+            If there is no target, this model is also attacked. The row does not count for the headline or for
+            ``worst``, because it says nothing about the defence. The row's label must begin with "as", and name the
+            source.
+        until: a share of all images. The attack begins with the images of the smallest margins. It stops when at most
+            this share of all images can still fall, at 95 % confidence (`purify_fast.evaluation.run.stopping`). With
+            None, or on a random model, every image is attacked.
+        nearest: number of images to attack: the images with the smallest margins after the earlier attacks. With None,
+            all images are attacked.
+        published: the publication of this attack, if its rule for a robust image differs from that of this package. The
+            report then says so.
+
+    Raises:
+        ValueError: options that are not allowed, or that exclude each other.
+        TypeError: attack is not an attack.
+    """
+
+    attack: Attack | AttackFunction
+    variant: Variant = "random"
+    target: Classifier | Literal["classifier"] | None = None
+    aggregation: str | None = None
+    label: str | None = None
+    max_images: int | None = None
+    survivors_only: bool = False
+    gradients_from: Classifier | None = None
+    seed: int = 0
+    judge: Classifier | None = None
+    until: float | None = None
+    nearest: int | None = None
+    published: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attack, Attack):
+            object.__setattr__(self, "attack", as_attack(self.attack))
+        check_literal("variant", self.variant, Variant)
+        check_at_least_one(max_images=self.max_images, nearest=self.nearest)
+        if self.until is not None and not 0 < self.until < 1:
+            raise ValueError(f"until must be a share of the images between 0 and 1, such as 0.002, got {self.until!r}")
+        check_not_negative(seed=self.seed)
+        if self.target is not None and self.target != CLASSIFIER and not callable(self.target):
+            raise TypeError(f"target must be a model or {CLASSIFIER!r}, got {self.target!r}")
+        options = ("target", "aggregation", "gradients_from")
+        given = [option for option in options if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"at most one of {', '.join(options)} may be given for an attack, got {' and '.join(given)}"
+            )
+        if self.aggregation is not None:
+            check_literal("aggregation", self.aggregation, Aggregation)
+        if self.gradients_from is not None and not self.resolved.follows_gradients:
+            raise ValueError(
+                "gradients_from needs an attack that can use the gradients of another model, such as APGD, got "
+                f"{self.resolved.kind}"
+            )
+        if self.judge is not None:
+            if not callable(self.judge):
+                raise TypeError(f"judge must be a model, which is a callable from images to logits, got {self.judge!r}")
+            if callable(self.target) or self.aggregation or self.gradients_from is not None or self.survivors_only:
+                odd = "survivors_only" if self.survivors_only else given[0]
+                raise ValueError(
+                    f"judge allows no target except {CLASSIFIER!r}, no aggregation, no gradients_from and no "
+                    f"survivors_only, got {odd}: leave {odd} out"
+                )
+            if not (self.label or "").startswith("as "):
+                raise ValueError(
+                    "with a judge, label must begin with 'as ' and name the authors of the repeated evaluation, got "
+                    f"{self.label!r}"
+                )
+        if isinstance(self.attack, BPDA) and given in (["target"], ["aggregation"]):
+            raise ValueError(
+                f"{given[0]} of an AttackSpec must be None for BPDA, got {getattr(self, given[0])!r}: BPDA attacks the "
+                "defence itself. Give another aggregation as BPDA(aggregation=...)"
+            )
+
+    @property
+    def resolved(self) -> Attack:
+        """The attack; a function is wrapped as an attack."""
+        return cast(Attack, self.attack)
+
+    @property
+    def other_model(self) -> Classifier | None:
+        """The other model, which is attacked, gives gradients or judges; None if the attack needs only the defence."""
+        if callable(self.target):
+            return self.target
+        return self.judge if self.gradients_from is None else self.gradients_from
+
+
+def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
+    """Make an `AttackSpec` from each attack or function of a list; TypeError for anything else."""
+    if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
+        raise TypeError(f"attacks must be a list, got {attacks!r}: give a single attack as [attack]")
+    specs = []
+    for i, attack in enumerate(attacks):
+        try:
+            specs.append(attack if isinstance(attack, AttackSpec) else AttackSpec(attack))
+        except TypeError as error:
+            raise TypeError(f"attacks[{i}]: {error}") from None
+    return specs
+
+
+def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
+    """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
+
+    The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
+    8/255; at another eps the length has the same proportion to eps. A step takes the sign of the mean gradient over 20
+    draws. Two things differ from the paper. The attack returns the best iterate instead of the last iterate. And an
+    image counts as robust only if all ``n_eval`` predictions after the attack are correct (by default 5 of 5), as for
+    every attack of an evaluation. The field ``mean`` of the row is the accuracy of single predictions.
+
+    Args:
+        eps: radius in image units.
+        leave: whether the attack of an image ends once all 20 draws of a step are wrong (`LeavingPGD`).
+
+    Raises:
+        ValueError: eps is below 0 or above 1.
+    """
+    check_eps(eps, "linf")
+    kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)
+    attack = kind(steps=200, alpha=0.007 * eps / (8 / 255), eot_iter=20, random_start=False, eps=eps, norm="linf")
+    return AttackSpec(attack, label=label, published="Lee & Kim 2023")

@@ -1,0 +1,364 @@
+"""Defines the subject of an evaluation (the model with its images), and checks the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..._tensors import digest
+from ...attacks.attacked_model import (
+    SAME_SIZE,
+    TRIED_CALLS,
+    TRIED_ROWS,
+    check_leaves_images,
+    differ,
+    drawn_once_per_call,
+    explained_errors,
+    logits_of,
+    returning_logits,
+)
+from ...attacks.base import ThreatModel
+from ...attacks.losses import margin
+from ...attacks.outputs import are_one_hot, are_probabilities
+from ...defences import Defence, MajorityVote
+from ...defences.voting import undecided
+from ...protocols import Classifier
+from ...speed.memory import Room
+from ...speed.precision import float32_settings
+from ..surrogates.usable import surrogates
+from .config import Predict
+
+#: The mode in which a model is attacked and judged: as it is, within ``fixed_noise(seed)``, or within
+#: ``deterministic()``.
+Variant = Literal["random", "fixed", "deterministic"]
+#: Each phase of an evaluation has its own seed: the draws that choose between points, the draws of attacks, and the
+#: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
+Phase = Literal["choose", "attack", "judge"]
+PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
+#: At least this number of draws chooses between two points of an image.
+CHOOSING = 10
+#: The largest differences of an image's logits that are taken as rounding, as shares of the spread of the logits
+#: (largest minus smallest logit). SAME_SHAPE: between batches of the same shape. OTHER_SHAPE: between batches of
+#: different shapes, for which libraries may choose different algorithms.
+SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
+#: A variant is refused only if the logits of more than this share of the images differ by more than rounding. A few
+#: images may differ, because rounding inside the model may move a value across a discontinuity.
+FEW = 0.25
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The reason why a variant cannot be attacked.
+
+    Args:
+        reason: a sentence with the problem and the advice.
+        repeats: whether a repeated call gives the same logits. If it does, the fault shows only in other batches, or
+            when the variant's context is entered again.
+    """
+
+    reason: str
+    repeats: bool
+
+
+#: A tuple for each variant. The first element is the code of the variant's context. The next three elements are the
+#: advice for three faults: two calls in the same context differ; calls in two contexts with the same seed differ; or
+#: the logits of an image depend on the batch.
+ADVICE = {
+    "fixed": (
+        "fixed_noise(seed)",
+        "start the generator from the seed in every call, not once when the block begins",
+        "make the noise from the seed alone",
+        "give every image the same noise, for example torch.randn(x.shape[1:], generator=generator)",
+    ),
+    "deterministic": (
+        "deterministic()",
+        "turn off everything that is drawn",
+        "turn off everything that is drawn",
+        "let the logits of an image depend on that image alone",
+    ),
+}
+
+
+def device_of(model: Classifier, x: Tensor) -> torch.device:
+    """The device of a model's first tensor, or the device of the images for a model without tensors."""
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    return next(iter(tensors), x).device
+
+
+def precision_name(model: Classifier, device: torch.device) -> str | None:
+    """The precision of a model's multiplications for the report; None for float32, which the report does not name.
+
+    bfloat16 is recognized only in accelerated defences of this package.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    settings = [part.acceleration for part in parts if isinstance(part, Defence)]
+    if any(each is not None and each["dtype"] == torch.bfloat16 for each in settings):
+        return "bfloat16"
+    older, values = float32_settings()
+    rounds = "tf32" in values if older is None else older != (False, "highest")
+    # A CPU never uses TF32, whatever the setting is.
+    return "tf32" if rounds and device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Repeated predictions on the same images.
+
+    Args:
+        right: bool ``[draws, n]``, True for correct predictions.
+        nonfinite: number of predictions without a class because of NaN or infinite logits; they count as wrong.
+        margins: the true logit minus the largest other logit, averaged over the predictions, float32 ``[n]``.
+        classes: predicted classes, int64 ``[n]``, from the first wrong prediction, or from the first prediction if none
+            is wrong; -1 for a prediction without a class.
+    """
+
+    right: np.ndarray
+    nonfinite: int
+    margins: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """The share of wrong predictions on each image, float64 ``[n]``."""
+        return 1 - self.right.mean(0)
+
+
+class Subject:
+    """A model with the images on which it is attacked.
+
+    Args:
+        model: images to logits.
+        x: images, float32 in [0, 1].
+        y: labels, int64.
+        batch_size: the largest number of images in a forward pass.
+        n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
+        seed: seed of all random numbers.
+        predict: rule by which the predictions on an image decide; None decides like "worst_of".
+
+    Attributes:
+        room: number of images that fit into memory in a pass; no limit at first.
+        model: the judged model, which is the model itself or the vote over its draws.
+        base_model: the model itself.
+        is_random: whether two predictions of the model on the same images differ.
+        draws_once_per_call: whether the model draws once for all images of a call, and not for each image.
+        has_probabilities: whether the model returns probabilities instead of logits.
+        has_one_hot: whether the probabilities are all 0 or 1.
+
+    Raises:
+        ValueError: a label is not a class of the model, the model writes to its input or does not return a row of
+            logits for each image, or ``predict`` is given for a deterministic model.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        *,
+        batch_size: int,
+        n_eval: int,
+        seed: int,
+        predict: Predict | None = None,
+    ):
+        self.x, self.y = x, y
+        self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
+        self.device = device_of(model, x)
+        self.room = Room(None, self.device)
+        self.data = digest(x, y)
+        torch.manual_seed(seed)
+        self.model, self.num_classes = returning_logits(model, self.sample_images())
+        check_leaves_images(self.model, self.sample_images()[:1])
+        one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
+        self.is_random = differ(one, other) or self.answers_vary(self.model)
+        self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
+        self.has_probabilities = are_probabilities(one) and are_probabilities(other)
+        self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
+        self._faults: dict[Variant, Fault | None] = {}
+        self._check_labels()
+        if predict is not None and not self.is_random:
+            raise ValueError(
+                f"predict={predict!r} needs a random model, but this model always predicts the same: leave predict out"
+            )
+        self.base_model = self.model
+        #: The number of predictions that choose between two points of an image.
+        self.choosing = {None: CHOOSING, "worst_of": max(CHOOSING, n_eval), "votes": CHOOSING // 2}[predict]
+        if predict == "votes":
+            self.model, self.n_eval = MajorityVote(self.base_model, n_eval), 1
+
+    @property
+    def batch_size(self) -> int:
+        """The largest number of images in a forward pass: the number asked for, or fewer if memory is too small."""
+        return self.room.at_most(self._batch_size)
+
+    def logits(self, model: Classifier, x: Tensor) -> Tensor:
+        """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
+        with explained_errors(model, x):
+            logits = logits_of(model, x)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"the model must return {self.num_classes} logits for each image, got {logits.shape[1]}")
+        return logits
+
+    def _check_labels(self) -> None:
+        bad = (self.y < 0) | (self.y >= self.num_classes)
+        if bool(bad.any()):
+            wrong = int(bad.int().argmax())
+            raise ValueError(
+                f"y[{wrong}] is {int(self.y[wrong])}, but the model has {self.num_classes} classes: labels must be "
+                f"from 0 to {self.num_classes - 1}"
+            )
+
+    def judged_model(self, variant: Variant) -> Classifier:
+        """The model whose predictions count in a variant; a variant without randomness needs no vote over draws."""
+        return self.model if variant == "random" else self.base_model
+
+    def sample_images(self) -> Tensor:
+        """A copy of a few images, for tests of models."""
+        return self.x[:8].to(self.device, copy=True)
+
+    def surrogates(self, ball: ThreatModel, absent: dict[str, str] | None = None) -> list[tuple[str, Classifier]]:
+        """Surrogate models, which an adaptive attacker would attack instead of the model, by name.
+
+        Args:
+            ball: norm and radius of the attacker.
+            absent: a dictionary to which the reasons for missing surrogates are added, by the surrogates' names.
+        """
+        return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
+
+    def answers_vary(self, model: Classifier) -> bool:
+        """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made."""
+        one = model(self.sample_images())
+        if differ(one, model(self.sample_images())):
+            return True
+        # The generators are restored, so that later draws do not depend on the number of trials.
+        with self._forked_generators():
+            return any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2))
+
+    def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    def variant(self, name: Variant) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the model is in the variant's mode."""
+        if name == "random" or not self.is_random:
+            return contextlib.nullcontext()
+        model: Any = self.base_model
+        return model.fixed_noise(self.seed) if name == "fixed" else model.deterministic()
+
+    def fault(self, name: Variant) -> Fault | None:
+        """The fault of a variant of the model; None if the variant has no fault, and always None for "random"."""
+        if name == "random" or not self.is_random:
+            return None
+        if name not in self._faults:
+            # The generators are restored, so that the trials do not change later draws.
+            with self._forked_generators():
+                self._faults[name] = self._find_fault(name)
+        return self._faults[name]
+
+    def _find_fault(self, variant: Variant) -> Fault | None:
+        """Test whether a variant of a random model really is without randomness; return the first fault, or None.
+
+        The images are attacked and judged under the same noise. This has a meaning only if the noise is the same in
+        every call, at every position in a batch, and for every split of a batch. So the predictions are compared with
+        those of a second call, of a second ``with`` block, of another order, and of parts of the batch.
+        """
+        call, for_calls, for_blocks, for_batches = ADVICE[variant]
+        model, x = self.base_model, self.sample_images()
+        # The test needs two positions in a batch, so a single image is doubled.
+        x = x if len(x) > 1 else torch.cat([x, x])
+        with self.variant(variant):
+            first, again = model(x), model(x)
+            moved = model(x.roll(1, 0)).roll(-1, 0)
+            parts = torch.cat([model(x[:1]), model(x[1:])])
+        with self.variant(variant):
+            anew = model(x)
+        for what, other, tolerance, what_to_do in (
+            ("two calls give different logits", again, SAME_SHAPE, for_calls),
+            ("the logits differ when the block is entered again", anew, SAME_SHAPE, for_blocks),
+            ("the logits of an image depend on its place in the batch", moved, SAME_SHAPE, for_batches),
+            ("the logits of an image depend on how the batch is split", parts, OTHER_SHAPE, for_batches),
+        ):
+            count = int(_apart(first, other, tolerance).sum())
+            if count > FEW * len(x):
+                reason = (
+                    f"within a block of {call}, {what} (for {count} of {len(x)} images, by more than "
+                    f"{100 * tolerance:.0f} % of the logits' spread), so an accuracy in such a block would mean "
+                    f"nothing: {what_to_do}"
+                )
+                return Fault(reason, repeats=other is not again)
+        return None
+
+    def judges(self, variant: Variant) -> int:
+        """The number of predictions that judge an image."""
+        return self.n_eval if variant == "random" and self.is_random else 1
+
+    def reseed(self, phase: Phase) -> None:
+        """Seed the random generators for a phase."""
+        torch.manual_seed(3 * self.seed + PHASES[phase])
+
+    def generators(self) -> list[Tensor]:
+        """The states of the random generators."""
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
+
+    def set_generators(self, states: Sequence[Tensor]) -> None:
+        """Set the random generators to earlier states, see `generators`."""
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self.device)
+
+    def judge(
+        self,
+        x: Tensor,
+        variant: Variant,
+        phase: Literal["choose", "judge"],
+        by: Classifier | None = None,
+        index: Tensor | None = None,
+    ) -> Judgement:
+        """Predict some of the images, clean or attacked, and compare the predictions with the labels.
+
+        A prediction with NaN among its logits, or with several infinite largest logits, names no class and counts as
+        wrong.
+
+        Args:
+            x: the images.
+            variant: variant of the model.
+            phase: phase whose seed is used. Phase "choose" takes `choosing` predictions, and phase "judge" `judges`.
+            by: another model, which predicts each image once; None takes the judged model.
+            index: indices of the images, int64; None: the first ``len(x)``.
+        """
+        y = self.y[: len(x)] if index is None else self.y[index]
+        model, draws = (self.judged_model(variant), self.judges(variant)) if by is None else (by, 1)
+        draws = self.choosing if phase == "choose" else draws
+
+        def predict() -> Judgement:
+            self.reseed(phase)
+            right, named, leads, nonfinite = [], [], torch.zeros(len(x)), 0
+            with self.variant(variant):
+                for _ in range(draws):
+                    parts = x.split(self.batch_size)
+                    logits = torch.cat([self.logits(model, part.to(self.device, copy=True)) for part in parts])
+                    decided, nameless = logits.argmax(1), undecided(logits)
+                    leads += -margin(logits.float(), y.to(logits.device)).cpu()
+                    nonfinite += int(nameless.sum())
+                    right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
+                    named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+            all_right = np.stack(right)
+            first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
+            return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
+
+        return self.room.within(predict)
+
+
+def _apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
+    """Tell which images have logits that differ by more than rounding, bool ``[B]``."""
+    one, other = one.double(), other.double()
+    same = (one == other) | (one.isnan() & other.isnan())
+    finite = one.isfinite()
+    spread = one.where(finite, -torch.inf).amax(1) - one.where(finite, torch.inf).amin(1)
+    size = one.where(finite, 0.0).abs().amax(1)
+    allowed = tolerance * spread.clamp(min=0) + SAME_SIZE * size
+    return (~same & ~((one - other).abs() <= allowed[:, None])).any(1)

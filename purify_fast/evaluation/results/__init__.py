@@ -1,0 +1,1 @@
+"""The results of an evaluation: the rows of the report, and the images that fell."""

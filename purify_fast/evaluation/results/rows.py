@@ -1,0 +1,353 @@
+"""A row of a report: the outcome of one attack for each image, or the worst outcome over several attacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...attacks import GradientHealth
+
+#: The kinds of attacks that need no gradient.
+GRADIENT_FREE = ("square", "branch_and_bound")
+#: The report's words for the variants of a random model without randomness. These variants are measured, not deployed.
+VARIANTS_APART = {"fixed": "fixed noise", "deterministic": "noise off"}
+#: The key in `Report.curves` of the curve that shows the accuracy after all attacks over the radius.
+CURVE = "eps, every attack"
+#: The fields of a row that describe the outcome of its attack.
+RESULTS = ("attacked", "fell_to", "unsearched", "may_hold", "proved", "warnings", "doubts", "fell_to_probes")
+#: The kind of a row that repeats an evaluation by other authors.
+AUTHORS = "authors"
+
+
+@dataclass
+class Examples:
+    """A few attacked images.
+
+    Args:
+        clean: the images before the attack, float32 ``[M, C, H, W]`` in [0, 1].
+        adversarial: the images after the attack, float32 ``[M, C, H, W]``.
+        labels: the true classes, int64 ``[M]``.
+        fell: True for images that fell to the attack, bool ``[M]``.
+        predicted: the predicted classes after the attack, int64 ``[M]``; a wrong class for a fallen image, -1 for a
+            prediction without a class.
+        index: the indices of the images in the data, int64 ``[M]``, if every fallen image is kept; otherwise None.
+    """
+
+    clean: np.ndarray
+    adversarial: np.ndarray
+    labels: np.ndarray
+    fell: np.ndarray
+    predicted: np.ndarray
+    index: np.ndarray | None = None
+
+    def first(self, count: int) -> Examples:
+        """Return the first ``count`` images, for the pictures."""
+        arrays = {name: array[:count] for name, array in vars(self).items() if array is not None}
+        return Examples(**arrays | {"index": None})
+
+
+@dataclass(repr=False)
+class Row:
+    """The outcome of one attack on one model.
+
+    Args:
+        model: the model's name.
+        attack: the attack's name, which identifies the row together with the model's name.
+        kind: ``clean``; the kind of the attack; ``worst``, for the worst outcome over several attacks; or ``authors``,
+            for a repeated evaluation by other authors, on their model.
+        variant: the variant of the model that was judged. ``random``: the model as it is deployed, also if it draws no
+            random numbers. ``fixed`` (noise) or ``deterministic``: a random model without randomness.
+            `describe_variant` returns the report's words.
+        robust: bool ``[n]``. All ``n_eval`` predictions on the image of the row were correct. The image is the clean
+            image in a clean row, and in an attack's row the point that the attack handed over. In a row of an attack on
+            survivors, and in a ``worst`` row, an image is robust only if it was robust in the earlier rows too. A
+            random model has another rule for these rows, see `by_worst_points`.
+        n_eval: number of predictions that judged each image.
+        seed: seed of all random numbers.
+        seconds: wall clock time.
+        data: a hash of the images and labels.
+        health: counts of `GradientHealth` (``gradients nonfinite zero images unmoved``); None if nothing was counted.
+        reliable: whether the attack had usable gradients, or no image withstood it. If not, the true accuracy may be
+            lower. A ``worst`` row is also unreliable if an alarm has raised a doubt.
+        settings: the options of the attack and of its `AttackSpec` as plain values; in a row over several attacks, the
+            names of these attacks.
+        deterministic: whether two predictions of the model are equal; None if unknown.
+        attacked: number of images that the attack got; None in a clean row.
+        fell_to: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
+            succeeded; empty for attacks without such counts.
+        may_end_early: whether a search may have ended before its last step.
+        unsearched: number of images that the attack got but did not reach, because it stopped before.
+        may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
+        proved: number of images that a complete search proved robust.
+        warnings: warnings of the attack for the reader of the report.
+        doubts: names of the alarms that make a ``worst`` row doubtful.
+        fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
+        threat: the threat model, such as ``L2 0.5``; None for the report's threat model. A row with another threat
+            model counts only for the ``worst`` row of that threat model, and never for the headline.
+        transferred: whether the images were found on another model than the judged model, or with another model's
+            gradients. A model that differs only in the aggregation of its samples is not taken as another model.
+        nonfinite_predictions: number of predictions without a class, because of NaN or of several infinite largest
+            logits; they count as wrong.
+        examples: some attacked images, for the pictures.
+        margins: the true logit minus the largest other logit on the attacked images, averaged over the draws, float32
+            ``[n]``; negative for misclassified images. For a random model, the average over the choosing draws. None in
+            a ``worst`` row, and in the clean row of a deterministic model.
+        right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
+        wrong: for a random model as it is deployed: the share of the choosing draws that misclassify each image,
+            float64 ``[n]``. Choosing draws choose between points, and decide which images have fallen. They are not
+            among the ``n_eval`` predictions. None for a row without choosing draws.
+        of_draws: for a model that draws once per call: the accuracy of each of the ``n_eval`` predictions, which is
+            needed for the standard error. Empty for other models.
+        points: best points of the images that withstood, while a curve over the radius is made; None afterwards.
+    """
+
+    model: str
+    attack: str
+    kind: str
+    variant: str
+    robust: np.ndarray
+    n_eval: int
+    seed: int
+    seconds: float
+    data: str
+    health: dict[str, int] | None = None
+    reliable: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    deterministic: bool | None = None
+    attacked: int | None = None
+    fell_to: dict[str, int] = field(default_factory=dict)
+    may_end_early: bool = False
+    unsearched: int = 0
+    may_hold: float = 0.0
+    proved: int = 0
+    warnings: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    fell_to_probes: int | None = None
+    threat: str | None = None
+    transferred: bool = False
+    nonfinite_predictions: int = 0
+    examples: Examples | None = field(default=None, compare=False)
+    margins: np.ndarray | None = field(default=None, compare=False)
+    right: np.ndarray | None = field(default=None, compare=False)
+    wrong: np.ndarray | None = field(default=None, compare=False)
+    of_draws: list[float] = field(default_factory=list)
+    points: np.ndarray | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        percent = f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %" if self.n else "no images"
+        return f"Row({self.model!r}, {self.attack!r}, {percent}, n = {self.n})"
+
+    @property
+    def n(self) -> int:
+        """The number of the row's images."""
+        return len(self.robust)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of robust images."""
+        return float(self.robust.mean())
+
+    @property
+    def mean(self) -> float:
+        """The accuracy of a single prediction: the mean over the images and over the ``n_eval`` predictions."""
+        return self.accuracy if self.right is None else float(self.right.mean()) / self.n_eval
+
+    @property
+    def mean_error(self) -> float:
+        """The standard error of `mean`, over images and draws.
+
+        The images' shares of correct predictions differ both by the image and by the draws, so their standard deviation
+        contains both. If the model draws once for all images, the variance over the draws is added.
+        """
+        if self.right is None:
+            return self.standard_error
+        variance = float(np.var(self.right / self.n_eval)) / self.n
+        if len(self.of_draws) > 1:
+            variance += float(np.var(self.of_draws, ddof=1)) / len(self.of_draws)
+        return math.sqrt(variance)
+
+    @property
+    def share_wrong(self) -> np.ndarray:
+        """How surely each image has fallen, from 0 to 1, ``[n]``: ``wrong``, or 1 for images that are not robust."""
+        return (~self.robust).astype(float) if self.wrong is None else self.wrong
+
+    def correct(self) -> np.ndarray:
+        """The number of correct predictions on each image, int64 ``[n]``; from ``robust`` if there is one each."""
+        return self.robust.astype(np.int64) if self.right is None else self.right
+
+    @property
+    def standard_error(self) -> float:
+        """The binomial standard error of the accuracy p: sqrt(p (1 - p) / n)."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+
+    @property
+    def deployed(self) -> bool:
+        """Tell whether the model was judged as it is deployed, and not in a variant without randomness."""
+        return self.variant not in VARIANTS_APART
+
+    @property
+    def own_gradients(self) -> bool:
+        """Tell whether the attack used gradients of the judged model, with any aggregation of its samples."""
+        return not self.transferred and self.kind not in GRADIENT_FREE
+
+    @property
+    def lacked_gradients(self) -> bool:
+        """Tell whether the counts show that the attack's gradients were not usable."""
+        return self.health is not None and not GradientHealth(dict(self.health)).reliable
+
+    @property
+    def is_attack(self) -> bool:
+        """Tell whether this is the row of a single attack, and not of the kind ``clean``, ``worst`` or ``authors``."""
+        return self.kind not in ("clean", "worst", AUTHORS)
+
+    @property
+    def of_survivors(self) -> bool:
+        """Tell whether the attack got only images that no earlier attack had fooled."""
+        return bool(self.settings.get("survivors_only"))
+
+    @property
+    def nothing_to_attack(self) -> bool:
+        """Tell whether this is a ``worst`` row without attacked images, because all clean images are misclassified."""
+        return self.kind == "worst" and self.attacked == 0
+
+    def count(self, points: Worst) -> None:
+        """Let the row of a random model count these points, one for each image."""
+        self.robust = points.right == self.n_eval
+        self.right = points.right if self.n_eval > 1 else None
+        self.wrong, self.margins = points.wrong, points.margins
+
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The arrays that `to_dict` does not contain, by name: margins, points and examples."""
+        kept = {} if self.examples is None else vars(self.examples)
+        return {"margins": self.margins, "points": self.points} | kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, with ``robust`` as a string of 0 and 1, and without `arrays`."""
+        apart = ("robust", "right", "wrong", "examples", "margins", "points")
+        values = {name: value for name, value in vars(self).items() if name not in apart}
+        values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
+        if self.right is not None:
+            values |= {"mean": self.mean, "mean_error": self.mean_error}
+        counted = {"right": self.right, "wrong": self.wrong}
+        values |= {name: array.tolist() for name, array in counted.items() if array is not None}
+        return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
+        """Make a row from the result of `to_dict`, and from those `arrays` that are not None."""
+        derived, held = ("n", "accuracy", "standard_error", "mean", "mean_error"), dict(arrays or {})
+        known = {name: value for name, value in values.items() if name not in derived}
+        known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
+        kinds = {"right": np.int64, "wrong": np.float64}
+        known |= {name: np.array(known[name], dtype=kind) for name, kind in kinds.items() if name in known}
+        known |= {name: held.pop(name, None) for name in ("margins", "points")}
+        return cls(**known, examples=Examples(**held) if held else None)
+
+    def describe_variant(self) -> str:
+        """The word for the variant of the model that was judged, such as "deterministic", "random" or "fixed noise"."""
+        as_deployed = {True: "deterministic", False: "random", None: "as it is"}
+        return VARIANTS_APART.get(self.variant, as_deployed[self.deterministic])
+
+    def results(self) -> dict[str, Any]:
+        """The results of the attack that the report's page shows, without empty results."""
+        values = {name: getattr(self, name) for name in RESULTS}
+        return {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
+
+    def describe_health(self) -> str:
+        """The shares of non-finite gradients, of zero gradients and of unmoved images, as a short text."""
+        if self.health is None:
+            return "-"
+        h = self.health
+        text = f"{_share(h['nonfinite'], h['gradients'])} / {_share(h['zero'], h['gradients'])}"
+        return f"{text} / {_share(h['unmoved'], h['images'])}" if h["images"] else f"{text} / -"
+
+    def health_in_words(self) -> str:
+        """The shares of `describe_health` in words."""
+        if self.health is None:
+            return "the gradients were not counted"
+        h = self.health
+        nonfinite, zero = _share(h["nonfinite"], h["gradients"]), _share(h["zero"], h["gradients"])
+        moves = f", and {_share(h['unmoved'], h['images'])} of the images did not move" if h["images"] else ""
+        return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two accuracies on the same images.
+
+    Args:
+        difference: the difference, between -1 and 1.
+        standard_error: standard error of the mean of the paired differences.
+        n: number of images.
+    """
+
+    difference: float
+    standard_error: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
+
+
+def followed(rows: Sequence[Row]) -> str:
+    """Name the gradients that attacks on a model itself used, in words that a text can put after "the attack"."""
+    by_bpda = {row.kind == "bpda" for row in rows}
+    if True not in by_bpda:
+        return "along the model's own gradients"
+    return "along the gradients of BPDA" if len(by_bpda) == 1 else "along the gradients of the model or of BPDA"
+
+
+class Worst(NamedTuple):
+    """The worst known point of each image of a random model, by what is known of it; every array is ``[n]``.
+
+    Args:
+        wrong: the share of the choosing draws that misclassify the point.
+        margins: the margin of the point, averaged over the choosing draws.
+        right: the number of judging draws that classify the point correctly, int64.
+    """
+
+    wrong: np.ndarray
+    margins: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of_row(cls, row: Row, n: int) -> Worst:
+        """The points of a row's first n images."""
+        margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
+        return cls(row.share_wrong[:n], margins[:n], row.correct()[:n])
+
+    def is_worse(self, than: Worst) -> np.ndarray:
+        """Tell which points are worse than other points, by the choosing draws alone, bool ``[n]``."""
+        return (self.wrong > than.wrong) | ((self.wrong == than.wrong) & (self.margins < than.margins))
+
+    def or_worse(self, other: Worst) -> Worst:
+        """For each image the worse of two points; of equally bad points the first."""
+        which = other.is_worse(self)
+        return Worst(*(np.where(which, two, one) for one, two in zip(self, other, strict=True)))
+
+
+def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
+    """For each of the first n images, choose the worst of the points that several rows handed over.
+
+    The choosing draws choose: the point that the most of them misclassify, and among equal shares the point with the
+    smallest mean margin. Other draws have judged the chosen point, so their results are not biased by the choice,
+    however many rows there are.
+
+    Args:
+        rows: rows of one random model in one threat model, each with at least n images; the clean row may be among
+            them.
+        n: number of images.
+    """
+    worst = Worst.of_row(rows[0], n)
+    for row in rows[1:]:
+        worst = worst.or_worse(Worst.of_row(row, n))
+    return worst
+
+
+def _share(part: int, whole: int) -> str:
+    share = 100 * part / max(1, whole)
+    return f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %"

@@ -1,0 +1,225 @@
+"""Runs an attack on its images, batch by batch. The batches are independent; each is saved when it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..._sealed import write_sealed
+from ..._tensors import digest, text_hash
+from ...attacks import AttackContext, AttackResult, GradientHealth
+from ...attacks.engine.judge import Judge, has_fallen
+from ...protocols import Classifier
+from ..asked.config import USUAL_BATCH
+from ..asked.specs import AttackSpec, check_adversarial
+from ..asked.subject import Subject
+from .cache import read_file
+from .stopping import StoppingRule
+
+#: The names of the counts that `GradientHealth` keeps.
+COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
+
+
+@dataclass
+class AttackedBatch:
+    """The outcome of an attack on one batch.
+
+    Args:
+        images: the attacked images, ``[B, C, H, W]``.
+        health: the counts of `GradientHealth`, by name.
+        seconds: duration of the attack.
+        warnings: warnings of the attack.
+        fallen: a dict from the name of a run, such as "target 2, restart 1", to the number of images on which this run
+            succeeded.
+        fell: for each image in order, 1 if the attacked model misclassifies the attacked image, otherwise 0. Empty if
+            no `StoppingRule` needs it.
+        stood_still: number of images that no search brought nearer to a decision boundary.
+        proved: number of images for which a complete search proved that no point of the ball fools the attacked model.
+    """
+
+    images: Tensor
+    health: dict[str, int]
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    fallen: dict[str, int] = field(default_factory=dict)
+    fell: list[int] = field(default_factory=list)
+    stood_still: int = 0
+    proved: int = 0
+
+
+@dataclass
+class AttackRun:
+    """The batches of an attack, which this class makes, saves, reads and sums up.
+
+    On a deterministic model the result of most attacks does not depend on the batches, because the random start of an
+    image depends only on its index. On a random model each batch has a separate seed. The batches depend only on the
+    images and their order, on the batch size and on the rule, and never on the number of processes.
+
+    Args:
+        spec: the attack.
+        target: the model that the attack gets and tries to fool.
+        index: indices of the images, int64.
+        subject: the evaluated model, with all clean images.
+        context: the settings of the attack.
+        folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
+            process. It is made when the first batch is saved. With None, no batch is saved.
+        rule: decides after each round of images whether the attack stops. With None, every batch is attacked.
+
+    Attributes:
+        parts: the indices of the images of each batch.
+        rounds: the numbers of the batches of each round of the rule; without a rule all batches are one round.
+        by_image: whether every batch is a single image, whose outcome does not depend on the other images.
+    """
+
+    spec: AttackSpec
+    target: Classifier
+    index: Tensor
+    subject: Subject
+    context: AttackContext
+    folder: Path | None
+    rule: StoppingRule | None = None
+
+    def __post_init__(self) -> None:
+        most, nearest = self.context.resources.batch_size or max(1, len(self.index)), self.spec.nearest
+        # An attack on the nearest images makes many runs from each image. It is divided in the same ratio as an attack
+        # on a batch of the usual size.
+        most = most if nearest is None else min(most, max(1, nearest * most // USUAL_BATCH))
+        self.by_image = nearest is not None and most == 1
+        self.parts, self.rounds = list[Tensor](), list[range]()
+        for images in self.index.split(self.rule.round if self.rule else max(1, len(self.index))):
+            if len(images):
+                parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
+                self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
+                self.parts += parts
+        self.names = [self._name(number) for number in range(len(self.parts))]
+        self._generators = self.subject.generators()
+
+    def _name(self, number: int) -> str:
+        """Return the name of a batch. Batches of the same name and the same settings have the same outcome."""
+        images = digest(self.parts[number].cpu())
+        return images if self.by_image else f"{number}-{images}"
+
+    def read(self, number: int) -> AttackedBatch | None:
+        """Read a batch; None if it is not finished or its file is damaged."""
+        content = read_file(self._path(number))
+        return None if content is None else AttackedBatch(content[1]["images"], **content[0])
+
+    def keep(self, number: int, batch: AttackedBatch) -> None:
+        """Save a finished batch."""
+        path, values = self._path(number), dict(vars(batch))
+        images = values.pop("images")
+        if path is not None:
+            write_sealed(path, values, {"images": images})
+
+    def _path(self, number: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{self.names[number]}.safetensors"
+
+    def make(self, number: int) -> AttackedBatch:
+        """Attack the images of a batch, and save the batch.
+
+        Args:
+            number: number of the batch.
+
+        Raises:
+            TypeError: the attack returned no AttackResult, or no tensor as images.
+            ValueError: the attack returned images that are not allowed, see `check_adversarial`.
+        """
+        part = self.parts[number]
+        self._seed(number)
+        batch = self._attacked(part)
+        if self.rule is not None:
+            batch.fell = self.subject.room.within(lambda: self._fallen(part, batch.images))
+        self.keep(number, batch)
+        return batch
+
+    def _seed(self, number: int) -> None:
+        """Set the random generators for a batch, so that any process would make the same batch at any time."""
+        if number == 0 and not self.by_image:
+            # The first batch needs no new seed, because the generators were seeded for the attack.
+            self.subject.set_generators(self._generators)
+        else:
+            # The 0 in the text must stay, because other texts give other seeds, and cached batches have these seeds.
+            which = f"image {int(self.parts[number])}" if self.by_image else number
+            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {which}").hexdigest()[:15], 16))
+
+    def _attacked(self, part: Tensor) -> AttackedBatch:
+        """Attack some images, with fewer images per pass if memory runs out."""
+        begin, attack, subject, context = time.perf_counter(), self.spec.resolved, self.subject, self.context
+        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
+
+        def search() -> AttackResult:
+            begin = None if context.begin is None else context.begin[part].to(subject.device)
+            most = subject.room.limit(context.resources.max_forward_batch)
+            resources = dataclasses.replace(context.resources, counts_health=True, max_forward_batch=most)
+            told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
+            # The attack gets a copy. If it changed the images in place, the later check of its radius would see no
+            # change.
+            return attack.search(self.target, x.clone(), y, told)
+
+        graphs = context.resources.graphs
+        assert graphs is not None
+        result = subject.room.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
+        if not isinstance(result, AttackResult):
+            got = type(result).__name__
+            raise TypeError(f"the attack {attack.name(context)!r} must return an AttackResult, got {got}")
+        check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
+        health = result.health or GradientHealth()
+        return AttackedBatch(
+            # The transfer to the CPU waits until the device has finished, so that the duration below is complete.
+            images=result.images.detach().cpu(),
+            health={name: health.count(name) for name in COUNTS},
+            seconds=time.perf_counter() - begin,
+            warnings=result.warnings,
+            fallen=result.fell_to,
+            stood_still=int(result.stood_still),
+            proved=int(result.proved),
+        )
+
+    def _fallen(self, part: Tensor, images: Tensor) -> list[int]:
+        """Return a number for each attacked image: 1 if the attacked model misclassifies it, otherwise 0."""
+        subject, resources = self.subject, self.context.resources
+        most = subject.room.limit(resources.max_forward_batch)
+        judge = Judge(self.target, max_forward_batch=most, graphs=resources.graphs)
+        return has_fallen(judge.shares(images.to(subject.device), subject.y[part].to(subject.device))).int().tolist()
+
+    def sums(self, obtain: Callable[[int], AttackedBatch] | None = None) -> AttackedBatch:
+        """Make or read all batches, and sum up their results.
+
+        Args:
+            obtain: a function that returns the batch with a number, which several processes make. With None, this
+                process makes all batches.
+
+        Returns:
+            The sums over the batches, with all images of the subject. Images that were not attacked are clean.
+        """
+        obtain = obtain or (lambda number: self.read(number) or self.make(number))
+        sums = AttackedBatch(self.subject.x.clone(), {}, 0.0)
+        health, fallen = Counter(dict.fromkeys(COUNTS, 0)), Counter[str]()
+        for numbers in self.rounds:
+            fell, no_evidence = list[bool](), 0
+            for number in numbers:
+                batch = obtain(number)
+                sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
+                sums.seconds += batch.seconds
+                health.update(batch.health)
+                fallen.update(batch.fallen)
+                sums.proved += batch.proved
+                sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+                # The survival of an image says nothing about other images if the search stood still or lacked
+                # gradients.
+                usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
+                no_evidence += batch.stood_still if usable else len(batch.fell)
+                fell += map(bool, batch.fell)
+            if self.rule is not None and self.rule.record(fell, no_evidence):
+                break
+        sums.health, sums.fallen = dict(health), dict(fallen)
+        return sums

@@ -1,0 +1,163 @@
+"""Caches finished rows on disk, and also the finished batches of a row that is not complete yet.
+
+A row is one attack of an evaluation. The file name of a row is a hash of everything on which the row depends. Every
+file has a checksum of its content (`purify_fast._sealed`). The content of a damaged file is computed again, with a
+warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _library
+from ..._sealed import read_sealed, write_sealed
+from ..._tensors import text_hash
+from ...ops.dispatch.registry import forced_backends
+from ...speed.precision import float32_settings
+from ..results.rows import Row
+
+logger = logging.getLogger("purify_fast")
+
+#: Increase this number by one for every change after which the same settings, weights and data give other rows. Cached
+#: rows with an older number are then made again. Examples are changes of the choice of attacked images, of the seeds,
+#: of the judgment, of the counts, or of the definition of an op. Do not increase it for edited comments, docstrings,
+#: labels, pictures and tables, or for faster kernels of the same function. For a change within a single attack,
+#: increase the version of this attack instead, so that cached rows of the other attacks remain valid.
+PROTOCOL_VERSION = 3
+
+
+def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Read the values and tensors of a file in the cache; None if the file is absent or damaged."""
+    if path is not None and path.exists():
+        try:
+            return read_sealed(path)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged: %s. Its content is computed again", path, error)
+    return None
+
+
+def remove_batches(folder: Path | None) -> None:
+    """Remove the folder with the batches of a finished row, if there is a folder."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RowCache:
+    """The cache of finished rows, and of results of the probes, in ``folder/rows``.
+
+    Args:
+        folder: folder of the whole evaluation; None: nothing is cached.
+        served: the kernels that run the ops, from `purify_fast.ops.kernels_now`. Rows that were made with other kernels
+            are not used, because kernels differ in the last bits of their results.
+        revision: the user's name for the model's code, on which every row depends.
+
+    Attributes:
+        was_kept: whether the last row was read from the cache.
+        busy: folders of batches to which other processes still write; `clear` removes them.
+    """
+
+    was_kept = False
+
+    def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
+        self.folder = None if folder is None else folder / "rows"
+        self.served, self.revision = served or {}, revision
+        self.busy = set[Path]()
+        # The fingerprint of each model, by the id of the model. The model itself is stored too, so that no other object
+        # can get the same id.
+        self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
+        """The name of the row with these settings and these models.
+
+        The name also depends on PyTorch's release, on the presence of the kernel extension and on forced backends,
+        because they change the last bits of a model's results. It depends on the precision of float32 on a GPU, which
+        changes more than the last bits. It does not depend on the bytes of the extension, because a new build of the
+        same sources computes the same.
+
+        Args:
+            settings: everything on which the row depends, except the models, as plain values.
+            models: the models that the attack used; None for a model that was not used.
+
+        Returns:
+            A file name without its ending, or None if nothing is cached or a model has no fingerprint.
+        """
+        marks = [] if self.folder is None else [self._marks[id(model)][1] for model in models]
+        if self.folder is None or None in marks:
+            return None
+        # The name contains both settings of the backend, because `use_backend` overrides the environment variable.
+        backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
+        machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
+        whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
+        return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
+
+    def know(self, model: object, mark: str | None) -> None:
+        """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
+        self._marks[id(model)] = model, mark
+
+    def row(self, key: str | None, make: Callable[[], Row], batches: Path | None = None) -> Row:
+        """Read a row from the cache, or make the row and cache it.
+
+        Args:
+            key: name of the row. With None, the row is made and not cached.
+            make: a function that makes the row.
+            batches: the folder for the batches of the row, see `batches`. It is removed.
+        """
+        path = self._path(key)
+        content = read_file(path)
+        self.was_kept = content is not None
+        if content is None:
+            row = make()
+            if path is not None:
+                arrays = {name: array for name, array in row.arrays().items() if array is not None}
+                write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
+        else:
+            values, tensors = content
+            row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
+        # The batches are always removed, because a run may have been interrupted after it wrote the row.
+        if batches not in self.busy:
+            remove_batches(batches)
+        return row
+
+    def batches(self, key: str | None) -> Path | None:
+        """The folder for the batches of an attack, in which there may be batches of an interrupted run.
+
+        Args:
+            key: name of the attack's settings; with None the batches are not cached, and the result is None.
+        """
+        return self._path(key, ".batches")
+
+    def clear(self) -> None:
+        """Remove the folders in ``busy``."""
+        for folder in self.busy:
+            remove_batches(folder)
+
+    def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Read plain values and tensors from the cache, or make the values and cache them.
+
+        Args:
+            key: name of the values. With None, the values are made and not cached.
+            make: a function that makes the values.
+        """
+        path = self._path(key, ".values.safetensors")
+        content = read_file(path)
+        if content is not None:
+            return content[0] | content[1]
+        values = make()
+        if path is not None:
+            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            write_sealed(path, {name: values[name] for name in values.keys() - tensors.keys()}, tensors)
+        return values
+
+    def _path(self, key: str | None, ending: str = ".safetensors") -> Path | None:
+        return None if self.folder is None or key is None else self.folder / f"{key}{ending}"

@@ -1,0 +1,246 @@
+"""The curve of robust accuracy over the radius of the ball.
+
+An image that fell at a smaller radius counts as fallen at all larger radii. An image that withstood at the report's
+radius counts as robust at all smaller radii. So only images that fell at the report's radius are attacked at smaller
+radii, and only images that have not fallen yet are attacked at larger radii. The accuracy never rises with the radius.
+
+On a random model nothing is concluded from another radius, because chance decides too: at each radius, every image that
+has not fallen at a smaller radius is attacked, and other draws judge the worst point that was found up to this radius
+(`purify_fast.evaluation.results.rows.by_worst_points`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._tensors import digest
+from ...attacks import AttackContext, GradientHealth
+from ...attacks.engine.judge import has_fallen
+from ..asked.naming import ball_name, clean_name, row_name, short, threat_name
+from ..asked.specs import AttackSpec, FunctionAttack
+from ..results.rows import Row, Worst, by_worst_points
+from .measure import Measure
+from .specified import settings_of
+
+#: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
+#: number are then made again.
+REVISION = 1
+
+
+def radii_of(curve: Sequence[float], eps: float, largest: float) -> list[float]:
+    """The radii of a curve in rising order, without the report's radius.
+
+    Args:
+        curve: radii in image units.
+        eps: the report's radius.
+        largest: the largest allowed radius.
+
+    Raises:
+        ValueError: a radius is not above 0 or is too large, or several radii would have the same name in a report.
+    """
+    for radius in curve:
+        # The comparison is negated so that NaN is refused too.
+        if not 0 < radius <= largest:
+            raise ValueError(f"curve must be radii above 0 and at most {largest:g}, got {radius}")
+    radii = sorted({float(eps), *map(float, curve)})
+    for one, other in itertools.pairwise(radii):
+        if short(one) == short(other):
+            raise ValueError(
+                f"curve must have radii with different names, got {one} and {other}, which both have the name "
+                f"{short(one)} in a report: leave one of the two out"
+            )
+    radii.remove(float(eps))
+    return radii
+
+
+def attacks_of_curve(plan: Sequence[AttackSpec], context: AttackContext, radii: Sequence[float]) -> list[AttackSpec]:
+    """Select the attacks on the deployed model that can be run at any radius, and that have no ``max_images``.
+
+    Args:
+        plan: the attacks of the report.
+        context: the settings of the attacks.
+        radii: radii of the curve.
+
+    Raises:
+        ValueError: there are radii but no such attack, or an attack of the report already has one of the radii.
+    """
+    chosen = [spec for spec in plan if _fits(spec)]
+    if radii and not chosen:
+        raise ValueError(
+            "curve needs an attack that can run at every radius, and none of the given attacks can: add an attack of "
+            "purify_fast.attacks that sets no eps, variant, judge or max_images, such as APGD(), or give the protocol "
+            "fast, standard, rand or strong"
+        )
+    names = {ball_name(context.norm, radius) for radius in radii}
+    for spec in plan:
+        if (threat := threat_name(spec, context)) in names:
+            raise ValueError(
+                f"curve must not contain {threat}, because the attack {row_name(spec, context)} already has this norm "
+                "and radius: leave this radius out of the curve"
+            )
+    return chosen
+
+
+def _fits(spec: AttackSpec) -> bool:
+    attack = spec.resolved
+    movable = attack.norms and not isinstance(attack, FunctionAttack) and getattr(attack, "eps", None) is None
+    return bool(movable) and spec.variant == "random" and spec.judge is None and spec.max_images is None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The attacks of a curve and its radii.
+
+    Args:
+        specs: the attacks, in order.
+        radii: the radii in rising order, without the report's radius; empty if there is no curve.
+    """
+
+    specs: Sequence[AttackSpec]
+    radii: Sequence[float]
+
+    def specs_at(self, radius: float, norm: str) -> list[AttackSpec]:
+        """Return the attacks of the curve with this radius."""
+        return [replace(spec, attack=replace(spec.resolved, eps=radius, norm=norm)) for spec in self.specs]  # type: ignore[call-arg]
+
+    def costs(self, context: AttackContext) -> list[int | None]:
+        """Return the largest number of forward passes per image for each radius; None if a number is unknown."""
+        costs = [spec.resolved.cost(context) for spec in self.specs]
+        return [None if None in costs else sum(cost or 0 for cost in costs)] * len(self.radii)
+
+    def rows(self, measure: Measure, attacks: Sequence[Row]) -> list[Row]:
+        """Make a row for each radius, with the images that withstand all attacks.
+
+        Args:
+            measure: makes the rows.
+            attacks: the rows of the report's attacks on all images of the deployed model, in the report's ball.
+        """
+        eps, rows = float(measure.context.eps), list[Row]()
+        clean, chooses = measure.clean("random"), measure.judge.chooses("random")
+        at_start = measure.judge.withstood(clean)
+        left = np.logical_and.reduce([at_start, *(measure.judge.withstood(row) for row in attacks)])
+        for below in (True, False):
+            side = [radius for radius in self.radii if (radius < eps) is below]
+            # An image that withstood at the report's radius counts as robust at every smaller radius. An image that
+            # fell at the report's radius counts as fallen at every larger radius.
+            safe = left if below and not chooses else np.zeros_like(left)
+            standing = at_start & ~safe if below else left
+            # A point in a smaller ball is also a point of this ball.
+            smaller = [clean] if below else [clean, *rows, *attacks]
+            x, begin = measure.subject.x, None
+            for radius, following in itertools.zip_longest(side, side[1:]):
+                row = self._row(radius, measure, standing=standing, safe=safe, begin=begin, smaller=smaller)
+                rows.append(row)
+                smaller.append(row)
+                standing = measure.judge.withstood(row) & standing & ~safe
+                if following is not None:
+                    # The attacks at the next radius begin at the best points of this radius. The distances of these
+                    # points from the clean images are scaled to the next radius.
+                    points = x.clone()
+                    points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
+                    begin = x + (points - x) * (following / radius)
+                row.points = None
+        return rows
+
+    def _row(
+        self,
+        radius: float,
+        measure: Measure,
+        *,
+        standing: np.ndarray,
+        safe: np.ndarray,
+        begin: Tensor | None,
+        smaller: Sequence[Row],
+    ) -> Row:
+        """Make the row of a radius, with the best points of the images that withstand.
+
+        Args:
+            radius: radius of the ball.
+            measure: makes the rows.
+            standing: bool ``[n]``, True for images that are attacked.
+            safe: bool ``[n]``, True for images that count as robust without an attack.
+            begin: first points of the search, ``[n, C, H, W]``; None: the attacks' usual first points.
+            smaller: the rows of smaller radii, whose points a random model's row may count.
+        """
+        subject, norm, chooses = measure.subject, measure.context.norm, measure.judge.chooses("random")
+        at_radius = self.specs_at(radius, norm)
+        over, n_eval = [row_name(spec, measure.context) for spec in at_radius], subject.judges("random")
+        settings = {"over": over, "norm": norm, "eps": radius, "n_eval": n_eval}
+        known = by_worst_points(smaller, len(standing)) if chooses else None
+
+        def make() -> Row:
+            alive, health, seconds = standing.copy(), Counter[str](), 0.0
+            best, lead = subject.x.clone(), torch.full((len(alive),), torch.inf)
+            wrong = np.zeros(len(alive))
+            for spec in at_radius:
+                if not alive.any():
+                    break
+                index = torch.from_numpy(alive).nonzero()[:, 0]
+                order = measure.in_order(spec, index, lead.numpy())
+                sums = measure.attack(spec, order, None, begin)[1]
+                judged = subject.judge(sums.images[index], "random", "choose" if chooses else "judge", index=index)
+                # For each image the point with the smallest margin is kept. A margin of NaN is replaced by the largest
+                # number, so that such a point is kept only if the image has no other point.
+                margins = torch.from_numpy(judged.margins).nan_to_num(torch.finfo(lead.dtype).max)
+                better = margins < lead[index]
+                if chooses:
+                    before = torch.from_numpy(wrong)[index]
+                    now = torch.from_numpy(judged.wrong)
+                    better = (now > before) | ((now == before) & better)
+                closer = index[better]
+                best[closer] = sums.images[closer]
+                lead[closer] = margins[better]
+                wrong[closer.numpy()] = judged.wrong[better.numpy()]
+                alive[index] = ~has_fallen(torch.from_numpy(judged.wrong), measure.context.judge_share).numpy()
+                health.update(sums.health)
+                seconds += sums.seconds
+            row = measure.judge.new_row(
+                (alive | safe)[None],
+                attack="",
+                kind="worst",
+                variant="random",
+                n_eval=n_eval,
+                seconds=seconds,
+                health=dict(health) if health["gradients"] else None,
+                reliable=GradientHealth(dict(health)).reliable,
+                settings=settings,
+                attacked=int(measure.judge.withstood(measure.clean("random")).sum()),
+                points=best[torch.from_numpy(alive)].cpu().numpy(),
+            )
+            if known is not None:
+                # Images that this radius does not attack have the largest margin, so an earlier point counts.
+                right = subject.judge(best, "random", "judge").right
+                lead = lead.nan_to_num(posinf=torch.finfo(lead.dtype).max)
+                row.count(known.or_worse(Worst(wrong, lead.numpy(), right.sum(0))))
+                row.points = best[torch.from_numpy(standing & measure.judge.withstood(row))].cpu().numpy()
+            return row
+
+        given = [digest(torch.from_numpy(mask)) for mask in (standing, safe)]
+        given += [] if begin is None else [digest(begin)]
+        given += [] if known is None else [digest(*map(torch.from_numpy, known))]
+        details = [settings_of(spec, subject, measure.context) for spec in at_radius]
+        row = measure.load_or_make(settings | {"curve": REVISION, "attacks": details, "images": given}, at_radius, make)
+        row.threat = ball_name(norm, radius)
+        row.attack = f"worst, {row.threat}"
+        measure.progress.next_row()
+        measure.progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images")
+        return row
+
+    def points(self, rows: Sequence[Row], eps: float) -> list[list[float]]:
+        """Return the curve of a report as pairs of radius and accuracy; radius 0 stands for the clean images.
+
+        Args:
+            rows: rows of the report.
+            eps: the report's radius.
+        """
+        named = {row.attack: row.accuracy for row in rows}
+        at_radius = {row.settings["eps"]: row.accuracy for row in rows if row.kind == "worst" and "eps" in row.settings}
+        points = {0.0: named[clean_name("random")], eps: named["worst"]} | at_radius
+        return [list(point) for point in sorted(points.items())]

@@ -1,0 +1,153 @@
+"""Shows the progress of an evaluation, by a bar on a terminal or by lines in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...protocols import Classifier, SharesDraws, supports
+
+#: The shortest time between two lines of a log, in seconds.
+LINE_EVERY = 30.0
+
+
+class Progress:
+    """Counts the images in the forward passes of an evaluation, and shows the progress.
+
+    Args:
+        name: name of the model.
+        shown: whether the progress is shown.
+        costs: upper limits for the number of forward passes of single images: first for the probes, then for each row;
+            None for an unknown number.
+    """
+
+    def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
+        self.name, self.shown = name, shown
+        self.lines = shown and not sys.stderr.isatty()
+        self.costs = list(costs)
+        self.rows, self.images, self.in_row = 0, 0, 0
+        self.label, self.bar = "", None
+        self.began = self.last_line = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """The number of images per second in the forward passes so far."""
+        return self.images / max(time.monotonic() - self.began, 1e-9)
+
+    @contextlib.contextmanager
+    def row(self, label: str, total: int | None) -> Iterator[None]:
+        """A context in which images are counted for a row.
+
+        Args:
+            label: label of the row.
+            total: upper limit for the number of forward passes of single images; None if it is unknown.
+        """
+        self.in_row = 0
+        place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
+        self.label = f"{place}, {label}"
+        options: dict[str, Any] = {"unit": " images", "unit_scale": True, "leave": False, "dynamic_ncols": True}
+        hidden = self.lines or not self.shown
+        with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+            yield
+        self.bar = None
+
+    def next_row(self) -> None:
+        """Begin with the next row, because the last row is finished or was read from the cache."""
+        self.rows, self.in_row = self.rows + 1, 0
+
+    def count(self, images: int) -> None:
+        """Count images of a forward pass, and write a line to the log if the last line is old.
+
+        Args:
+            images: number of images; a negative number removes the images of trial calls from the count.
+        """
+        self.images += images
+        self.in_row += images
+        if self.bar is None:
+            return
+        self.bar.update(images)
+        if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
+            self._print(f"row {self.label}: {self.rate:,.0f} images/s, {self.left()}")
+
+    def finished(self, result: str) -> None:
+        """Write the short result of a row to the log."""
+        if self.lines:
+            self._print(f"{result} ({tqdm.format_interval(time.monotonic() - self.began)}, {self.left()})")
+
+    def _print(self, text: str) -> None:
+        self.last_line = time.monotonic()
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def left(self) -> str:
+        """The longest time that the remaining rows may take, in words."""
+        costs = self.costs[self.rows :]
+        if not costs:
+            return "the last row"
+        if None in costs or not self.images:
+            return "time left not known"
+        passes = sum(cost or 0 for cost in costs) - min(costs[0] or 0, self.in_row)
+        return f"{tqdm.format_interval(passes / self.rate)} left at most"
+
+
+class CountedModel(nn.Module):
+    """A module that wraps any callable, and counts the images of its forward passes. AutoAttack requires a module.
+
+    During an evaluation there is a single such object for each model, because the CUDA graph of a step belongs to the
+    module with which the step was captured.
+
+    Args:
+        model: the callable.
+        progress: counts the images.
+    """
+
+    #: Attributes whose changes need no new CUDA graph, because they do not change the computation
+    #: (`purify_fast.model_state`).
+    not_dependencies = frozenset({"progress"})
+
+    def __init__(self, model: Classifier, progress: Progress):
+        super().__init__()
+        self.model, self.progress = model, progress
+        self.training = False
+
+    def train(self, mode: bool = True) -> CountedModel:
+        """Do nothing, so that an attack cannot change the model's evaluation mode.
+
+        Args:
+            mode: ignored.
+        """
+        return self
+
+    def around(self, replace: Callable[[Classifier], Classifier]) -> CountedModel:
+        """Return a new wrapper, which adds to the same count; its model is ``replace`` of this wrapper's model."""
+        return counted_model(replace(self.model), self.progress)
+
+    def counted(self) -> int:
+        """The number of counted images; each draw of an image counts as an image."""
+        return self.progress.images
+
+    def count(self, images: int) -> None:
+        """Add a number of images, also when a CUDA graph is replayed; a negative number takes back trial calls."""
+        self.progress.count(images)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(len(x))
+        return self.model(x)
+
+
+class _CountedDraws(CountedModel):
+    """A counter around a model with ``draw_logits``, which makes several draws together."""
+
+    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
+        self.count(draws * len(x))
+        return self.model.draw_logits(x, draws)  # type: ignore[attr-defined]
+
+
+def counted_model(model: Classifier, progress: Progress) -> CountedModel:
+    """Wrap a model in a module that counts the images of its forward passes."""
+    return (_CountedDraws if supports(model, SharesDraws) else CountedModel)(model, progress)

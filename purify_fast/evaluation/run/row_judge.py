@@ -1,0 +1,175 @@
+"""Judges the images of attacks by new predictions, and makes rows of the predictions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...attacks import AttackContext, GradientHealth
+from ...attacks.engine.judge import has_fallen
+from ..asked.naming import row_name
+from ..asked.subject import Judgement, Subject, Variant
+from ..results.rows import AUTHORS, Examples, Row, Worst, by_worst_points
+from .attack_run import AttackedBatch, AttackRun
+
+#: The number of attacked images that each row stores for the pictures.
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class RowJudge:
+    """Makes rows from predictions of a subject.
+
+    Args:
+        subject: the attacked model with its images.
+        context: the settings of the attacks.
+        name: name of the model.
+        keep_all: whether rows contain every fallen image, and not only some for the pictures.
+    """
+
+    subject: Subject
+    context: AttackContext
+    name: str
+    keep_all: bool = False
+
+    def chooses(self, variant: Variant) -> bool:
+        """Tell whether points are chosen by other draws than those that judge: only for a random model as deployed."""
+        return variant == "random" and self.subject.is_random
+
+    def withstood(self, row: Row) -> np.ndarray:
+        """Tell which images have not fallen, bool ``[n]``.
+
+        For a random model, an image has fallen if enough choosing draws misclassify the row's point: all of them, or
+        the share that ``predict`` requires. The judging draws decide nothing, so that they remain fresh.
+        """
+        if row.wrong is None:
+            return row.robust
+        return ~has_fallen(torch.from_numpy(row.wrong), self.context.judge_share).numpy()
+
+    def new_row(self, right: np.ndarray, **values: Any) -> Row:
+        """Make a row from predictions.
+
+        Args:
+            right: bool ``[draws, n]``, True for correct predictions.
+            **values: further fields of the row; they override the values that this method sets.
+        """
+        usual: dict[str, Any] = {
+            "model": self.name,
+            "robust": np.asarray(right.all(0)),
+            "right": right.sum(0) if len(right) > 1 else None,
+            "of_draws": right.mean(1).tolist() if self.subject.draws_once_per_call and len(right) > 1 else [],
+            "n_eval": len(right),
+            "seed": self.subject.seed,
+            "seconds": 0.0,
+            "data": self.subject.data,
+        }
+        return Row(**usual | values)
+
+    def judged(
+        self,
+        run: AttackRun,
+        sums: AttackedBatch,
+        settings: dict[str, Any],
+        alive: np.ndarray,
+        points: Sequence[Row],
+    ) -> Row:
+        """Judge the images of an attack, and make the row.
+
+        Args:
+            run: the run of the attack.
+            sums: the outcome of the run.
+            settings: the settings of the row.
+            alive: bool ``[n]``, True for images that the attack might get. All other images count as fallen, except on
+                a random model, where every image keeps the draws on its point.
+            points: for a random model: the clean row, and further rows whose points the row of an attack on survivors
+                may count.
+        """
+        begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
+        judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
+        # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
+        draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}
+        stopped = {} if run.rule is None else {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
+        row = self.new_row(
+            judged.right & alive,
+            attack=row_name(spec, self.context),
+            kind=spec.resolved.kind if spec.judge is None else AUTHORS,
+            variant=variant,
+            reliable=GradientHealth(dict(sums.health)).reliable,
+            settings=settings | draws,
+            attacked=len(run.index),
+            warnings=sums.warnings,
+            fell_to=sums.fallen,
+            proved=sums.proved,
+            may_end_early=spec.resolved.may_end_early(run.context),
+            **stopped,
+            nonfinite_predictions=judged.nonfinite,
+            margins=judged.margins,
+        )
+        fallen = run.index[torch.from_numpy(~row.robust)[run.index]]
+        if spec.judge is None and self.chooses(variant):
+            fallen = self._choose_points(row, judged, run, sums.images, points)
+        row.examples = self._examples(run.index, fallen, sums.images, judged)
+        row.seconds = time.perf_counter() - begin
+        return row
+
+    def _choose_points(
+        self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, points: Sequence[Row]
+    ) -> Tensor:
+        """Choose the points that a row of a random model counts.
+
+        An image that the attack got counts with the point that the attack handed over, and any other image counts with
+        the clean image. In a row of an attack on survivors an image counts with the worst point so far.
+
+        Args:
+            row: the row, which this method completes.
+            judged: the judging draws on the images.
+            run: the run of the attack.
+            images: for each image the point that the attack handed over, or the clean image.
+            points: see `judged`.
+
+        Returns:
+            Indices of the images whose new points are stored, int64: with ``keep_all`` those whose new point is the
+            worst so far, otherwise those whose new point most of the choosing draws misclassify.
+        """
+        n, index = len(images), run.index
+        clean = Worst.of_row(points[0], n)
+        own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
+        if len(index):
+            chosen = self.subject.judge(images[index], "random", "choose", index=index)
+            own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
+        known = by_worst_points(points, n)
+        row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
+        row.count(known.or_worse(own) if run.spec.survivors_only else own)
+        found = own.is_worse(known) if self.keep_all else own.wrong > 0.5
+        return index[torch.from_numpy(found)[index]]
+
+    def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
+        """Select the images that a row stores: some or all of the fallen images.
+
+        If no image fell, some of the images that withstood the attack are selected.
+
+        Args:
+            index: indices of the images that the attack got, int64.
+            fallen: indices of the images that fell, int64.
+            images: all images after the attack.
+            judged: the predictions on these images.
+        """
+        subject = self.subject
+        fallen = fallen if self.keep_all else fallen[:EXAMPLES]
+        shown = fallen if len(fallen) else index[:EXAMPLES]
+        if len(shown) == 0:
+            return None
+        return Examples(
+            clean=subject.x[shown].cpu().numpy(),
+            adversarial=images[shown].cpu().numpy(),
+            labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
+            fell=np.full(len(shown), len(fallen) > 0),
+            predicted=judged.classes[shown.numpy()],
+            index=shown.numpy() if self.keep_all else None,
+        )

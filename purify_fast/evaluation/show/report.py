@@ -1,0 +1,400 @@
+"""Defines the report of an evaluation. It has a row for each attack, computes numbers from rows, and writes files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..._files import write_text
+from ..._validation import check_folder
+from ...protocols import Classifier
+from ..alarms import Finding
+from ..results.rows import CURVE, Paired, Row
+from ..results.witnesses import FILE, Witnesses
+from .page import html_page
+from .tables import color_is_welcome, comparison, markdown_table
+from .text import render
+
+logger = logging.getLogger("purify_fast")
+
+#: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
+FORMAT = 3
+#: The name of the file in which the command line stores the options of an evaluation.
+OPTIONS = "run.yaml"
+
+
+@dataclass(repr=False)
+class Report:
+    """The rows of one model, or of several models (`merge`), with notes and alarms.
+
+    Args:
+        rows: the rows, in the order in which they were made.
+        notes: remarks, each a sentence, for example on attacks that could not be run.
+        about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``, ``seed``
+            and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
+            float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
+            evaluation: ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code)
+            and ``processor``.
+        findings: the results of the alarms, which test whether the numbers are reliable.
+        curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
+        witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
+            writes them to a separate file. None in a report that was read from JSON or merged.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    witnesses: Witnesses | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
+        return f"Report({len(self.rows)} rows of {len(self.models)} models; lowest: {', '.join(lowest) or 'no attack'})"
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models, in order."""
+        return list(dict.fromkeys(row.model for row in self.rows))
+
+    @property
+    def attacks(self) -> list[str]:
+        """Return the labels of the rows, ordered: clean images, attacks, ``worst``, other threat models."""
+        order = {"clean": 0, "worst": 2}
+        ordered = sorted(self.rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
+        return list(dict.fromkeys(row.attack for row in ordered))
+
+    def row(self, attack: str, model: str | None = None) -> Row:
+        """The row of an attack.
+
+        Args:
+            attack: label of the attack.
+            model: the model's name; it is needed if the report has several models.
+
+        Raises:
+            KeyError: there is no such row, or there are several; the message lists the rows.
+        """
+        rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
+        if len(rows) != 1:
+            have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
+            raise KeyError(
+                f"attack={attack!r} and model={model!r} must name exactly one row, but {len(rows)} rows have these "
+                f"names; the report has {have}"
+            )
+        return rows[0]
+
+    @property
+    def headlines(self) -> dict[str, Row]:
+        """Return, for each model, the row of lowest accuracy on the deployed model, in the report's threat model.
+
+        Unreliable and non-adaptive attacks count too, because a fooled image is fooled, whatever the attack was.
+        """
+        return {model: row for (model, threat), row in self.lowest.items() if threat is None}
+
+    @property
+    def lowest(self) -> dict[tuple[str, str | None], Row]:
+        """Return, for each model and threat model (None: that of the report), the attack row of lowest accuracy.
+
+        A row that was judged under fixed noise, or with the noise off, does not count, because nobody deploys such a
+        model.
+        """
+
+        def order(row: Row) -> tuple[float, bool, bool]:
+            # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a
+            # random model choose no row, because the lowest of several noisy numbers is partly luck.
+            accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
+            return accuracy, row.kind != "worst", not row.reliable
+
+        best: dict[tuple[str, str | None], list[Row]] = {}
+        for row in self.rows:
+            if row.deployed and (row.is_attack or row.kind == "worst"):
+                best.setdefault((row.model, row.threat), []).append(row)
+        return {place: min(rows, key=order) for place, rows in best.items()}
+
+    def over_all(self, model: str, threat: str | None) -> Row | None:
+        """Return a model's ``worst`` row with the most images in a threat model; None if there is no such row."""
+        mine = [row for row in self.rows if (row.model, row.threat, row.kind) == (model, threat, "worst")]
+        return max((row for row in mine if row.deployed), key=lambda row: row.n, default=None)
+
+    @property
+    def headline(self) -> Row:
+        """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
+        rows = list(self.headlines.values())
+        if not rows:
+            raise ValueError(
+                "headline needs an attack on the deployed model, and the report has none: the accuracy without an "
+                "attack is row('clean').accuracy"
+            )
+        if len(rows) > 1:
+            raise ValueError(f"headline needs a report on one model, got {', '.join(self.headlines)}: use headlines")
+        return rows[0]
+
+    def attacks_like(self, row: Row) -> list[Row]:
+        """Return the attacks on which a ``worst`` row is based; for any other row, return the row itself.
+
+        Args:
+            row: a row of this report.
+        """
+        if row.kind != "worst":
+            return [row]
+        of = (row.model, row.threat)
+        mine = [each for each in self.rows if each.is_attack and each.deployed and (each.model, each.threat) == of]
+        return [each for each in mine if each.n >= row.n]
+
+    def one_draw(self, row: Row) -> float | None:
+        """The accuracy of a single draw of a random model on the points of a row: the mean over images and draws.
+
+        The row's own accuracy requires that all draws on an image are correct. `Row.mean_error` is the standard error.
+
+        Args:
+            row: an attack, the clean row, or the worst over all attacks, such as `headline`.
+
+        Returns:
+            The mean, which is at least the row's accuracy. None if a single prediction judged each image, as for a
+            deterministic model.
+        """
+        return None if row.n_eval == 1 else row.mean
+
+    @property
+    def curve(self) -> list[list[float]]:
+        """The radii from 0 on, and the accuracy of the only model after all attacks at each radius.
+
+        Raises:
+            ValueError: there are several models, or the evaluation had no ``curve``.
+        """
+        known = [curves[CURVE] for curves in self.curves.values() if CURVE in curves]
+        if len(known) != 1:
+            raise ValueError(
+                f"curve needs a report with exactly one model that has a curve, got {len(known)}. If there is none, "
+                "call evaluate with config=EvaluateConfig(curve=...). If there are several, use curves"
+            )
+        return known[0]
+
+    def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
+        """The accuracy of this report's model minus the accuracy of another model, on their common images.
+
+        Args:
+            other: a report on the same data, in the same threat model.
+            row: the attack's label.
+            other_row: the attack's label in the other report; None takes the same label.
+
+        Returns:
+            The difference with its standard error.
+
+        Raises:
+            KeyError: there is no such row, or there are several.
+            ValueError: the rows have different data, or are attacks in different threat models. Rows of clean images
+                have no threat model.
+        """
+        mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
+        if mine.data != theirs.data:
+            raise ValueError(
+                f"paired needs rows on the same images, but {mine.model} and {theirs.model} were evaluated on "
+                "different images: evaluate both models on the same images"
+            )
+        within = self._threat_of(mine), other._threat_of(theirs)
+        # A report without a threat model is assumed to have the threat model of the other report.
+        if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
+            raise ValueError(
+                f"paired needs rows of the same threat model, but {mine.model} was attacked within {within[0]}, and "
+                f"{theirs.model} within {within[1]}: attack both models with the same norm and radius"
+            )
+        n = min(mine.n, theirs.n)
+        d = mine.robust[:n].astype(float) - theirs.robust[:n].astype(float)
+        return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
+
+    def _threat_of(self, row: Row) -> str | None:
+        """The threat model of a row; None if unknown."""
+        return row.threat or self.about.get("threat")
+
+    def to_json(self) -> str:
+        """The report as JSON, with all rows and the headline of each model."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "about": self.about,
+            "headlines": {m: {"attack": row.attack, "accuracy": row.accuracy} for m, row in self.headlines.items()},
+            "notes": self.notes,
+            "findings": [asdict(finding) for finding in self.findings],
+            "curves": self.curves,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+        if self.witnesses is not None:
+            content["witnesses"] = self.witnesses.summary()
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read a report from the result of `to_json`; ValueError for another format."""
+        content = json.loads(text)
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"the report has format {content.get('format')!r}, but this version of purify_fast reads format "
+                f"{FORMAT}: evaluate the model again"
+            )
+        return cls(
+            rows=[Row.from_dict(values) for values in content["rows"]],
+            findings=[Finding(**values) for values in content.get("findings", [])],
+            **{name: content[name] for name in ("notes", "about", "curves") if name in content},
+        )
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: the headline of each model, a comparison of several models, and all rows."""
+        lowest = sorted(self.lowest.items(), key=lambda item: item[0][1] is not None)
+        return render("report.md.jinja", report=self, lowest=lowest)
+
+    def to_html(self, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
+        """The report as a HTML page that loads no other files.
+
+        Args:
+            defence: the model, which makes predictions for the pictures, and purified images if it has ``purify``. For
+                several models, a mapping from their names to the models. A model without an entry has no such pictures.
+
+        Raises:
+            ValueError: a single defence for several models.
+        """
+        if callable(defence) and len(self.models) > 1:
+            raise ValueError(
+                "defence must be a mapping from the names of the models, got one defence for several models: "
+                f"{', '.join(self.models)}"
+            )
+        return html_page(self, defence)
+
+    @property
+    def title(self) -> list[str]:
+        """The known words of the title: threat model, data set, protocol, prediction rule, precision and version."""
+        named = [self.about[what] for what in ("threat", "dataset") if what in self.about]
+        named += [f"{what} {self.about[what]}" for what in ("protocol", "predict", "precision") if what in self.about]
+        return [*named, *([self.about["version"]] if "version" in self.about else [])]
+
+    def comparison(self) -> list[str]:
+        """The lines of a Markdown table with a line for each attack and a column for each model."""
+        return markdown_table(*comparison(self))
+
+    def to_text(self, color: bool | None = None) -> str:
+        """Return the report as text for a terminal: title and table, or only the comparison of several models.
+
+        Args:
+            color: whether unreliable numbers are red. With None, they are red if standard output is a terminal and
+                NO_COLOR is not set.
+        """
+        return render("report.txt.jinja", report=self, color=color_is_welcome() if color is None else color).rstrip()
+
+    def _set_aside(self, folder: Path) -> None:
+        """Move the report that is in the folder into a subfolder, if it has other contents or settings."""
+        try:
+            there = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if _identity(there) == _identity(json.loads(self.to_json())):
+            return
+        about = there.get("about", {})
+        named = ("threat", "dataset", "protocol", "predict", "precision")
+        name = ", ".join(["earlier", *(about[each] for each in named if each in about)]).replace("/", "_")
+        names = itertools.chain([name], (f"{name}, {number}" for number in itertools.count(2)))
+        place = next(folder / each for each in names if not (folder / each).exists())
+        place.mkdir()
+        for path in [*folder.glob("report.*"), *_options_of_report(folder)]:
+            path.replace(place / path.name)
+        note = f"the earlier report of this folder, which has other contents or settings, is now in {place}"
+        self.notes.append(note)
+        # The note is also logged, because the report with its notes may have been printed before.
+        logger.warning(note)
+
+    def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
+        """Write ``report.html``, ``report.json`` and ``report.md``, each atomically.
+
+        If the evaluation had ``keep="all"``, the fallen images are written to ``report.witnesses.safetensors``; see
+        `purify_fast.evaluation.check_witnesses`.
+
+        If the folder already has a report with other contents or settings, the earlier report and the options of its
+        command are moved into a subfolder "earlier, ...", with a warning.
+
+        Args:
+            folder: folder of the report; it is made if it is missing.
+            defence: the model for the pictures, see `to_html`.
+
+        Raises:
+            ValueError: a single defence for several models.
+        """
+        folder = Path(folder)
+        check_folder("folder", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._set_aside(folder)
+        # The witnesses are written before the report that names their file, so that after an interruption there is no
+        # report without its witnesses.
+        if self.witnesses is None:
+            (folder / FILE).unlink(missing_ok=True)
+        else:
+            self.witnesses.save(folder)
+        self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
+        write_text(folder / "report.json", self.to_json())
+        write_text(folder / "report.md", self.to_markdown())
+        # The page is written last, because the defence may raise an error on the pictures. The other files then exist.
+        write_text(folder / "report.html", self.to_html(defence))
+
+
+def merge(reports: Iterable[Report]) -> Report:
+    """Merge reports into a report on several models.
+
+    Args:
+        reports: reports of the models, on the same images or on different images.
+
+    Raises:
+        ValueError: threat models, prediction rules or precisions differ, or two rows have the same model and attack.
+    """
+    merged = Report()
+    together = list(reports)
+    # A report without a threat model is assumed to have the threat model of the other reports. A report without a
+    # precision has float32.
+    facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
+    facts["threat"].discard(None)
+    differing = [what for what, values in facts.items() if len(values) > 1]
+    if differing:
+        raise ValueError(
+            f"merged reports must have the same {' and '.join(differing)}, got different ones: keep these reports apart"
+        )
+    for report in together:
+        merged.rows += report.rows
+        merged.findings += report.findings
+        merged.curves |= report.curves
+        merged.notes += [note for note in report.notes if note not in merged.notes]
+    if together:
+        # The merged report names no command, because several commands may have made the reports.
+        shared = {key: value for key, value in together[0].about.items() if key != "command"}
+        merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
+        for threat in filter(None, facts["threat"]):
+            merged.about["threat"] = threat
+    counts = Counter((row.model, row.attack) for row in merged.rows)
+    double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
+    if double:
+        raise ValueError(
+            f"merged rows must differ in model or attack, got several rows {', '.join(double)}: give the models "
+            "different names by evaluate(..., name=...)"
+        )
+    return merged
+
+
+def _options_of_report(folder: Path) -> list[Path]:
+    """Return a list with the folder's file of options, if an evaluation wrote this file; otherwise an empty list."""
+    path = folder / OPTIONS
+    try:
+        written = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [path] if "command: evaluate" in written.splitlines() else []
+
+
+def _identity(content: Mapping[str, Any]) -> Any:
+    """Return the facts that identify a report's evaluation. A report overwrites only a report with equal facts."""
+    apart = ("date", "command", "version", "processor", "claim")
+    about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
+    told = ("model", "attack", "n", "n_eval", "seed", "data")
+    return about, [[row.get(name) for name in told] for row in content.get("rows", [])]

@@ -1,0 +1,1 @@
+"""The surrogates of a model: copies with more useful gradients, from which an adaptive attacker would attack it."""

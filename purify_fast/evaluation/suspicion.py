@@ -1,0 +1,137 @@
+"""Runs the probes of an evaluation, and lets the alarms judge whether its numbers are reliable."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._tensors import digest
+from .alarms import Evidence, Probes, findings, probe
+from .alarms.answers import PROBED, Before
+from .alarms.probes import Probe, asked_before, probes_before
+from .alarms.probes import cost as cost_of_probes
+from .results.rows import Worst
+from .results.worst_rows import count_fallen
+from .run.measure import RULE, Measure
+from .run.progress import counted_model
+from .show.report import Report
+
+
+@dataclass
+class Suspicion:
+    """The probes and the alarms of an evaluation.
+
+    Args:
+        report: the report, to which findings are added.
+        measure: makes the rows of the report.
+        before: predictions of the model before the attacks; None without probes.
+    """
+
+    report: Report
+    measure: Measure
+    before: Before | None
+
+    def conclude(self, asked: Probes | None) -> None:
+        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
+
+        Args:
+            asked: results of the probes before the attacks; None without probes.
+        """
+        report, subject, name = self.report, self.measure.subject, self.measure.name
+        evidence = Evidence(
+            [row for row in report.rows if row.kind == "clean" or row.is_attack],
+            classes=subject.num_classes,
+            probabilities=subject.has_probabilities,
+            one_hot=subject.has_one_hot,
+            protocol=report.about.get("protocol"),
+        )
+        if self.before is not None and asked is not None:
+            probes = self.all_probes(self.before, asked, evidence)
+            evidence = replace(evidence, probes=probes)
+            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
+            fallen = probes.found() if subject.is_random else probes.fallen()
+            count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
+            report.curves.setdefault(name, {}).update(probes.curves())
+        report.findings = [replace(finding, model=name) for finding in findings(evidence)]
+        doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
+        inconsistent = any(finding.of_answers for finding in doubts)
+        # If no attack counted gradients, the headline is still reliable if the probes could use the model's gradients.
+        followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
+        for row in report.rows:
+            # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
+            headline = row.kind == "worst" and row.threat is None and row.deployed
+            row.reliable = row.reliable or (headline and followed)
+            if headline and doubts and (row.accuracy > 0 or inconsistent):
+                row.reliable = False
+                row.doubts = [finding.alarm for finding in doubts]
+
+    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
+        """Judge the points of a random model's images that fell to probes; None if there are none."""
+        subject = self.measure.subject
+        if probes.points is None or not fallen:
+            return None
+        index = torch.tensor(fallen, dtype=torch.int64)
+        points = probes.points[index].to(subject.x.device)
+        chosen, judged = (subject.judge(points, "random", phase, index=index) for phase in ("choose", "judge"))
+        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
+
+    def probes_key(self, more: dict[str, Any]) -> str | None:
+        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
+        context, subject = self.measure.context, self.measure.subject
+        settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
+        settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
+        settings |= {"probes": 9, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        settings |= {"rule": RULE} if subject.is_random else {}
+        return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
+
+    def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes | None:
+        """Run the probes before the attacks. Return None in processes other than the first, which only help.
+
+        Args:
+            before: predictions of the model before the attacks.
+            costs: upper limits for the number of forward passes of single images, for each row.
+        """
+        measure, progress = self.measure, self.measure.progress
+        context, subject = measure.context, measure.subject
+        passes = cost_of_probes(subject, context)
+        progress.costs = [passes, *costs]
+
+        def run(each: Probe) -> Any:
+            at_once = subject.room.limit(context.resources.max_forward_batch)
+            resources = replace(context.resources, max_forward_batch=at_once, batch_size=subject.batch_size)
+            return each(replace(context, resources=resources))
+
+        # If memory runs out, a probe runs again with fewer images at once.
+        probes = probes_before(before, context, counted_model(subject.model, progress))
+        works = [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
+        shared = functools.partial(measure.team.shared, works, measure.cache.folder, progress, "signs")
+        if measure.team.rank > 0:
+            shared()
+            return None
+
+        def make() -> dict[str, Any]:
+            with progress.row("probes", passes):
+                values = shared()
+                return asdict(subject.room.within(lambda: asked_before(before, context, values)))
+
+        asked = Probes(**measure.cache.values(self.probes_key({"before": True}), make))
+        progress.next_row()
+        return asked
+
+    def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
+        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
+        context, subject = self.measure.context, self.measure.subject
+        # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
+        # attack it is False for all images.
+        n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
+        wrong = evidence.wrong(n)
+        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
+        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
+        asked_now = functools.partial(probe, before, context, asked, left.tolist())
+        made = self.measure.cache.values(self.probes_key(attacks), lambda: asdict(subject.room.within(asked_now)))
+        return Probes(**made)

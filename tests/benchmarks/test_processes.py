@@ -1,0 +1,84 @@
+"""The count of how much faster several processes are, by the order in which the package hands batches out."""
+
+import json
+
+import pytest
+
+from benchmarks import RESULTS
+from benchmarks.speed import processes
+from benchmarks.speed.processes import FILE, recorded, simulated
+
+
+def trace(ahead, before=0.0):
+    """Two attacks of three batches, of one second each."""
+    batches = [["a", "b", "c"], ["d", "e", "f"]]
+    tasks = [[attack, 0, names] for attack, names in enumerate(batches)]
+    lists = [
+        {"before": before, "tasks": tasks[attack : None if ahead else attack + 1], "needed": needed}
+        for attack, needed in enumerate(
+            [[f"{attack} 0 {name}" for name in names] for attack, names in enumerate(batches)]
+        )
+    ]
+    return {"lists": lists, "seconds": {place: 1.0 for each in lists for place in each["needed"]}, "after": 0.0}
+
+
+def test_no_process_waits_while_a_later_attack_has_batches():
+    # An attack of three batches keeps two processes for two seconds, if the next one cannot begin before its end.
+    assert [round(simulated(trace(ahead), 2), 1) for ahead in (False, True)] == [4.0, 3.0]
+    # While the first process works alone before the second attack, the other one makes two batches of that attack.
+    assert simulated(trace(True, before=2.0), 1) == pytest.approx(10.0)
+    assert simulated(trace(True, before=2.0), 2) == pytest.approx(6.0, abs=0.2)
+
+
+def test_batches_that_are_not_needed_take_time_too():
+    """The second attack gets another image than was predicted."""
+    made = trace(True)
+    made["lists"][1]["tasks"] = [[1, 0, ["g"]]]
+    made["lists"][1]["needed"] = ["1 0 g"]
+    made["seconds"]["1 0 g"] = 1.0
+    # The first process has one batch less to make, but the other one still makes one for nothing.
+    assert simulated(made, 1) == pytest.approx(4.0)
+    assert simulated(made, 2) == pytest.approx(3.0, abs=0.2)
+
+
+def test_an_error_in_a_simulated_process_is_raised():
+    made = trace(True)
+    made["seconds"]["0 0 b"] = "a word"
+    with pytest.raises(TypeError):
+        processes.simulated(made, 3)
+
+
+def test_eight_processes_are_five_times_as_fast_as_one():
+    """By the seconds of 500 images, see the results file."""
+    row = json.loads((RESULTS / "cpu" / FILE).read_text())
+    assert row["images"] == 500 and row["model"] == processes.MODEL
+    found = row["trace"]
+    one, eight = simulated(found, 1), simulated(found, 8)
+    alone = sum(each["before"] for each in found["lists"]) + found["after"]
+    needed = {place for each in found["lists"] for place in each["needed"]}
+    # A single process makes each batch once, and nothing for a later attack.
+    assert one == pytest.approx(alone + sum(found["seconds"][place] for place in needed), rel=0.01)
+    assert one / eight >= 5
+    # Without the batches of later attacks it would be less.
+    bare = found | {"lists": [each | {"tasks": each["tasks"][:1]} for each in found["lists"]]}
+    assert simulated(bare, 8) > eight
+
+
+def test_a_recorded_evaluation():
+    """What later attacks will need is published before, and is mostly right."""
+    found = recorded(12)
+    needed = {place for each in found["lists"] for place in each["needed"]}
+    assert needed <= found["seconds"].keys()
+    early = {
+        f"{attack} {run} {name}"
+        for each in found["lists"]
+        for attack, run, names in each["tasks"][1:]
+        for name in names
+    }
+    own = [
+        {f"{attack} {run} {name}" for attack, run, names in each["tasks"][:1] for name in names}
+        for each in found["lists"]
+    ]
+    late = set().union(*own[-4:])
+    assert len(late & early) >= 0.8 * len(late) > 0
+    assert simulated(found, 3) < simulated(found, 1)
