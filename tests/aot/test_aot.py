@@ -377,10 +377,9 @@ TWO_BYTES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"] if ALL else ["bf16"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * case.startswith("decode_samples")) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_machine_code(case, dtype):
     """No division of 64 bits, which is a call; no access of two bytes; two programs on a multiprocessor."""
     for name, one in code(case, dtype).items():

@@ -64,6 +64,7 @@ def test_eight_processes_are_five_times_as_fast_as_one():
     assert simulated(bare, 8) > eight
 
 
+@pytest.mark.slow
 def test_a_recorded_evaluation():
     """What later attacks will need is published before, and is mostly right."""
     found = recorded(12)

@@ -135,6 +135,7 @@ def test_preact_resnet18_is_he_et_als():
     assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) for m in model.modules()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_compiled_equals_eager_with_two_graphs(name):
     torch._dynamo.reset()

@@ -23,6 +23,7 @@ def test_they_compute_what_torchs_do(training):
     assert torch.equal(LeakyReLU()(x), nn.LeakyReLU(0.2)(x))
 
 
+@pytest.mark.slow
 def test_a_dynamic_compile_does_not_start_over():
     torch._dynamo.reset()
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), BatchNorm2d(4), LeakyReLU())
