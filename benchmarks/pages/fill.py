@@ -25,7 +25,7 @@ from ..robustness import alone, contests, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
-from ..speed import gradient_memory, running, sheets, shipping
+from ..speed import gradient_memory, plans, running, sheets, shipping
 from . import front_page, gpu_tables, performance
 
 ROOT = RESULTS.parents[1]
@@ -68,6 +68,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "broken": broken.table,
     "truth": truth.table,
     "memory": gradient_memory.table,
+    "plan": plans.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"
