@@ -96,8 +96,14 @@ def resident_memory() -> int:
 
 def peak_resident_memory() -> int:
     """The peak of `resident_memory` so far, in bytes; 0 if the system does not tell."""
-    # Not from getrusage: its peak includes that of the process which started this process, before this process began.
+    # The peak that getrusage gives includes that of the process which started this process.
     return _of_process("VmHWM")
+
+
+def forget_peak_resident_memory() -> None:
+    """Let `peak_resident_memory` count from now on. Where the system does not allow this, it keeps counting."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _of_process(name: str) -> int:

@@ -26,16 +26,20 @@ FILE = "cpu/plan.json"
 MOST_TIME, MOST_MEMORY = 1.5, 1.3
 #: For each run its command, in the order of the table. {data} stands for the folder of --data.
 RUNS = {
-    "train a classifier, MNIST": "train classifier --data {data}/mnist.npz --eps 0.3 --steps 3 --width 8 --epochs 1",
-    "train CARSO, digits": "train carso --classifier zoo:digits-pgd-at --eps 0.2 --steps 10 --epochs 12",
-    "train AToP, digits": "train atop --init None --classifier zoo:digits-pgd-at --epochs 4",
+    "train a classifier, MNIST": (
+        "train classifier --data {data}/mnist.npz --eps 0.3 --steps 3 --width 8 --epochs 1 --steps-per-epoch 250"
+    ),
+    "train CARSO, digits": "train carso --classifier zoo:digits-pgd-at --eps 0.2 --steps 10 --epochs 20",
+    "train AToP, digits": (
+        "train atop --init None --classifier zoo:digits-pgd-at --cls-delay 2000 --batch-size 64 --epochs 10"
+    ),
     "train ARREST, digits": "train arrest --classifier zoo:digits-standard --eps 0.2 --steps 10 --epochs 20",
-    "train a denoiser, MNIST": "train diffusion --data {data}/mnist.npz --width 8 --epochs 1",
+    "train a denoiser, MNIST": "train diffusion --data {data}/mnist.npz --width 8 --epochs 1 --steps-per-epoch 150",
     "evaluate digits-pgd-at, fast": "evaluate zoo:digits-pgd-at --protocol fast --images 500",
-    "evaluate mnist-pgd-at, standard": "evaluate zoo:mnist-pgd-at --data {data}/mnist.npz --images 200",
+    "evaluate mnist-pgd-at, standard": "evaluate zoo:mnist-pgd-at --data {data}/mnist.npz --images 100",
     "evaluate digits-carso-pipeline, fast": "evaluate zoo:digits-carso-pipeline --protocol fast --images 100",
     "evaluate cifar10-pgd-at-w16, fast": (
-        "evaluate zoo:cifar10-pgd-at-w16 --data {data}/cifar10.npz --protocol fast --images 60"
+        "evaluate zoo:cifar10-pgd-at-w16 --data {data}/cifar10.npz --protocol fast --images 100"
     ),
 }
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -44,7 +48,9 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks plan``."""
     options.add_names(parser, RUNS, what="runs")
-    parser.add_argument("--data", type=Path, default="data", help="folder with mnist.npz and cifar10.npz; default: data")
+    parser.add_argument(
+        "--data", type=Path, default="data", help="folder with mnist.npz and cifar10.npz; default: data"
+    )
 
 
 def called(words: list[str], folder: str) -> tuple[str, float, float]:
@@ -114,9 +120,13 @@ def measured(name: str, data: Path) -> kept.Row:
 
 def main(chosen: argparse.Namespace) -> Path:
     """Run ``python -m benchmarks plan``. Each named run is measured, and replaces its row."""
-    path = RESULTS / FILE
+    path, names = RESULTS / FILE, list(RUNS)
+
+    def place(row: kept.Row) -> int:
+        return names.index(row["run"]) if row["run"] in names else -1
+
     for name in tqdm(chosen.names, desc="plan", unit=" runs"):
-        kept.put(path, measured(name, chosen.data), lambda row: list(RUNS).index(row["run"]), lambda row: row["run"] in RUNS)
+        kept.put(path, measured(name, chosen.data), key=place, keep=lambda row: place(row) >= 0)
     return path
 
 

@@ -1,7 +1,7 @@
 """Predicts the time and the memory of an evaluation from evaluations of a few images.
 
-The time of an attack is continued with two terms: a time for each batch, and a time for each image. The number of images
-that an attack will get, and reach before it stops, follows from the share of the images that it got in the trial.
+The time of an attack is continued with two terms: a time for each batch, and a time for each image. The number of
+images that an attack will get, and reach before it stops, follows from the share of the images that it got in a trial.
 """
 
 from __future__ import annotations
@@ -12,25 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._memory import resident_memory
 from ..protocols import Classifier
-from ..speed.memory import peak_memory, peak_so_far
+from ..speed.memory import forget_peak, peak_so_far
 from ..speed.run_cost import Forecast
 from .alarms.answers import PROBED
 from .config import EvaluateConfig
-from .report import Report
 from .rows import Row
 from .runner import evaluate
 from .stopping import StoppingRule
 from .subject import device_of
 
-#: The numbers of images in the two trials whose memory is counted.
-FIRST, FEW = 2, 8
-#: The number of images in the first trial whose time is measured, and the factor from a trial to the next.
-TIMED, GROWTH = 16, 4
+#: The numbers of images in the first two trials, and the factor from a fast trial to the next.
+FIRST, FEW, GROWTH = 2, 8, 4
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,13 @@ class Trial:
     Args:
         images: number of images.
         seconds: time of the whole trial.
+        memory: largest memory during the trial, in bytes.
         rows: the rows that took time, by their label.
     """
 
     images: int
     seconds: float
+    memory: int
     rows: dict[str, Row]
 
     @property
@@ -65,38 +62,40 @@ def forecast(
 ) -> Forecast:
     """Predict the cost of `evaluate` with the same arguments, on the model's device.
 
-    Trials with more and more images are made, until a trial takes at least half of ``seconds``.
+    Trials with more and more images are made, at least three, until a trial takes at least half of ``seconds``.
 
     Args:
         model: see `evaluate`.
         x: images ``[N, C, H, W]``.
         y: labels, int64 ``[N]``.
-        seconds: the last trial takes at least half of this time, unless it evaluates all images.
+        seconds: twice the time that the last trial takes at least, unless it evaluates all images.
         config: see `evaluate`.
         attacks: see `evaluate`.
         **options: further arguments of `evaluate`.
     """
     options = {"name": "trial", **options, "attacks": attacks, "out": None, "config": replace(config, together=False)}
     device, images, together = device_of(model, x), len(x), min(config.images_together, len(x))
-    first, few = min(FIRST, images), min(FEW, images)
     trials: list[Trial] = []
+    loaded = peak_so_far(device)
 
     def trial(count: int) -> None:
+        forget_peak(device)
         began = time.perf_counter()
         report = evaluate(model, x[:count], y[:count], **options)
         rows = {row.attack: row for row in report.rows if row.kind != "worst"}
-        trials.append(Trial(count, time.perf_counter() - began, rows))
+        trials.append(Trial(count, time.perf_counter() - began, peak_so_far(device), rows))
 
-    one = peak_memory(lambda: trial(first), device)
-    # The peak does not contain what was allocated before, such as the model.
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
-    several = peak_memory(lambda: trial(few), device)
-    each = (several - one) / (few - first) if few > first else several / few
-    memory = before + several + max(0.0, each) * (together - few)
-    while trials[-1].seconds < seconds / 2 and trials[-1].images < images:
-        trial(min(TIMED if len(trials) == 2 else GROWTH * trials[-1].images, images))
-    # The count of the memory makes the first two trials slower, so they are used only if there is no other.
-    timed = trials[2:][-2:] or trials[-1:]
+    # The first trial also loads code, so its time is not used.
+    trial(min(FIRST, images))
+    trial(min(FEW, images))
+    while trials[-1].images < images and (len(trials) == 2 or trials[-1].seconds < seconds / 2):
+        growth = GROWTH if trials[-1].seconds < seconds / 2 else 2
+        trial(min(growth * trials[-1].images, images))
+    timed = trials[1:][-2:]
+    first, last = trials[-2:]
+    per_image = max(0, last.memory - first.memory) / max(1, last.images - first.images)
+    # More may have been needed before, when the images were read.
+    memory = max(loaded, last.memory + per_image * max(0, together - last.images))
     # The signs use at most PROBED images, so their time does not grow beyond that number.
     asked = [(1, min(each.images, PROBED), each.others) for each in timed]
     whole = _continued(asked, 1, min(images, PROBED))
@@ -104,7 +103,7 @@ def forecast(
         known = [(each.images, each.rows[label]) for each in timed if label in each.rows]
         measured = [(*_work(row, count, count, together), row.seconds) for count, row in known]
         whole += _continued(measured, *_work(known[-1][1], known[-1][0], images, together))
-    return Forecast(f"{images:,} images on {device.type}", whole, max(memory, peak_so_far(device)))
+    return Forecast(f"{images:,} images on {device.type}", whole, memory)
 
 
 def _work(row: Row, among: int, images: int, together: int) -> tuple[int, int]:

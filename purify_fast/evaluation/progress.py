@@ -36,7 +36,8 @@ class Progress:
         self.lines = shown and not sys.stderr.isatty()
         self.costs = list(costs)
         self.rows, self.images, self.in_row = 0, 0, 0
-        self.label, self.bar, self.expected = "", None, None
+        self.label, self.bar = "", None
+        self.expected: float | None = None
         self.began = self.last_line = time.monotonic()
 
     @property
@@ -85,9 +86,7 @@ class Progress:
             self._print(f"row {self.label}: {self.rate:,.0f} images/s, {self.left()}")
 
     def finished(self, result: str) -> None:
-        """Note the end of a row, and write its short result to the log."""
-        if self.expected is None and (left := self.seconds_left()) is not None:
-            self.expected = self.seconds + left
+        """Write the short result of a row to the log."""
         if self.lines:
             self._print(f"{result} ({tqdm.format_interval(self.seconds)}, {self.left()})")
 
@@ -108,6 +107,11 @@ class Progress:
             return "the last row"
         seconds = self.seconds_left()
         return "time left not known" if seconds is None else f"{tqdm.format_interval(seconds)} left at most"
+
+    def expect(self) -> None:
+        """Remember how long the whole evaluation may take, after its first attack."""
+        left = self.seconds_left()
+        self.expected = None if left is None else self.seconds + left
 
     def told(self) -> str:
         """The time since this object was made, and the time that was expected, in words."""

@@ -517,6 +517,8 @@ class _Evaluation:
                 if row.deployed:
                     deployed.setdefault(threat, []).append(row)
             progress.costs[progress.rows :] = self.costs(left)[number:]
+            if number == 1:
+                progress.expect()
             for row in rows:
                 progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]

@@ -37,7 +37,7 @@ _WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
 KERNELS = "kernels.json"
 
-#: The time of the whole run is predicted when the run has taken this number of seconds, or at the end of its first epoch.
+#: A run predicts its whole time after this number of seconds, or at the end of its first epoch.
 EXPECT_AFTER = 10.0
 #: If keep_best is "accuracy", the task first measures this number of images, to check that it has this metric.
 LOOK = 8
