@@ -91,21 +91,28 @@ def _left_by_limits() -> Iterator[int]:
 
 def resident_memory() -> int:
     """The bytes of the host's memory that this process uses; 0 if the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return 1024 * int(dict(line.split(":", 1) for line in status.splitlines() if line)["VmRSS"].split()[0])
+    return _of_process("VmRSS")
 
 
 def peak_resident_memory() -> int:
     """The peak of `resident_memory` so far, in bytes; 0 if the system does not tell."""
+    # The peak that getrusage gives includes that of the process which started this process.
+    return _of_process("VmHWM")
+
+
+def forget_peak_resident_memory() -> None:
+    """Let `peak_resident_memory` count from now on. Where the system does not allow this, it keeps counting."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _of_process(name: str) -> int:
     try:
-        import resource
-    except ImportError:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return 0
-    # Linux gives this number in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = dict(line.split(":", 1) for line in status.splitlines() if line)
+    return 1024 * int(lines[name].split()[0]) if name in lines else 0
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -43,7 +43,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 #: In a command's words, the folder that it writes to.
 OUT = "<out>"
 #: Facts that differ from run to run without being a result; what a process attacked for its bank and read among them.
-NO_RESULTS = ("seconds", "images_per_second", "date", "bank")
+NO_RESULTS = ("seconds", "images_per_second", "peak_memory", "date", "bank")
 FAST = ["--checkpoint-seconds", "0.2", "--device", "cpu"]
 #: Seconds after which a process has begun with its work.
 BEGIN = 3.0

@@ -1,13 +1,14 @@
 """How much memory is left, by what the system says."""
 
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from purify_fast import _memory
-from purify_fast._memory import available_memory, bytes_of, ran_out_of_memory, resident_memory
+from purify_fast._memory import available_memory, bytes_of, peak_resident_memory, ran_out_of_memory, resident_memory
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,20 @@ def test_control_groups_of_both_versions(tmp_path):
     group("memory", **usage)
     assert list(_memory._left_to_groups(names, tmp_path)) == [350, 300]
     assert list(_memory._left_to_groups(tmp_path / "none", tmp_path)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
+def test_the_peak_is_that_of_this_process():
+    size = 600 * 10**6
+    held = bytearray(size)
+    before = peak_resident_memory()
+    assert resident_memory() > size
+    # The peak of the process that starts another does not count for the other.
+    code = "from purify_fast._memory import peak_resident_memory; print(peak_resident_memory())"
+    began = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 10**6 < int(began.stdout) < size
+    del held
+    assert peak_resident_memory() == before > size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
 
 
 def of_training(command: Training) -> Forecast:
-    """Predict the cost of a command that trains."""
+    """Predict the cost of a command that trains, with the start of this process, which that of the run will equal."""
     from ..training.probed_steps import forecast
 
     if isinstance(command, OnClassifier) and command.classifier is None:
@@ -60,16 +61,20 @@ def of_training(command: Training) -> Forecast:
             "plan train ... needs --classifier FOLDER: train the classifier first, and plan its training separately"
         )
     images = command.load_data()
-    return forecast(command.task(images), images.x_train, images.y_train, command.loop)
+    task, start = command.task(images), time.process_time()
+    planned = forecast(task, images.x_train, images.y_train, command.loop)
+    return replace(planned, seconds=start + planned.seconds)
 
 
 def of_evaluation(command: Evaluate) -> Forecast:
-    """Predict the cost of a command that evaluates."""
+    """Predict the cost of a command that evaluates, with the start of this process, as `of_training` does."""
     from ..evaluation.forecast import forecast
     from ..speed.precision import float32_products
 
     images = command.load_data()
     model, base = command.prepared(images)
     (eps, norm), (x, y, _) = command.ball(), command.chosen(images)
+    start = time.process_time()
     with float32_products(tf32=command.precision == "tf32"):
-        return forecast(model, x, y, config=command.settings, eps=eps, norm=norm, base=base)
+        planned = forecast(model, x, y, config=command.settings, eps=eps, norm=norm, base=base)
+    return replace(planned, seconds=start + planned.seconds)

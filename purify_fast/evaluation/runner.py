@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ..model_state import fingerprint, fingerprint_or_reason
 from ..ops import keep_kernels, kernels_now
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
+from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms import signs_of_masking
 from .alarms.answers import Before
@@ -308,6 +310,8 @@ class _Evaluation:
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
         team.wait_for_idle()
         measure.cache.clear()
+        report.about["seconds"] = measure.progress.told()
+        report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         team.end(report.to_json)
         return report
 
@@ -347,10 +351,19 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
-    def costs(self) -> list[int | None]:
-        """Return the largest number of forward passes of single images for each row; None if a number is unknown."""
+    def costs(self, left: Mapping[tuple[str, str | None], np.ndarray] = MappingProxyType({})) -> list[int | None]:
+        """Return the largest number of forward passes of single images for each row; None if a number is unknown.
+
+        Args:
+            left: True for images that withstood the attacks so far, by variant and threat model.
+        """
         context, n = self.measure.context, len(self.measure.subject.y)
-        asked = [(spec.resolved.cost(context), min(n, spec.nearest or n)) for spec in self.plan]
+
+        def images(spec: AttackSpec) -> int:
+            stand = left.get((spec.variant, threat_name(spec, context))) if spec.survivors_only else None
+            return min(n if stand is None else int(stand.sum()), spec.nearest or n)
+
+        asked = [(spec.resolved.cost(context), images(spec)) for spec in self.plan]
         asked += [(cost, n) for cost in self.curve.costs(context)]
         return [None if cost is None else cost * images for cost, images in asked]
 
@@ -371,7 +384,7 @@ class _Evaluation:
         margins: dict[tuple[str, str | None], np.ndarray] = {}
         # The rows of the deployed model, by threat model.
         deployed: dict[str | None, list[Row]] = {}
-        for spec in self.plan:
+        for number, spec in enumerate(self.plan, 1):
             threat, variant = threat_name(spec, measure.context), spec.variant
             before = left.get((variant, threat), measure.judge.withstood(measure.clean(variant)))
             reached = margins.setdefault((variant, threat), np.full(n, np.inf))
@@ -385,7 +398,6 @@ class _Evaluation:
                 rows.append(measure.retest_on_deployed(spec, before, earlier))
             for row, name in zip(rows, dict.fromkeys([variant, "random"]), strict=False):
                 all_rows.append(row)
-                progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
                 if not row.is_attack:
                     continue
                 known = left.setdefault((name, threat), measure.judge.withstood(measure.clean(name)).copy())
@@ -395,6 +407,11 @@ class _Evaluation:
                     nearest[: row.n] = np.fmin(nearest[: row.n], row.margins)
                 if row.deployed:
                     deployed.setdefault(threat, []).append(row)
+            progress.costs[progress.rows :] = self.costs(left)[number:]
+            if number == 1:
+                progress.expect()
+            for row in rows:
+                progress.finished(f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{source}")
         of_all = [row for row in deployed.get(None, []) if row.n == n and row.settings["max_images"] is None]
         return all_rows + self.curve.rows(measure, of_all)
 

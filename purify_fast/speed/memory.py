@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 import torch
 
 from .._compiler import EagerDispatchMode
-from .._memory import available_memory, bytes_of, ran_out_of_memory, resident_memory
+from .._memory import (
+    available_memory,
+    bytes_of,
+    forget_peak_resident_memory,
+    peak_resident_memory,
+    ran_out_of_memory,
+    resident_memory,
+)
 
 logger = logging.getLogger("purify_fast")
 
@@ -74,6 +81,27 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_so_far(device: torch.device) -> int:
+    """The largest memory of this process so far, in bytes: that of the process on a CPU, or of tensors on a GPU.
+
+    Args:
+        device: device on which it computes.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_so_far` count from now on.
+
+    Args:
+        device: device on which it computes.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak_resident_memory()
 
 
 def free_memory(device: torch.device, budget: int | str | None) -> int:

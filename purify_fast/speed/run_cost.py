@@ -25,7 +25,7 @@ class Forecast:
             f"{self.what}:\n"
             f"time                {in_words(self.seconds)}\n"
             f"memory at the peak  {self.memory / 1e9:.2f} GB\n"
-            "(Both were measured in a short trial on this machine. The time was extrapolated linearly.)"
+            "(Both follow from a short trial on this machine.)"
         )
 
 

@@ -191,6 +191,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         run.add(measured)
         watch.add(run.step, measured["loss"])
         run.step += 1
+        run.expect()
         count = len(batch.x) * world
         images += count
         for listener in listeners:

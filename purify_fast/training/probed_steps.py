@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from .._memory import peak_resident_memory
+from ..speed.memory import peak_so_far
 from ..speed.run_cost import Forecast
+from .checkpoint import save_checkpoint
 from .config import FitConfig
 from .loop import step_settings, train_step
 from .run import Run
@@ -30,7 +33,8 @@ def forecast(
 
     This function takes steps with the task, which change the task's weights, so make a new task for `fit`. From the
     step in which a delayed term of the loss begins, each step takes longer. So steps are measured at the start of the
-    run, and again for each step in which a term begins.
+    run, and again for each step in which a term begins. A checkpoint is written to a temporary folder, because it needs
+    time and memory too.
 
     Args:
         task: the training.
@@ -58,9 +62,12 @@ def forecast(
             batches = [*held_out.epoch(0, 0)]
             with run.finished():
                 whole += passes * len(batches) * _timed(lambda: run.measure(batches[0]), device, 0.0)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), run.state())
+    whole += config.epochs * (time.perf_counter() - began)
     what = f"{run.total:,} steps of {source.batch_size or 'given'} images on {device.type}"
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
-    return Forecast(what, whole, memory)
+    return Forecast(what, whole, peak_so_far(device))
 
 
 def _steps(run: Run, begin: int) -> Iterator[Batch]:

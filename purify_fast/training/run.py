@@ -19,6 +19,7 @@ from .. import ops
 from .._files import with_room, write_text
 from .._process import processes
 from ..data import crop_flip, mirrored, resized_crop, to_float
+from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, last_checkpoint, save_checkpoint
 from .config import FitConfig
@@ -36,6 +37,8 @@ _WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
 KERNELS = "kernels.json"
 
+#: A run predicts its whole time after this number of seconds, or at the end of its first epoch.
+EXPECT_AFTER = 10.0
 #: If keep_best is "accuracy", the task first measures this number of images, to check that it has this metric.
 LOOK = 8
 
@@ -62,6 +65,7 @@ class Run:
         last: the last epoch's means.
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
+        expected: the time of the whole run in seconds, as the first steps predict it; None before the prediction.
     """
 
     def __init__(
@@ -89,11 +93,23 @@ class Run:
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
+        self.expected: float | None = None
+        self._began, self._spent = time.monotonic(), 0.0
 
     @property
     def epoch(self) -> int:
         """The epoch of the next step."""
         return self.step // self.steps
+
+    @property
+    def seconds(self) -> float:
+        """The time of the run so far. After an interruption, the time up to the last checkpoint counts."""
+        return self._spent + time.monotonic() - self._began
+
+    def expect(self) -> None:
+        """Predict the time of the whole run from its first steps, if it is time to do so."""
+        if self.expected is None and (self.seconds >= EXPECT_AFTER or self.step >= self.steps):
+            self.expected = self.seconds * self.total / self.step
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
         """Make the input of a step from a batch of the source: convert it to floats, and crop and mirror it at random.
@@ -142,7 +158,7 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
-        progress |= {"best": self.best, "rows": self.rows}
+        progress |= {"best": self.best, "rows": self.rows, "seconds": self.seconds, "expected": self.expected}
         return {**weights, "facts": self.facts, **progress}
 
     def resume(self) -> None:
@@ -166,6 +182,8 @@ class Run:
         for name in ("step", "last", "best", "rows", "counts"):
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
+        # Checkpoints of earlier releases have no times.
+        self._spent, self.expected = saved.get("seconds", 0.0), saved.get("expected")
 
     def _read(self) -> dict[str, Any] | None:
         saved = None
@@ -209,6 +227,8 @@ class Run:
         """Add a line for the epoch that has ended to ``log.jsonl``."""
         row: dict[str, Any] = {"epoch": epoch, "step": self.step, **self.last, "learning_rate": learning_rate}
         row["images_per_second"] = round(images_per_second, 1)
+        row |= {"seconds": round(self.seconds, 1), "expected_seconds": round(self.expected or 0.0, 1)}
+        row["peak_memory"] = peak_so_far(self.source.device)
         if self.bank is not None:
             row["bank"] = self.bank.facts
         self.rows.append({**row, **({"acts_from_step": self.terms} if self.terms else {})})

@@ -102,7 +102,7 @@ def test_the_cost_is_what_is_computed(model, batch, attack, draws_differ):
         assert counter.counted() == len(batch[0]) * attack.cost(told)
 
 
-def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
+def test_the_cost_of_a_search_is_the_most_that_is_computed(batch):
     x, y = batch
     passes = []
 
@@ -118,6 +118,8 @@ def test_the_cost_of_apgd_is_the_most_that_is_computed(batch):
         APGD(loss="dlr"),
         APGD(loss="dlr_targeted"),
         APGD(loss="dlr_targeted", n_target_classes=2),
+        Square(n_queries=70),
+        Square(n_queries=70, restarts=2),
     ):
         passes.clear()
         attack.search(never_fooled, x, y, context(counts_health=True))

@@ -90,9 +90,10 @@ def made(kind, out=None, **more):
 
 
 def plain(report):
-    """A report without its time and command, with the margins of all images where it has them."""
+    """A report without its cost and command, with the margins of all images where it has them."""
     content = json.loads(report.to_json())
-    content["about"].pop("command", None)
+    for name in ("command", "seconds", "peak_memory"):
+        content["about"].pop(name, None)
     for values, row in zip(content["rows"], report.rows, strict=True):
         del values["seconds"]
         if row.margins is not None:

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -93,8 +95,9 @@ def evaluated(out):
 
 def plain(report):
     content = json.loads(report.to_json())
-    for row in content["rows"]:
-        del row["seconds"]
+    for values in (content["about"], *content["rows"]):
+        del values["seconds"]
+    del content["about"]["peak_memory"]
     return content
 
 
@@ -221,7 +224,7 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
     x = torch.rand(6, 1, 4, 4)
     with torch.no_grad():
         y = net(x).argmax(1)
-    evaluate(net, x, y, eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
+    report = evaluate(net, x, y, eps=0.01, attacks=[PGD(steps=2), PGD(steps=3)], name="mine", probes=probes)
     lines = capsys.readouterr().err.splitlines()
     # the probes come first, as a row with lines of its own
     first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
@@ -230,6 +233,24 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
     assert "left at most" in ends[0] and "last row" in ends[-1]
     assert (sum(line.startswith("mine: row 1 of 3, probes:") for line in lines) > 20) is probes
     assert not any("\r" in line or "\033" in line for line in lines)
+    cost = re.fullmatch(r"([\d.]+) \(expected after the first attack: at most ([\d.]+)\)", report.about["seconds"])
+    assert all(0 <= float(seconds) < 600 for seconds in cost.groups())
+    assert re.fullmatch(r"\d+\.\d\d GB", report.about["peak_memory"])
+
+
+def test_only_images_that_withstood_count_for_the_time_left(monkeypatch):
+    """Half of the images fall to the first attack. A third attack gets one of the others, and a fourth gets all."""
+    seen = []
+    monkeypatch.setattr(Progress, "finished", lambda self, result: seen.append(list(self.costs[self.rows :])))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net[1].weight.data, net[1].bias.data = torch.tensor([[1.0] * 4, [0] * 4]), torch.tensor([-1.2, 0])
+    x = torch.cat([torch.full((4, 1, 2, 2), 0.5), torch.full((4, 1, 2, 2), 0.9)])
+    rest = AttackSpec(PGD(steps=4), survivors_only=True)
+    plan = [AttackSpec(PGD(steps=2)), rest, replace(rest, nearest=1, label="nearest"), AttackSpec(PGD(steps=3))]
+    report = evaluate(net, x, torch.zeros(8).long(), eps=0.3, attacks=plan, progress=False)
+    assert report.rows[1].accuracy == 0.5
+    one, every = seen[1][0], seen[2][0]
+    assert 0 < one < every and seen == [[4 * one, one, every], [one, every], [every], []]
 
 
 def test_the_time_left_is_of_what_is_left():

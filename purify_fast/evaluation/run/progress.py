@@ -25,6 +25,10 @@ class Progress:
         shown: whether the progress is shown.
         costs: upper limits for the number of forward passes of single images: first for the probes, then for each row;
             None for an unknown number.
+
+    Attributes:
+        expected: the longest time of the whole evaluation in seconds, as it seemed after the first attack; None before
+            that, or if the time cannot be known.
     """
 
     def __init__(self, name: str = "", shown: bool = False, costs: Sequence[int | None] = ()):
@@ -33,12 +37,18 @@ class Progress:
         self.costs = list(costs)
         self.rows, self.images, self.in_row = 0, 0, 0
         self.label, self.bar = "", None
+        self.expected: float | None = None
         self.began = self.last_line = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The time since this object was made."""
+        return time.monotonic() - self.began
 
     @property
     def rate(self) -> float:
         """The number of images per second in the forward passes so far."""
-        return self.images / max(time.monotonic() - self.began, 1e-9)
+        return self.images / max(self.seconds, 1e-9)
 
     @contextlib.contextmanager
     def row(self, label: str, total: int | None) -> Iterator[None]:
@@ -78,21 +88,35 @@ class Progress:
     def finished(self, result: str) -> None:
         """Write the short result of a row to the log."""
         if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(time.monotonic() - self.began)}, {self.left()})")
+            self._print(f"{result} ({tqdm.format_interval(self.seconds)}, {self.left()})")
 
     def _print(self, text: str) -> None:
         self.last_line = time.monotonic()
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
+    def seconds_left(self) -> float | None:
+        """The longest time that the remaining rows may take, in seconds; None if it is unknown."""
+        known = [cost for cost in self.costs[self.rows :] if cost is not None]
+        if len(known) < len(self.costs[self.rows :]) or not self.images:
+            return None
+        return (sum(known) - min(self.in_row, *known[:1], sum(known))) / self.rate
+
     def left(self) -> str:
         """The longest time that the remaining rows may take, in words."""
-        costs = self.costs[self.rows :]
-        if not costs:
+        if not self.costs[self.rows :]:
             return "the last row"
-        if None in costs or not self.images:
-            return "time left not known"
-        passes = sum(cost or 0 for cost in costs) - min(costs[0] or 0, self.in_row)
-        return f"{tqdm.format_interval(passes / self.rate)} left at most"
+        seconds = self.seconds_left()
+        return "time left not known" if seconds is None else f"{tqdm.format_interval(seconds)} left at most"
+
+    def expect(self) -> None:
+        """Remember how long the whole evaluation may take, after its first attack."""
+        left = self.seconds_left()
+        self.expected = None if left is None else self.seconds + left
+
+    def told(self) -> str:
+        """The time since this object was made, and the time that was expected, in words."""
+        expected = "" if self.expected is None else f" (expected after the first attack: at most {self.expected:.1f})"
+        return f"{self.seconds:.1f}{expected}"
 
 
 class CountedModel(nn.Module):

@@ -42,7 +42,7 @@ class Report:
             and ``version`` (of this package); ``predict``, if this setting was given; ``precision``, if it is not
             float32; ``claim``, the claimed robust accuracy in percent. The other facts are for a repetition of the
             evaluation: ``date`` of the first `save`, ``command``, ``model`` (a hash of weights and code)
-            and ``processor``.
+            and ``processor``. ``seconds`` and ``peak_memory`` are the cost of the evaluation.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: by model, the curves of accuracy over the radius, the steps and the draws for the page; see `curve`.
         witnesses: the images that fell, exactly as the model got them, if the evaluation had ``keep="all"``. `save`
@@ -394,7 +394,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 def _identity(content: Mapping[str, Any]) -> Any:
     """Return the facts that identify a report's evaluation. A report overwrites only a report with equal facts."""
-    apart = ("date", "command", "version", "processor", "claim")
+    apart = ("date", "command", "version", "processor", "claim", "seconds", "peak_memory")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
     return about, [[row.get(name) for name in told] for row in content.get("rows", [])]

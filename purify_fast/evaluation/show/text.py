@@ -84,8 +84,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     """The known facts that are needed to repeat an evaluation, by name."""
     images = ", ".join(dict.fromkeys(f"{row.n:,}" for row in report.rows if row.kind == "clean"))
     known = report.about | {"images": images}
-    words = {"model": "hash of the model", "claim": "claimed, %"}
-    names = ("date", "command", "images", "seed", "model", "processor", "claim")
+    words = {"model": "hash of the model", "claim": "claimed, %", "peak_memory": "memory at the peak"}
+    names = ("date", "command", "images", "seed", "model", "processor", "seconds", "peak_memory", "claim")
     return [(words.get(name, name), known[name]) for name in names if known.get(name)]
 
 
