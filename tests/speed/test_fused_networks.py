@@ -24,6 +24,7 @@ from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, WideResNet
 from purify_fast.models.unet import UNet
 from purify_fast.ops.dispatch.registry import Op
+from purify_fast.ops.fused_convolution import SILU
 from purify_fast.speed.folding import convolution_chains
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.folding.convolution_chains import Chain
@@ -36,7 +37,7 @@ SHAPE, HALF = (3, 16, 16), torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def no_tiles(monkeypatch):
-    """Most tests are about the op, which a CPU with matrix tiles would use only for gradients."""
+    """Most tests are about the op, which a CPU with matrix tiles would hardly use."""
     monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: False)
 
 
@@ -45,6 +46,7 @@ def tiles(no_tiles, monkeypatch):
     """Pretend that the CPU has matrix tiles, and that no convolution is faster as a product of matrices."""
     monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: True)
     monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.pays", lambda *_: False)
+    monkeypatch.setattr("purify_fast.speed.folding.unrolled.has_tiles", lambda: False)
 
 
 def cifar_resnet18() -> nn.Module:
@@ -444,10 +446,31 @@ def test_on_a_cpu_with_tiles_a_prediction_takes_one_call_of_onednn_for_a_convolu
     if name == "resnet18":
         assert not {"aten::relu", "aten::relu_", "aten::add", "aten::add_"} & set(calls.names)
     assert (found - wanted).float().norm() <= 0.02 * wanted.float().norm()
-    leaf = given[0].requires_grad_()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on_a_cpu_with_tiles_the_gradient_is_computed_in_place(name, tiles):
+    """It errs as the network itself does. Networks with SiLU or BatchNorm in a step run as they were."""
+    torch.manual_seed(0)
+    model = prepared(NETWORKS[name][0]())
+    exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    fuse_convolutions(model, *(one.to(HALF) for one in example(model)))
+    halves = [one.to(HALF) for one in example(model, batch=3)]
     with Calls() as calls:
-        (gradient,) = torch.autograd.grad(model(leaf).float().square().sum(), leaf)
-    assert "mkldnn::_convolution_pointwise" not in calls.names and bool(gradient.any())
+        found = answers(model, halves)
+    steps = [step for chain in chains(model) for step in chain.steps]
+    fast = all(step.norm is None and step.activation != SILU for step in steps)
+    if name not in WAYS:
+        assert calls.names.count("mkldnn::_convolution_pointwise") == (len(steps) if fast else 0)
+    if name == "resnet18":
+        assert calls.names.count("aten::convolution_backward") == 20
+        # A gradient is added for each of the eight blocks.
+        assert calls.names.count("aten::add_") == 8 and "aten::add" not in calls.names
+    truth = answers(exact, [one.double() for one in halves])
+    for one, own, right in zip(found, answers(plain, halves), truth, strict=True):
+        errors = [((value.double() - right).norm() / right.norm()).item() for value in (one, own)]
+        assert one.shape == own.shape and errors[0] <= 1.5 * errors[1] + 1e-3, errors
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")

@@ -5,15 +5,17 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from purify_fast.models.layers import Conv2d
 from purify_fast.speed import InferenceCopy
-from purify_fast.speed.folding import unrolled
+from purify_fast.speed.folding import convolution_chains, unrolled
 
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
-FORMS = [(4, 3, 1, 1), (8, 3, 2, 1), (5, 3, 1, 0), (2, 3, 1, 1), (7, 3, 2, 0), (6, 2, 2, 0), (9, 5, 3, 2)]
+FORMS = [(4, 3, 1, 1), (5, 3, 1, 3), (8, 3, 2, 1), (5, 3, 1, 0), (2, 3, 1, 1), (7, 3, 2, 0), (6, 2, 2, 0), (9, 5, 3, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,43 @@ def test_results_and_gradients_are_those_of_the_convolution(side, kernel, stride
     wanted.append(torch.autograd.grad(right, exact[0], grad.double() * (found.detach() > 0))[0])
     for a, b in zip(actual, wanted, strict=True):
         assert (a.double() - b).norm() < 0.006 * b.norm()
+
+
+def test_the_matrix_of_the_gradient_follows_the_weights():
+    """It is kept for frozen weights, and made again after these change. A trace does not record it as a constant."""
+    torch.manual_seed(0)
+    weight, grad = (torch.randn(shape).to(BF16) for shape in ((512, 512, 3, 3), (2, 512, 4, 4)))
+    rest = torch.Size((2, 512, 4, 4)), (1, 1), (1, 1)
+
+    def right():
+        return conv2d_input(rest[0], weight.double(), grad.double(), 1, 1)
+
+    def close(found):
+        return (found.double() - right()).norm() < 0.006 * right().norm()
+
+    assert close(unrolled.input_gradient(grad, weight, *rest))
+    kept = unrolled._turned(weight)
+    assert unrolled._turned(weight) is kept
+    weight.mul_(torch.rand(512)[:, None, None, None].to(BF16))
+    assert close(unrolled.input_gradient(grad, weight, *rest)) and unrolled._turned(weight) is not kept
+    traced = make_fx(lambda one, other: unrolled.input_gradient(one, other, *rest))(grad, weight)
+    weight.neg_()
+    assert close(traced(grad, weight))
+    with torch.inference_mode():
+        assert close(unrolled.input_gradient(grad, weight.clone(), *rest))
+    trained = weight.clone().requires_grad_()
+    assert close(unrolled.input_gradient(grad, trained, *rest)) and unrolled._turned(trained) is not unrolled._turned(
+        trained
+    )
+
+
+def test_the_gradient_of_other_convolutions_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(unrolled, "_input_gradient", lambda *_: pytest.fail("a product was computed"))
+    for outputs, side, kernel in ((64, 4, 3), (512, 8, 3), (512, 4, 1)):
+        weight, grad = torch.rand(outputs, 512, kernel, kernel).to(BF16), torch.rand(1, outputs, side, side).to(BF16)
+        shape, padding = torch.Size((1, 512, side, side)), (kernel // 2,) * 2
+        found = unrolled.input_gradient(grad, weight, shape, (1, 1), padding)
+        assert torch.equal(found, conv2d_input(shape, weight, grad, 1, padding))
 
 
 def test_it_serves_small_maps_of_wide_layers_alone():
@@ -70,7 +109,8 @@ class _Net(nn.Module):
 def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
     monkeypatch.setattr(unrolled, "has_tiles", lambda: usable)
     calls, torch_s = [], unrolled.unrolled
-    monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
+    for module in (unrolled, convolution_chains):
+        monkeypatch.setattr(module, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
     torch.manual_seed(0)
     network = _Net().eval()
     copy = InferenceCopy(network, (3, 16, 16), BF16)

@@ -11,7 +11,8 @@ For a residual block:
 Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. Besides the maps that
 enter and leave the convolutions themselves, the block reads x in the forward, and h, x and dz' in the backward.
 
-On a CPU with matrix tiles, a step without gradients is a single call of oneDNN.
+On a CPU with matrix tiles, a step of the forward is a single call of oneDNN. The gradient of its input is another call,
+and the sum and the derivative of the activation are computed in place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
 from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
-from .unrolled import has_tiles, pays, unrolled
+from .unrolled import has_tiles, input_gradient, pays, unrolled
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"
@@ -58,11 +59,16 @@ _IN_PLACE: dict[int, Callable[[Tensor], Tensor]] = {
 
 
 def onednn_serves(device: torch.device) -> bool:
-    """Tell whether oneDNN computes the steps of a chain on a device if no gradient is needed.
+    """Tell whether oneDNN computes the steps of a chain in bfloat16 on a device.
 
     This was measured on CPUs with matrix tiles only. On other CPUs, kernels of this package compute some layers.
     """
     return device.type == "cpu" and has_tiles() and torch.backends.mkldnn.is_available()
+
+
+def _by_onednn(x: Tensor) -> bool:
+    # The rewritten network is compared with its original in float64, for which oneDNN has no calls.
+    return x.dtype == torch.bfloat16 and onednn_serves(x.device)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Step:
         return list(self.layer.stride), [value_of(one, shape) for one in self.padding]
 
     def by_onednn(self, x: Tensor, added: Tensor | None) -> Tensor | None:
-        """Return the result of the step by one call of oneDNN, without a gradient; None if oneDNN has no such call.
+        """Return the result of the step by one call of oneDNN; None if oneDNN has no such call.
 
         Args:
             x: map that is convolved, ``[B, H, W, C]`` in bfloat16 on a CPU.
@@ -128,6 +134,36 @@ class Step:
         binary = torch.ops.mkldnn._convolution_pointwise.binary
         return channels_last(binary(images, channels_first(added), *given, *rest))
 
+    def backward_by_onednn(
+        self,
+        grad: Tensor,
+        size: Sequence[int],
+        earlier: Tensor | None,
+        entered: Tensor | None,
+        norm: list[Tensor],
+        _: float,
+        beside: Tensor | None,
+        activation: int,
+    ) -> Tensor | None:
+        """Return the gradient of the convolved map; None if it has a part that is not computed here.
+
+        Args:
+            grad: gradient of the step's sum, ``[B, H', W', O]`` in bfloat16 on a CPU.
+            size: height and width of the convolved map.
+            earlier, entered, norm, beside, activation: as in `purify_fast.ops.fused_convolution.reference_backward`.
+        """
+        layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
+        if norm or activation == SILU or (top, left) != (bottom, right):
+            return None
+        shape = torch.Size((len(grad), layer.in_channels, *size))
+        out = input_gradient(channels_first(grad), layer.weight, shape, stride, (top, left))
+        found = channels_last(out).contiguous()
+        if earlier is not None:
+            found.add_(earlier)
+        if activation:
+            torch.ops.aten.threshold_backward.grad_input(found, entered, 0, grad_input=found)
+        return found if beside is None else found.add_(beside)
+
     def variant(self) -> str:
         layer = self.layer
         return kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
@@ -141,6 +177,9 @@ class Chain(nn.Module):
         inputs: number of maps that enter the chain.
         outputs: the maps that leave the chain.
 
+    Attributes:
+        has_fast_gradient: whether oneDNN computes all steps in a forward pass that keeps maps for the gradient.
+
     ``forward(*maps)``: the maps ``[B, C, H, W]`` that enter the chain -> a tuple of the maps that leave it, in the
     dtype of the weights.
     """
@@ -150,6 +189,7 @@ class Chain(nn.Module):
         self.steps, self.inputs, self.outputs = tuple(steps), inputs, tuple(outputs)
         self.producers = {step.out: step for step in steps if step.activation}
         self.uses = Counter(value for step in steps for value in (step.input, step.added) if value is not None)
+        self.has_fast_gradient = all(step.norm is None and step.activation != SILU for step in steps)
         self.saved = sorted({step.entered for step in steps if step.activation})
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
@@ -173,7 +213,7 @@ class Chain(nn.Module):
                 size = output_size(x.shape[1:3], step.layer.kernel_size, *step.settings(x.shape[1:3]))
                 added = added.expand(len(x), *size, step.layer.out_channels).contiguous()
             keep = step.activation != NONE and step.total in wanted
-            fused = step.by_onednn(x, added) if not (saving or keep) and onednn_serves(x.device) else None
+            fused = step.by_onednn(x, added) if not keep and _by_onednn(x) else None
             if fused is None:
                 given = (
                     x,
@@ -221,13 +261,16 @@ class Chain(nn.Module):
                 continue
             # No other step adds to the gradient of this map, so its activation can be passed at once.
             before = self.producers.get(step.input) if left[step.input] == 0 else None
-            given = grad, channels_last(step.layer.weight), *size, grads.pop(step.input, None)
-            rest: tuple[Any, ...] = None, [], 0.0, None, NONE
+            earlier, rest = grads.pop(step.input, None), (None, [], 0.0, None, NONE)
             if before is not None:
                 beside = grads.pop(before.total, None)
                 rest = saved[before.entered], *before.numbers(), beside, before.activation
             target = step.input if before is None else before.total
-            grads[target] = BACKWARD(*given, *rest, *step.settings(size), variant=step.variant())
+            found = step.backward_by_onednn(grad, size, earlier, *rest) if _by_onednn(grad) else None
+            if found is None:
+                given = grad, channels_last(step.layer.weight), *size, earlier, *rest
+                found = BACKWARD(*given, *step.settings(size), variant=step.variant())
+            grads[target] = found
         return grads
 
     def _of_sum(self, step: Step, grads: dict[int, Tensor], saved: dict[int, Tensor]) -> Tensor | None:

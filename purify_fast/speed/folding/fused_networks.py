@@ -293,7 +293,7 @@ class FusedForward:
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         other = named or tuple(isinstance(one, Tensor) for one in given) != self.tensors
-        if _off or torch.compiler.is_compiling() or other or not _served(given):
+        if _off or torch.compiler.is_compiling() or other or not _served(given, self.graph):
             return type(self.module).forward(self.module, *given, **named)
         return self.graph(*given)
 
@@ -318,7 +318,7 @@ def has_fused_parts(model: nn.Module) -> bool:
     return any(isinstance(part.__dict__.get("forward"), FusedForward) for part in model.modules())
 
 
-def _served(given: tuple[Any, ...]) -> bool:
+def _served(given: tuple[Any, ...], graph: fx.GraphModule) -> bool:
     if transformed() or forward_ad._current_level >= 0:
         return False
     kinds = {type(one) for one in given}
@@ -326,9 +326,8 @@ def _served(given: tuple[Any, ...]) -> bool:
     if len(devices) != 1 or not kinds <= {Tensor, nn.Parameter, type(None)}:
         return False
     (device,) = devices
-    if onednn_serves(device):
-        # oneDNN has no such call for the gradient.
-        return not needs_gradient(*(one for one in given if isinstance(one, Tensor)))
+    if onednn_serves(device) and needs_gradient(*(one for one in given if isinstance(one, Tensor))):
+        return all(chain.has_fast_gradient for chain in graph.children() if isinstance(chain, Chain))
     return chains_serve(device)
 
 

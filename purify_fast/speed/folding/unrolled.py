@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
@@ -60,9 +64,10 @@ class _Unrolled(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, rows = ctx.saved_tensors
-        grad, of_input, of_weight, of_bias = grad.permute(0, 2, 3, 1), None, None, None
+        of_input, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
             of_input = _input_gradient(grad, weight, *ctx.settings)
+        grad = grad.permute(0, 2, 3, 1)
         if rows is not None:
             product = grad.flatten(0, 2).mT @ rows.flatten(0, 2)
             kernel = weight.shape[2:]
@@ -72,12 +77,33 @@ class _Unrolled(torch.autograd.Function):
         return of_input, of_weight, of_bias, None, None
 
 
+#: For frozen weights, their version and the matrix of `_turned`.
+_known_turned = WeakTensorKeyDictionary()
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """Return weights ``[O, C, K, L]`` as the matrix ``[K L O, C]`` of the gradient, with the taps in reverse order."""
+    # A trace would record the kept matrix as a constant. Tensors of the inference mode have no version.
+    kept = not (weight.requires_grad or weight.is_inference() or _get_current_dispatch_mode())
+    version, matrix = _known_turned.get(weight, (None, None)) if kept else (None, None)
+    if matrix is None or version != weight._version:
+        matrix = weight.detach().flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
+        if kept:
+            _known_turned[weight] = weight._version, matrix
+    return matrix
+
+
 def _input_gradient(
     grad: Tensor, weight: Tensor, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """Return the gradient of the images ``[B, C, H, W]`` of the given shape, from that of the result, channels last."""
-    b, c, h, w = shape
-    (rows, columns), (high, wide), (top, left) = weight.shape[2:], grad.shape[1:3], padding
+    """Return the gradient of images of the shape ``(B, C, H, W)``, from that of the result ``[B, O, H', W']``."""
+    (b, c, h, w), (rows, columns), (top, left) = shape, weight.shape[2:], padding
+    around = rows - 1 - top, columns - 1 - left
+    if stride == (1, 1) and min(around) >= 0:
+        return (patches(grad, (rows, columns), stride, around) @ _turned(weight)).permute(0, 3, 1, 2)
+    # Each pixel of the result adds to the pixels of its patch.
+    grad = grad.permute(0, 2, 3, 1)
+    high, wide = grad.shape[1:3]
     taps = (grad @ _matrix(weight)).unflatten(3, (rows, columns, c))
     total = torch.zeros(b, h + 2 * top, w + 2 * left, c, dtype=torch.float32, device=grad.device)
     for i in range(rows):
@@ -107,6 +133,24 @@ def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int,
         return False
     sides = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
     return min(sides) > 0 and sides[0] * sides[1] <= PIXELS
+
+
+def input_gradient(
+    grad: Tensor, weight: Tensor, shape: torch.Size, stride: Sequence[int], padding: tuple[int, ...]
+) -> Tensor:
+    """Return the gradient of the images of a convolution in bfloat16 on a CPU, as a product of matrices if that pays.
+
+    Args:
+        grad: gradient of the result ``[B, O, H', W']``.
+        weight: ``[O, C, K, L]``.
+        shape: shape ``(B, C, H, W)`` of the images.
+        stride: stride of rows and columns.
+        padding: zeros on each side of rows and columns.
+    """
+    wide = weight.shape[0] * weight.shape[1] >= CHANNELS and weight.shape[2:] != (1, 1)
+    if not wide or grad.shape[2] * grad.shape[3] > PIXELS or not has_tiles():
+        return conv2d_input(shape, weight, grad, tuple(stride), padding)
+    return _input_gradient(grad, weight, shape, tuple(stride), padding)
 
 
 def unrolled(
