@@ -261,7 +261,8 @@ class Chain(nn.Module):
                 continue
             # No other step adds to the gradient of this map, so its activation can be passed at once.
             before = self.producers.get(step.input) if left[step.input] == 0 else None
-            earlier, rest = grads.pop(step.input, None), (None, [], 0.0, None, NONE)
+            earlier = grads.pop(step.input, None)
+            rest: tuple[Any, ...] = None, [], 0.0, None, NONE
             if before is not None:
                 beside = grads.pop(before.total, None)
                 rest = saved[before.entered], *before.numbers(), beside, before.activation
