@@ -6,7 +6,7 @@ The two keys are made from all values inside a model:
   graph) reads the memory of its model, so it may be replayed while this key is unchanged, also after a write into that
   memory, such as an optimizer's step.
 - `fingerprint` compares models in different processes by value. Equal fingerprints mean that no difference was found.
-  What varies between processes is left out: addresses in memory, the order of a set, and the state of a random
+  Values that vary between processes are left out: addresses in memory, the order of a set, and the state of a random
   generator.
 """
 
