@@ -20,9 +20,8 @@ from .speed import gradient_memory, plans, processes, running
 from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
-#: For each command, a module and the help text. The module's function ``main`` runs the command. A text or a path that
-#: ``main`` returns is printed. If ``main`` returns False, the command has failed. A module may also have a function
-#: ``arguments``, which adds the command's options to a parser.
+#: For each command, a module and the help text. The module's ``main`` runs the command: a text or a path that it
+#: returns is printed, and False means failure. Its ``arguments``, if there, adds options to a parser.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "ops": (_ops, "measure the speed of the ops, compared with their references in PyTorch"),
     "pipelines": (

@@ -1,7 +1,4 @@
-"""Read and write the rows of a results file in JSON. A row is a dictionary, such as the result of a measurement.
-
-Commands write each row as soon as it is measured, so that an interrupted command can continue.
-"""
+"""Read and write the rows of a results file in JSON. A row is a dictionary, such as the result of a measurement."""
 
 from __future__ import annotations
 
@@ -25,9 +22,7 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def put(path: Path, row: Row, key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda row: True) -> None:
-    """Write a row into a file. If the file has a row with the same key, the new row replaces it.
-
-    The file is read first, because another process may have added rows to the file. The rows are sorted by their keys.
+    """Write a row into a file, in place of a row with the same key. Another process may have added rows to the file.
 
     Args:
         path: path of the JSON file.

@@ -10,16 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
-#: The largest number of threads that compile kernels. They run in parallel, because Triton releases Python's
-#: interpreter lock while it optimizes and assembles.
+#: The largest number of threads that compile kernels: Triton releases Python's lock while it optimizes and assembles.
 MOST = 8
 _patched = threading.Lock()
 
 
 def compile_together(launch: Callable[[], None]) -> None:
-    """Compile, in parallel, the kernels that a function launches. Run none of them.
-
-    A kernel that cannot be compiled is skipped. Its next launch raises the error.
+    """Compile, in parallel, the kernels that a function launches, except those that cannot be compiled. Run none.
 
     Args:
         launch: function that calls launchers. The results of the launchers are meaningless.

@@ -24,8 +24,7 @@ CHUNK = 8192
 #: tensor that is read.
 WARPS = 4
 VECTORS = {8: 1, 9: 1, 10: 2, 12: 1}
-#: The layout of a launch depends on sizes, which are mostly those of the launch before. So the results of the functions
-#: that compute it are kept, at most this many of each.
+#: The results of the functions that compute the layout of a launch are kept, at most this many of each.
 KEPT = 4096
 
 
@@ -96,20 +95,14 @@ MOST_PROGRAMS = 65535
 
 
 def grid(rows: int, blocks: int) -> tuple[int, int, int]:
-    """Return the launch grid for ``rows`` rows with ``blocks`` blocks each. `program` returns the indices of a program.
-
-    Using several axes saves every thread a division by the number of blocks.
-    """
+    """Return the launch grid for ``rows`` rows with ``blocks`` blocks each. `program` returns a program's indices."""
     third = cdiv(rows, MOST_PROGRAMS)
     return blocks, cdiv(rows, third), third
 
 
 @triton.jit
 def program(rows):
-    """Return the row and the block of this program, int32.
-
-    Programs beyond the last row compute the last row again, with the same result.
-    """
+    """Return the row and the block of this program, int32. Programs beyond the last row repeat the last row."""
     row = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     return tl.minimum(row, rows - 1), tl.program_id(0)
 
@@ -131,10 +124,7 @@ def log1p(y):
 
 @triton.jit
 def expm1(x):
-    """Return exp(x) - 1. Near 0 the difference would lose digits, so a polynomial is used, with an error of 2^-24.8.
-
-    The polynomial was fitted on [-0.7, 0.7].
-    """
+    """Return exp(x) - 1. Near 0, where the difference would lose digits, a polynomial is used: a fit on [-0.7, 0.7]."""
     p = tl.fma(x, 0.00019855325808748603, 0.0014098193496465683)
     p = tl.fma(x, p, 0.008334292098879814)
     p = tl.fma(x, p, 0.04166172817349434)

@@ -1,10 +1,8 @@
 """Launches kernels with less work on the host than Triton's own launch.
 
-Triton's launch, `kernel[grid](...)`, enters more than 20 Python functions. Most of them look up what does not change
-from launch to launch. `launch` keeps the compiled kernel that Triton chose, and starts it directly the next time.
-
-A launch may use a kept kernel only if Triton would choose the same one. So the key of a kept kernel has everything that
-Triton's choice depends on. Triton itself computes the largest part of the key from the arguments: their dtypes, the
+Triton's launch looks up what does not change from launch to launch. `launch` keeps the compiled kernel that Triton
+chose, and starts it directly the next time, if Triton would choose the same one. So the key of a kept kernel has
+everything that Triton's choice depends on, most of which Triton itself computes from the arguments: their dtypes, the
 alignment of the pointers, whether an integer is 1 or a multiple of 16, and the compile-time constants. Triton launches
 the kernel itself if `launch` cannot know its choice: in the interpreter, while kernels are only compiled, while a
 profiler has hooks, and with versions of Triton for which this module was not tested.
@@ -26,8 +24,7 @@ TESTED = (3, 6), (3, 8)
 #: What `launch` compares with, to notice that a function or a hook of Triton was replaced.
 _RUN = JITFunction.run if TESTED[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= TESTED[1] else None
 _ENTER, _EXIT = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-#: Returns the index of the current device. PyTorch's public function also checks whether CUDA is initialized, but a
-#: tensor on a GPU exists here.
+#: PyTorch's public function also checks whether CUDA is initialized, but a tensor on a GPU exists here.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
@@ -54,8 +51,6 @@ _kept: dict[tuple[Any, ...], _Kept] = {}
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a kernel on the device of its tensors, in the current stream of this device.
-
-    This function does the same as ``kernel[grid](*args, **options)``, with the tensors' device as the current device.
 
     Args:
         kernel: a function with the decorator ``triton.jit``.

@@ -262,10 +262,8 @@ def _shape(samples: int, classes: int) -> dict[str, int]:
 
 @functools.lru_cache(KEPT)
 def _columns_shape(batch: int, samples: int, classes: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Return the launch grid of a kernel that treats each class separately, and its tile.
-
-    A tile has the classes of ``IMAGES`` images, or some classes of one image. Which of them does not depend on the
-    batch size.
+    """Return the launch grid of a kernel that treats each class separately, and its tile, the same for every batch
+    size.
     """
     shape = dict(_shape(samples, classes))
     images = SHARED // shape["K"] // classes

@@ -1,7 +1,4 @@
-"""`apgd_step` in Triton: linf is elementwise; l2 uses one program per sample.
-
-Without fused multiply-adds, linf has the same bits as the reference.
-"""
+"""`apgd_step` in Triton: linf is elementwise, with the bits of the reference; l2 uses one program per sample."""
 
 from __future__ import annotations
 

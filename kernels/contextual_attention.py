@@ -1,16 +1,13 @@
 """`contextual_attention` in Triton: a program computes the rows of a few adjacent queries, which share neighbors.
 
-The forward has three kernels. The first computes the sums over the nine offsets. The second computes both passes of
-"fuse" and the softmax. The third computes the sums for the four pixels of a cell
-(`purify_fast.ops.contextual_attention` has the formulas). The backward has three kernels too. The first computes the
-gradient through the sums of the forward's third kernel and through the softmax. The second computes the gradient
-through "fuse", and the gradient of the norms, summed over a few queries. The third computes the sums over the nine
-offsets. All intermediate results fit into the L2 cache of a large GPU. There are no atomics.
+The forward has three kernels: the sums over the nine offsets; both passes of "fuse", and the softmax; and the sums for
+the four pixels of a cell (`purify_fast.ops.contextual_attention` has the formulas). The backward has three kernels in
+the reverse order. The first includes the softmax, and the second the gradient of the norms, summed over a few queries.
+There are no atomics.
 
 Query and key are always shifted together. So a sum over the nine offsets is a sum over three lines of the grid: the
-line of the query, the line before and the line after. Each line contributes the sum of three numbers. A thread has
-``VECTOR`` adjacent keys: four if the width of the grid is a multiple of four, and one otherwise. In each of the three
-lines, the thread loads the numbers of its keys, and one more number for each of the two shifts, left and right.
+line of the query, the line before and the line after. A thread has ``VECTOR`` adjacent keys: four if the width of the
+grid is a multiple of four, and one otherwise.
 
 The input of "fuse" is stored with wings: ``width`` numbers of a row are stored again before the row, and ``width``
 numbers after it. With the wings, the successor of key i in column-major order is always at i + width, and its
@@ -28,11 +25,9 @@ from ._common import cdiv, grid, next_power_of_2, program
 from ._launch import launch
 from ._windows import keys, load, moved_in, moved_out, next_pair, previous_pair, store_winged, window
 
-#: The number of adjacent queries in a program, if the width of the grid is a multiple of this number. Adjacent queries
-#: read many of the same rows.
+#: The adjacent queries of a program, which read many of the same rows, if they divide the width of the grid.
 TOGETHER = 4
-#: The number of queries over which each program sums the gradients of the norms. The number is fixed, so the result
-#: does not depend on the batch.
+#: The queries over which a program sums the gradients of the norms. Fixed, so that the batch does not change the sum.
 QUERIES = 8
 
 

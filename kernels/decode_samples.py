@@ -1,20 +1,18 @@
 """`decode_samples` in Triton: a launch computes one layer of the decoder, or the last two, by matrix products.
 
-A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s. All outputs with the same
-residue use the same taps, so the products contain no inserted zeros. The rows of a product are pixels of all samples,
-its columns are channels, and its sum runs over taps and input channels. The linear layer is such a convolution: its
-input is a map of one pixel, and its stride is the size of its kernel. The gradient of a convolution is a single product
-of this kind.
+A transposed convolution of stride s is s * s products, one for each residue of (y, x) mod s, without inserted zeros.
+The rows of a product are pixels of all samples, its columns are channels, and its sum runs over taps and input
+channels. The linear layer is such a convolution: its input is a map of one pixel, and its stride is the size of its
+kernel. The gradient of a convolution is a single product of this kind.
 
 Feature maps are stored as [samples, height, width, channels], with channels padded by zeros to a multiple of 32, in the
-dtype of the weights. They are stored after the LeakyReLU, which preserves the sign of its input. The order of the
-additions depends only on the layer, so a sample has the same bits in every batch.
+dtype of the weights, after the LeakyReLU, which preserves the sign of its input. The order of the additions depends
+only on the layer, so a sample has the same bits in every batch.
 
 If the last layer has stride 1, the last two layers can be one launch. A row is then a cell: s * s neighboring pixels of
-the second-last layer's result, where s is the stride of this layer. The products give all pixels of the cell together,
-with zeros for taps that a pixel does not use. The results remain in registers. There, the last layer multiplies them,
-once for each cell of the image that they affect. Each cell of the image then adds the contributions of its neighbors.
-Neighboring programs compute some cells twice, because each program also needs the cells next to its own cells.
+the second-last layer's result, where s is the stride of this layer. The results remain in registers, where the last
+layer multiplies them, once for each cell of the image that they affect. Neighboring programs compute some cells twice,
+because each program also needs the cells next to its own cells.
 """
 
 from __future__ import annotations
@@ -35,8 +33,7 @@ from .philox import noise
 
 #: The stream of the latents, defined in purify_fast/ops/philox.py.
 LATENT = 1
-#: The largest number of bytes of feature maps that are in memory together. If there are too many samples, they are
-#: decoded in parts.
+#: The largest number of bytes of feature maps in memory together. More samples are decoded in parts.
 MEMORY = 1 << 29
 #: The kinds of `_layer`. FIRST computes the first feature map, BETWEEN a later feature map, IMAGE an image, and
 #: GRADIENT the gradient of a feature map.
@@ -45,8 +42,7 @@ FIRST, BETWEEN, IMAGE, GRADIENT = 0, 1, 2, 3
 CELL = 16
 #: The dtypes for which the last two layers can be one launch. In float32 their numbers do not fit into the registers.
 TOGETHER = (torch.bfloat16,)
-#: The number of rows of `_last_two`, by major compute capability, for devices whose registers have no room for 256
-#: rows.
+#: The rows of `_last_two`, by major compute capability, where the registers have no room for 256.
 FEWER_ROWS = {8: 128, 12: 128}
 #: The lowest major compute capability whose shared memory has room for the tiles of `_last_two`.
 OLDEST = 8
@@ -113,8 +109,7 @@ def _products(
 ):
     """Sum over the taps of a residue and over the channels. For tap j, a row reads the input pixel at y + STEP * j.
 
-    Every residue gets the same number of programs. This number suffices for the residue with the most rows. A program
-    that is not ``busy`` has no rows.
+    Every residue gets the same number of programs. A program that is not ``busy`` has no rows.
     """
     lane = tl.arange(0, CHUNK)
     place = in_ptr + ((sample * HEIGHT + y) * WIDTH + x)[:, None] * CHANNELS + lane[None, :]
@@ -481,10 +476,7 @@ class Decoder:
         )
 
     def first(self, condition: Tensor, z: Tensor, out: Tensor, first: int, draws: int) -> None:
-        """Compute the first feature map, after the LeakyReLU.
-
-        The input is a map of one pixel whose channels are the latent.
-        """
+        """Compute the first feature map, after the LeakyReLU, from the latent as a map of one pixel."""
         channels, h, w = self.geometry.start
         # The arguments are positional because they are in the order of the kernel's arguments.
         self._run(
@@ -742,10 +734,7 @@ def backward(
     slope: float,
     squash: bool,
 ) -> Tensor:
-    """Return the gradient [B, H * W * C], as `purify_fast.ops.decode_samples.reference_backward` does.
-
-    The feature maps are computed again.
-    """
+    """Return the gradient [B, H * W * C], as `purify_fast.ops.decode_samples.reference_backward` does."""
     decoder = Decoder(packed, biases, numbers, slope=slope, squash=squash)
     layers, (channels, h, w) = decoder.geometry.layers, decoder.geometry.start
     total = len(condition) * samples

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 #: The number of channels of a feature map is padded to a multiple of CHANNEL_TILE. The matrix product that computes an
-#: image has a column per channel of the image, and the number of columns is padded to a multiple of COLUMN_TILE. So the
-#: kernels can divide channels and columns into whole tiles.
+#: image has a column per channel of the image, and the number of columns is padded to a multiple of COLUMN_TILE.
 CHANNEL_TILE, COLUMN_TILE = 32, 16
 
 
@@ -62,9 +61,8 @@ class Geometry:
         return cls(latent_dim, (c, h, w), tuple(Layer(*six) for six in zip(*[iter(rest)] * 6, strict=True)))
 
     def products(self) -> list[tuple[int, int, int]]:
-        """Return (taps, input channels, columns) of every matrix product, padded.
-
-        The first product computes the first feature map from a latent. The others compute the transposed convolutions.
+        """Return (taps, input channels, columns) of every matrix product, padded: for the latent, and for each
+        convolution.
         """
         channels, h, w = self.start
         out = [(h * w, padded(self.latent_dim, CHANNEL_TILE), padded(channels, CHANNEL_TILE))]

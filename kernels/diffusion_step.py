@@ -1,7 +1,4 @@
-"""`diffusion_step` in Triton. The kernels are elementwise, and draw the noise themselves.
-
-The backward draws the noise again, but only for learned variances.
-"""
+"""`diffusion_step` in Triton: elementwise kernels that draw the noise, in the backward only for learned variances."""
 
 from __future__ import annotations
 

@@ -1,16 +1,14 @@
 """`fused_convolution` in Triton: a launch computes a convolution, or its gradient, and what follows it on the map.
 
-A convolution is a matrix product. Its rows are pixels of all images, its columns are channels of the result, and its
-sum runs over the taps and the channels of the input. The input's rows are read from the map itself, one tap after the
-other, and pixels outside the map are zeros that are never read. The sums remain in registers until the bias, the added
-map, the normalization and the activation are applied to them. So no map is read or written for these.
+A convolution is a matrix product: its rows are pixels of all images, its columns are channels of the result, and its
+sum runs over the taps and the channels of the input. The rows are read from the map itself, tap by tap, and pixels
+outside the map are zeros that are never read. The sums remain in registers until the bias, the added map, the
+normalization and the activation are applied to them. The gradient of the images is such a product too, with the
+gradient of the result as its input. With stride s, it is s * s products, one for each residue of (y, x) mod s, without
+inserted zeros.
 
-The gradient of the images is such a product too: its rows are pixels of the images, and the gradient of the result is
-its input. With stride s, it is s * s products, one for each residue of (y, x) mod s. All pixels with the same residue
-use the same taps, so the products contain no inserted zeros.
-
-Maps are [samples, height, width, channels], and weights [outputs, taps, channels]. Both products read the weights as
-they are stored. The order of the additions depends only on the layer, so a sample has the same bits in every batch.
+Maps are [samples, height, width, channels], and weights [outputs, taps, channels], which both products read as they are
+stored. The order of the additions depends only on the layer, so a sample has the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ SILU: tl.constexpr = tl.constexpr(2)
 FEW = 16
 #: The largest number of elements of a map in one launch, because the kernel's indices have 32 bits.
 MOST = 2**31 - 1
-#: The largest share by which the columns may be more than the channels of the result. More columns in a program read
-#: the input less often.
+#: The largest ratio of columns to the result's channels. More columns in a program read the input less often.
 WASTE = 1.25
 
 
@@ -279,10 +276,7 @@ def _width_of(count: int) -> int:
 
 
 def tiles(columns: int, channels: int, dtype: torch.dtype, most: int = 128) -> dict[str, int | bool]:
-    """Return the rows, columns and channels of a program, its warps, and its number of pipelined loads.
-
-    A program has at most ``most`` columns.
-    """
+    """Return a program's rows, columns (at most ``most``), channels, warps, and number of pipelined loads."""
     together = channels < FEW or channels % 8 != 0
     chunk = 32 if together else next((chunk for chunk in (64, 32, 16) if channels % chunk == 0), 32)
     if dtype.itemsize > 2:

@@ -80,8 +80,7 @@ def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WID
 
 @triton.jit
 def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.constexpr):
-    # Return the progress to the plane by the coordinates with a slope above ``least``, and by those with exactly that
-    # slope.
+    # Return the progress to the plane by coordinates with a slope above ``least``, and by those of that slope.
     above, edge = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size

@@ -1,7 +1,4 @@
-"""`noisy_replay` in Triton. The kernel is elementwise, and draws noise only for the replayed samples.
-
-Without fused multiply-adds, the result has the same bits as the reference.
-"""
+"""`noisy_replay` in Triton: elementwise, with noise only for replayed samples, and with the bits of the reference."""
 
 from __future__ import annotations
 

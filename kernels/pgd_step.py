@@ -234,8 +234,7 @@ def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
 
 @triton.jit
 def _l1_spread(x_ptr, grad_ptr, nat_ptr, row, lane, size, least, length, shift, lo, hi, WIDTH: tl.constexpr):
-    # Shorten each element of the offset by ``shift``. Return the l1 norm of the result, and the largest |element|
-    # before that.
+    # Shorten the offset's elements by ``shift``. Return the l1 norm, and the largest |element| before that.
     left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size

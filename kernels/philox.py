@@ -33,11 +33,9 @@ def uniform(word):
 def cos_sin(angle):
     """Return cos and sin of angles in [0, 2 pi], within about one ulp.
 
-    The functions of the CUDA libraries would use float64 and local memory.
-
-    Adding 1.5 * 2^23 rounds the number of quarter turns, and moves it into the low bits. The quarter turns are
-    subtracted in three parts, whose products with 0..4 are exact. Then polynomials are evaluated, which were fitted on
-    [-pi / 4, pi / 4].
+    The functions of the CUDA libraries would use float64 and local memory. Adding 1.5 * 2^23 rounds the number of
+    quarter turns, and moves it into the low bits. The quarter turns are subtracted in three parts, whose products with
+    0..4 are exact. The polynomials were fitted on [-pi / 4, pi / 4].
     """
     shifted = tl.fma(angle, 0.6366197723675814, 12582912.0)
     quarter, turn = shifted.to(tl.uint32, bitcast=True), shifted - 12582912.0
@@ -93,10 +91,7 @@ def box_muller(a, b):
 
 @triton.jit
 def in_order(a, b, c, d):
-    """Interleave four blocks into one block, in the order of the elements.
-
-    Block ``a`` has the first number of each group of four elements, ``b`` the second, and so on.
-    """
+    """Interleave four blocks, of the first to the fourth number of each group of four elements, in element order."""
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 

@@ -106,10 +106,7 @@ def _owner(
     PAIRS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Return the owner of the block in which each pixel lies.
-
-    ``UNIT`` adjacent pixels (1, 4 or 8) always lie in one block, so their owner is read only once.
-    """
+    """Return the owner of each pixel's block, read once for ``UNIT`` adjacent pixels (1, 4 or 8) of the same block."""
     if UNIT == 1:
         at = _cell(pixel, width, side, columns)
         owner = tl.load(owners_ptr + at, mask=inside, other=0)

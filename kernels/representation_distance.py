@@ -1,8 +1,8 @@
 """`representation_distance` in Triton: a program sums one chunk of one layer of one sample.
 
-A launch has up to ``LAYERS`` layers. If each of them has a single chunk, the program also computes the distance.
-Otherwise, a second launch adds the chunks in order and computes the distances. The chunk has a fixed size and there are
-no atomics, so a sample has the same bits in every batch.
+A launch has up to ``LAYERS`` layers. If each has a single chunk, the program also computes the distance. Otherwise a
+second launch adds the chunks in order. The chunk has a fixed size and there are no atomics, so a sample has the same
+bits in every batch.
 
 The layers of a launch are passed as tuples of pointers and sizes. Each layer has its own copy of the kernel's code, so
 dtypes and shapes may differ.
@@ -46,10 +46,7 @@ def _arccos(x):
 
 @triton.jit
 def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr):
-    """Return u . v, |u|^2 and |v|^2 over the elements start .. end - 1.
-
-    If DIFFERENCE, return |u - v|^2 and two zeros.
-    """
+    """Return u . v, |u|^2 and |v|^2 over the elements start .. end - 1, or, if DIFFERENCE, |u - v|^2 and two zeros."""
     dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(start, end, WIDTH):
         element = first + tl.arange(0, WIDTH)
@@ -65,10 +62,7 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _angle(dot, uu, vv, kind):
-    """Return (distance, scale, along). The gradient of the distance with respect to u is scale * (v - along * u).
-
-    The distances of all three kinds that use the angle are computed, and one is selected, because this is little work.
-    """
+    """Return (distance, scale, along). The gradient of the distance with respect to u is scale * (v - along * u)."""
     norms = tl.sqrt_rn(uu) * tl.sqrt_rn(vv)
     nothing = norms < LEAST_NORMS
     uu, vv = tl.where(nothing, 1.0, uu), tl.where(nothing, 1.0, vv)

@@ -21,8 +21,7 @@ from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _roo
 #: and the number that is added to lengths, so that no division by a length is a division by 0.
 PLACES = tl.constexpr(5)
 TINY = tl.constexpr(1e-12)
-#: TILE is the largest number of elements that a program of l2 or l1 processes together. FEWEST is the smallest number
-#: of pixels per channel in such a tile.
+#: The most elements that a program of l2 or l1 processes together, and the fewest pixels per channel in them.
 TILE, FEWEST = 2048, 32
 
 

@@ -1,7 +1,4 @@
-"""`stitch` in Triton: every element is copied from the pass that owns its block.
-
-The backward copies every gradient to this pass, and writes 0 for the other passes.
-"""
+"""`stitch` in Triton: every element is copied from the pass that owns its block, and every gradient to that pass."""
 
 from __future__ import annotations
 
@@ -22,8 +19,7 @@ def _groups(owners_ptr, groups, line, height, cell, tall, columns, CHANNELS_LAST
 
     A line of a block of the mask consists of whole groups, so a thread divides once for all elements of its group.
     ``line`` is the number of groups in a line of the image. ``cell`` is the number of groups in a line of a block. The
-    divisions are unsigned and use 32 bits. A signed division needs six more instructions, and a 64-bit division about a
-    hundred more.
+    divisions are unsigned and use 32 bits.
     """
     group = tl.program_id(0).to(tl.uint32) * GROUPS + tl.arange(0, GROUPS)
     inside = group < tl.cast(groups, tl.uint32)

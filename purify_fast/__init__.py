@@ -11,8 +11,7 @@
 - `purify_fast.models`: classifiers. `purify_fast.defences`: base classes of defences.
 - `purify_fast.protocols`: optional Python methods of your own model. The package uses those that your model has.
 
-Each name is imported when it is first used. So ``purify-fast --help`` does not wait for the import of PyTorch, which
-takes 1.8 seconds.
+Each name is imported when it is first used, so ``purify-fast --help`` does not wait for the import of PyTorch.
 """
 
 from __future__ import annotations

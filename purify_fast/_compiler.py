@@ -27,8 +27,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
         function: the function, which is called between two graphs.
         recursive: whether the functions that ``function`` calls are excluded too.
     """
-    # `torch._disable_dynamo` is private. It is the only such decorator that can be applied without importing the
-    # compiler.
+    # This private decorator is the only one that can be applied without importing the compiler.
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
     @functools.wraps(function)
@@ -43,8 +42,6 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
 
 def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result in the graph.
-
-    The effect is that of `torch.compiler.assume_constant_result`.
 
     Args:
         function: a function whose arguments and result are plain values, such as numbers and strings.
@@ -67,8 +64,7 @@ class EagerDispatchMode(TorchDispatchMode):
     within a plain dispatch mode never used its compiled form again.
     """
 
-    #: The stance belongs to the whole process. So it is set by the first of several modes, also of other threads, and
-    #: restored by the last.
+    #: The stance belongs to the whole process: the first of several modes sets it, and the last restores it.
     _lock = threading.Lock()
     _active = 0
     _stance: contextlib.AbstractContextManager[Any] | None = None

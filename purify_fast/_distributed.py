@@ -41,10 +41,9 @@ class Sign(NamedTuple):
 class Heartbeat:
     """Exchanges signs of life with the other processes.
 
-    One thread exchanges the signs. A second thread counts the beats (the intervals of `BEAT` seconds) in which another
-    process has given no sign. There are two threads because an exchange may block for a long time if the process that
-    serves the store was stopped. The second thread counts beats instead of reading a clock: if this process is itself
-    stopped and continued, its own pause does not count as silence of the other processes.
+    One thread exchanges the signs, which may block for long if the process that serves the store was stopped. So a
+    second thread counts the beats (intervals of `BEAT` seconds) without a sign of another process. It reads no clock: a
+    pause of this process itself does not count as silence of the others.
 
     Args:
         store: a connection that is used only for the signs. A connection that the work also uses would delay them.

@@ -1,11 +1,9 @@
 """Write files atomically, lock folders, and tell whether the extension was built from the current C++ sources.
 
-A file is first written under a temporary name, synced, and then renamed.
+The operating system unlocks a folder's lock (`filelock`, ``.purify_fast.lock``) when the process ends, even if it is
+killed. The file is removed when the run ends.
 
-A folder is locked with `filelock`: the operating system locks the file ``.purify_fast.lock``, and unlocks it when the
-process ends, even if the process is killed. The file is removed when the run ends.
-
-This module imports nothing of the package when it is loaded, because setup.py loads it without the package.
+This module imports nothing of the package, because setup.py loads it alone.
 """
 
 from __future__ import annotations
@@ -35,8 +33,7 @@ _owners: dict[Path, tuple[int, int]] = {}
 RECORD = "_build.json"
 #: The folders of ``csrc`` whose files are compiled into the extension.
 PARTS = ("core", "cpu")
-#: Files that are present only in this package's ``csrc``. Another package may have installed a folder with the same
-#: name into ``site-packages``.
+#: Files that only this package's ``csrc`` has. Another package may have put a ``csrc`` into ``site-packages``.
 MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
@@ -174,8 +171,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
-        # Remove the empty folders among those that this block created. A folder is empty if, say, the settings were
-        # invalid.
+        # Remove the empty folders among those that this block created.
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()

@@ -1,7 +1,4 @@
-"""Read and write safetensors files that contain tensors, JSON values and a checksum of both.
-
-The checksum is compared whenever a file is read. A file in which a single bit has changed is refused.
-"""
+"""Read and write safetensors files with tensors, JSON values and a checksum of both, compared at every reading."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from torch import Tensor
 from ._files import atomic
 from ._tensors import digest, text_hash
 
-#: The key of the only entry in a file's metadata. The entry's value is a checksum, a space, and JSON. Several entries
-#: would have no fixed order, and the same content could then give different files.
+#: The only key of a file's metadata, for a checksum, a space, and JSON: several entries would have no fixed order.
 _ENTRY = "purify_fast"
 
 

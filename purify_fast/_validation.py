@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 Norm = Literal["linf", "l2", "l1"]
 #: The norms that public functions accept. "Linf", "L2" and "L1" are the names in AutoAttack and RobustBench.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
-#: The precision of a training or an evaluation. With "tf32" a GPU rounds the factors of products to ten bits of
-#: mantissa.
+#: The precision of a training or an evaluation. "tf32" rounds products' factors to ten bits of mantissa.
 Precision = Literal["float32", "tf32", "bfloat16"]
 #: The precision of an attack's gradients; see `purify_fast.attacks.gradient_copy`.
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
@@ -78,10 +77,7 @@ ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise a ValueError unless every argument is a whole number of at least 1.
-
-    The keywords are the names in the message.
-    """
+    """Raise a ValueError unless every argument, named by its keyword, is a whole number of at least 1."""
     for name, value in counts.items():
         _check_type(name, value, Count)
 
@@ -186,8 +182,7 @@ def check_folder(name: str, path: str | Path | None) -> None:
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
-        # `exists` must come before `is_dir`. In the other order, a folder that another process creates between the two
-        # calls would be taken for a file.
+        # `exists` comes first: a folder that is created between the calls would otherwise be taken for a file.
         if place.exists():
             if not place.is_dir():
                 raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")

@@ -1,16 +1,15 @@
-"""A replacement for the original class AutoAttack. It runs this package's attacks.
+"""A replacement for the original class AutoAttack, which runs this package's attacks.
 
 Code that uses the original class needs only another import: ``from purify_fast.autoattack import AutoAttack``. The
-arguments have the same names, defaults and order as those of the original implementation (Croce & Hein, ICML 2020; the
-class ``AutoAttack`` of the package autoattack, which RobustBench calls). An argument that this class does not support
-raises an error. To run the original implementation, use `purify_fast.attacks.AutoAttack` or the protocol "official".
+arguments have the names, defaults and order of the original (Croce & Hein, ICML 2020; the package autoattack, which
+RobustBench calls). An argument that this class does not support raises an error. To run the original implementation,
+use `purify_fast.attacks.AutoAttack` or the protocol "official".
 
 Four things differ from the original:
 
 - The search for an adversarial image ends early if it can hardly succeed any more.
 - An image of a random model is attacked until several new draws all misclassify it, as many as a step of the attack
-  averages. The printed accuracy is the mean over at least five other draws of each image. These draws did not choose
-  the image, so chance does not lower the accuracy.
+  averages. The printed accuracy is the mean over at least five other draws, so chance does not lower it.
 - If the model has fewer classes than a loss needs, the margin replaces the loss.
 - ``fab`` runs targeted FAB for one class after the other, with ``fab.n_restarts`` restarts, because this package has no
   untargeted FAB.

@@ -1,14 +1,13 @@
 """Find the values and modules that a model contains, and make two keys that tell whether the model has changed.
 
-`children` returns the values directly inside a value, with their names. The rest of this module is built on it. The two
-keys are made from all values inside a model:
+The two keys are made from all values inside a model:
 
 - `identity_key` identifies tensors by their addresses, and other objects by their identity. A captured step (a CUDA
-  graph) reads the memory that its model used at the capture, so the step may be replayed as long as this key is
-  unchanged. A write into that memory, such as an optimizer's step, does not change the key.
-- `fingerprint` compares models in different processes by value. Two models get the same fingerprint only if no
-  difference between them can be found. A fingerprint contains nothing that varies between processes, such as addresses
-  in memory, the order of a set, or the state of a random generator.
+  graph) reads the memory of its model, so it may be replayed while this key is unchanged, also after a write into that
+  memory, such as an optimizer's step.
+- `fingerprint` compares models in different processes by value. Equal fingerprints mean that no difference was found.
+  Values that vary between processes are left out: addresses in memory, the order of a set, and the state of a random
+  generator.
 """
 
 from __future__ import annotations
@@ -173,9 +172,8 @@ class _Walk:
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.path: list[tuple[Any, Any]] = []
-        # A number for each visited value, by its id. If the same object is visited again, the number is recorded
-        # instead of its content. So the keys of a model with a shared object and of a model with two equal objects
-        # differ.
+        # A number for each visited value, by its id. It is recorded when the value is visited again, so that a shared
+        # object and two equal objects give different keys.
         self._numbers: dict[int, int] = {}
         # Keep every visited value alive, because an id is unique only while its object exists.
         self._alive: list[Any] = []
@@ -277,8 +275,7 @@ def _is_settings(kind: type) -> bool:
 
 # -- the key by value -------------------------------------------------------------------------------------------------
 
-#: Types whose values are compared by their name: descriptors and operators written in C, and objects that do not affect
-#: predictions.
+#: Types whose values are compared by name: in C, or without an effect on predictions.
 _IN_C = (types.GetSetDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _NAMED = (*_IN_C, ModuleType, logging.Logger, type(threading.Lock()), type(threading.RLock()))
 #: Types that wrap a function, and their attributes that refer to the function and its object.
@@ -298,8 +295,7 @@ _LIBRARIES = {"torch", "torchvision", "numpy", "purify_fast", *sys.stdlib_module
 def fingerprint(model: object, revision: str | None = None) -> str | None:
     """Hash everything that affects a module's computation: weights, attributes, hooks, submodules and code.
 
-    With ``out``, `evaluate` stores the result of each attack. It uses a stored result again only if the fingerprint of
-    the model is unchanged.
+    With ``out``, `evaluate` uses the stored result of an attack only if the fingerprint of the model is unchanged.
 
     Attributes, also private ones, are hashed by value, with everything inside them: contents of tensors and arrays,
     modules, functions and objects. A class lists in ``not_dependencies`` the attributes that do not affect its
@@ -308,12 +304,11 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
     The whole source file, comments included, is hashed for the user's functions, for the methods of the user's classes,
     and for the functions that this code reads as global variables. In a notebook, the cell is hashed. Other code, such
     as a function of an imported module, is hashed by its name only: pass another ``revision`` after you edit such code.
-    Installed packages are hashed by name and version. PyTorch, NumPy and Python's own modules are hashed by name only;
-    `evaluate` stores PyTorch's version with each result. A function without source text cannot be compared.
+    Installed packages are hashed by name and version, and PyTorch, NumPy and Python's own modules by name; `evaluate`
+    stores PyTorch's version. A function without source text cannot be compared.
 
-    A generator of NumPy or of Python's ``random`` does not show its seed, and `evaluate` does not set its seed. A
-    stored result could then come from other random draws. So a model that contains such a generator has no fingerprint.
-    Use PyTorch's default generator, which `evaluate` seeds, or pass a revision.
+    A model with a generator of NumPy or of Python's ``random``, whose seed neither shows nor is set by `evaluate`, has
+    no fingerprint. Use PyTorch's default generator, which `evaluate` seeds, or pass a revision.
 
     Args:
         model: the evaluated model.
@@ -426,8 +421,7 @@ class _Values(_Walk):
         code = function.__code__
         linecache.checkcache(code.co_filename)
         source = "".join(linecache.getlines(code.co_filename, function.__globals__))
-        # The methods that Python generates for dataclasses and named tuples have no source file. Their names are
-        # enough, because the fields of the class decide their code.
+        # Python's methods of dataclasses and named tuples have no source file, but the fields of the class decide them.
         if not source and not (code.co_filename == "<string>" and function.__name__ in vars(object)):
             raise self._cannot_compare(function)
         # The positions distinguish functions of the same name in a file. Python 3.10 knows only the lines, not the
@@ -497,10 +491,7 @@ def _name(value: Any) -> str:
 
 
 def _is_found_by_name(function: FunctionType) -> bool:
-    """Tell whether a library's function can be imported by its name.
-
-    A lambda, an inner function, and a user's wrapper with the name of the wrapped function cannot be imported.
-    """
+    """Tell whether a library's function can be imported by its name, unlike a lambda or a user's wrapper around it."""
     place: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
         place = getattr(place, name, None)

@@ -1,10 +1,10 @@
 """Protocols for methods that a user's model may have. The package uses those that the model has.
 
-A class satisfies a protocol if it has the protocol's methods. It need not inherit from the protocol.
+A class satisfies a protocol by its methods, without inheriting from it.
 
-A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells which
-other methods a defence has. It looks at the object's type. So the methods of a model inside a wrapper, such as a
-compiled module, do not count as methods of the wrapper, because a call of such a method would bypass the wrapper.
+A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` tells by an
+object's type which other methods it has. So the methods of a model inside a wrapper, such as a compiled module, do not
+count as methods of the wrapper, because a call of such a method would bypass the wrapper.
 """
 
 from __future__ import annotations

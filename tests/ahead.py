@@ -58,10 +58,7 @@ def _made(arguments: Sequence, dtype: torch.dtype) -> list:
 
 
 def _cases() -> dict[str, tuple]:
-    """Return the launcher's arguments for each case. The name of a case begins with the name of the op.
-
-    A name with "-backward" is a case of the op's backward pass.
-    """
+    """Return the launcher's arguments for each case. The name of a case begins with the name of the op."""
     image, latent, rows = x(4, 3, 64, 64), x(4, 1024), one(4)
     cases = {
         "sample_latent-forward": (latent, latent, SEED, IDS),

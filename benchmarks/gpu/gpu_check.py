@@ -6,12 +6,11 @@
   longest kernels of its step, evaluations, and pipelines. The call ends within nine minutes.
 
 A call consists of sections. Each section has a separate process and a time limit, which includes the start of the
-process and all preparation. The outcome of a section is passed, failed, or not available (if a tool is missing).
+process and all preparation.
 
 DIR is the folder for the results of the device. A section writes its findings to ``DIR/gpu_check/<section>.json`` and
-its output to ``DIR/gpu_check/<section>.log``. Each row of a results file is written into DIR as soon as it is measured.
-The file ``DIR/<call>.md`` has a summary of the sections. At the end of a call, everything that should leave the machine
-is in one file, ``DIR/<call>.tar.xz``, which is smaller than 16 MB.
+its output to ``DIR/gpu_check/<section>.log``. At the end of a call, everything that should leave the machine is in one
+file, ``DIR/<call>.tar.xz``, which is smaller than 16 MB.
 
 A second run skips the sections that are complete. A section is complete if it did not fail, left out nothing, and was
 run with the same versions, sources and device. If a section was killed, the next run keeps the rows that the section
@@ -90,10 +89,7 @@ def _rehearse(out: Path) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Wait until the parent process has ended, and then kill this process group.
-
-    Otherwise the group would continue to run after its parent is killed.
-    """
+    """Kill this process group when the parent process has ended, even if the parent was killed."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os.killpg(0, signal.SIGKILL)

@@ -1,7 +1,4 @@
-"""The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`.
-
-`SECTIONS` lists them in the order of their calls. Each has a time limit, and the seconds that it took on a card.
-"""
+"""The sections of the GPU check. Each section is a function that takes a `Context` and returns an `Outcome`."""
 
 from __future__ import annotations
 
@@ -117,8 +114,6 @@ class Outcome:
 
 def measured(context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]]) -> Outcome:
     """Measure the parts of a section that are missing in its results file. Write the file after each part.
-
-    If a part fails, the other parts are still measured. A part that does not fit into the time limit is left out.
 
     Args:
         context: context of the section.
@@ -396,10 +391,7 @@ def measured_limits(context: Context) -> Outcome:
 
 
 def tests(context: Context) -> Outcome:
-    """Run tests/gpu, except the tests that passed in an earlier run.
-
-    The tests with small tensors run in parallel. After them, the tests with large tensors run one by one.
-    """
+    """Run tests/gpu, except the tests that passed in an earlier run."""
     path = context.out / "gpu_check" / "tests.outcomes"
     # Some processors are left for the sections beside this one.
     workers = min(12, 3 * (os.cpu_count() or 1) // 4) if importlib.util.find_spec("xdist") else 0
@@ -428,10 +420,7 @@ def tests(context: Context) -> Outcome:
 
 
 def sanitizer(context: Context) -> Outcome:
-    """Run every op once without compute-sanitizer, and then under this tool, which checks the kernels' memory accesses.
-
-    If the tool is missing, only the first run takes place. Memcheck and racecheck run side by side.
-    """
+    """Run every op once, and then again under compute-sanitizer, which checks the kernels' memory accesses."""
     script = [sys.executable, *EVERY_OP, "--device", context.device.type]
     # Give every tensor a separate allocation, so that the tool finds accesses beyond a tensor.
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -92,9 +92,7 @@ def table(name: str, results: Path) -> str | None:
 
 
 def value(study: str, model: str, key: str, results: Path) -> str:
-    """Return a single number for a page: an accuracy of a study in percent, or a speedup of a pipeline.
-
-    An accuracy is the mean over the seeds of the study.
+    """Return a number for a page: a study's accuracy in percent, the mean over the seeds, or a pipeline's speedup.
 
     Args:
         study: name of the study, or of a device's folder for a speedup, such as ``cpu``.
@@ -262,9 +260,6 @@ def _measured(name: str, results: Path) -> frozenset[str]:
 
 def check(results: Path) -> list[str]:
     """Return a message for each fault of README and docs.
-
-    Faults are tables and values that differ from the results, broken links, numbers without a source, and outdated
-    results, whose attacks or models have changed.
 
     Args:
         results: the folder ``benchmarks/results``.

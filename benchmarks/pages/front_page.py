@@ -22,14 +22,12 @@ from . import gpu_tables
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
-#: The name of the row for the worst case in the study of ARREST. There each attack runs only on the images that the
-#: earlier attacks did not break.
+#: The row of the worst case in the study of ARREST: each attack gets only images that earlier attacks did not break.
 LAST = "then AutoAttack standard, first 300"
 PAPER = "CARSO with the paper's objective, attacked through"
 #: The end of the names of the rows of CARSO without its randomness.
 CALM = ", deterministic"
-#: The lines of the table of results. Each line has a title, the name of a study, the model's name in the study's
-#: report, and the name of the report's row that is shown.
+#: The lines of the table of results: the title, the study, the model's name in its report, and the row that is shown.
 MODELS = [
     ("adversarially trained classifier, no defence added", "carso_mnist", "classifier", WORST),
     (f"{PAPER} its own output", "carso_mnist", "CARSO, paper's objective, through PeeL", WORST + CALM),
@@ -41,8 +39,7 @@ MODELS = [
 #: The folders of the devices in the table of speeds, and their names there.
 CPU, GPU = "cpu", "nvidia-h200"
 NAMES = {CPU: "two CPU cores", GPU: "NVIDIA H200"}
-#: The lines of the table of speeds. Each line has a folder, a title, and the names of a pipeline and a case in
-#: pipelines.csv.
+#: The lines of the table of speeds: the folder, the title, and the names of a pipeline and a case in pipelines.csv.
 CASES = [
     (CPU, "CARSO prediction, K = 8", "carso_inference", "prediction"),
     (CPU, "CARSO training step", "carso_training", "paper's objective"),
@@ -134,8 +131,6 @@ def speeds(results: Path) -> list[Speed]:
 def speed_table(results: Path) -> list[str]:
     """Return the table of the times of predictions, training steps and attacks, and a sentence if there are losses.
 
-    The table compares this package first with the faster form of the expert, and then with plain PyTorch.
-
     Args:
         results: folder of the committed results.
     """
@@ -181,8 +176,6 @@ def claim(results: Path) -> list[str]:
 def contests_sentence(results: Path) -> list[str]:
     """Return the line in README's table of attacks that compares the default protocol with AutoAttack.
 
-    Both attacked the same images and models.
-
     Args:
         results: folder of the committed results.
     """
@@ -216,10 +209,7 @@ def judges_sentences(results: Path) -> list[str]:
 
 
 def diffusion_sentence(results: Path) -> list[str]:
-    """Return the line about DiffPure in README's table of attacks.
-
-    The line compares the attacks of DiffPure's authors with attacks by exact gradients. The result is empty if the
-    study has not run.
+    """Return the line about DiffPure in README's table of attacks, which is empty if the study has not run.
 
     Args:
         results: folder of the committed results.
@@ -241,8 +231,6 @@ def diffusion_sentence(results: Path) -> list[str]:
 def broken_sentence(results: Path) -> list[str]:
     """Return the line about broken defences in README's table of attacks.
 
-    The line counts the defences that AutoAttack and the default protocol overestimate.
-
     Args:
         results: folder of the committed results.
     """
@@ -263,8 +251,7 @@ def broken_sentence(results: Path) -> list[str]:
 def picture(results: Path, path: Path) -> None:
     """Draw README's picture: the robust accuracy that is claimed for CARSO, and the accuracies under exact gradients.
 
-    Nothing is drawn if matplotlib is not installed. The same results always give the same bytes. The background is
-    white, which is readable in print and on dark pages.
+    Nothing is drawn if matplotlib is not installed. The same results always give the same bytes.
 
     Args:
         results: folder of the committed results.

@@ -71,10 +71,7 @@ def evaluations(folder: Path) -> list[str]:
 
 
 def pgd_forms(folder: Path) -> list[dict]:
-    """Return the rows of the forms of an attack by PGD. The new column ``share`` is the share of the matrix rate.
-
-    The share is NaN if the matrix rate was not measured.
-    """
+    """Return the rows of the forms of an attack by PGD, with their ``share`` of the matrix rate (NaN if unknown)."""
     # A form that did not run in time has no milliseconds.
     rows, rates = [row for row in sheets.rows_of(folder / PGD) if row["ms"]], limits.read(folder)
     peaks = [rates.get((row["device"], limits.PRODUCT), math.nan) for row in rows]

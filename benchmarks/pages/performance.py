@@ -14,8 +14,7 @@ from ..speed import limits, sheets, shipping
 from ..speed.sheets import table
 from . import gpu_tables
 
-#: The name of a file in a device's folder. The notes in this file are written by hand. They stand at the end of a CPU's
-#: chapter, and at the beginning of a GPU's chapter.
+#: The notes of a device, written by hand. They stand at the end of a CPU's chapter, and at the beginning of a GPU's.
 NOTES = "notes.md"
 
 
@@ -53,8 +52,7 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
             else:
                 line.append("-")
         body.append(line)
-    # In a shape, the text after the semicolon explains the name of the case. Leave this text out, because the page
-    # explains the name too.
+    # The text after the semicolon explains the name of the case, as the page does too.
     heads = [f"{case}: {shape.partition(';')[0]}" for _, case, shape in cases]
     more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
     base = "speed relative to the expert's faster form" if by_expert else "speedup over the plain form, which has 1.00"
@@ -107,11 +105,7 @@ def attack(folder: Path) -> list[str]:
 
 
 def measured_races(raced: dict) -> list[str]:
-    """Return the table of the results of `purify-fast tune` on a device.
-
-    For each op the table shows the speedup of the kernel over the reference, and the cases in which the reference is
-    used.
-    """
+    """Return the table of the results of `purify-fast tune` on a device."""
     body = []
     for op, entry in raced["ops"].items():
         cells = []

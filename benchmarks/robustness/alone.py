@@ -37,9 +37,8 @@ ALL = {name: contest for name, contest in (CONTESTS | ROBUST).items() if not con
 
 
 def withstood(subject: Subject, attacks: list[AttackSpec]) -> list[tuple[str, Tensor]]:
-    """Return the name of each attack, and which images withstood it and all attacks before, bool ``[N]``.
-
-    The first element is about the clean images.
+    """Return each attack's name, and which images withstood it and all before, bool ``[N]``; the clean images are
+    first.
     """
     config = EvaluateConfig(batch_size=BATCH, probes=False)
     how: dict[str, Any] = {"eps": subject.eps, "config": config, "attacks": attacks, "progress": False}

@@ -1,17 +1,15 @@
 """Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
-A contest is a model, a set of images and a radius. The contestants of a contest are the compared attacks. They run one
-after the other in one process. The images that an attack returns are clipped to the ball, and the model classifies the
-clipped images. A random model classifies each image several times, with new random numbers. For a protocol on a
-deterministic model, the result is taken from the report of `evaluate` instead.
+The compared attacks, the contestants, run one after the other in one process. The images that an attack returns are
+clipped to the ball, and the model classifies the clipped images. A random model classifies each image several times,
+with new random numbers. For a protocol on a deterministic model, the result is taken from the report of `evaluate`.
 
-Every finished run of a contestant is saved in the results file. So the command can be interrupted, and a single contest
-can be run by its name. A row of the results file has all runs of a contestant in a contest. The row also identifies the
-weights, the images, and the attacks with their revisions. If one of these has changed, the contestant runs again.
+Every finished run is saved in the results file, with the weights, the images, and the attacks and their revisions. If
+one of these has changed, the contestant runs again.
 
-The contests on robust networks (``--robust``) are larger. In these contests a run may attack only a part of the images.
-The images in all forward passes and gradient computations are counted. The results file has the outcome of each image,
-so that two contestants can be compared image by image.
+In contests on robust networks (``--robust``), a run may attack only a part of the images. The images in all forward
+passes and gradient computations are counted. The results file has the outcome of each image, so that two contestants
+can be compared image by image.
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
 
-#: The results file, and the file with the table for docs/evaluation.md. The files in the second line are those of the
-#: contests on robust networks.
+#: The results and the table for docs/evaluation.md; in the second line, those of the contests on robust networks.
 FILE, TABLE = "evaluation.json", "evaluation.md"
 ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
 OFFICIAL, OURS, FAST, STRONG = "AutoAttack", "standard", "fast", "strong"
@@ -68,13 +65,12 @@ OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
 #: The contestant SHORT_RAND runs the protocol rand with at most SHORT_STEPS steps.
 SHORT_STEPS = 60
 SHORT_RAND = f"rand, {SHORT_STEPS} steps"
-#: A random model classifies each returned image JUDGES times. An attack on a random model averages DRAWS gradients in
-#: each step.
+#: The predictions of a random model on each returned image, and the gradients that an attack's step averages.
 JUDGES, DRAWS = 20, 20
 #: The number of images in a batch, which is the default of the official implementation.
 BATCH = 250
-#: On a robust network, these slow contestants attack this many images in a run, so that an interrupted contest loses
-#: little work. The other contestants attack all images in one run, because their stopping rule depends on all images.
+#: Images in a run of these slow contestants: an interruption loses little. The stopping rule of others needs all
+#: images.
 PARTS = {OFFICIAL: 50, STRONG: 50}
 #: The number of images that the protocol strong attacks on a robust network.
 STRONG_IMAGES = 100
@@ -367,8 +363,7 @@ CONTESTS = {
     "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
     "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
 }
-#: The contests on robust networks. If a contest has only a part of the test images, its name ends with the numbers of
-#: the first and the last image.
+#: The contests on robust networks. The name may end with the numbers of the first and the last test image.
 ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
 ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
 ROBUST |= {
@@ -384,9 +379,7 @@ ROBUST |= {
 
 
 def misclassified(subject: Subject, found: Tensor) -> Tensor:
-    """Return the share of wrong predictions for each image that an attack returned, ``[N]``.
-
-    The returned images are first clipped to the ball.
+    """Return the share of wrong predictions for each returned image, which is first clipped to the ball, ``[N]``.
 
     Args:
         subject: attacked model and images.

@@ -27,16 +27,13 @@ class Counts:
 
 
 class CountedModel(nn.Module):
-    """A model that counts the images of its forward passes and gradients.
-
-    If an attack computes gradients in a copy of the model, the images in the copy are counted too.
+    """Counts the images of a model's forward passes and gradients, also of gradients in a copy of the model.
 
     Args:
         model: classifier, images ``[B, C, H, W]`` to logits ``[B, classes]``.
     """
 
-    #: The counts do not change predictions, so fingerprints and captured steps ignore the counts
-    #: (`purify_fast.model_state`).
+    #: The counts change no predictions (`purify_fast.model_state`).
     not_dependencies = frozenset({"counts"})
 
     def __init__(self, model: nn.Module):
@@ -47,8 +44,7 @@ class CountedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.counts.forwards += len(x)
         if x.requires_grad:
-            # Put the hook on a new tensor for this pass. A hook on the attack's tensor would remain there, and would
-            # count the gradients of later passes too.
+            # A hook on the attack's own tensor would remain there, and would count the gradients of later passes too.
             x = x.view_as(x)
             x.register_hook(self.counts.count_gradient)
         return self.model(x)

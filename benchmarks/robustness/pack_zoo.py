@@ -1,12 +1,11 @@
-"""Evaluate trained models, and put them into `purify_fast.zoo`. Each model has a card with the evaluated accuracies.
+"""Evaluate trained models, and put them into `purify_fast.zoo`.
 
 The argument NAME=FOLDER packs the model in FOLDER under the name NAME. FOLDER is the folder that a training wrote, with
 a saved classifier or defence. A new model needs a ``card.json`` in FOLDER, which describes the model. The evaluation
 replaces the numbers of this card. The argument NAME evaluates a model that is already in the zoo, and writes the
 model's card again.
 
-The classifier of a defence must be in the zoo too. Several defences can share a classifier. If an evaluation was
-interrupted, the same command continues it.
+The classifier of a defence must be in the zoo too. If an evaluation was interrupted, the same command continues it.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ from .studies.cifar10 import clean_accuracy as share_correct
 LARGEST = 3_000_000
 #: The protocols whose accuracies are in a card, each with the share of the images that it attacks.
 PROTOCOLS = {"standard": 1.0, "strong": 0.25}
-#: The protocols for a purifier by diffusion, whose predictions are random. "votes" attacks and evaluates the majority
-#: vote of `VOTES` predictions.
+#: The protocols for a purifier by diffusion. "votes" attacks and judges the majority of `VOTES` predictions.
 DIFFUSION_PROTOCOLS = {"rand": 1.0, "strong": 0.25, "votes": 0.25}
 VOTES = 10
 #: The default number of images that a protocol with the share 1 attacks.

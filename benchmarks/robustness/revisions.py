@@ -85,8 +85,7 @@ def of_protocol(
         model = AnyPurifier(random) if diffusion else AnyModel(random)
         subject = Subject(model, x, y, batch_size=2, n_eval=2, seed=0)
         specs = protocol_attacks(name, subject, ThreatModel("linf", 0.1))
-    # These protocols may add attacks through surrogates of the model, so the result includes the revision of the
-    # surrogates.
+    # These protocols may attack through surrogates of the model, so the result includes the surrogates' revision.
     surrogates = name == "strong" or (name == "standard" and random)
     return of_attacks(map(change, specs)) + ([f"surrogates {REVISION}"] if surrogates else [])
 
@@ -99,8 +98,5 @@ def short(name: str, random: bool, diffusion: bool = False) -> str:
 
 
 def of_rule(random: bool) -> list[str]:
-    """Return the rule by which `evaluate` judges a random model; empty for a deterministic model.
-
-    The rule changes the numbers of a random model, whatever the attacks are.
-    """
+    """Return the rule by which `evaluate` judges a random model; empty for a deterministic model."""
     return [f"rule {RULE}"] if random else []

@@ -1,7 +1,4 @@
-"""Measure the memory of the gradient through a diffusion process of 5 and of 100 steps.
-
-Each measurement runs in a separate operating-system process.
-"""
+"""Measure the memory of the gradient through a diffusion process of 5 and of 100 steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Compare the predictions of ``purify-fast plan`` with the time and the memory of the runs themselves.
-
-Each prediction and each run is a separate operating-system process. Its time includes the start of Python.
-"""
+"""Compare the predictions of ``purify-fast plan`` with the time (with Python's start) and the memory of the runs."""
 
 from __future__ import annotations
 

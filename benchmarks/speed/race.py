@@ -2,8 +2,7 @@
 
 Every contestant has a separate process, because some contestants raise the thresholds of the memory allocator, and a
 process cannot restore these thresholds. The contestants are timed in turn, so that only one of them runs at a time.
-There is a pause between two runs, in which the threads of the previous process stop spinning. On a GPU, all contestants
-are prepared at the same time, because most of the preparation is compilation. Then they are timed in turn, as on a CPU.
+There is a pause between two runs, in which the threads of the previous process stop spinning.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ def race(
     """Time all contestants of a case, and return one row of the results file for each contestant.
 
     The row of a contestant whose result is wrong has no times. With a time limit, a contestant that is not ready after
-    about three quarters of ``limit`` seconds is not timed, and its row has the verdict "left out". The verdict of a
-    contestant that raises an error is then "failed".
+    about three quarters of ``limit`` seconds is not timed, and its row has the verdict "left out".
 
     Raises:
         RuntimeError: a contestant raised an error. With a time limit, only the first contestant and ours matter.

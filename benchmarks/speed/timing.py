@@ -40,8 +40,7 @@ from .ops import Case
 
 STYLES = ("eager", "graph")
 CONTESTANTS = ("eager", "compile", "ours")
-#: The largest number of input sets that take turns. Inputs that would need more sets are so small that memory does not
-#: limit the time.
+#: The largest number of input sets that take turns. Inputs that need more are too small to be limited by memory.
 MOST_SETS = 8
 
 
@@ -115,8 +114,7 @@ class Contestant:
         self.graph = direction == "backward"
         function = _own_code(_function(case, style), kind)
         if kind == "compile" or (kind == "ours" and style == "graph"):
-            # Use no mode of torch.compile with CUDA graphs, because the graphs would copy the inputs, and overwrite the
-            # outputs of the previous run.
+            # No mode with CUDA graphs: they would copy the inputs, and overwrite the outputs of the previous run.
             function = torch.compile(function, fullgraph=True, dynamic=False)
         self.calls = [self._call(function, case, direction, inputs) for inputs in sets]
 

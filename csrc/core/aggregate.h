@@ -44,8 +44,7 @@ PF_INLINE void lane_range(const W* __restrict__ tile, int64_t samples, int64_t w
   }
 }
 
-// The largest number of lanes that are computed together. Compilers need this many to vectorize the loops. More lanes
-// would not fit into the first-level cache.
+// The largest number of lanes computed together: enough for vectors, and few enough for the first-level cache.
 constexpr int64_t aggregate_lanes = 64;
 
 // For each of `lanes` lanes, computes two numbers over the samples. `most` is the largest number, and `sum` is the sum
@@ -114,10 +113,9 @@ PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x
   }
 }
 
-// For each of `rows` rows of x, writes the index of the largest of the row's `classes` numbers, and the lowest index if
-// several are equal. NaN counts as the largest. The rows are contiguous, and `rows` is at most aggregate_lanes. The
-// inner loop runs over the rows, because in a loop along one row every comparison has to wait for the previous
-// comparison.
+// For each of `rows` contiguous rows of x (at most aggregate_lanes), writes the lowest index of the largest of the
+// row's `classes` numbers. NaN counts as the largest. The inner loop runs over the rows: along a row, every comparison
+// would wait for the previous comparison.
 template <class T>
 PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t classes, int32_t* __restrict__ best) {
   using W = wide_t<T>;
@@ -188,8 +186,7 @@ PF_INLINE Sigmoids<W> sigmoids(W x, W yes_shift, W no_shift) {
   return s;
 }
 
-// Above this number, sigmoid(-x) and exp(-x) are equal to the last bit, so a shift loses no digits. For much larger x,
-// a sum without a shift would underflow.
+// From here on sigmoid(-x) equals exp(-x) to the last bit, so a shift loses no digits; far above, a sum may underflow.
 constexpr double sigmoid_shift_from = 40.0;
 
 // For each lane, computes a shift for the sum of sigmoid(x) and a shift for the sum of sigmoid(-x). `sigmoid_sums`
@@ -246,8 +243,7 @@ PF_INLINE void sigmoid_slopes(W* __restrict__ tile, int64_t samples, int64_t wid
   }
 }
 
-// Overwrites the logits with grad times the Jacobian of log(sum of sigmoid(x)) - log(sum of sigmoid(-x)). `scratch` has
-// room for 4 * width numbers.
+// Overwrites the logits with grad times the Jacobian of mean_sigmoid. `scratch` has room for 4 * width numbers.
 template <class W>
 PF_INLINE void sigmoids_backward(W* __restrict__ tile, const W* __restrict__ grad, int64_t samples, int64_t width,
                                  W* scratch) {

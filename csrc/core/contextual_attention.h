@@ -1,8 +1,6 @@
-// Turns products of pixels into attention weights, and computes the gradient. purify_fast/ops/contextual_attention.py
-// has the definition.
+// Turns products of pixels into attention weights, and back: see purify_fast/ops/contextual_attention.py.
 //
-// The matrices are [cells][cells]: each row belongs to a query and has a number for every key. Queries and keys are
-// cells of the same grid, in row-major order.
+// The matrices are [cells][cells]: a row per query with a number per key, both cells of a grid in row-major order.
 #pragma once
 
 #include "math.h"
@@ -35,8 +33,7 @@ PF_INLINE void attention_row(W* __restrict__ row, const W* __restrict__ keep, W 
   for (int64_t i = 0; i < n; ++i) row[i] *= inverse * keep[i];
 }
 
-// Replaces the gradient of the weights by the gradient of the scores. A key with keep = 0 has weight 0, so `keep`
-// itself is not needed.
+// Replaces the gradient of the weights by that of the scores. A key with keep = 0 already has weight 0.
 template <class W>
 PF_INLINE void attention_row_backward(W* __restrict__ row, const W* __restrict__ weights, W scale, int64_t n) {
   const W* grad = row;

@@ -1,5 +1,4 @@
-// Computes the ELU of one half of the channels, times the sigmoid of the other half. purify_fast/ops/gated_elu.py has
-// the definition.
+// Computes the ELU of half of the channels, times the sigmoid of the others: see purify_fast/ops/gated_elu.py.
 #pragma once
 
 #include "math.h"
@@ -22,8 +21,7 @@ struct GatedEluSlope {
   W a, b;
 };
 
-// Returns the slopes with respect to a and b. sigmoid(b) sigmoid(-b) is computed from one exponential, because
-// 1 - sigmoid(b) would lose digits.
+// Returns the slopes to a and b. 1 - sigmoid(b) would lose digits, so sigmoid(-b) is from the same exponential.
 template <class W>
 PF_INLINE GatedEluSlope<W> gated_elu_slope(W a, W b) {
   const W tail = exp_unit(-abs(b)), inverse = 1 / (1 + tail);

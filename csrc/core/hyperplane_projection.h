@@ -100,8 +100,7 @@ PF_INLINE void hyperplane_projection(const T* x, const T* w, T* out, int64_t n, 
   for (int64_t i = 0; i < n; ++i) slope[i] *= scale;
   const W gap = plane.offset * scale -
                 ordered_sum<W>(n, [=](int64_t i) PF_INLINED_LAMBDA { return normal(i) * scale * load(x[i]); });
-  // The sign of normal * side is the direction in which a coordinate moves. Compilers do not vectorize a comparison of
-  // two conditions, so `side` is a number.
+  // normal * side has the sign of the coordinate's move. `side` is a number, because two conditions do not vectorize.
   const W side = gap < 0 ? W(-1) : W(1);
   const auto ahead = [=](int64_t i) PF_INLINED_LAMBDA { return normal(i) * side; };
   store_all(room, n, [=](int64_t i) PF_INLINED_LAMBDA {

@@ -10,8 +10,7 @@
 #include <cstdint>
 #include <limits>
 
-// Forces inlining, so that a function is compiled for the instruction set of its caller. Lambdas need
-// PF_INLINED_LAMBDA.
+// Forces inlining, for the instruction set of the caller. Lambdas need PF_INLINED_LAMBDA.
 #if defined(__GNUC__)
 #define PF_INLINE __attribute__((always_inline)) inline
 #define PF_INLINED_LAMBDA __attribute__((always_inline))
@@ -78,8 +77,7 @@ PF_INLINE void store(half& to, float x) {
   to.bits = static_cast<uint16_t>(out | sign);
 }
 
-// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. In max_nan and min_nan, the
-// first conditional expression propagates NaN in b, and the second propagates NaN in a. Compilers vectorize this form,
+// max, min and clamp propagate NaN, like torch.maximum, torch.minimum and torch.clamp. Compilers vectorize this form,
 // but not `a > b || a != a`.
 template <class W>
 PF_INLINE W max_nan(W a, W b) {
@@ -124,8 +122,7 @@ PF_INLINE float exp_minus_one(float r) {
   return r + r * r * p;
 }
 
-// Splits x into n ln 2 + r with |r| <= ln(2) / 2, and returns exp(r) - 1. If x is NaN, n is arbitrary and the result is
-// NaN.
+// Splits x into n ln 2 + r, |r| <= ln(2) / 2, and returns exp(r) - 1. For NaN, the result is NaN, and n arbitrary.
 PF_INLINE float reduce_exp(float x, int32_t& n) {
   const float shifted = x * 1.44269504f + magic;
   n = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(magic));
@@ -135,8 +132,7 @@ PF_INLINE float reduce_exp(float x, int32_t& n) {
 
 PF_INLINE float power_of_two(int32_t n) { return bit_cast<float>((static_cast<uint32_t>(n) + 127u) << 23); }
 
-// Returns log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2). `small` is added to the small terms before f is, so
-// that no precision is lost.
+// Returns log(1 + f) + small, for sqrt(1/2) <= 1 + f <= sqrt(2), adding `small` to small terms first.
 PF_INLINE float log_near_one(float f, float small) {
   float p = 0.067476823f;
   p = p * f - 0.116775028f;
@@ -164,9 +160,8 @@ PF_INLINE float exp(float x) {
   return p * detail::power_of_two(half_n) * detail::power_of_two(n - half_n);
 }
 
-// Holds exp(x) and exp(x) - 1 for x <= 0. Softmax, the sigmoid and the ELU need only this range. The member `exp` has
-// the same bits as the function exp, except that it is 0 where exp(x) is subnormal. exp_units needs only two thirds of
-// the instructions of the function exp. NaN gives NaN.
+// Holds exp(x) and exp(x) - 1 for x <= 0. The member `exp` has the same bits as the function exp, except that it is 0
+// where exp(x) is subnormal. exp_units needs only two thirds of the instructions of the function exp. NaN gives NaN.
 template <class W>
 struct ExpUnit {
   W exp, minus_one;
@@ -253,8 +248,7 @@ PF_INLINE W log_sigmoid(W x) {
   return min_nan(x, W(0)) - log1p_unit(exp_unit(-abs(x)));
 }
 
-// Sets out[i] = value(i) for all i < n. Rounding to 16 bits is done in a second loop, because compilers do not
-// vectorize a loop that has both clamps and rounding.
+// Sets out[i] = value(i). Rounding to 16 bits has its own loop: with clamps, compilers do not vectorize it.
 template <class T, class F>
 PF_INLINE void store_all(T* __restrict__ out, int64_t n, F value) {
   if constexpr (sizeof(T) == 2) {

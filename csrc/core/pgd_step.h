@@ -26,9 +26,8 @@ PF_INLINE W pgd_step_linf(W x, W grad, W x_nat, PgdStep<W> step) {
   return clamp_nan(min_nan(max_nan(moved, x_nat - step.eps), x_nat + step.eps), step.lo, step.hi);
 }
 
-// The direction g / |g| of the gradient g of one sample. The direction is 0 if any element of g is not finite, or if
-// all are 0. The factor 1 / |g| is stored as two numbers, because a single number could overflow. The elements are
-// multiplied by it, because a division per element would take most of the time.
+// The direction g / |g| of the gradient g of one sample, or 0 if any element of g is not finite, or if all are 0. The
+// factor 1 / |g| is stored as two numbers, because a single number could overflow. Divisions would take longer.
 template <class W>
 struct Direction {
   W scale, inverse;
@@ -101,9 +100,8 @@ PF_INLINE void pgd_step_l2(const T* x, const T* grad, const T* x_nat, T* out, in
 template <class W>
 using bits_t = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
 
-// Returns a threshold above 0. Only the k largest of the x_i (i < n), and numbers equal to the k-th largest, are at or
-// above the threshold. Zeros are always below it. All x_i must be in [0, most]. The search bisects bit patterns, which
-// have the same order as such numbers.
+// Returns a threshold above 0 that only the k largest of the x_i in [0, most], i < n, and numbers equal to the k-th
+// largest reach. Zeros are always below it. The search bisects bit patterns, which have the same order as such numbers.
 template <class W>
 PF_INLINE W reached_by(int64_t k, const W* x, int64_t n, W most) {
   // At least k elements are >= low, and fewer than k are >= high.

@@ -44,8 +44,7 @@ PF_INLINE void philox(Key key, U& c0, U& c1, U& c2, U& c3) {
   }
 }
 
-// Returns a multiple of 2^-24 in [0, 1). The word is converted to int32 first, because the conversion from int32 to
-// float is exact here, and is a single instruction on every CPU.
+// Returns a multiple of 2^-24 in [0, 1). The conversion from int32 is exact, and one instruction on every CPU.
 PF_INLINE float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
 
 // Makes two independent normal numbers from two words, by the Box-Muller transform.

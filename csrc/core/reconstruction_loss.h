@@ -1,5 +1,4 @@
-// Computes the binary cross-entropy with logits, summed per sample. purify_fast/ops/reconstruction_loss.py has the
-// definition.
+// Computes the binary cross-entropy with logits, summed per sample: see purify_fast/ops/reconstruction_loss.py.
 #pragma once
 
 #include "math.h"

@@ -21,8 +21,7 @@ struct Measured {
   double distance, scale, along;
 };
 
-// Adds `lanes` float sums, each over a few numbers, to lanes / 2 sums in double. A float sum over a few numbers loses
-// little precision.
+// Adds `lanes` float sums, each over a few numbers and so precise enough, to lanes / 2 sums in double.
 template <int lanes, class W>
 PF_INLINE void fold(const W* x, double* total) {
   constexpr int half = lanes / 2;

@@ -1,5 +1,4 @@
-// Computes a latent from mu, logvar and noise, and the KL divergence of N(mu, exp(logvar)) from N(0, I).
-// purify_fast/ops/sample_latent.py has the definition.
+// Computes a latent, and the KL divergence of its distribution from N(0, I): see purify_fast/ops/sample_latent.py.
 #pragma once
 
 #include "math.h"

@@ -22,8 +22,7 @@ PF_INLINE void copy_row(const T* from, T* to, int64_t classes, bool more) {
     for (int64_t c = 0; c < classes; ++c) to[c] = from[c];
   }
 }
-// Returns true if 16 numbers of sample k may be copied together. The extra numbers belong to the next samples of the
-// same image, so later copies overwrite them.
+// True if 16 numbers of sample k may be copied together: later samples of the image overwrite the extra numbers.
 PF_INLINE bool room_behind(int64_t k, int64_t samples, int64_t classes) {
   return classes < lanes && (samples - k) * classes >= lanes;
 }
@@ -95,9 +94,8 @@ PF_INLINE void backward_tile(Aggregation method, const W* grad, const T* logits,
   from_tile(tile, out, images, samples, classes, width);
 }
 
-// Calls f(first lane, number of lanes) for the classes of one image. Requires classes >= lanes. The logits are read in
-// place, without a copy to a tile. Each call gets a multiple of `lanes` lanes, so the last call may overlap another
-// call and compute some lanes twice.
+// Calls f(first lane, number of lanes) for the classes of one image, at least `lanes`, in place. Each call gets a
+// multiple of `lanes` lanes, so the last call may overlap another call and compute some lanes twice.
 template <class F>
 PF_INLINE void for_lanes(int64_t classes, F f) {
   const int64_t groups = (classes + lanes - 1) / lanes, most = aggregate_lanes / lanes,
@@ -319,8 +317,7 @@ Tensor aggregate_backward(Tensor grad, Tensor logits, int64_t method) {
   return out;
 }
 
-// Returns the result of the op and the rows that `keep_image` stores. Supports only the methods "lse" and "peel", and
-// only if there are at least `lanes` classes.
+// Returns the result and the rows of `keep_image`, for "lse" and "peel" with at least `lanes` classes.
 std::tuple<Tensor, Tensor> aggregate_keeping(Tensor logits, int64_t method) {
   const Tensor x = dense(logits);
   const int64_t batch = x.size(0), samples = x.size(1), classes = x.size(2);

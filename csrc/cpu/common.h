@@ -19,9 +19,8 @@
 
 #include "../core/math.h"
 
-// Compiles a loop once per instruction set. The library chooses one version of the loop when the library is loaded, so
-// the loop is fast on every CPU without -march=native. Templates cannot have this attribute, so each file has
-// non-template overloads. v3 is AVX2 with FMA and F16C, and v4 is AVX-512.
+// Compiles a loop for each instruction set (v3: AVX2, FMA and F16C; v4: AVX-512). The library chooses when it is
+// loaded. Templates cannot have this attribute, so each file has non-template overloads.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define PF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) static
 #elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && defined(__GNUC__)
@@ -31,8 +30,7 @@
 #endif
 
 #define PF_FOR_EACH_DTYPE(X) X(float) X(double) X(pf::half) X(pf::bfloat16)
-// Pairs of dtypes for two tensors. The second tensor has the dtype of the first, or the dtype of the arithmetic,
-// because images stay float32 under autocast.
+// Pairs of dtypes. The second is the first, or that of the arithmetic: images stay float32 under autocast.
 #define PF_FOR_EACH_PAIR(X)     \
   X(float, float)               \
   X(double, double)             \
@@ -75,9 +73,8 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
 }
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// Requests pages of 2 MiB for a large new tensor. C's allocator returns freed blocks of 32 MiB or more to the system,
-// so the result of every call is fresh memory. Each first write to a page of fresh memory causes a page fault, and
-// pages of 2 MiB cause far fewer faults than pages of 4 KiB.
+// Requests pages of 2 MiB for a large new tensor. It is fresh memory, because C's allocator returns freed blocks of 32
+// MiB or more to the system, and pages of 4 KiB would cause far more page faults.
 inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = 2 << 20, least = 32 << 20;
@@ -89,13 +86,11 @@ inline void prefer_large_pages(const Tensor& x, int64_t bytes) {
 #endif
 }
 
-// A result with at least this number of bytes does not fit into a cache that a few cores share. It may be written by
-// `stream`.
+// A result of at least this many bytes does not fit into a cache that few cores share, and may be written by `stream`.
 constexpr int64_t streamed_bytes = 32 << 20;
 
-// Copies without using the caches. A normal write first reads the target from memory into the cache. A write without
-// this read needs only half of the memory traffic. Neither pointer needs to be aligned. Call `streamed` after the last
-// copy of a thread.
+// Copies without the caches, which halves the memory traffic: a normal write first reads the target. The pointers need
+// no alignment. Call `streamed` after the last copy of a thread.
 inline void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
   auto* target = static_cast<char*>(to);
@@ -154,8 +149,7 @@ inline Tensor new_images(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType 
   const int64_t sizes[] = {n, c, h, w}, last[] = {h * w * c, 1, w * c, c};
   return channels_last ? new_strided(sizes, last, 4, dtype) : new_tensor(sizes, 4, dtype);
 }
-// Returns true if the images are channels_last and not contiguous. Like in PyTorch, the strides of dimensions of size 1
-// are ignored.
+// True if the images are channels_last and not contiguous. Strides of dimensions of size 1 are ignored, as in PyTorch.
 inline bool is_channels_last(const Tensor& x) {
   if (x.is_contiguous()) return false;
   int64_t stride = 1;
@@ -192,8 +186,7 @@ void with_pair(const Tensor& first, const Tensor& second, const char* op, F f) {
   });
 }
 
-// Calls f(begin, end) for ranges of rows, on PyTorch's threads. `cost` is the work of a row. Its unit is the work per
-// element in a simple loop.
+// Calls f(begin, end) for ranges of rows, on PyTorch's threads. `cost` is a row's work, in elements of a simple loop.
 template <class F>
 void parallel_rows(int64_t rows, int64_t cost, const F& f) {
   const int64_t step = grain / (cost > 0 ? cost : 1) + 1;

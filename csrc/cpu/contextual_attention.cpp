@@ -24,8 +24,7 @@ struct Call {
 
 // -- loops over queries -----------------------------------------------------------------------------------------------
 
-// Each loop computes the queries begin .. end - 1 of a sample. `first` is the index of the sample's first row in a
-// `Dense`.
+// Loops over queries begin .. end - 1 of a sample, whose first row in a `Dense` is `first`.
 
 // Computes the scores before "fuse". A score is the sum of products of pixels over the nine offsets, times the inverse
 // norm of the key.

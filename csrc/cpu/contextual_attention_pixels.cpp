@@ -49,8 +49,7 @@ PF_INLINE void split_rows_loop(const T* x, T* phases, Maps maps, int64_t begin, 
     }
   }
 }
-// Joins the phases of the rows begin .. end - 1. `more` [batch, cells, channels] is added to phase 0, if `more` is not
-// null.
+// Joins the phases of rows begin .. end - 1. `more` [batch, cells, channels] or null is added to phase 0.
 template <class T, class W = wide_t<T>>
 PF_INLINE void join_rows_loop(const T* phases, const W* more, T* x, Maps maps, int64_t begin, int64_t end) {
   const int64_t channels = maps.channels;

@@ -29,8 +29,7 @@ inline bool has_pairs() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-// Returns true if the processor has the instructions of PF_PAIRS but no AMX tiles. With AMX, the convolutions of oneDNN
-// are faster.
+// True if the processor has the instructions of PF_PAIRS but no AMX, with which oneDNN is faster.
 inline bool supported() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
@@ -42,8 +41,7 @@ struct Sizes {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// Holds memory that a thread has released, so that the thread can use it again. New memory would cause a page fault for
-// each page.
+// Holds memory that a thread has released, for its next use. New memory would cause a page fault for each page.
 class Kept {
  public:
   // The largest number of bytes that are held for a thread.
@@ -116,8 +114,7 @@ struct Blocks {
   }
 };
 
-// Divides the channels into blocks of at most `most` vectors with 16 channels each. The last vector of a block may have
-// 8 channels.
+// Divides the channels into blocks of at most `most` vectors of 16 channels, the last of which may have 8.
 inline Blocks vectors(int64_t channels, int64_t most) {
   Blocks made;
   const int64_t halves = (channels + 7) / 8, blocks = (halves + 2 * most - 1) / (2 * most);
@@ -140,8 +137,7 @@ inline Blocks singles(int64_t channels) {
   return made;
 }
 
-// Divides the channels into blocks of 8, so that each half of a vector with 16 channels belongs to one block. The last
-// block may be smaller.
+// Divides the channels into blocks of 8, or fewer in the last: a half of a 16-channel vector has a single block.
 inline Blocks eights(int64_t channels) {
   Blocks made;
   for (int64_t first = 0; first < channels; first += 8) made.add(first, channels - first < 8 ? channels - first : 8, 8);
@@ -150,8 +146,7 @@ inline Blocks eights(int64_t channels) {
 
 inline int64_t rounded_to_eights(int64_t count) { return (count + 7) / 8 * 8; }
 
-// The mask of the first `count` of 16 numbers. It has all bits if `count` is above 16, and no bits if `count` is
-// negative.
+// The mask of the first `count` of 16 numbers, where `count` may be negative or above 16.
 inline __mmask16 first_of(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }

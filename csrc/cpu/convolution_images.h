@@ -1,7 +1,6 @@
 // Computes a convolution, or the gradient of its input, which is also a convolution. The sums over taps and input
-// channels are computed for a few output pixels and many output channels together. The instruction vdpbf16ps multiplies
-// pairs of numbers (see convolution.h). Here, the two numbers of a pair come from neighboring channels, which are
-// adjacent in memory.
+// channels are computed for a few output pixels and many output channels together. The two numbers of a pair (see
+// convolution.h) come from neighboring channels, which are adjacent in memory.
 #pragma once
 
 #include <algorithm>

@@ -13,8 +13,7 @@ namespace pf::cpu::convolution {
 // Computes the convolution, or the gradient of its input.
 class TiledImages {
  public:
-  // If `turned`, the argument `input` of `run` is the gradient of the convolution's output, and the result is the
-  // gradient of the convolution's input.
+  // If `turned`, `run` maps the gradient of the convolution's output to that of its input.
   TiledImages(const Sizes& s, bool turned)
       : images(s.images),
         height(turned ? s.out_height : s.height),
@@ -112,8 +111,7 @@ class TiledWeightGradient {
     Lines<float> sums(products * total);
     std::memset(sums.get(), 0, products * total * sizeof(float));
     const int64_t tiles = s.images * grid.each, bytes = products * 2 * (of_gradient.pitch + of_input.pitch);
-    // `fitting` is the number of tiles per step. It is chosen so that the transformed data of these tiles fit into the
-    // cache of a core (`room` bytes).
+    // `fitting` tiles per step have transformed data that fit into the cache of a core (`room` bytes).
     constexpr int64_t room = 1280 << 10;
     const int64_t fitting = std::clamp<int64_t>(room / bytes / few * few, few, (tiles + few - 1) / few * few);
     Lines<uint32_t> left(products * of_gradient.pitch * fitting / 2), right(products * of_input.pitch * fitting / 2);

@@ -12,8 +12,7 @@
 
 namespace pf::cpu::convolution {
 
-// Consecutive pairs of one row: the position of the first pair in the gradient and in the input, and the number of
-// pairs.
+// Consecutive pairs of a row: the first pair's position in gradient and input, and the number of pairs.
 struct Segment {
   int64_t gradient, input, pairs;
 };
@@ -78,8 +77,7 @@ inline WeightTile weight_tile_of(int64_t many, int64_t singles) {
   return made[(many + 7) / 8 - 1](singles);
 }
 
-// Computes the gradient of the bias for 16 channels, beginning with channel `first`. It is the sum of the output's
-// gradient over all pixels.
+// Sums the output's gradient over all pixels, for the bias of 16 channels, beginning with channel `first`.
 PF_PAIRS inline void sum_pixels(const uint16_t* gradient, int64_t pixels, int64_t channels, int64_t first, float* to) {
   const __mmask16 mask = first_of(channels - first);
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -170,8 +168,7 @@ class WeightGradient {
     return {first, std::max<int64_t>(0, stop - first)};
   }
 
-  // Divides the images into bands, and the bands into groups. The packed gradient and the packed input of a group fit
-  // together into the cache of a core.
+  // Divides the images into bands and groups of bands, whose packed gradient and input fit into a core's cache.
   std::vector<std::vector<Band>> grouped() const {
     constexpr int64_t room = 2048 << 10;
     const int64_t out_row = pairs * of_gradient.pitch * 4, in_row = columns * of_input.pitch * 4;
@@ -196,8 +193,7 @@ class WeightGradient {
     return groups;
   }
 
-  // Packs the gradient and the input of a group. Returns the number of positions of the gradient, and that of the
-  // input.
+  // Packs the gradient and the input of a group, and returns the numbers of their positions.
   template <class Parallel>
   std::pair<int64_t, int64_t> pack(const std::vector<Band>& group, const uint16_t* input, const uint16_t* gradient,
                                    uint32_t* left, uint32_t* right, const Parallel& parallel) const {
@@ -242,9 +238,9 @@ class WeightGradient {
       uint32_t* place = to + block.before * positions + position * block.pitch;
       pack_pairs(row, s.width, s.inputs, block, -stride, 1, stride, s.width + stride, place);
       if (s.out_width % 2) {
-        // The last output pixel has no neighbor. It gets a pair of its own. The distance in this pair is larger than
-        // any row, so 0 replaces the second pixel of the pair. Otherwise an input pixel that no output pixel uses would
-        // be multiplied by zero, and an infinite pixel would give NaN.
+        // The last output pixel has no neighbor. The distance in its pair is larger than any row, so 0 replaces the
+        // second pixel. Otherwise an infinite input pixel that no output pixel uses would be multiplied by zero, and
+        // give NaN.
         place += (s.width + stride) * block.pitch;
         const int64_t last = (s.out_width - 1) * stride - s.padding[1];
         pack_pairs(row, s.width, s.inputs, block, last, s.dilation[1], int64_t{1} << 40, s.kernel[1], place);
@@ -252,8 +248,7 @@ class WeightGradient {
     }
   }
 
-  // Returns the segments of each tap, for all rows of a group. Rows and pixels for which the tap is outside the input
-  // are omitted.
+  // Returns the segments of each tap, for the rows and pixels of a group where the tap is inside the input.
   std::vector<std::vector<Segment>> segments_of(const std::vector<Band>& group) const {
     std::vector<std::vector<Segment>> made(taps);
     const int64_t stride = s.stride[1];

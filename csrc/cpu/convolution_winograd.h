@@ -1,13 +1,13 @@
 // Convolutions with 3 x 3 taps and stride 1 by Winograd's algorithm F(2 x 2, 3 x 3). For each input channel and each
-// output channel, an output tile of 2 x 2 pixels needs 16 products. A direct convolution needs 36.
+// output channel, an output tile of 2 x 2 pixels needs 16 products instead of 36.
 //
 // Y = A' [(G g G') * (B' d B)] A
 //
 // d is a tile of 4 x 4 input pixels, g is the kernel, Y is a tile of 2 x 2 output pixels, and * multiplies elements. A,
-// B and G are the constant matrices of the algorithm, and ' is the transpose. The gradient of the weights is
-// G' [(A Y A') * (B' d B)] G, summed over the tiles, where Y is a tile of the output's gradient. The factors are
-// computed in float32 and then rounded to bfloat16. This extra rounding makes the errors about twice as large as those
-// from rounding the images and weights alone.
+// B and G are the constant matrices of the algorithm, and ' is the transpose. The gradient of the weights is G' [(A Y
+// A') * (B' d B)] G, summed over the tiles, where Y is a tile of the output's gradient. The factors are computed in
+// float32 and then rounded to bfloat16. This extra rounding makes the errors about twice as large as those from
+// rounding the images and weights alone.
 //
 // With dilation D, pixels at distance D form an image of their own. There are D x D such images.
 #pragma once
@@ -49,11 +49,9 @@ struct Grid {
   }
 };
 
-// Returns true if Winograd's algorithm is faster than a direct convolution. With few channels or fewer tiles than
-// `least`, most of the time would be spent before and after the products. A direct convolution omits the zeros of the
-// border, so it has few products if the padding or the dilation is large. Winograd's algorithm is used only if it needs
-// less than 3/4 of the products of a direct convolution. The decision depends only on the sizes of one image, so an
-// image has the same result in every batch.
+// Returns true if Winograd's algorithm is faster than a direct convolution, which omits the zeros of the border. It
+// must need less than 3/4 of the products, and with few channels or fewer tiles than `least`, the products are not most
+// of the work. The sizes of one image decide, so that an image has the same result in every batch.
 inline bool by_tiles(const Sizes& s, int64_t least) {
   if (s.kernel[0] != 3 || s.kernel[1] != 3 || s.stride[0] != 1 || s.stride[1] != 1) return false;
   const int64_t tiles = Grid(s.out_height, s.out_width, s.dilation).each;
@@ -93,8 +91,7 @@ PF_PAIRS_INLINE void spread_input(Floats& d) {
   }
 }
 
-// The pixels of one tile: 4 x 4 pixels of the input, or 2 x 2 pixels of the gradient. `seen` is 0 for pixels outside
-// the image.
+// The pixels of a tile: 4 x 4 of the input, or 2 x 2 of the gradient. `seen` is 0 outside the image.
 struct Pixels {
   const uint16_t* from[16];
   __mmask16 seen[16];
@@ -194,8 +191,7 @@ PF_PAIRS void take_pairs(const Pixels& first, const Pixels& second, int64_t chan
   }
 }
 
-// Computes G' m G for 16 channels, into to[9][16]. m are the sums of the 16 products. In `sums`, consecutive products
-// are `step` numbers apart.
+// Computes G' m G for 16 channels, into to[9][16]. m are sums of the 16 products, `step` numbers apart.
 PF_PAIRS inline void give_kernel(const float* sums, int64_t step, __mmask16 mask, float* to) {
   const __m512 half = _mm512_set1_ps(0.5f);
   __m512 rows[3][4];

@@ -20,8 +20,7 @@ constexpr int coefficients_of_a_row = 8;
 // This number must be equal to purify_fast.ops.diffusion_step.STEPS.
 constexpr uint64_t steps = 1 << 16;
 
-// Computes the next state of at most one chunk. v is null if variances are not learned. `noise` is null if there is no
-// noise.
+// Computes the next state of at most a chunk. v is null without learned variances, and `noise` without noise.
 template <class T, class W = wide_t<T>>
 PF_INLINE void forward_loop(const W* x, const T* m, const T* v, const float* noise, StepCoefficients<W> k, W* out,
                             int64_t n) {
@@ -76,8 +75,7 @@ PF_INLINE void backward_loop(const W* grad, const W* x, const T* m, const T* v, 
   }
 PF_FOR_EACH_DTYPE(PF_LOOPS)
 
-// The layout of a row of the prediction, or of its gradient: contiguous (a plane of pixels per channel) or
-// channels_last (all channels per pixel).
+// The layout of a row of the prediction: contiguous (planes of pixels) or channels_last (channels per pixel).
 struct Planes {
   int64_t channels, pixels;
   bool channels_last;
@@ -127,8 +125,7 @@ struct Job {
   template <class W>
   StepCoefficients<W> of_row(int64_t row) const {
     const W* k = data<W>(coefficients) + (coefficients.dim() == 2 ? row * coefficients_of_a_row : 0);
-    // If the clip is NaN, the comparisons with it have no effect. The result must be NaN, so the coefficient of the
-    // image becomes NaN.
+    // Comparisons with a NaN clip have no effect, but the result must be NaN, so the image's coefficient becomes NaN.
     const W image = k[2] == k[2] ? k[3] : k[2];
     return {k[0], k[1], k[2], image, k[4], k[5], k[6], k[7]};
   }
@@ -163,8 +160,7 @@ Job job_of(const Tensor& x, const Tensor& prediction, const Tensor& coefficients
           coefficients};
 }
 
-// Calls f(row, first, count) for the elements of all rows, one chunk at a time. `cost` is the time of an element as a
-// multiple of the time to copy it.
+// Calls f(row, first, count) for all rows, by chunks. `cost`: an element's time, relative to copying it.
 template <class F>
 void for_chunks(const Job& job, int64_t cost, const F& f) {
   const int64_t chunks = (job.n + chunk - 1) / chunk;

@@ -9,8 +9,7 @@ namespace {
 // all rows are indexed without gaps, and a tile has `tile` of them. So the loops are long even if n is small.
 constexpr int64_t tile = 1024;
 
-// Calls f(offset in the tile, index of a in the rows, length) for every contiguous part of the elements [first, first +
-// count).
+// Calls f(offset in the tile, index of a, length) for contiguous parts of the elements [first, first + count).
 template <class F>
 PF_INLINE void for_each_stretch(int64_t first, int64_t count, int64_t n, F f) {
   int64_t row = first / n, at = first % n;

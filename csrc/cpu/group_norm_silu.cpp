@@ -24,8 +24,7 @@ PF_PAIRS_INLINE void store_numbers(uint16_t* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// The sigmoid, with a relative error of 1e-4. The results are rounded to bfloat16, which has a relative spacing of
-// 4e-3. NaN gives NaN.
+// The sigmoid, with a relative error of 1e-4, below the 4e-3 of bfloat16. NaN gives NaN.
 PF_PAIRS_INLINE __m512 sigmoid(__m512 x) {
   // 2^t = exp(-x), which is finite. 2^t = 2^whole 2^rest, with `rest` between -1/2 and 1/2.
   const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
@@ -40,8 +39,7 @@ PF_PAIRS_INLINE __m512 sigmoid(__m512 x) {
   return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, whole)));
 }
 
-// The transform of 16 channels of a group: (x - center) * scale + bias. `scale` includes the group's 1 / deviation and
-// the weight.
+// (x - center) * scale + bias, for 16 channels of a group. `scale` includes 1 / deviation and the weight.
 struct Affine {
   __m512 center, scale, bias;
 };
@@ -54,8 +52,7 @@ class Group {
     Lines<float> means(s.width), squares(s.width);
     mean = 0;
     for (int64_t c = 0; c < s.width; c += lanes) {
-      // Squares of large numbers would lose the digits of the deviation, so the sums use differences from the first
-      // pixel.
+      // The sums use differences from the first pixel: squares of large numbers would lose the digits of the deviation.
       const __m512 pivot = at(0, c), zero = _mm512_setzero_ps();
       __m512 sums[4] = {zero, zero, zero, zero}, products[4] = {zero, zero, zero, zero};
       for (int64_t p = 0; p < s.pixels; p += 4) {
@@ -97,8 +94,7 @@ class Group {
   const float* shift;
 };
 
-// The inputs that the forward and the backward share. `shift` [rows, channels] has one row, or one row per image, or is
-// null.
+// The inputs of forward and backward. `shift` [rows, channels] has one row, or one per image, or is null.
 struct Operands {
   const uint16_t* x;
   const float *weight, *bias, *shift;
@@ -170,8 +166,7 @@ Tensor words_of(const Tensor& x, const char* name) {
 }
 const uint16_t* words(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
-// Checks the arguments, makes a result with the shape of x, and calls f(sizes, operands, result), which fills the
-// result. Does not call f if the result is empty.
+// Checks the arguments, and calls f(sizes, operands, result) to fill a result like x, unless it is empty.
 template <class F>
 Tensor like(const Tensor& images, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& shift,
             int64_t groups, double eps, F f) {

@@ -1,6 +1,5 @@
-// Computes rows of [cells][cells] matrices as sums of shifted rows. A row belongs to a query and has a number for every
-// key. Queries and keys are cells of the same grid, in row-major order. In each term, the query and the key are shifted
-// by the same step.
+// Computes rows of [cells][cells] matrices as sums of shifted rows. In each term, the query and the key are shifted by
+// the same step.
 //
 // The code adds 64 bytes at a time. Bit masks remove numbers from beyond a row or beyond the grid, so a NaN there has
 // no effect. In scratch memory, every row has room for a multiple of 64 bytes, and the memory next to a row may be
@@ -234,8 +233,7 @@ PF_INLINE void phase_terms(const Dense<T>& grad, int64_t first, Grid grid, int64
     }
   }
 }
-// Writes the terms of the first pass of "fuse": row n, and the rows n - 1 and n + 1, shifted by one key, in row-major
-// order.
+// Writes the terms of the first pass of "fuse": the rows n - 1, n and n + 1, shifted by keys in row-major order.
 template <class T>
 PF_INLINE void row_terms(Padded<T> x, int64_t cells, int64_t n, const Masks<wide_t<T>>& masks, Term<T>* terms) {
   const bool last = n == cells - 1;

@@ -24,8 +24,7 @@ W inverse_norm(W squares) {
   return 1 / pf::sqrt(max_nan(squares, static_cast<W>(smallest_norm * smallest_norm)));
 }
 
-// Computes the inverse norm of every patch. `products` [cells][cells] are the products of the pixels, and their
-// diagonal contains the squares.
+// Computes every patch's inverse norm. The diagonal of the pixels' `products` [cells][cells] has the squares.
 template <class W>
 void inverse_norms(const W* products, Grid grid, W* out) {
   for (int64_t i = 0; i < grid.cells(); ++i) {
@@ -42,8 +41,7 @@ template <class W>
 void add_norm_slopes(W* to_inverse, const W* inverse, Grid grid, W* slopes) {
   const W clamped = inverse_norm(W(0));
   for (int64_t i = 0; i < grid.cells(); ++i) {
-    // The derivative of 1 / sqrt(squares) is -inverse^3 / 2. The derivative of the squares is twice the pixel. The
-    // factors 1/2 and 2 cancel.
+    // The derivative of 1 / sqrt(squares) is -inverse^3 / 2, that of the squares twice the pixel: 1/2 and 2 cancel.
     const W slope = -to_inverse[i] * inverse[i] * inverse[i] * inverse[i];
     to_inverse[i] = inverse[i] == clamped ? W(0) : slope;
   }

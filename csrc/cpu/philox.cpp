@@ -11,8 +11,7 @@
 #include <cstring>
 
 // Philox needs products of 32 bits by 32 bits, with 64-bit results. AVX-512 has an instruction for them, but compilers
-// do not use it for the portable loop, which multiplies 64 bits by 64 bits. Both versions give the same bits. One of
-// them is chosen when the library is loaded, like for PF_CLONES.
+// do not use it for the portable loop, which multiplies 64 bits by 64 bits. Both versions give the same bits.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define PF_PORTABLE __attribute__((target("default")))
@@ -49,8 +48,7 @@ PF_PORTABLE void fill_next(Key key, uint32_t group, uint32_t draw, uint32_t samp
 #if defined(PF_AVX512)
 // The number of registers whose rounds are interleaved.
 constexpr int together = 4;
-// Computes the words of 32 counters, eight per register. Each word is in the lower half of a lane. The upper halves may
-// contain anything, because the products use only the lower halves.
+// Computes the words of 32 counters, eight per register, in the lower halves of lanes. The upper halves are arbitrary.
 PF_AVX512 inline void rounds(Key key, __m512i (&c)[4][together], uint32_t (*w)[lanes], int at) {
   const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
   for (int round = 0; round < 10; ++round, key.low += 0x9E3779B9u, key.high += 0xBB67AE85u) {
@@ -166,8 +164,7 @@ void fill_these(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stre
 void fill_rows(Distribution kind, const Rows& rows, int64_t begin, int64_t end, int64_t numel, uint32_t* out) {
   const int64_t groups = (numel + 3) / 4, last = (end - begin) * groups;
   int64_t row = begin, group = 0;
-  // A block of `lanes` counters may contain the end of a row. The block then continues with the counters of the next
-  // row, so no counter is wasted.
+  // A block of `lanes` counters that contains the end of a row continues with the counters of the next row.
   for (int64_t start = 0; start < last; start += lanes) {
     const int64_t left_in_row = groups - group;
     if (numel % 4 == 0 && left_in_row >= lanes) {

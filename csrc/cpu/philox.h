@@ -13,8 +13,7 @@ struct Rows {
   uint32_t stream;
 };
 
-// Writes the groups first .. first + count - 1 for one sample id and one draw index. A group has four elements. `out`
-// is contiguous.
+// Writes the groups of four elements first .. first + count - 1 of a sample id and a draw, contiguous.
 void fill_groups(Distribution kind, Key key, uint32_t draw, uint32_t sample, Stream stream, int64_t first,
                  int64_t count, uint32_t* out);
 // Like `fill_groups`, for a list of groups in any order.

@@ -32,8 +32,7 @@ struct Shuffled<8> {
   typedef uint64_t Eight __attribute__((vector_size(64)));
 };
 
-// Splits x[0 .. 2 n - 1] into the numbers at even and at odd positions, eight at a time. Rows of feature maps are too
-// short for longer vectors.
+// Splits x[0 .. 2 n - 1] into even and odd positions, eight at a time: rows are too short for longer vectors.
 template <class T>
 PF_INLINE void split_row(const T* __restrict__ x, T* __restrict__ even, T* __restrict__ odd, int64_t n) {
   int64_t j = 0;

@@ -203,8 +203,7 @@ std::tuple<Tensor, Tensor> random_transform(Tensor x, Tensor seed, Tensor sample
 template <class In, class Grad>
 struct Backward {
   using W = wide_t<In>;
-  // If true, the gradient of x is summed in the result. Otherwise, it is summed in scratch memory and rounded at the
-  // end.
+  // If true, the gradient of x is summed in the result; otherwise in scratch memory, and rounded at the end.
   static constexpr bool in_place = std::is_same_v<In, W>;
   const Job& job;
   const In* images;

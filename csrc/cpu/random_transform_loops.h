@@ -8,8 +8,7 @@
 namespace pf::cpu {
 namespace {
 
-// The unsigned integer with the size of a storage type. Hiding a pixel replaces its bits, so one loop works for every
-// type of that size.
+// The unsigned integer of a storage type's size: hiding replaces bits, so a loop works for every such type.
 template <int bytes>
 struct word_of;
 template <>

@@ -140,8 +140,7 @@ Strip strip_of(const Job& job, Piece piece, int64_t draw, std::vector<Run>& runs
       .rows = piece.rows, .width = job.images.width, .runs = runs.data(), .count = static_cast<int64_t>(runs.size())};
 }
 
-// Draws the normal numbers for the pixels of a piece, for one image, draw and channel. Both functions return null if
-// there is no noise.
+// Draws the normal numbers for a piece of an image, draw and channel; null if there is no noise.
 class Noise {
  public:
   explicit Noise(const Job& job) : job_(job), numbers_(job.most_pixels() + 8), groups_(job.most_pixels() / 4 + 1) {}

@@ -64,8 +64,7 @@ Tensor reconstruction_loss_backward(Tensor grad, Tensor logits, Tensor target) {
   return out;
 }
 
-// Computes the loss, and also stores the slope, so that the backward only scales the slope.
-// purify_fast/ops/reconstruction_loss.py calls this function.
+// Also stores the slope, which the backward only scales. purify_fast/ops/reconstruction_loss.py calls this function.
 std::tuple<Tensor, Tensor> reconstruction_loss_keeping(Tensor logits, Tensor target) {
   const int64_t rows = logits.size(0), n = rows > 0 ? logits.numel() / rows : 0;
   const ScalarType dtype = wide_dtype(logits.scalar_type());

@@ -103,9 +103,8 @@ std::vector<Tensor> representation_distance_backward(Tensor grad, std::vector<Te
   return outs;
 }
 
-// Returns the distance of one layer, and its gradient with respect to the student, in the dtype of the arithmetic. The
-// gradient of a row is written while the row is still in the cache. purify_fast/ops/representation_distance.py calls
-// this function.
+// Returns the distance of one layer, and its gradient with respect to the student, in the dtype of the arithmetic,
+// written while the row is in the cache. purify_fast/ops/representation_distance.py calls this function.
 std::tuple<Tensor, Tensor> representation_distance_keeping(Tensor student, Tensor teacher, int64_t kind) {
   const int64_t rows = student.size(0), n = row_size(student);
   const ScalarType dtype = wide_dtype(student.scalar_type());

@@ -125,8 +125,7 @@ std::tuple<Tensor, Tensor> sample_latent_backward(Tensor grad_z, Tensor grad_kl,
   return {out_mu, out_logvar};
 }
 
-// Computes the result of the op, and also stores the deviation, so that the backward does not draw the noise again.
-// purify_fast/ops/sample_latent.py calls this function.
+// Also stores the deviation, so that no noise is drawn again. purify_fast/ops/sample_latent.py calls this function.
 std::tuple<Tensor, Tensor, Tensor> sample_latent_keeping(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) {
   const ScalarType dtype = mu.scalar_type(), wide_type = wide_dtype(dtype);
   mu = dense(mu);

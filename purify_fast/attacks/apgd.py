@@ -1,13 +1,10 @@
 """Auto-PGD (Croce & Hein, ICML 2020): PGD with momentum and an automatic step size.
 
-Some fixed steps are checkpoints. A checkpoint halves the step size of an image in two cases. In the first case, at
-most a share rho of the steps since the last checkpoint raised the loss. In the second case, the last checkpoint did not
-halve the step size, and the highest loss has not risen since. After a halving, the search of the image continues at its
-point of highest loss.
-
-The first checkpoint comes after 22 % of the steps. Each further interval between checkpoints is shorter than the
-interval before, down to a smallest length. The intervals are rounded as in the authors' implementation. Two things are
-not in the paper: the first point is uniform in the ball, and the loss of a random model is the mean over several draws.
+At some fixed steps, the checkpoints, the step size of an image is halved if at most a share rho of the steps since the
+last checkpoint raised the loss, or if the last checkpoint did not halve it and the highest loss has not risen since.
+The search of the image then continues at its point of highest loss. The intervals (see `checkpoints`) are rounded as in
+the authors' implementation. Two things are not in the paper: the first point is uniform in the ball, and the loss of a
+random model is the mean over several draws.
 """
 
 from __future__ import annotations
@@ -43,8 +40,7 @@ LARGER, LARGER_STEPS = (3.0, 2.0, 1.0), (0.3, 0.3, 0.4)
 #: resulting share. SHRINK: a checkpoint divides the step size by SHRINK. SHORTEST: the smallest step size is eps
 #: divided by SHORTEST.
 FIRST_SHARE, SPARSER, SHRINK, SHORTEST = 0.2, 1.5, 1.5, 10.0
-#: If the number of changed coordinates falls below this share of the number at the last checkpoint, the step size is
-#: eps again.
+#: If the changed coordinates fall below this share of those at the last checkpoint, the step size is eps again.
 FEWER = 0.95
 
 
@@ -155,9 +151,6 @@ def changed_share(point: Tensor, x: Tensor) -> Tensor:
 class AutoPgd(RowSearch):
     """One run of Auto-PGD. It takes the arguments of `RowSearch` too.
 
-    A checkpoint may halve the step size of a row (see `Rows`). The search of this row then continues at ``top``, its
-    point of highest loss.
-
     Args:
         rho: a checkpoint halves a step size if at most this share of the steps since the last checkpoint raised the
             loss.
@@ -199,8 +192,7 @@ class AutoPgd(RowSearch):
     def take(self, index: Tensor) -> None:
         super().take(index)
         if len(index):
-            # Delete the old object first. Otherwise the new object would first copy the old object's state out of the
-            # buffers of their CUDA graph.
+            # Otherwise the new object would first copy the old one's state out of the buffers of their CUDA graph.
             del self.gradients
             self.gradients = Gradients(self.objective, self.point, self.rows.labels)
 
@@ -261,8 +253,7 @@ class AutoPgd(RowSearch):
             self.see_given_up(index)
         if kept is not None:
             if self.health is not None:
-                # A removed row of a fallen image is counted in ``images``, but never in ``unmoved``: if the row began
-                # at a misclassified point, it did not need to move.
+                # A removed row of a fallen image is never ``unmoved``: from a misclassified point, it need not move.
                 self.health.add(images=max(0, len(self.point) - len(kept) - given_up))
             self.take(kept)
 

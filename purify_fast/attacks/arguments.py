@@ -18,7 +18,7 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
     x must be floating point ``[B, ...]`` in [clip_min, clip_max]; without ``clip_min`` a pixel may have any value. y
     must be int64 ``[B]``, at least 0. The values of tensors are checked only on a CPU: on a GPU the check would have to
     wait for the device, and `evaluate` checks the values anyway. The values are not checked while a compiler or a
-    dispatch mode is active. Fake tensors, and tensors inside ``torch.func.vmap``, have no values to check.
+    dispatch mode is active.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):

@@ -38,8 +38,7 @@ Answer = TypeVar("Answer")
 #: contains each image several times. At least TRIED_CALLS calls make at least FEWEST_DRAWS draws. A model that picks
 #: one of two networks in each call picks the same network in TRIED_CALLS calls with the probability 1/128.
 TRIED_IMAGES, TRIED_ROWS, TRIED_CALLS, FEWEST_DRAWS = 2, 8, 8, 64
-#: Draws of the same call are taken as equal if their difference is below this share of the difference between two
-#: calls.
+#: Draws of a call are taken as equal if they differ by less than this share of the difference between two calls.
 ALIKE = 0.01
 
 #: Two outputs of a model are taken as equal if no logit differs by more than SAME_SPREAD times the largest spread of an
@@ -54,10 +53,8 @@ def frozen(model: Classifier) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
     At the end of the context, modes and flags are restored. The parameters are frozen to save time: a compiled backward
-    pass would also compute the gradients of all parameters with ``requires_grad=True``. That would be about a third of
-    an attack's work.
-    Modules in a plain list, in an object or in a hook of the model are frozen too
-    (`purify_fast.model_state.hidden_modules`).
+    pass would also compute the gradients of all parameters with ``requires_grad=True``. Modules in a plain list, in an
+    object or in a hook of the model are frozen too (`purify_fast.model_state.hidden_modules`).
 
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
@@ -268,8 +265,7 @@ def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
             except WritesToItsInput:
                 raise
             except Exception:
-                # A model that raises an error only while gradients are recorded can be evaluated, so the error is
-                # ignored.
+                # A model that fails only while gradients are recorded can be evaluated, so the error is ignored.
                 if not recorded:
                     raise
         if not torch.equal(images.detach(), x.detach()):
@@ -342,8 +338,7 @@ def drawn_once_per_call(model: Classifier, x: Tensor, draws: int, most: int | No
             first = logits if first is None else first
             if differ(first, logits):
                 between = max(between, apart(first, logits))
-            # The position of an image in a batch may change the last bits of its logits, and in bfloat16 even the
-            # second digit. So draws are taken as equal if they are close.
+            # An image's position in a batch may change the last bits of its logits, in bfloat16 even the second digit.
             if between > 0 and within >= ALIKE * between:
                 break
     if supports(model, CountsImages):

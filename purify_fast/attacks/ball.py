@@ -27,8 +27,7 @@ class Ball:
         clip_max: the largest value of a pixel.
     """
 
-    #: A comparison of balls ignores `eps`: a step that was captured as a CUDA graph takes eps as an input, so it can be
-    #: replayed for every radius.
+    #: Not compared: a captured step takes eps as an input, so it can be replayed for every radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
     clip_min: float = 0.0
@@ -86,10 +85,7 @@ def _numbers(x: Tensor, seed: int, sample_ids: Tensor | None) -> Callable[..., T
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
-    """Project points onto the balls around images x, then onto the box.
-
-    In l1, the points are projected onto the intersection of ball and box.
-    """
+    """Project points onto the balls around images x and then onto the box; in l1, onto their intersection."""
     # A step of length 0 only projects the point.
     return pgd_step(point, torch.zeros_like(x), x, 0.0, ball.eps, **ball.bounds)
 

@@ -99,8 +99,7 @@ class Attack(abc.ABC):
     #: find other images with the same settings.
     code_version: ClassVar[str | None] = None
 
-    #: The norms of the balls that the attack can search. An attack that searches no ball leaves this empty, and
-    #: overrides `threat_model`.
+    #: The norms of the balls that the attack can search. Without a ball, it is empty, and `threat_model` overridden.
     norms: ClassVar[tuple[str, ...]] = ()
 
     #: True if `search` can take its gradients from the model `AttackContext.gradients_from`.
@@ -201,8 +200,7 @@ class Attack(abc.ABC):
             The adversarial images, and the counts of the attack.
         """
 
-    # torch.compile cannot trace how the options are divided between attack and context. So this function is not
-    # compiled, and compilation begins again inside the attack.
+    # torch.compile cannot trace how options and context are divided. Compilation begins again inside the attack.
     @functools.partial(outside_graphs, recursive=False)
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Attack a batch as `run` does, and return only the images: ``PGD(steps=3)(model, x, y, eps=8 / 255)``."""
@@ -245,10 +243,7 @@ class Attack(abc.ABC):
         return [type(self).__module__, type(self).__qualname__]
 
     def target(self, model: Classifier) -> Classifier:
-        """The model whose outputs and gradients the attack uses in order to fool ``model``; by default ``model``.
-
-        `BPDA` overrides this method, because it uses a model with other gradients.
-        """
+        """The model whose outputs and gradients the attack uses in order to fool ``model``; by default ``model``."""
         return model
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
@@ -269,8 +264,7 @@ def times(restarts: int) -> str:
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:
     """Return the number of forward passes per image that `worst_of_runs` makes."""
     steps, draws, *_ = attack.decided(context)
-    # Each run scores its last point, and with several draws also its best point. The count of unmoved images needs one
-    # prediction of the clean image.
+    # Each run scores its last point, with several draws also its best; unmoved images need a clean prediction.
     at_the_end = draws * (2 if draws > 1 else 1) + 1
     comparison = draws if attack.restarts > 1 else 0
     return attack.restarts * (steps * draws + at_the_end + comparison)

@@ -3,8 +3,7 @@
     forward: classifier(purify(x));   backward: as if purify(x) were x
 
 The classifier's gradient at the purified image replaces the gradient at x. This is sensible if purify(x) is near x. If
-the purifier has a useful gradient, an attack with the purifier's gradient is stronger than BPDA. Then BPDA is only a
-check: if BPDA finds more adversarial images than that attack, the purifier's gradient is not useful.
+the purifier has a useful gradient, an attack with it is stronger, and BPDA only tests whether it is useful.
 """
 
 from __future__ import annotations

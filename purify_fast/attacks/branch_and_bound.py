@@ -3,19 +3,16 @@
 The result is a misclassified point, or a proof that the ball contains none. For each wrong class, the "lead" is the
 true class's logit minus the wrong class's logit. Over the ball the lead is bounded from below: each ReLU is replaced by
 a line above it and a line below it (CROWN, Zhang et al., NeurIPS 2018, arXiv 1811.00866). If the bound is not above 0,
-the problem is split at a ReLU into two subproblems, called nodes. In the first node the ReLU's input is at least 0, in
-the second node it is at most 0. So the ReLU is linear in each node (Bunel et al., JMLR 2020, arXiv 1909.06588). A
-Lagrange multiplier for each split puts the split's constraint into the bound (beta-CROWN, Wang et al., NeurIPS 2021,
-arXiv 2103.06624).
+the problem is split at a ReLU into two nodes, in which the ReLU's input is at least or at most 0, so that the ReLU is
+linear (Bunel et al., JMLR 2020, arXiv 1909.06588). A Lagrange multiplier for each split puts the split's constraint
+into the bound (beta-CROWN, Wang et al., NeurIPS 2021, arXiv 2103.06624).
 
 Three things are not in these papers:
 
-- The multipliers and the slopes of the lower lines are optimized by Polyak's steps. Polyak's steps need a known goal:
-  here the goal is a bound above 0.
-- Each node is also searched for a misclassified point. The search begins at the minimizers of the bound. From there,
-  Polyak's steps reduce the lead and the violations of the splits.
-- Some of the nodes that are split next are chosen because they have the most splits: misclassified points are found in
-  such nodes first.
+- The multipliers and the slopes of the lower lines are optimized by Polyak's steps.
+- Each node is also searched for a misclassified point, from the minimizers of the bound, by Polyak's steps on the lead
+  and the violations of the splits.
+- Some of the next nodes are chosen for the most splits, where misclassified points are found first.
 
 The search does not depend on useful gradients of the network, so masked gradients cannot hide a misclassified point.
 """
@@ -41,8 +38,7 @@ from .engine.row_batches import ActiveSet
 from .functions import as_function
 from .relu_layers import Affine, affine_layers, forward
 
-#: The numbers of steps for each node. RAISES: steps that raise the node's lower bound. DESCENTS: steps that search for
-#: a misclassified point, from each of two first points.
+#: The steps for each node that raise its lower bound, and that search for a misclassified point from two points.
 RAISES, DESCENTS = 5, 15
 #: SAFE: a bound is a proof only if it is above this share of the image's largest absolute logit, because the model
 #: computes in float32, but this search in float64. ALIKE: the model's logits may differ from the logits in float64 by
@@ -51,8 +47,7 @@ SAFE, ALIKE = 5e-5, 2e-5
 #: IMAGES: the number of images that are attacked together. AT_ONCE: the largest number of nodes that are split
 #: together. NUMBERS: the largest number of elements of the matrices that bound these nodes.
 IMAGES, AT_ONCE, NUMBERS = 8, 128, 2**23
-#: The share of the next nodes that are chosen because they have the most splits. All other next nodes are chosen
-#: because they have the lowest bounds.
+#: The share of the next nodes that are chosen for the most splits. The others are chosen for the lowest bounds.
 DEEPEST = 0.5
 #: The next ReLU to split is chosen by the error of its relaxation at the minimizer of the bound, plus WIDTH times the
 #: largest distance between the ReLU and the line above it.
@@ -197,8 +192,7 @@ class _Search:
         self.low, self.high = ((x + way * reach).clamp(ball.clip_min, ball.clip_max) for way in (-1, 1))
         self.safe = SAFE * forward(layers, x).abs().amax(1)
         self.widths = [len(bias) for _, bias in layers[:-1]]
-        # The bounds of a layer take a matrix of units x pixels for each node. So memory limits the number of nodes that
-        # are bounded together.
+        # A layer's bounds take a matrix of units x pixels per node, so memory limits the nodes bounded together.
         self.at_once = max(1, min(AT_ONCE, NUMBERS // (max([1, *self.widths[1:]]) * x.shape[1])))
 
     def run(self, limit: int) -> Tensor:
@@ -234,10 +228,7 @@ class _Search:
         return chosen
 
     def bounded(self, nodes: _Nodes) -> _Nodes:
-        """Bound some nodes, search those without a proof for a misclassified point, and return them.
-
-        The field ``unit`` of a returned node is its next ReLU to split.
-        """
+        """Bound nodes, search those without a proof, and return them, each with ``unit``, its next ReLU to split."""
         boxes = self.boxes(nodes)
         nodes, corners, weights = self.raised(nodes, boxes)
         # A node whose signs contradict each other contains no point, so it is dropped.

@@ -2,11 +2,9 @@
 
     x_{i+1} = step(x_i, i),  i = 0 .. n - 1;      g_i = (d x_{i+1} / d x_i)^T g_{i+1},  step by step from the last
 
-Here g_i is the gradient with respect to x_i. Plain autograd keeps the activations of all n steps. This module keeps
-only the x_i, and computes each step again for its gradient. The second computation takes the time of another forward
-pass. The memory is that of one step plus one x per step. If memory allows, the activations of some steps are kept, and
-these steps are not computed again. The gradient is exact, in contrast to the gradient of an adjoint equation, and to a
-gradient through only some of the steps.
+Here g_i is the gradient with respect to x_i. Plain autograd keeps the activations of all n steps. This module keeps the
+x_i and computes each step again, except steps whose activations fit into the memory. The gradient is exact, in contrast
+to the gradient of an adjoint equation, and to a gradient through only some of the steps.
 """
 
 from __future__ import annotations
@@ -27,11 +25,9 @@ from ..speed.memory import free_memory
 Step = Callable[..., Tensor]
 #: The number of steps whose activations are kept. "auto" keeps as many as fit into a share of the free memory.
 Keep = int | Literal["auto"]
-#: "auto" fills this share of the free memory with activations. The rest remains for other computations, such as a
-#: classifier, and for other processes.
+#: "auto" fills this share of the free memory with activations; the rest is for other computations and processes.
 SHARE = 0.25
-#: "auto" runs this number of first steps, and measures the activations of the last one of these steps, because the
-#: first step may keep less than the other steps.
+#: "auto" measures the activations of the last of this many steps: the first may keep less than the others.
 MEASURED = 3
 
 
@@ -110,8 +106,7 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
 def _room(device: torch.device) -> int:
     """Return how many bytes of activations may be kept besides those of the first steps, which were measured."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A CUDA graph keeps no further activations, because it would hold their memory as long as it exists. Also, the
-        # free memory cannot be queried during a capture.
+        # A CUDA graph would hold the memory for ever, and the free memory cannot be queried during a capture.
         return 0
     return int(SHARE * free_memory(device, None))
 
@@ -197,10 +192,7 @@ class _Steps(torch.autograd.Function):
 
 
 def _gradients_of_step(ctx: Any, i: int, grad: Tensor) -> list[Tensor | None]:
-    """Return the gradients of step i with respect to its x and the other tensors; None where no gradient is needed.
-
-    ``grad`` is the gradient of the step's result.
-    """
+    """Return the gradients of step i with respect to its x and the other tensors; None where no gradient is needed."""
     x, others = ctx.saved_tensors[i], ctx.saved_tensors[ctx.steps :]
     needed = [i > 0 or ctx.needs_input_grad[5], *ctx.needs_input_grad[6:]]
     # The step does not take its parameters as arguments, so they cannot be replaced by leaves.

@@ -2,10 +2,9 @@
 
 Each step linearizes the model, and moves the point to the decision boundary of the target class (its "border") and a
 little towards the clean image. A point across the border is first moved back towards the clean image. The search itself
-has no radius. The search succeeds for an image when a misclassified point lies in the ball. The image is then removed
-from the batch. Two things are not in the paper. A point across the border is moved back after its gradient is taken,
-which saves a forward pass per step. At the end, the nearest point across the border is projected onto the ball and
-tried.
+has no radius. It succeeds when a misclassified point lies in the ball. Two things are not in the paper. A point across
+the border is moved back after its gradient is taken, which saves a forward pass per step. At the end, the nearest point
+across the border is projected onto the ball and tried.
 """
 
 from __future__ import annotations
@@ -122,10 +121,7 @@ class FabStep:
 
 
 def nearer(ball: Ball, state: State, across: Tensor) -> State:
-    """The nearest points and their distances, after the present points are compared with the nearest points so far.
-
-    Only points across the border count: those with True in ``across``, bool ``[R]``.
-    """
+    """The nearest points and their distances, after the points ``across`` the border, bool ``[R]``, are compared."""
     point, nearest, distance = state["point"], state["nearest"], state["distance"]
     far = _length(ball, point - state["x"]).to(distance.dtype)
     closer = across & (far < distance)

@@ -1,7 +1,4 @@
-"""The attacks as functions: each makes the object of an attack, and runs it on one batch, without an evaluation.
-
-For example, `apgd` makes an `APGD`.
-"""
+"""The attacks as functions: each makes the object of an attack, and runs it on one batch, without an evaluation."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ from .search import GradientHealth
 from .signatures import check_names, docstring, parameters_of, texts_of
 
 
-# torch.compile cannot trace how the options are divided between attack and context. So this function is not compiled,
-# and compilation begins again inside the attack.
+# torch.compile cannot trace how options and context are divided. Compilation begins again inside the attack.
 @functools.partial(outside_graphs, recursive=False)
 def run_alone(attack: type[Attack], model: Classifier, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """Run an attack without an evaluation.

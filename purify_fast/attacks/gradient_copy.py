@@ -61,10 +61,10 @@ WRAPPERS = 8
 class GradientCopies:
     """The copies of an evaluation's models; a copy is used again as long as its model has not changed.
 
-    A model has not changed if its `purify_fast.model_state.identity_key` is the same as before, and if its tensors have
-    the same values as before. For this comparison the values are stored, which takes as much memory as the model.
-    PyTorch's count of writes cannot replace the comparison: it misses writes through ``.data``, and it also counts
-    writes that change no value, such as those of ``fixed_noise``.
+    A model's `purify_fast.model_state.identity_key` and the values of its tensors must be the same as before. For this
+    comparison the values are stored, which takes as much memory as the model. PyTorch's count of writes cannot replace
+    the comparison: it misses writes through ``.data``, and it also counts writes that change no value, such as those of
+    ``fixed_noise``.
     """
 
     def __init__(self) -> None:
@@ -85,10 +85,7 @@ class GradientCopies:
         return known[2]
 
     def of(self, model: nn.Module, shape: torch.Size, make: Callable[[], Classifier | None]) -> Classifier | None:
-        """Return the copy of a model for images of this shape; a copy that is not kept yet comes from ``make``.
-
-        The result is None if ``make`` returned None, because the model cannot be copied.
-        """
+        """Return the kept copy of a model for images of this shape, or that of ``make``, which may be None."""
         try:
             settings, objects, tensors = identity_key(model)
             key = (id(model), shape, settings)
@@ -173,8 +170,7 @@ def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: 
     if not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages):
         # A wrapper that counts images does not change the logits, and a comparison would add images to its count.
         return around
-    # So far only the model inside the wrapper was compared with its copy. The attack calls the wrapper, so the wrapper
-    # around the copy is compared with the wrapper around the model too.
+    # So far only the model inside the wrapper was compared with its copy, but the attack calls the wrapper.
     with _same_draws(x.device):
         return around if _fits(around, wrapper, x) else wrapper
 
@@ -251,8 +247,7 @@ def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
         return False
     top = want.argmax(1, keepdim=True)
     behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
-    # Each class has its own limit. With a common limit, a class with a very low logit would allow large errors in all
-    # other classes.
+    # Each class has its own limit: a class with a very low logit would allow large errors in all others.
     allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
     return bool(((its_own - behind).abs() <= allowed).all())
 

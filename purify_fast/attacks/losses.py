@@ -23,16 +23,15 @@ LEAST_SLOPE = 0.7
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax(logits)_y, [B], in float32 or float64.
+    """-log softmax(logits)_y, [B], in float32 or float64, with a gradient also where the model is sure.
 
-    If the model is sure, the usual formula rounds the probability p_y to 1. The loss is then 0, and its gradient lacks
-    the true class. Below a loss of 1/256 (float64: 7e-12) this function uses log(1 + exp z) instead, where z is the
-    logsumexp of the other logits minus l_y. The gradient of this form is exact: s = sigmoid(z) times the softmax over
-    the other classes, and -s for the true class. All other losses and gradients are those of
-    `torch.nn.functional.cross_entropy`, to the bit.
+    There the usual formula rounds the probability p_y to 1, so the loss is 0, and its gradient lacks the true class.
+    Below a loss of 1/256 (float64: 7e-12) this function uses log(1 + exp z) instead, where z is the logsumexp of the
+    other logits minus l_y. The exact gradient is s = sigmoid(z) times the softmax over the other classes, and -s for
+    the true class. All other losses and gradients are those of `torch.nn.functional.cross_entropy`, to the bit.
 
-    Where s is too small for the dtype of the logits (float32: z < -61), the loss continues along its tangent in z. So
-    it still rises with z, and its gradient keeps the direction.
+    Where s is too small for the dtype of the logits (float32: z < -61), the loss continues along its tangent in z, and
+    its gradient keeps the direction.
 
     Args:
         logits: floating point ``[B, classes]``.

@@ -93,8 +93,7 @@ class Objective:
         """Add up what ``one_pass(x, y, draws)`` returns, over as many passes as all images and draws need."""
         images, draws = self._at_once(len(x))
         if images == len(x) and draws == self.eot_iter == 1:
-            # In this frequent case the sums and concatenations below are not needed. They would take about as long as
-            # the pass of a small model.
+            # In this frequent case the sums below would take about as long as the pass of a small model.
             return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
@@ -211,8 +210,6 @@ class GradientStep:
 
 class Gradients:
     """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs.
-
-    It is for attacks that cannot capture their whole step.
 
     Args:
         objective: the loss that is maximized.

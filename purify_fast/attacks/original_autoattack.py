@@ -186,8 +186,7 @@ def _listening(warnings: list[str]) -> Iterator[None]:
 
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
-        # AutoAttack warns of a dynamic defence at the first call of a compiled model. This warning is dropped, because
-        # it does not apply.
+        # AutoAttack warns of a dynamic defence at a compiled model's first call, which does not apply.
         known = "dynamic defense" in text
         if record.levelno >= logging.WARNING and not known and text not in warnings:
             warnings.append(text)

@@ -200,8 +200,6 @@ def _instead_of(output: Any) -> str:
 def reason_of(error: Exception, model: Classifier, x: Tensor) -> ValueError | None:
     """The reason why a model has failed on images or on a part of them, and the remedy, as an error.
 
-    The model is called on images of another dtype and on other numbers of images.
-
     Args:
         error: the model's own error.
         model: any callable; a module is in evaluation mode.
@@ -246,8 +244,7 @@ def _images(count: int) -> str:
 
 def _wrong_shape(error: Exception, model: Classifier, x: Tensor, said: str) -> ValueError | None:
     """The error about images of a shape that the model does not accept; None if the shape is not the reason."""
-    # A last dimension of 1, 3 or 4 usually means images [N, H, W, C]. For other shapes, explain only PyTorch's errors
-    # about shapes.
+    # A last dimension of 1, 3 or 4 usually means images [N, H, W, C]. Else explain only PyTorch's errors about shapes.
     if x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
         return ValueError(
             f"x must be [N, C, H, W], got [N, {', '.join(map(str, x.shape[1:]))}], and the model fails on it {said}: "

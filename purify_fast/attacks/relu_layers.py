@@ -22,8 +22,7 @@ from .outputs import logits_in
 
 #: A model with more weights than this is not read, because it would have too many ReLUs for the search.
 MOST_WEIGHTS = 4_000_000
-#: AT_ONCE: the number of basis vectors in one call of the model. COMPARED: the number of images on which matrices and
-#: model are compared.
+#: The basis vectors in a call of the model, and the images on which matrices and model are compared.
 AT_ONCE, COMPARED = 256, 16
 #: The operations of PyTorch that a model may use besides ReLUs: operations that neither compare nor round numbers.
 _POLYNOMIAL = (
@@ -154,8 +153,7 @@ class _Reading(EagerDispatchMode):
         if name not in POLYNOMIAL or kwargs.get("rounding_mode"):
             raise TypeError(f"the operation {name} is not affine")
         answer = func(*args, **kwargs)
-        # A result of another dtype, such as int64, may have been rounded. `empty` is allowed, because its result has no
-        # values yet.
+        # A result of another dtype, such as int64, may have been rounded; that of `empty` has no values yet.
         if isinstance(answer, Tensor) and answer.dtype != torch.float64 and name != "empty":
             raise TypeError(f"the operation {name} returns {answer.dtype} instead of float64")
         return answer

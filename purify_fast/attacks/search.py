@@ -32,10 +32,9 @@ def faults(grad: Tensor, fooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
 class GradientHealth:
     """The counts that show whether an attack had usable gradients.
 
-    All gradients of an attack are counted. A gradient is non-finite if any of its elements is non-finite. It is zero if
-    all of its elements are zero; for some losses, misclassified images are exempt (`forgiven`). An image is unmoved if
-    the clean image is classified correctly and the last point of the run equals its first point. The counts remain on
-    the device until a property is read.
+    A gradient is non-finite if any of its elements is non-finite. It is zero if all of its elements are zero; for some
+    losses, misclassified images are exempt (`forgiven`). An image is unmoved if the clean image is classified correctly
+    and the last point of the run equals its first point. The counts remain on the device until a property is read.
 
     Args:
         counts: a dict from the names that `count` accepts to numbers or tensors of shape []; empty at first.
@@ -44,10 +43,7 @@ class GradientHealth:
     counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def add(self, **amounts: Tensor | int) -> None:
-        """Add numbers to the counts, under the names that `count` accepts.
-
-        The count ``gradients`` is the number of images times the number of steps.
-        """
+        """Add numbers to the counts, by the names of `count`. ``gradients`` is the number of images times steps."""
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
 
@@ -108,10 +104,7 @@ def forgiven(objective: Objective, gradient: Gradient) -> Tensor | None:
 
 
 def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
-    """The new values of `Search.memory` after one more point, computed without waiting for the device.
-
-    ``memory`` may also have tensors of the attack under names that `Search` does not use. Such tensors are ignored.
-    """
+    """The new values of `Search.memory` after one more point, computed without waiting for the device."""
     new: State = {}
     if "nonfinite" in memory:
         nonfinite, zero = faults(gradient.image, forgiven(objective, gradient))
@@ -122,9 +115,7 @@ def noted(objective: Objective, memory: State, point: Tensor, gradient: Gradient
 
 
 class Search:
-    """The best point of one run of an attack, and the counts of faulty gradients.
-
-    No method waits for the device.
+    """The best point of one run of an attack, and the counts of faulty gradients. No method waits for the device.
 
     Args:
         objective: the loss that the attack maximizes.

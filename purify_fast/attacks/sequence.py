@@ -1,7 +1,4 @@
-"""Runs several attacks one after the other, without an evaluation.
-
-Each attack gets only the images on which all earlier attacks have failed.
-"""
+"""Runs attacks one after the other without an evaluation, each on the images that withstood all earlier attacks."""
 
 from __future__ import annotations
 

@@ -14,10 +14,7 @@ WIDTH = 116
 
 
 def parameters_of(*kinds: type) -> dict[str, inspect.Parameter]:
-    """Return the fields of dataclasses as keyword parameters, by name.
-
-    If several classes have a field of the same name, the field of the first class is used.
-    """
+    """Return the fields of dataclasses as keyword parameters, by name; the first field of a name is used."""
     found: dict[str, inspect.Parameter] = {}
     for kind in reversed(kinds):
         types = get_type_hints(kind)
@@ -47,8 +44,7 @@ def docstring(summary: str, **sections: Iterable[str]) -> str:
     """Make a docstring from a summary and from sections, such as ``Args``, with their entries."""
     blocks = [summary]
     for title, texts in sections.items():
-        # The further lines of an entry are indented more than its first line, except in "Returns", whose entries have
-        # no names.
+        # An entry's further lines are indented more than its first, except in "Returns", whose entries have no names.
         further = " " * (4 if title == "Returns" else 8)
         entries = (textwrap.fill(text, WIDTH, initial_indent=" " * 4, subsequent_indent=further) for text in texts)
         blocks.append("\n".join([f"{title}:", *entries]))

@@ -39,17 +39,15 @@ from .objective import Objective
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
-#: Each key is a query, and its value is the number of proposals per image that one batch tries from this query on.
-#: At first every second proposal is accepted, and the next proposal should start from the accepted point. Later few
-#: proposals are accepted, so more proposals can be tried from the same point.
+#: By query: the number of proposals per image that one batch tries from this query on. At first every second proposal
+#: is accepted, and the next should start from the accepted point. Later few are accepted.
 TOGETHER = {0: 1, 100: 2, 500: 4, 1000: 8}
 #: The number of queries for which random numbers are made at once.
 BLOCK = 64
 #: A round is one batch of proposals. After this number of rounds, the misclassified points are judged, fallen images
 #: are removed, and a random model draws the margin of the present points again.
 ROUNDS = 10
-#: GIVEN_UP_AFTER: the queries after which images may be given up. TIMES: the largest factor by which the rise of a
-#: margin per query is assumed to grow.
+#: The queries after which images may be given up, and the largest assumed growth of a margin's rise per query.
 GIVEN_UP_AFTER, TIMES = (500, 1000, 1500, 2000, 2500, 3000, 3500, 4000), 4.0
 #: FIRST_SHARE: the share of an image that the first squares cover. HALVED_AFTER: the share is halved after each of
 #: these queries.
@@ -88,8 +86,7 @@ class Square(EngineAttack):
         return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
 
     def cost(self, context: AttackContext) -> int:
-        # The clean image is judged before the runs. Each run scores its first point and all proposals, and judges its
-        # last point.
+        # The clean image is judged before the runs. A run scores first point and proposals, and judges the last point.
         draws = self.draws(context)
         judges = context.judges(draws)
         return judges + self.restarts * ((1 + self.n_queries) * draws + judges)
@@ -366,10 +363,7 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
 
 @cache
 def pattern(edge: int, norm: str, device: torch.device) -> Tensor:
-    """Return two patterns of norm 1, float32 ``[2, edge, edge]``, each with two pyramids of opposite signs.
-
-    In the first pattern one pyramid is above the other. In the second pattern they are side by side.
-    """
+    """Return two patterns of norm 1, float32 ``[2, edge, edge]``, each with two pyramids of opposite signs."""
     # The patterns are cached for each device, because a copy to the GPU in every query would wait for the GPU.
     power, decay = SHAPES[norm]
     half = torch.zeros(edge, edge)

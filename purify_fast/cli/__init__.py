@@ -1,7 +1,6 @@
 """The command line: ``purify-fast demo | train ... | recipe | evaluate | purify | check | plan | report | zoo | ...``.
 
-The import of PyTorch takes 1.8 seconds. A command imports PyTorch only when it runs, so help and the refusal of wrong
-options do not wait for the import.
+A command imports PyTorch only when it runs, so help and the refusal of wrong options do not wait for the import.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def _read(arguments: list[str]) -> Command:
             return parse(_KINDS[name], arguments[length:])
     # The option --version prints the version and exits here.
     early_options().parse_known_args(arguments)
-    # The words do not begin with the name of a command, for example in `purify-fast --help`. The following parser lists
-    # all commands without their options.
+    # No command is named, as in `purify-fast --help`: the parser lists all commands without their options.
     listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
     trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence in front of a classifier. torchrun runs several processes."}
@@ -89,8 +87,7 @@ def _run(arguments: list[str]) -> int:
         retain_freed_memory()
         if isinstance(command, (Training, Evaluate)):
             command = replace(command, device=own_device(usable_device(command.device)))
-        # `typed` is not a field of the command, so run.yaml does not contain it. A frozen dataclass refuses a plain
-        # assignment.
+        # `typed` is no field, so run.yaml does not contain it. A frozen dataclass refuses a plain assignment.
         object.__setattr__(command, "typed", tuple(arguments))
         # Only the first of several processes writes, so only the first locks the folder.
         stack.enter_context(folder_lock(None if _rank() > 0 else command.writes()))

@@ -57,9 +57,8 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The `evaluate` command that wrote the report in a folder; if the user gives MODEL, a command with MODEL.
-
-        The command is not run. Its methods load the model.
+        """The `evaluate` command that wrote the report in a folder, with MODEL if given. It loads the model, and is not
+        run.
         """
         if self.model is not None:
             words = [self.model]

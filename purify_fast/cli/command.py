@@ -99,10 +99,7 @@ class DataCommand(Command):
         return load_dataset(self.data, self.data_root, self.num_classes, image_size=size, **options).to(device)
 
     def attacked_by(self, folder: Path) -> str:
-        """The text that names the command which attacks the trained model on the same data set.
-
-        The command needs no radius, because the folder contains the radius of the training.
-        """
+        """The text that names the command which attacks the trained model on the same data set."""
         words = ["purify-fast", "evaluate", str(folder), "--data", self.data]
         for name in ("data_root", "size", "num_classes"):
             value = getattr(self, name)

@@ -48,10 +48,7 @@ def _devices() -> dict[str, torch.device]:
 
 
 def _who(op: Op, style: Style, device: torch.device) -> tuple[str, str]:
-    """The names of the backends that compute an op on a device, and the reasons, as two texts.
-
-    ``style`` says whether the op is called eagerly or inside a compiled graph. This function verifies no kernel.
-    """
+    """The names of the backends that compute an op on a device in a style of calls, and the reasons."""
     raced = [] if device.index is None and device.type == "cuda" else races.calls(op, device, style)
     unraced = [Call(device, variant, style=style) for variant in dict.fromkeys((*op.serves_unraced("eager"), ""))]
     served: dict[str, list[str]] = {}

@@ -1,12 +1,11 @@
 """Makes a command from the words of a command line.
 
-A recipe and the file ``--config`` change the defaults of the options. Options on the command line win over both.
+A recipe and the file ``--config`` change the defaults of the options, but not options on the command line.
 
 tyro reads the values, and makes the dataclasses of the command from them. Three rules differ from tyro's own rules:
 
-- Numbers may be fractions: ``--eps 8/255``. The error for a word that is not a number names the option.
-- If an option has a fixed set of words, tyro still accepts any word. The dataclass then refuses a wrong word, because
-  the dataclass's message is clearer than tyro's.
+- Numbers may be fractions: ``--eps 8/255``.
+- tyro accepts any word for an option with a fixed set of words. The dataclass refuses wrong words more clearly.
 - If a dataclass refuses a value, its message is printed unchanged, without tyro's text around it.
 """
 

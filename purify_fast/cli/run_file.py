@@ -139,10 +139,7 @@ def with_options(config: C, options: dict[str, Any]) -> C:
 
 
 def _as_type(value: Any, kind: Any) -> Any:
-    """Convert a value of YAML to the type of a field.
-
-    A value that cannot be converted is returned unchanged, and the configuration refuses it.
-    """
+    """Convert a value of YAML to the type of a field, or return it unchanged for the configuration to refuse."""
     kinds = typing.get_args(kind)
     if type(None) in kinds:
         return None if value in (None, "None") else _as_type(value, kinds[0])

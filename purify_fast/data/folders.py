@@ -1,7 +1,4 @@
-"""Read image folders.
-
-Images are decoded either once, into a cache of uint8 arrays, or each time they are read.
-"""
+"""Read image folders. Images are decoded once, into a cache of uint8 arrays, or each time they are read."""
 
 from __future__ import annotations
 
@@ -356,10 +353,7 @@ def decode(
 
 
 def _decoded(files: Sequence[Path], size: tuple[int, int], *, resize: bool, workers: int) -> Iterator[np.ndarray | str]:
-    """Yield the image or the error of each file, in order. Only a limited number of images is decoded ahead.
-
-    The arguments are those of `decode`. Pillow lets other threads run while it decodes an image.
-    """
+    """Yield the image or the error of each file, in order, with a limited number of images decoded ahead."""
     threads, target = max(workers, 1), size if resize else None
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(files), CHUNK * threads):

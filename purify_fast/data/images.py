@@ -171,10 +171,7 @@ def _check_batch(x: Tensor, sample_ids: Tensor) -> None:
 
 
 def _draws(seed: int, sample_ids: Tensor, epoch: int, count: int = 3) -> Tensor:
-    """Uniform random numbers ``[B, count]``.
-
-    The first three decide the place of the rows, the place of the columns, and the mirroring.
-    """
+    """Uniform random numbers ``[B, count]``: for the place of the rows, that of the columns, and the mirroring."""
     # A tensor from a list would be copied to the device, and the copy would wait for the device.
     key = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
     return philox(key, sample_ids, count, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]

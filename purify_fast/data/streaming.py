@@ -1,7 +1,4 @@
-"""Read images from a file batch by batch, for data sets that do not fit into memory.
-
-A batch is read while the program still works with the previous batch.
-"""
+"""Read images from a file batch by batch, ahead of the program, for data sets that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -117,8 +114,7 @@ class StreamedImages:
 class ResizedImages(StreamedImages):
     """Images that are resized bilinearly and cropped whenever they are read, as `load_dataset` describes.
 
-    This saves memory. For example, AToP attacks CIFAR-10 at 256 x 256 pixels. All training images need 9.8 GB at this
-    size, and 0.15 GB at the stored 32 x 32 pixels.
+    This saves memory: CIFAR-10 needs 9.8 GB at the 256 x 256 pixels that AToP attacks, and 0.15 GB as it is stored.
 
     Args:
         images: the stored images, uint8 ``[N, C, H, W]``. They are kept on the CPU.

@@ -85,10 +85,7 @@ def find_official(
 
 
 def _imagenette(root: Path, download: bool, image_size: tuple[int, int] | None) -> Path:
-    """The folder of imagenette's smallest archive whose images are large enough.
-
-    There are archives with images of 160 pixels, of 320 pixels, and of the original size.
-    """
+    """The folder of imagenette's smallest archive whose images are large enough."""
     side = max(image_size or (0,))
     size = "160px" if side <= 160 else "320px" if side <= 320 else "full"
     folder = root / ("imagenette2" if size == "full" else f"imagenette2-{size.removesuffix('px')}")

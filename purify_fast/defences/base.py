@@ -51,11 +51,9 @@ class Defence(StochasticDefence):
     arguments: dict[str, Any]
     num_classes: int
     aggregation: str = "lse"
-    #: The reader of the classifier's representation (the outputs of some of its layers), for a defence that uses a
-    #: representation.
+    #: The reader of the classifier's representation, for a defence that uses the outputs of some of its layers.
     representation: Representation | None = None
-    #: The names of the methods that ``accelerate(compile=True)`` compiles. Each method maps tensors ``[B, ...]`` to a
-    #: tensor.
+    #: The methods that ``accelerate(compile=True)`` compiles, by name. Each maps tensors ``[B, ...]`` to a tensor.
     compiled_parts: ClassVar[tuple[str, ...]] = ()
     not_dependencies = frozenset({"bank"})
 
@@ -63,8 +61,7 @@ class Defence(StochasticDefence):
         super().__init__()
         self.acceleration: dict[str, Any] | None = None
         self.fast: Accelerated | None = None
-        # A hook also runs when a larger module that contains the defence loads its state dict. An override of
-        # `load_state_dict` would not be called.
+        # A hook also runs when a larger module loads its state dict, unlike an override of `load_state_dict`.
         self.register_load_state_dict_post_hook(_make_copies_again)  # type: ignore[no-untyped-call]
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
@@ -72,12 +69,10 @@ class Defence(StochasticDefence):
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
         self.own_classifier = False
-        #: For each term of the training loss, by its name: the first training step that used the term. Empty if
-        #: untrained.
+        #: For each term of the training loss, the first training step that used it. Empty if untrained.
         self.acts_from_step: dict[str, int] = {}
-        #: The settings of the adversarial bank, which is a file of attacked images that a training uses again. The
-        #: settings are the number of variants of an image, and the share of the adversarial images that is attacked
-        #: again although the bank has enough variants. Empty without a bank.
+        #: The settings of the adversarial bank (`purify_fast.training.bank`): the variants of an image, and the share
+        #: of the adversarial images that is attacked again although the bank is full. Empty without a bank.
         self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
@@ -102,10 +97,7 @@ class Defence(StochasticDefence):
 
     @property
     def frozen_classifier(self) -> nn.Module:
-        """The classifier without the purifier: its accelerated copy, or the classifier itself.
-
-        The result takes and returns float32, even if the classifier has another dtype.
-        """
+        """The classifier without the purifier, or its accelerated copy. It takes and returns float32 in any case."""
         if self.fast is not None:
             return self.fast.classifier
         return self.classifier if self.classifier_dtype == torch.float32 else _Float32Borders(self.classifier)
@@ -249,9 +241,8 @@ class Defence(StochasticDefence):
         return fast
 
     def prepare_replay(self) -> None:
-        """If weights that are packed for a kernel have changed, pack them again into the same memory.
-
-        This is the method of the protocol `PreparesReplay`.
+        """If weights that are packed for a kernel have changed, pack them again into the same memory
+        (`PreparesReplay`).
         """
         if self.fast is not None:
             self._update_packed(self.fast)
@@ -267,8 +258,7 @@ class Defence(StochasticDefence):
                 if fast.packed is None:
                     fast.packed = packed
                 else:
-                    # Captured steps read the memory of the earlier packed part, so write the new weights to this
-                    # memory.
+                    # Captured steps read the memory of the earlier packed part, so it gets the new weights.
                     for old, new in zip(fast.packed.tensors(), packed.tensors(), strict=True):
                         old.copy_(new)
             fast.packed_from = write_stamp(weight)

@@ -31,8 +31,7 @@ class StochasticDefence(nn.Module):
     `noise_ids`, a call from another thread raises a RuntimeError.
     """
 
-    #: True if the class promises that the images of a batch have different draws; see
-    #: `purify_fast.protocols.draws_for_each_image`. A subclass does not inherit the promise.
+    #: The class promises other draws for each image (`purify_fast.protocols.draws_for_each_image`). Not inherited.
     draws_for_each_image: ClassVar[bool] = False
     _noise_seed: Tensor
     samples: int
@@ -44,8 +43,7 @@ class StochasticDefence(nn.Module):
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise = "fresh"
-        # This is the id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`. It is None while no
-        # thread is inside.
+        # The id of the thread that is inside `fixed_noise`, `deterministic` or `noise_ids`, or None.
         self._noise_owner: int | None = None
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
@@ -122,8 +120,7 @@ class StochasticDefence(nn.Module):
         self._refuse_other_threads()
         memory = ids.clone()
         if self._noise_ids is None:
-            # A captured step reads the ids from the memory that was used at its capture, so write new ids to that
-            # memory.
+            # A captured step reads the ids from the memory of its capture, so write new ids there.
             memory = self._kept_ids.setdefault((len(ids), ids.device), memory)
         with self._control(_noise_ids=memory.copy_(ids)):
             yield self

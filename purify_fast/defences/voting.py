@@ -38,10 +38,10 @@ def undecided(logits: Tensor) -> Tensor:
 def majority(logits: Tensor) -> Tensor:
     """Combine the logits of several draws by a majority vote over the predicted classes.
 
-    A count of votes has no gradient. So the result is the logarithm of the mean probabilities over the draws, which
-    has a gradient. If the class with the most votes does not have the largest result, its result is raised until it is
-    the largest. If several classes have the most votes, the mean probabilities decide. A draw without a decision
-    (`undecided`) makes the result NaN.
+    The result is the logarithm of the mean probabilities over the draws: unlike a count of votes, it has a gradient. If
+    the class with the most votes does not have the largest result, its result is raised until it is the largest. If
+    several classes have the most votes, the mean probabilities decide. A draw without a decision (`undecided`) makes
+    the result NaN.
 
     Args:
         logits: logits of each draw, ``[draws, B, classes]``, floating point.

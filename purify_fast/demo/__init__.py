@@ -53,8 +53,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
     print(f"digits: {len(images.x_train)} training images, {budget.images} attacked held-out images, L-inf eps {EPS}")
     _train_and_attack(workspace)
     reports: dict[str, Report] = {}
-    # This dictionary has for each model its clean accuracy, its lowest accuracy under attack, and a text that names the
-    # reasons to doubt this lowest accuracy.
+    # For each model: its clean accuracy, its lowest accuracy under attack, and the reasons to doubt the latter.
     summary: dict[str, tuple[Row, Row, str]] = {}
     sections = []
     for title in METHODS:
@@ -72,10 +71,7 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
 
 
 def _train_and_attack(workspace: Workspace) -> None:
-    """Train and attack all models in two processes. The first trains CARSO's models, the second all other models.
-
-    When the models of a process are trained, they are attacked by any process that is idle.
-    """
+    """Train and attack all models in two processes. The first trains CARSO's models, the second all other models."""
     quiet = replace(workspace, progress=False)
     others = (STANDARD, *ATOP_MODELS, *ARREST_MODELS)
     with worker_pool(2, _prepare) as pool:

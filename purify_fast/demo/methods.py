@@ -1,9 +1,8 @@
 """The models of the demonstration, and their trainings and attacks.
 
-CARSO's classifier is the adversarially trained base. AToP's classifier is the standard classifier. AToP has three
-purifiers: pre-trained only, trained with the paper's objective, and fine-tuned through the whole pipeline. The standard
-classifier is finetuned twice: by ARREST, and without ARREST's two parts, distillation and noisy replay (AFT). Another
-CARSO is trained with ARREST's result as its classifier.
+AToP has three purifiers: pre-trained only, trained with the paper's objective, and fine-tuned through the whole
+pipeline. The standard classifier is finetuned twice: by ARREST, and without ARREST's two parts, distillation and noisy
+replay (AFT). Another CARSO is trained with ARREST's result as its classifier.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ FOLDERS = {
 CARSO_MODELS = (STANDARD, BASE, CARSO_OBJECTIVE, CARSO_PIPELINE)
 ATOP_MODELS = (BEFORE_ATOP, ATOP_OBJECTIVE, ATOP_PIPELINE)
 ARREST_MODELS = (FINETUNED, ARREST, CARSO_ON_ARREST)
-#: For each method, two tuples of models. The first tuple has the models of the method. The method's report shows
-#: pictures for these models only. The second tuple has other models, which the tables also contain.
+#: For each method: its models, which its report shows in pictures, and the other models of its tables.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CARSO": (CARSO_MODELS, ()),
     "AToP": (ATOP_MODELS, ()),
@@ -162,8 +160,7 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     """
     budget, target, steps = workspace.budget, model(workspace, name), workspace.budget.steps
     ce, dlr = ce_then_dlr()
-    # AutoAttack's standard version is only for deterministic models, so a random model is attacked in its mode
-    # without randomness.
+    # AutoAttack's standard version is only for deterministic models, so a random model is attacked without randomness.
     standard = AutoAttack(steps=budget.autoattack_steps, n_queries=budget.autoattack_queries)
     auto = AttackSpec(standard, "deterministic", max_images=budget.autoattack_images, label=AUTOATTACK)
     if name in ATOP_MODELS:

@@ -1,8 +1,4 @@
-"""The settings that the demonstration shares with the studies on digits in `benchmarks`.
-
-These settings are the images, the radius, the training of the base, and the sizes of CARSO. This module also has the
-demonstration's own numbers of epochs, steps and images (`Budget`), and the folder of its files (`Workspace`).
-"""
+"""The settings that the demonstration shares with the studies on digits: images, radius, base, and CARSO's sizes."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 A row of the report is one attack. The model is attacked and judged in one of three variants: ``random`` is the model as
 it is deployed, ``fixed`` is the model in the context ``model.fixed_noise(seed)``, and ``deterministic`` is the model in
-the context ``model.deterministic()``. Any callable can be evaluated. A model may lack the two contexts; if it has them,
-they are tested before they are used. The images of an attack on ``fixed`` or ``deterministic`` are also tried on the
+the context ``model.deterministic()``. The images of an attack on ``fixed`` or ``deterministic`` are also tried on the
 deployed model, because only the deployed model counts for the headline, the robust accuracy of the report.
 """
 
@@ -61,8 +60,7 @@ from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")
 
-#: With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws would all be correct
-#: with at most this probability.
+#: "worst_of": an attack succeeds if ``n_eval`` fresh draws would all be correct with at most this probability.
 MAX_SURVIVAL = 0.01
 
 
@@ -163,8 +161,7 @@ def evaluate(
         subject = Subject(model, images, labels, batch_size=in_batch, **judging)
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
-        # The fingerprint is taken after the trial predictions, so that it is the same in every run, even if the model
-        # stores its last input, which is then a part of the fingerprint.
+        # After the trial predictions, so that it is the same in every run: a model's last input may be a part of it.
         mark, reason = fingerprint_or_reason(subject.model, revision)
         if mark is not None:
             report.about["model"] = mark
@@ -236,10 +233,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel, in_bat
 def _admit(
     models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack
 ) -> list[Classifier]:
-    """Freeze the other models that attacks use, and add their fingerprints to the cache.
-
-    A model that writes to its input is refused.
-    """
+    """Freeze the other models that attacks use, and add their fingerprints to the cache."""
     others = list({id(model): model for model in models if model is not None}.values())
     for model in others:
         stack.enter_context(frozen(model))
@@ -368,11 +362,7 @@ class _Evaluation:
         return [None if cost is None else cost * images for cost, images in asked]
 
     def rows(self) -> list[Row]:
-        """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve.
-
-        The images of an attack on ``fixed`` or ``deterministic`` are also tried on the deployed model, in a separate
-        row.
-        """
+        """Make the rows of the clean images for each variant, the rows of the attacks, and the rows of the curve."""
         measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         variants: list[Variant] = list(dict.fromkeys(["random", *(spec.variant for spec in self.plan)]))
         n = len(subject.y)

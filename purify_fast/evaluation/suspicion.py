@@ -126,8 +126,7 @@ class Suspicion:
     def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
         """Return the results of all probes; cached results are used only if the attacks before them were the same."""
         context, subject = self.measure.context, self.measure.subject
-        # `left` is True for those of the first images that withstood every attack on the deployed model. Without an
-        # attack it is False for all images.
+        # `left`: the first images that withstood every attack on the deployed model; without an attack, none.
         n = min(PROBED, len(subject.y), max(row.n for row in evidence.rows))
         wrong = evidence.wrong(n)
         left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0

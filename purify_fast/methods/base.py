@@ -160,9 +160,7 @@ def answer_of(argument: str, module: nn.Module, given: str, call: Callable[[], A
 
 
 def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    """Describe a module by JSON values from which `rebuilt` can make it again.
-
-    A module of the user's own is described only by the name of its class.
+    """Describe a module by JSON values for `rebuilt`, and a module of the user's own only by its class's name.
 
     Args:
         module: the module.
@@ -214,8 +212,6 @@ def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a defence draws each image's noise by its position in the batch of all processes.
-
-    So several processes draw the same noise as a single process.
 
     Args:
         defence: the defence that draws noise.

@@ -1,7 +1,6 @@
 """Classifiers that can be built, saved and loaded by their names.
 
-The package also accepts any other module from images in [0, 1] to logits. Each class of this file has an attribute
-``arguments`` with the arguments of its constructor, which are JSON values.
+The package also accepts any other module from images in [0, 1] to logits.
 
 The published CARSO systems have wide residual networks as classifiers, in DeepMind's form (Zagoruyko, Komodakis: BMVC
 2016; Gowal et al., arXiv 2010.03593): SiLU, pre-activation, "SAME" padding, and a normalization of the images as first
@@ -76,8 +75,7 @@ class _Dropout(nn.Module):
         rank, world = processes() if self.training else (0, 1)
         if world == 1:
             return F.dropout(x, 0.15, self.training)
-        # Draw the mask that a single process would draw for the images of all processes, and use the part for this
-        # process.
+        # Draw the mask that a single process would draw for the images of all, and use this process's part.
         whole = x.new_ones(world * len(x), *x.shape[1:])
         return x * F.dropout(whole, 0.15)[rank::world]
 
@@ -145,9 +143,6 @@ class _Block(nn.Module):
 
 class PreActResNet18(nn.Module):
     """ResNet-18 with pre-activation (He et al., ECCV 2016) for small images, with the normalization as first layer.
-
-    The network has a 3 x 3 convolution, four stages of two blocks with ``width`` to ``8 width`` channels, a mean over
-    all positions, and a linear layer.
 
     Args:
         num_classes: number of classes, at least 2.

@@ -29,8 +29,7 @@ from .._validation import check_shapes
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
-#: Places whose code is not the user's: the import system, Python's library and installed packages. Messages name the
-#: last line of the user's code in a traceback.
+#: Code that is not the user's: messages name the last line of the user's code in a traceback.
 _NOT_OWN = ("<frozen ", *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 

@@ -1,19 +1,15 @@
 """Layers that several networks use.
 
-`LeakyReLU` and the BatchNorms have the parameters, buffers and results of torch's layers. They differ from torch's
-layers in one way: slope, eps and momentum are constants in the code instead of attributes of the module.
+`LeakyReLU` and the BatchNorms are torch's layers with slope, eps and momentum as constants in the code:
 ``torch.compile(dynamic=True)`` first treats a number in an attribute as variable, and starts again when it finds that
 an operator needs a constant.
 
 In training mode with several processes, BatchNorm uses the statistics of the images of all processes. Every process
-must then run the same layers, and must have at least one image. There are two implementations. Each exchanges one
-tensor in the forward pass and one in the backward pass.
+must then run the same layers, and must have at least one image. There are two implementations.
 
 - The implementation for CUDA calls the functions of PyTorch that torch.nn.SyncBatchNorm uses
-  (torch/nn/modules/_functions.py): five operators forward and four backward. SyncBatchNorm itself also allows processes
-  without images. But to find such processes, it waits for the device.
-- On other devices these functions do not exist, and SyncBatchNorm refuses tensors on a CPU. The second implementation
-  works on all devices, with more operators.
+  (torch/nn/modules/_functions.py): five operators forward and four backward.
+- On other devices, where these functions do not exist and SyncBatchNorm refuses tensors, more operators do the same.
 """
 
 from __future__ import annotations

@@ -40,8 +40,7 @@ def without_recorders(model: nn.Module) -> nn.Module:
         model: any module, usually a copy of a model that a `Representation` reads.
     """
     for module in model.modules():
-        # Delete the hooks from a private dict. PyTorch has no public function that lists a module's hooks, and their
-        # handles remove them only from the original model, not from a copy.
+        # PyTorch lists no hooks, and their handles remove them only from the original model, not from a copy.
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Recorder)]:
             del module._forward_hooks[key]
     return model

@@ -100,10 +100,9 @@ def vote_reference(logits: Tensor) -> Tensor:
 
 #: CARSO's published forms. Attacks on them give meaningless results.
 UNSAFE = {"peel_reference": peel_reference, "vote_reference": vote_reference}
-#: The keys are the method, the shape, and the standard deviation of the logits. The values are the dtypes in which the
-#: example verifies kernels on a GPU (`Example.gpu`). Some shapes have few classes. The other shapes have more classes
-#: than a vector has lanes, and the number of classes is not a multiple of the lanes. In the last example, the logits
-#: are so large that peel uses the tangent. The tangent's slope exp(70) is infinite in float16.
+#: By method, shape, and standard deviation of the logits; for the values see `Example.gpu`. Some shapes have few
+#: classes, and the others more than a vector has lanes. In the last example, peel uses the tangent, whose slope exp(70)
+#: is infinite in float16.
 EXAMPLES = {
     ("lse", (ROWS, 8, 10), 3.0): "f",
     ("peel", (ROWS, 8, 10), 3.0): "fb",
@@ -149,9 +148,8 @@ BACKWARD = define_backward(
 )
 
 
-#: These CPU kernels are used for ``lse`` and ``peel`` with at least SAVED_FROM classes. SAVING returns the result, and
-#: three numbers for each image and class, [B, 3, C]. FROM_SAVED is the backward. With the saved numbers, it reads the
-#: logits only once.
+#: CPU kernels for ``lse`` and ``peel`` with at least SAVED_FROM classes. SAVING also returns three numbers for each
+#: image and class, [B, 3, C], with which FROM_SAVED, the backward, reads the logits only once.
 SAVING = cpu_kernel("aggregate_keeping", "(Tensor logits, int method) -> (Tensor, Tensor)")
 FROM_SAVED = cpu_kernel("aggregate_from_kept", "(Tensor grad, Tensor logits, Tensor saved, int method) -> Tensor")
 SAVED_FROM = 16
@@ -160,8 +158,7 @@ SAVED_FROM = 16
 _with_saved = differentiable(
     SAVING, FROM_SAVED, lambda inputs, outputs: (inputs[0], outputs[1], inputs[1]), constants=1
 )
-# For vote, this function is also used around the reference. Autograd has no gradient for the reference, but this
-# function has the gradient 0.
+# Vote also uses this around the reference, for the gradient 0: autograd has none.
 _aggregate = differentiable(
     lambda logits, method: OP(logits, method, variant=METHODS[method]),
     lambda grad, logits, method: BACKWARD(grad, logits, method, variant=METHODS[method]),

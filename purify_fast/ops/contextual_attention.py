@@ -45,8 +45,8 @@ _SMALLEST_NORM = 1e-4
 def _moved(x: Tensor, step: int, dim: int) -> Tensor:
     """Shift x by one position, along dimension ``dim`` of the queries and the same dimension of the keys.
 
-    The result at position i is the value of x at i + step, where step is 1 or -1. x is [B, queries, keys]. Queries and
-    keys have one dimension (L) or two dimensions (h, w).
+    The result at position i is the value of x at i + step, where step is 1 or -1. x is [B, queries, keys]; each
+    of the two has one dimension (L) or two (h, w).
     """
     groups, size = x.dim() // 2, x.shape[dim]
     padding = [0] * (2 * x.dim())
@@ -121,8 +121,7 @@ def reference_backward(
     return _patches(x * inverse[:, None], height, width), to_inverse
 
 
-#: The keys are the height and width of the grid of keys, and the channels. The values are the dtypes in which the
-#: example verifies kernels on a GPU (`Example.gpu`).
+#: By height and width of the grid of keys, and channels; for the values see `Example.gpu`.
 EXAMPLES = {(8, 8, 6): "fb", (4, 7, 3): "h", (9, 3, 5): ""}
 RACED = ((8, 8, 96), (32, 32, 96))
 
@@ -208,10 +207,7 @@ WHOLE = SAVING_KERNELS
 
 
 def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
-    """Compute the whole function.
-
-    Return its result and the arguments of its backward: F, G, the inverse norms, U and A.
-    """
+    """Compute the whole function: its result, and F, G, the inverse norms, U and A for the backward."""
     height, width = features.shape[2] // 2, features.shape[3] // 2
     phases = SPLIT(features, last)
     pixels = wide(phases[:, 0])

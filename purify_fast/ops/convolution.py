@@ -1,22 +1,19 @@
-"""Convolutions of bfloat16 images on a CPU, and their gradients. They are faster than PyTorch's.
+"""Convolutions of bfloat16 images on a CPU, and their gradients, faster than PyTorch's.
 
     out[b, y, x, o] = bias[o] + sum over i, j, c of input[b, y s + i d - p, x s + j d - p, c] weight[o, i, j, c]
 
 with stride s, zero padding p and dilation d. The reference is ``torch.nn.functional.conv2d``, for any floating dtype
 and device. The kernels support a single case: bfloat16, channels_last, one group, on a processor that multiplies pairs
-of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). On such a processor PyTorch's convolutions are slow.
-The slowest are the gradients of weights, and layers with few channels; docs/performance.md has a table. The op
-`fused_convolution` has a kernel for GPUs.
+of bfloat16 numbers (AVX512-BF16) and has no matrix tiles (AMX). The op `fused_convolution` has a kernel for GPUs.
 
 Sums are in float32. The gradients of weight and bias are not rounded to bfloat16, unlike PyTorch's.
 
 Convolutions with 3 x 3 taps, stride 1 and enough channels and pixels use Winograd's algorithm F(2 x 2, 3 x 3) (Lavin
 and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), which needs half the products. It multiplies
 sums of four pixels with sums of nine weights, and rounds these sums to bfloat16. For normally distributed numbers, the
-result has a relative error of 0.4 %. For comparison: rounding the exact result to bfloat16 gives an error of 0.17 %. An
-infinity or a NaN also affects neighboring pixels, and infinities become NaN. Sums of numbers near the largest bfloat16
-number can overflow. Even without Winograd's algorithm, a non-finite weight or gradient may affect pixels at the border
-that it does not affect in PyTorch.
+result has a relative error of 0.4 %. An infinity or a NaN also affects neighboring pixels, and infinities become NaN.
+Sums of numbers near the largest bfloat16 number can overflow. Even without Winograd's algorithm, a non-finite weight or
+gradient may affect pixels at the border that it does not affect in PyTorch.
 """
 
 from __future__ import annotations
@@ -272,8 +269,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _plain(input: Tensor, elements: int, variant: str) -> bool:
     """Return True if PyTorch's convolution is used for an input whose result has ``elements`` elements."""
-    # Most processors have no kernel of this op. There, `uses_reference` would raise an error if the user forces kernels
-    # for the sake of other ops.
+    # Most processors have no kernel. There, `uses_reference` would raise an error if kernels are forced for other ops.
     if OP.kernel("cpu") == "reference":
         return True
     # Autocast does not change float64.

@@ -9,12 +9,11 @@ transposed convolutions. BatchNorms are folded into their weights, and the weigh
         a_bk = z_bk W_z + c_b
         a <- conv_transpose2d(leaky_relu(a)) + bias, layer by layer;   image = sigmoid(a), or a
 
-In these formulas, c_b is not the condition itself. It is the product of the condition with the condition's half of the
-first layer's weights, plus the bias. It is computed once per image.
+Here, c_b is the product of the condition with its half of the first layer's weights, plus the bias, computed once per
+image.
 
 The kernels (kernels/decode_samples.py) multiply numbers in the weights' dtype and add in float32. The activations
-between layers have the weights' dtype. If the last two layers are one launch, the activations between them remain in
-registers.
+between layers have the weights' dtype.
 """
 
 from __future__ import annotations
@@ -200,8 +199,7 @@ DECODERS = {
     "wide": tiles.Geometry.of([12, 40, 3, 3, *(3, 4, 2, 1, 6, 6)]),
     "cifar": tiles.Geometry.of([128, 256, 3, 3, *(n for layer in _CIFAR for n in layer), *(3, 2, 1, 1, 32, 32)]),
 }
-#: The keys are the decoder, the samples, the weights' dtype, and "squashed" if a sigmoid is applied. The values are the
-#: dtypes in which the example verifies kernels on a GPU (`Example.gpu`).
+#: By decoder, samples, dtype of the weights, and "squashed" with a sigmoid; for the values see `Example.gpu`.
 EXAMPLES = {
     ("tiled", 3, torch.bfloat16, "squashed"): "",
     ("tiled", 3, torch.bfloat16, ""): "b",
@@ -325,8 +323,7 @@ def decode_prior(
     if not isinstance(samples, int) or not 1 <= samples < 2**63 or not 0 <= slope < float("inf"):
         limits = "samples must be an integer of at least 1 and below 2^63, and slope a finite number of at least 0"
         raise ValueError(f"{limits}, got samples = {samples} and slope = {slope}")
-    # The backward multiplies by image * (1 - image), which would be 0 where bfloat16 rounds an image above 0.998 to 1.
-    # So the op computes images in the wider dtype if a gradient is needed.
+    # The backward multiplies by image * (1 - image), but bfloat16 rounds an image above 0.998 to 1.
     wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
     if OP.uses_reference(condition.device, wanted, condition.numel()):
         with without_autocast(condition.device):

@@ -91,8 +91,7 @@ def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) 
     m, v = _parts(x, prediction)
     p, q, c, a, b, s, lo, hi = _each(coefficients, x)
     image = p * x + q * m
-    # Both ends of the clip pass the gradient. torch.clamp is not used, because its gradient there differs between
-    # versions of torch.
+    # Both ends of the clip pass the gradient, in contrast to torch.clamp in some versions of torch.
     clipped = torch.where((image >= -c) & (image <= c), image, image.detach().clamp(-c, c))
     out = a * clipped + b * x
     if noisy:
@@ -128,8 +127,7 @@ def variant(learned: bool, noisy: bool) -> str:
     return "learned" if learned and noisy else "fixed" if noisy else "noiseless"
 
 
-#: The keys are the shape, True for learned variances, True for noise, and the prediction's layout. The values are the
-#: dtypes in which the example verifies kernels on a GPU (`Example.gpu`).
+#: By shape, True for learned variances, True for noise, and the prediction's layout; for the values see `Example.gpu`.
 EXAMPLES = {
     ((ROWS, 3, 32, 32), False, True, ""): "f",
     ((ROWS, 3, 33, 31), False, True, "channels_last"): "",
@@ -211,10 +209,7 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
 
 
 def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inside torch.compile, replace each repetition of a tensor with a view of this tensor.
-
-    torch.compile rejects an op that gets the same tensor twice.
-    """
+    """Inside torch.compile, which rejects an op that gets a tensor twice, replace each repetition with a view."""
     if not torch.compiler.is_compiling():
         return given
     return tuple(

@@ -18,9 +18,8 @@ their other uses. a and n are the activation and normalization that made the ima
 their z from its uses without activation. a' is computed from ``entered``: the images themselves for ReLU, and their z
 for SiLU.
 
-PyTorch reads and writes a map for each of these operations. The kernel for GPUs has the sums of the products in its
-registers, and applies all of them there. The kernel serves bfloat16 in channels_last with one group, and only where it
-won a race against the definition on the user's own device.
+PyTorch reads and writes a map for each of these operations. The kernel serves bfloat16 in channels_last with one group,
+and only where it won a race against the definition on the user's own device.
 """
 
 from __future__ import annotations

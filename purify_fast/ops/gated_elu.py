@@ -21,9 +21,8 @@ from .dispatch.registry import define_backward, define_op, wide
 
 
 def reference(features: Tensor, dim: int) -> Tensor:
-    """Compute the op in plain PyTorch, where ``dim`` is divided into halves, in float32 (float64 for float64).
-
-    The result has the features' dtype.
+    """Compute the op in plain PyTorch, with halves of ``dim``, in float32 (float64 for float64) and the features'
+    dtype.
     """
     a, b = wide(features).chunk(2, dim)
     return (F.elu(a) * torch.sigmoid(b)).to(features.dtype)
@@ -38,8 +37,7 @@ def reference_backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
     return out.to(features.dtype).contiguous()
 
 
-#: The keys are the shape, and the dimension that is divided into halves (the last dimension for channels_last images).
-#: The values are the dtypes in which the example verifies kernels on a GPU (`Example.gpu`).
+#: By shape, and the dimension that is divided, the last for channels_last; for the values see `Example.gpu`.
 EXAMPLES = {
     ((ROWS, 6, 17, 15), 1): "",
     ((ROWS, 8, 8, 48), 3): "f",

@@ -79,8 +79,7 @@ def reference_backward(
     return of_x.view(x.shape).to(x.dtype).contiguous()
 
 
-#: Each example is a tuple of the shape with channels last, the number of groups, and the number of rows of the shift,
-#: which is 0 without a shift.
+#: The shape with channels last, the number of groups, and the rows of the shift, which is 0 without a shift.
 EXAMPLES = (
     ((ROWS, 7, 6, 32), 2, 1),
     ((ROWS, 5, 4, 96), 2, ROWS),

@@ -12,9 +12,9 @@ the box in the direction of the move. Then
     l1:    m = room where |w| > t, the same fraction of room where |w| = t, and 0 elsewhere
 
 The progress of a row towards the plane is a monotone function of t. It is piecewise linear (linf, l2) or a step
-function (l1). The reference sorts the breakpoints, and finds the piece that contains the solution. The kernels do not
-sort. For linf and l2 the function is concave, so Newton's method approaches t from below. Each iteration passes at
-least one breakpoint, and the last iteration gives t exactly. For l1 the kernels bisect the bits of t.
+function (l1). The reference sorts the breakpoints, and finds the piece that contains the solution. For linf and l2 the
+function is concave, so Newton's method approaches t from below. Each iteration passes at least one breakpoint, and the
+last iteration gives t exactly. For l1 the kernels bisect the bits of t.
 
 If the plane does not intersect the box, d leads to the corner of the box nearest to the plane. Non-finite elements of w
 count as 0, and a row with NaN in x or b does not move. w and b are scaled by a power of two first, so that the squares
@@ -72,8 +72,7 @@ def _step(slope: Tensor, unit: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     full = torch.where(room > 0, room / unit, 0.0)
     full, order = full.sort(1)
     gain, rate = ((slope * part).gather(1, order) for part in (room, unit))
-    # `filled` is the progress to the plane by the coordinates that have reached the border of the box. `rate` is the
-    # progress of the other coordinates per unit of t.
+    # `filled`: the progress to the plane by coordinates at the border of the box. `rate`: that of the others, per t.
     filled = gain.cumsum(1)
     rate = torch.where(full > 0, rate, 0.0).flip(1).cumsum(1).flip(1)
     reached = filled - gain + full * rate
@@ -94,8 +93,7 @@ def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
     return torch.where(whole, 1.0, torch.where(edge, part, 0.0))
 
 
-#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU
-#: (`Example.gpu`).
+#: By norm and shape; for the values see `Example.gpu`.
 EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
     ("linf", (ROWS, 16400)): "f",
     ("l2", (ROWS, 3, 33, 31)): "b",

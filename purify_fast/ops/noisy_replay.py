@@ -26,10 +26,7 @@ from .philox import Stream, check_stream, philox
 def reference(
     x: Tensor, x_adv: Tensor, drift: Tensor, tau: Tensor, eps: Tensor, seed: Tensor, sample_ids: Tensor, *box: float
 ) -> Tensor:
-    """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype.
-
-    drift and eps are [B], and tau is [].
-    """
+    """Compute the op by PyTorch in float32 (float64 for float64) to x's dtype. drift and eps are [B], and tau is []."""
     clean = wide(x)
     r = philox(seed, sample_ids, math.prod(x.shape[1:]), stream=Stream.REPLAY_NOISE).view(x.shape).to(clean.dtype)
     noisy = (clean + per_image(eps.to(clean.dtype), x) * (2 * r - 1)).clamp(*box).to(x.dtype)
@@ -55,10 +52,7 @@ OP = define_op(
 
 
 def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
-    """Return ``tau`` as a [] tensor with the dtype and device of ``drift``.
-
-    Raise ValueError if it has another shape.
-    """
+    """Return ``tau`` as a [] tensor with the dtype and device of ``drift``; raise ValueError for another shape."""
     if not isinstance(tau, Tensor):
         return torch.full((), float(tau), dtype=drift.dtype, device=drift.device)
     if tau.dim() != 0:

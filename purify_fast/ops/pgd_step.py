@@ -9,16 +9,16 @@ Sources: linf and l2 are from Madry et al., ICLR 2018. In l1, s is the sparse di
 NeurIPS 2019, arXiv 1904.13000): sign(g) for the coordinates with the largest |g|, and 0 for the others. Coordinates at
 the border of the box whose g points outwards are excluded, as in SLIDE's implementations. Coordinates with the same |g|
 as the last selected coordinate are selected too. The projection is that of Croce & Hein ("Mind the box", ICML 2021,
-arXiv 2103.01208), onto the intersection of ball and box. Projecting onto the ball and clipping afterwards would not use
-all of eps. Let d = y - x_nat. Let room be the distance from x_nat to the border of the box in the direction of d. Then
+arXiv 2103.01208), onto the intersection of ball and box. Let d = y - x_nat. Let room be the distance from x_nat to the
+border of the box in the direction of d. Then
 
     z = x_nat + sign(d) clamp(|d| - shift, 0, room),   the least shift >= 0 with |z - x_nat|_1 <= eps
 
 if x_nat is in the box.
 
-sign(0) = 0. A non-finite gradient does not move its element (linf) or its sample (l2, l1). The attacks count such
-gradients and report them. NaN in x or x_nat propagates. For l2, the gradient is divided by max |g| before its norm is
-computed, so that the tiny gradients of a saturated loss still have a direction.
+sign(0) = 0. A non-finite gradient does not move its element (linf) or its sample (l2, l1). NaN in x or x_nat
+propagates. For l2, the gradient is divided by max |g| before its norm is computed, so that the tiny gradients of a
+saturated loss still have a direction.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ NORMS = ("linf", "l2", "l1")
 #: The fraction of the coordinates that an l1 step moves, which we chose for this package. SLIDE's implementation in
 #: cleverhans uses 0.01. AutoAttack's APGD begins with 0.2 and adapts the fraction.
 DENSITY = 0.05
-#: The number of bisections for l1's shift. Afterwards, the interval is shorter than the rounding error of its initial
-#: upper end.
+#: Bisections for l1's shift: then the interval is shorter than the rounding error of its first upper end.
 HALVINGS = {torch.float32: 24, torch.float64: 53}
 
 
@@ -79,10 +78,7 @@ def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: flo
 
 
 def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
-    """Project ``x`` onto the ball around ``x_nat`` and then onto the box (linf, l2), or onto their intersection (l1).
-
-    eps is [B, 1, ...].
-    """
+    """Project ``x`` onto the ball, then the box (linf, l2), or onto their intersection (l1). eps is [B, 1, ...]."""
     dims = list(range(1, x.dim()))
     if NORMS[norm] == "linf":
         x = torch.minimum(torch.maximum(x, x_nat - eps), x_nat + eps)
@@ -119,8 +115,7 @@ def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor
     return moved.to(x.dtype).contiguous()
 
 
-#: The keys are norm and shape. The values are the dtypes in which the example verifies kernels on a GPU
-#: (`Example.gpu`).
+#: By norm and shape; for the values see `Example.gpu`.
 ON_GPU = {
     ("linf", (ROWS, 16400)): "f",
     ("linf", (ROWS, 3, 33, 31)): "h",

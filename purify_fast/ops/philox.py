@@ -8,7 +8,7 @@
 
 The same seed gives the same bits in every backend, for every batch split, chunk and rank. Only normal numbers differ
 between backends, by a few ulp at most. Every purpose has its own stream, because numbers with equal counters would be
-correlated. The layout of the counter is specific to this package.
+correlated.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ _KEY = (0x9E3779B9, 0xBB67AE85)
 
 
 class Stream(enum.IntEnum):
-    """The fourth word of the counter: the purpose of the numbers.
-
-    Never change a value, because results depend on it.
-    """
+    """The fourth word of the counter: the purpose of the numbers. Results depend on the values: never change them."""
 
     LATENT = 1
     TRANSFORM_NOISE = 2
@@ -66,19 +63,13 @@ def words(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[Any
 def reference(
     seed: Tensor, sample_ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, first_draw: int = 0
 ) -> Tensor:
-    """Compute the op's definition. Returns [B, draws, numel].
-
-    The arguments are those of `philox`, except that the distribution is an index into `DISTRIBUTIONS`.
-    """
+    """Compute the op's definition, [B, draws, numel]. The distribution is given by its index in `DISTRIBUTIONS`."""
     draw = first_draw + torch.arange(draws, device=sample_ids.device)
     return drawn(seed, sample_ids, draw[None], numel, stream=stream, distribution=distribution)
 
 
 def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream: int, distribution: int) -> Tensor:
-    """Compute the op's definition for the draws with the indices ``draw``, int64 [1, draws] or [B, draws].
-
-    Returns [B, draws, numel].
-    """
+    """Compute the op's definition, [B, draws, numel], for the indices ``draw``, int64 [1, draws] or [B, draws]."""
     groups = (numel + 3) // 4
     element = torch.arange(groups, device=sample_ids.device)
     # A call has one seed. Every word of the counter is broadcast to [B, draws, groups].

@@ -86,8 +86,7 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
     owners = owner.unflatten(-1, grid).expand(samples, sample_ids.shape[0], *grid).contiguous()
     hidden = _hidden(owners, num_passes, height, width)
     noisy = _noisy(x, seed, sample_ids, sigma, samples)
-    # Both ends of the clip pass the gradient. torch.clamp is not used, because its gradient there differs between
-    # versions of torch.
+    # Both ends of the clip pass the gradient, in contrast to torch.clamp in some versions of torch.
     clipped = torch.where((noisy >= 0) & (noisy <= 1), noisy, noisy.detach().clamp(0, 1))
     t = torch.where(hidden, 0, (2 * clipped - 1)[:, :, None]).to(dtype)
     # torch.cat raises an error for float16 under CPU autocast.
@@ -115,9 +114,8 @@ def _fake(x: Tensor, seed: Tensor, ids: Tensor, sigma: float, *settings: Any) ->
     return packed, x.new_empty((samples, batch, height // block, width // block), dtype=torch.uint8)
 
 
-#: The keys are shape, block, num_passes (0 for RT1 and RT2), sigma, draws and layout. The values are the dtypes in
-#: which the example verifies kernels on a GPU (`Example.gpu`). Some shapes have planes whose size is not a multiple of
-#: 4.
+#: By shape, block, num_passes (0 for RT1 and RT2), sigma, draws and layout; for the values see `Example.gpu`. Some
+#: shapes have planes whose size is not a multiple of 4.
 EXAMPLES = {
     (*setting, layout): letters
     for setting, gpu in {

@@ -3,8 +3,7 @@
     loss_b = sum_p  max(l, 0) - l t + log(1 + exp(-|l|)) = sum_p -[ t log s + (1 - t) log(1 - s) ],   s = sigmoid(l)
 
 This is CARSO's reconstruction term (arXiv 2306.06081, section 4.3). It is computed from the logits, because
-log(sigmoid(l)) is inaccurate for large |l|. For targets inside (0, 1), the minimum is the entropy of the pixels, which
-is above 0. Only the logits have a gradient:
+log(sigmoid(l)) is inaccurate for large |l|. Only the logits have a gradient:
 
     dloss/dl = s - t
 """

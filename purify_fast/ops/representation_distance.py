@@ -107,17 +107,13 @@ def _size_key(student: list[Tensor], *_: object) -> tuple[torch.dtype, int]:
 
 
 def _variant(layers: int) -> str:
-    """Return the variant of a call: "several" for several layers, or "".
-
-    Each variant is raced separately. The reference launches its operators for every layer, but the kernel only once.
-    """
+    """Return the variant of a call: "several" for several layers, which take the kernel a single launch, or ""."""
     return "several" if layers > 1 else ""
 
 
 #: The shapes of one, two and three layers. Layers of 9,001 numbers have more numbers than one program processes.
 ONE, TWO, THREE = ((2, 5, 7),), ((9001,), (3,)), ((64, 8, 8), (130,), (4, 1025))
-#: The keys are the kind and the layers. The values are the dtypes in which the example verifies kernels on a GPU
-#: (`Example.gpu`).
+#: By kind and layers; for the values see `Example.gpu`.
 EXAMPLES = {(kind, layers): "f" if layers == ONE else "" for kind in KINDS for layers in (ONE, THREE, TWO)} | {
     ("l2", ONE): "",
     ("abs_cosine", TWO): "h",

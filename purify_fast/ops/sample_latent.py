@@ -65,8 +65,7 @@ BACKWARD = define_backward(
 )
 
 
-#: SAVING returns z, kl, and the deviation e exp(logvar / 2) in the dtype of the arithmetic. FROM_SAVED computes the
-#: gradients from this deviation.
+#: SAVING returns z, kl, and the deviation e exp(logvar / 2), from which FROM_SAVED computes the gradients.
 SAVING = cpu_kernel(
     "sample_latent_keeping", "(Tensor mu, Tensor logvar, Tensor seed, Tensor sample_ids) -> (Tensor, Tensor, Tensor)"
 )

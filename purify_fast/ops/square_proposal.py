@@ -30,8 +30,7 @@ from .dispatch.examples import RGB, ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
 from .pgd_step import NORMS, check, per_sample, pgd_step
 
-#: Before the signs of the channels, a proposal has this number of random numbers: two places (two numbers each), and
-#: the orientation of the pattern.
+#: The random numbers before the channels' signs: two places of two numbers, and the pattern's orientation.
 PLACES = 5
 #: This is added to lengths, so that they are never 0 in a division.
 TINY = 1e-12
@@ -117,10 +116,7 @@ def reference(
     norm: int,
     *box: float,
 ) -> Tensor:
-    """Compute the op by PyTorch in float32 (float64 for float64). The result has x's dtype.
-
-    eps is [B], and numbers is [B, T, 5 + C].
-    """
+    """Compute the op by PyTorch in float32 (float64 for float64) to x's dtype. eps is [B], numbers is [B, T, 5 + C]."""
     lo, hi = box
     point, clean, drawn = wide(x), wide(x_nat), numbers.transpose(0, 1)
     radius = per_image(eps.to(point.dtype), x)
@@ -142,9 +138,8 @@ def reference(
     return points.to(x.dtype).contiguous()
 
 
-#: The keys are the norm, the shape, the number of proposals and the side of the windows. The values are the dtypes in
-#: which the example verifies kernels on a GPU (`Example.gpu`). The last shape has more pixels than a program of l2 or
-#: l1 processes together.
+#: By norm, shape, number of proposals and side of the windows; for the values see `Example.gpu`. The last shape has
+#: more pixels than a program of l2 or l1 processes together.
 EXAMPLES = {
     (norm, shape, draws, edge): gpu.get(norm, "")
     for norm in NORMS
@@ -161,10 +156,7 @@ RACED = tuple((norm, shape, draws, 7) for norm in NORMS for (shape,) in RGB for 
 def _arguments(
     norm: str, shape: tuple[int, ...], draws: int, edge: int, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor | float | None, ...]:
-    """Make points that lie well inside their balls, and one point outside.
-
-    For a point near the border of its ball, the unused part of the radius would be only rounding error.
-    """
+    """Make points well inside their balls, where the unused radius is more than rounding, and a point outside."""
     clean, offset = 0.25 + 0.5 * uniform(seed, *shape), 0.2 * (uniform(seed + 100, *shape) - 0.5)
     index = NORMS.index(norm)
     power = (math.inf, 2, 1)[index]

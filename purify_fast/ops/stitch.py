@@ -2,9 +2,9 @@
 
     out[s, b, :, h, w] = images[s, b, owners[s, b, h // bh, w // bw], :, h, w]
 
-bh and bw are the height and the width of a block. The op is the last step of AToP's RT3 (arXiv 2401.16352):
-sum_i m_i g(t_i, m_i) with masks m_i that tile the image. The op selects pixels instead of adding N images. The backward
-gives the gradient of every block to its pass, and 0 to the other passes.
+bh and bw are the height and the width of a block. The op is the last step of AToP's RT3 (arXiv 2401.16352): sum_i m_i
+g(t_i, m_i) with masks m_i that tile the image. The backward gives the gradient of every block to its pass, and 0 to the
+other passes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def _like(x: Tensor, images: int) -> Tensor:
     return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout(x))
 
 
-#: The keys are shape, blocks, passes and layout. The values are the dtypes in which the example verifies kernels on a
-#: GPU (`Example.gpu`).
+#: By shape, blocks, passes and layout; for the values see `Example.gpu`.
 EXAMPLES = {
     ((ROWS, 3, 32, 32), (4, 4), 4, ""): "f",
     ((ROWS, 3, 32, 32), (4, 4), 4, "channels_last"): "b",
@@ -90,8 +89,7 @@ def _passes(count: int, results: int) -> int:
     return count // results if results else 1
 
 
-# These functions compute the number of passes themselves, because Dynamo cannot track an argument that is a quotient of
-# dynamic sizes.
+# These compute the number of passes, because Dynamo cannot track a quotient of dynamic sizes.
 _stitch = differentiable(
     lambda images, owners: OP.handle(images, owners, _passes(images.shape[0], owners.shape[0] * owners.shape[1])),
     lambda grad, owners, count: BACKWARD(grad, owners, _passes(count, grad.shape[0])),

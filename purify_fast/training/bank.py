@@ -1,10 +1,10 @@
 """The adversarial bank: a file of adversarial images, which later epochs of a training use again.
 
-If a training attacks a model that it never changes, its adversarial images have the same distribution in every epoch.
-A *variant* of an image is the result of one of the training's attacks on it, from one random start. The bank stores up
-to M variants of each image. While the bank lacks variants of an image for an attack, each step runs this attack on the
-image. Later steps read one of the variants. For a share rho of the adversarial images, the attack runs although the
-bank is full, and its result replaces the oldest variant.
+A training that never changes the attacked model has adversarial images of the same distribution in every epoch. A
+*variant* of an image is the result of one of the training's attacks on it, from one random start. The bank stores up to
+M variants of each image. While the bank lacks variants of an image for an attack, each step runs this attack on the
+image; later steps read a variant. For a share rho of the adversarial images, the attack runs although the bank is full,
+and its result replaces the oldest variant.
 
 Let x be an image and x' the attacked image. The bank stores the variant as
 
@@ -15,9 +15,8 @@ value is at most s / 2 <= eps / 254, for every norm of the ball. In "linf" the p
 any value. In "l2" and "l1" it can increase the error of single values, but not the L2 norm of the whole error. This
 norm is at most sqrt(D) eps / 254 for an image of D values.
 
-A step trains on the restored variants, even if it has just made them. So its result depends only on the seed, the step
-and the bank, and a run that was killed and resumed can use the variants that it wrote before. If rho is 1, each step
-trains on the attacked images themselves.
+A step trains on the restored variants, even if it has just made them, so its result depends only on the seed, the step
+and the bank, also in a resumed run. If rho is 1, each step trains on the attacked images themselves.
 """
 
 from __future__ import annotations
@@ -41,12 +40,10 @@ from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
 
-#: A step should replace the old variants of about this number of images or more, because an attack on few images takes
-#: nearly as long as an attack on many. If each step would replace fewer, only every k-th step replaces variants, and
-#: it replaces k times as many.
+#: A step should replace about this number of old variants or more, because an attack on few images takes nearly as
+#: long. If each step would replace fewer, every k-th step replaces k times as many.
 TOGETHER = 64
-#: Version of the file's layout, and of the rule that gives an image its random draws. The hash in the file's name
-#: depends on this version.
+#: Version of the file's layout and of the rule for random draws, on which the hash in the file's name depends.
 FORMAT = 1
 
 
@@ -160,10 +157,9 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
 class AdversarialBank:
     """Stores variants of images in a file, which several processes may use at the same time.
 
-    The file has M places for each image, with one record in each place. A record contains a checksum, which is computed
-    from its content and its place. A record is damaged if it is incomplete, or if two processes wrote it at the same
-    time. Its checksum is then wrong, so the record counts as missing, and its variant is made again. Therefore no
-    process has to wait for another process. A process sees immediately what the others on the same machine wrote.
+    The file has M places for each image. A record has a checksum of its content and its place: if it is incomplete, or
+    if two processes wrote it at once, it counts as missing, and its variant is made again. So no process waits for
+    another, and a process sees immediately what the others on the same machine wrote.
 
     Attributes:
         path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
@@ -294,10 +290,7 @@ class AdversarialBank:
         return records, whole
 
     def flush(self) -> None:
-        """Write the variants to the disk.
-
-        Without this, a power failure may lose variants. A process that is killed loses none.
-        """
+        """Write the variants to the disk. A power failure loses others; a process that is killed loses none."""
         self._map.flush()
 
 

@@ -47,10 +47,7 @@ class TrainingState:
 
 
 class Callback(Protocol):
-    """The base class of listeners to a training. A subclass defines the methods that it needs.
-
-    If several processes train together, only the first process calls these methods.
-    """
+    """The base class of listeners to a training. A subclass defines methods, which only the first process calls."""
 
     def on_step(self, state: TrainingState) -> None:
         """Run after every step. Reading the value of a metric waits for the device.

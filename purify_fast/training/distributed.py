@@ -1,15 +1,13 @@
 """Training with several processes: the exchanges between them, the detection of lost processes, and torchrun's group.
 
 Every process has the whole model and its share of each batch. Gradients are averaged after the whole backward pass.
-DistributedDataParallel would average them during the backward pass. But it requires that a task calls only ``forward``
-of its model, and tasks also call other methods. It would also save little time: 92 % of CARSO's training is the attack
-on the frozen classifier, which needs no communication.
+DistributedDataParallel would average them during it, but requires that a task calls only ``forward`` of its model, and
+would save little time: 92 % of CARSO's training is the attack on the frozen classifier.
 
-If a process ends, the exchanges of gloo fail in the other processes. With NCCL, an exchange returns immediately, and
-the next operation that needs its result waits in the driver until the group's timeout. Neither gloo nor NCCL notices a
-process that was stopped, such as by SIGSTOP. So within `fit`, every process writes signs of life into the store of the
-process group, and checks those of the other processes. A process that hangs in its own work still gives signs of life.
-When an exchange with such a process fails after the timeout, the error names the process and its last step.
+If a process ends, the exchanges of gloo fail in the others; with NCCL, the next operation that needs a result waits in
+the driver until the group's timeout. Neither notices a process that was stopped, such as by SIGSTOP. So within `fit`,
+every process writes signs of life into the store of the process group, and checks those of the other processes. If an
+exchange with a process that hangs in its own work fails after the timeout, the error names its last step.
 """
 
 from __future__ import annotations
@@ -35,8 +33,7 @@ from .._distributed import ProcessLost
 from .._process import patience, processes, sendable
 from .._tensors import in_memory_order, laid_out_like
 
-#: A process that fails waits up to this time for the message that the first process failed too. If the message comes,
-#: only the first process reports its error.
+#: The time that a failed process waits for the first to fail too. If it does, only the first reports its error.
 PATIENCE = timedelta(seconds=10)
 #: Seconds within which all processes notice that an exchange failed.
 NOTICE = 3.0
@@ -147,8 +144,7 @@ def heartbeat() -> Iterator[None]:
         yield
         return
     before, _watches = _watch, _watches + 1
-    # A private function returns the store, because PyTorch has no public function for the store of a group that the
-    # user has made.
+    # PyTorch has no public function for the store of a group that the user has made.
     store = dist.distributed_c10d._get_default_store().clone()
     _watch = watch = _Watch(store, f"purify_fast alive {_watches}")
     watch.start()
@@ -253,8 +249,7 @@ def torchrun_group() -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
                 silence.enter_context(contextlib.redirect_stderr(nowhere))
             yield
-        # This wait may last hours, while the first process evaluates. dist.barrier would give up after half an hour,
-        # and would not notice a failed process.
+        # This may last hours, while the first process evaluates. dist.barrier would give up after half an hour.
         if rank == 0:
             store.set("done", "yes")
         else:
@@ -278,9 +273,9 @@ def _store_of_this_launch(store: Store, rank: int, world: int) -> Store:
     """Return a part of torchrun's store that belongs to this start only; raise DistError if a process is missing.
 
     torchrun uses one store for all of its restarts. The store contains the addresses of processes from earlier starts,
-    and new processes would try to reach these addresses. No variable of torchrun identifies a start. So the first
-    process writes a random name for the start. Each other process adds a random word under this name. The first process
-    confirms by writing the list of all words, and a process that finds its own word in the list uses the name.
+    and new processes would try to reach these addresses. So the first process writes a random name for the start. Each
+    other process adds a random word under this name. The first process confirms by writing the list of all words, and a
+    process that finds its own word in the list uses the name.
     """
     own, key, until = os.urandom(8).hex(), "purify_fast start", time.monotonic() + patience().total_seconds()
 

@@ -5,8 +5,7 @@ images, the random starts of attacks and torch's global generator are seeded for
 resumed ends with the same weights as a run without interruption, to the bit on the same CPU.
 
 Several processes (`purify_fast.training.distributed`) share each batch. They end with the weights of a single process,
-up to rounding. In each step they exchange the statistics of BatchNorm. After the backward pass, they average all
-gradients and metrics in one exchange.
+up to rounding. After the backward pass, they average all gradients and metrics in one exchange.
 """
 
 from __future__ import annotations
@@ -60,11 +59,11 @@ def fit(
     """Train ``task``. If ``folder`` holds a checkpoint of the same run, resume from it.
 
     To train with several processes, make a process group, and call `fit` with the same arguments in every process.
-    Under torchrun, the command line makes the group; elsewhere ``torch.distributed.init_process_group`` does. All
-    processes start from the weights of the first process, and only the first reads and writes the folder. A run may be
-    resumed with another number of processes. Several processes give the same weights as a single process, up to
-    rounding, with two exceptions. A model that draws random numbers without `purify_fast`, such as by torch's dropout,
-    draws the same numbers in every process. And the published training of CARSO may attack fewer images
+    Under torchrun, the command line makes the group; elsewhere ``torch.distributed.init_process_group`` does. All start
+    from the weights of the first process, which alone reads and writes the folder. A run may be resumed with another
+    number of processes. Several processes give the same weights as a single process, up to rounding, with two
+    exceptions: a model that draws random numbers without `purify_fast`, such as by torch's dropout, draws the same
+    numbers in every process, and the published training of CARSO may attack fewer images
     (`purify_fast.methods.carso.task.balanced_batch`).
 
     Args:
@@ -239,8 +238,6 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 
 def train_step(task: Task, batch: Batch) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode.
-
-    In each update, the optimizer uses the mean of the gradients over the processes.
 
     Returns:
         The last update's loss and metrics, detached, as means over the processes.

@@ -33,8 +33,7 @@ def forecast(
 
     This function takes steps with the task, which change the task's weights, so make a new task for `fit`. From the
     step in which a delayed term of the loss begins, each step takes longer. So steps are measured at the start of the
-    run, and again for each step in which a term begins. A checkpoint is written to a temporary folder, because it needs
-    time and memory too.
+    run, and again for each step in which a term begins.
 
     Args:
         task: the training.

@@ -112,10 +112,7 @@ class Run:
             self.expected = self.seconds * self.total / self.step
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """Make the input of a step from a batch of the source: convert it to floats, and crop and mirror it at random.
-
-        ``augment=False``, for held-out images, does not crop or mirror, and does not use the bank.
-        """
+        """Make a step's input from a batch; ``augment=False`` (held-out) leaves out crops, mirroring and the bank."""
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
         x = to_float(images) if images.dtype == torch.uint8 else images
@@ -267,10 +264,7 @@ class Run:
             self.task.model.load_state_dict(state)
 
     def measure(self, raw: RawBatch) -> Metrics:
-        """Return the loss and metrics of held-out images.
-
-        Every validation has the same random draws and the attack of the last epoch, so validations are comparable.
-        """
+        """Return the loss and metrics of held-out images, under the same draws and the attack of the last epoch."""
         seed = step_seed(self.config.seed, 2**31)
         torch.manual_seed(seed)
         return self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
@@ -322,10 +316,7 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """Describe the differences between the facts of two runs, in a text that is empty if there are none.
-
-    ``there`` and ``here`` are the words for the two runs in this text.
-    """
+    """Describe the differences between the facts of two runs, in a text that is empty if there are none."""
     # JSON turns a checkpoint's tuples into lists. Runs of before the setting `resized_crop` have no entry for it.
     saved, wanted = ({"resized_crop": 0.0} | json.loads(json.dumps(facts)) for facts in (saved, wanted))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))

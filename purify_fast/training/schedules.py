@@ -1,7 +1,7 @@
 """Computes the length of a run, the step in which each delayed loss term begins, and the learning rate of each step.
 
 Learning rates are functions of the progress of the run, or of the epoch. A function has no state that checkpoints would
-have to store. torch's schedulers have such a state. With them, published runs could also not be repeated to the bit:
+have to store, in contrast to torch's schedulers. With them, published runs could also not be repeated to the bit:
 OneCycleLR reaches its peak and its end one step earlier than `one_cycle` here, and LambdaLR multiplies the rate by a
 factor, which rounds differently.
 """

@@ -28,8 +28,7 @@ RawBatch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 #: The forms in which `fit` accepts images: a tensor or file of all images, which `fit` divides into batches; an
 #: iterable of batches; or a function that returns the batches of an epoch.
 Images: TypeAlias = "Tensor | StreamedImages | Batches | Callable[[int], Batches]"
-#: The forms in which `fit` accepts held-out images: a pair of images and labels; or batches or a function, as in
-#: `Images`.
+#: Held-out images in `fit`: a pair of images and labels, or batches or a function, as in `Images`.
 HeldOut: TypeAlias = "tuple[Tensor | StreamedImages, Tensor] | Images"
 
 #: Number of images in a validation batch, if the held-out images are not given as batches.

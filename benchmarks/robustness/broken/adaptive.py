@@ -2,8 +2,7 @@
 
 An adaptive attack is a chain of parts, called searches. Each search attacks the images that the earlier searches did
 not break. The searches aim at every wrong class from several starts, with two losses and many steps, and do not stop
-early. Each step on a random model averages over many random predictions. On an image that is never broken, ``standard``
-computes several hundred gradients, and a chain computes several thousand gradients.
+early. Each step on a random model averages over many random predictions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Score the results on the broken defences, and make the tables for docs/judge_reference.md.
-
-A judge is a method that evaluates a model: an adaptive attack, AutoAttack, a protocol of this package, or the
-indicators of Pintor et al. A result is the outcome of one judge on one model.
-"""
+"""Score the results on the broken defences, and make the tables for docs/judge_reference.md."""
 
 from __future__ import annotations
 
@@ -28,8 +24,7 @@ JUDGES = (ADAPTIVE, STANDARD, OFFICIAL, PINTOR, STRONG)
 ATTACKERS = (OFFICIAL, STANDARD, STRONG)
 #: The number of steps of an attack that does not set a number itself.
 STEPS = 100
-#: A judge has found the weakness of a defence if the judge's robust accuracy exceeds that of the adaptive attack by at
-#: most this fraction of the images. The tiny second term allows for rounding.
+#: A judge that exceeds the adaptive attack by at most this share has found the weakness; 1e-9 is for rounding.
 CLOSE = 0.02 + 1e-9
 
 #: The type of a result, which is a row of the results file.
@@ -47,9 +42,7 @@ def left(result: Result, images: int | None = None) -> float:
 
 
 def overestimated(each: dict[str, Result], judge: str) -> float | None:
-    """Return a judge's robust accuracy minus that of the adaptive attack, on the images that both attacked.
-
-    Return None if the judge or the adaptive attack has no result.
+    """Return a judge's robust accuracy minus the adaptive attack's, on the images of both; None without results.
 
     Args:
         each: results on a model, by the names of the judges.

@@ -1,8 +1,7 @@
 """Compute short hashes of the code on which a result depends.
 
-Each result is saved with its hashes. If a hash has changed, the result is outdated. A result belongs to a model and a
-judge. A judge is a method that evaluates models, such as a protocol. A result depends on the files that make the
-models, on the attacks of the judge, and on the signs by which a report is called unreliable.
+Each result is saved with its hashes. If a hash has changed, the result is outdated. A result depends on the files that
+make the models, on the attacks of the judge, and on the signs by which a report is called unreliable.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ from . import adaptive, pintor
 from .broken_tables import ADAPTIVE, ENTRIES, FILE, OFFICIAL, PINTOR
 from .entry import Entry
 
-#: Increase this number if a change in this folder changes results for the same attacks. Saved results with an older
-#: number are then computed again.
+#: Increase this number if a change in this folder changes results: older saved results are then computed again.
 REVISION = 1
-#: The files that make the models. Any change of these files, also of a comment, marks the results of all models as
-#: outdated.
+#: The files that make the models: any change of them, also of a comment, outdates the results of all models.
 SOURCES = ("defences.py", "entry.py", "honest.py", "mistakes.py")
 
 
@@ -60,8 +57,7 @@ def _of_judge(entry: Entry, judge: str) -> list[str]:
         specs = adaptive.specs(entry, [None] * 10)
         follows = [str(part.follows) for part in adaptive.chain(entry)]
         return [*revisions.of_attacks(specs), *follows]
-    # If a protocol finds signs of masked gradients, the protocol also attacks surrogates of the model. So include the
-    # revision of the surrogates and the limits of the signs.
+    # A protocol that finds signs of masked gradients also attacks surrogates, so include their revision and the limits.
     return [*revisions.of_protocol(judge, entry.random), f"surrogates {SOFTENING}", *_of_signs()]
 
 

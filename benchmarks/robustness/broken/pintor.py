@@ -1,10 +1,9 @@
 """Compute the indicators of Pintor et al., "Indicators of attack failure", NeurIPS 2022 (arXiv 2106.09947).
 
-An indicator examines a run of an attack on each image. The indicators are computed as in the code of the paper's
-authors. The attack is PGD on the cross-entropy, and its result is the last point. The indicator "transfer failure" is
-left out, because it is only for attacks that were computed on another model. An indicator fires if it is true for more
-than a tenth of the images. The indicator "unstable predictions" is a number, and fires if its mean over the images is
-above 0.1, the paper's threshold.
+The indicators are computed as in the code of the paper's authors. The attack is PGD on the cross-entropy, and its
+result is the last point. The indicator "transfer failure" is left out, because it is only for attacks that were
+computed on another model. An indicator fires if it is true for more than a tenth of the images. The indicator "unstable
+predictions" is a number, and fires if its mean over the images is above 0.1, the paper's threshold.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from torch.nn import functional as F
 from purify_fast.attacks import frozen
 from purify_fast.ops.pgd_step import pgd_step
 
-#: Increase this number if a change in this file changes results. Saved results with an older number are then computed
-#: again.
+#: Increase this number if a change in this file changes results: older saved results are then computed again.
 REVISION = 1
 #: PGD attacks IMAGES images with STEPS steps. The length of a step is LENGTH times eps. The last indicator uses a PGD
 #: that may change images by any amount. Its steps have the length UNCONSTRAINED, in image units.
 IMAGES, STEPS, LENGTH, UNCONSTRAINED = 40, 100, 0.1, 8 / 255
-#: The loss of an image is compared with the loss at POINTS random points. A random point is the image plus uniform
-#: noise, whose range has the width WIDTH in image units. An indicator fires if its value is above PASSES.
+#: Losses at POINTS points of uniform noise in a range of WIDTH are compared; an indicator fires above PASSES.
 POINTS, WIDTH, PASSES = 100, 8 / 255, 0.1
 #: A loss is still rising if its running maximum grows over the last LAST values by more than FALLS times the range of
 #: all values.
@@ -45,10 +42,7 @@ def losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the loss with respect to the images, the losses, and the mask of misclassified images.
-
-    The gradient is 0 if the model is not differentiable.
-    """
+    """Return the losses' gradient (0 if there is none), the losses, and the mask of misclassified images."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         loss, wrong = losses(model, leaf, y)

@@ -1,9 +1,7 @@
 """Run ``python -m benchmarks broken``: several judges evaluate broken defences and robust models.
 
-A judge is a method that evaluates a model: AutoAttack, a protocol of this package, an adaptive attack, or the
-indicators of Pintor et al. Each result is saved as soon as it is computed, so the command can be interrupted at any
-time. A result has hashes of the code that made it. A result is computed again if the model, the attacks or the
-signs of a failed attack have changed.
+A judge is AutoAttack, a protocol of this package, an adaptive attack, or the indicators of Pintor et al. A result is
+saved as soon as it is computed, with hashes of its code, and computed again if they have changed.
 """
 
 from __future__ import annotations
@@ -31,17 +29,13 @@ from .code import code
 
 #: The largest number of images on which a defence is trained.
 TRAINING_IMAGES = 6_000
-#: DRAWS is the number of random predictions over which a step of an adaptive attack averages, if the attack does not
-#: set this number. STRONG_IMAGES is the largest number of images that the protocol `STRONG` attacks.
+#: The draws of a step of an adaptive attack that sets none, and the most images that the protocol `STRONG` attacks.
 DRAWS, STRONG_IMAGES = adaptive.DRAWS, 50
 
 
 @functools.cache
 def built(name: str, data: str) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
-    """Build a model, and return three values: a tuple of models, the images and the labels.
-
-    The first model is the attacked model. The adaptive attack may also use the gradients of the other models.
-    """
+    """Build a model, and return a tuple of models, the images and the labels. The first of the models is attacked."""
     entry = ENTRIES[name]
     images = load_dataset(entry.data, data)
     torch.manual_seed(0)

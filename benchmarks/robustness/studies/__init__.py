@@ -3,8 +3,6 @@
 A study is a list of jobs. Each job trains or attacks a model, and writes ``result.json`` into its folder. Jobs can run
 in parallel. A finished job is not run again, so a stopped study can be resumed. The settings of a job are saved in
 ``job.json`` in the same folder. If the folder of a job already exists with other settings, the study does not start.
-
-The results of a study are shown in a table. A job belongs to a row of the table, and has a seed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A study of ARREST on MNIST at L-inf eps 0.3.
-
-The study compares adversarial training (AT) from scratch, adversarial finetuning (AFT), and finetuning by ARREST.
-"""
+"""A study of ARREST on MNIST at L-inf eps 0.3, beside adversarial training (AT) and adversarial finetuning (AFT)."""
 
 from __future__ import annotations
 

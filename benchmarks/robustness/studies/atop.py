@@ -3,13 +3,12 @@
 **On MNIST** the radius is eps = 0.3. A classifier that was trained on clean images is combined with three purifiers.
 The first is only pre-trained, the second is fine-tuned with the paper's objective (FGSM on the classifier), and the
 third is fine-tuned through the whole pipeline. An adversarially trained classifier is combined with a purifier of the
-third kind only. Each defence is attacked with gradients of the whole defence. For comparison, each defence is also
-attacked as in the paper's ablation, where the attack sees only the classifier.
+third kind only. Each defence is attacked with gradients of the whole defence, and through the classifier
+alone, as in the paper's ablation.
 
 **On digits** the study makes a single change at a time, over several seeds. The row "pipeline" is the starting point: a
-purifier that was fine-tuned through the whole defence, on an adversarially trained classifier. This purifier adds a
-correction to the image. Before the training, the correction is zero. The name of another row says how the row differs
-from "pipeline". All rows are compared with the classifier without a defence.
+purifier that was fine-tuned through the whole defence, on an adversarially trained classifier. The name of another row
+says how the row differs from "pipeline".
 """
 
 from __future__ import annotations
@@ -68,10 +67,7 @@ def train_stage(job: Job, folder: Path, defence: Atop, images: data.DataSet, sta
 
 
 def train_purifier(job: Job, folder: Path, root: Path) -> dict:
-    """Pre-train the purifier, or continue its training with the paper's objective or through the pipeline.
-
-    The pre-training uses clean images, L1 and a discriminator, and does not use the classifier.
-    """
+    """Pre-train the purifier without the classifier, or continue with the paper's objective or through the pipeline."""
     budget, images = job.settings["budget"], images_of(job)
     place = job.folder(root, BASES[job.name])
     if job.name == PRETRAINED:
@@ -146,8 +142,7 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     base = load_classifier(job.folder(root, s["base"]))
     torch.manual_seed(job.seed)
     if "start" in s:
-        # The other row's defence may have another classifier. This is allowed, because the training of a generator
-        # alone does not use a classifier.
+        # The other row's defence may have another classifier, because the training of a generator alone uses none.
         purifier = load_defence(job.folder(root, s["start"]), base, check=False).purifier.module
     else:
         purifier = SmallGenerator(1, **s["generator"])

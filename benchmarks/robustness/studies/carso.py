@@ -8,9 +8,7 @@
 4. CARSO that was fine-tuned through the whole pipeline.
 
 **On digits** the study makes a single change at a time, over three seeds. Every model is attacked without its
-randomness (z = 0, no noise), by PGD-100 with cross-entropy, then by PGD-100 with DLR, and then by AutoAttack. Each
-attack runs only on the images that the earlier attacks did not break. The main models are also attacked with their
-randomness, by PGD that averages over draws.
+randomness (z = 0, no noise), by PGD-100 with cross-entropy, then by PGD-100 with DLR, and then by AutoAttack.
 """
 
 from __future__ import annotations
@@ -76,10 +74,7 @@ class CarsoMnist(ReportStudy):
     bases: ClassVar[dict[str, str]] = dict.fromkeys(models, CLASSIFIER)
 
     def train(self, job: Job, folder: Path, root: Path) -> dict:
-        """Train a purifier with the paper's objective, or continue the training of this purifier through the pipeline.
-
-        The setting ``stage`` is the name of the stage in settings.yaml.
-        """
+        """Train a purifier with the paper's objective, or continue its training through the pipeline."""
         budget, images, start = job.settings["budget"], images_of(job), job.name == EXACT
         torch.manual_seed(job.seed)
         classifier = load_classifier(job.folder(root, CLASSIFIER))
@@ -142,8 +137,7 @@ def _attacked(model: nn.Module, job: Job) -> dict:
 def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     """Train a new purifier with the paper's objective, or finetune the purifier of another row through the pipeline.
 
-    The setting ``start`` is the name of this other row. Without it, the purifier is new. The job's further settings are
-    ``base`` and ``epochs`` and, optionally, ``layers``, ``config``, ``attack``, ``bank``, ``eps`` and ``norm``.
+    The setting ``start`` is the name of this other row.
     """
     s, images, start = job.settings, setting.digits(), "start" not in job.settings
     base = load_classifier(job.folder(root, s["base"]))
@@ -154,8 +148,7 @@ def train_on_digits(job: Job, folder: Path, root: Path) -> dict:
     else:
         defence = load_defence(job.folder(root, s["start"]), base)
         stage = {"batch_size": 128, "steps": 7, "attack_target": "pipeline", "learning_rate": 4e-3}
-    # In a quick run, the training with the paper's objective has three epochs, because with fewer epochs the KL term
-    # would never take part.
+    # With fewer than three epochs, the KL term of the paper's objective would never take part.
     epochs = (3 if start else 1) if s["quick"] else s["epochs"]
     stage |= {"epochs": epochs, **ball_of(job), **s.get("attack", {}), **s.get("config", {})}
     stage |= {"bank": s["bank"]} if "bank" in s else {}

@@ -6,11 +6,10 @@ the same radius.
 
 PGD-200 attacks with exact gradients, averaged over 20 random predictions. Ten predictions of each attacked image are
 saved. These predictions give four numbers: the accuracy of a single prediction, the mean accuracy of the ten
-predictions, the share of images that are right in all ten, and the accuracy of the majority vote. The cards of the zoo
-have the results of the protocol `strong`.
+predictions, the share of images that are right in all ten, and the accuracy of the majority vote.
 
-The module also makes the tables of the study. For the tables, an outcome is an array with a number for each image: 1 if
-the image is classified correctly after the attack, 0 if it is not, or the share of right predictions.
+For the tables, an outcome is an array with a number for each image: 1 or 0 for a right or a wrong prediction after the
+attack, or the share of right predictions.
 """
 
 from __future__ import annotations
@@ -43,11 +42,9 @@ from purify_fast.training import load_classifier
 from ... import kept
 from . import ASKED, RESULT, Job, Study, settings_of, write_page
 
-#: The groups of attacks on a purifier (GROUPS), and on a classifier alone, CARSO and AToP (ALONE). The fastest groups
-#: come first.
+#: The groups of attacks on a purifier (GROUPS), and on the other models (ALONE), the fastest first.
 GROUPS, ALONE = ("exact", "fixed", "authors"), ("exact",)
-#: The largest number of images times draws in a forward pass. It is small, because CARSO classifies several
-#: reconstructions of each image.
+#: The largest number of images times draws in a pass. CARSO classifies several reconstructions of each image.
 ROWS = 200
 #: The fields of a report's row that are saved in the results file.
 FACTS = ("attack", "kind", "robust", "n")
@@ -242,9 +239,8 @@ def share(robust: np.ndarray | None) -> str:
 
 
 def difference(robust: np.ndarray | None, other: np.ndarray | None) -> str:
-    """Return the paired difference of two outcomes, with its standard error, in percentage points.
-
-    The difference is taken on the images that both outcomes have.
+    """Return the paired difference of two outcomes on their common images, in percentage points, and its standard
+    error.
     """
     if robust is None or other is None:
         return "-"

@@ -52,8 +52,7 @@ def zero_attacks(randomised: bool, quick: bool, auto: bool = True) -> tuple[list
     attacks = setting.ce_then_dlr(variant)
     rows = {
         "clean": "clean, deterministic" if randomised else "clean",
-        # The row of PGD with DLR has the result of both attacks, because PGD with DLR attacks only the images that PGD
-        # with cross-entropy did not break.
+        # PGD with DLR attacks only the images that PGD with cross-entropy did not break, so its row is that of both.
         "pgd": f"PGD-{amount.steps} dlr" + (", deterministic" if randomised else ""),
     }
     if auto:
@@ -95,10 +94,7 @@ def attacked(
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Train a classifier adversarially, or on clean images if the setting ``standard`` is True.
-
-    The job's settings are ``epochs`` and, optionally, ``width``, ``norm``, ``eps`` and ``standard``.
-    """
+    """Train a classifier adversarially, or on clean images if the setting ``standard`` is True."""
     s, digits = job.settings, setting.digits()
     torch.manual_seed(job.seed)
     model = SmallCNN(width=s.get("width", 16))
@@ -112,10 +108,7 @@ def train_base(job: Job, folder: Path, root: Path) -> dict:
 
 
 def with_samples(job: Job, root: Path) -> nn.Module:
-    """Return the trained defence of another row, with another number of samples in a prediction.
-
-    The job's settings are ``base``, ``start`` (the name of the other row) and ``samples``.
-    """
+    """Return the trained defence of another row, with another number of samples in a prediction."""
     s = job.settings
     defence = load_defence(job.folder(root, s["start"]), load_classifier(job.folder(root, s["base"])))
     defence.samples = s["samples"]

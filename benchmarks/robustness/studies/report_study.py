@@ -46,10 +46,7 @@ def images_of(job: Job) -> data.DataSet:
 
 
 def train_classifier(job: Job, folder: Path, root: Path) -> dict:
-    """Train a classifier on MNIST with PGD, or on clean images if eps is 0.
-
-    The job's settings are ``epochs`` and, optionally, ``eps``, ``steps`` and ``alpha``.
-    """
+    """Train a classifier on MNIST with PGD, or on clean images if eps is 0."""
     s, images = job.settings, images_of(job)
     torch.manual_seed(job.seed)
     model = SmallCNN(1, 10, (28, 28), s["budget"].width)

@@ -1,6 +1,6 @@
 """Decide exactly, in float64, whether an L-inf ball contains an adversarial example for a small ReLU network.
 
-There are three steps. A step runs only if the steps before it did not decide the image.
+There are three steps, each for images that the steps before it did not decide.
 
 1. Bounds that hold for the whole ball may prove that all its points are classified correctly.
 2. Signed gradient steps from random points may find a misclassified point of the ball.
@@ -276,8 +276,7 @@ def decide(layers: Sequence[Affine], x: Tensor, y: int, eps: float, seconds: flo
     program = tightened(layers, bounds, box, until)
     for other in least.argsort()[: int((least <= TOLERANCE).sum())]:
         weight, bias = ahead.weight[other], float(ahead.bias[other])
-        # First find any point with a small enough margin. If the margin of this point is not clearly below 0, minimize
-        # the margin.
+        # First find any point with a small enough margin. Minimize the margin only if it is not clearly below 0.
         for most in (TOLERANCE - bias, None):
             found = program.minimize(weight, until - time.monotonic(), most)
             if found.status == INFEASIBLE:

@@ -20,8 +20,7 @@ from purify_fast.data import load_dataset, to_float
 
 from ..broken.entry import Step, cross_entropy, train
 
-#: TRAINING_IMAGES is the largest number of images on which a network is trained. IMAGES is the number of images that
-#: are decided for each network.
+#: The largest number of images that train a network, and the number of images that are decided for each.
 TRAINING_IMAGES, IMAGES = 10_000, 250
 #: The weight of the divergence between clean and attacked outputs in the loss of TRADES.
 BETA = 6.0
@@ -75,10 +74,7 @@ def convolution(channels: int, kernel: int, stride: int, side: int, hidden: int)
 
 
 def purified(pixels: int, code: int, hidden: int) -> nn.Sequential:
-    """Make a purifier followed by a classifier. The network is similar to CARSO's pipeline with a latent of 0.
-
-    Two ReLUs clip the reconstruction to [0, 1], in place of CARSO's sigmoid.
-    """
+    """Make a network like CARSO's with a latent of 0, where two ReLUs clip to [0, 1] in place of the sigmoid."""
     clip = [nn.ReLU(), Step(_complement), nn.ReLU(), Step(_complement)]
     return nn.Sequential(*perceptron(pixels, code, pixels), *clip, *perceptron(pixels, hidden, 10))
 

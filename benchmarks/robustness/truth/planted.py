@@ -7,11 +7,10 @@ three further terms:
 1. The first term makes the corner misclassified by a small margin.
 2. The second term makes other points of the ball classified correctly, such as the points of PGD in the last updates.
 3. The third term is our own. It concerns the lead, which is the logit of the true class minus the highest other logit.
-   On the way from the image to the corner, the lead must grow. So gradients point away from the corner. `GAPS` says by
-   how much the lead grows.
+   On the way from the image to the corner, the lead must grow. So gradients point away from the corner.
 
-SoundnessBench trains networks with thousands of units, and stores the points of PGD in 300 updates. The networks here
-are perceptrons for digits with 64 inputs. At this size, without the third term, PGD would still find the corner.
+SoundnessBench trains networks with thousands of units, and stores the points of PGD in 300 updates. At this size,
+without the third term, PGD would still find the corner.
 
 **Networks that are robust by construction.** Each class has a random prototype. The logit of the class is minus the
 mean absolute difference between the pixels of the image and those of the prototype. If every pixel changes by at most
@@ -39,15 +38,13 @@ from .exact_networks import perceptron
 #: GAPS says by how many logits the lead of the true class grows on the way from the image to the corner. A larger gap
 #: hides the corner better. EACH is the number of networks for each gap.
 GAPS, EACH = (0.25, 0.5, 1.0, 2.0), 26
-#: PLANTED is the number of images of each network whose balls have a planted corner. EPS is the L-inf radius, and
-#: WIDTHS are the widths of the network's layers.
+#: The images of a network with a planted corner, the L-inf radius, and the widths of the network's layers.
 PLANTED, EPS, WIDTHS = 2, 0.1, (64, 32, 16, 10)
 #: The margin by which a planted corner is misclassified, in logits. SoundnessBench has the same margin.
 LEAD = 0.01
 #: A point is treated as the corner if the mean absolute difference of their pixels is at most this share of the radius.
 NEAR = 0.03
-#: A corner is called hidden if PGD with STEPS steps from STARTS random starts finds no adversarial example.
-#: SoundnessBench uses 1,000 starts.
+#: PGD with STEPS steps from STARTS random starts finds no hidden corner. SoundnessBench uses 1,000 starts.
 STEPS, STARTS = 50, 100
 #: CONSTRUCTED is the number of networks that are robust by construction. PROTOTYPES has the number of pixels of a
 #: prototype, and the number of prototypes. The networks are attacked at the share SHARE of the proven radius, because
@@ -118,10 +115,7 @@ def leads(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Ball(NamedTuple):
-    """The balls around images, as the lowest and the highest value of each pixel, and the classes of the images.
-
-    The values have the shape ``[networks, images, pixels]``, and the classes ``[networks, images]``.
-    """
+    """The lowest and highest values of balls ``[networks, images, pixels]``, and the classes ``[networks, images]``."""
 
     low: Tensor
     high: Tensor
@@ -208,8 +202,7 @@ def train(gaps: Tensor, effort: Effort) -> Hidden:
     window: list[Tensor] = []
     for _ in range(effort.updates):
         point, wrong = ball.attacked(stack, effort.starts, 10, generator)
-        # Store one point for each image, from the first start of PGD that succeeded. If no start succeeded, use the
-        # first start.
+        # One point for each image, from the first start of PGD that succeeded, or else from the first start.
         first = wrong.int().argmax(1)[:, None, :, None].expand(-1, 1, -1, point.shape[-1])
         window = [*window, point.gather(1, first)[:, 0]][-effort.window :]
         picked = torch.randint(len(train_x), (networks, effort.batch), generator=generator)
@@ -270,8 +263,7 @@ def constructed(seed: int) -> Part:
     y = torch.randperm(classes, generator=generator)[:PLANTED]
     x = (prototypes[y] + 0.2 * (torch.rand(PLANTED, pixels, generator=generator) - 0.5)).clamp(0, 1)
     model = perceptron(pixels, 2 * classes * pixels, classes).eval().requires_grad_(False)
-    # The first layer computes x - c and c - x for each pixel x of the image and the same pixel c of a prototype. The
-    # sum of the positive parts is |x - c|.
+    # The first layer computes x - c and c - x for pixels x and c; the sum of the positive parts is |x - c|.
     one = torch.eye(pixels).repeat(classes, 1)
     model[1].weight.copy_(torch.cat([one, -one]))
     model[1].bias.copy_(torch.cat([-prototypes.flatten(), prototypes.flatten()]))

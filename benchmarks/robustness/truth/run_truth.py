@@ -3,8 +3,7 @@
 A subject is a network or a group of networks, and a contestant is AutoAttack or a protocol. The results file has two
 kinds of rows. The row of a subject's truth says for each image whether its ball contains an adversarial example. The
 truth is computed once, because it does not depend on attacks. The row of a contestant on a subject says which images
-the contestant did not break. This row is computed again if the networks or the attacks have changed. Each row is saved
-as soon as it is computed, so the command can be interrupted at any time.
+the contestant did not break. This row is computed again if the networks or the attacks have changed.
 """
 
 from __future__ import annotations

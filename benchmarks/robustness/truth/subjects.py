@@ -24,8 +24,7 @@ from .exact_networks import IMAGES, NETWORKS
 from .planted import Part
 
 WEIGHTS = "truth_networks.safetensors"
-#: The gap of each group of networks that hide an adversarial example, by the name of the group. With a larger gap, the
-#: adversarial example is harder to find (see `planted.GAPS`).
+#: The gap of each group of networks that hide an adversarial example (see `planted.GAPS`), by the group's name.
 HIDDEN = {f"gap {gap:g}": gap for gap in planted.GAPS}
 CONSTRUCTED = "robust by construction"
 SUBJECTS = [*NETWORKS, *HIDDEN, CONSTRUCTED]

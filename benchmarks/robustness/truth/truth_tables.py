@@ -1,8 +1,4 @@
-"""Read the results of the exact decisions, and make the tables for docs/evaluation.md and README.
-
-A subject is a network or a group of networks. A contestant is AutoAttack or a protocol of this package. The truth says
-for each image whether its ball contains an adversarial example.
-"""
+"""Read the results of the exact decisions, and make the tables for docs/evaluation.md and README."""
 
 from __future__ import annotations
 

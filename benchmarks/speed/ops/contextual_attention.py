@@ -1,7 +1,6 @@
 """Cases of the op contextual_attention: the attention branch of AToP's generator for images of 256, 128 and 32 px.
 
-The branch has 96 channels, and its maps have a quarter of the image's height and width. The timed function includes
-matrix products, which PyTorch computes in every compared implementation.
+The timed function includes matrix products, which PyTorch computes in every compared implementation.
 """
 
 from __future__ import annotations

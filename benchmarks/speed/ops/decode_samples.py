@@ -16,8 +16,7 @@ from purify_fast.methods.carso.networks import Decoder, PackedDecoder, published
 from . import Case, normal
 
 SHAPES = ((512, 8, 3, 32, 32), (8, 8, 3, 32, 32), (64, 8, 3, 32, 32), (2048, 8, 3, 32, 32), (256, 8, 3, 64, 64))
-#: For each side of the images: the name of a preset of the CARSO paper, and the preset's widths of condition and
-#: latent.
+#: By the side of the images: a preset of the CARSO paper, and its widths of condition and latent.
 SIZES = {32: ("cifar10", 512, 128), 64: ("tiny_imagenet", 768, 192)}
 
 
@@ -43,8 +42,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, preset: str) -> Case:
     return Case(
         inputs,
         call,
-        # Images and weights have 2 bytes per element. The part of the first map that comes from the condition has 4
-        # bytes per element.
+        # Two bytes per element of images and weights, and four per element of the condition's part of the first map.
         {
             "forward": f"2*{pixels}*B*K + 2*{weights} + {4 * first}*B",
             "backward": f"4*{pixels}*B*K + 4*{weights} + {8 * first}*B",

@@ -1,7 +1,4 @@
-"""Cases of the op diffusion_step: a sampler's states in float32 and a denoiser's predictions.
-
-A CPU gets 128 images of the size of CIFAR-10, or 8 images of 256 x 256 pixels.
-"""
+"""Cases of the op diffusion_step: a sampler's states in float32 and a denoiser's predictions."""
 
 from __future__ import annotations
 
@@ -14,8 +11,7 @@ from . import Case, kinds, normal
 SHAPES = ((128, 3, 32, 32), (8, 3, 256, 256))
 LARGE = ((128, 3, 256, 256), (4096, 3, 32, 32))
 KINDS = kinds("fixed", "learned", "noiseless")
-#: The coefficients of a DDPM step that clips the image. The last two coefficients are the bounds of the logarithm of a
-#: learned variance.
+#: A DDPM step that clips the image. The last two are the bounds of the logarithm of a learned variance.
 COEFFICIENTS = (1.25, -0.75, 1.0, 0.4, 0.6, 0.3, -4.0, -2.0)
 
 

@@ -1,7 +1,4 @@
-"""Cases of the op fused_convolution: the layers of a ResNet-18 for images of 32 x 32 pixels, and of a WRN-28-10.
-
-The layer ends a residual block: another map is added, and a ReLU follows.
-"""
+"""Cases of the op fused_convolution: layers that end a residual block of a ResNet-18 (32 x 32 px) or a WRN-28-10."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Cases of the op gated_elu: outputs of gated convolutions in AToP's generator, for images of 256, 128 and 32 px.
-
-An output has 2C channels, from which the op makes C channels.
-"""
+"""Cases of the op gated_elu: outputs of gated convolutions in AToP's generator, for images of 256, 128 and 32 px."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ from purify_fast.ops import gated_elu
 
 from . import Case, kinds, normal
 
-# The shapes form four pairs: the output of the generator's first convolution, and that of a convolution in its middle.
-# The pairs are for 1 image of 256 px, 4 images of 256 px, 1 image and then 4 images of 128 px, and 64 images of 32 px.
+# Pairs: the output of the generator's first convolution, and that of a convolution in its middle.
 SHAPES = (
     (1, 48, 256, 256),
     (1, 192, 64, 64),

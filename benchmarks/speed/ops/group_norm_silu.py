@@ -1,7 +1,4 @@
-"""Cases of the op group_norm_silu: feature maps of a U-Net of width 32, for 32 x 32 images in patches of 2 x 2.
-
-The maps have 16, 8 or 4 pixels a side. Some maps are concatenated with the map of a skip connection.
-"""
+"""Cases of the op group_norm_silu: feature maps of a U-Net of width 32, for 32 x 32 images in patches of 2 x 2."""
 
 from __future__ import annotations
 

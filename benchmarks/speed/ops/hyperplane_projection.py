@@ -1,7 +1,4 @@
-"""Cases of the op hyperplane_projection: images, gradients of a margin, and offsets of planes.
-
-The planes lie on both sides of the images, at distances that are usual for decision boundaries.
-"""
+"""Cases of the op hyperplane_projection: images, gradients of a margin, and offsets of planes."""
 
 from __future__ import annotations
 

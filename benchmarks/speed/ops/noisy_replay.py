@@ -1,8 +1,4 @@
-"""Cases of the op noisy_replay: images and their adversarial examples.
-
-In the variant "quarter", a quarter of the images get noise in place of the attack. In the variant "all", all images get
-noise.
-"""
+"""Cases of the op noisy_replay: images and their adversarial examples."""
 
 from __future__ import annotations
 
@@ -19,8 +15,7 @@ KINDS = kinds("quarter", "all")
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> Case:
     batch = shape[0]
-    # An image gets noise if its drift is above the threshold. The drifts are evenly spaced in [0, 1), so about a
-    # quarter of them are above 0.75.
+    # The drifts are evenly spaced in [0, 1), so about a quarter of them are above 0.75.
     threshold = 0.75 if variant == "quarter" else -1.0
     return Case(
         lambda: (

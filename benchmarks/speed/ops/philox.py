@@ -1,7 +1,4 @@
-"""Cases of the op philox. A shape has the number of ids, the number of draws, and the number of values in a draw.
-
-SHAPES are the shapes of a batch of latents, and of the noise for images of 3 x 32 x 32.
-"""
+"""Cases of the op philox. A shape has the number of ids, the number of draws, and the number of values in a draw."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Cases of the op random_transform: images that AToP transforms.
-
-A CPU gets 8 images of 256 x 256 pixels with blocks of 32, or 64 images of 32 x 32 pixels with blocks of 4.
-"""
+"""Cases of the op random_transform: images that AToP transforms."""
 
 from __future__ import annotations
 

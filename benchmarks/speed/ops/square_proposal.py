@@ -1,7 +1,4 @@
-"""Cases of the op square_proposal: the current images of the Square attack, and the clean images.
-
-Each image has a single proposal, or eight proposals, which is usual late in the attack.
-"""
+"""Cases of the op square_proposal: the current images of the Square attack, and the clean images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Cases of the op stitch: images that are assembled from the blocks of four passes.
-
-A CPU gets 8 images of 256 x 256 pixels with blocks of 32, or 64 images of 32 x 32 pixels with blocks of 4.
-"""
+"""Cases of the op stitch: images that are assembled from the blocks of four passes."""
 
 from __future__ import annotations
 

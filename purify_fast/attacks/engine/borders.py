@@ -37,9 +37,8 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
 
     The distance to a border is the difference of the two logits, divided by the norm of this difference's gradient.
     MALT orders target classes by this distance (Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). Here the
-    norm is the dual of the ball's norm. Only images that have not fallen get target classes. The distance is computed
-    for the `CANDIDATES` wrong classes of highest logit, or for ``count`` classes if that is more. The distance of each
-    class takes a gradient.
+    norm is the dual of the ball's norm. The distance is computed for the `CANDIDATES` wrong classes of highest logit,
+    or for ``count`` classes if that is more.
 
     Args:
         active: the images.

@@ -19,8 +19,7 @@ from ..attacked_model import logits_of
 from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Objective
 
-#: With at least this number of draws, a CPU needs more time for one more row than for the change to a new batch size,
-#: for any model.
+#: From this number of draws on, one more row takes a CPU longer than a change of the batch size.
 MANY_DRAWS = 4
 #: The number of batch sizes per doubling on a CPU, which prepares for a new size in milliseconds.
 PER_DOUBLING = 4

@@ -1,9 +1,8 @@
 """The pace of rows, by which rows that would not reach a decision boundary are given up.
 
-A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), for example on
-steps towards the ninth target class, or on the last of 5,000 squares. The progress per step of such a row (its "pace")
-hardly ever rises. So a row can be given up if it would not reach its border even at several times its recent pace. This
-rule is empirical: it also gives up a row that made no progress for a while, although the row might succeed later.
+A strong attack spends most of its time on rows that never come near a decision boundary (a "border"), and whose
+progress per step (the "pace") hardly ever rises. So a row is given up if it would not reach its border even at several
+times its recent pace. This rule is empirical: a row that made no progress for a while might succeed later.
 """
 
 from __future__ import annotations
@@ -45,10 +44,7 @@ class Gains:
             self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
 
     def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Tell which rows are farther from their borders than `GAINS` times the largest gain, bool ``[R]``.
-
-        The result is None while too few gains are known.
-        """
+        """Tell which rows exceed `GAINS` times the largest gain, bool ``[R]``; None while too few gains are known."""
         if self.rows < FEWEST_GAINS:
             return None
         return missing.isfinite() & (missing > GAINS * self.largest)
@@ -71,16 +67,12 @@ class PaceMonitor:
         self.early_step, self.early = round(EARLY_SHARE * steps), torch.tensor(torch.nan)
         #: A dict from the step of a check to the earlier step at which distances were noted, and these distances.
         self.notes: dict[int, tuple[int, Tensor]] = {}
-        #: True for the rows whose pace was above 0 at the last check, bool ``[R]``. At the end of the early steps it is
-        #: True for all rows.
+        #: True for rows whose pace was above 0 at the last check, and for all rows at the end of the early steps.
         self.came_nearer = torch.tensor(False)
         self.last_step = 0
 
     def due(self, step: int) -> bool:
-        """Return True if `lost` has work at this step: to note distances, or to measure the pace.
-
-        A search without `gains` can skip the call of `lost` at all other steps.
-        """
+        """Return True if `lost` has work at this step: to note distances, or to measure the pace."""
         return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:

@@ -1,14 +1,12 @@
 """The rows that are searched together, and the images that are still attacked.
 
-A search works on rows. A row is an image with one target class and one restart, so several rows may belong to the same
-image. A success of a search is only a claim until the model itself has confirmed it, by fresh draws if the model is
-random: among a hundred steps, some draw is misclassified by luck. An image with a confirmed success has fallen, and all
-of its rows are removed.
+A row is an image with one target class and one restart. A success of its search is only a claim until the model itself
+has confirmed it, by fresh draws if the model is random: among a hundred steps, some draw is misclassified by luck. An
+image with a confirmed success has fallen, and all of its rows are removed.
 
-A new batch size takes time: a convolution library prepares kernels, a compiler may compile again, and a CUDA graph is
-captured. So a shrinking batch takes only sizes from a fixed list, and rows of fallen images fill the batch up to such a
-size. On a CPU with a large model or with many draws, a superfluous row takes longer than the change to a new batch
-size. In that case every row of a fallen image is removed.
+A new batch size takes time, for kernels, a compiler or a CUDA graph. So a shrinking batch takes only sizes from a fixed
+list, and rows of fallen images fill it up. On a CPU with a large model or with many draws, where a superfluous row
+takes longer, every row of a fallen image is removed.
 """
 
 from __future__ import annotations
@@ -29,19 +27,15 @@ from ..search import GradientHealth, better_of
 from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
 from .pace import FEWEST_STEPS, SHARES, TIMES, Gains, PaceMonitor, some_of
 
-#: If no batch size is given, runs of few images are searched together, up to this number of rows, because a small batch
-#: is slow.
+#: Without a batch size, runs of few images are searched together, up to this many rows: small batches are slow.
 FEWEST_ROWS = 64
-#: The batch may shrink after these steps, and later every SHRINK_EVERY steps. Each check for fallen images waits for
-#: the device once.
+#: The batch may shrink after these steps, then every SHRINK_EVERY steps. Each check waits for the device once.
 SHRINK_AFTER, SHRINK_EVERY = (1, 2, 3, 4, 6, 8), 5
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows that are searched together; every field has an entry per row.
-
-    A row is an image with one target class and one restart.
 
     Args:
         owner: the index of each row's image, int64 ``[R]``.
@@ -161,8 +155,7 @@ class ActiveSet:
         won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
-        # If several rows of an image succeed, keep the first, because an assignment of two values to the same index is
-        # undefined.
+        # Keep the first row of an image that succeeds: assigning two values to the same index is undefined.
         first = torch.full_like(self.y, len(owner)).scatter_reduce(0, owner[won], won, "amin")
         won = won[first[owner[won]] == won]
         self.best[owner[won]] = points[won]
@@ -225,7 +218,7 @@ def waves(
     A wave has only images that have not fallen in earlier waves. The first wave has a single run, because most images
     fall to any run. A later wave has as many rows as fit into a batch. On a CPU a wave consists of complete runs. On a
     GPU a wave may have a part of a run, and copies of its first rows fill it up to the size of `bucket`, so that most
-    waves have the same size. Each wave waits for the device a few times.
+    waves have the same size.
 
     Args:
         active: the images.
@@ -280,8 +273,6 @@ def waves(
 class RowSearch:
     """A search that moves a batch of rows along gradients, from one start.
 
-    During the run, the rows of fallen images are removed from the batch.
-
     Args:
         objective: the loss, on the model that gives the gradients.
         active: all images of the attack, with the best known points.
@@ -296,8 +287,7 @@ class RowSearch:
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
-        # faulty: for each row, the number of its non-finite gradients, and the number of its zero gradients. counted:
-        # the number of all gradients of a row so far.
+        # faulty: each row's non-finite and zero gradients. counted: all of a row's gradients so far.
         self.health, self.faulty, self.counted = active.health, torch.zeros((2, len(rows.x)), device=rows.x.device), 0
 
     @staticmethod

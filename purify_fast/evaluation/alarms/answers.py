@@ -48,8 +48,7 @@ class Before:
         self.subject = subject
         self.x, self.y = subject.x[:PROBED].to(subject.device), subject.y[:PROBED].to(subject.device)
         self.predicted = self.predictions()
-        # A random model without fixed noise may draw from another generator than PyTorch's. Its predictions then differ
-        # with the same seed, so a later difference would show nothing.
+        # A random model that draws from another generator than PyTorch's differs even with the same seed.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
         self.mark = fingerprint(subject.model)
 
@@ -69,8 +68,7 @@ class Before:
 
     def state_changed(self) -> bool:
         """Tell whether weights, buffers or attributes have changed since this object was made."""
-        # A model may store its last input, which is then a part of its fingerprint. So the model is first called on the
-        # same input as before its first fingerprint.
+        # Called before the first fingerprint, of which a model's last input may be a part.
         self.predictions()
         return self.mark != fingerprint(self.subject.model)
 
@@ -224,7 +222,6 @@ def _signs(x: Tensor, seed: int) -> Tensor:
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    # With the seed, a random model without fixed noise has the same noise in every call, if it uses torch's global
-    # generator.
+    # With the seed, a model that draws from torch's global generator has the same noise in every call.
     torch.manual_seed(subject.seed)
     return margin(subject.model(x).float(), y)

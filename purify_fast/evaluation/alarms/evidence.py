@@ -130,9 +130,8 @@ class Evidence:
         return bool((wrong == 1).all())
 
     def blind(self) -> str:
-        """The reason why attacks with the model's gradients could not succeed: missing or unusable gradients.
-
-        The text is empty if the gradients were usable, or if nothing is known about them.
+        """The reason why the model's gradients, missing or unusable, could not lead to a success; empty if none is
+        known.
         """
         counted = self.with_counted_gradients()
         if self.probes is not None and isinstance(self.probes.cosine, str):

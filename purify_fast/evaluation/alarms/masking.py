@@ -28,8 +28,7 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
     elif asked.cosine < WRONG_GRADIENTS:
         signs.append(f"the model does not change as its gradients predict (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
-    # On a random model, each further attack makes a few more images fall by chance. So for such a model the images are
-    # counted only for the surrogate to which the most images fell, and not for all surrogates.
+    # On a random model each further attack makes images fall by chance, so only the surrogate with most images counts.
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
         signs.append(

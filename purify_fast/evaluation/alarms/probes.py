@@ -1,9 +1,7 @@
 """Probes are short attacks on a few images, and tests of the model's predictions. The alarms judge their results.
 
-The short attacks run before the attacks of the report. If the short attacks find signs of masked gradients, the attacks
-of the report get all images that have not fallen, and take all of their steps. The short attacks take gradients from
-the same copy of the model as the attacks of the report. They skip images that fell to an earlier short attack, except
-in the comparison of numbers of draws.
+The short attacks run before the attacks of the report, and take gradients from the same copy of the model. They skip
+images that fell to an earlier short attack, except in the comparison of numbers of draws.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ STEPS, SWEEP = 20, 10
 ITERATIONS = (1, 3, 10, 30)
 #: The numbers of draws per step that the short attacks on a random model compare.
 DRAWS = (1, 4, 16)
-#: The number of draws that judge each image of a random model after a short attack. Their majority decides, so that no
-#: image falls because of a single unlucky draw.
+#: The draws that judge an image of a random model after a short attack: one unlucky draw must not decide.
 JUDGES = 9
 #: The usual number of surrogates of a model with gates or thresholds, for the progress bar's estimate of the time.
 USUAL_SURROGATES = 3
@@ -209,8 +206,7 @@ def _sweep(
 ) -> tuple[list[Tensor], list[int], dict[str, list[int]], dict[str, str], Tensor | None]:
     """Measure the fields ``steps``, ``fell``, ``copies``, ``absent`` and ``points`` of `Probes` for some images.
 
-    Each attack skips the images that fell to an earlier attack. Instead of the accuracies of ``steps``, the result has
-    the images that are still classified correctly, bool ``[n]``.
+    Instead of the accuracies of ``steps``, the result has the images that are still classified correctly, bool ``[n]``.
     """
     short = _Short(before, model, part, context)
     right = standing = short.right(short.x, short.y)

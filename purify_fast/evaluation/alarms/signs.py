@@ -18,8 +18,7 @@ from ..results.rows import GRADIENT_FREE, followed
 from .evidence import MISSING, Evidence, Finding, Verdict
 from .probes import STEPS, Probes
 
-#: The gradients are doubtful if more than this share of the images withstands the attacks with the model's own
-#: gradients, but falls to other attacks.
+#: Gradients are doubtful if more than this share withstands the attacks with them, but falls to other attacks.
 MOST_MISSED = 0.03
 #: Limits for the cosine between the predicted and the measured changes of the margin; exact gradients give a cosine of
 #: 1. Below WRONG_GRADIENTS the robust accuracy is unreliable, below ODD_GRADIENTS the cosine is noted.
@@ -288,10 +287,7 @@ def missed_images(evidence: Evidence) -> Outcome:
 
 
 def _missed_by_rows(evidence: Evidence) -> Outcome | None:
-    """Judge how many images fell only to attacks without the model's own gradients.
-
-    The result is None if there were no such attacks, or no attacks with the model's own gradients.
-    """
+    """Judge how many images fell only to attacks without the model's own gradients; None without either kind."""
     fallen = evidence.fallen()
     own = [wrong for row, wrong in fallen if row.own_gradients and row.health is not None]
     others = {row.attack: wrong for row, wrong in fallen if row.kind in GRADIENT_FREE or row.transferred}
@@ -309,11 +305,7 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
 
 
 def _missed_by_report(evidence: Evidence) -> Outcome | None:
-    """Judge how many images withstood all attacks of the report, but fell to a short attack of the probes.
-
-    The result is None if no image withstood all attacks, or if there is neither such a short attack nor a missing
-    surrogate.
-    """
+    """Judge how many images withstood the report's attacks, but fell to a short attack; None if there is none."""
     probes = evidence.probes
     if probes is None or not any(probes.left):
         return None
@@ -322,8 +314,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
         reasons.setdefault(reason, []).append(name)
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     missed = {name: len(probes.fallen(fell)) for name, fell in probes.copies.items()}
-    # The short attack with the model's own gradients is used only if it found an image. Otherwise it is no evidence,
-    # because the model's gradients may be masked.
+    # If it found no image, the model's gradients may be masked, so it is no evidence.
     if own := len(probes.fallen(probes.fell)):
         missed = {ITSELF: own} | missed
     if not missed:
@@ -375,8 +366,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
     wrong = evidence.wrong(n)
     left = None if wrong is None else float((wrong <= 0.5).mean())
-    # The report's attacks are stronger than this probe. If they found more images, their number of draws was large
-    # enough.
+    # The report's attacks are stronger than this probe. If they found more images, they had enough draws.
     if strong and left is not None and left < by_many:
         strong = False
         text += f"; the attacks of the report leave {100 * left:.0f} % of the same images, which is less"

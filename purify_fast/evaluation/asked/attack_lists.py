@@ -42,16 +42,15 @@ FAST_STEPS = 60
 #: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The images with the smallest margins are attacked again, because they decide the accuracy. These are the numbers of
-#: such images. NEAREST: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for
-#: the slowest attacks of both protocols.
+#: The numbers of images with the smallest margins that are attacked again, because they decide the accuracy. NEAREST:
+#: for FAB-T of "standard". FAST_NEAREST: for the further attacks of "fast". FEWEST_NEAREST: for the slowest attacks of
+#: both protocols.
 NEAREST, FAST_NEAREST, FEWEST_NEAREST = 24, 16, 10
 #: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
 RAND_DRAWS = 20
-#: The number of further random starts of "strong". Each has a separate row, so that the report shows how many images
-#: still fall to the last start.
+#: Further random starts of "strong", each in its own row: it shows how many images still fall to the last.
 RESTARTS = 2
 
 

@@ -47,10 +47,7 @@ def check_radii(norm: Norm, eps: float, attacks: Sequence[AttackSpec], pixels: i
 def read_attacks(
     config: EvaluateConfig, attacks: Sequence[Attack | AttackSpec | AttackFunction] | None, eps: float
 ) -> tuple[EvaluateConfig, list[AttackSpec]]:
-    """Return the config with the protocol that runs, and the specifications of the given attacks.
-
-    The protocol is None if attacks are given, even if the list is empty.
-    """
+    """Return the config with the protocol that runs (None if attacks are given), and the attacks' specifications."""
     if config.protocol is not None and attacks is not None:
         raise ValueError(
             f"protocol and attacks exclude each other, got protocol={config.protocol!r} and a list of attacks: leave "

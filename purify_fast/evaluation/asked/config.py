@@ -1,7 +1,4 @@
-"""The settings of an evaluation, for `purify_fast.evaluation.evaluate` and for the command line.
-
-This module does not import PyTorch, so that the command line's ``--help`` is fast.
-"""
+"""The settings of an evaluation, for `evaluate` and the command line, whose ``--help`` does not wait for PyTorch."""
 
 from __future__ import annotations
 

@@ -44,11 +44,7 @@ def facts(
 
 
 def first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, name: str) -> list[str]:
-    """Return the first notes for the report.
-
-    A warning about modules in training mode or about probabilities is also logged now, because an evaluation may take
-    hours.
-    """
+    """Return the first notes for the report."""
     draws = f"{config.n_eval} fresh draws of the model"
     judged = {
         None: [],

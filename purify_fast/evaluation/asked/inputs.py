@@ -95,8 +95,7 @@ def _of_array(value: Any) -> Any:
     """Convert a NumPy array of numbers to a tensor; return anything else unchanged."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         return value
-    # The array is copied if necessary: PyTorch refuses negative strides and a byte order other than the machine's, and
-    # warns about read-only arrays.
+    # Copied if necessary: PyTorch refuses negative strides and foreign byte orders, and warns about read-only arrays.
     return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 

@@ -83,10 +83,7 @@ def feasible(
 
 
 def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
-    """Tell whether an attack repeats an earlier one, after "margin" has replaced the losses that need more classes.
-
-    The images of the attack must be among those of the earlier attack.
-    """
+    """Tell whether an attack repeats an earlier attack on the same or more images, after "margin" replaced losses."""
     if not (_replaced_loss(spec, context) or _replaced_loss(earlier, context)):
         return False
     if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
@@ -112,10 +109,7 @@ def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
 
 
 def beside_fixed(specs: Sequence[AttackSpec], subject: Subject) -> list[AttackSpec]:
-    """Add, after each attack on the deployed model, the same attack under fixed noise.
-
-    A model without ``fixed_noise`` gets no further attacks.
-    """
+    """Add, after each attack on the deployed model, the same attack under fixed noise, if the model has it."""
     if not supports(subject.base_model, FixedNoise):
         return list(specs)
     both: list[AttackSpec] = []

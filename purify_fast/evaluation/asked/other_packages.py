@@ -1,7 +1,4 @@
-"""Attacks of torchattacks, Foolbox and ART; `purify_fast.evaluation.evaluate` runs them unchanged on its model.
-
-An attack is recognized by its base class. A package is imported only when one of its attacks runs.
-"""
+"""Attacks of torchattacks, Foolbox and ART, which `evaluate` runs unchanged. A package is imported when they run."""
 
 from __future__ import annotations
 
@@ -97,8 +94,7 @@ class OtherAttack(abc.ABC):
         images = self.found(model, x, y, threat.eps)
         if self.ball()[1] is not None or not isinstance(images, Tensor) or images.shape != x.shape:
             return images
-        # An attack without a radius searches for the nearest adversarial image. If this image lies outside the ball,
-        # the attack has failed, and the clean image is returned.
+        # An attack without a radius finds the nearest adversarial image. Outside the ball, the clean image is returned.
         order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[threat.norm]
         lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
         inside = lengths <= threat.eps * (1 + ROUNDED)

@@ -24,8 +24,7 @@ from .other_packages import OtherAttack, of_other_package
 from .subject import Variant
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
-#: The allowed rounding error in a value of a float32 image in [0, 1]. Two additions of numbers up to 2 cause a smaller
-#: error.
+#: The allowed rounding error of a float32 value in [0, 1]: two additions of numbers up to 2 cause less.
 ROUNDING = 2.0**-21
 #: The value of `AttackSpec.target` that means the defence's own classifier.
 CLASSIFIER = "classifier"

@@ -66,9 +66,8 @@ class Fault:
     repeats: bool
 
 
-#: A tuple for each variant. The first element is the code of the variant's context. The next three elements are the
-#: advice for three faults: two calls in the same context differ; calls in two contexts with the same seed differ; or
-#: the logits of an image depend on the batch.
+#: By variant: the code of its context, and the advice for three faults: two calls in the same context differ; calls in
+#: two contexts with the same seed differ; or the logits of an image depend on the batch.
 ADVICE = {
     "fixed": (
         "fixed_noise(seed)",

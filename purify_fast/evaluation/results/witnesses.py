@@ -24,8 +24,7 @@ from ...protocols import Classifier
 from ..asked.specs import ROUNDING, moved
 from .rows import Row, by_worst_points
 
-#: The file with the witnesses, in the folder of ``report.json``. Its name begins with "report.", so that it is moved
-#: together with the other files of the report.
+#: The name begins with "report.", so that the file is moved together with the other files of the report.
 FILE = "report.witnesses.safetensors"
 FORMAT = 2
 #: The names of the tensors in the file.

@@ -18,8 +18,7 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     All attacks of the threat model count, also transferred images and attacks on survivors. A row that was judged on a
     variant of a random model (fixed noise, noise off) counts only for the row over this variant. Its images were also
     tried on the deployed model, in a separate row, which counts for ``worst``. An attack on only the first 200 images
-    counts for the row ``worst, first 200``, together with the results of all other attacks on these images. It does not
-    count for the row over all images.
+    counts only for ``worst, first 200``, with all other attacks on these images.
 
     Args:
         rows: rows of one model, with the clean rows.

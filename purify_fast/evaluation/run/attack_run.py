@@ -90,8 +90,7 @@ class AttackRun:
 
     def __post_init__(self) -> None:
         most, nearest = self.context.resources.batch_size or max(1, len(self.index)), self.spec.nearest
-        # An attack on the nearest images makes many runs from each image. It is divided in the same ratio as an attack
-        # on a batch of the usual size.
+        # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
         most = most if nearest is None else min(most, max(1, nearest * most // USUAL_BATCH))
         self.by_image = nearest is not None and most == 1
         self.parts, self.rounds = list[Tensor](), list[range]()
@@ -161,8 +160,7 @@ class AttackRun:
             most = subject.room.limit(context.resources.max_forward_batch)
             resources = dataclasses.replace(context.resources, counts_health=True, max_forward_batch=most)
             told = dataclasses.replace(context, sample_ids=ids, begin=begin, resources=resources)
-            # The attack gets a copy. If it changed the images in place, the later check of its radius would see no
-            # change.
+            # A copy, because the later check of the radius would not see a change in place.
             return attack.search(self.target, x.clone(), y, told)
 
         graphs = context.resources.graphs
@@ -214,8 +212,7 @@ class AttackRun:
                 fallen.update(batch.fallen)
                 sums.proved += batch.proved
                 sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
-                # The survival of an image says nothing about other images if the search stood still or lacked
-                # gradients.
+                # A search that stood still or lacked gradients says nothing about other images.
                 usable = not batch.health["gradients"] or GradientHealth(dict(batch.health)).reliable
                 no_evidence += batch.stood_still if usable else len(batch.fell)
                 fell += map(bool, batch.fell)

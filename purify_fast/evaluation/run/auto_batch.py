@@ -47,8 +47,7 @@ def make_room(subject: Subject, models: Iterable[Classifier], memory: int | str 
             return objective.gradient(x.to(device), y.to(device))
 
         fitting = images_that_fit(gradient, free_memory(device, memory) - remembered, device)
-        # A model may store its last input, which is then a part of its fingerprint. A call with the sample images makes
-        # the fingerprint independent of this measurement.
+        # A model's last input may be a part of its fingerprint. This call makes that independent of the measurement.
         model(subject.sample_images())
         images = fitting if images is None else min(images, fitting)
     if images is not None:

@@ -28,10 +28,9 @@ from ..results.rows import Row
 logger = logging.getLogger("purify_fast")
 
 #: Increase this number by one for every change after which the same settings, weights and data give other rows. Cached
-#: rows with an older number are then made again. Examples are changes of the choice of attacked images, of the seeds,
-#: of the judgment, of the counts, or of the definition of an op. Do not increase it for edited comments, docstrings,
-#: labels, pictures and tables, or for faster kernels of the same function. For a change within a single attack,
-#: increase the version of this attack instead, so that cached rows of the other attacks remain valid.
+#: rows with an older number are then made again. Do not increase it for edited comments, docstrings, labels, pictures
+#: and tables, or for faster kernels of the same function. For a change within a single attack, increase the version of
+#: this attack instead, so that cached rows of the other attacks remain valid.
 PROTOCOL_VERSION = 3
 
 
@@ -71,8 +70,7 @@ class RowCache:
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served or {}, revision
         self.busy = set[Path]()
-        # The fingerprint of each model, by the id of the model. The model itself is stored too, so that no other object
-        # can get the same id.
+        # The fingerprint of each model, by its id, and the model itself, so that no other object can get this id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """The curve of robust accuracy over the radius of the ball.
 
-An image that fell at a smaller radius counts as fallen at all larger radii. An image that withstood at the report's
-radius counts as robust at all smaller radii. So only images that fell at the report's radius are attacked at smaller
-radii, and only images that have not fallen yet are attacked at larger radii. The accuracy never rises with the radius.
+An image that fell at a radius counts as fallen at all larger radii, and an image that withstood at the report's radius
+counts as robust at all smaller radii. So only images that fell at the report's radius are attacked at smaller radii,
+and only images that have not fallen yet at larger radii.
 
-On a random model nothing is concluded from another radius, because chance decides too: at each radius, every image that
+On a random model, where chance decides too, nothing is concluded from another radius: at each radius, every image that
 has not fallen at a smaller radius is attacked, and other draws judge the worst point that was found up to this radius
 (`purify_fast.evaluation.results.rows.by_worst_points`).
 """
@@ -29,8 +29,7 @@ from ..results.rows import Row, Worst, by_worst_points
 from .measure import Measure
 from .specified import settings_of
 
-#: Increase this number whenever a change here gives another result for the same radius. Cached rows with an older
-#: number are then made again.
+#: Increase this number whenever a change here gives other results for a radius: cached rows are then made again.
 REVISION = 1
 
 
@@ -141,8 +140,7 @@ class Curve:
                 smaller.append(row)
                 standing = measure.judge.withstood(row) & standing & ~safe
                 if following is not None:
-                    # The attacks at the next radius begin at the best points of this radius. The distances of these
-                    # points from the clean images are scaled to the next radius.
+                    # The attacks at the next radius begin at the best points of this radius, scaled to the next radius.
                     points = x.clone()
                     points[torch.from_numpy(standing)] = torch.from_numpy(row.points).to(x.device)
                     begin = x + (points - x) * (following / radius)

@@ -33,8 +33,7 @@ from .team import Task, Team
 
 #: The file with the first points of an attack, for the processes that share the attack.
 BEGIN = "begin.safetensors"
-#: The number of the rule by which random models are judged (docs/judge_reference.md). Increase it whenever a change of
-#: the rule gives other rows.
+#: The rule by which random models are judged (docs/judge_reference.md). Increase it if the rule changes rows.
 RULE = 2
 
 
@@ -69,8 +68,7 @@ class Measure:
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
     # The number of finished runs of each attack.
     _runs: Counter[int] = field(default_factory=Counter, init=False)
-    # The last attack on a variant other than "random", and its outcome. They are stored because the deployed model
-    # judges the attack's images too.
+    # The last attack on a variant other than "random", and its outcome: the deployed model judges its images too.
     _search: tuple[AttackRun, AttackedBatch] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -113,8 +111,7 @@ class Measure:
         """
         alive = self._alive(spec, spec.variant, left)
         if spec.judge is not None:
-            # All images are attacked, because the judge (the authors' model) may classify images correctly that the
-            # defence misclassifies.
+            # All images: the judge (the authors' model) may classify images correctly that the defence misclassifies.
             alive = np.ones_like(alive)
         index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], margins)
         settings = settings_of(spec, self.subject, self.context)
@@ -123,8 +120,7 @@ class Measure:
         def make() -> Row:
             run, sums = self.attack(spec, index, self.folder(spec), ahead=self._ahead(spec, left, margins))
             self._search = None if spec.variant == "random" else (run, sums)
-            # On a deterministic model, images outside `alive` are misclassified, or fell to earlier attacks. They count
-            # as fallen.
+            # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
             row = self.judge.judged(run, sums, settings, alive, [self.clean("random"), *earlier])
             row.health = sums.health if sums.health["gradients"] else None
             target = spec.other_model if spec.target is None else spec.target
@@ -184,11 +180,7 @@ class Measure:
         return index
 
     def _alive(self, spec: AttackSpec, variant: Variant, left: np.ndarray) -> np.ndarray:
-        """Return the images for an attack, bool ``[n]``.
-
-        An attack on survivors gets the images in ``left``. Any other attack gets the images that have not fallen
-        without an attack.
-        """
+        """Return the images for an attack, bool ``[n]``: ``left``, or all that have not fallen without an attack."""
         return (left if spec.survivors_only else self.judge.withstood(self.clean(variant)))[: spec.max_images]
 
     def _known(self, spec: AttackSpec, earlier: Sequence[Row]) -> dict[str, str]:
@@ -217,10 +209,7 @@ class Measure:
         return row
 
     def folder(self, spec: AttackSpec) -> Path | None:
-        """The folder of an attack's batches in the cache; None if the batches are not cached.
-
-        It does not depend on the attacked images, which name the files of the batches.
-        """
+        """The folder of an attack's batches in the cache; None if the batches are not cached."""
         return self.cache.batches(self._key(settings_of(spec, self.subject, self.context), [spec]))
 
     def _key(self, settings: dict[str, Any], specs: Sequence[AttackSpec]) -> str | None:
@@ -407,12 +396,10 @@ class Measure:
         subject.reseed("attack")
         target = target_of(spec, self.subject)
         with subject.variant(spec.variant), frozen(target):
-            # Some aggregations give infinite logits, which hide differences between draws. The draws of a random model
-            # are then taken as different.
+            # Some aggregations give infinite logits, which hide differences: the draws are then taken as different.
             may_hide = subject.is_random and spec.variant == "random"
             hidden = may_hide and not target(subject.sample_images()).isfinite().all()
-            # Every process makes this test, even if its result is given. The test takes random draws, and afterwards
-            # the random generators of all processes must be in the same state.
+            # Every process makes this test, whose draws must leave all random generators in the same state.
             tried = hidden or subject.answers_vary(target)
             context = replace(
                 self.context,

@@ -130,8 +130,7 @@ class CountedModel(nn.Module):
         progress: counts the images.
     """
 
-    #: Attributes whose changes need no new CUDA graph, because they do not change the computation
-    #: (`purify_fast.model_state`).
+    #: Changes of these need no new CUDA graph (`purify_fast.model_state`).
     not_dependencies = frozenset({"progress"})
 
     def __init__(self, model: Classifier, progress: Progress):

@@ -150,9 +150,7 @@ class RowJudge:
         return index[torch.from_numpy(found)[index]]
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
-        """Select the images that a row stores: some or all of the fallen images.
-
-        If no image fell, some of the images that withstood the attack are selected.
+        """Select the images that a row stores: some or all of the fallen images, or some others if no image fell.
 
         Args:
             index: indices of the images that the attack got, int64.

@@ -1,16 +1,14 @@
 """The rule by which an attack stops before it has reached every image, because few of the remaining images could fall.
 
-Images are attacked in rounds. The attack begins with the images that earlier attacks brought nearest to the decision
-boundary: those with the smallest margins on the model itself. A later image is less likely to fall. So a series of
-images that withstand the attack gives a bound for the images that the attack has not reached yet, the unsearched
-images. If the last ``w`` images all withstood, each unsearched image falls with a probability of at most
-``1 - a ** (1 / w)`` at the confidence ``1 - a`` (for ``a = 0.05`` this is the rule of three, ``3 / w``). Because the
-rule is applied after each round, ``a`` is 0.05 divided by the number of rounds. The attack stops when this probability,
-times the number of unsearched images, is at most a given share of all images. The report states this bound.
+Images are attacked in rounds, first the images with the smallest margins on the model itself. A later image is less
+likely to fall, so a series of images that withstand the attack gives a bound for the unsearched images. If the last
+``w`` images all withstood, each unsearched image falls with a probability of at most ``1 - a ** (1 / w)`` at the
+confidence ``1 - a`` (for ``a = 0.05`` this is the rule of three, ``3 / w``). Because the rule is applied after each
+round, ``a`` is 0.05 divided by the number of rounds. The attack stops when this probability, times the number of
+unsearched images, is at most a given share of all images. The report states this bound.
 
-The order may be wrong for some images, for example if gradients are masked. For this reason some images of each round
-are drawn at random. An image that withstood does not count for ``w`` if its search came no nearer to the decision
-boundary, or had no gradients.
+The order may be wrong, for example if gradients are masked, so some images of each round are drawn at random. An image
+that withstood does not count for ``w`` if its search came no nearer to the decision boundary, or had no gradients.
 """
 
 from __future__ import annotations
@@ -26,13 +24,11 @@ from ...attacks.ball import philox_key
 from ...ops.philox import Stream, philox
 from ..results.rows import Row
 
-#: Increase this number whenever a change here makes the same attack reach other images. Cached rows with an older
-#: number are then made again.
+#: Increase this number whenever the same attack reaches other images: cached rows are then made again.
 REVISION = 1
 #: The confidence of the bound on the images that may still fall, over all rounds together.
 CONFIDENCE = 0.95
-#: An attack has at most ROUNDS rounds, each with at least SMALLEST images, because a smaller batch takes about the same
-#: time.
+#: The most rounds of an attack, and the fewest images of a round: fewer take about the same time.
 ROUNDS, SMALLEST = 8, 32
 #: Images are ordered by their margin, but a random position may put an image further forward. The random positions are
 #: uniform between 0 and BY_LOT times the number of images. With this value, about a fifth of the images in the first

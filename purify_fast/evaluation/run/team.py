@@ -1,14 +1,13 @@
 """Shares an evaluation among processes.
 
 The first process of torch's default process group runs the evaluation. At each attack it publishes a list of the
-batches, and every process repeatedly takes the next free batch of the newest list, so that no process waits because
-another process has difficult images. After the batches of the present attack, the list has batches that the next
-attacks will probably need. A finished batch is a file in a folder that all processes can read. A resumed evaluation
-reads these files too. A batch does not depend on the process that makes it, nor on the time, because its random seed
-depends only on its number or its image.
+batches, and then of those that the next attacks will probably need. Every process repeatedly takes the next free batch
+of the newest list. A finished batch is a file in a folder that all processes, and a resumed evaluation, can read. A
+batch does not depend on the process that makes it, nor on the time, because its random seed depends only on its number
+or its image.
 
-The processes communicate only through the store of the process group, without collective operations, which a dead
-process would block. The first process makes the batches of a dead process.
+The processes communicate only through the store of the process group, because a dead process would block collective
+operations. The first process makes the batches of a dead process.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ class Team:
         if self.world > 1:
             Team._evaluations += 1
             name = f"purify_fast evaluation {Team._evaluations}"
-            # PyTorch's public functions return the store only to the code that has created the group, which may not be
-            # this package.
+            # PyTorch's public functions return the store only to the code that has created the group.
             store = dist.distributed_c10d._get_default_store()
             self.store, self.signs = PrefixStore(name, store), Heartbeat(store.clone(), f"{name} alive")
 
@@ -413,15 +411,13 @@ class Team:
                 self.store.set(f"left {self.rank}", "yes")
 
     def _end(self, result: object) -> None:
-        """Send the result to the other processes, and wait until they have read it.
-
-        The store may be a part of this process. Without the wait, the store might end before they have read the result.
+        """Send the result to the other processes, and wait until they have read it: the store may end with this
+        process.
         """
         self._ended = True
         self.store.set("ended", _as_text(result))
         end = time.monotonic() + GOODBYE
-        # The signs of life are read once more, to find processes that have just started. This process waits for such
-        # processes too.
+        # Read once more, to find processes that have just started: this process waits for them too.
         self.signs.give_and_read()
         for other in range(1, self.world):
             here = other in self.signs.signs and not self.store.check([f"lost {other}"])

@@ -328,8 +328,7 @@ class Report:
         check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(folder)
-        # The witnesses are written before the report that names their file, so that after an interruption there is no
-        # report without its witnesses.
+        # Before the report that names the file, so that no report is without its witnesses.
         if self.witnesses is None:
             (folder / FILE).unlink(missing_ok=True)
         else:
@@ -352,8 +351,7 @@ def merge(reports: Iterable[Report]) -> Report:
     """
     merged = Report()
     together = list(reports)
-    # A report without a threat model is assumed to have the threat model of the other reports. A report without a
-    # precision has float32.
+    # A report without a threat model has that of the other reports, and without a precision float32.
     facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]

@@ -1,7 +1,4 @@
-"""The tables of a report: their contents, and their forms in Markdown and on a terminal.
-
-`purify_fast.evaluation.show.page` shows the same tables in HTML.
-"""
+"""The tables of a report: their contents, and their forms in Markdown and on a terminal."""
 
 from __future__ import annotations
 

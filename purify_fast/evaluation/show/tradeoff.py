@@ -19,8 +19,7 @@ from ..._files import atomic
 _COLORS = ["#1f4e79", "#2e86ab", "#f2a541", "#6a994e", "#8d6a9f", "#7f7f7f"]
 _GRAY = "#8a8a8a"
 #: The largest number of iterations that move the names in a picture away from each other. All iterations are made if a
-#: name finds no free place; for twenty models this takes two seconds. Ten times this number does not improve the
-#: picture.
+#: name finds no free place; for twenty models this takes two seconds.
 ROUNDS = 300
 
 
@@ -194,8 +193,7 @@ def _draw_points(axes: Any, shown: Mapping[str, tuple[float, ...]]) -> None:
         texts.append(axes.text(x, y, name, fontsize=8.5, color=color, zorder=5, in_layout=False))
     # The figure is drawn once, so that the position of every point in pixels is known.
     axes.figure.canvas.draw()
-    # A fixed number of iterations, instead of a time limit, always gives the same picture. With these forces the names
-    # of twenty models do not overlap.
+    # A fixed number of iterations, unlike a time limit, always gives the same picture.
     legend = axes.get_legend()
     adjust_text(
         texts,

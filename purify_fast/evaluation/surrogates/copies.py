@@ -39,16 +39,14 @@ class Softened(_Around):
 
     def __init__(self, model: Classifier, temperature: float | None):
         super().__init__(model)
-        # The fingerprint of this object contains its attributes, but not the code of this package. With the revision,
-        # cached rows of older code are not used.
+        # The fingerprint has this object's attributes but not this package's code: the revision outdates cached rows.
         self.temperature, self.revision = temperature, REVISION
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = torch.is_grad_enabled()
         if self.temperature is None and not wanted:
             return self.model(x)
-        # Softening recognizes tensors that depend on the images by requires_grad, so the images must have it even if no
-        # gradient is wanted.
+        # Softening recognizes tensors that depend on the images by requires_grad, also where no gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         # Gradients are enabled for the whole call, because Softening ignores the model's own calls that disable them.
         with torch.enable_grad(), Softening(self.temperature) as mode:
@@ -135,8 +133,6 @@ class FewerSamples(_Around):
 
 class Together(nn.Module):
     """A model whose logits are the mean log-probabilities of several parts of the attacked model.
-
-    An image that fools all parts usually fools the attacked model too.
 
     Args:
         parts: models with the same classes.

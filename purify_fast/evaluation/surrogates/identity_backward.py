@@ -18,8 +18,7 @@ from ...attacks import frozen
 from ...protocols import Classifier
 from .function_mode import Args, HoldingMode, Rule
 
-#: Increase this number whenever a change here gives a model another gradient. Cached rows with an older number are then
-#: made again.
+#: Increase this number whenever a change here gives a model another gradient: cached rows are then made again.
 REVISION = 1
 #: A module is differentiated as the identity only if its output lies in the range of its input. The output may exceed
 #: this range at each end by at most this share of the width of the range.

@@ -16,15 +16,14 @@ def _names(text: str) -> frozenset[str]:
 
 #: Functions that saturate. Their first argument is divided by the temperature.
 SATURATING = _names("sigmoid expit special_expit logsigmoid hardsigmoid tanh softmax log_softmax")
-#: Functions whose gradient is zero everywhere or outside of a range; the gradient of the identity replaces their
-#: gradient.
+#: Functions whose gradient is zero everywhere or outside of a range, and becomes that of the identity.
 FLAT = _names(
     "round floor ceil trunc fix sign sgn heaviside hardshrink fake_quantize_per_tensor_affine "
     "fake_quantize_per_channel_affine"
 )
 #: Functions whose result has steps, for floating-point numbers or for integers, each with a smooth formula that gives
-#: the gradient. The formula for a remainder has half of the identity's gradient. So half of the gradient arrives if a
-#: model uses the remainder, and also if it rounds by subtracting the remainder.
+#: the gradient. A remainder has half of the identity's gradient, so that half arrives whether a model uses the
+#: remainder or subtracts it.
 STEPS: dict[str, Rule] = {
     "div": lambda a, b: a / b,
     "floordiv": lambda a, b: a / b,
@@ -87,8 +86,7 @@ _SPELLINGS = {
     "irshift": "rshift_",
     "ilshift": "lshift_",
 }
-#: Errors that a formula may raise for arguments for which it was not written. The result of the function is then not
-#: changed.
+#: Errors of a formula that was not written for its arguments. The result of the function is then not changed.
 UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 #: For each function that chooses among values: the position of its argument ``dim``, and the position of the indices in
 #: its result (None: the result itself).

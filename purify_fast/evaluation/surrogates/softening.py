@@ -4,7 +4,6 @@ Functions of PyTorch are replaced while the model's code runs. A comparison stil
 addition, a counterpart of the mask is stored: a floating-point tensor that is a smooth step of the difference between
 the compared values. If the model uses the mask in arithmetic, the counterpart is used too, and gives the result a
 gradient. (An estimator that keeps the hard values is called straight-through, Bengio et al., arXiv 1308.3432.)
-Functions that this module does not know run unchanged.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ from .softened_functions import (
 )
 from .users_functions import with_gradient
 
-#: Increase this number whenever a softened model computes something else than before. Cached rows with an older number
-#: are then made again.
+#: Increase this number whenever a softened model computes something else: cached rows are then made again.
 REVISION = 2
 #: A softened comparison is a smooth step of the difference divided by the size of the compared values. These numbers
 #: are the slopes of the step. EXACT_SLOPE is used without a temperature, when only the gradients are softened.
@@ -100,8 +98,7 @@ class Softening(HoldingMode):
                 name[:-1] in SOFTENED | (OF_COUNTERPARTS if known else set())
                 or goes_in_steps(name[:-1], first, **kwargs)
             ):
-                # The operation is computed out of place, and its result is copied into the argument, which the model
-                # continues to use.
+                # Computed out of place, and copied into the argument, which the model continues to use.
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
                 after = self.__torch_function__(not_in_place(func), types, (before, *args[1:]), kwargs)
@@ -166,8 +163,7 @@ class Softening(HoldingMode):
                 self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
             return hard if soft is None else self._soft(hard, call(soft, *args[1:]))
         elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
-            # Arithmetic with an infinity, as in the mask of a softmax, has no softened form, so the condition above
-            # excludes such arithmetic.
+            # The condition excludes arithmetic with an infinity, as in a softmax's mask: it has no softened form.
             rule = func if name in ARITHMETIC else OF_MASKS.get(name)
             if name == "where" and _floating(first):
                 # For x.where(mask, other) the mask is put first, as in torch.where.
@@ -186,8 +182,7 @@ class Softening(HoldingMode):
             elif isinstance(value, Tensor) and isinstance(value.grad_fn, BackwardCFunction):
                 function = value.grad_fn._forward_cls
                 if function.__module__.partition(".")[0] not in ("torch", "purify_fast"):
-                    # The backward pass takes the method `backward` from this class, so another class gives another
-                    # gradient.
+                    # The backward pass takes the method `backward` from this class.
                     value.grad_fn._forward_cls = with_gradient(function, self.temperature is None)
 
     # -- counterparts -------------------------------------------------------------------------------------------------
@@ -198,10 +193,7 @@ class Softening(HoldingMode):
             self.beside[hard] = hard._version, soft
 
     def _kept(self, value: Any, kind: Any = (Tensor, tuple)) -> Any:
-        """Return the stored entry of a tensor, if the entry has the type ``kind``.
-
-        Return None if there is no entry, or if the tensor has changed.
-        """
+        """Return the stored entry of a tensor, if it has the type ``kind`` and the tensor has not changed, or None."""
         if not isinstance(value, Tensor) or value.is_floating_point():
             return None
         version, kept = self.beside.get(value, (None, None))
@@ -213,10 +205,7 @@ class Softening(HoldingMode):
         return self._kept(value) is not None
 
     def _or_itself(self, value: Any) -> Any:
-        """Return the counterpart of an argument for a formula, or the argument itself if it has no counterpart.
-
-        A mask without a counterpart is converted to float.
-        """
+        """Return an argument's counterpart for a formula, or the argument itself, a mask as float."""
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._or_itself, value))
         soft, choice = self._kept(value, Tensor), self._kept(value, tuple)
@@ -353,8 +342,7 @@ class Softening(HoldingMode):
                 return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
             rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
             found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
-            # If the table depends on the images, `hard` already has the table's gradient, so only the gradient of the
-            # choice is added.
+            # `hard` already has the table's gradient, so only the gradient of the choice is added.
             return hard + (found - found.detach()) if table.requires_grad else found
         # For a rounded index, the gradient is the slope between the values at the next lower and the next higher index.
         least, most, whole = *index.aminmax(), index.long()

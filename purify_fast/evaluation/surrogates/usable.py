@@ -81,8 +81,7 @@ def surrogates(
         seen, usable = [_gradient(model, x, num_classes)], []
         for name, candidate in candidates:
             gradient = _gradient(candidate, x, num_classes)
-            # A softened copy, or a copy with the identity backward, is left out if its gradients are those of the model
-            # or of an earlier candidate, because it would find nothing new.
+            # A copy with the gradients of the model or of an earlier candidate would find nothing new.
             copies = isinstance(candidate, (Softened, IdentityBackward))
             if isinstance(gradient, str):
                 absent[name] = gradient
@@ -154,11 +153,7 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Cl
 
 
 def _inside(model: Classifier) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside a model, with their names.
-
-    They are the submodules of a module, the attributes of another object, or the variables that a function has
-    captured.
-    """
+    """The modules inside a model, with their names: submodules, attributes, or captured variables of a function."""
     named: Iterable[tuple[str, Any]] = attributes(model)
     if isinstance(model, nn.Module):
         named = ((name, module) for name, module in model.named_modules() if name and name.count(".") < DEPTH)

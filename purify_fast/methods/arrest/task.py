@@ -131,20 +131,14 @@ class ArrestTask(MethodTask):
             return self.distance(self.forward(x)[1], of_teacher)
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
-        """Attack the images with the indices ``rows``, or all images if ``rows`` is None, by PGD on cross-entropy.
-
-        The other images are returned unchanged.
-        """
+        """Attack the images with the indices ``rows``, or all images if ``rows`` is None, by PGD on cross-entropy."""
         if isinstance(self.attacked, InferenceCopy):
             self.attacked.refresh(self.classifier)
         adversarial = attack.run(self.attacked, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
     def inputs(self, batch: Batch, of_teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return x_in, and the share of the images that are replayed (get noise in place of an attack).
-
-        If the attack is captured as a CUDA graph, replayed images are attacked too (see `attacks_all_rows`).
-        """
+        """Return x_in, and the share of the images that are replayed (get noise in place of an attack)."""
         attack = self.config.attack.at_epoch(batch.epoch, batch.epochs)
         if not self.config.replays(batch.epoch, batch.epochs):
             return self.attack(batch, attack), batch.x.new_zeros(())
@@ -184,8 +178,7 @@ class ArrestTask(MethodTask):
         return cross_entropy + self.config.distillation_weight * distance, metrics
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        # A loop may add up the gradients of several batches before an optimizer's step. Then the weights still have the
-        # perturbation of the previous batch, so remove it first.
+        # The loop may add up gradients of several batches before a step: remove the perturbation of the previous batch.
         self.before_step()
         of_teacher = [] if self.teacher is None else self.teacher(batch)
         x, replayed = self.inputs(batch, of_teacher)

@@ -24,15 +24,13 @@ WIDTHS = (1, 2, 4, 4, 4, 4)
 class SpectralConv(nn.Conv2d):
     """A convolution with ``weight / sigma``, where sigma is the largest singular value of the weight's matrix W.
 
-    W has the shape [outputs, inputs * kernel^2], and W' is its transpose. sigma is u' W v with v = W' u / |W' u|. It is
-    differentiated with constant u and v. In training mode, a forward pass first makes one step of power iteration,
-    u <- W v / |W v|. In evaluation mode, u does not change, so the output depends only on the input. torch's
-    ``spectral_norm`` does the same, but also stores v. Here u is the only buffer, ``weight_u [outputs, 1]``, and its
-    initial value comes from fifteen steps of power iteration.
+    W has the shape [outputs, inputs * kernel^2]. sigma is u' W v with v = W' u / |W' u|, differentiated with constant u
+    and v. In training mode, a forward pass first makes one step of power iteration, u <- W v / |W v|; in evaluation
+    mode, the output depends only on the input. torch's ``spectral_norm`` does the same, but also stores v. Here u is
+    the only buffer, ``weight_u [outputs, 1]``, which begins with fifteen steps of power iteration.
 
-    deepfillv2-pytorch divides the stored weight itself in every forward pass. So there, scoring an image changes the
-    weights without the optimizer, and sigma has no gradient. Here, only the optimizer changes the weights, and sigma
-    has a gradient. A weight that was saved by deepfillv2-pytorch has a sigma near 1.
+    deepfillv2-pytorch divides the stored weight itself in every forward pass: there, scoring an image changes the
+    weights without the optimizer, and sigma has no gradient. A weight that was saved there has a sigma near 1.
 
     Args:
         inputs: channels of the input.

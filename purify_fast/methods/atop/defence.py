@@ -215,9 +215,8 @@ class Atop(Defence):
         return (passes[:, :, 0, : x.shape[1]].transpose(0, 1).float() + 1) / 2
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
-        """Return the attacks of the authors' evaluation (`purify_fast.protocols.AuthorsEvaluation`).
-
-        `purify_fast.methods.atop.released_evaluation` has the sources.
+        """Return the attacks of the authors' evaluation (`purify_fast.methods.atop.released_evaluation` has the
+        sources).
 
         Args:
             eps: radius in image units.

@@ -4,8 +4,7 @@
 in the implementation nipponjo/deepfillv2-pytorch, which AToP (arXiv 2401.16352) fine-tunes. The tensors have the names
 and shapes of that implementation, so its checkpoints can be loaded.
 
-`SmallGenerator` is a small network with the same ideas, for images of 16 x 16 to 32 x 32. It is this package's own
-design, and no paper describes it.
+`SmallGenerator` is this package's own small network with the same ideas, for images of 16 x 16 to 32 x 32.
 
 The generators have no normalization and no dropout, so training and evaluation mode are the same function.
 """
@@ -168,16 +167,14 @@ class DeepFillGenerator(nn.Module):
         coarse, refined: whole images ``[B, C, H, W]`` in [-1, 1]; refined is the purified image.
 
     H and W are multiples of 8. The input of the second stage is ``coarse * mask + transformed * (1 - mask)``. The
-    attention uses the mask of each image; the published code uses the first image's mask for the whole batch. Both are
-    the same if all images share a mask. The published size has 4,052,478 parameters, of which 1,631,151 are in the
-    coarse stage.
-    With the published initialization, the signal fades from layer to layer, so a fresh generator returns mid-gray
-    images (within 1e-6 at 32 x 32).
+    attention uses the mask of each image; the published code uses the first image's mask for the whole batch. The
+    published size has 4,052,478 parameters, of which 1,631,151 are in the coarse stage. With the published
+    initialization, the signal fades from layer to layer, so a fresh generator returns mid-gray images (within 1e-6 at
+    32 x 32).
 
-    The generator is made for images of 256 x 256; for images below 128, use `SmallGenerator`. The reason is the
-    attention. It copies from keys (patches of its map), and can use only keys without hidden pixels. If blocks have an
-    eighth of the image's side and a quarter of the blocks is hidden, it can use 57 % of the keys at 256, 36 % at 128,
-    11 % at 64 and almost none at 32.
+    The generator is made for images of 256 x 256; for images below 128, use `SmallGenerator`. The attention copies only
+    from keys (patches of its map) without hidden pixels. If blocks have an eighth of the image's side and a quarter of
+    the blocks is hidden, it can use 57 % of the keys at 256, 36 % at 128, 11 % at 64 and almost none at 32.
 
     Args:
         in_channels: C + 2, where C is the number of channels of the image.
@@ -319,10 +316,6 @@ class SmallGenerator(nn.Module):
 
     ``forward(packed, mask) -> (coarse, refined)`` is as in `DeepFillGenerator`, but H and W are multiples of 4. The
     input of the refined stage is the coarse image, the transformed image and the mask.
-
-    The forward pass of one image has 9.7 million floating-point operations for 1 x 16 x 16 (7.9 million without
-    attention), 30.0 million for 1 x 28 x 28 (24.2 million), and 41.6 million for 3 x 32 x 32 (33.9 million). A
-    multiplication with its addition counts as two. The number of operations grows with the square of the width.
 
     Args:
         channels: channels C of the images.

@@ -15,10 +15,8 @@ The source is `evaluate.ipynb` of glin2022/atop at 9fa1e91; numbers in brackets 
   package torchattacks, whose version it does not state.
 
 The training notebooks attack only the classifier, and purify the result (lines 130 to 133 and 292 to 367 of
-Finetuning-AToP/cifar-miss-gau-adv.ipynb). The notebook with a log has a column "BPDA" that is in fact PGD with 20 steps
-(line 393 of Finetuning-AToP/0..1 cifar-miss-gau-adv.ipynb). The authors say that tables 7 and 8 of the paper were made
-in the same way, with up to 1,000 steps of PGD (second-hand: their answers to their reviewers). None of their code is
-used here.
+Finetuning-AToP/cifar-miss-gau-adv.ipynb). The authors say that tables 7 and 8 of the paper were made in the same way,
+with up to 1,000 steps of PGD (second-hand: their answers to their reviewers). None of their code is used here.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ systems; the sizes for other images are this package's own choice.
 
 The classes with V1 in their names are the networks of the paper's versions 1 and 2 (2023), whose code has them for
 MNIST and FashionMNIST. They flatten the representation, and their linear encoders have LeakyReLU(0.01) before
-BatchNorm. Their decoder starts at one pixel and has no BatchNorm. `PackedDecoder` runs a trained decoder as one op,
-`purify_fast.ops.decode_prior`.
+BatchNorm. Their decoder starts at one pixel and has no BatchNorm.
 
 The class attribute ``runs_in_order`` states that every nn.Sequential of a class is called as a whole. The folding of
 BatchNorm requires this (`purify_fast.speed.folding.batchnorm.fold_sequential`).
@@ -56,8 +55,7 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
     changed.
 
     For tokens (T, D) it has ``depth`` linear blocks, each of which halves D (rounded up). This is not in the paper. All
-    tokens share the blocks, and BatchNorm's statistics are over batch and tokens. The joint layer after the
-    pre-encoders has different weights for different tokens.
+    tokens share the blocks, and BatchNorm's statistics are over batch and tokens.
 
     Args:
         shape: shape of the layer's output without the batch: (C, H, W), (T, D) or (F,).
@@ -82,10 +80,7 @@ def pre_encoder(shape: tuple[int, ...], depth: int = 3) -> tuple[nn.Module, int]
 
 
 class ConditionEncoder(nn.Module):
-    """Maps the representation's tensors to the condition ``c [B, cond_dim]``.
-
-    It has a pre-encoder for each layer of the classifier, and then one joint linear block.
-    """
+    """Maps the representation's tensors to the condition ``c [B, cond_dim]``."""
 
     runs_in_order = True
 
@@ -101,11 +96,7 @@ class ConditionEncoder(nn.Module):
 
 
 class PosteriorEncoder(nn.Module):
-    """Maps an image and the condition c to mean and log-variance of q(z | x, c), each ``[B, latent_dim]``.
-
-    Two convolution blocks of stride 2 (C, 2 C, 4 C channels) read the image. Their flattened output and c are the input
-    of a linear block. Two linear heads follow this block.
-    """
+    """Maps an image and the condition c to mean and log-variance of q(z | x, c), each ``[B, latent_dim]``."""
 
     runs_in_order = True
 
@@ -189,9 +180,8 @@ def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
     return (min(width << depth, 8 * width), h, w), layers
 
 
-#: The keys are the image shapes for which a decoder was published. The values are the side of the first map, the output
-#: padding of all layers except the last, and the kernel of the last layer. The sides of the maps are
-#: 3 - 5 - 9 - 17 - 33 - 32 for the first decoder, and 4 - 8 - 16 - 32 - 64 - 64 for the second.
+#: By the image shape of a published decoder: the side of the first map, the output padding of all layers except the
+#: last, and the kernel of the last. Sides of maps: 3 - 5 - 9 - 17 - 33 - 32, and 4 - 8 - 16 - 32 - 64 - 64.
 PUBLISHED: dict[Shape, tuple[int, int, int]] = {(3, 32, 32): (3, 0, 2), (3, 64, 64): (4, 1, 3)}
 
 
@@ -246,9 +236,6 @@ class Decoder(nn.Module):
     """Maps latents and the condition to images before the sigmoid, by a linear adapter and transposed convolutions.
 
     ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
-
-    Each transposed convolution except the last has no bias, and BatchNorm2d and LeakyReLU(0.2) follow it. The last has
-    a bias, and nothing follows it.
 
     Args:
         latent_dim: size of a latent.
@@ -318,9 +305,7 @@ class ConditionEncoderV1(nn.Module):
 class PosteriorEncoderV1(PosteriorEncoder):
     """Maps an image and the condition c to mean and log-variance of q(z | x, c), in the first version of CARSO.
 
-    A 4 x 4 convolution reads the image; its output has at least as many numbers as the image. The flattened output and
-    c are the input of two linear blocks. The second block has ``1.5 latent_dim`` outputs (published: 96 for 64). A tanh
-    and two linear heads follow.
+    The second block has ``1.5 latent_dim`` outputs (published: 96 for 64).
     """
 
     def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
@@ -350,9 +335,6 @@ class DecoderV1(Decoder):
 
     ``forward(z [B, K, latent_dim], c [B, cond_dim]) -> [B * K, C, H, W]``
 
-    The latent and the condition are the channels of one pixel. Transposed convolutions with bias follow, with
-    LeakyReLU(0.01) between them. There is no BatchNorm and no adapter.
-
     Raises:
         ValueError: the output of the layers does not have image_shape.
     """
@@ -377,8 +359,7 @@ class PackedDecoder(nn.Module):
 
     ``forward(condition, seed, sample_ids, samples) -> images [B, K, C, H, W]``
 
-    The gradient reaches only the condition. On a GPU, the op launches one kernel for each layer, but only one for the
-    last two layers together.
+    The gradient reaches only the condition.
 
     Args:
         decoder: a `Decoder` or `DecoderV1` in evaluation mode. Later changes of its weights have no effect.

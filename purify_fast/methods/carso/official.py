@@ -77,10 +77,7 @@ def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
 def read_official(
     classifier: nn.Module, directory: str | Path, stem: str | None, layers: Sequence[str] | None
 ) -> tuple[dict[Path, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors in a system's files, and the arguments with which `Carso` can hold these tensors.
-
-    `Carso.from_official` documents the arguments of this function.
-    """
+    """Return the tensors in a system's files, and the arguments of `Carso` for them (see `Carso.from_official`)."""
     paths = _paths(Path(directory), stem)
     encoder, joint, decoder = (read_weights(path) for path in paths.values())
     blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]

@@ -63,9 +63,8 @@ def balanced_batch(
     With an adversarial bank, attacked images are read from the bank, and only images that the bank lacks or refreshes
     are attacked.
 
-    Every process balances its own share of the batch, like the official code. Let n be `atom_size` of the whole batch.
-    If the number of processes divides n, the processes attack the same images as a single process would. Otherwise each
-    process rounds its number of attacked images down, and fewer images are attacked.
+    Every process balances its own share of the batch, like the official code. Unless the number of processes divides
+    `atom_size` of the whole batch, they attack fewer images than one process.
 
     Args:
         classifier: the attacked classifier, images to logits.
@@ -178,8 +177,6 @@ def pipeline_step(
 ) -> tuple[Tensor, Metrics]:
     """Attack a batch by PGD through the whole defence, and return this package's own loss of the result.
 
-    The loss is the distance of the K predictions from their targets, plus the weighted reconstruction term.
-
     Args:
         defence: the defence whose purifier is trained, and with ``joint`` also its classifier.
         batch: the images.
@@ -244,8 +241,6 @@ def training_loss(
 
 class CarsoTask(PurifierTask[Carso]):
     """The training of a defence's purifier, for `purify_fast.training.fit`.
-
-    If ``config.joint`` is True, the defence's copy of the classifier is trained too.
 
     Args:
         defence: the defence to train.

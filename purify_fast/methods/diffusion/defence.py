@@ -249,9 +249,8 @@ class DiffusionPurifier(Defence):
     # -- attacks ------------------------------------------------------------------------------------------------------
 
     def attack_surrogates(self) -> list[tuple[str, DiffusionPurifier]]:
-        """Return purifiers whose gradients may be better than those of this defence.
-
-        See `purify_fast.protocols.OwnSurrogates`.
+        """Return purifiers whose gradients may be better than those of this defence
+        (`purify_fast.protocols.OwnSurrogates`).
 
         A gradient through many steps is a product of many derivatives, and such a product may be useless. So Lee & Kim,
         ICCV 2023, arXiv 2303.09051, section 4.2, attack through a process with fewer steps.
@@ -271,9 +270,8 @@ class DiffusionPurifier(Defence):
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
-        """Return published attacks on purifiers by diffusion (`purify_fast.protocols.OwnAttacks`).
-
-        `purify_fast.methods.diffusion.own_attacks` has the sources.
+        """Return published attacks on purifiers by diffusion (`purify_fast.methods.diffusion.own_attacks` has the
+        sources).
 
         Args:
             norm: norm of the ball.
@@ -286,8 +284,6 @@ class DiffusionPurifier(Defence):
 
     def authors_attacks(self, eps: float) -> list[AttackSpec]:
         """Return the attacks of the evaluations by the authors of DiffPure and GDMP.
-
-        See `purify_fast.protocols.AuthorsEvaluation`.
 
         `purify_fast.methods.diffusion.released_evaluation` has the sources.
 

@@ -36,20 +36,14 @@ def _diffusers_model() -> Any:
 
 
 def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
-    """Describe a denoiser by JSON values from which it can be made again.
-
-    A module of the user's own is described only by the name of its class.
-    """
+    """Describe a denoiser by JSON values to make it again, and a module of the user's own only by its class's name."""
     if type(denoiser).__name__ == DIFFUSERS:
         return {"kind": DIFFUSERS, "arguments": json.loads(json.dumps(dict(denoiser.config)))}  # type: ignore[arg-type]
     return description(denoiser, DENOISERS)
 
 
 def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: str | Path) -> nn.Module:
-    """Make the denoiser of a saved description. If ``given`` is a module with this description, return it instead.
-
-    Raise ValueError if ``given`` has another description.
-    """
+    """Make the denoiser of a saved description. If ``given`` has it, return that; otherwise raise ValueError."""
     if given is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])
     return rebuilt(facts, given, DENOISERS, folder)

@@ -14,8 +14,8 @@ local means E under a Gaussian window, m = E[x] and n = E[y]:
 
 The gradients are explicit formulas, so autograd can differentiate the guided process. The authors' code
 (JinyiW/GuidedDiffusionPur, commit 6ee8b1a) has the guidance in purification/diff_purify.py:15-31 and
-pytorch_diffusion/diffusion.py:80-82 and 269-271. In that code, D is a mean over the images of a batch. Here, each image
-has its own D, so images do not influence each other.
+pytorch_diffusion/diffusion.py:80-82 and 269-271. Here, each image has its own D instead of a mean over the batch, so
+images do not influence each other.
 """
 
 from __future__ import annotations

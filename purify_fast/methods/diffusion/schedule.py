@@ -34,8 +34,7 @@ USUAL_STEPS = 1000
 MOST_STEPS = 10_000
 #: Upper bound for the betas of a cosine schedule.
 LARGEST_BETA = 0.999
-#: A reverse process in continuous time ends at this time and not at 0, because the score at 0 is infinite
-#: (NVlabs/DiffPure, runners/diffpure_sde.py:228).
+#: A continuous reverse process ends here: at 0 the score is infinite (DiffPure, runners/diffpure_sde.py:228).
 END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
 

@@ -19,10 +19,6 @@ predicts, without a gradient and clipped to [-1, 1]. So all states on a trajecto
 mapped to the image at the end of this trajectory. The method is from Song, Dhariwal, Chen & Sutskever, ICML 2023, arXiv
 2303.01469, algorithm 2. In that paper, the intervals are those of another schedule, and the distance for large images
 is LPIPS.
-
-An ordinary denoiser predicts the mean of all images that may have become x_t. A single step of flow matching on
-straight lines predicts this mean too (Lipman et al., ICLR 2023, arXiv 2210.02747). A distilled denoiser predicts one of
-the images.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ HALVES = (torch.bfloat16, torch.float16)
 #: The number of samples of an example. If the size of a tensor's first dimension is a multiple of this number, this
 #: dimension is assumed to count the samples; otherwise the second dimension is.
 ROWS = 3
-#: Image shapes for ops whose examples differ only in the shape. The last two shapes have more numbers per image than
-#: one Triton program processes in the kernels for losses and for steps in a norm. The letters beside a shape name the
-#: dtypes in which its example verifies kernels on a GPU (`Example.gpu`).
+#: Image shapes, with the dtypes of `Example.gpu`, for ops whose examples differ only in the shape. The last two shapes
+#: have more numbers per image than one Triton program processes in the kernels for losses and for steps in a norm.
 IMAGES = {((ROWS, 1, 16, 16),): "", ((ROWS, 3, 33, 31),): "h", ((ROWS, 5001),): "", ((ROWS, 16400),): "fb"}
 #: The shape of the images for races, which compare the speeds of a kernel and its reference.
 RGB = (((ROWS, 3, 32, 32),),)

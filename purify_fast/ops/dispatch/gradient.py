@@ -1,14 +1,13 @@
 """Give ops their gradients: autograd functions around kernels, and CPU kernels that save values for the backward.
 
-Applying an ``autograd.Function`` takes 16 microseconds on an AMD EPYC, several times as long as a small kernel. So a
-call that cannot have a gradient uses the kernel directly. docs/performance.md has a table with the parts of a call.
+A call that cannot have a gradient uses the kernel directly, because an ``autograd.Function`` takes several times as
+long as a small kernel; docs/performance.md has a table.
 
 An op's own backward computes everything from the op's inputs, because on a GPU arithmetic is cheaper than memory
 accesses. On a CPU, memory accesses are cheaper: saving a sigmoid, a normal number or a difference needs one store and
-one load. Computing such a value again would need dozens of instructions, or another read of a matrix. ``torch.compile``
-also saves such values. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. These kernels have the
-same results as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be
-used both forward and backward.
+one load. So some ops have `cpu_kernel`s that save them, for eager calls on a CPU. These kernels have the same results
+as the op and its backward, up to the last one or two bits. They are used if the op's own kernels would be used both
+forward and backward.
 """
 
 from __future__ import annotations
@@ -116,10 +115,7 @@ def differentiable(
 
 
 def cpu_kernel(name: str, schema: str) -> Callable[..., Any]:
-    """Return the handle of a kernel of the compiled extension that is not an op.
-
-    Such a kernel has no fake that computes only shapes, so it accepts only tensors with data.
-    """
+    """Return the handle of a kernel of the extension that is not an op. Without a fake, it needs tensors with data."""
     torch.library.define(f"purify_fast::{name}", schema)
     handle: Callable[..., Any] = getattr(torch.ops.purify_fast, name).default
     return handle
@@ -153,8 +149,5 @@ def may_save(x: Tensor) -> bool:
 
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
-    """Return True if the forward of an op is computed by the CPU kernel that also saves numbers for the backward.
-
-    This is so only if the op's backward, ``backward``, is computed by a kernel too.
-    """
+    """Return True if CPU kernels compute an op and its ``backward``, the first saving numbers for the second."""
     return may_save(x) and not backward.uses_reference(x.device, x.dtype, x.numel(), variant)

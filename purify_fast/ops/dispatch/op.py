@@ -112,14 +112,10 @@ class Definition:
         return self.available[kind][-1] if kind in self.available else "reference"
 
     def code_hash(self, kind: str) -> str:
-        """Return a hash of the kernel's sources on a type of device.
-
-        The results of verifying and timing a kernel are valid for these sources only.
-        """
+        """Return a hash of the kernel's sources on a type of device."""
         definition = Path(self.reference.__code__.co_filename)
         if kind == "cuda":
-            # All files are included, because kernels call functions of other kernels, and definitions call other
-            # definitions.
+            # All files, because kernels call functions of other kernels, and definitions call other definitions.
             return files_digest((*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py"))))
         return files_digest((definition, Path(_library.path)) if _library.path else (definition,))
 

@@ -1,15 +1,14 @@
 """The results of races: which backend was measured to be faster, for eager calls and inside compiled graphs.
 
-A race times the kernel and the reference of an op. The results are in two kinds of files with the same form: the user's
-file for this machine (`records`), and the package's ``races.json``, for machines that were measured with the
-benchmarks. The user's file has priority. It has hashes of the ops' sources, and entries for other sources are ignored.
-``races.json`` has the results of several machines. The results of a machine with the same device are used, or else
-those of a machine with the same instruction set. If there is no such machine, a GPU uses no results, and a CPU uses the
+They are in two kinds of files with the same form: the user's file for this machine (`records`), which `racing.tune`
+writes and which has priority, and the package's ``races.json``, for machines that were measured with the benchmarks.
+Entries of the user's file for other sources of the ops are ignored. In ``races.json`` the results of a machine with the
+same device are used, or else with the same instruction set. If there is none, a GPU uses no results, and a CPU uses the
 results of the first CPU, because a kernel that was faster on one CPU is faster on most.
 
-A file has an entry for each op. The entry's ``cells`` give the fastest backend for eager calls and for calls inside
-graphs: for each measured combination of variant, dtype and size; for each variant; and, under an empty name, for the
-whole op. A call uses the most specific cell that matches it. `racing.tune` writes the user's file.
+The ``cells`` of an op's entry give the fastest backend for eager calls and for calls inside graphs: for each measured
+combination of variant, dtype and size; for each variant; and, under an empty name, for the whole op. A call uses the
+most specific cell that matches it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Races kernels against their references on a device of this machine, for ``purify-fast tune``.
 
-A race times the kernel and the reference of an op with the same inputs. Each op is raced by variant, memory layout,
-dtype and size, separately for forward and backward. Eager calls are timed. On a GPU, the replay of a CUDA graph is
-timed too, because a replay has no launch overhead on the host. If ``full`` is requested, kernel and reference are also
-timed inside a graph of ``torch.compile``, between operations that can be fused.
+Each op is raced by variant, memory layout, dtype and size, separately for forward and backward: by eager calls; on a
+GPU also by replays of a CUDA graph, which have no launch overhead on the host; and, if ``full`` is requested, inside a
+graph of ``torch.compile``, between operations that can be fused.
 
 A kernel is used for eager calls of a variant, dtype and size if it is faster in every layout and, on a GPU, in the
-replay too. A kernel that is already in use remains in use if it is at most five percent slower, so that two races on
-the same machine have the same result. Inside a compiled graph, a kernel prevents the fusion of its neighbors. So in a
-graph, the kernel must be twice as fast as the reference, and the reference must be one that compilers do not fuse.
+replay too. A kernel that is already in use may be five percent slower, so that two races on a machine have the same
+result. In a compiled graph, where a kernel prevents fusion, it must be twice as fast, and the reference must be one
+that compilers do not fuse.
 """
 
 from __future__ import annotations
@@ -38,23 +37,19 @@ from .verify import verdict_of
 DTYPES = (torch.float32, torch.bfloat16)
 #: The backend in use remains in use if its speed is at least this fraction of the other backend's speed.
 LEVEL = 0.95
-#: The number of elements with which each size is raced. A large call has more elements on a GPU than on a CPU, because
-#: a GPU has different caches and a launch overhead.
+#: The number of elements with which each size is raced: a GPU has other caches and a launch overhead.
 ELEMENTS = {
     "cpu": {"small": 2**13, "medium": 2**18, "large": 2**22},
     "cuda": {"small": 2**13, "medium": 2**18, "large": 2**25},
 }
-#: The largest number of elements with which these ops are raced. Their references use a kilobyte per element, so 2 **
-#: 25 elements would use 29 GB.
+#: The largest number of elements for these ops, whose references use a kilobyte per element.
 MOST = {"decode_samples": 2**22}
-#: A race that would change the backend in use is run up to this many times, because its result may be caused by other
-#: work on the machine.
+#: A race that would change the backend in use is run up to this many times: other work may have caused its result.
 ATTEMPTS = 3
 #: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
-#: Inside compiled graphs, a kernel is used if it is at least this many times as fast as the compiled reference. There
-#: the kernel cannot be fused with its neighbors, so its inputs and outputs are written and read once more. In a user's
-#: graph this can cost more than in the race, where the neighbors are only a few elementwise operations.
+#: Inside compiled graphs, a kernel must be this many times as fast as the compiled reference: it is not fused with its
+#: neighbors, which may cost more in a user's graph than in the race.
 IN_GRAPHS = 2.0
 
 
@@ -163,10 +158,7 @@ def _clock(call: Callable[[], object], repeats: int, device: torch.device) -> fl
 
 
 def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Return the seconds of each call. The calls are run in turn a few times, and the shortest time of each is used.
-
-    This reduces the effect of other work on the machine.
-    """
+    """Return the seconds of each call: the shortest of a few runs in turn, because of other work on the machine."""
     repeats, runs = [], 5
     for call in calls:
         call()
@@ -178,10 +170,7 @@ def fastest(calls: list[Callable[[], object]], device: torch.device) -> list[flo
 
 
 def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bool) -> list[float]:
-    """Time the reference and the kernel like `fastest`. Repeat this while the result would change the backend in use.
-
-    ``serves`` tells whether the kernel is in use.
-    """
+    """Time the reference and the kernel like `fastest`, again while the result would change the backend in use."""
     times = fastest(calls, device)
     for _ in range(ATTEMPTS - 1):
         if level(times[0] / times[1], serves) == serves:
@@ -191,10 +180,7 @@ def _settled(calls: list[Callable[[], object]], device: torch.device, serves: bo
 
 
 def level(ratio: float, serves: bool) -> bool:
-    """Return True if a kernel with this relative speed should be used.
-
-    A kernel that is already in use (``serves``) may be a bit slower than the reference (`LEVEL`).
-    """
+    """Return True if a kernel of this relative speed should be used. In use (``serves``), it may be a bit slower."""
     return ratio >= (LEVEL if serves else 1 / LEVEL)
 
 
@@ -222,10 +208,7 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
 
 
 def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """Compile a call together with elementwise operations before and after it.
-
-    The compiler can fuse these operations with the reference, but not with a kernel.
-    """
+    """Compile a call together with elementwise operations before and after it."""
     first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
     def surrounded(*given: Any) -> list[Tensor]:
@@ -241,10 +224,7 @@ def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Calla
 
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, capture: Capture | None = None) -> list[Row]:
-    """Run a race, and return its rows: one for a compiled graph; otherwise one for eager calls and one for replays.
-
-    Replays are timed only if there is a ``capture``.
-    """
+    """Run a race, and return its rows: for a compiled graph, or for eager calls and, with ``capture``, for replays."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
@@ -329,10 +309,7 @@ def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
 
 
 def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
-    """Choose the backend for each call of an op on a device, from the rows of the op's races.
-
-    Return the op's entry for the user's file, and the calls whose backend changes.
-    """
+    """Choose the backend for each call of an op on a device, from the rows of the op's races."""
     by_call: defaultdict[Call, list[Row]] = defaultdict(list)
     for row in rows:
         by_call[row.call(device)].append(row)
@@ -377,10 +354,7 @@ def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, A
 
 
 def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[Race]:
-    """Return all races: eager calls, and with ``full`` also compiled graphs.
-
-    The most important races come first, because the time may end before the last.
-    """
+    """Return all races: eager calls, and with ``full`` also compiled graphs."""
     order = {"medium": 0, "large": 1, "small": 2}
     every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
     # Compiling takes seconds, so one example and one size per variant and dtype represent the graphs of every size.

@@ -1,9 +1,9 @@
 """Identifies this machine, and stores its results of verifying and racing kernels as files in a cache folder.
 
-A race compares the speed of a kernel and its reference. A machine has three JSON files: ``verified-*.json`` says
-whether each kernel is correct, ``raced-*.json`` has the results of the races, and ``formed-*.json`` has the fastest
-forms of steps of attacks (`purify_fast.speed.graphs.step_forms`). Each file has the device, the versions that determine
-what a kernel computes, and an entry for each op or step.
+A machine has three JSON files: ``verified-*.json`` says whether each kernel is correct, ``raced-*.json`` has the
+results of the races, and ``formed-*.json`` has the fastest forms of steps of attacks
+(`purify_fast.speed.graphs.step_forms`). Each file has the device, the versions that determine what a kernel computes,
+and an entry for each op or step.
 
 The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole. Only one
 process at a time changes a file.
@@ -141,10 +141,7 @@ def file_of(kind: Kind, device: torch.device) -> Path:
 
 
 def read(kind: Kind, device: torch.device) -> dict[str, Any]:
-    """Return the content of a file, with its entries under ``ops``.
-
-    The result is empty if the file is missing, damaged or from another machine.
-    """
+    """Return the content of a file, with entries under ``ops``; empty if missing, damaged or of another machine."""
     path = file_of(kind, device)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
 """Registers ops, and chooses the backend that computes each call of an op (the backend that serves the call).
 
-An op has a schema, a fake that computes only shapes and dtypes, and a kernel for each dispatch key. ``torch.compile``
-cannot look into an op, and therefore cannot fuse a kernel with neighboring operations. So the backend is chosen
-separately for eager calls and for calls inside compiled graphs. If no kernel is used, the public function calls the
-reference directly, which ``torch.compile`` can fuse.
+``torch.compile`` cannot fuse an op with neighboring operations, so the backend is chosen separately for eager calls and
+for calls inside compiled graphs. If no kernel is used, the public function calls the reference directly, which
+``torch.compile`` can fuse.
 
 A kernel is used if it was measured to be faster for the dtype and the size of the call: on the user's machine, or on a
 similar machine that was measured for the package (`races`). Without a measurement, a GPU uses the kernel for eager
@@ -93,9 +92,8 @@ class Op(Definition):
     """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
-        """Choose the backend for these arguments, the first of which is a tensor, and run it.
-
-        A kernel records no gradient. The reference records gradients, if they are enabled.
+        """Choose the backend for these arguments, of which the first is a tensor, and run it. Kernels record no
+        gradient.
         """
         dtype, size = self.size_key(*args)
         return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)
@@ -133,10 +131,7 @@ class Op(Definition):
         return backend
 
     def wanted(self, call: Call) -> Winner:
-        """Return the backend to use if it is correct, and the reason: it won a race, or a default rule chose it.
-
-        The device may be unavailable. Then the default rule decides.
-        """
+        """Return the backend to use if it is correct, and the reason: a race, or else a default rule."""
         device, kernel = call.device, self.kernel(call.device.type)
         if kernel == "reference":
             return Winner(kernel, "there is no kernel")
@@ -150,10 +145,7 @@ class Op(Definition):
         return Winner("reference", "not raced" if device.type == "cpu" else f"not raced: {why}")
 
     def may_serve(self, device: torch.device) -> bool:
-        """Return True if some eager calls on a device use the kernel.
-
-        Return False if backends are forced, and the op has none of them for the device.
-        """
+        """Return True if some eager calls on a device use the kernel, which no forced backends exclude."""
         try:
             forced = self.forced(device.type)
         except RuntimeError:
@@ -183,8 +175,7 @@ class Op(Definition):
         )
 
 
-# The backend is chosen while a graph is traced, and this call does not become a part of the graph. The call has no
-# number of elements, because the same graph may run with inputs of any size.
+# Called while a graph is traced, and without a number of elements: a graph may run with inputs of any size.
 @constant_in_graphs
 def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torch.dtype | None) -> Backend:
     device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -329,10 +320,7 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
 
 
 def _launcher(name: str) -> Callable | None:
-    """Return a function that runs an op's Triton kernel, or None if there is no such kernel.
-
-    The file of the kernel is imported when a GPU tensor needs it for the first time.
-    """
+    """Return a function that runs an op's Triton kernel, imported at its first call, or None if there is no kernel."""
     module = name.removesuffix("_backward")
     function = "forward" if name == module else "backward"
     if not (KERNELS / f"{module}.py").exists():

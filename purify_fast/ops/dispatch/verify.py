@@ -1,15 +1,12 @@
 """Verifies kernels on the machine on which they run: each kernel is compared once with its definition in float64.
 
-Before a kernel is used for the first time, it is compared on the examples of its op, and the verdict is stored on disk
-(`records`). A kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without
-verification.
+Before its first use, a kernel is compared on the examples of its op, and the verdict is stored on disk (`records`). A
+kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without verification. On a
+GPU, a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled in parallel.
 
-On a GPU, a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled in parallel. So
-an evaluation verifies only the kernels that its model and its attacks use. A line on stderr says why the call waits.
-
-The allowed error is the same as in the tests: twice the error of the definition in the same dtype, plus two units in
-the last place of the largest number. If a kernel must have the same bits as the definition, no error is allowed. An
-example can define another allowed error (`Example.slack`, `Example.jumps`).
+The allowed error is that of the tests: twice the error of the definition in the same dtype, plus two units in the last
+place of the largest number, or 0 if a kernel must have the same bits. An example can define another allowed error
+(`Example.slack`, `Example.jumps`).
 """
 
 from __future__ import annotations
@@ -41,8 +38,7 @@ from .op import Call, Definition
 logger = logging.getLogger("purify_fast")
 
 MODES = ("first_use", "off")
-#: The types of devices whose kernels take seconds to verify, mostly because they are compiled. Progress is shown for
-#: them.
+#: The devices whose kernels take seconds to verify, mostly for their compilation: they show progress.
 SLOW = {"cuda"}
 #: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
 PATIENCE = 60.0
@@ -51,11 +47,9 @@ PATIENCE = 60.0
 JUMPS = 0.1
 #: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-#: The ids of the threads that are verifying a kernel. Their own calls use references, or kernels that were already
-#: verified.
+#: The threads that are verifying a kernel: their own calls use references, or verified kernels.
 _verifying: set[int] = set()
-#: The verdicts of this process, by the path of the file and the name of the part (`_part_name`). They are stored here
-#: because the folder may not be writable.
+#: The verdicts of this process, by file and part (`_part_name`), because the folder may not be writable.
 _known: dict[tuple[str, str], Verdict] = {}
 #: The time from which a kernel is verified again after its verification ran out of memory. The keys are as in `_known`.
 _postponed: dict[tuple[str, str], float] = {}
@@ -150,15 +144,13 @@ def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
     if dtype is None:
         return standing
     own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # If no example has the call's variant, use the examples of all variants. If no example has the call's dtype, use
-    # the examples in the dtypes of `Example.gpu`.
+    # Without an example of the call's variant, use all variants; without one of its dtype, those of `Example.gpu`.
     return [case for case in own if case[0].variant == call.variant] or own or standing
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
-    """Compare a kernel's output, copied to the CPU, with the output of the definition.
-
-    ``golden`` is the output of the definition in float64, and ``same`` that in the dtype of the kernel's output.
+    """Compare a kernel's output on the CPU with the definition's: ``golden`` in float64, ``same`` in the output's
+    dtype.
     """
     if actual.shape != same.shape or actual.dtype != same.dtype:
         return Deviation(math.inf, 0.0, f"{case}: {actual.dtype} {list(actual.shape)}")
@@ -296,20 +288,13 @@ def _read(device: torch.device) -> dict[str, Verdict]:
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """Return the saved verdicts on the current kernels of these ops, by the name of the part. Verify no kernel.
-
-    A part of an op is a set of calls that are verified together (see `_part`).
-    """
+    """Return the saved verdicts on the current kernels of these ops, by the name of the part. Verify no kernel."""
     by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
     return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
 
 
 def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Return the worst verdict on the parts of each op.
-
-    A verdict on a wrong kernel is worse than a verdict on a correct kernel. If both kernels are wrong or both are
-    correct, the verdict with the larger error relative to the allowed error is worse.
-    """
+    """Return the worst verdict on the parts of each op: a wrong kernel's, or that of the larger relative error."""
     worst: dict[str, Verdict] = {}
     for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
         worst.setdefault(name.partition(" ")[0], verdict)
@@ -317,10 +302,7 @@ def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
 
 
 def verdict_of(op: Definition, call: Call) -> Verdict:
-    """Return the result of the verification of the kernel that a call would use.
-
-    If the kernel was not verified on this machine, verify it now. Other processes that need the result wait.
-    """
+    """Return the verification of the kernel that a call would use, made now if missing. Other processes wait for it."""
     part, device = _part(call), call.device
     name, path = _part_name(op, part), str(records.file_of("verified", device))
 

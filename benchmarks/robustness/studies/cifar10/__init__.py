@@ -1,9 +1,4 @@
-"""A study of CARSO, AToP and ARREST on CIFAR-10 at L-inf 8/255, compared with single networks.
-
-The defences are trained with the objectives of the papers, and through the pipeline. The module `models` trains the
-models. `job_list` lists the jobs, and evaluates the models by the protocols of this package. `results` collects the
-numbers, and `table` makes the page.
-"""
+"""A study of CARSO, AToP and ARREST on CIFAR-10 at L-inf 8/255, compared with single networks."""
 
 from __future__ import annotations
 

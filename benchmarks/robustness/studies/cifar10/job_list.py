@@ -1,8 +1,4 @@
-"""List the jobs of the study on CIFAR-10. The functions that evaluate models are here too.
-
-A job trains a model, or evaluates a model. The evaluation uses a protocol of this package, or the attacks of a method's
-authors.
-"""
+"""The jobs of the study on CIFAR-10, and the functions that evaluate its models."""
 
 from __future__ import annotations
 
@@ -48,8 +44,7 @@ def trainings(job: MakeJob, seed: int, budget: Budget) -> list[Job]:
         job(study.AFT, models.finetune, study.STANDARD),
     ]
     if seed > 0:
-        # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need jobs of the
-        # first seed.
+        # Results of the first seed decide on lambda, phi and the best candidate, so the other seeds need its jobs.
         tried = [(study.tried_name(name), 0) for name in study.CANDIDATES]
         return [
             *every,

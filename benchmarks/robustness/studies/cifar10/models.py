@@ -1,16 +1,15 @@
 """Train and load the models of the study on CIFAR-10.
 
 All models are trained with crops and flips. Adversarially trained classifiers, including AFT and ARREST, keep a moving
-average of their weights. For the base and ARREST the weights without the average are evaluated too.
+average of their weights.
 
 The trainings with the paper's objective attack the same part of the defence as in the paper, and have the same loss.
 Networks, optimizers and budgets are those of this study, so these trainings do not follow a recipe of
 `purify_fast.methods.recipes`. Two trainings use float32: the pre-training of AToP's generator, and AToP with the
 paper's objective. All other trainings use bfloat16.
 
-The defences are compared with single networks that were trained adversarially: the base, a larger base, a longer
-training of the base, a base with AWP, bases that were trained at fractions of eps, and TRADES. ARREST's lambda and phi
-are chosen by short trial trainings, on training images that these trials leave out. Nothing is chosen on test images.
+ARREST's lambda and phi are chosen by short trial trainings, on training images that these trials leave out. Nothing is
+chosen on test images.
 """
 
 from __future__ import annotations
@@ -162,10 +161,7 @@ def train_standard(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_base(job: Job, folder: Path, root: Path) -> dict:
-    """Train a classifier adversarially.
-
-    The setting ``how`` names what is special about the training, such as a larger network.
-    """
+    """Train a classifier adversarially."""
     images, budget, how = images_of(job), job.settings["budget"], job.settings["how"]
     if how.get("long"):
         # Continue the training of the base with a second cycle of the learning rate.
@@ -254,10 +250,7 @@ def _fresh_carso(job: Job, root: Path, images: data.DataSet) -> Carso:
 
 
 def _from_objective(job: Job, root: Path, defence: Carso) -> str:
-    """Copy the weights of the purifier that was trained with the paper's objective.
-
-    Return the fingerprint of the defence with this purifier.
-    """
+    """Copy the purifier's weights by the paper's objective, and return the fingerprint of the defence with them."""
     before = load_defence(job.folder(root, study.CARSO), load_classifier(job.folder(root, study.BASE)))
     own = {key: value for key, value in before.state_dict().items() if not key.startswith("classifier.")}
     defence.load_state_dict(own, strict=False)
@@ -265,10 +258,7 @@ def _from_objective(job: Job, root: Path, defence: Carso) -> str:
 
 
 def train_carso(job: Job, folder: Path, root: Path) -> dict:
-    """Train CARSO with the paper's objective, or continue its training through the pipeline.
-
-    A training through the pipeline is for one of CARSO's rows, for a candidate, or for the best candidate.
-    """
+    """Train CARSO with the paper's objective, or continue its training through the pipeline."""
     name = best(job, root) if job.name == study.BEST else job.name
     images, budget = images_of(job), job.settings["budget"]
     defence = _fresh_carso(job, root, images)
@@ -290,10 +280,7 @@ def train_carso(job: Job, folder: Path, root: Path) -> dict:
 
 
 def train_atop(job: Job, folder: Path, root: Path) -> dict:
-    """Train AToP with a generator that corrects images.
-
-    The name of the row decides how: by pre-training, with the paper's objective, or through the pipeline.
-    """
+    """Train AToP with a generator that corrects images."""
     images, budget = images_of(job), job.settings["budget"]
     base = load_classifier(job.folder(root, study.BEHIND[job.name]))
     torch.manual_seed(job.seed)

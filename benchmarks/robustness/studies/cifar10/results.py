@@ -47,8 +47,6 @@ class SeedFolders:
 class Results:
     """The numbers of the study.
 
-    A line is a dictionary with the numbers of one row of the table.
-
     Attributes:
         lines: lines by the row's name and seed. There are further lines for the candidates on held-out images, and for
             the rows of `AS_AUTHORS`. Pages quote single numbers of all these lines.
@@ -71,8 +69,7 @@ class Results:
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(report for (_, of), report in self.reports.items() if of == seed)
             if seed == 0:
-                # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a
-                # subfolder.
+                # Git keeps the report of an earlier run. Without this line, `save` would move it into a subfolder.
                 (folder / STEM / "report.json").unlink(missing_ok=True)
                 merged.save(folder / STEM)
             else:

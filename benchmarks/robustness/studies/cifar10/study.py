@@ -97,8 +97,7 @@ ATOP_STANDARD = "AToP, paper's objective, on standard"
 PEEL = "CARSO, paper's objective, through PeeL"
 #: The row of AToP under attacks on the classifier alone. The training in the authors' notebooks attacks in this way.
 ALONE = "AToP, paper's objective, on standard, classifier attacked alone"
-#: AS_AUTHORS are the rows under the attacks of the method's authors. In the names of their jobs, AUTHORS takes the
-#: place of a protocol's name.
+#: The rows under the attacks of the method's authors; in the names of their jobs, AUTHORS replaces a protocol.
 AS_AUTHORS, AUTHORS = (PEEL, ALONE), "authors"
 CLASSIFIERS = (STANDARD, BASE, NO_EMA, LONG, LARGE, AWP, TRADES, AFT, ARREST_EMA, ARREST)
 CARSO_ROWS = (CARSO, CARSO_PIPELINE, CARSO_ARREST, PEEL, *CANDIDATES)
@@ -133,8 +132,7 @@ PAIRS = (
 )
 #: Rows that are trained and evaluated with all seeds.
 COMPARED = (BASE, CARSO, CARSO_PIPELINE, ATOP, ATOP_STANDARD, ATOP_PIPELINE, AFT, ARREST_EMA, ARREST, BEST)
-#: Rows that are compared on held-out training images. First come two references, and then the candidates, each with the
-#: source of its loss.
+#: Rows that are compared on held-out training images: two references, and candidates with the source of their loss.
 TRIED = {
     BASE: "reference: no purifier",
     CARSO_PIPELINE: "reference: trained through the pipeline with cross-entropy",
