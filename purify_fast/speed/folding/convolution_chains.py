@@ -150,7 +150,11 @@ class Step:
         Args:
             grad: gradient of the step's sum, ``[B, H', W', O]`` in bfloat16 on a CPU.
             size: height and width of the convolved map.
-            earlier, entered, norm, beside, activation: as in `purify_fast.ops.fused_convolution.reference_backward`.
+            earlier: gradient of the map from its other uses, or None.
+            entered: map from which the derivative of the activation is computed, or None.
+            norm: the BatchNorm that made the map, or an empty list.
+            beside: gradient of the map's sum from its uses without activation, or None.
+            activation: number of the activation that made the map.
         """
         layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
         if norm or activation == SILU or (top, left) != (bottom, right):
