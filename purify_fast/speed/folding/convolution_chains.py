@@ -140,31 +140,26 @@ class Step:
         size: Sequence[int],
         earlier: Tensor | None,
         entered: Tensor | None,
-        norm: list[Tensor],
-        _: float,
         beside: Tensor | None,
-        activation: int,
     ) -> Tensor | None:
-        """Return the gradient of the convolved map; None if it has a part that is not computed here.
+        """Return the gradient of the convolved map, computed in place; None if the padding is not symmetric.
 
         Args:
             grad: gradient of the step's sum, ``[B, H', W', O]`` in bfloat16 on a CPU.
             size: height and width of the convolved map.
             earlier: gradient of the map from its other uses, or None.
-            entered: map from which the derivative of the activation is computed, or None.
-            norm: the BatchNorm that made the map, or an empty list.
+            entered: the map itself if a ReLU made it, or None.
             beside: gradient of the map's sum from its uses without activation, or None.
-            activation: number of the activation that made the map.
         """
         layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
-        if norm or activation == SILU or (top, left) != (bottom, right):
+        if (top, left) != (bottom, right):
             return None
         shape = torch.Size((len(grad), layer.in_channels, *size))
         out = input_gradient(channels_first(grad), layer.weight, shape, stride, (top, left))
         found = channels_last(out).contiguous()
         if earlier is not None:
             found.add_(earlier)
-        if activation:
+        if entered is not None:
             torch.ops.aten.threshold_backward.grad_input(found, entered, 0, grad_input=found)
         return found if beside is None else found.add_(beside)
 
@@ -271,7 +266,9 @@ class Chain(nn.Module):
                 beside = grads.pop(before.total, None)
                 rest = saved[before.entered], *before.numbers(), beside, before.activation
             target = step.input if before is None else before.total
-            found = step.backward_by_onednn(grad, size, earlier, *rest) if _by_onednn(grad) else None
+            # The last number is the activation, and the second is the list of the BatchNorm's tensors.
+            simple = _by_onednn(grad) and not rest[1] and rest[-1] != SILU
+            found = step.backward_by_onednn(grad, size, earlier, rest[0], rest[3]) if simple else None
             if found is None:
                 given = grad, channels_last(step.layer.weight), *size, earlier, *rest
                 found = BACKWARD(*given, *step.settings(size), variant=step.variant())
