@@ -124,7 +124,7 @@ def trained(name: str, method: str, root: Path) -> Row:
     one, other = (read_model(root / folder)[1] for folder in (out, f"{out}-whole"))
     equal = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     purifier = ["--classifier", classifier, "--eps", "8/255", "--denoising-steps", "2"]
-    judge = ["evaluate", out, *common, "--protocol", "fast", "--images", "4", "--steps", "1"]
+    judge = ["evaluate", out, *common, "--protocol", "fast", "--images", "4", "--steps", "1", "--probes", "False"]
     _, judging, _ = called([*judge, *(purifier if METHODS[method].startswith("diffusion") else [])], place)
     row: Row = {"data": name, "method": method, "killed": step, "seconds": round(first + second, 1)}
     row |= {"MB": round(max(memory, more) / 1e6), "equal": equal, "judging": round(judging, 1)}

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from purify_fast._memory import peak_resident_memory
+
 from .. import RESULTS, kept, options
 from . import sheets, timing
 
@@ -79,20 +81,18 @@ def called(
         process = subprocess.Popen(
             [sys.executable, "-m", module, *words], cwd=folder, env=environment, stdout=output, stderr=output
         )
-        if kill_after is not None:
-            # This look at the process leaves its end and its memory to wait4.
-            look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            while not kill_after.is_file() and os.waitid(os.P_PID, process.pid, look) is None:
-                time.sleep(0.002)
-            os.kill(process.pid, signal.SIGKILL)
-        # Unlike the functions of subprocess, wait4 returns the memory of this process alone.
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        memory = 0
+        while process.poll() is None:
+            # A process that has ended no longer tells its peak.
+            memory = max(memory, peak_resident_memory(process.pid))
+            if kill_after is not None and kill_after.is_file():
+                process.kill()
+            time.sleep(0.005)
+    seconds = time.monotonic() - began
     if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
         name = "purify-fast" if module == "purify_fast" else module
         raise RuntimeError(f"{name} {' '.join(words)} ended with {process.returncode}:\n{shown.read_text()}")
-    # Linux gives the memory in KiB.
-    return shown.read_text(), time.monotonic() - began, usage.ru_maxrss * 1024
+    return shown.read_text(), seconds, memory
 
 
 def read(text: str) -> tuple[float, float]:

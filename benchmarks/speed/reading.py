@@ -28,7 +28,7 @@ SIDE, BATCH = 224, 8
 Measured = tuple[int, float]
 
 
-def loader(folder: Path, side: int, workers: int = 0) -> DataLoader:
+def loader(folder: Path, side: int, workers: int = 0) -> DataLoader[Any]:
     """Return a DataLoader of random square crops, in batches of `BATCH`.
 
     Args:

@@ -1,6 +1,5 @@
 """The committed rows about data of a user's own, and how they are made."""
 
-import json
 import sys
 from argparse import Namespace
 
@@ -9,6 +8,7 @@ import pytest
 from benchmarks import RESULTS, kept
 from benchmarks.robustness import own_data
 from benchmarks.speed import plans, reading
+from purify_fast.evaluation import Report
 
 WAITS = """
 import pathlib, time
@@ -39,14 +39,12 @@ def test_a_process_that_ends_before_its_file_is_there_is_an_error(tmp_path, monk
 
 @pytest.mark.slow
 def test_a_training_is_killed_resumed_compared_and_judged(tmp_path, monkeypatch):
-    """A row tells of weights that differ."""
     own_data.make_data(tmp_path, 20)
     row = own_data.trained("`.npz`, 5 classes, 32 x 32, gray", "ARREST", tmp_path)
     assert 0 < row["killed"] < own_data.STEPS and row["equal"] and 100 < row["MB"] < 10_000
     assert row["seconds"] > 1 and row["judging"] > 1
-    report = json.loads((tmp_path / "run-14/evaluation/report.json").read_text())
-    assert report["rows"][0]["name"] == "clean"
-    # The next rows find the folders of a run that was not killed, and of the same classifier.
+    report = Report.from_json((tmp_path / "run-14/evaluation/report.json").read_text())
+    assert report.row("clean").n == 4
     words = own_data.words_of(own_data.KINDS["folder, 3 classes, 64 x 64"], "ARREST", "classifier", "out")
     assert words[:4] == ["train", "arrest", "--data", "small"] and words[-4:-2] == ["--size", "64"]
 

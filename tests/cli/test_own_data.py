@@ -1,8 +1,12 @@
-"""Each method on data of a user's own, by a recipe if there is one: stopped, resumed, saved, loaded and judged."""
+"""Each method on data of a user's own, by a recipe if there is one: killed, resumed, saved, loaded and judged."""
+
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
+from forks import together
 from pictures import picture
 
 import purify_fast
@@ -10,6 +14,7 @@ from benchmarks.robustness import own_loader
 from purify_fast import cli
 from purify_fast.evaluation import Report
 from purify_fast.training import load_classifier, loop
+from purify_fast.training.checkpoint import last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_signs")
 
@@ -30,7 +35,7 @@ SMALL = {
         "--steps",
         "1",
     ],
-    "atop": ["--recipe", "cifar_rt2", "--width", "4"],
+    "atop": ["--recipe", "cifar_rt2", "--width", "4", "--discriminator-width", "4"],
     "arrest": ["--recipe", "resnet18", "--steps", "1", "--alpha", "None"],
     "diffusion": ["--width", "4", "--patch", "4"],
 }
@@ -82,10 +87,7 @@ class Loaded(Own):
     """The same folder, read by a DataLoader of the user's script, which `fit` gets in place of images."""
 
     def train(self, method, out):
-        try:
-            own_loader.train(method, self.path, self.base, out, self.shape[1])
-        except KeyboardInterrupt:
-            return 130
+        own_loader.train(method, self.path, self.base, out, self.shape[1])
         return 0
 
 
@@ -98,31 +100,32 @@ def own(request, tmp_path_factory):
     if request.param == "npz":
         return Own(npz(place / "own.npz"), (1, 16, 24), 3, place / "classifier")
     if request.param == "loader":
-        images = folder(place / "own", 3, 40)
-        return Loaded(images, (3, 40, 40), 3, place / "classifier", "preact_resnet18")
+        images = folder(place / "own", 3, 24)
+        return Loaded(images, (3, 24, 24), 3, place / "classifier", "preact_resnet18")
     classes, side = (3, 40) if request.param == "three classes" else (10, 224)
     return Own(folder(place / "own", classes, side), (3, side, side), classes, place / "classifier")
 
 
-def resumed(own, method, out, monkeypatch):
-    """Train, stopped at the fourth step, and started again."""
+def killed(own, method, out):
+    """Train until the process is killed before its fourth step."""
     step, taken = loop.train_step, []
 
-    def stopping(task, batch):
+    def killing(task, batch):
         if len(taken) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
         taken.append(1)
         return step(task, batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", stopping)
-        assert own.train(method, out) == 130
-    assert own.train(method, out) == 0
+    loop.train_step = killing
+    own.train(method, out)
 
 
 @pytest.mark.parametrize("method", SMALL)
-def test_each_method_on_own_data_is_stopped_and_resumed(own, method, tmp_path, monkeypatch, capsys):
-    resumed(own, method, tmp_path / "resumed", monkeypatch)
+def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path, capsys):
+    ended = together(tmp_path, 1, lambda: killed(own, method, tmp_path / "resumed"), None)
+    assert ended.codes == [-signal.SIGKILL], ended.errors
+    assert last_checkpoint(tmp_path / "resumed")["step"] == (2 if isinstance(own, Loaded) else 3)
+    assert own.train(method, tmp_path / "resumed") == 0
     said, known = capsys.readouterr().out, method != "diffusion"
     assert (f"data.image_shape: ({', '.join(map(str, own.shape))}) (published: " in said) == known
     assert ("data.num_classes: 3 (published: 10)" in said) == (known and own.classes == 3)
