@@ -112,7 +112,7 @@ READINGS: dict[str, Callable[[Path], Measured]] = {
     "a DataLoader, 0 workers": partial(_loader, workers=0),
     "a DataLoader, 1 worker": partial(_loader, workers=1),
     "a DataLoader, 2 workers": partial(_loader, workers=2),
-    "a training step of a ResNet-18, 8 images": _step,
+    "four training steps of a ResNet-18, 8 images each": _step,
     "a broken image, `--broken refuse`: the command ends and names it": partial(_broken, choice="refuse"),
     "a broken image, `--broken skip`: the command names it and trains": partial(_broken, choice="skip"),
 }
