@@ -94,10 +94,14 @@ def resident_memory() -> int:
     return _of_process("VmRSS")
 
 
-def peak_resident_memory() -> int:
-    """The peak of `resident_memory` so far, in bytes; 0 if the system does not tell."""
-    # The peak that getrusage gives includes that of the process which started this process.
-    return _of_process("VmHWM")
+def peak_resident_memory(process: int | str = "self") -> int:
+    """The peak of a process's memory so far, in bytes; 0 if the system does not tell, or if the process has ended.
+
+    Args:
+        process: number of the process.
+    """
+    # The peak that getrusage or wait4 gives includes that of the process which started this process.
+    return _of_process("VmHWM", process)
 
 
 def forget_peak_resident_memory() -> None:
@@ -106,9 +110,9 @@ def forget_peak_resident_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _of_process(name: str) -> int:
+def _of_process(name: str, process: int | str = "self") -> int:
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0
     lines = dict(line.split(":", 1) for line in status.splitlines() if line)

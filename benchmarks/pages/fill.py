@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 
 from .. import RESULTS, options
 from ..prose import wrapped
-from ..robustness import alone, contests, large_images, pack_zoo
+from ..robustness import alone, contests, large_images, own_data, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
@@ -69,6 +69,8 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "truth": truth.table,
     "memory": gradient_memory.table,
     "large_images": large_images.table,
+    "own_data": own_data.table,
+    "reading": own_data.reading_table,
     "processes": processes.table,
     "plan": plans.table,
 }

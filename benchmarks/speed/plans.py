@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from purify_fast._memory import peak_resident_memory
 
 from .. import RESULTS, kept, options
 from . import sheets, timing
@@ -50,33 +53,43 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def called(words: list[str], folder: str) -> tuple[str, float, float]:
-    """Run ``purify-fast`` in a process, on the CPU and in an empty folder.
+def called(
+    words: list[str], folder: str, *, module: str = "purify_fast", kill_after: Path | None = None
+) -> tuple[str, float, float]:
+    """Run ``purify-fast`` or another module in a process.
 
     Args:
         words: the words after ``purify-fast``.
         folder: the working folder of the process.
+        module: the module that is run, as by ``python -m``.
+        kill_after: a file of the process. As soon as the file exists, the process is killed by SIGKILL. None kills
+            nothing.
 
     Returns:
         The printed text, the seconds, and the peak of the process's memory in bytes.
 
     Raises:
-        RuntimeError: the command failed.
+        RuntimeError: the command failed, or ended before it could be killed.
     """
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     began, shown = time.monotonic(), Path(folder) / "printed.txt"
     with shown.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "purify_fast", *words], cwd=folder, env=environment, stdout=output, stderr=output
+            [sys.executable, "-m", module, *words], cwd=folder, env=environment, stdout=output, stderr=output
         )
-        # Unlike the functions of subprocess, wait4 returns the memory of this process alone.
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"purify-fast {' '.join(words)} ended with {process.returncode}:\n{shown.read_text()}")
-    # Linux gives the memory in KiB.
-    return shown.read_text(), time.monotonic() - began, usage.ru_maxrss * 1024
+        memory = 0
+        while process.poll() is None:
+            # A process that has ended no longer tells its peak.
+            memory = max(memory, peak_resident_memory(process.pid))
+            if kill_after is not None and kill_after.is_file():
+                process.kill()
+            time.sleep(0.005)
+    seconds = time.monotonic() - began
+    if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
+        name = "purify-fast" if module == "purify_fast" else module
+        raise RuntimeError(f"{name} {' '.join(words)} ended with {process.returncode}:\n{shown.read_text()}")
+    return shown.read_text(), seconds, memory
 
 
 def read(text: str) -> tuple[float, float]:

@@ -1,0 +1,93 @@
+"""Train a method on the images of a DataLoader, by a paper's recipe, as a user's own script does.
+
+The networks, the attack and the training are small. ``purify-fast evaluate`` attacks the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from purify_fast.methods.arrest import ArrestTask
+from purify_fast.methods.atop import AtopTask, DeepFillGenerator
+from purify_fast.methods.carso import CarsoTask
+from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask, save_denoiser
+from purify_fast.methods.recipes import recipe
+from purify_fast.models.unet import UNet
+from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
+from purify_fast.training.task import Task
+
+from ..speed.reading import BATCH, loader
+
+#: For each method with a recipe of a training, the name of the recipe, and settings that a short training needs.
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "carso": ("carso/cifar10", {"kl_delay": 0.0}),
+    "atop": ("atop/cifar_rt2", {"cls_delay": 0}),
+    "arrest": ("arrest/resnet18", {}),
+}
+
+
+def task_of(method: str, classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> tuple[Task, FitConfig]:
+    """Return the training of a method and the settings of its loop.
+
+    Args:
+        method: a method of `RECIPES`, or ``diffusion``, for whose training no recipe was published.
+        classifier: the classifier to defend. ARREST changes it in place.
+        shape: (C, H, W) of the images.
+        classes: number of classes.
+    """
+    if method == "diffusion":
+        return DiffusionTask(UNet(shape[0], 8, patch=4), DiffusionConfig()), FitConfig(epochs=1)
+    name, changes = RECIPES[method]
+    made = recipe(name).for_data(shape, classes).for_batch(BATCH)
+    config = made.config()
+    if method != "atop":
+        # AToP's attack has a single step.
+        config = replace(config, attack=replace(config.attack, steps=1, alpha=None))
+    config = replace(config, **changes)
+    task: Task
+    if method == "carso":
+        layers = ["stages.2", "stages.3"]
+        task = CarsoTask(made.defence(classifier, layers=layers, cond_dim=8, latent_dim=4, samples=2), config)
+    elif method == "atop":
+        task = AtopTask(made.defence(classifier, DeepFillGenerator(shape[0] + 2, 4)), config)
+    else:
+        task = ArrestTask(classifier, config, shape)
+    print("\n".join(made.deviations(task, made.loop())))
+    return task, made.loop()
+
+
+def train(method: str, data: Path, classifier: Path, out: Path, side: int = 64) -> None:
+    """Train a method for three epochs of two steps, and save it. A killed training continues.
+
+    Args:
+        method: ``carso``, ``atop``, ``arrest`` or ``diffusion``.
+        data: image folder with ``train/<class>/``.
+        classifier: folder of a trained classifier.
+        out: folder of the run.
+        side: height and width of the images.
+    """
+    torch.manual_seed(0)
+    batches, model, shape = loader(data / "train", side), load_classifier(classifier), (3, side, side)
+    task, loop = task_of(method, model, shape, len(batches.dataset.classes))  # type: ignore[attr-defined]
+    fit(task, batches, None, replace(loop, epochs=3, steps_per_epoch=2), out)
+    if method == "diffusion":
+        save_denoiser(task.result, out, shape, {"schedule": "linear", "prediction": "noise"})
+    elif method == "arrest":
+        save_classifier(task.result, out)
+    else:
+        task.result.save(out)  # type: ignore[operator]
+        save_classifier(model, out / "classifier")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method", choices=[*RECIPES, "diffusion"])
+    for name in ("data", "classifier", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    train(**vars(parser.parse_args()))
