@@ -304,6 +304,8 @@ class _Evaluation:
         report.notes += notes_of_unsearched(report.rows) + notes_of_proofs(report.rows)
         team.wait_for_idle()
         measure.cache.clear()
+        if name in report.headlines and (test := report.claim_test(report.headlines[name])) is not None:
+            report.about["claim_test"] = test.verdict
         report.about["seconds"] = measure.progress.told()
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         team.end(report.to_json)

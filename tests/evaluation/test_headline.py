@@ -15,8 +15,8 @@ from purify_fast.attacks import PGD
 from purify_fast.evaluation import AttackSpec, Report, suspicion
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import ALARMS
-from purify_fast.evaluation.asked.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.asked.config import check_claim
+from purify_fast.evaluation.results.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.results.rows import Worst
 from purify_fast.evaluation.results.worst_rows import count_fallen, worst_rows
 
@@ -297,7 +297,7 @@ def test_so_many_images_decide_and_one_less_do_not():
             "70",
             "not refuted, and not proved. 65.0 % of 20 images are left, which is below the claim, but luck may explain "
             "it. If the claim were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
-            "binomial test). If 65.0 % of about 481 images were left, the claim would be refuted.",
+            "binomial test; refuted below 1 %). If 65.0 % of about 481 images were left, the claim would be refuted.",
         ),
         (
             15,
@@ -305,7 +305,12 @@ def test_so_many_images_decide_and_one_less_do_not():
             "70",
             "75.0 % of 20 images are left, which is not below the claim. If the claim were true, the",
         ),
-        (0, 4, "0", "that 0 or fewer of 4 images are left would be 100 % (exact binomial test). Only a"),
+        (
+            0,
+            4,
+            "0",
+            "that 0 or fewer of 4 images are left would be 100 % (exact binomial test; refuted below 1 %). Only a",
+        ),
     ],
 )
 def test_a_report_answers_a_claim(left, n, claim, said):
@@ -313,6 +318,42 @@ def test_a_report_answers_a_claim(left, n, claim, said):
     for text in forms(report):
         assert said in joined(text)
     assert "robust accuracy:" not in Report(report.rows).to_text()
+
+
+def test_a_random_model_is_tested_by_one_draw():
+    """Half of the images are right in all draws, as of draws that are right with probability 0.87: 87 % are true."""
+    clean = drawn("clean", [5] * 100, [0] * 100, kind="clean")
+    attacked = drawn("A", [5] * 50 + [4] * 35 + [3] * 15, [0] * 100)
+    report = Report([clean, attacked], about={"claim": "87"})
+    for text in forms(report):
+        assert "claim of 87 % robust accuracy in one draw: not refuted, and not proved. 87.0 % of 100" in joined(text)
+    assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 87
+    report.about["claim"] = "97"
+    assert report.claim_test().verdict == "refuted"
+    # All images of a call share a draw, so the best draw counts.
+    attacked.of_draws = [0.94, 0.86, 0.85, 0.85, 0.85]
+    assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 94
+
+
+def test_a_claim_is_not_tested_by_a_model_that_fails_without_an_attack():
+    clean, attacked = row("clean", [1, 1], kind="clean"), row("A", [0, 0])
+    clean.nonfinite_predictions = 1
+    nothing = row("worst", [0] * 9, kind="worst")
+    nothing.attacked = 0
+    for rows in ([clean, attacked], [nothing]):
+        report = Report(rows, about={"claim": "99"})
+        assert report.claim_test().verdict == "not tested"
+        for text in forms(report):
+            assert "claim of 99 % robust accuracy: not tested, because the model fails" in joined(text)
+            assert "binomial" not in text
+    assert Report([attacked]).claim_test() is None
+
+
+def test_an_unreliable_number_does_not_support_a_claim():
+    report = Report([row("A", [1] * 9, health=MASKED)], about={"claim": "70"})
+    report.rows[0].reliable = False
+    for text in forms(report):
+        assert "The number is unreliable, so a better attack may refute the claim." in joined(text)
 
 
 @pytest.mark.parametrize("claim", [-1, 101, math.nan, "70", True])
@@ -337,3 +378,4 @@ def test_evaluate_takes_a_claim():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     report = evaluate(model, x, y, eps=0.5, attacks=[PGD(steps=2)], claim=99.5, progress=False)
     assert report.about["claim"] == "99.5" and "claim of 99.5 % robust accuracy: " in report.to_text()
+    assert report.about["claim_test"] == "refuted"

@@ -1,1 +1,1 @@
-"""The question of an evaluation: its settings, the model with its images, the attacks, and the claim to test."""
+"""The question of an evaluation: its settings, the model with its images, and the attacks."""

@@ -17,6 +17,7 @@ from ..._files import write_text
 from ..._validation import check_folder
 from ...protocols import Classifier
 from ..alarms import Finding
+from ..results.claims import ClaimTest, tested_claim
 from ..results.rows import CURVE, Paired, Row
 from ..results.witnesses import FILE, Witnesses
 from .page import html_page
@@ -98,6 +99,17 @@ class Report:
         Unreliable and non-adaptive attacks count too, because a fooled image is fooled, whatever the attack was.
         """
         return {model: row for (model, threat), row in self.lowest.items() if threat is None}
+
+    def claim_test(self, row: Row | None = None) -> ClaimTest | None:
+        """Test the claim of the report; None if there is no claim.
+
+        Args:
+            row: the row that tests it; None for the only model's `headline`.
+        """
+        row = self.headline if row is None else row
+        clean = (one for one in self.rows if one.model == row.model and one.kind == "clean")
+        claim = self.about.get("claim")
+        return None if claim is None else tested_claim(float(claim) / 100, row, next(clean, None))
 
     @property
     def lowest(self) -> dict[tuple[str, str | None], Row]:
@@ -392,7 +404,7 @@ def _options_of_report(folder: Path) -> list[Path]:
 
 def _identity(content: Mapping[str, Any]) -> Any:
     """Return the facts that identify a report's evaluation. A report overwrites only a report with equal facts."""
-    apart = ("date", "command", "version", "processor", "claim", "seconds", "peak_memory")
+    apart = ("date", "command", "version", "processor", "claim", "claim_test", "seconds", "peak_memory")
     about = {name: value for name, value in content.get("about", {}).items() if name not in apart}
     told = ("model", "attack", "n", "n_eval", "seed", "data")
     return about, [[row.get(name) for name in told] for row in content.get("rows", [])]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ... import _templates
 from ..alarms import STATES, Finding
 from ..alarms.signs import ALARMS
-from ..asked.claims import MOST, REFUTED, chance_of_at_most, images_to_decide
+from ..results.claims import MOST, REFUTED
 from ..results.rows import Row, followed
 from .tables import (
     COLUMNS,
@@ -63,7 +63,7 @@ def sentence(name: str, *values: Any) -> str:
 def _environment() -> jinja2.Environment:
     environment = _templates.environment(__package__)
     functions = (
-        *(about_variants, chance_of_at_most, column_legend, comparison, facts, fill, followed, images_to_decide),
+        *(about_variants, column_legend, comparison, facts, fill, followed),
         *(markdown_table, not_asked, paint, percent, settings_told, short_table, table_of_findings, table_of_rows),
         *(terminal_table, told_beside, warning, without_probes),
     )

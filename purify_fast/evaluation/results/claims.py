@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import bisect
 import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .rows import Row
 
 #: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
 #: at most the measured accuracy would have a probability below this number.
@@ -57,3 +61,49 @@ def images_to_decide(left: float, claim: float) -> int | None:
     # Half of `most` images do not refute the claim, so the smallest number that does is above this half.
     least = most // 2 + 1
     return least + bisect.bisect_left(range(least, most), True, key=refutes)
+
+
+@dataclass(frozen=True)
+class ClaimTest:
+    """Whether a row refutes a claimed robust accuracy.
+
+    A random model is tested by the accuracy of one draw, which is the number that papers report for such models. The
+    mean over several draws varies less than a single draw, so the binomial test of the rounded up number is cautious.
+
+    Args:
+        verdict: "refuted", "not refuted", or "not tested" if the model failed without an attack already.
+        claim: the claimed share of robust images, in [0, 1].
+        share: the measured share that is tested.
+        left: number of robust images; for a random model the mean number in one draw, rounded up.
+        images: number of all images.
+        chance: probability that at most ``left`` images are robust if the claim is true.
+    """
+
+    verdict: Literal["refuted", "not refuted", "not tested"]
+    claim: float
+    share: float
+    left: int
+    images: int
+    chance: float
+
+    @property
+    def more(self) -> int | None:
+        """The number of images that would refute the claim, see `images_to_decide`."""
+        return images_to_decide(self.share, self.claim)
+
+
+def tested_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
+    """Test a claimed robust accuracy.
+
+    Args:
+        claim: the claimed share of robust images, in [0, 1].
+        row: the row of lowest accuracy.
+        clean: the clean row of the same model, if there is one.
+    """
+    # Draws that all images of a call share are not independent among the images, so the best draw is taken.
+    share = max(row.of_draws, default=row.mean) if row.n_eval > 1 else row.accuracy
+    left = math.ceil(share * row.n - 1e-9)
+    chance = chance_of_at_most(left, row.n, claim)
+    broken = row.nothing_to_attack or any(one is not None and one.nonfinite_predictions for one in (row, clean))
+    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if chance < REFUTED else "not refuted"
+    return ClaimTest("not tested" if broken else verdict, claim, share, left, row.n, chance)
