@@ -39,6 +39,12 @@ def _weight_gradient(grad: Any, input: Any, kernel: Any, *_: Any, **__: Any) -> 
     return 2 * math.prod(grad) * math.prod(kernel) * input[3]
 
 
+def _by_onednn(images: Any, second: Any, third: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    # The variant that adds a map has this map before the weight [O, C, K, L]. The result is [B, O, H, W].
+    weight = third if third is not None and len(third) == 4 else second
+    return 2 * math.prod(weight) * math.prod(out_shape) // out_shape[1]
+
+
 class Flops(FlopCounterMode):
     """PyTorch's counter of FLOP without the hooks that count for each module separately.
 
@@ -52,6 +58,7 @@ class Flops(FlopCounterMode):
             ops.convolution: _forward,
             ops.convolution_input_gradient: _input_gradient,
             ops.convolution_weight_gradient: _weight_gradient,
+            torch.ops.mkldnn._convolution_pointwise: _by_onednn,
         }
         super().__init__(display=False, custom_mapping=formulas)
         self.mod_tracker = _NoModules(parents={"Global"})

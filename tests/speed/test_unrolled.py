@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_input
 from purify_fast.models.layers import Conv2d
 from purify_fast.speed import InferenceCopy
 from purify_fast.speed.folding import convolution_chains, unrolled
+from purify_fast.speed.folding.kept_layouts import turned
 
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
@@ -50,35 +51,33 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
     weight, grad = (torch.randn(shape).to(BF16) for shape in ((512, 512, 3, 3), (2, 512, 4, 4)))
     rest = torch.Size((2, 512, 4, 4)), (1, 1), (1, 1)
 
-    def right():
-        return conv2d_input(rest[0], weight.double(), grad.double(), 1, 1)
-
     def close(found):
-        return (found.double() - right()).norm() < 0.006 * right().norm()
+        right = conv2d_input(rest[0], weight.double(), grad.double(), 1, 1)
+        return (found.double() - right).norm() < 0.006 * right.norm()
 
     assert close(unrolled.input_gradient(grad, weight, *rest))
-    kept = unrolled._turned(weight)
-    assert unrolled._turned(weight) is kept
+    kept = turned(weight)
+    assert turned(weight) is kept
     weight.mul_(torch.rand(512)[:, None, None, None].to(BF16))
-    assert close(unrolled.input_gradient(grad, weight, *rest)) and unrolled._turned(weight) is not kept
+    assert close(unrolled.input_gradient(grad, weight, *rest)) and turned(weight) is not kept
     traced = make_fx(lambda one, other: unrolled.input_gradient(one, other, *rest))(grad, weight)
     weight.neg_()
     assert close(traced(grad, weight))
     with torch.inference_mode():
         assert close(unrolled.input_gradient(grad, weight.clone(), *rest))
     trained = weight.clone().requires_grad_()
-    assert close(unrolled.input_gradient(grad, trained, *rest)) and unrolled._turned(trained) is not unrolled._turned(
-        trained
-    )
+    assert close(unrolled.input_gradient(grad, trained, *rest)) and turned(trained) is not turned(trained)
 
 
-def test_the_gradient_of_other_convolutions_is_pytorchs(monkeypatch):
-    monkeypatch.setattr(unrolled, "_input_gradient", lambda *_: pytest.fail("a product was computed"))
-    for outputs, side, kernel in ((64, 4, 3), (512, 8, 3), (512, 4, 1)):
+def test_the_gradient_is_a_product_for_small_maps_of_wide_layers_alone():
+    for outputs, side, kernel, product in (
+        (512, 4, 3, True),
+        (64, 4, 3, False),
+        (512, 8, 3, False),
+        (512, 4, 1, False),
+    ):
         weight, grad = torch.rand(outputs, 512, kernel, kernel).to(BF16), torch.rand(1, outputs, side, side).to(BF16)
-        shape, padding = torch.Size((1, 512, side, side)), (kernel // 2,) * 2
-        found = unrolled.input_gradient(grad, weight, shape, (1, 1), padding)
-        assert torch.equal(found, conv2d_input(shape, weight, grad, 1, padding))
+        assert unrolled.gradient_pays(grad, weight) == product
 
 
 def test_it_serves_small_maps_of_wide_layers_alone():

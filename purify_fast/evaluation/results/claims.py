@@ -106,4 +106,5 @@ def tested_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
     chance = chance_of_at_most(left, row.n, claim)
     broken = row.nothing_to_attack or any(one is not None and one.nonfinite_predictions for one in (row, clean))
     verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if chance < REFUTED else "not refuted"
-    return ClaimTest("not tested" if broken else verdict, claim, share, left, row.n, chance)
+    verdict = "not tested" if broken else verdict
+    return ClaimTest(verdict, claim=claim, share=share, left=left, images=row.n, chance=chance)

@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
 from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
-from .unrolled import has_tiles, input_gradient, pays, unrolled
+from .kept_layouts import packed, packed_gradient
+from .unrolled import gradient_pays, has_tiles, input_gradient, pays, unrolled
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"
@@ -69,6 +71,29 @@ def onednn_serves(device: torch.device) -> bool:
 def _by_onednn(x: Tensor) -> bool:
     # The rewritten network is compared with its original in float64, for which oneDNN has no calls.
     return x.dtype == torch.bfloat16 and onednn_serves(x.device)
+
+
+def conv2d_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, *settings: Any) -> Tensor:
+    """Return the gradient of the images by PyTorch's operator, with the arguments of `input_gradient`."""
+    return conv2d_input(shape, weight, grad, *settings)
+
+
+def _convolved(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: tuple[Any, Any],
+    *,
+    added: Tensor | None = None,
+    name: str = "none",
+) -> Tensor:
+    """Call oneDNN for a convolution, the sum with a map ``[B, H', W', O]``, and the activation of a name."""
+    given = weight, bias, *settings, [1, 1], 1
+    if added is None:
+        return channels_last(torch.ops.mkldnn._convolution_pointwise(images, *given, name, [], ""))
+    # The arguments are positional because the operator's schema has them in this order without defaults.
+    rest: tuple[Any, ...] = "add", 1.0, None if name == "none" else name, [], ""
+    return channels_last(torch.ops.mkldnn._convolution_pointwise.binary(images, channels_first(added), *given, *rest))
 
 
 @dataclass(frozen=True)
@@ -121,18 +146,14 @@ class Step:
         layer, (_, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
         if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
             return None
-        images, given = channels_first(x), (layer.weight, layer.bias, [top, left], layer.stride, [1, 1], 1)
+        images = channels_first(x)
         if pays(images, layer.weight, layer.stride, (top, left)):
             out = unrolled(images, layer.weight, layer.bias, layer.stride, (top, left))
             out = out if added is None else out.add_(channels_first(added))
             return channels_last(_IN_PLACE[self.activation](out))
-        name = _NAMES[self.activation]
-        if added is None:
-            return channels_last(torch.ops.mkldnn._convolution_pointwise(images, *given, name, [], ""))
-        # The arguments are positional because the operator's schema has them in this order without defaults.
-        rest: tuple[Any, ...] = "add", 1.0, None if name == "none" else name, [], ""
-        binary = torch.ops.mkldnn._convolution_pointwise.binary
-        return channels_last(binary(images, channels_first(added), *given, *rest))
+        weight = packed(layer.weight, x.shape[1:3], layer.stride, (top, left))
+        settings = [top, left], layer.stride
+        return _convolved(images, weight, layer.bias, settings, added=added, name=_NAMES[self.activation])
 
     def backward_by_onednn(
         self,
@@ -154,11 +175,17 @@ class Step:
         layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
         if (top, left) != (bottom, right):
             return None
-        shape = torch.Size((len(grad), layer.in_channels, *size))
-        out = input_gradient(channels_first(grad), layer.weight, shape, stride, (top, left))
-        found = channels_last(out).contiguous()
-        if earlier is not None:
-            found.add_(earlier)
+        given, padding = (channels_first(grad), layer.weight), (top, left)
+        around = [taps - 1 - zeros for taps, zeros in zip(layer.kernel_size, padding, strict=True)]
+        if stride == [1, 1] and min(around) >= 0 and not gradient_pays(*given):
+            weight = packed_gradient(layer.weight, grad.shape[1:3], around)
+            found = _convolved(given[0], weight, None, (around, stride), added=earlier)
+        else:
+            shape = torch.Size((len(grad), layer.in_channels, *size))
+            computed = input_gradient if gradient_pays(*given) else conv2d_gradient
+            found = channels_last(computed(*given, shape, tuple(stride), padding)).contiguous()
+            if earlier is not None:
+                found.add_(earlier)
         if entered is not None:
             torch.ops.aten.threshold_backward.grad_input(found, entered, 0, grad_input=found)
         return found if beside is None else found.add_(beside)

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
+from .kept_layouts import turned
 
 #: The largest number of pixels in a map of the result.
 PIXELS = 16
@@ -66,7 +63,7 @@ class _Unrolled(torch.autograd.Function):
         weight, rows = ctx.saved_tensors
         of_input, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            of_input = _input_gradient(grad, weight, *ctx.settings)
+            of_input = input_gradient(grad, weight, *ctx.settings)
         grad = grad.permute(0, 2, 3, 1)
         if rows is not None:
             product = grad.flatten(0, 2).mT @ rows.flatten(0, 2)
@@ -75,42 +72,6 @@ class _Unrolled(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_bias = grad.sum((0, 1, 2))
         return of_input, of_weight, of_bias, None, None
-
-
-#: For frozen weights, their version and the matrix of `_turned`.
-_known_turned = WeakTensorKeyDictionary()
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """Return weights ``[O, C, K, L]`` as the matrix ``[K L O, C]`` of the gradient, with the taps in reverse order."""
-    # A trace would record the kept matrix as a constant. Tensors of the inference mode have no version.
-    kept = not (weight.requires_grad or weight.is_inference() or _get_current_dispatch_mode())
-    version, matrix = _known_turned.get(weight, (None, None)) if kept else (None, None)
-    if matrix is None or version != weight._version:
-        matrix = weight.detach().flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
-        if kept:
-            _known_turned[weight] = weight._version, matrix
-    return matrix
-
-
-def _input_gradient(
-    grad: Tensor, weight: Tensor, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]
-) -> Tensor:
-    """Return the gradient of images of the shape ``(B, C, H, W)``, from that of the result ``[B, O, H', W']``."""
-    (b, c, h, w), (rows, columns), (top, left) = shape, weight.shape[2:], padding
-    around = rows - 1 - top, columns - 1 - left
-    if stride == (1, 1) and min(around) >= 0:
-        return (patches(grad, (rows, columns), stride, around) @ _turned(weight)).permute(0, 3, 1, 2)
-    # Each pixel of the result adds to the pixels of its patch.
-    grad = grad.permute(0, 2, 3, 1)
-    high, wide = grad.shape[1:3]
-    taps = (grad @ _matrix(weight)).unflatten(3, (rows, columns, c))
-    total = torch.zeros(b, h + 2 * top, w + 2 * left, c, dtype=torch.float32, device=grad.device)
-    for i in range(rows):
-        for j in range(columns):
-            across = slice(j, j + stride[1] * (wide - 1) + 1, stride[1])
-            total[:, i : i + stride[0] * (high - 1) + 1 : stride[0], across] += taps[:, :, :, i, j]
-    return total[:, top : top + h, left : left + w].to(grad.dtype).permute(0, 3, 1, 2)
 
 
 def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
@@ -135,22 +96,43 @@ def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int,
     return min(sides) > 0 and sides[0] * sides[1] <= PIXELS
 
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, shape: torch.Size, stride: Sequence[int], padding: tuple[int, ...]
-) -> Tensor:
-    """Return the gradient of the images of a convolution in bfloat16 on a CPU, as a product of matrices if that pays.
+def gradient_pays(grad: Tensor, weight: Tensor) -> bool:
+    """Tell whether the gradient of the images of a convolution in bfloat16 on a CPU is faster as a product of matrices.
 
     Args:
         grad: gradient of the result ``[B, O, H', W']``.
         weight: ``[O, C, K, L]``.
-        shape: shape ``(B, C, H, W)`` of the images.
+    """
+    wide = weight.shape[0] * weight.shape[1] >= CHANNELS and weight.shape[2:] != (1, 1)
+    return wide and grad.shape[2] * grad.shape[3] <= PIXELS and has_tiles()
+
+
+def input_gradient(
+    grad: Tensor, weight: Tensor, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """Return the gradient of images of the shape ``(B, C, H, W)`` as a product of matrices.
+
+    Args:
+        grad: gradient of the result ``[B, O, H', W']``.
+        weight: ``[O, C, K, L]``.
+        shape: shape of the images.
         stride: stride of rows and columns.
         padding: zeros on each side of rows and columns.
     """
-    wide = weight.shape[0] * weight.shape[1] >= CHANNELS and weight.shape[2:] != (1, 1)
-    if not wide or grad.shape[2] * grad.shape[3] > PIXELS or not has_tiles():
-        return conv2d_input(shape, weight, grad, tuple(stride), padding)
-    return _input_gradient(grad, weight, shape, tuple(stride), padding)
+    (b, c, h, w), (rows, columns), (top, left) = shape, weight.shape[2:], padding
+    around = rows - 1 - top, columns - 1 - left
+    if stride == (1, 1) and min(around) >= 0:
+        return (patches(grad, (rows, columns), stride, around) @ turned(weight)).permute(0, 3, 1, 2)
+    # Each pixel of the result adds to the pixels of its patch.
+    grad = grad.permute(0, 2, 3, 1)
+    high, wide = grad.shape[1:3]
+    taps = (grad @ _matrix(weight)).unflatten(3, (rows, columns, c))
+    total = torch.zeros(b, h + 2 * top, w + 2 * left, c, dtype=torch.float32, device=grad.device)
+    for i in range(rows):
+        for j in range(columns):
+            across = slice(j, j + stride[1] * (wide - 1) + 1, stride[1])
+            total[:, i : i + stride[0] * (high - 1) + 1 : stride[0], across] += taps[:, :, :, i, j]
+    return total[:, top : top + h, left : left + w].to(grad.dtype).permute(0, 3, 1, 2)
 
 
 def unrolled(

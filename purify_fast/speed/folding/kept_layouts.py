@@ -1,0 +1,73 @@
+"""Frozen weights in the layouts of fast products, kept until the weights change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+#: For each tensor of weights, its version and its layouts by name.
+_kept = WeakTensorKeyDictionary()
+#: oneDNN chooses a layout for a batch. It is always this batch, so that the layout, and with it the rounding of the
+#: products, never depends on which batch came first.
+BATCH = 32
+
+
+def kept_layout(weight: Tensor, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """Return weights in another layout.
+
+    Args:
+        weight: the weights.
+        name: name of the layout.
+        make: function that makes the layout. It is called again if the weights were changed in place since.
+    """
+    # A trace would record the kept tensor as a constant. Tensors of the inference mode have no version.
+    if weight.requires_grad or weight.is_inference() or _get_current_dispatch_mode():
+        return make()
+    version, layouts = _kept.get(weight, (None, {}))
+    if version != weight._version:
+        layouts = {}
+        _kept[weight] = weight._version, layouts
+    if name not in layouts:
+        layouts[name] = make()
+    return layouts[name]
+
+
+def turned(weight: Tensor) -> Tensor:
+    """Return weights ``[O, C, K, L]`` as the matrix ``[K L O, C]`` of the gradient, with the taps in reverse order."""
+    return kept_layout(weight, "turned", lambda: weight.detach().flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2))
+
+
+def packed(weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Return weights ``[O, C, K, L]`` of a convolution in bfloat16 in oneDNN's layout.
+
+    Args:
+        weight: the weights, in channels_last.
+        size: height and width of the images.
+        stride: stride of rows and columns.
+        padding: zeros on each side of rows and columns.
+    """
+    given = list(padding), list(stride), [1, 1], 1, [BATCH, weight.shape[1], *size]
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+    return kept_layout(weight, ("packed", *map(tuple, (size, stride, padding))), lambda: pack(weight.detach(), *given))
+
+
+def packed_gradient(weight: Tensor, size: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Return the weights of the convolution that computes the gradient of the images, in oneDNN's layout.
+
+    The convolution has stride 1. Its gradient is a convolution of the gradient with the taps in reverse order.
+
+    Args:
+        weight: the weights ``[O, C, K, L]`` of the convolution of the images.
+        size: height and width of the gradient of the result.
+        padding: zeros on each side of rows and columns of the gradient.
+    """
+
+    def make() -> Tensor:
+        reverse = weight.detach().flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        return packed(reverse, size, (1, 1), padding)
+
+    return kept_layout(weight, ("gradient", tuple(size), tuple(padding)), make)
