@@ -37,7 +37,7 @@ class Effort:
             convolution is this number divided by 32.
     """
 
-    runs: int = 5
+    runs: int = 9
     pause: float = 0.2
     matrix: int = 4096
 
