@@ -11,8 +11,8 @@ from torch.nn.grad import conv2d_input
 
 from purify_fast.models.layers import Conv2d
 from purify_fast.speed import InferenceCopy
-from purify_fast.speed.folding import convolution_chains, unrolled
-from purify_fast.speed.folding.kept_layouts import turned
+from purify_fast.speed.folding import convolution_chains, kept_layouts, unrolled
+from purify_fast.speed.folding.kept_layouts import packed_matrix, turned
 
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
@@ -55,18 +55,21 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
         right = conv2d_input(rest[0], weight.double(), grad.double(), 1, 1)
         return (found.double() - right).norm() < 0.006 * right.norm()
 
+    def layout():
+        return packed_matrix(weight, turned, (4, 4))
+
     assert close(unrolled.input_gradient(grad, weight, *rest))
-    kept = turned(weight)
-    assert turned(weight) is kept
+    kept = layout()
+    assert layout() is kept
     weight.mul_(torch.rand(512)[:, None, None, None].to(BF16))
-    assert close(unrolled.input_gradient(grad, weight, *rest)) and turned(weight) is not kept
+    assert close(unrolled.input_gradient(grad, weight, *rest)) and layout() is not kept
     traced = make_fx(lambda one, other: unrolled.input_gradient(one, other, *rest))(grad, weight)
     weight.neg_()
     assert close(traced(grad, weight))
     with torch.inference_mode():
         assert close(unrolled.input_gradient(grad, weight.clone(), *rest))
     trained = weight.clone().requires_grad_()
-    assert close(unrolled.input_gradient(grad, trained, *rest)) and turned(trained) is not turned(trained)
+    assert close(unrolled.input_gradient(grad, trained, *rest)) and trained not in kept_layouts._kept
 
 
 def test_the_gradient_is_a_product_for_small_maps_of_wide_layers_alone():
@@ -108,8 +111,10 @@ class _Net(nn.Module):
 def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
     monkeypatch.setattr(unrolled, "has_tiles", lambda: usable)
     calls, torch_s = [], unrolled.unrolled
-    for module in (unrolled, convolution_chains):
-        monkeypatch.setattr(module, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
+    product = unrolled.product
+    monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
+    # A chain calls the product itself.
+    monkeypatch.setattr(convolution_chains, "product", lambda *a, **b: calls.append(len(a)) or product(*a, **b))
     torch.manual_seed(0)
     network = _Net().eval()
     copy = InferenceCopy(network, (3, 16, 16), BF16)

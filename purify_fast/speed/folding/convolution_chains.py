@@ -24,14 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
 from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
-from .kept_layouts import packed, packed_gradient
-from .unrolled import gradient_pays, has_tiles, input_gradient, pays, unrolled
+from .kept_layouts import convolved, matrix, packed, packed_gradient
+from .unrolled import gradient_pays, has_tiles, input_gradient, patches, pays, product
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"
@@ -51,13 +50,8 @@ def value_of(formula: Any, shape: tuple[int, ...]) -> Any:
     return shape if formula == SHAPE else formula
 
 
-#: The activations in oneDNN, and in place, by their numbers in `ACTIVATIONS`.
+#: The activations in oneDNN, by their numbers in `ACTIVATIONS`.
 _NAMES = {number: {"silu": "swish"}.get(name, name) for number, name in enumerate(ACTIVATIONS)}
-_IN_PLACE: dict[int, Callable[[Tensor], Tensor]] = {
-    NONE: lambda x: x,
-    RELU: torch.relu_,
-    SILU: lambda x: F.silu(x, True),
-}
 
 
 def onednn_serves(device: torch.device) -> bool:
@@ -76,24 +70,6 @@ def _by_onednn(x: Tensor) -> bool:
 def conv2d_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, *settings: Any) -> Tensor:
     """Return the gradient of the images by PyTorch's operator, with the arguments of `input_gradient`."""
     return conv2d_input(shape, weight, grad, *settings)
-
-
-def _convolved(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    settings: tuple[Any, Any],
-    *,
-    added: Tensor | None = None,
-    name: str = "none",
-) -> Tensor:
-    """Call oneDNN for a convolution, the sum with a map ``[B, H', W', O]``, and the activation of a name."""
-    given = weight, bias, *settings, [1, 1], 1
-    if added is None:
-        return channels_last(torch.ops.mkldnn._convolution_pointwise(images, *given, name, [], ""))
-    # The arguments are positional because the operator's schema has them in this order without defaults.
-    rest: tuple[Any, ...] = "add", 1.0, None if name == "none" else name, [], ""
-    return channels_last(torch.ops.mkldnn._convolution_pointwise.binary(images, channels_first(added), *given, *rest))
 
 
 @dataclass(frozen=True)
@@ -146,14 +122,14 @@ class Step:
         layer, (_, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
         if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
             return None
-        images = channels_first(x)
+        images, name = channels_first(x), _NAMES[self.activation]
         if pays(images, layer.weight, layer.stride, (top, left)):
-            out = unrolled(images, layer.weight, layer.bias, layer.stride, (top, left))
-            out = out if added is None else out.add_(channels_first(added))
-            return channels_last(_IN_PLACE[self.activation](out))
+            rows = patches(images, layer.kernel_size, layer.stride, (top, left))
+            return product(rows, layer.weight, matrix, layer.bias, added=added, name=name)
         weight = packed(layer.weight, x.shape[1:3], layer.stride, (top, left))
         settings = [top, left], layer.stride
-        return _convolved(images, weight, layer.bias, settings, added=added, name=_NAMES[self.activation])
+        beside = None if added is None else channels_first(added)
+        return channels_last(convolved(images, weight, layer.bias, settings, added=beside, name=name))
 
     def backward_by_onednn(
         self,
@@ -179,7 +155,8 @@ class Step:
         around = [taps - 1 - zeros for taps, zeros in zip(layer.kernel_size, padding, strict=True)]
         if stride == [1, 1] and min(around) >= 0 and not gradient_pays(*given):
             weight = packed_gradient(layer.weight, grad.shape[1:3], around)
-            found = _convolved(given[0], weight, None, (around, stride), added=earlier)
+            other = None if earlier is None else channels_first(earlier)
+            found = channels_last(convolved(given[0], weight, None, (around, stride), added=other))
         else:
             shape = torch.Size((len(grad), layer.in_channels, *size))
             computed = input_gradient if gradient_pays(*given) else conv2d_gradient

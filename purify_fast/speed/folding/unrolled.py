@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
-from .kept_layouts import turned
+from .kept_layouts import convolved, matrix, packed_matrix, transposed, turned
 
 #: The largest number of pixels in a map of the result.
 PIXELS = 16
@@ -43,9 +44,42 @@ def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """Return weights ``[O, C, K, L]`` as a matrix ``[O, K L C]``. It is a view if they are channels_last."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
+def product(
+    rows: Tensor,
+    weight: Tensor,
+    form: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+    *,
+    added: Tensor | None = None,
+    name: str = "none",
+) -> Tensor:
+    """Multiply the pixels of maps with a matrix of weights.
+
+    PyTorch computes such a product in a single thread if the matrix has a few hundred rows. A convolution of one image,
+    whose pixels are the rows, is shared among the threads.
+
+    Args:
+        rows: ``[B, H, W, M]`` in bfloat16 on a CPU, contiguous.
+        weight: weights of a convolution.
+        form: function from the weights to the matrix ``[N, M]``.
+        bias: ``[N]``, or None.
+        added: map ``[B, H, W, N]`` that is added, or None.
+        name: oneDNN's name of the activation: "none", "relu" or "swish".
+
+    Returns:
+        ``[B, H, W, N]``.
+    """
+    if weight.requires_grad or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # To pack weights that change in each step would take longer than is gained.
+        out = F.linear(rows, form(weight), bias)
+        out = out if added is None else out.add_(added)
+        return out if name == "none" else out.relu_() if name == "relu" else F.silu(out, True)
+    b, h, w, _ = rows.shape
+    image, shape = rows.view(1, b * h, w, -1).permute(0, 3, 1, 2), (b, h, w, -1)
+    packed = packed_matrix(weight, form, (h, w))
+    beside = None if added is None else added.view(1, b * h, w, -1).permute(0, 3, 1, 2)
+    out = convolved(image, packed, bias, ((0, 0), (1, 1)), added=beside, name=name)
+    return out.permute(0, 2, 3, 1).view(shape)
 
 
 class _Unrolled(torch.autograd.Function):
@@ -55,7 +89,7 @@ class _Unrolled(torch.autograd.Function):
         ctx.settings = x.shape, stride, padding
         ctx.save_for_backward(weight, rows if ctx.needs_input_grad[1] else None)
         # The next layer may change the result in place, which a view that a Function returns does not allow.
-        return F.linear(rows, _matrix(weight), bias).permute(0, 3, 1, 2).data
+        return product(rows, weight, matrix, bias).permute(0, 3, 1, 2).data
 
     @staticmethod
     @first_order
@@ -122,11 +156,11 @@ def input_gradient(
     (b, c, h, w), (rows, columns), (top, left) = shape, weight.shape[2:], padding
     around = rows - 1 - top, columns - 1 - left
     if stride == (1, 1) and min(around) >= 0:
-        return (patches(grad, (rows, columns), stride, around) @ turned(weight)).permute(0, 3, 1, 2)
+        return product(patches(grad, (rows, columns), stride, around), weight, turned).permute(0, 3, 1, 2)
     # Each pixel of the result adds to the pixels of its patch.
     grad = grad.permute(0, 2, 3, 1)
     high, wide = grad.shape[1:3]
-    taps = (grad @ _matrix(weight)).unflatten(3, (rows, columns, c))
+    taps = product(grad.contiguous(), weight, transposed).unflatten(3, (rows, columns, c))
     total = torch.zeros(b, h + 2 * top, w + 2 * left, c, dtype=torch.float32, device=grad.device)
     for i in range(rows):
         for j in range(columns):
