@@ -58,6 +58,12 @@ def link_to_generated(app, name, source):
         source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{api_pages.page_of(file)}.md)")
 
 
+def keep_errors_beside_values(app, name, source):
+    """In a table, the two numbers of "84.9 ± 0.4" stay in one line."""
+    lines = source[0].split("\n")
+    source[0] = "\n".join(line.replace(" ± ", "\u00a0±\u00a0") if line.startswith("|") else line for line in lines)
+
+
 def list_every_page(app, name, source):
     """A page that the front page does not list yet stands beside the other results."""
     if name == "index":
@@ -71,6 +77,7 @@ def setup(app):
     app.connect("builder-inited", write_generated_pages)
     app.connect("source-read", link_to_generated)
     app.connect("source-read", list_every_page)
+    app.connect("source-read", keep_errors_beside_values)
     # before napoleon, which comes at 500, and after it
     app.connect("autodoc-process-docstring", docstrings.keep_returns_whole, priority=400)
     app.connect("autodoc-process-docstring", docstrings.to_rst)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,15 @@ def test_the_extension_is_one_file_for_every_python():
         pytest.skip("the compiled extension is switched off by PURIFY_FAST_NO_EXTENSION=1")
     assert _library.loaded(), _library.load_error
     assert Path(_library.path).name == "_C.abi3.so"
+
+
+def test_the_linters_read_the_code_as_the_oldest_python_does():
+    """Later names of the standard library pass in the tests, and fail where an older Python imports them."""
+    text = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r'^requires-python = ">=(3\.\d+)"$', text, re.MULTILINE)[1]
+    tag = oldest.replace(".", "")
+    assert f'\npython_version = "{oldest}"\n' in text and f'\ntarget-version = "py{tag}"\n' in text
+    assert f'\nbuild = ["cp{tag}-manylinux_x86_64", "cp{tag}-manylinux_aarch64"]\n' in text
 
 
 def test_the_kernels_of_a_checkout_are_imported_from_its_top():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +28,7 @@ class HoldingMode(TorchFunctionMode):
         """
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Any:
         stack = contextlib.ExitStack()
         self.held(stack)
         self._open.append(stack)
