@@ -335,7 +335,8 @@ def described(error: BaseException) -> str:
     Args:
         error: the error, after it was caught. If none of its lines is the user's, the lines of its cause are searched.
     """
-    places, cause = list[traceback.FrameSummary](), error
+    places = list[traceback.FrameSummary]()
+    cause: BaseException | None = error
     while not places and cause is not None:
         every = traceback.extract_tb(cause.__traceback__)
         places, cause = [place for place in every if not place.filename.startswith(_NOT_OWN)], cause.__cause__

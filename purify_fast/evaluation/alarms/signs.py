@@ -351,7 +351,7 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
 
 @Alarm(
     "noise and seeds",
-    Advice("the gradients of the attacks averaged too few draws", ("draws", "strong")),
+    Advice("the noise hides from an attack where images fall", ("draws", "strong")),
     of_probes=True,
 )
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
