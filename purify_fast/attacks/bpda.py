@@ -47,6 +47,7 @@ class BpdaModel(nn.Module):
             evaluation mode together with this module (`frozen`).
 
     Raises:
+        TypeError: in the forward pass, ``purify`` returns no tensor.
         ValueError: an unknown aggregation; in the forward pass, purified images of another shape.
     """
 
@@ -80,7 +81,10 @@ class BpdaModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, ...]`` to logits ``[B, classes]``."""
         with torch.no_grad():
-            purified = self.purify(x).detach()
+            purified = self.purify(x)
+        if not isinstance(purified, Tensor):
+            raise TypeError(f"purify must return a tensor of images, got the type {type(purified).__name__}")
+        purified = purified.detach()
         several = purified.dim() == x.dim() + 1
         if (purified[:, 0] if several else purified).shape != x.shape:
             raise ValueError(

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Check(Command):
     """Classify again the adversarial images of a report that `evaluate --keep all` wrote.
 
-    The exit status is 1 if one of these images is classified correctly now.
+    The exit status is 1 if one of these images is classified correctly now (by a random model in all draws), has
+    changed, or lies outside its ball.
 
     Args:
         report: Folder of the report, or of the run that was evaluated.

@@ -72,6 +72,10 @@ def _refuse_words(values: Mapping[str, Any]) -> None:
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, _Unread):
                 option = f"--{name.replace('_', '-')}"
+                if name == "claim":
+                    raise Refused(
+                        f"--claim must be a number of percent without the sign %, as in --claim 70, got {one}"
+                    )
                 raise Refused(f"{option} must be a number or a fraction such as 8/255, got {str(one)!r}")
 
 

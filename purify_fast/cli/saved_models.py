@@ -140,6 +140,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
     from ..attacks.attacked_model import frozen, returning_logits
     from ..data import to_float
+    from ..models.foreign import described
 
     if isinstance(model, nn.Module):
         model.to(images.y_test.device)
@@ -149,7 +150,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
             classes = returning_logits(model, some)[1]
     except Exception as error:
         shape = _size(some.shape[1:])
-        raise ValueError(f"{spec} does not run on images {shape} of {images.name}: {error}") from error
+        raise ValueError(f"{spec} does not run on images {shape} of {images.name}: {described(error)}") from error
     if classes < images.num_classes:
         raise ValueError(f"{spec} must map images to logits [B, {images.num_classes}], got [B, {classes}]")
     return model

@@ -35,7 +35,7 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from .alarms import signs_of_masking
 from .alarms.answers import Before
 from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
-from .asked.checked_arguments import check_kinds, check_radii, read_attacks, with_arguments
+from .asked.checked_arguments import check_kinds, check_radii, naming_config, read_attacks, with_arguments
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .asked.first_facts import facts, first_notes
 from .asked.inputs import as_classifier, images_and_labels
@@ -64,6 +64,7 @@ logger = logging.getLogger("purify_fast")
 MAX_SURVIVAL = 0.01
 
 
+@naming_config
 @whole_float32_by_default()
 @torch.inference_mode(False)
 def evaluate(
@@ -181,7 +182,7 @@ def evaluate(
             stack.enter_context(keep_kernels(served))
         folder = Path(out) if out is not None and team.rank == 0 else None
         if folder is not None and mark is None:
-            why = f"because this model {reason}. Give evaluate a revision to keep them"
+            why = f'because this model {reason}. In Python, evaluate(..., revision="1") keeps them'
             logger.warning("out: the finished rows of %s are not kept, %s", name, why)
         cache = RowCache(folder, served, revision)
         cache.know(subject.model, mark)
@@ -385,7 +386,7 @@ class _Evaluation:
                 [each for each in deployed.setdefault(threat, []) if each.n >= images] if subject.is_random else []
             )
             rows = [measure.attacked(spec, before, reached, earlier)]
-            source = ", kept by an earlier run" if measure.cache.was_kept else ""
+            source = measure.cache.source
             if variant != "random" and rows[0].is_attack:
                 rows.append(measure.retest_on_deployed(spec, before, earlier))
             for row, name in zip(rows, dict.fromkeys([variant, "random"]), strict=False):

@@ -12,7 +12,7 @@ import torch
 
 from .._tensors import digest
 from .alarms import Evidence, Probes, findings, probe
-from .alarms.answers import PROBED, Before
+from .alarms.answers import PROBED, Before, has_no_gradient
 from .alarms.probes import Probe, asked_before, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst
@@ -57,6 +57,9 @@ class Suspicion:
             fallen = probes.found() if subject.is_random else probes.fallen()
             count_fallen(report.rows, fallen, float(self.measure.context.eps), self.judged_points(probes, fallen))
             report.curves.setdefault(name, {}).update(probes.curves())
+        elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
+            # The rows only count gradients of zeros. The probes would have told why.
+            evidence = replace(evidence, no_gradient=has_no_gradient(subject))
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)

@@ -30,7 +30,11 @@ from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
 #: Code that is not the user's: messages name the last line of the user's code in a traceback.
-_NOT_OWN = ("<frozen ", *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
+_NOT_OWN = (
+    "<frozen ",
+    f"{Path(__file__).parents[1]}{os.sep}",
+    *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
 
 
 class ForeignClassifier(nn.Module):
@@ -283,7 +287,8 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     if name not in vars(module):
         near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)])
         hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"{spec}: {module.__name__} ({module.__file__}) has no function or class {name!r}{hint}")
+        where = place if place.endswith(".py") else f"{place} ({module.__file__})"
+        raise ValueError(f"{spec}: {where} has no function or class {name!r}{hint}")
     factory = vars(module)[name]
     if isinstance(factory, nn.Module):
         if fresh:
@@ -295,7 +300,7 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec} must work without arguments, but it failed: {_told(error)}") from error
+        raise ValueError(f"{spec} must work without arguments, but it failed: {described(error)}") from error
 
 
 def _imported(spec: str, place: str) -> ModuleType:
@@ -308,7 +313,7 @@ def _imported(spec: str, place: str) -> ModuleType:
         raise ModuleNotFoundError(f"{spec}: {error}") from error
     except (Exception, SystemExit) as error:
         advice = '. Move the code that runs the program below `if __name__ == "__main__":`'
-        told = f"{_told(error)}{advice if isinstance(error, SystemExit) else ''}"
+        told = f"{described(error)}{advice if isinstance(error, SystemExit) else ''}"
         raise ValueError(f"{spec}: {place} cannot be imported: {told}") from error
 
 
@@ -324,12 +329,16 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _told(error: BaseException) -> str:
-    """Describe an error in one line, with the file and the number of the last line of the user's code that ran."""
-    places = [
-        place
-        for place in traceback.extract_tb(error.__traceback__)
-        if not place.filename.startswith((__file__, *_NOT_OWN))
-    ]
+def described(error: BaseException) -> str:
+    """Describe an error in one line, with the file and the number of the last line of the user's code that ran.
+
+    Args:
+        error: the error, after it was caught. If none of its lines is the user's, the lines of its cause are searched.
+    """
+    places = list[traceback.FrameSummary]()
+    cause: BaseException | None = error
+    while not places and cause is not None:
+        every = traceback.extract_tb(cause.__traceback__)
+        places, cause = [place for place in every if not place.filename.startswith(_NOT_OWN)], cause.__cause__
     at = "".join(f" ({place.filename}, line {place.lineno})" for place in places[-1:])
     return f"{type(error).__name__}: {error}{at}"

@@ -43,6 +43,20 @@ def nothing():
     return 3
 
 
+def fails():
+    def forward(x):
+        return {}["mask"]
+
+    return forward
+
+
+def explained():
+    def forward(x):
+        return x.reshape(8, 256)[:, :2]
+
+    return forward
+
+
 def function():
     net = Net()
     return lambda x: net(x)
@@ -51,6 +65,11 @@ def function():
 ready = Net()
 number = 3
 """
+
+
+def line_of(word):
+    """The number of the line of the file that contains a word."""
+    return next(number for number, line in enumerate(MINE.splitlines(), 1) if word in line)
 
 
 @pytest.fixture
@@ -107,11 +126,14 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
         ("no_such_module:make", "no_such_module:make: No module named 'no_such_module'"),
         ("code/needs.py:make", "code/needs.py:make: No module named 'no_such_package'"),
         ("code/odd.py:make", "code/odd.py cannot be imported: SyntaxError: invalid syntax"),
-        ("code/my_defence.py:mak", "has no function or class 'mak'; near: make"),
+        ("code/my_defence.py:mak", "mak: code/my_defence.py has no function or class 'mak'; near: make"),
         ("code/my_defence.py:number", "failed: TypeError: 'int' object is not callable"),
         ("code/my_defence.py:nothing", "or a function from images to logits; it returned the type int"),
         ("code/my_defence.py:broken", "must work without arguments, but it failed: TypeError: Net.__init__() takes 1"),
-        ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: "),
+        ("code/my_defence.py:of_colors", "of_colors does not run on images 1x16x16 of bars: ValueError: "),
+        ("code/my_defence.py:fails", "fails does not run on images 1x16x16 of bars: KeyError: 'mask' (/"),
+        ("code/my_defence.py:fails", f"code/my_defence.py, line {line_of('mask')})"),
+        ("code/my_defence.py:explained", f"code/my_defence.py, line {line_of('reshape')})"),
         ("code/my_defence.py", "give also the function that returns the model, as code/my_defence.py:function"),
         ("code/my_defence.py:", "must be package.module:function or path/to/file.py:function, got"),
         ("torchvision:resnet18", "torchvision:resnet18 has random weights: name a folder, or your function"),

@@ -77,7 +77,7 @@ REFUSED = {
     "evaluate {saved} --data {bars} --device cpu --eps 0.1": " are 1x16x16, but the model in {saved} was",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
-    "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number or a fraction such as 8/255, got",
+    "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number of percent without the sign %, as in --claim",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
     "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
     "evaluate runs/x --t-star 0.1 abc": "--t-star must be a number or a fraction such as 8/255, got 'abc'",

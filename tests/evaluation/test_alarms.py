@@ -9,6 +9,7 @@ import pytest
 import torch
 from digit_nets import EPS, Gated, digits, robust, standard
 from evaluating import evaluate
+from reports import drawn
 from torch import nn
 
 from purify_fast.attacks import APGD, PGD, Square
@@ -301,6 +302,16 @@ def test_the_fast_protocol_notices_it_too(model, alarm, row):
     _, _, x, y = digits()
     n = 100 if alarm == TRANSFER[0] else 48
     assert_marked(evaluate(model(), x[:n], y[:n], eps=EPS, protocol="fast", steps=30, progress=False), alarm, row)
+
+
+def test_a_seed_is_to_be_removed_and_more_draws_are_not_advised():
+    (found,) = [
+        each
+        for each in findings(Evidence([drawn("PGD", [5], [0])], Probes(1, [], 1.0, sets_seed=True)))
+        if each.alarm == "noise and seeds"
+    ]
+    assert found.verdict == "unreliable" and found.advice.startswith("remove the seed from forward")
+    assert "eot_iter" not in found.advice
 
 
 def test_the_points_of_probes_count_by_draws_of_their_own():

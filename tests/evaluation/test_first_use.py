@@ -282,8 +282,30 @@ def test_protocol_batch_size_and_seed_are_arguments_too(trio):
             purify_fast.evaluate(model, x, y, eps=0.01, config=by_config, progress=False, **{name: value})
     with pytest.raises(ValueError, match=r"protocol must be one of .*, got 'quick'"):
         purify_fast.evaluate(model, x, y, eps=0.01, protocol="quick")
+    for name in ("autoattack", "AutoAttack", "auto-attack"):
+        with pytest.raises(ValueError, match=rf"'{name}': standard runs this .*official runs AutoAttack itself"):
+            purify_fast.evaluate(model, x, y, eps=0.01, protocol=name)
+    with pytest.raises(TypeError, match=r"write config=EvaluateConfig\(eot_iter=20, claim=70\)$"):
+        purify_fast.evaluate(model, x, y, eps=0.01, eot_iter=20, claim=70)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        purify_fast.evaluate(model, x, y, eps=0.01, epsilon=20)
     with pytest.raises(ValueError, match="protocol and attacks exclude each other"):
         purify_fast.evaluate(model, x, y, protocol="fast", **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("forward", "look"),
+    [
+        (lambda net, x: net(x).detach(), "the output has no grad_fn"),
+        (lambda net, x: net(x.round()), "look for rounding"),
+    ],
+)
+def test_a_list_of_attacks_says_why_there_are_no_gradients(trio, forward, look):
+    """The protocols' probes find out; a list of attacks has no probes."""
+    net, x, y = trio
+    report = evaluate(lambda x: forward(net, x), x, y, **QUIET)
+    advice = next(each.advice for each in report.findings if each.alarm == "gradient health")
+    assert advice.startswith(look), report.to_text()
 
 
 # -- models that do not accept every batch --------------------------------------------------------------------------

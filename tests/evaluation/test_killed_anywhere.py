@@ -228,7 +228,7 @@ def test_a_log_gets_plain_lines_with_the_rate_and_the_time_left(capsys, monkeypa
     lines = capsys.readouterr().err.splitlines()
     # the probes come first, as a row with lines of its own
     first = "mine: row 2 of 3, PGD-2 ce:" if probes else "mine: row 1 of 2, PGD-2 ce:"
-    assert any(line.startswith(first) and "images/s" in line for line in lines)
+    assert any(line.startswith(first) and "predictions/s" in line for line in lines)
     ends = [line for line in lines if "% of 6 images (" in line]
     assert "left at most" in ends[0] and "last row" in ends[-1]
     assert (sum(line.startswith("mine: row 1 of 3, probes:") for line in lines) > 20) is probes

@@ -16,6 +16,7 @@ from purify_fast._files import folder_lock
 from purify_fast._validation import check_folder
 from purify_fast.attacks import PGD
 from purify_fast.defences.stochastic import StochasticDefence
+from purify_fast.evaluation import AttackSpec
 from purify_fast.evaluation.run import cache
 from purify_fast.model_state import fingerprint
 from purify_fast.ops import use_backend
@@ -166,7 +167,21 @@ def test_rows_of_a_function_are_not_kept_and_it_is_said(tmp_path, caplog):
     x, y = torch.rand(4, 3, 2, 2), torch.arange(4) % 2
     evaluate(lambda x: net(x), x, y, eps=0.1, attacks=[], out=tmp_path, progress=False)
     assert "are not kept, because this model is a function, whose weights cannot be compared." in caplog.text
+    assert 'In Python, evaluate(..., revision="1") keeps them' in caplog.text
     assert not list((tmp_path / "rows").iterdir())
+
+
+def test_a_row_that_repeats_another_is_not_of_an_earlier_run(tmp_path, capsys):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    x = torch.rand(4, 3, 2, 2)
+    attacks = [AttackSpec(PGD(steps=2)), AttackSpec(PGD(steps=2), label="again")]
+    told = []
+    for _ in range(2):
+        evaluate(net, x, net(x).argmax(1), eps=1e-6, attacks=attacks, out=tmp_path)
+        told.append([line for line in capsys.readouterr().err.splitlines() if " of 4 images" in line])
+    (first, second), again = told
+    assert "earlier" not in first and ", as in an earlier row with the same settings (" in second
+    assert all(", kept by an earlier run (" in line for line in again) and len(again) == 2
 
 
 def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):

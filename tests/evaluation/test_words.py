@@ -52,6 +52,16 @@ def test_a_deterministic_model_is_not_called_random(digits, tmp_path):
     assert "<code>random</code>" not in forms(report)[2]
 
 
+def test_the_terminal_says_where_more_is_and_that_rows_of_a_random_model_differ_by_chance(tmp_path):
+    report = Report([row("clean", kind="clean"), row("PGD")])
+    assert "; more: report.save(FOLDER) writes report.md" in joined(report.to_text())
+    report.save(tmp_path)
+    assert "; more: the saved report.md" in joined(report.to_text())
+    assert "chance" not in report.to_text()
+    report = Report([drawn("clean", [5], [0], kind="clean"), drawn("PGD", [5], [0])])
+    assert "rows differ by chance, and a later row may be higher;" in joined(report.to_text())
+
+
 def test_a_random_model_is_called_so_and_its_modes_are_named():
     model = purify_fast.zoo.load("digits-carso-objective").eval()
     images = purify_fast.load_dataset("digits")
@@ -282,6 +292,12 @@ def test_the_picture_shows_what_the_attack_was_judged_by():
         [caption for _, caption, _ in line] for line in picture_lines(examples, lambda x: torch.eye(3)[: len(x)])
     ]
     assert [line[0] for line in captions] == [f"true class {c}, predicted {c}" for c in range(3)]
+    told = [
+        "a picture shows one prediction"
+        in html_page(Report([drawn("PGD", [5] * 3, [9] * 3, n_eval=n, examples=examples)]))
+        for n in (5, 1)
+    ]
+    assert told == [True, False]
     said = [line[1] for line in captions]
     assert said == ["attacked, predicted 1", "attacked, predicted 0", "attacked, no class predicted"]
 

@@ -83,6 +83,7 @@ class Evidence:
         probabilities: whether the model returns probabilities instead of logits; None if unknown.
         one_hot: whether the probabilities are all 0 or 1.
         protocol: name of the protocol; None for a list of attacks.
+        no_gradient: whether the output is known to have no gradient with respect to the images.
     """
 
     rows: Sequence[Row]
@@ -91,6 +92,7 @@ class Evidence:
     probabilities: bool | None = None
     one_hot: bool = False
     protocol: str | None = None
+    no_gradient: bool = False
 
     def attacks(self) -> list[Row]:
         """The attacks in the report's threat model that were judged on the deployed model."""

@@ -270,7 +270,8 @@ def _of_counted(evidence: Evidence) -> Outcome:
         some = f"{len(lacking)} of {len(counted)} attacks {along} could not use them: {shares}"
         return Outcome("noted", some, lacking[0].attack)
     finite = not any(row.health["nonfinite"] for row in lacking if row.health)
-    advice = WITHOUT_GRADIENTS["zero gradient" if finite else "not finite"]
+    zero = "no gradient" if evidence.no_gradient else "zero gradient"
+    advice = WITHOUT_GRADIENTS[zero if finite else "not finite"]
     return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
@@ -348,12 +349,17 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
     return Outcome(_verdict(changes > ROUNDED, noted=changes > 0), text, row)
 
 
-@Alarm("noise and seeds", Advice("set no seed in forward", ("draws", "strong")), of_probes=True)
+@Alarm(
+    "noise and seeds",
+    Advice("the noise hides from an attack where images fall", ("draws", "strong")),
+    of_probes=True,
+)
 def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     """Alarm if the model sets seeds, or if images withstand only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
-        return Outcome("unreliable", text, "probe: the generator's state after two seeds")
+        remove = Advice("remove the seed from forward: while the noise repeats, more draws per gradient change nothing")
+        return Outcome("unreliable", text, "probe: the generator's state after two seeds", remove)
     if not probes.eot:
         return None
     (few, by_few), (many, by_many) = probes.eot[0], probes.eot[-1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ..._validation import Norm
 from ...attacks import Attack, AutoAttack
@@ -12,6 +14,23 @@ from ...attacks.arguments import check_eps
 from ...attacks.original_autoattack import implementation
 from .config import EvaluateConfig
 from .specs import AttackFunction, AttackSpec, as_specs
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def naming_config(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorate `evaluate`: if a field of `EvaluateConfig` is given as an argument, the TypeError names the class."""
+    apart = {each.name for each in fields(EvaluateConfig)} - inspect.signature(call).parameters.keys()
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **options: P.kwargs) -> R:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items() if name in apart)
+        if given:
+            raise TypeError(f"evaluate has no argument of this name: write config=EvaluateConfig({given})")
+        return call(*args, **options)
+
+    return checked
 
 
 def check_kinds(config: object, base: object) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..._memory import bytes_of
 from ..._validation import Count, CudaGraphs, CudnnBenchmark, check_counts, check_number, check_types
@@ -129,6 +130,12 @@ class EvaluateConfig:
             check_number("each of curve", radius)
         # A frozen dataclass does not allow a plain assignment.
         object.__setattr__(self, "curve", tuple(self.curve))
+        if isinstance(self.protocol, str) and re.sub("[-_ ]", "", self.protocol.lower()) == "autoattack":
+            raise ValueError(
+                f"protocol must be one of {', '.join(get_args(ProtocolName))}, got {self.protocol!r}: standard runs "
+                "this package's versions of AutoAttack's four attacks, and official runs AutoAttack itself, from the "
+                "package pyautoattack"
+            )
         check_types(self)
 
     def __repr__(self) -> str:

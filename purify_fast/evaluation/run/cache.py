@@ -60,16 +60,18 @@ class RowCache:
         revision: the user's name for the model's code, on which every row depends.
 
     Attributes:
-        was_kept: whether the last row was read from the cache.
+        source: where the last row comes from, in words that follow its result; empty if the row was made.
         busy: folders of batches to which other processes still write; `clear` removes them.
     """
 
-    was_kept = False
+    source = ""
 
     def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
         self.served, self.revision = served or {}, revision
         self.busy = set[Path]()
+        # The names of the rows that this object has made.
+        self._made = set[str | None]()
         # The fingerprint of each model, by its id, and the model itself, so that no other object can get this id.
         self._marks: dict[int, tuple[object, str | None]] = {id(None): (None, "")}
         if self.folder is not None:
@@ -113,15 +115,18 @@ class RowCache:
         """
         path = self._path(key)
         content = read_file(path)
-        self.was_kept = content is not None
         if content is None:
             row = make()
+            self._made.add(key)
             if path is not None:
                 arrays = {name: array for name, array in row.arrays().items() if array is not None}
                 write_sealed(path, row.to_dict(), {name: torch.from_numpy(array) for name, array in arrays.items()})
         else:
             values, tensors = content
             row = Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
+        # An attack may run with the settings of an earlier attack, because a model has few classes.
+        kept = ", as in an earlier row with the same settings" if key in self._made else ", kept by an earlier run"
+        self.source = "" if content is None else kept
         # The batches are always removed, because a run may have been interrupted after it wrote the row.
         if batches not in self.busy:
             remove_batches(batches)

@@ -61,7 +61,7 @@ class Progress:
         self.in_row = 0
         place = f"{self.rows + 1} of {max(len(self.costs), self.rows + 1)}"
         self.label = f"{place}, {label}"
-        options: dict[str, Any] = {"unit": " images", "unit_scale": True, "leave": False, "dynamic_ncols": True}
+        options: dict[str, Any] = {"unit": " predictions", "unit_scale": True, "leave": False, "dynamic_ncols": True}
         hidden = self.lines or not self.shown
         with tqdm(total=total, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
             yield
@@ -83,7 +83,7 @@ class Progress:
             return
         self.bar.update(images)
         if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
-            self._print(f"row {self.label}: {self.rate:,.0f} images/s, {self.left()}")
+            self._print(f"row {self.label}: {self.rate:,.0f} predictions/s, {self.left()}")
 
     def finished(self, result: str) -> None:
         """Write the short result of a row to the log."""

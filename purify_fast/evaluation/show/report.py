@@ -387,7 +387,7 @@ def merge(reports: Iterable[Report]) -> Report:
     if double:
         raise ValueError(
             f"merged rows must differ in model or attack, got several rows {', '.join(double)}: give the models "
-            "different names by evaluate(..., name=...)"
+            "different names by evaluate(..., name=...), or on the command line by the names of their folders or files"
         )
     return merged
 

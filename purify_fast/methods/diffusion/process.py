@@ -39,10 +39,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._validation import AtLeast0, Share, check_counts, check_number, check_types
+from ..._validation import AtLeast0, Share, check_counts, check_literal, check_number, check_types
 from ...ops.diffusion_step import STEPS
 from .guidance import Guidance
-from .schedule import Schedule, Times
+from .schedule import Schedule, ScheduleKind, Times
 
 Solver = Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"]
 Prediction = Literal["noise", "x0", "v"]
@@ -67,7 +67,8 @@ class Process:
     """The settings by which images are noised and denoised.
 
     Args:
-        schedule: noise schedule for which the denoiser was trained.
+        schedule: noise schedule for which the denoiser was trained: an object, or the name ``linear``, ``cosine`` or
+            ``vp``, which is replaced by the schedule of this kind.
         prediction: quantity that the denoiser predicts: ``noise``, ``x0``, or ``v`` = alpha noise - sigma x0.
         times: units of the denoiser's time (`Schedule.told`). None means the training step's index, or score-SDE's
             continuous time for the schedule ``vp``.
@@ -109,6 +110,9 @@ class Process:
         for name in ("t_star", "steps"):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        if isinstance(self.schedule, str):
+            check_literal("schedule", self.schedule, ScheduleKind)
+            object.__setattr__(self, "schedule", Schedule.of(self.schedule))
         check_types(self)
         counts = [n for _, n in self.rounds if n is not None]
         for count in counts:

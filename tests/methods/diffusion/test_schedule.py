@@ -176,6 +176,8 @@ REFUSED = {
     "guidance must be None for the solver 'ode'": {"solver": "ode", "guidance": "mse"},
     "guidance must be None for the solver 'ddim'": {"solver": "ddim", "guidance": "mse"},
     "solver must be one of": {"solver": "euler"},
+    "schedule must be one of linear, cosine, vp, got 'vpsde'": {"schedule": "vpsde"},
+    "schedule must be an object of Schedule, got 3": {"schedule": 3},
     "eta must be in": {"eta": 2.0, "solver": "ddim"},
     "guidance_scale must be": {"guidance_scale": -1.0},
 }
@@ -186,6 +188,12 @@ def test_what_a_process_refuses(message):
     with pytest.raises(ValueError) as caught:
         Process(**REFUSED[message])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "vp"])
+def test_a_schedule_may_be_given_by_its_name(kind):
+    assert Process(schedule=kind) == Process(schedule=Schedule(kind))
+    assert Process(schedule=kind).table()[0].times.equal(Process(schedule=Schedule(kind)).table()[0].times)
 
 
 def test_t_star_is_a_number_or_a_tuple_of_numbers():
