@@ -93,9 +93,9 @@ class Run:
             self.terms = task.acts_from_step = task.terms(self.length)
         except ValueError:
             # If the images of the folder's run were changed, this is the reason.
-            if folder is not None and (saved := last_checkpoint(folder)) is not None:
-                if saved["facts"]["data"] != source.description:
-                    refuse_another(folder, saved["facts"], self.facts)
+            there = None if folder is None else last_checkpoint(folder)
+            if folder is not None and there is not None and there["facts"]["data"] != source.description:
+                refuse_another(folder, there["facts"], self.facts)
             raise
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
