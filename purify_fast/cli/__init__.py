@@ -9,7 +9,9 @@ import contextlib
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import make_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -65,12 +67,26 @@ def _read(arguments: list[str]) -> Command:
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
 
 
+_PLACED_WARNING = warnings.formatwarning
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format a warning of this package as a line without a place in the source; other warnings keep their place."""
+    if Path(__file__).parents[1] in Path(filename).parents:
+        return f"purify-fast: {message}\n"
+    return _PLACED_WARNING(message, category, filename, lineno, line)
+
+
 def _run(arguments: list[str]) -> int:
     # torchrun sets this variable.
     several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
         # Loading a user's model adds the folder of its code to `sys.path`. Restore `sys.path` when the command ends.
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
+        stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        warnings.formatwarning = _warning
         if several > 1:
             from ..training.distributed import torchrun_group
 

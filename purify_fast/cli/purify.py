@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class Purify(ProcessOptions, Command):
     """Purify image files by the purifier of a saved defence, and write them as PNG files.
 
-    The images must have the size and the channels of the defence. If the defence makes several purified images of an
-    image, the first of them is written.
+    The images must have the size of the images on which the defence was trained, and the same channels; a gray image
+    may also have three. If the defence makes several purified images of an image, the first of them is written.
 
     Args:
         model: Defence whose purifier is used: a folder that a `train` command wrote, or zoo:NAME for a model of the
@@ -157,8 +158,10 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     image = image[:1] if shape[0] == 1 and (image == image[:1]).all() else image
     if image.shape != tuple(shape):
         got, wanted = ("x".join(map(str, sizes)) for sizes in (image.shape, shape))
+        size, gray = f"{shape[2]}x{shape[1]}", " -colorspace Gray" if shape[0] == 1 else ""
         raise ValueError(
-            f"{path} must be {wanted} (channels x height x width), the images of MODEL's training, got {got}: convert "
-            "the image first"
+            f"{path} must be {wanted} (channels x height x width), like the images on which the defence was trained, "
+            f"got {got}: convert the image first, for example by ImageMagick: convert {shlex.quote(str(path))} -resize "
+            f"{size}^ -gravity center -extent {size}{gray} converted.png"
         )
     return image

@@ -66,7 +66,7 @@ class ResultsInClassifier(Training):
     """A command that trains a classifier."""
 
     def save(self, trained: Any, images: DataSet) -> None:
-        """Save the classifier, and print its accuracy on the held-out images."""
+        """Save the classifier, and print its accuracy on the held-out images, which are not attacked."""
         from ..evaluation import EvaluateConfig, evaluate
         from ..training import save_classifier
 
@@ -75,7 +75,9 @@ class ResultsInClassifier(Training):
         # Only the first of several processes calls this method, so it evaluates without the others.
         alone = EvaluateConfig(together=False)
         report = evaluate(trained, x, y, eps=self.method.attack.eps, config=alone, attacks=[], name=name)
-        print(report.to_text())
+        clean = report.row("clean")
+        share = f"{100 * clean.accuracy:.1f} ± {100 * clean.standard_error:.1f} %"
+        print(f"accuracy without an attack: {share} of {clean.n} held-out images")
 
 
 @dataclass(frozen=True)

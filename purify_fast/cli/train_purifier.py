@@ -58,6 +58,7 @@ class TrainPurifier(OnClassifier):
 
         trained.save(self.out)
         save_classifier(trained.classifier, self.out / "classifier")
+        print("the trained weights were not tested on the held-out images of the data set")
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class TrainGenerator(TrainPurifier):
             )
         else:
             purifier = DeepFillGenerator.from_official(self.weights)
+        check_size(purifier, images)
         origin = "scratch" if self.weights is None else weights_fingerprint(purifier)
         return AtopTask(Atop(classifier, purifier, images.image_shape, **self.transform_options()), self.method, origin)
 
@@ -267,8 +269,19 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         defence = saved_start(self.init, Atop, classifier, check=False)
         if self.recipe is not None:
             # The recipe sets the transform. Only the purifier is taken from the folder.
+            check_size(defence.purifier.module, images)
             defence = Atop(classifier, defence.purifier.module, images.image_shape, **self.transform_options())
         return AtopTask(defence, self.method, weights_fingerprint(defence.purifier))
+
+
+def check_size(purifier: nn.Module, images: DataSet) -> None:
+    """Raise a ValueError if a generator of this package does not accept the size of the images."""
+    sides, multiple = images.image_shape[1:], getattr(purifier, "multiple", 1)
+    if any(side % multiple for side in sides):
+        raise ValueError(
+            f"--size must have sides that are multiples of {multiple} for a {type(purifier).__name__}, got images of "
+            f"{sides[0]} x {sides[1]}"
+        )
 
 
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from .._lazy import lazy_exports
 if TYPE_CHECKING:
     from .datasets import DataSet as DataSet
     from .datasets import load_dataset as load_dataset
+    from .folders import read_image as read_image
     from .images import crop_flip as crop_flip
     from .images import mirrored as mirrored
     from .images import resized_crop as resized_crop

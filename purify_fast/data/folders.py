@@ -75,6 +75,9 @@ def read_folder(
         ValueError: a class has no images or does not occur in ``train``, a label is not allowed, an image cannot be
             decoded, or images differ in size and ``image_size`` is None.
         OSError: the cache cannot be written, or its disk has too little space.
+
+    Warns:
+        UserWarning: images are left out, or a class has no held-out image.
     """
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder)
@@ -85,6 +88,14 @@ def read_folder(
     if skip_broken and (broken := _broken(folder, root, source, splits, workers=count)):
         splits = _without(splits, broken, classes)
         source = _fingerprint(folder, splits, classes)
+    present = set(splits["test"].labels.tolist())
+    if absent := [name for label, name in enumerate(classes) if label not in present]:
+        named = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
+        warnings.warn(
+            f"{len(absent)} of the {len(classes)} classes of {folder} have no held-out image ({named}): accuracies on "
+            "held-out images say nothing about them",
+            stacklevel=3,
+        )
     images: dict[str, StreamedImages] | None
     if decode_once:
         place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
@@ -385,6 +396,26 @@ def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
         covering = [sides[0] * width // sides[1], width] if wide else [height, sides[1] * height // sides[0]]
         image = functional.center_crop(functional.resize(image, covering), list(size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """Decode an image file, with the pixels that `purify_fast.data.load_dataset` reads from an image folder.
+
+    Args:
+        path: a JPEG or PNG file.
+        size: height and width. The image is resized until it just covers this size, and its center is cropped. None
+            keeps the size of the image.
+
+    Returns:
+        The image, RGB, uint8 ``[3, H, W]``.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    image = _image(Path(path), size)
+    if isinstance(image, str):
+        raise ValueError(f"the image cannot be decoded: {image}")
+    return torch.from_numpy(image)
 
 
 class EncodedImages(StreamedImages):

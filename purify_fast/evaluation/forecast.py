@@ -62,7 +62,8 @@ def forecast(
 ) -> Forecast:
     """Predict the cost of `evaluate` with the same arguments, on the model's device.
 
-    Trials with more and more images are made, at least three, until a trial takes at least half of ``seconds``.
+    Trials with more and more images are made, until a trial takes at least half of ``seconds``. If there are enough
+    images, at least three are made: the first loads code, and the other two show how the time grows with the images.
 
     Args:
         model: see `evaluate`.

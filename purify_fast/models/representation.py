@@ -92,14 +92,17 @@ def count_classes(classify: Callable[[], Any], image_shape: Sequence[int], batch
 
 
 def _instead(name: str, modules: Iterable[str]) -> str:
-    """Suggest layers for an unknown name: layers whose full name ends with the name, or else similar names."""
+    """Suggest layers for an unknown name: layers whose full name ends with the name, or similar names, or others."""
     depth = name.count(".") + 1
     ends = {path: ".".join(path.split(".")[-depth:]) for path in modules if path}
     if whole := [path for path, end in ends.items() if end == name]:
         return f"give its full path: {' or '.join(whole[:5])}"
     close = difflib.get_close_matches(name, {*ends, *ends.values()}, 4)
-    near = [path for path, end in ends.items() if path in close or end in close] or list(ends)
-    return f"near: {', '.join(near[:5])}"
+    if near := [path for path, end in ends.items() if path in close or end in close]:
+        return f"near: {', '.join(near[:5])}"
+    # the outer layers come first, because a representation is usually read at the end of a stage
+    outer = sorted((path for path in modules if path), key=lambda path: path.count("."))
+    return f"some of its modules: {', '.join(outer[:12])}"
 
 
 class Representation:

@@ -106,10 +106,12 @@ class TensorBoardLog(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows a progress bar on stderr, with the last epoch's metrics."""
+    """Shows a progress bar on stderr, with the last epoch's metrics, and says where a resumed run continues."""
 
     def __init__(self, title: str, run: Run, shown: bool):
         images = run.source.batch_size
+        if shown and 0 < run.step < run.total:
+            print(f"{title}: continues at step {run.step} (epoch {run.epoch})", file=sys.stderr)
         self.bar = tqdm(
             total=run.total,
             initial=run.step,

@@ -40,6 +40,10 @@ from .task import Batch, Metrics, Task
 
 logger = logging.getLogger("purify_fast")
 
+#: If an epoch has fewer steps, the error of a divergence also advises smaller batches: RAdam does not adapt its first
+#: five steps, and CARSO's schedule keeps the learning rate low only in the first epoch.
+FEW = 6
+
 
 @heartbeat()
 @whole_float32_by_default()
@@ -78,7 +82,9 @@ def fit(
             epoch that returns such an iterable, and that repeats the order when it is called again for the same epoch.
             With a function, a run can be resumed at any step: the epoch's earlier batches are read again, but not used.
         y: labels of the images, integers ``[N]``, a tensor or a NumPy array; None with a loader or a function.
-        config: length and settings of the training. With a loader or a function, its batch_size has no effect.
+        config: length and settings of the training. With a loader or a function, its batch_size has no effect. With a
+            DataLoader or a list, or a function that returns one, drop_last leaves out a last batch that is smaller than
+            the first.
         folder: folder for ``checkpoint.safetensors`` and ``log.jsonl``; None writes no files.
         title: title of the progress bar.
         progress: whether to show a progress bar.
@@ -211,9 +217,11 @@ def _diverged(run: Run, watch: LossWatch, error: Diverged) -> Diverged:
     epoch = (run.step - 1 if step is None else step) // run.steps
     where = "a weight is not finite" if step is None else f"the loss of step {step} is not finite"
     kept = "" if run.folder is None else "; the last checkpoint is kept"
+    steps = f"{run.steps} step{'s' if run.steps > 1 else ''}"
+    few = f". An epoch has only {steps}: choose a batch size that gives at least {FEW}" if run.steps < FEW else ""
     return Diverged(
         f"epoch {epoch}: training diverged, {where}{kept}. Lower the learning rate, "
-        "raise eps_warmup, or use the precision float32 if it is bfloat16",
+        f"raise eps_warmup, or use the precision float32 if it is bfloat16{few}",
         step,
     )
 

@@ -89,7 +89,14 @@ class Run:
         if bank is not None:
             self.facts["bank"] = task.bank = bank.facts
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
-        self.terms = task.acts_from_step = task.terms(self.length)
+        try:
+            self.terms = task.acts_from_step = task.terms(self.length)
+        except ValueError:
+            # If the images of the folder's run were changed, this is the reason.
+            there = None if folder is None else last_checkpoint(folder)
+            if folder is not None and there is not None and there["facts"]["data"] != source.description:
+                refuse_another(folder, there["facts"], self.facts)
+            raise
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
@@ -315,12 +322,30 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str) -> str:
-    """Describe the differences between the facts of two runs, in a text that is empty if there are none."""
+def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str, data: str = "data") -> str:
+    """Describe the differences between the facts of two runs, in a text that is empty if there are none.
+
+    Args:
+        saved: the facts of the first run.
+        wanted: the facts of the second run.
+        there: words for the first run.
+        here: words for the second run.
+        data: words for a difference of the images, which comes first.
+    """
     # JSON turns a checkpoint's tuples into lists. Runs of before the setting `resized_crop` have no entry for it.
-    saved, wanted = ({"resized_crop": 0.0} | json.loads(json.dumps(facts)) for facts in (saved, wanted))
-    different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    return "; ".join(f"{key}: {saved.get(key)!r} {there}, {wanted.get(key)!r} {here}" for key in different)
+    first, second = ({"resized_crop": 0.0} | json.loads(json.dumps(facts)) for facts in (saved, wanted))
+    images = [first.pop("data", None), second.pop("data", None)]
+    changed = [f"{data}: {images[0]} {there}, {images[1]} {here}"] if images[0] != images[1] else []
+    return "; ".join([*changed, *(f"{name}: {a!r} {there}, {b!r} {here}" for name, a, b in _different(first, second))])
+
+
+def _different(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the names and the two values of what differs in two JSON values, such as ``defence.samples``, 8 and 4."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from _different(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif one != other:
+        yield name, one, other
 
 
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -329,5 +354,5 @@ def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) 
     if saved["task"] != wanted["task"]:
         kinds = f"holds a run of the training {saved['task']!r}, but this is the training {wanted['task']!r}"
         raise ValueError(f"{folder} {kinds}: {advice}")
-    if difference := differences(saved, wanted, "there", "now"):
+    if difference := differences(saved, wanted, "there", "now", data="the images have changed"):
         raise ValueError(f"{folder} holds a run with other settings ({difference}): {advice}")

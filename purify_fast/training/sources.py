@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from .._process import processes
 from .._tensors import digest
@@ -128,9 +128,12 @@ class Loader:
     before each epoch. So the DataLoader's random draws, such as the order and the seeds of its workers, depend only on
     the seed and the epoch.
 
+    With ``drop_last``, the last batch of an epoch is left out if it is known to be smaller than the first (see
+    `_ends_smaller`).
+
     Args:
         x: the batches. Each process has its own share.
-        config: settings of the training, with the seed.
+        config: settings of the training, with the seed and drop_last.
         device: device to which the images are moved.
 
     Raises:
@@ -153,7 +156,7 @@ class Loader:
             )
         if len(first) == 0:
             raise ValueError("x must have at least 1 batch, got 0")
-        self.steps = _cut_off(len(first), config)
+        self.steps = _cut_off(len(first) - (config.drop_last and _ends_smaller(first)), config)
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
@@ -252,6 +255,28 @@ def _as_labels(y: Any) -> Any:
     """Return integer labels of any size as int64, and anything else unchanged."""
     integers = (torch.int8, torch.int16, torch.int32, torch.uint8)
     return y.long() if isinstance(y, Tensor) and y.dtype in integers else y
+
+
+def _ends_smaller(batches: Any) -> bool:
+    """Tell whether the last batch of a DataLoader, a list or a tuple is smaller than the first.
+
+    The sizes of other batches are not known before the batches are read, so the result for them is False.
+    """
+    if isinstance(batches, DataLoader):
+        sampler: Any = batches.batch_sampler
+        # a subclass may make batches of any size, and an iterable data set has a sampler without a length
+        if type(sampler) is not BatchSampler or not isinstance(sampler.sampler, Sized):
+            return False
+        images = len(sampler.sampler)
+        return not sampler.drop_last and images > sampler.batch_size and images % sampler.batch_size > 0
+    if not isinstance(batches, (list, tuple)):
+        return False
+    try:
+        first, last = (len(batches[k][0]) for k in (0, -1))
+    except (TypeError, LookupError):
+        # `Loader.epoch` says what is wrong with such a batch
+        return False
+    return last < first
 
 
 def _batch_of_one(images: int, batch_size: int, drop_last: bool, steps: int) -> str:

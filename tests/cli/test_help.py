@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import tyro
 
 from purify_fast import cli
 from purify_fast.cli.parsing import MARKERS, option_types
+from purify_fast.data import folders
 from purify_fast.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +23,20 @@ def options(kind):
     """The options of a command, as argparse holds them."""
     parser = tyro.extras.get_parser(kind, config=MARKERS, registry=option_types())
     return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def test_a_warning_of_this_package_is_one_line(monkeypatch):
+    """A warning of other code keeps its place, and after the command all warnings do."""
+    written = []
+
+    def warn(self):
+        for place in (folders.__file__, "/elsewhere/other.py"):
+            written.append(warnings.formatwarning("2 images", UserWarning, place, 9, "call()"))
+
+    monkeypatch.setattr(cli.Zoo, "run", warn)
+    before = warnings.formatwarning
+    assert cli.main(["zoo"]) == 0 and warnings.formatwarning is before
+    assert written == ["purify-fast: 2 images\n", "/elsewhere/other.py:9: UserWarning: 2 images\n  call()\n"]
 
 
 def test_help_comes_without_pytorch():

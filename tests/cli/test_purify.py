@@ -66,6 +66,12 @@ def test_a_saved_folder_with_colors_and_a_denoiser_without_a_classifier(tmp_path
     loaded = purify_fast.load_defence(tmp_path / "denoiser", torch.nn.Flatten(), process={"t_star": 0.2, "steps": 3})
     wanted = expected(loaded, torch.from_numpy(levels.transpose(2, 0, 1))[None])[0]
     assert (np.asarray(Image.open(tmp_path / "out.png")).transpose(2, 0, 1) == wanted).all()
+    # a gray image is read as three equal channels
+    Image.fromarray(levels[..., 0]).save(tmp_path / "in.png")
+    assert run(*words, "--denoising-steps", 3)[0] == 0
+    gray = torch.from_numpy(levels[..., 0]).expand(1, 3, 12, 8)
+    wanted = expected(loaded, gray)[0]
+    assert (np.asarray(Image.open(tmp_path / "out.png")).transpose(2, 0, 1) == wanted).all()
 
 
 def test_unusable_input_is_refused_before_anything_is_written(digits, tmp_path, run, monkeypatch):
@@ -82,10 +88,11 @@ def test_unusable_input_is_refused_before_anything_is_written(digits, tmp_path, 
     (tmp_path / "empty").mkdir()
     carso = "zoo:digits-carso-pipeline"
     for words, message in {
-        (carso, "small.png", "o.png"): "small.png must be 1x16x16 (channels x height x width), the images of MODEL's "
-        "training, got 1x12x16",
-        (carso, "colors.png", "o.png"): "colors.png must be 1x16x16 (channels x height x width), the images of MODEL's "
-        "training, got 3x16x16",
+        (carso, "small.png", "o.png"): "small.png must be 1x16x16 (channels x height x width), like the images on "
+        "which the defence was trained, got 1x12x16: convert the image first, for example by ImageMagick: convert "
+        "small.png -resize 16x16^ -gravity center -extent 16x16 -colorspace Gray converted.png",
+        (carso, "colors.png", "o.png"): "colors.png must be 1x16x16 (channels x height x width), like the images on "
+        "which the defence was trained, got 3x16x16",
         (
             carso,
             "deep.png",

@@ -87,4 +87,4 @@ def test_the_command_line_decodes_each_time(tmp_path, capsys):
     root = folder(tmp_path / "pets")
     command = f"train classifier --data {root} --size 16 --decode each_time --epochs 1 --batch-size 4 --width 2"
     assert main([*command.split(), "--out", str(tmp_path / "run")]) == 0
-    assert "clean" in capsys.readouterr().out and not list((root / ".purify_fast").glob("*/x_*.npy"))
+    assert "without an attack" in capsys.readouterr().out and not list((root / ".purify_fast").glob("*/x_*.npy"))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -115,6 +116,16 @@ def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
     assert data.load_dataset(tmp_path, image_size=(20, 5)).x_train[0, 0, 9:11].min() > 200
 
 
+@pytest.mark.parametrize("size", [None, (6, 9)])
+def test_a_single_file_has_the_pixels_of_the_folder(tmp_path, size):
+    folder(tmp_path)
+    alone = data.read_image(tmp_path / "train" / "dog" / "001.png", size)
+    assert alone.dtype == torch.uint8 and torch.equal(alone, data.load_dataset(tmp_path, image_size=size).x_train[6])
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"the image cannot be decoded: .*broken\.png"):
+        data.read_image(tmp_path / "broken.png")
+
+
 def test_images_of_several_sizes_need_image_size(tmp_path):
     folder(tmp_path, sizes=((10, 8), (9, 8)))
     with pytest.raises(ValueError, match=r"001\.png has 9 x 8 .* 10 x 8.* image_size=\(H, W\)"):
@@ -160,6 +171,17 @@ def test_files_that_cannot_be_decoded_are_left_out(tmp_path, decode, monkeypatch
         data.load_dataset(tmp_path / "pets", **given)
     with pytest.raises(ValueError, match="broken='skip' needs an image folder"):
         data.load_dataset("digits", broken="skip")
+
+
+def test_a_class_without_held_out_images_is_named(tmp_path):
+    folder(tmp_path / "pets")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.load_dataset(tmp_path / "pets")
+    for path in (tmp_path / "pets/val/dog").iterdir():
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"1 of the 2 classes of .*pets have no held-out image \(dog\)"):
+        assert data.load_dataset(tmp_path / "pets").num_classes == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from pictures import picture  # noqa: E402
 from small_models import Halved, Linear, smaller  # noqa: E402
 
 import benchmarks.__main__ as benchmarks  # noqa: E402
@@ -97,6 +98,10 @@ def scope(tmp_path, monkeypatch):
     made.defence(made.build_classifier()).save_official("models", "wrn_28_10_cifar_10_cui_2023")
     DeepFillGenerator(5, 4).save_official("states_pt_places2.pth")
     x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    # the folder of a reader's images, and a photo
+    for label in range(10):
+        (tmp_path / "pets" / "train" / f"class {label}").mkdir(parents=True)
+    picture(tmp_path / "photo.jpg", 0, (40, 50))
     return {
         "torch": torch,
         "purify_fast": purify_fast,

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from purify_fast import Carso
-from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.models.representation import Representation
 
 
@@ -109,6 +109,12 @@ def test_a_layer_without_what_stands_before_it_is_found(name, message):
     wrapped.model = resnet18(num_classes=2)
     with pytest.raises(ValueError, match=message):
         Representation(wrapped, [name], (3, 32, 32))
+
+
+def test_without_a_similar_name_the_outer_layers_are_named():
+    message = r"no module 'layer1'; some of its modules: .*stages, .*stages\.0, stages\.1, stages\.2, stages\.3,"
+    with pytest.raises(ValueError, match=message):
+        Representation(PreActResNet18(width=4), ["layer1"], (3, 32, 32))
 
 
 def test_layers_as_a_text_and_a_single_logit_are_refused():

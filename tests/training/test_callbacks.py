@@ -116,6 +116,18 @@ def test_the_bar_counts_images_and_goes_at_an_error(capsys):
     assert "mine" in shown and "/128" in shown and "img/s" in shown
 
 
+def test_a_resumed_run_says_where_it_continues(tmp_path, capsys):
+    config = FitConfig(2, 16, checkpoint_seconds=0)
+    with pytest.raises(Stopped):
+        fit(task(), *images(), config, tmp_path, title="mine", callbacks=[StopAt(6)])
+    assert "continues" not in capsys.readouterr().err
+    fit(task(), *images(), config, tmp_path, title="mine")
+    # the checkpoint is that of step 5, and an epoch has four steps
+    assert capsys.readouterr().err.startswith("mine: continues at step 5 (epoch 1)\n")
+    fit(task(), *images(), config, tmp_path)
+    assert "continues" not in capsys.readouterr().err
+
+
 def test_a_summary_is_a_line_to_read():
     text = summary({"loss": 0.4321987, "accuracy": 0.9125, "validation_accuracy": 0.5, "cross_entropy": math.pi})
     assert text == "last epoch: loss 0.4322, accuracy 0.9125, validation accuracy 0.5, cross entropy 3.142"

@@ -37,6 +37,11 @@ def test_the_step_is_found(tmp_path):
     with pytest.raises(Diverged, match=r"the loss of step 5 is not finite; the last checkpoint is kept") as told:
         fit(task, x, y, FitConfig(3, 16, padding=1), tmp_path, progress=False)
     assert "Lower the learning rate, raise eps_warmup" in str(told.value)
+    # an epoch of 64 images has four steps of 16, but 32 of two
+    assert str(told.value).endswith("An epoch has only 4 steps: choose a batch size that gives at least 6")
+    with pytest.raises(Diverged) as told:
+        fit(Fragile(5), x, y, FitConfig(1, 2), progress=False)
+    assert "An epoch has only" not in str(told.value)
 
 
 def test_it_is_seen_at_the_next_look_without_a_checkpoint():

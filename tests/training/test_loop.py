@@ -105,9 +105,9 @@ def test_a_run_of_before_a_setting_existed_goes_on(tmp_path):
         fit(task(), x, y, FitConfig(2, 16, resized_crop=0.5), tmp_path)
 
 
-def carso(seed, origin="scratch"):
+def carso(seed, origin="scratch", samples=1):
     torch.manual_seed(seed)
-    defence = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, 1, decoder_width=2)
+    defence = Carso(SmallCNN(1, 2, (8, 8), 4), ["conv2"], (1, 8, 8), 4, 2, samples, decoder_width=2)
     return CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=0.1, steps=1), kl_delay=0.0), origin)
 
 
@@ -118,7 +118,10 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
     for folder, other, pixels, size, message in (
         ("a", task(), x, 32, "batch_size: 16 there, 32 now"),
         ("a", task(weight_decay=0.1), x, 16, r"weight_decay: 0\.0005 there, 0\.1 now"),
-        ("a", task(), 255 - x, 16, "data: "),
+        ("a", task(), 255 - x, 16, r"settings \(the images have changed: 64 images, \w+ there, 64 images, \w+ now\)"),
+        # only what differs is named, and the images come first
+        ("b", carso(0, samples=3), x, 16, r"settings \(defence\.samples: 1 there, 3 now\)"),
+        ("b", carso(0, samples=3), 255 - x, 16, r"\(the images have .* now; defence\.samples: 1 there, 3 now\)"),
         ("a", task(8), x, 16, "structure: "),
         ("a", carso(0), x, 16, "holds a run of the training 'classifier', .* 'carso'"),
         ("b", carso(1), x, 16, "classifier: "),
@@ -126,6 +129,17 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             fit(other, pixels, y, FitConfig(1, size), tmp_path / folder)
+
+
+def test_deleted_images_are_the_reason_that_is_given(tmp_path):
+    """Without them, the last batch is too small for the training. A run in a new folder says this."""
+    x, y = images()
+    config = FitConfig(1, 16, drop_last=False)
+    fit(carso(0), x, y, config, tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match=r"the images have changed: 64 images, \w+ there, 50 images, \w+ now"):
+        fit(carso(0), x[:50], y[:50], config, tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="drop_last=False trains on a last batch of 2 images"):
+        fit(carso(0), x[:50], y[:50], config, tmp_path / "new", progress=False)
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):

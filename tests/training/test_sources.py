@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from small_runs import (
     task,
 )
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -153,7 +154,11 @@ REFUSED = {  # the task, what `fit` gets, and the message
         LAST + "1d 6 ",
     ),
     "map of one pixel": (lambda: maps(1), lambda: (*images(33), FitConfig(1, 16, drop_last=False)), LAST + "2d 1 "),
-    "DataLoader": (lambda: maps(1), lambda: (loaded(33, batch_size=16), None, FitConfig(1)), LAST + "2d 1 "),
+    "DataLoader": (
+        lambda: maps(1),
+        lambda: (loaded(33, batch_size=16), None, FitConfig(1, drop_last=False)),
+        LAST + "2d 1 ",
+    ),
     "DataLoader, all": (lambda: maps(1), lambda: (loaded(33), None, FitConfig(1)), "batch_size 1 makes batches of 1"),
 }
 
@@ -178,7 +183,8 @@ def test_a_batch_of_one_that_batchnorm_cannot_take_is_refused_at_the_start(name,
         lambda: (*images(33), FitConfig(1, 16)),
         lambda: (*images(33), FitConfig(1, 16, drop_last=False, steps_per_epoch=2)),
         lambda: (loaded(33, batch_size=16, drop_last=True), None, FitConfig(1)),
-        lambda: (loaded(33, batch_size=16), None, FitConfig(1, steps_per_epoch=2)),
+        lambda: (loaded(33, batch_size=16), None, FitConfig(1)),
+        lambda: (loaded(33, batch_size=16), None, FitConfig(1, drop_last=False, steps_per_epoch=2)),
     ],
 )
 def test_batches_of_several_images_need_no_trial(given):
@@ -349,14 +355,69 @@ def test_loaders_that_cannot_be_used_are_refused():
         fit(task(), [(x, y)], y, FitConfig(1))
 
 
-def test_a_loaders_last_smaller_batch_is_trained_on():
+class Sizes:
+    """Batches whose sizes are known only when they are read, because they are no list and no DataLoader."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def of_16(n):
+    x, y = images(n)
+    return [(x[k : k + 16], y[k : k + 16]) for k in range(0, n, 16)]
+
+
+SMALLER = {  # batches of 16, 16 and 8 images
+    "DataLoader": lambda: loaded(40, batch_size=16),
+    "batch sampler": lambda: loaded(40, batch_sampler=BatchSampler(range(40), 16, False)),
+    "list": lambda: of_16(40),
+    "function": lambda: lambda epoch: of_16(40),
+}
+
+
+@pytest.mark.parametrize("form", SMALLER)
+def test_a_loaders_last_smaller_batch_is_dropped_like_that_of_tensors(form, tmp_path):
+    def sizes(config, folder=None, callbacks=()):
+        made, seen = task(), []
+        step = made.training_step
+        made.training_step = lambda batch: seen.append(len(batch.x)) or step(batch)
+        fit(made, SMALLER[form](), None, config, folder, progress=False, callbacks=callbacks)
+        return seen
+
+    assert sizes(FitConfig(2), tmp_path) == [16] * 4
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    # the run has ended, so nothing is trained again
+    assert sizes(FitConfig(2), tmp_path) == []
+    assert sizes(FitConfig(2, drop_last=False)) == [16, 16, 8] * 2
+    with pytest.raises(ValueError, match="steps_per_epoch must be at most 2"):
+        sizes(FitConfig(1, steps_per_epoch=3))
+    with pytest.raises(Stopped):
+        sizes(FitConfig(2), tmp_path / "cut", [StopAt(3)])
+    # the checkpoint is that of the first epoch's end
+    assert sizes(FitConfig(2), tmp_path / "cut") == [16, 16]
+
+
+def test_other_batches_of_a_loader_are_trained_on_as_they_come():
     x, y = images(40)
-    seen = []
-    made = task()
-    step = made.training_step
-    made.training_step = lambda batch: seen.append(batch.sample_ids.tolist()) or step(batch)
-    fit(made, DataLoader(TensorDataset(x, y), 16), None, FitConfig(1), progress=False)
-    assert seen == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
+
+    def sizes(batches):
+        made, seen = task(), []
+        step = made.training_step
+        made.training_step = lambda batch: seen.append(len(batch.x)) or step(batch)
+        fit(made, batches, None, FitConfig(1), progress=False)
+        return seen
+
+    # the smaller batch is not the last, is the only one, or is not known beforehand
+    assert sizes([(x[:16], y[:16]), (x[16:20], y[16:20]), (x[20:36], y[20:36])]) == [16, 4, 16]
+    assert sizes(loaded(10, batch_size=16)) == [10]
+    assert sizes(Sizes(of_16(40))) == [16, 16, 8]
 
 
 # -- held-out images --------------------------------------------------------------------------------------------------

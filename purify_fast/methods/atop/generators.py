@@ -185,6 +185,8 @@ class DeepFillGenerator(nn.Module):
     """
 
     takes_packed = True
+    #: The sides of images must be multiples of this number.
+    multiple = 8
 
     def __init__(self, in_channels: int = 5, width: int = 48):
         super().__init__()
@@ -199,7 +201,7 @@ class DeepFillGenerator(nn.Module):
         self.stage2 = _Refined(self.channels, width)
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        _check_packed(packed, mask, self.channels, 8)
+        _check_packed(packed, mask, self.channels, self.multiple)
         coarse = torch.tanh(self.stage1(packed))
         hidden = mask.to(packed.dtype)
         return coarse, self.stage2(coarse * hidden + packed[:, : self.channels] * (1 - hidden), mask)
@@ -330,6 +332,8 @@ class SmallGenerator(nn.Module):
     """
 
     takes_packed = True
+    #: The sides of images must be multiples of this number.
+    multiple = 4
 
     def __init__(self, channels: int = 3, width: int = 8, *, attention: bool = True, residual: bool = False):
         super().__init__()
@@ -343,7 +347,7 @@ class SmallGenerator(nn.Module):
                 nn.init.zeros_(head.get_parameter("conv.weight"))
 
     def forward(self, packed: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        _check_packed(packed, mask, self.channels, 4)
+        _check_packed(packed, mask, self.channels, self.multiple)
         image, mask = packed[:, : self.channels], mask.to(packed.dtype)
         coarse = self._finish(self.coarse(packed), image)
         refined = self.refined(torch.cat([coarse, image, mask], 1), mask)

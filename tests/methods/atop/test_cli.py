@@ -11,7 +11,7 @@ from purify_fast import cli
 from purify_fast.evaluation import Report
 from purify_fast.methods.atop import Atop, AtopTask, DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
-from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.training import load_classifier, save_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,10 +79,13 @@ def test_pretrained_fine_tuned_evaluated(made, generator, tmp_path, capsys, monk
     assert all(torch.equal(value, classifiers[1][name]) for name, value in classifiers[0].items())
 
 
-def test_from_scratch_with_every_setting(made, tmp_path):
+def test_from_scratch_with_every_setting(made, tmp_path, capsys):
     settings = ["--transform", "rt2", "--sigma", "0.2", "--block", "2", "--mask-ratio", "0.5", "--samples", "2"]
     options = ["--init", "None", "--purifier", "small_generator", "--width", "2", "--shared-mask", "--eps", "0.05"]
     assert run("atop", made, tmp_path, *options, *settings) == 0
+    said = capsys.readouterr().out
+    tested = "the trained weights were not tested on the held-out images of the data set"
+    assert f"{tested}\nsaved to {tmp_path}; attack it with: purify-fast evaluate {tmp_path} --data" in said
     loaded = purify_fast.load_defence(tmp_path)
     network = loaded.purifier.module
     assert type(network) is SmallGenerator and network.arguments["width"] == 2
@@ -146,6 +149,23 @@ def test_what_init_brings_is_not_given_again(made, generator, tmp_path, capsys, 
     said = capsys.readouterr().err
     assert f"--init {generator} sets the network and the transform: leave out {named}, or start from" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "multiple"),
+    [
+        (["--init", "None", "--purifier", "deepfill", "--size", "20", "8"], "8 for a DeepFillGenerator"),
+        (["--init", "None", "--purifier", "small_generator", "--size", "18", "8"], "4 for a SmallGenerator"),
+        (["--init", "{generator}", "--recipe", "cifar_rt2", "--size", "18", "8"], "4 for a SmallGenerator"),
+    ],
+)
+def test_a_size_that_the_purifier_does_not_accept_is_named(made, generator, tmp_path, capsys, options, multiple):
+    # this classifier accepts images of any size
+    save_classifier(PreActResNet18(2, 1, width=4), tmp_path / "any")
+    options = ["--classifier", str(tmp_path / "any"), *(option.format(generator=generator) for option in options)]
+    assert run("atop", made, tmp_path / "out", *options) == 2
+    wanted = f"--size must have sides that are multiples of {multiple}, got images of {options[-2]} x 8"
+    assert wanted in capsys.readouterr().err
 
 
 def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, monkeypatch):
