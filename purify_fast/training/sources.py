@@ -128,8 +128,8 @@ class Loader:
     before each epoch. So the DataLoader's random draws, such as the order and the seeds of its workers, depend only on
     the seed and the epoch.
 
-    With ``drop_last``, the last batch of an epoch is left out if it is known to be smaller than the first (see
-    `_ends_smaller`).
+    With ``drop_last``, a single process leaves out the last batch of an epoch if it is known to be smaller than the
+    first (see `_ends_smaller`).
 
     Args:
         x: the batches. Each process has its own share.
@@ -156,7 +156,9 @@ class Loader:
             )
         if len(first) == 0:
             raise ValueError("x must have at least 1 batch, got 0")
-        self.steps = _cut_off(len(first) - (config.drop_last and _ends_smaller(first)), config)
+        # With several processes, only some of the shares may end smaller, and all processes need the same steps.
+        dropped = config.drop_last and processes()[1] == 1 and _ends_smaller(first)
+        self.steps = _cut_off(len(first) - dropped, config)
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:

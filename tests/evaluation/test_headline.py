@@ -330,9 +330,10 @@ def test_a_random_model_is_tested_by_one_draw():
     assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 87
     report.about["claim"] = "97"
     assert report.claim_test().verdict == "refuted"
-    # All images of a call share a draw, so the best draw counts.
-    attacked.of_draws = [0.94, 0.86, 0.85, 0.85, 0.85]
-    assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 94
+    # All images of a call share a draw, so the best draw counts. The draws may be those of another attack.
+    for lower in (0.0, 0.3):
+        attacked.of_draws = [draw - lower for draw in (0.94, 0.86, 0.85, 0.85, 0.85)]
+        assert report.claim_test().verdict == "not refuted" and report.claim_test().left == 94
 
 
 def test_a_claim_is_not_tested_by_a_model_that_fails_without_an_attack():

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
@@ -12,7 +13,7 @@ from torch.nn.grad import conv2d_input
 from purify_fast.models.layers import Conv2d
 from purify_fast.speed import InferenceCopy
 from purify_fast.speed.folding import convolution_chains, kept_layouts, unrolled
-from purify_fast.speed.folding.kept_layouts import packed_matrix, turned
+from purify_fast.speed.folding.kept_layouts import matrix, packed_matrix, turned
 
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
@@ -70,6 +71,27 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
         assert close(unrolled.input_gradient(grad, weight.clone(), *rest))
     trained = weight.clone().requires_grad_()
     assert close(unrolled.input_gradient(grad, trained, *rest)) and trained not in kept_layouts._kept
+
+
+def test_layouts_are_few_and_follow_new_memory():
+    weight = torch.rand(512, 512, 3, 3).to(BF16)
+    for side in range(1, 12):
+        packed_matrix(weight, turned, (side, 1))
+    assert len(kept_layouts._kept[weight][1]) == kept_layouts.MOST
+    rows = torch.rand(1, 2, 2, 9 * 512).to(BF16)
+    unrolled.product(rows, weight, matrix)
+    weight.data = torch.zeros_like(weight)
+    assert not unrolled.product(rows, weight, matrix).any()
+
+
+def test_empty_batches_and_fake_tensors():
+    weight = torch.rand(512, 512, 3, 3).to(BF16)
+    leaf = torch.rand(0, 512, 4, 4).to(BF16).requires_grad_()
+    out = unrolled.unrolled(leaf, weight, None, (1, 1), (1, 1))
+    assert out.shape == leaf.shape == torch.autograd.grad(out.sum(), leaf)[0].shape
+    with FakeTensorMode() as mode:
+        fakes = (mode.from_tensor(one) for one in (torch.rand(2, 512, 4, 4).to(BF16), weight))
+        assert unrolled.unrolled(*fakes, None, (1, 1), (1, 1)).shape == (2, 512, 4, 4)
 
 
 def test_the_gradient_is_a_product_for_small_maps_of_wide_layers_alone():

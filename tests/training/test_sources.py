@@ -24,7 +24,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.layers import BatchNorm1d
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, sources
 from purify_fast.training.sources import InMemory, held_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -402,6 +402,14 @@ def test_a_loaders_last_smaller_batch_is_dropped_like_that_of_tensors(form, tmp_
         sizes(FitConfig(2), tmp_path / "cut", [StopAt(3)])
     # the checkpoint is that of the first epoch's end
     assert sizes(FitConfig(2), tmp_path / "cut") == [16, 16]
+
+
+def test_several_processes_keep_the_last_batches_of_their_loaders(monkeypatch):
+    """One share may end smaller and another not, and all processes need the same number of steps."""
+    loader = loaded(40, batch_size=16)
+    assert sources.Loader(loader, FitConfig(), torch.device("cpu")).steps == 2
+    monkeypatch.setattr(sources, "processes", lambda: (0, 2))
+    assert sources.Loader(loader, FitConfig(), torch.device("cpu")).steps == 3
 
 
 def test_other_batches_of_a_loader_are_trained_on_as_they_come():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -86,7 +87,7 @@ class ClaimTest:
     images: int
     chance: float
 
-    @property
+    @functools.cached_property
     def more(self) -> int | None:
         """The number of images that would refute the claim, see `images_to_decide`."""
         return images_to_decide(self.share, self.claim)
@@ -100,8 +101,10 @@ def tested_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
         row: the row of lowest accuracy.
         clean: the clean row of the same model, if there is one.
     """
-    # Draws that all images of a call share are not independent among the images, so the best draw is taken.
-    share = max(row.of_draws, default=row.mean) if row.n_eval > 1 else row.accuracy
+    share = row.mean if row.n_eval > 1 else row.accuracy
+    if row.n_eval > 1 and row.of_draws:
+        # Draws that all images of a call share are not independent among the images. So the best draw is taken.
+        share = min(1.0, share + max(row.of_draws) - sum(row.of_draws) / len(row.of_draws))
     left = math.ceil(share * row.n - 1e-9)
     chance = chance_of_at_most(left, row.n, claim)
     broken = row.nothing_to_attack or any(one is not None and one.nonfinite_predictions for one in (row, clean))

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: For each tensor of weights, its version and its layouts by name.
+#: For each tensor of weights, its state, and its layouts by name.
 _kept = WeakTensorKeyDictionary()
+#: The largest number of layouts of a tensor. Maps of another size need another layout.
+MOST = 8
 #: oneDNN chooses a layout for a batch. It is always this batch, so that the layout, and with it the rounding of the
 #: products, never depends on which batch came first.
 BATCH = 32
@@ -23,18 +25,23 @@ def kept_layout(weight: Tensor, name: Hashable, make: Callable[[], Tensor]) -> T
     Args:
         weight: the weights.
         name: name of the layout.
-        make: function that makes the layout. It is called again if the weights were changed in place since.
+        make: function that makes the layout. It is called again if the weights were changed in place since. Writes to
+            ``weight.data`` cannot be seen.
     """
     # A trace would record the kept tensor as a constant. Tensors of the inference mode have no version.
     if weight.requires_grad or weight.is_inference() or _get_current_dispatch_mode():
         return make()
-    version, layouts = _kept.get(weight, (None, {}))
-    if version != weight._version:
+    state = weight._version, weight.data_ptr()
+    known, layouts = _kept.get(weight, (None, {}))
+    if known != state:
         layouts = {}
-        _kept[weight] = weight._version, layouts
+        _kept[weight] = state, layouts
     if name not in layouts:
+        if len(layouts) >= MOST:
+            del layouts[next(iter(layouts))]
         layouts[name] = make()
-    return layouts[name]
+    result: Tensor = layouts[name]
+    return result
 
 
 def matrix(weight: Tensor) -> Tensor:

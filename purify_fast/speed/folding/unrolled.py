@@ -69,8 +69,9 @@ def product(
     Returns:
         ``[B, H, W, N]``.
     """
-    if weight.requires_grad or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # To pack weights that change in each step would take longer than is gained.
+    packs = type(rows) is Tensor and rows.numel() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.requires_grad or not packs:
+        # To pack weights that change in each step would take longer than is gained. Fake tensors cannot be packed.
         out = F.linear(rows, form(weight), bias)
         out = out if added is None else out.add_(added)
         return out if name == "none" else out.relu_() if name == "relu" else F.silu(out, True)
