@@ -407,9 +407,9 @@ def test_a_loaders_last_smaller_batch_is_dropped_like_that_of_tensors(form, tmp_
 def test_several_processes_keep_the_last_batches_of_their_loaders(monkeypatch):
     """One share may end smaller and another not, and all processes need the same number of steps."""
     loader = loaded(40, batch_size=16)
-    assert sources.Loader(loader, FitConfig(), torch.device("cpu")).steps == 2
+    assert sources.Loader(loader, FitConfig(1), torch.device("cpu")).steps == 2
     monkeypatch.setattr(sources, "processes", lambda: (0, 2))
-    assert sources.Loader(loader, FitConfig(), torch.device("cpu")).steps == 3
+    assert sources.Loader(loader, FitConfig(1), torch.device("cpu")).steps == 3
 
 
 def test_other_batches_of_a_loader_are_trained_on_as_they_come():
