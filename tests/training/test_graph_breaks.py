@@ -40,7 +40,7 @@ def test_a_step_breaks_only_in_its_attack(make, most):
     losses = []
     found = torch._dynamo.explain(lambda step: losses.append(task.training_step(step)[0]))(step)
     assert 0 < found.graph_break_count <= most
-    attacks = {(f"attacks/{name}.py", None) for name in ("attacked_model", "base", "objective", "pgd")}
+    attacks = {(f"attacks/{name}.py", None) for name in ("attacked_model", "base", "functions", "objective", "pgd")}
     allowed = attacks | {("methods/arrest/task.py", "inputs")}
     for reason in found.break_reasons:
         file, function = where(reason)
