@@ -66,7 +66,7 @@ def test_eight_processes_are_five_times_as_fast_as_one():
 
 @pytest.mark.slow
 def test_a_recorded_evaluation():
-    """What later attacks will need is published before, and is mostly right."""
+    """The first process names early the images that later attacks need, and these names are mostly right."""
     found = recorded(12)
     needed = {place for each in found["lists"] for place in each["needed"]}
     assert needed <= found["seconds"].keys()

@@ -405,7 +405,7 @@ def test_a_loaders_last_smaller_batch_is_dropped_like_that_of_tensors(form, tmp_
 
 
 def test_several_processes_keep_the_last_batches_of_their_loaders(monkeypatch):
-    """One share may end smaller and another not, and all processes need the same number of steps."""
+    """All processes need the same number of steps, but the last batches of their shares may differ in size."""
     loader = loaded(40, batch_size=16)
     assert sources.Loader(loader, FitConfig(1), torch.device("cpu")).steps == 2
     monkeypatch.setattr(sources, "processes", lambda: (0, 2))

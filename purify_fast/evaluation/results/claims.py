@@ -66,7 +66,7 @@ def images_to_decide(left: float, claim: float) -> int | None:
 
 @dataclass(frozen=True)
 class ClaimTest:
-    """Whether a row refutes a claimed robust accuracy.
+    """The result of the test if a row refutes a claimed robust accuracy.
 
     A random model is tested by the accuracy of one draw, which is the number that papers report for such models. The
     mean over several draws varies less than a single draw, so the binomial test of the rounded up number is cautious.
@@ -101,8 +101,8 @@ def tested_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
         row: the row of lowest accuracy.
         clean: the clean row of the same model, if there is one.
     """
-    share = row.mean if row.n_eval > 1 else row.accuracy
-    if row.n_eval > 1 and row.of_draws:
+    share = row.mean
+    if row.of_draws:
         # Draws that all images of a call share are not independent among the images. So the best draw is taken.
         share = min(1.0, share + max(row.of_draws) - sum(row.of_draws) / len(row.of_draws))
     left = math.ceil(share * row.n - 1e-9)

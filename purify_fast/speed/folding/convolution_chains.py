@@ -264,17 +264,17 @@ class Chain(nn.Module):
                 continue
             # No other step adds to the gradient of this map, so its activation can be passed at once.
             before = self.producers.get(step.input) if left[step.input] == 0 else None
-            earlier = grads.pop(step.input, None)
-            rest: tuple[Any, ...] = None, [], 0.0, None, NONE
+            earlier, entered, beside, activation = grads.pop(step.input, None), None, None, NONE
+            norm: tuple[list[Tensor], float] = [], 0.0
             if before is not None:
-                beside = grads.pop(before.total, None)
-                rest = saved[before.entered], *before.numbers(), beside, before.activation
+                entered, beside = saved[before.entered], grads.pop(before.total, None)
+                norm, activation = before.numbers(), before.activation
             target = step.input if before is None else before.total
-            # The last number is the activation, and the second is the list of the BatchNorm's tensors.
-            simple = _by_onednn(grad) and not rest[1] and rest[-1] != SILU
-            found = step.backward_by_onednn(grad, size, earlier, rest[0], rest[3]) if simple else None
+            found = None
+            if _by_onednn(grad) and not norm[0] and activation != SILU:
+                found = step.backward_by_onednn(grad, size, earlier, entered, beside)
             if found is None:
-                given = grad, channels_last(step.layer.weight), *size, earlier, *rest
+                given = grad, channels_last(step.layer.weight), *size, earlier, entered, *norm, beside, activation
                 found = BACKWARD(*given, *step.settings(size), variant=step.variant())
             grads[target] = found
         return grads
