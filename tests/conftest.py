@@ -3,11 +3,13 @@
 import importlib.util
 import multiprocessing
 import os
+import random
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,7 +74,21 @@ def _processor_seconds() -> float:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     item.stash[_began] = _processor_seconds()
+    _seed()
     return (yield)
+
+
+def _seed() -> None:
+    # The tests are shared out among processes as these become free, so no test may depend on what ran before it.
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers, whether or not it was the first to make a fixture of its module."""
+    _seed()
 
 
 @pytest.hookimpl(wrapper=True)

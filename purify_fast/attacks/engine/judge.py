@@ -125,7 +125,7 @@ class Judge:
                 else {"x": x, "y": y}
             )
             if loop is None:
-                asked["wrong"] = torch.empty(key[0][:1], device=x.device)
+                asked["wrong"] = torch.zeros(key[0][:1], device=x.device)
                 loop = self._loops[key] = begin_steps(self.graphs, JudgeStep(objective), asked)
             else:
                 loop.put(**asked)
