@@ -40,7 +40,7 @@ def machines(rows: Iterable[Row]) -> str:
     Args:
         rows: rows with the columns ``device`` and ``threads``.
     """
-    each = (f"{row['device']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}" for row in rows)
+    each = (f"{row['device']}, {row['threads']} thread{'s' if str(row['threads']) != '1' else ''}" for row in rows)
     return "; ".join(dict.fromkeys(each))
 
 

@@ -37,9 +37,10 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
         return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
 
     rows = [row for row in sheets.read_csv(folder / sheets.PIPELINES) if row["pipeline"] in wanted]
+    rows = sheets.fewest_threads(rows)
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
-    groups = sheets.by_case(rows)
+    groups = {at[:2]: group for at, group in sheets.by_case(rows).items()}
     by_expert = all(sheets.fastest(group, sheets.EXPERT) for group in groups.values())
     body = []
     for contestant in dict.fromkeys(row["contestant"] for row in rows):
@@ -102,6 +103,34 @@ def attack(folder: Path) -> list[str]:
         return []
     text = "The attack PGD-10 on a ResNet-18, without a random start. Every form takes the same steps."
     return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms")]
+
+
+def several_threads(folder: Path) -> list[list[str]]:
+    """Return the lines of the table of the races in more threads than those of the other tables.
+
+    Args:
+        folder: folder of a CPU's results.
+    """
+    rows = sheets.read_csv(folder / sheets.PIPELINES)
+    fewest = sheets.by_case(sheets.fewest_threads(rows))
+    body = []
+    for at, group in sheets.by_case(rows).items():
+        expert, own = (sheets.fastest(group, kind) for kind in (sheets.EXPERT, sheets.OURS))
+        if at in fewest or expert is None or own is None:
+            continue
+        p20 = {kind: sheets.fastest(group, kind, value="p20") for kind in (sheets.EXPERT, sheets.OURS)}
+        ratios = f"{p20[sheets.EXPERT] / p20[sheets.OURS]:.2f}", f"{expert / own:.2f}"
+        body.append([f"{at[0]}: {at[1]}", at[2], f"{expert:,.0f}", f"{own:,.0f}", *ratios])
+    return body
+
+
+def several_threads_table(folder: Path) -> list[str]:
+    """Return the table of `several_threads`, and the machine."""
+    rows = sheets.read_csv(folder / sheets.PIPELINES)
+    fewest = sheets.by_case(sheets.fewest_threads(rows))
+    others = [row for at, group in sheets.by_case(rows).items() if at not in fewest for row in group]
+    head = ["pipeline", "threads", "expert, ms", "purify_fast, ms", "speedup, by p20", "speedup over the expert"]
+    return [f"{machines(others)}.", "", *table(head, several_threads(folder))]
 
 
 def measured_races(raced: dict) -> list[str]:

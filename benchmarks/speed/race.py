@@ -3,6 +3,8 @@
 Every contestant has a separate process, because some contestants raise the thresholds of the memory allocator, and a
 process cannot restore these thresholds. The contestants are timed in turn, so that only one of them runs at a time.
 There is a pause between two runs, in which the threads of the previous process stop spinning.
+
+In one thread on a CPU, a time is processor time, which other programs change less. All other times are wall times.
 """
 
 from __future__ import annotations
@@ -32,17 +34,21 @@ class Effort:
 
     Attributes:
         runs: number of runs of each contestant.
+        slow_runs: number of runs of a contestant that takes more than twice as long as the fastest one.
+        seconds: on a CPU, where the times vary more, a race has up to five times as many runs within these seconds.
         pause: seconds between two runs.
         matrix: rows of the square matrices whose product is timed. The number of images in the timed
             convolution is this number divided by 32.
     """
 
     runs: int = 9
+    slow_runs: int = 3
+    seconds: float = 90.0
     pause: float = 0.2
     matrix: int = 4096
 
 
-QUICK = Effort(runs=2, pause=0.0, matrix=128)
+QUICK = Effort(runs=2, slow_runs=2, seconds=0.0, pause=0.0, matrix=128)
 
 
 def _matrix_rate(device: torch.device, size: int) -> float:
@@ -62,6 +68,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
     """Run a contestant's process: prepare its job, then execute commands and send their results."""
     torch.set_num_threads(threads)
     device, effort = torch.device(device_type), QUICK if quick else Effort()
+    clock = time.process_time if threads == 1 else time.perf_counter
     chosen = registry()[pipeline](quick)[case].contestants[contestant]
     if chosen.raised:
         retain_freed_memory()
@@ -70,7 +77,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
             job = chosen.make(device, quick)
             commands = {
                 "result": lambda: job.result().double().cpu().numpy(),
-                "time": lambda: seconds([job.run], device),
+                "time": lambda: seconds([job.run], device, clock),
                 "flops": lambda: flop_of(job.run),
                 "memory": lambda: allocated(job.run, device),
                 "rate": lambda: _matrix_rate(device, effort.matrix),
@@ -194,8 +201,14 @@ def race(
         times: dict[str, list[float]] = {label: [] for label in processes}
         rates = []
         flops = processes[counted].ask("flops", left())
-        for _ in range(effort.runs):
+        least = -math.inf if together else time.monotonic() + effort.seconds
+        for done in range(5 * effort.runs):
+            if done >= effort.runs and time.monotonic() > least:
+                break
+            slow = 2 * min(map(min, times.values())) if done >= effort.slow_runs else math.inf
             for label, process in processes.items():
+                if min(times[label], default=0.0) > slow:
+                    continue
                 time.sleep(pause)
                 times[label].append(process.ask("time", left()))
             time.sleep(pause)
@@ -221,6 +234,6 @@ def race(
         right = verdicts[label] == "right"
         row |= numbers if right else dict.fromkeys(numbers, "")
         row |= {"verdict": verdicts[label], "peak_MB": f"{most[label] / 1e6:.0f}" if right else ""}
-        row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": effort.runs}
+        row |= {"GFLOP": f"{flops / 1e9:.1f}", "matrix_GFLOP_per_s": f"{rate / 1e9:.1f}", "runs": len(times.get(label, []))}
         rows.append(row | environment(device))
     return rows

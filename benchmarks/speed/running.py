@@ -152,14 +152,20 @@ def run_pipelines(
     """
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
-    there = {(r["pipeline"], r["case"], r["contestant"]) for r in kept if budget.resume and r["verdict"] != "left out"}
+    threads = str(torch.get_num_threads()) if device.type == "cpu" else None
+
+    def same(row: dict, *case: str) -> bool:
+        """Tell whether a row is about this case, in as many threads on a CPU."""
+        return (row["pipeline"], row["case"]) == case and threads in (None, row["threads"])
+
     work: list[tuple[str, str, pipelines.Case]] = []
     for name in names:
         for label, case in pipelines.registry()[name](quick).items():
             chosen = {
                 one: it for one, it in case.contestants.items() if compiled or not one.startswith("torch.compile")
             }
-            if not all((name, label, one) in there for one in chosen):
+            old = [r["contestant"] for r in kept if same(r, name, label) and r["verdict"] != "left out"]
+            if not budget.resume or not chosen.keys() <= set(old):
                 work.append((name, label, replace(case, contestants=chosen)))
 
     def run(index: int) -> None:
@@ -169,7 +175,7 @@ def run_pipelines(
         limit = left if compiled else min(left, max(LEAST_SHARE, left / (len(work) - index)))
         fresh = race.race(name, label, case, device, quick, limit)
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
-        old = [row for row in kept if (row["pipeline"], row["case"]) == (name, label)]
+        old = [row for row in kept if same(row, name, label)]
         if budget.resume and _right(row for row in old if row["contestant"] in case.contestants) > _right(fresh):
             # A short race must not replace a longer one.
             return

@@ -206,23 +206,34 @@ def ops_speedups(path: Path) -> tuple[int, float, float]:
     return len(rows), compiled, eager
 
 
-def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """Return the rows of each case of each pipeline, by the names of pipeline and case."""
-    cases: dict[tuple[str, str], list[dict]] = {}
+def by_case(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """Return the rows of each race, by the names of pipeline and case, and by the number of threads of the host."""
+    cases: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
-        cases.setdefault((row["pipeline"], row["case"]), []).append(row)
+        cases.setdefault((row["pipeline"], row["case"], row["threads"]), []).append(row)
     return cases
 
 
-def fastest(rows: Iterable[Mapping[str, str]], kind: str, column: str = "contestant") -> float | None:
+def fewest_threads(rows: list[dict]) -> list[dict]:
+    """Return the rows of the race with the fewest threads for each case, and drop the rows of its other races."""
+    least: dict[tuple[str, str], int] = {}
+    for pipeline, case, threads in by_case(rows):
+        least[pipeline, case] = min(int(threads), least.get((pipeline, case), int(threads)))
+    return [row for row in rows if int(row["threads"]) == least[row["pipeline"], row["case"]]]
+
+
+def fastest(
+    rows: Iterable[Mapping[str, str]], kind: str, column: str = "contestant", value: str = "ms"
+) -> float | None:
     """Return the milliseconds of the fastest form of a kind, or None if no such form has a time.
 
     Args:
-        rows: rows of a case, with the column ``ms``.
+        rows: rows of a case.
         kind: beginning of the names of the forms, such as `EXPERT`.
         column: name of the column with the names of the forms.
+        value: name of the column with the milliseconds.
     """
-    return min((float(row["ms"]) for row in rows if row[column].startswith(kind) and row["ms"]), default=None)
+    return min((float(row[value]) for row in rows if row[column].startswith(kind) and row[value]), default=None)
 
 
 def times_the_expert(row: Mapping[str, str], group: list[dict]) -> str:

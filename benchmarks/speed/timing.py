@@ -154,8 +154,16 @@ def agree(
     return True
 
 
-def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Run calls one after the other, and return the sum of their seconds. On a GPU, CUDA events measure the time."""
+def seconds(
+    calls: list[Callable[[], object]], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Run calls one after the other, and return the sum of their seconds.
+
+    Args:
+        calls: functions to run.
+        device: device of the work. On a GPU, CUDA events measure the time.
+        clock: function that returns the seconds of a clock, which measures the time on a CPU.
+    """
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -167,10 +175,10 @@ def seconds(calls: list[Callable[[], object]], device: torch.device) -> float:
         ended.record(stream)
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3
-    start = time.perf_counter()
+    start = clock()
     for call in calls:
         call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def allocated(work: Callable[[], object], device: torch.device) -> int:

@@ -130,3 +130,19 @@ def test_ratios_of_pipelines_are_against_the_faster_expert_where_there_is_one(tm
         page = sheets.pipelines_markdown(some)
         assert ("| times the faster expert |" in page) == (len(some) == 4)
         assert ("| ours | 50 | 1 - 1 | 1.60 | 8.00 | 0.5 |" in page) == (len(some) == 4)
+
+
+def test_races_in_more_threads_have_a_table_of_their_own(tmp_path):
+    row = {"pipeline": "p", "shape": "8 images", "peak_MB": "", "share_of_matrix_rate": "0.5", "speed_up": "1.00"}
+    row |= {"device": "D", "p80": "9"}
+    each = [("c", "1", 90, 40), ("c", "2", 60, 50), ("d", "2", 30, 20)]
+    rows = [
+        row | {"case": case, "threads": threads, "contestant": name, "ms": str(ms), "p20": str(ms - 10)}
+        for case, threads, *times in each
+        for name, ms in zip(("expert", "ours"), times, strict=True)
+    ]
+    sheets.write_csv(tmp_path / sheets.PIPELINES, rows)
+    assert cells(performance.pipelines(tmp_path, "p"))[-1] == ["**purify_fast**", "40 (2.25)", "20 (1.50)"]
+    machine, _, *lines = performance.several_threads_table(tmp_path)
+    assert machine == "D, 2 threads."
+    assert cells(lines) == [["p: c", "2", "60", "50", "1.25", "1.20"]]

@@ -171,9 +171,10 @@ def test_a_resumed_run_measures_what_has_no_row_of_the_expert(tmp_path, monkeypa
     """A longer race of forms that are gone does not stand in the way of the new one."""
     contestants = dict.fromkeys(("plain", "expert", "ours"), Contestant(_other, False))
     monkeypatch.setattr(pipelines, "registry", lambda: {"a": lambda quick: {"c": Case("shape", 0.05, contestants)}})
-    row = {"pipeline": "a", "case": "c", "verdict": "right"}
+    row = {"pipeline": "a", "case": "c", "verdict": "right", "threads": str(torch.get_num_threads())}
     old = [row | {"contestant": name} for name in ("plain", "ours", "gone", "gone too", "gone as well")]
-    sheets.write_csv(tmp_path / sheets.PIPELINES, old)
+    other = [row | {"contestant": name, "threads": "77"} for name in contestants]
+    sheets.write_csv(tmp_path / sheets.PIPELINES, old + other)
     raced = []
 
     def fake(*arguments):
@@ -185,7 +186,8 @@ def test_a_resumed_run_measures_what_has_no_row_of_the_expert(tmp_path, monkeypa
     for _ in range(2):
         running.run_pipelines(["a"], CPU, True, tmp_path, running.Budget(resume=True))
     assert len(raced) == 1
-    assert [row["contestant"] for row in sheets.read_csv(tmp_path / sheets.PIPELINES)] == list(contestants)
+    rows = sheets.read_csv(tmp_path / sheets.PIPELINES)
+    assert rows == other + [row | {"contestant": name} for name in contestants], "a race in other threads stays"
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -232,6 +234,18 @@ def test_float32_is_ieees_but_for_the_column_of_tf32(tf32, monkeypatch):
     assert all(done for done, _ in pipe.answers) and len(seen) >= 3
     assert set(seen) == {(True, "high") if tf32 else (False, "highest")}
     assert float32_settings() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_in_one_thread_is_measured_in_processor_time(threads, monkeypatch):
+    job = Job(lambda: time.sleep(0.3), lambda: torch.ones(2))
+    contestants = {"plain": Contestant(lambda device, quick: job, False)}
+    monkeypatch.setattr(race, "registry", lambda: {"some": lambda quick: {"case": Case("", 0.1, contestants)}})
+    pipe, before = _Commands("time"), torch.get_num_threads()
+    race._work(pipe, "some", "case", "plain", "cpu", True, threads)
+    torch.set_num_threads(before)
+    ((done, spent),) = pipe.answers
+    assert done and (spent < 0.2 if threads == 1 else spent >= 0.3)
 
 
 def test_a_fine_tuning_step_that_is_wrong_is_seen(monkeypatch):
@@ -287,31 +301,49 @@ def _other(device, quick):
     return Job(lambda: None, lambda: torch.ones(3))
 
 
+class _Fake:
+    """A contestant's process. Each run takes longer than the one before, as on a machine that others use."""
+
+    answers = {"plain": torch.ones(3), "ours": torch.ones(3) * 1.1}  # noqa: RUF012
+    seconds = {"plain": 2.0, "ours": 1.0}  # noqa: RUF012
+
+    def __init__(self, pipeline, case, label, *rest):
+        self.label, self.slower = label, 0
+
+    def order(self, command):
+        pass
+
+    def answer(self, command, seconds):
+        return self.ask(command)
+
+    def ask(self, command, seconds=math.inf):
+        self.slower += command == "time"
+        time = self.seconds[self.label] * self.slower
+        result = self.answers[self.label].numpy()
+        other = {"flops": 10**9, "rate": 4e9, "memory": 3 * 10**6}
+        return {"result": result, "time": time, **other}[command]
+
+    def end(self, at_once):
+        assert not at_once
+
+
+def test_a_slow_contestant_has_fewer_runs(monkeypatch):
+    """Twice as slow is not slow yet."""
+    monkeypatch.setattr(race, "_Process", _Fake)
+    contestants = {label: Contestant(_other, False) for label in _Fake.answers}
+    for plain, slow_runs, runs in ((2.0, 1, 5), (2.1, 1, 1), (2.1, 3, 3), (2.1, 5, 5)):
+        monkeypatch.setitem(_Fake.seconds, "plain", plain)
+        monkeypatch.setattr(race, "QUICK", race.Effort(5, slow_runs, 0.0, 0.0, 128))
+        rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
+        assert [row["runs"] for row in rows] == [runs, 5]
+    monkeypatch.setattr(race, "QUICK", race.Effort(2, 1, 60.0, 0.0, 128))
+    rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
+    assert [row["runs"] for row in rows] == [1, 10], "runs of no length come five times as often"
+
+
 def test_a_wrong_contestant_has_no_number(monkeypatch):
-    answers = {"plain": torch.ones(3), "ours": torch.ones(3) * 1.1}
-
-    class Fake:
-        def __init__(self, pipeline, case, label, *rest):
-            self.label, self.slower = label, 0  # by the round, as a machine that others use
-
-        def order(self, command):
-            pass
-
-        def answer(self, command, seconds):
-            return self.ask(command)
-
-        def ask(self, command, seconds=math.inf):
-            self.slower += command == "time"
-            time = {"plain": 2.0, "ours": 1.0}[self.label] * self.slower
-            result = answers[self.label].numpy()
-            other = {"flops": 10**9, "rate": 4e9, "memory": 3 * 10**6}
-            return {"result": result, "time": time, **other}[command]
-
-        def end(self, at_once):
-            assert not at_once
-
-    monkeypatch.setattr(race, "_Process", Fake)
-    contestants = {label: Contestant(_other, False) for label in answers}
+    monkeypatch.setattr(race, "_Process", _Fake)
+    contestants = {label: Contestant(_other, False) for label in _Fake.answers}
     wrong = race.race("p", "c", Case("shape", 0.05, contestants), CPU, True)
     assert [row["verdict"] for row in wrong] == ["right", "wrong"] and wrong[1]["ms"] == ""
     right = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)[1]
@@ -361,9 +393,8 @@ def test_compiled_plain_forms_come_in_a_second_run(tmp_path, monkeypatch):
         raced.append((pipeline, list(case.contestants), round(limit)))
         if pipeline == "b" and len(case.contestants) == 3:
             raise TimeoutError("not ready")
-        return [
-            {"pipeline": pipeline, "case": name, "contestant": label, "verdict": "right"} for label in case.contestants
-        ]
+        row = {"pipeline": pipeline, "case": name, "verdict": "right", "threads": str(torch.get_num_threads())}
+        return [row | {"contestant": label} for label in case.contestants]
 
     monkeypatch.setattr(race, "race", fake)
     monkeypatch.setattr(sheets, "report", lambda folder: None)
