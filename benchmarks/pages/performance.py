@@ -16,6 +16,8 @@ from . import gpu_tables
 
 #: The notes of a device, written by hand. They stand at the end of a CPU's chapter, and at the beginning of a GPU's.
 NOTES = "notes.md"
+#: The beginnings of the names of the compared forms: the expert's, and ours.
+KINDS = sheets.EXPERT, sheets.OURS
 
 
 def _measured_on(rows: list[dict]) -> str:
@@ -105,32 +107,26 @@ def attack(folder: Path) -> list[str]:
     return ["### An attack", "", text, "", *pipelines(folder, "pgd_forms")]
 
 
-def several_threads(folder: Path) -> list[list[str]]:
-    """Return the lines of the table of the races in more threads than those of the other tables.
+def against_the_expert(folder: Path) -> list[list[str]]:
+    """Return a line for each race with a form of the expert: its threads, the times, and speedups by p20 and median.
 
     Args:
         folder: folder of a CPU's results.
     """
-    rows = sheets.read_csv(folder / sheets.PIPELINES)
-    fewest = sheets.by_case(sheets.fewest_threads(rows))
     body = []
-    for at, group in sheets.by_case(rows).items():
-        expert, own = (sheets.fastest(group, kind) for kind in (sheets.EXPERT, sheets.OURS))
-        if at in fewest or expert is None or own is None:
-            continue
-        p20 = {kind: sheets.fastest(group, kind, value="p20") for kind in (sheets.EXPERT, sheets.OURS)}
-        ratios = f"{p20[sheets.EXPERT] / p20[sheets.OURS]:.2f}", f"{expert / own:.2f}"
-        body.append([f"{at[0]}: {at[1]}", at[2], f"{expert:,.0f}", f"{own:,.0f}", *ratios])
+    for (pipeline, case, threads), group in sheets.by_case(sheets.read_csv(folder / sheets.PIPELINES)).items():
+        expert, own = ([sheets.fastest(group, kind, value=by) for by in ("p20", "ms")] for kind in KINDS)
+        if None not in (*expert, *own):
+            ratios = [f"{theirs / ours:.2f}" for theirs, ours in zip(expert, own, strict=True)]
+            body.append([f"{pipeline}: {case}", threads, f"{expert[1]:,.0f}", f"{own[1]:,.0f}", *ratios])
     return body
 
 
-def several_threads_table(folder: Path) -> list[str]:
-    """Return the table of `several_threads`, and the machine."""
-    rows = sheets.read_csv(folder / sheets.PIPELINES)
-    fewest = sheets.by_case(sheets.fewest_threads(rows))
-    others = [row for at, group in sheets.by_case(rows).items() if at not in fewest for row in group]
-    head = ["pipeline", "threads", "expert, ms", "purify_fast, ms", "speedup, by p20", "speedup over the expert"]
-    return [f"{machines(others)}.", "", *table(head, several_threads(folder))]
+def expert_table(folder: Path) -> list[str]:
+    """Return the table of `against_the_expert`, and the machine."""
+    head = ["pipeline", "threads", "expert, ms", "purify_fast, ms", "speedup, by p20", "speedup, by medians"]
+    measured_on = machines(sheets.read_csv(folder / sheets.PIPELINES))
+    return [f"{measured_on}.", "", *table(head, against_the_expert(folder))]
 
 
 def measured_races(raced: dict) -> list[str]:

@@ -34,7 +34,7 @@ class Effort:
 
     Attributes:
         runs: number of runs of each contestant.
-        slow_runs: number of runs of a contestant that takes more than twice as long as the fastest one.
+        slow_runs: number of runs of a contestant whose median is more than twice that of the fastest one.
         seconds: on a CPU, where the times vary more, a race has up to five times as many runs within these seconds.
         pause: seconds between two runs.
         matrix: rows of the square matrices whose product is timed. The number of images in the timed
@@ -68,7 +68,7 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
     """Run a contestant's process: prepare its job, then execute commands and send their results."""
     torch.set_num_threads(threads)
     device, effort = torch.device(device_type), QUICK if quick else Effort()
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 and device.type == "cpu" else time.perf_counter
     chosen = registry()[pipeline](quick)[case].contestants[contestant]
     if chosen.raised:
         retain_freed_memory()
@@ -202,12 +202,15 @@ def race(
         rates = []
         flops = processes[counted].ask("flops", left())
         least = -math.inf if together else time.monotonic() + effort.seconds
+        slow: set[str] = set()
         for done in range(5 * effort.runs):
             if done >= effort.runs and time.monotonic() > least:
                 break
-            slow = 2 * min(map(min, times.values())) if done >= effort.slow_runs else math.inf
+            if done >= effort.slow_runs:
+                medians = {label: statistics.median(each) for label, each in times.items()}
+                slow |= {label for label, median in medians.items() if median > 2 * min(medians.values())}
             for label, process in processes.items():
-                if min(times[label], default=0.0) > slow:
+                if label in slow:
                     continue
                 time.sleep(pause)
                 times[label].append(process.ask("time", left()))

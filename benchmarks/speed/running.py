@@ -156,7 +156,7 @@ def run_pipelines(
 
     def same(row: dict, *case: str) -> bool:
         """Tell whether a row is about this case, in as many threads on a CPU."""
-        return (row["pipeline"], row["case"]) == case and threads in (None, row["threads"])
+        return (row["pipeline"], row["case"]) == case and threads in (None, str(row["threads"]))
 
     work: list[tuple[str, str, pipelines.Case]] = []
     for name in names:

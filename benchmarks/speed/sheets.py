@@ -17,6 +17,7 @@ from purify_fast.evaluation.show.tables import markdown_table
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch.racing import IN_GRAPHS, LEVEL
 
+from ..kept import machines
 from ..prose import rendered
 from .timing import CONTESTANTS, STYLES
 
@@ -149,7 +150,7 @@ def measured_on(rows: list[dict], kind: str) -> str:
     """
     found: dict[str, list[str]] = {}
     for row in rows:
-        where = f"{row['device']}, {row['threads']} threads, torch {row['torch']}, triton {row['triton'] or 'absent'}"
+        where = f"{machines([row])}, torch {row['torch']}, triton {row['triton'] or 'absent'}"
         found.setdefault(where, []).append(row[kind])
     if len(found) == 1:
         return f"Measured on {next(iter(found))}."

@@ -242,8 +242,10 @@ def test_a_run_in_one_thread_is_measured_in_processor_time(threads, monkeypatch)
     contestants = {"plain": Contestant(lambda device, quick: job, False)}
     monkeypatch.setattr(race, "registry", lambda: {"some": lambda quick: {"case": Case("", 0.1, contestants)}})
     pipe, before = _Commands("time"), torch.get_num_threads()
-    race._work(pipe, "some", "case", "plain", "cpu", True, threads)
-    torch.set_num_threads(before)
+    try:
+        race._work(pipe, "some", "case", "plain", "cpu", True, threads)
+    finally:
+        torch.set_num_threads(before)
     ((done, spent),) = pipe.answers
     assert done and (spent < 0.2 if threads == 1 else spent >= 0.3)
 
@@ -306,6 +308,7 @@ class _Fake:
 
     answers = {"plain": torch.ones(3), "ours": torch.ones(3) * 1.1}  # noqa: RUF012
     seconds = {"plain": 2.0, "ours": 1.0}  # noqa: RUF012
+    lucky = None
 
     def __init__(self, pipeline, case, label, *rest):
         self.label, self.slower = label, 0
@@ -318,7 +321,7 @@ class _Fake:
 
     def ask(self, command, seconds=math.inf):
         self.slower += command == "time"
-        time = self.seconds[self.label] * self.slower
+        time = self.seconds[self.label] * self.slower * (0.1 if (self.label, self.slower) == self.lucky else 1)
         result = self.answers[self.label].numpy()
         other = {"flops": 10**9, "rate": 4e9, "memory": 3 * 10**6}
         return {"result": result, "time": time, **other}[command]
@@ -336,6 +339,13 @@ def test_a_slow_contestant_has_fewer_runs(monkeypatch):
         monkeypatch.setattr(race, "QUICK", race.Effort(5, slow_runs, 0.0, 0.0, 128))
         rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
         assert [row["runs"] for row in rows] == [runs, 5]
+    monkeypatch.setitem(_Fake.seconds, "plain", 1.3)
+    monkeypatch.setattr(_Fake, "lucky", ("ours", 3))
+    monkeypatch.setattr(race, "QUICK", race.Effort(5, 3, 0.0, 0.0, 128))
+    rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
+    assert [row["runs"] for row in rows] == [5, 5], "a single fast run of another decides nothing"
+    monkeypatch.setattr(_Fake, "lucky", None)
+    monkeypatch.setitem(_Fake.seconds, "plain", 2.1)
     monkeypatch.setattr(race, "QUICK", race.Effort(2, 1, 60.0, 0.0, 128))
     rows = race.race("p", "c", Case("shape", 0.15, contestants), CPU, True)
     assert [row["runs"] for row in rows] == [1, 10], "runs of no length come five times as often"

@@ -272,7 +272,8 @@ def test_an_interrupted_race_keeps_what_other_cases_had(tmp_path, monkeypatch):
         ms = next(milliseconds, None)
         if ms is None:
             raise KeyboardInterrupt
-        return [{"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}]
+        row = {"pipeline": pipeline, "case": case, "ms": ms, "verdict": "right"}
+        return [row | {"threads": torch.get_num_threads()}]
 
     monkeypatch.setattr(race, "race", raced)
     running.run_pipelines(["one", "two"], torch.device("cpu"), True, tmp_path, running.Budget())
