@@ -164,8 +164,8 @@ def run_pipelines(
             chosen = {
                 one: it for one, it in case.contestants.items() if compiled or not one.startswith("torch.compile")
             }
-            old = [r["contestant"] for r in kept if same(r, name, label) and r["verdict"] != "left out"]
-            if not budget.resume or not chosen.keys() <= set(old):
+            old = [row for row in kept if budget.resume and same(row, name, label) and row["verdict"] != "left out"]
+            if not chosen.keys() <= {row["contestant"] for row in old}:
                 work.append((name, label, replace(case, contestants=chosen)))
 
     def run(index: int) -> None:
