@@ -49,7 +49,6 @@ CASES = [
     (CPU, "ARREST training step", "arrest_step", "all attacked"),
     (CPU, "attack by PGD-10 on a ResNet-18, 32 images", "pgd_forms", "32 images"),
     (CPU, "purification by DDPM and prediction, K = 8", "diffusion", "prediction"),
-    (CPU, "gradient through this purification", "diffusion", "gradient"),
     (GPU, "CARSO training step, through the pipeline", "carso_training", "pipeline step"),
     (GPU, "ARREST training step", "arrest_step", "all attacked"),
 ]
