@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from purify_fast._files import folder_lock
 from purify_fast.evaluation import EvaluateConfig, runner
 from purify_fast.evaluation.run import attack_run, team
 from purify_fast.evaluation.run.attack_run import AttackRun
+from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.run.row_judge import RowJudge
 
 SCRIPT = Path(__file__).with_name("teamwork.py")
@@ -95,6 +97,26 @@ def test_processes_without_work_begin_with_the_next_attack(tmp_path):
     (found, slow), (_, fast) = done.results
     assert found == plain(made("deterministic", curve=()))
     assert (slow.count(5), slow.count(7)) == (1, 0) and (fast.count(5), fast.count(7)) == (5, 6)
+
+
+class Member(team.Team):
+    """A process of a team whose processes are all in this process."""
+
+    def __init__(self, rank, store):
+        super().__init__(together=False)
+        self.rank, self.world, self.store = rank, 2, store
+        self.signs = SimpleNamespace(is_silent=lambda other: False)
+
+
+def test_a_process_that_leaves_the_probes_late_makes_no_batch_of_an_attack_there(tmp_path):
+    """The first process ends the probes and publishes the attack before the other process looks again."""
+    store = dist.HashStore()
+    first, other = Member(0, store), Member(1, store)
+    attack = team.Task(0, 0, b"", [(9, "batch")], str(tmp_path), draws_differ=False)
+    first.from_first("signs", list)
+    first.publish([attack])
+    assert list(other.batches(Progress(), "signs")) == []
+    assert next(other.batches(Progress())) == (attack, 9)
 
 
 def test_the_default_batch_of_several_processes_does_not_depend_on_their_number():

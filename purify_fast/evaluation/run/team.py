@@ -255,6 +255,9 @@ class Team:
         while True:
             # Only the newest list counts.
             while self.store.check([f"tasks {self._lists}"]):
+                # The first process may already have published the next list, whose batches this caller cannot make.
+                if self.store.check([until]):
+                    return
                 self._tasks = [Task(*values) for values in _as_value(self.store.get(f"tasks {self._lists}"))]
                 self._lists += 1
             if (claim := self.claimed()) is not None:
