@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import heapq
 import json
 import os
@@ -27,36 +28,42 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from purify_fast import data, zoo
+from purify_fast import zoo
 from purify_fast._files import write_text
-from purify_fast.demo.setting import EPS
-from purify_fast.evaluation import EvaluateConfig, evaluate, runner
+from purify_fast.data import balanced_subset, load_dataset
+from purify_fast.evaluation import evaluate, runner
 from purify_fast.evaluation.run import team
 from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.run.team import Result, Task, Team
 
 from .. import options
+from ..kept import machines, rows_of
 from . import sheets, timing
 
-#: The results file, the judged model of the zoo, its number of images, and the simulated numbers of processes.
-FILE, MODEL, IMAGES, PROCESSES = "processes.json", "digits-pgd-at", 500, (1, 2, 4, 8)
-#: The number of images with which one and two processes are measured, and how often.
-MEASURED, TIMES = 200, 3
+#: The results file, and the judged models of the zoo, each with its number of images.
+FILE, MODELS = "processes.json", {"digits-pgd-at": 500, "cifar10-pgd-at-w16": 200}
+#: The measured and the simulated numbers of processes, and how often an evaluation is measured.
+MEASURED, SIMULATED, TIMES = (1, 2), (4, 8), 3
 
 Trace = dict[str, Any]
 
 
 class Recorder(Team):
-    """Plays the first of two processes, of which the second never takes a batch, and records what it does.
+    """Plays the first of several processes, of which the others never take a batch, and records what it does.
+
+    Args:
+        world: the number of processes.
+        together: not used.
+        evenly: not used; the images of each attack are divided evenly.
 
     Attributes:
         trace: for each list of batches, the seconds before it, its tasks and the batches that were needed; the seconds
             of each batch; and the seconds after the last batch.
     """
 
-    def __init__(self, together: bool = True):
+    def __init__(self, world: int, together: bool = True, evenly: bool = True):
         super().__init__(together=False)
-        self.world, self.store = 2, dist.HashStore()
+        self.world, self.shares, self.store = world, world, dist.HashStore()
         self.signs: Any = SimpleNamespace(start=lambda: None, over=threading.Event(), give_and_read=lambda: 0, signs={})
         self.trace: Trace = {"lists": [], "seconds": {}}
         self.last = time.perf_counter()
@@ -198,17 +205,24 @@ def simulated(trace: Trace, processes: int) -> float:
     return ended[0]
 
 
-def evaluated(images: int, batch_size: int | None) -> None:
-    """Evaluate the model of the zoo by the protocol ``standard``."""
-    digits = data.load_dataset("digits")
-    x, y, config = digits.x_test[:images], digits.y_test[:images], EvaluateConfig(batch_size=batch_size)
-    evaluate(zoo.load(MODEL), x, y, eps=EPS, protocol="standard", config=config, progress=False)
+def evaluated(model: str, images: int, folder: str) -> None:
+    """Evaluate a model of the zoo by the protocol ``standard``.
+
+    Args:
+        model: name of the model.
+        images: number of images.
+        folder: folder of the images, if the package does not contain them.
+    """
+    card = zoo.card(model)
+    data = load_dataset(card.data, folder)
+    subset = balanced_subset(data.x_test, data.y_test, images, 0, num_classes=data.num_classes)
+    evaluate(zoo.load(model), subset.x, subset.y, eps=card.eps, protocol="standard", progress=False)
 
 
-def recorded(images: int) -> Trace:
-    """Evaluate in this process, and return what `Recorder` has recorded."""
-    with mock.patch.object(runner, "Team", Recorder):
-        evaluated(images, None)
+def recorded(model: str, images: int, folder: str, processes: int) -> Trace:
+    """Evaluate in this process with the batches of several processes, and return what `Recorder` has recorded."""
+    with mock.patch.object(runner, "Team", functools.partial(Recorder, processes)):
+        evaluated(model, images, folder)
     trace, places = Recorder.made.trace, dict[str, str]()
     for each in trace["lists"]:
         for task in each["tasks"]:
@@ -226,33 +240,37 @@ def recorded(images: int) -> Trace:
     return trace
 
 
-def measured(images: int, processes: int, batch_size: int | None) -> float:
+def measured(model: str, images: int, folder: str, processes: int) -> float:
     """Return the seconds of an evaluation by a number of new processes, without the time in which they start."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *torchrun, "-m", __name__, str(images), str(batch_size or 0)]
+    command = [sys.executable, *torchrun, "-m", __name__, model, str(images), folder]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.splitlines()[-1])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_names(parser, MODELS, "--only", "models that are evaluated")
+    parser.add_argument("--data", default="data", help="folder of CIFAR-10; default: data")
     options.add_out(parser, "/cpu")
     parser.add_argument("--times", type=int, default=TIMES, help=f"repetitions of each evaluation; default: {TIMES}")
 
 
 def main(chosen: argparse.Namespace) -> str:
     """Run ``python -m benchmarks processes``, and return the table."""
-    images, few = (24, 24) if chosen.quick else (IMAGES, MEASURED)
     path = options.out_of(chosen, chosen.quick, "cpu") / FILE
     torch.set_num_threads(1)
-    same = EvaluateConfig().images_together(few, 2)
-    forms = {"1": (1, None), f"1, in batches of {same}": (1, same), "2": (2, None)}
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(chosen.times):
-        for name, (processes, size) in forms.items():
-            seconds[name].append(round(measured(few, processes, size), 2))
-    row = {"model": MODEL, "images": images, "measured_images": few, "measured": seconds, "trace": recorded(images)}
-    write_text(path, json.dumps(row | timing.environment(torch.device("cpu"))) + "\n")
+    for model in chosen.only:
+        of = (model, 24 if chosen.quick else MODELS[model], chosen.data)
+        seconds: dict[str, list[float]] = {str(processes): [] for processes in MEASURED}
+        for _ in range(chosen.times):
+            for processes in MEASURED:
+                seconds[str(processes)].append(round(measured(*of, processes), 2))
+        traces = {str(processes): recorded(*of, processes) for processes in SIMULATED}
+        row = {"model": model, "images": of[1], "measured": seconds, "traces": traces}
+        rows = {one["model"]: one for one in rows_of(path)}
+        rows[model] = row | timing.environment(torch.device("cpu"))
+        write_text(path, json.dumps([rows[name] for name in MODELS if name in rows]) + "\n")
     return "\n".join(table(path.parent.parent))
 
 
@@ -262,15 +280,17 @@ def table(results: Path) -> list[str]:
     Args:
         results: the folder ``benchmarks/results``.
     """
-    row = json.loads((results / "cpu" / FILE).read_text())
-    medians = {name: statistics.median(each) for name, each in row["measured"].items()}
-    counted = {str(number): simulated(row["trace"], number) for number in PROCESSES}
-    body = [
-        [name, how, str(images), f"{each:.0f}", f"{seconds['1'] / each:.2f}"]
-        for how, images, seconds in (("measured", row["measured_images"], medians), ("counted", row["images"], counted))
-        for name, each in seconds.items()
-    ]
-    return sheets.table(["processes", "", "images", "seconds", "times as fast as one"], body)
+    body, rows = [], rows_of(results / "cpu" / FILE)
+    for row in rows:
+        seconds = {(name, "measured"): statistics.median(each) for name, each in row["measured"].items()}
+        seconds |= {(name, "counted"): simulated(trace, int(name)) for name, trace in row["traces"].items()}
+        alone = seconds["1", "measured"]
+        body += [
+            [f"`{row['model']}`", str(row["images"]), *form, f"{each:.0f}", f"{alone / each:.2f}"]
+            for form, each in seconds.items()
+        ]
+    head = ["model", "images", "processes", "", "seconds", "times as fast as one"]
+    return [f"Measured on {machines(rows)} per process.", "", *sheets.table(head, body)]
 
 
 if __name__ == "__main__":
@@ -281,6 +301,6 @@ if __name__ == "__main__":
         if dist.is_initialized():
             dist.barrier()
         began = time.perf_counter()
-        evaluated(int(sys.argv[1]), int(sys.argv[2]) or None)
+        evaluated(sys.argv[1], int(sys.argv[2]), sys.argv[3])
         if os.environ["RANK"] == "0":
             print(time.perf_counter() - began)

@@ -18,7 +18,6 @@ from torch import Tensor
 from .._tensors import per_image
 from .._validation import Count
 from ..ops.hyperplane_projection import hyperplane_projection
-from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, projected
 from .base import USUAL_TARGETS, EngineAttack, targets_and_times
@@ -27,7 +26,7 @@ from .engine.borders import cost_of_borders, nearest_borders
 from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .functions import as_function
-from .objective import Gradient, Objective
+from .objective import Gradient, Objective, ObjectiveStep
 from .search import faults
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
@@ -89,7 +88,7 @@ fab_t = as_function(
 
 
 @dataclass(frozen=True)
-class FabStep:
+class FabStep(ObjectiveStep):
     """A step of FAB as a step that a CUDA graph can capture.
 
     Args:
@@ -97,13 +96,7 @@ class FabStep:
         ball: the norm and the box of the images. A comparison ignores its radius, which the step does not use.
     """
 
-    objective: Objective
     ball: Ball
-
-    @property
-    def model(self) -> Classifier:
-        """The model that gives the gradients."""
-        return self.objective.model
 
     def __call__(self, state: State) -> State:
         """Move every point. If the state has ``faulty``, count the faulty gradients of each row and of all rows."""

@@ -186,14 +186,14 @@ def _even(images: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class GradientStep:
-    """`Objective.gradient` as a step that a CUDA graph can capture.
+class ObjectiveStep:
+    """The base of steps that compute an objective, and that a CUDA graph can capture.
 
     `Objective` itself is not callable, because Dynamo hashes callable objects before their fields are set, and the hash
     of a dataclass needs its fields.
 
     Args:
-        objective: the loss that an attack maximizes.
+        objective: the loss that an attack maximizes, with the model that gives its gradients.
     """
 
     objective: Objective
@@ -202,6 +202,10 @@ class GradientStep:
     def model(self) -> Classifier:
         """The model under attack."""
         return self.objective.model
+
+
+class GradientStep(ObjectiveStep):
+    """`Objective.gradient` as a step."""
 
     def __call__(self, state: State) -> State:
         """The gradient, the loss and the share of misclassified draws at ``point`` for the labels ``y``."""

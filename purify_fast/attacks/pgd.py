@@ -29,7 +29,7 @@ from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_
 from .context import AttackContext
 from .functions import as_function
 from .losses import Loss
-from .objective import Objective
+from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, noted
 
 #: The share of the coordinates that the first step in the l1 ball moves.
@@ -37,7 +37,7 @@ FIRST_DENSITY = 0.1
 
 
 @dataclass(frozen=True)
-class Ascent:
+class Ascent(ObjectiveStep):
     """One step of PGD as a function of tensors; no branch depends on their values, so a CUDA graph can capture it.
 
     Args:
@@ -51,14 +51,8 @@ class Ascent:
     ``alpha``, ``[B]``; and the memory of a `Search`. If ``density`` is None, it also has ``gradient``, ``[B, ...]``.
     """
 
-    objective: Objective
     ball: Ball
     density: float | None
-
-    @property
-    def model(self) -> Classifier:
-        """The model under attack."""
-        return self.objective.model
 
     def __call__(self, state: State) -> State:
         if "nonfinite" in state or "best" in state:

@@ -26,7 +26,6 @@ from .._validation import Count
 from ..ops import square_proposal
 from ..ops.philox import Stream, philox
 from ..ops.square_proposal import PLACES, TINY, signs
-from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, Steps, begin_steps
 from .ball import Ball, philox_key, projected
 from .base import EngineAttack, times
@@ -35,7 +34,7 @@ from .engine.judge import bucket, repeated_to, takes_every_size
 from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
 from .functions import as_function
-from .objective import Objective
+from .objective import Objective, ObjectiveStep
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
@@ -121,7 +120,7 @@ square = as_function(
 
 
 @dataclass(frozen=True)
-class SquareRound:
+class SquareRound(ObjectiveStep):
     """A round of Square as a step that a CUDA graph can capture.
 
     Args:
@@ -132,15 +131,9 @@ class SquareRound:
             serves for all edges and blocks.
     """
 
-    objective: Objective
     ball: Ball
     together: int
     edge: int | None = None
-
-    @property
-    def model(self) -> Classifier:
-        """The model that scores the proposals."""
-        return self.objective.model
 
     def __call__(self, state: State) -> State:
         """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""

@@ -75,7 +75,7 @@ def forecast(
         **options: further arguments of `evaluate`.
     """
     options = {"name": "trial", **options, "attacks": attacks, "out": None, "config": replace(config, together=False)}
-    device, images, together = device_of(model, x), len(x), min(config.images_together(len(x)), len(x))
+    device, images, together = device_of(model, x), len(x), min(config.images_together, len(x))
     trials: list[Trial] = []
     loaded = peak_so_far(device)
 

@@ -151,15 +151,14 @@ def evaluate(
     report = Report(about=facts(config, norm, eps, model, device), notes=notes)
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
-        team = stack.enter_context(Team(config.together))
+        team = stack.enter_context(Team(config.together, evenly=not isinstance(config.batch_size, int)))
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
         stack.enter_context(frozen(model))
         refresh_stale_copies(model, base, *(spec.other_model for spec in given))
-        in_batch = config.images_together(len(images), team.world)
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
-        subject = Subject(model, images, labels, batch_size=in_batch, **judging)
+        subject = Subject(model, images, labels, batch_size=config.images_together, **judging)
         if config.batch_size == "auto":
             make_room(subject, [subject.model], config.memory, RowCache(None))
         # After the trial predictions, so that it is the same in every run: a model's last input may be a part of it.
@@ -174,7 +173,7 @@ def evaluate(
             plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
         if config.predict is not None:
             plan = beside_fixed(plan, subject)
-        context = _context(config, subject, ball, in_batch)
+        context = _context(config, subject, ball)
         served = None
         if out is not None or team.world > 1:
             # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
@@ -201,8 +200,8 @@ def evaluate(
         return run.fill(witnessed)
 
 
-def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel, in_batch: int) -> AttackContext:
-    """The settings of the attacks, which get batches of ``in_batch`` images.
+def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
+    """The settings of the attacks.
 
     With predict="worst_of" an attack has succeeded on an image as soon as ``n_eval`` fresh draws are unlikely to be all
     correct. With "votes" a prediction already has several draws, so a step averages fewer predictions.
@@ -224,7 +223,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel, in_bat
         judge_draws=draws,
         judge_share=share,
         votes=votes,
-        batch_size=in_batch,
+        batch_size=config.images_together,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs),
         copies=GradientCopies(),
@@ -284,7 +283,7 @@ class _Evaluation:
                 "images": subject.data,
                 "models": [self.mark, subject.num_classes, subject.is_random],
                 "seed": subject.seed,
-                "batch size": [resources.batch_size, resources.max_forward_batch],
+                "batch size": [resources.batch_size, resources.max_forward_batch, team.shares],
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )

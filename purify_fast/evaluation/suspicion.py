@@ -89,7 +89,7 @@ class Suspicion:
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
         settings |= {"probes": 9, "images": PROBED, "data": subject.data, "seed": subject.seed}
-        settings |= {"rule": RULE} if subject.is_random else {}
+        settings |= {"rule": RULE} | self.measure.team.divided() if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 
     def ask_before(self, before: Before, costs: Sequence[int | None]) -> Probes | None:
@@ -110,7 +110,7 @@ class Suspicion:
             return each(replace(context, resources=resources))
 
         # If memory runs out, a probe runs again with fewer images at once.
-        probes = probes_before(before, context, counted_model(subject.model, progress))
+        probes = probes_before(before, context, counted_model(subject.model, progress), measure.team.shares)
         works = [functools.partial(subject.room.within, functools.partial(run, each)) for each in probes]
         shared = functools.partial(measure.team.shared, works, measure.cache.folder, progress, "signs")
         if measure.team.rank > 0:

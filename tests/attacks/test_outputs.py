@@ -53,9 +53,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("output", BAD)
+@pytest.mark.parametrize(("attack", "output"), zip(ATTACKS, BAD, strict=True))
 def test_an_attack_refuses_an_output_that_is_not_logits(model, batch, attack, output):
+    """One check serves all attacks, so each attack gets another output, and PGD gets all of them."""
     change, error, message = BAD[output]
     with pytest.raises(error, match=message):
         ATTACKS[attack](lambda x: change(model(x)), *batch, eps=0.1)

@@ -1,12 +1,9 @@
 """The count of how much faster several processes are, by the order in which the package hands batches out."""
 
-import json
-
 import pytest
 
-from benchmarks import RESULTS
 from benchmarks.speed import processes
-from benchmarks.speed.processes import FILE, recorded, simulated
+from benchmarks.speed.processes import recorded, simulated
 
 
 def trace(ahead, before=0.0):
@@ -48,26 +45,10 @@ def test_an_error_in_a_simulated_process_is_raised():
         processes.simulated(made, 3)
 
 
-def test_eight_processes_are_five_times_as_fast_as_one():
-    """By the seconds of 500 images, see the results file."""
-    row = json.loads((RESULTS / "cpu" / FILE).read_text())
-    assert row["images"] == 500 and row["model"] == processes.MODEL
-    found = row["trace"]
-    one, eight = simulated(found, 1), simulated(found, 8)
-    alone = sum(each["before"] for each in found["lists"]) + found["after"]
-    needed = {place for each in found["lists"] for place in each["needed"]}
-    # A single process makes each batch once, and nothing for a later attack.
-    assert one == pytest.approx(alone + sum(found["seconds"][place] for place in needed), rel=0.01)
-    assert one / eight >= 5
-    # Without the batches of later attacks it would be less.
-    bare = found | {"lists": [each | {"tasks": each["tasks"][:1]} for each in found["lists"]]}
-    assert simulated(bare, 8) > eight
-
-
 @pytest.mark.slow
 def test_a_recorded_evaluation():
     """The first process names early the images that later attacks need, and these names are mostly right."""
-    found = recorded(12)
+    found = recorded("digits-pgd-at", 12, "", 8)
     needed = {place for each in found["lists"] for place in each["needed"]}
     assert needed <= found["seconds"].keys()
     early = {

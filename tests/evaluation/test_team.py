@@ -18,8 +18,9 @@ from teamwork import KINDS, kill_at_call, made, plain, report, reports
 
 from purify_fast import cli
 from purify_fast._files import folder_lock
-from purify_fast.evaluation import EvaluateConfig, runner
-from purify_fast.evaluation.run import attack_run, team
+from purify_fast.attacks import APGD
+from purify_fast.evaluation import AttackSpec, runner
+from purify_fast.evaluation.run import attack_run, stopping, team
 from purify_fast.evaluation.run.attack_run import AttackRun
 from purify_fast.evaluation.run.progress import Progress
 from purify_fast.evaluation.run.row_judge import RowJudge
@@ -119,11 +120,36 @@ def test_a_process_that_leaves_the_probes_late_makes_no_batch_of_an_attack_there
     assert next(other.batches(Progress())) == (attack, 9)
 
 
-def test_the_default_batch_of_several_processes_does_not_depend_on_their_number():
-    sizes = [EvaluateConfig().images_together(images, 2) for images in (50, 500, 10**5)]
-    assert sizes == [8, 16, 250] == [EvaluateConfig().images_together(images, 8) for images in (50, 500, 10**5)]
-    assert EvaluateConfig(batch_size="auto").images_together(500, 2) == 16
-    assert EvaluateConfig().images_together(500) == EvaluateConfig(batch_size=250).images_together(500, 2) == 250
+@pytest.mark.parametrize(("batch_size", "shares"), [(None, 3), ("auto", 3), (6, 1)])
+def test_without_a_batch_size_each_attack_is_divided_evenly(tmp_path, batch_size, shares):
+    """Rounds count together; two images of an attack on the nearest images are divided into single images."""
+
+    def work():
+        sizes, original = {}, AttackRun.__post_init__
+
+        def divide(self):
+            original(self)
+            sizes[self.spec.seed] = [list(map(len, self.parts)), len(self.rounds), self.by_image]
+
+        attacks = [
+            AttackSpec(APGD(steps=2)),
+            AttackSpec(APGD(steps=3), until=0.01, seed=1),
+            AttackSpec(APGD(steps=4), nearest=6, seed=2),
+            AttackSpec(APGD(steps=5), nearest=12, seed=3),
+        ]
+        with mock.patch.object(AttackRun, "__post_init__", divide), mock.patch.object(stopping, "SMALLEST", 4):
+            made("deterministic", attacks=attacks, curve=(), batch_size=batch_size)
+        return sizes
+
+    done = together(tmp_path, 3, work)
+    assert done.codes == [0] * 3, done.errors
+    # Of 22 images, 18 are classified correctly. Five rounds have at most four of these each.
+    whole, rounds, few, many = (done.results[0][seed] for seed in range(4))
+    if shares == 3:
+        assert whole == [[6] * 3, 1, False] and few == [[1] * 6, 1, True] and many == [[4] * 3, 1, False]
+        assert rounds[1:] == [5, False] and max(rounds[0]) == 4
+    else:
+        assert whole == [[6] * 3, 1, False] and few == [[1] * 6, 1, True] and many == [[1] * 12, 1, True]
 
 
 def test_probes_in_parts_find_what_they_find_on_all_images(one):

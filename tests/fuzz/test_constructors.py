@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -180,7 +181,7 @@ def test_classifiers(data):
 
 
 @pytest.mark.parametrize("command", [name for name, kind in _KINDS.items() if options_of(kind)])
-@fuzzed
+@functools.partial(fuzzed, share=0.3)
 def test_a_command_line(command, data):
     """It is read, or refused; read lines name a command whose options can be written to a run's file and read again."""
     draw, kind = data.draw, _KINDS[command]

@@ -3,12 +3,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 from torch.nn import functional as F
 
 from purify_fast.ops import aggregate, use_backend
 
 op = import_module("purify_fast.ops.aggregate")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1, 2), (3, 8, 10), (2, 5, 101), (5, 64, 7), (2, 3, 1300), (0, 4, 10))
 
 
@@ -145,8 +145,7 @@ def test_vote_is_counted_by_what_may_serve(gradient, monkeypatch):
 # numbers, every backend and dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 @pytest.mark.parametrize("method", op.METHODS)
 def test_values_and_gradients(backend, within_budget, poisoned, method, shape, dtype):
     index = op.METHODS.index(method)

@@ -2,12 +2,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 
 from purify_fast.ops import apgd_step, pgd_step
 
 op = import_module("purify_fast.ops.apgd_step")
 NORMS = op.NORMS
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
 
 
@@ -35,8 +35,7 @@ def by_reference(images, alpha, eps, momentum, norm, lo=0.0, hi=1.0):
 
 
 @pytest.mark.parametrize("momentum", [0.75, 1.0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_linf_is_bit_exact(backend, poisoned, shape, dtype, momentum):
     images = inputs(*shape, dtype=dtype)
     alpha, eps = radii(shape[0])
@@ -47,8 +46,7 @@ def test_linf_is_bit_exact(backend, poisoned, shape, dtype, momentum):
     assert (distance <= eps + 2 * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_l2(backend, within_budget, poisoned, shape, dtype):
     images = inputs(*shape, dtype=dtype)
     alpha, eps = radii(shape[0])

@@ -3,13 +3,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 from torch import Tensor
 
 from purify_fast.ops import Stream, diffusion_step, philox
 
 op = import_module("purify_fast.ops.diffusion_step")
 SEED, STEP = torch.tensor([0x0123456789ABCDEF]), torch.tensor([3])
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 3, 8, 8), (5, 2, 9, 15), (2, 5001), (3, 1, 2047), (0, 3, 4, 4))
 
 
@@ -119,8 +119,7 @@ def test_learned_variances_lie_between_the_two(backend):
 
 @pytest.mark.parametrize("noisy", [True, False], ids=["noisy", "noiseless"])
 @pytest.mark.parametrize("halves", [1, 2], ids=["fixed", "learned"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, monkeypatch, shape, dtype, halves, noisy):
     # normals differ by a few ulp between backends (test_philox.py): here everything else is compared
     monkeypatch.setattr(op, "_noise", lambda x, *key: noise(x.shape, name).to(x.dtype))

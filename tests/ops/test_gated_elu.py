@@ -3,12 +3,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 
 from purify_fast.ops import gated_elu
 from purify_fast.ops.dispatch.op import Call
 
 op = import_module("purify_fast.ops.gated_elu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # one element, no further dimension, less and more than a tile, rows longer than a tile, a volume, nothing
 SHAPES = ((1, 2), (3, 10), (2, 24, 7, 5), (2, 6, 40, 33), (1, 2, 60, 50), (2, 4, 3, 4, 5), (0, 4, 3, 3), (2, 0, 3))
 
@@ -28,8 +28,7 @@ def test_published_values(backend):
     torch.testing.assert_close(gated_elu(features), torch.tensor([[0.7310586], [-0.3160603]]), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, shape, dtype):
     for scale in (0.1, 3.0, 40.0):
         features = inputs(*shape, dtype=dtype, scale=scale)

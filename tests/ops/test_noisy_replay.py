@@ -3,11 +3,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 
 from purify_fast.ops import Stream, noisy_replay, philox, use_backend
 
 op = import_module("purify_fast.ops.noisy_replay")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (4, 1, 16, 16), (3, 3, 33, 31), (2, 5001), (3, 2047), (0, 3, 4, 4))
 SEED = torch.tensor([0x0123456789ABCDEF])
 EPS = 8 / 255
@@ -82,8 +82,7 @@ def test_noise_is_the_named_stream(backend):
 # bits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_bit_exact(backend, poisoned, shape, dtype):
     x, adv, drift, ids = inputs(*shape, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)

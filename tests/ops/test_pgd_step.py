@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import DTYPES, cases
 
 from purify_fast import _library
 from purify_fast.ops import pgd_step, use_backend
 
 op = import_module("purify_fast.ops.pgd_step")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 5001), (0, 3, 4, 4))
 
 
@@ -28,8 +28,7 @@ def radii(batch: int) -> tuple:
     return torch.linspace(0.01, 0.05, batch), torch.linspace(0.02, 0.12, batch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_linf_is_bit_exact(backend, poisoned, shape, dtype):
     x, grad, nat = inputs(*shape, dtype=dtype)
     alpha, eps = radii(shape[0])
@@ -40,8 +39,7 @@ def test_linf_is_bit_exact(backend, poisoned, shape, dtype):
     assert ((got.double() - nat.double()).flatten(1).abs().amax(1) <= eps + 2 * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 @pytest.mark.parametrize("norm", [2, 1])
 def test_l2_and_l1(backend, within_budget, poisoned, norm, shape, dtype):
     """Some radii of l1 cut and some do not: |x - x_nat| is 0.05 in the mean."""

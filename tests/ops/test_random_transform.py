@@ -3,6 +3,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 
 from purify_fast.ops import Stream, philox, random_transform
 
@@ -124,8 +125,7 @@ def test_gradient_of_the_clip(backend):
     assert owners.sum() == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape, dtype):
     x, ids = images(*shape[:4], dtype=dtype), names(shape[0])
     count = (shape[2] // shape[4]) * (shape[3] // shape[4])

@@ -3,11 +3,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import DTYPES, cases
 
 from purify_fast.ops import reconstruction_loss
 
 op = import_module("purify_fast.ops.reconstruction_loss")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 1, 16, 16), (2, 3, 33, 31), (4, 20001), (0, 3, 4, 4))
 
 
@@ -26,8 +26,7 @@ def test_published_values(backend):
         assert expected == pytest.approx(size * math.log(2), abs=1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, shape, dtype):
     for scale in (1.0, 30.0):
         logits, target = inputs(*shape, dtype=dtype, scale=scale)

@@ -3,13 +3,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import DTYPES, cases
 from torch.nn import functional as F
 
 from purify_fast.ops import representation_distance
 
 op = import_module("purify_fast.ops.representation_distance")
 KINDS = op.KINDS
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 512), (2, 3, 33, 31), (4, 20001), (5, 64, 4, 4), (0, 3, 4, 4))
 NHWC = torch.channels_last
 
@@ -111,8 +111,7 @@ def test_never_negative_near_the_teacher(backend, kind):
 # values and gradients against float64
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(backend, within_budget, poisoned, kind, shape, dtype):
     index = KINDS.index(kind)

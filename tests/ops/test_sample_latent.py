@@ -3,11 +3,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 
 from purify_fast.ops import Stream, philox, sample_latent
 
 op = import_module("purify_fast.ops.sample_latent")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1), (3, 64), (5, 37), (2, 1026), (0, 8), (4, 0))
 SEED = torch.tensor([987654321])
 
@@ -34,8 +34,7 @@ def test_the_sample_is_the_named_noise(backend):
     assert not torch.equal(other, z)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, monkeypatch, shape, dtype):
     # normals differ by a few ulp between backends (test_philox.py): here everything else is compared
     own = lambda mu, *key: philox(*key, mu.shape[1], stream=Stream.LATENT, distribution="normal")[:, 0]  # noqa: E731

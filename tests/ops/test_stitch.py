@@ -2,11 +2,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from op_cases import cases
 
 from purify_fast.ops import random_transform, stitch
 
 op = import_module("purify_fast.ops.stitch")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN, NHWC = torch.contiguous_format, torch.channels_last
 #: samples, batch, passes, channels, height, width, rows, columns
 SHAPES = (
@@ -43,8 +43,7 @@ def picked(images: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("memory_format", [PLAIN, NHWC], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
 def test_values_and_gradients(backend, poisoned, shape, dtype, memory_format):
     images, owners = inputs(shape, dtype, memory_format)
     memory_format = memory_format if len(images) else PLAIN  # nothing is contiguous, above all

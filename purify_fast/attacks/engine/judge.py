@@ -17,7 +17,7 @@ from ...speed.graphs.step_graphs import StepGraphs
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from ..attacked_model import logits_of
 from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
-from ..objective import Objective
+from ..objective import Objective, ObjectiveStep
 
 #: From this number of draws on, one more row takes a CPU longer than a change of the batch size.
 MANY_DRAWS = 4
@@ -61,20 +61,8 @@ def has_fallen(share: Tensor, enough: float = 1.0) -> Tensor:
     return share >= enough - 1e-6
 
 
-@dataclass(frozen=True)
-class JudgeStep:
-    """A judgement as a step that a CUDA graph can capture.
-
-    Args:
-        objective: the margin on the model under attack.
-    """
-
-    objective: Objective
-
-    @property
-    def model(self) -> Classifier:
-        """The model under attack."""
-        return self.objective.model
+class JudgeStep(ObjectiveStep):
+    """A judgement by the margin on the model under attack."""
 
     def __call__(self, state: State) -> State:
         """The share of draws that misclassify each image ``x`` with the label ``y``."""

@@ -16,11 +16,8 @@ ProtocolName = Literal["fast", "standard", "rand", "strong", "official", "author
 Predict = Literal["worst_of", "votes"]
 BatchSize = int | Literal["auto"]
 
-#: The number of images that a single process attacks together by default.
+#: The largest number of images that are attacked together by default.
 USUAL_BATCH = 250
-#: Several processes divide the images into this number of batches by default. It does not depend on the number of
-#: processes, so that a run can continue with any number of processes. A batch has at least FEWEST images.
-DIVIDED, FEWEST = 32, 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,12 +45,12 @@ class EvaluateConfig:
             under fixed noise if the model has ``fixed_noise``. With None, an image has fallen if any prediction is
             wrong, attacks search for images that all of five fresh draws misclassify, and no attack is repeated
             under fixed noise.
-        batch_size: number of images that are attacked together. None: 250, or for several processes a 32nd of the
-            images, but at least 8 and at most 250. "auto": the same number, but each pass of the model has only as many
-            images as fit into memory. The number per pass is measured on a pass of a few images, and is halved when
-            memory runs out. The number per pass does not change the result of a deterministic model, but it changes the
-            draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that are functions or
-            belong to other packages get a whole batch at once.
+        batch_size: number of images that are attacked together. None: 250. Several processes divide the images of each
+            attack evenly, so a batch may have fewer images. "auto": the same, but each pass of the model has only as
+            many images as fit into memory. The number per pass is measured on a pass of a few images, and is halved
+            when memory runs out. The number per pass does not change the result of a deterministic model, but it
+            changes the draws of a random model, as max_forward_batch and batch_size do. With "auto", attacks that are
+            functions or belong to other packages get a whole batch at once.
         max_forward_batch: largest number of images in a forward pass of an attack. This limit changes no result of
             a deterministic model. None: no limit.
         memory: with batch_size "auto": total memory that this process may use on the model's device, in bytes or as
@@ -82,10 +79,10 @@ class EvaluateConfig:
         dataset_name: name of the data set, for the report's title. On the command line, the default is the data set's
             name.
         together: whether the processes of torch's default process group share the work. Each process calls `evaluate`
-            with the same arguments, and attacks some of the batches of batch_size images. The result is the same as
-            that of a single process. Only the first process writes and prints; the other processes get the report
-            without pictures. Processes without common temporary files need a common folder ``out``. False: each process
-            makes a separate evaluation.
+            with the same arguments, and attacks some of the batches. With the same number as batch_size, the result is
+            that of a single process, bit by bit. Only the first process writes and prints; the other processes get the
+            report without pictures. Processes without common temporary files need a common folder ``out``. False: each
+            process makes a separate evaluation.
 
     Raises:
         TypeError: claim, or a radius of curve, is not a number.
@@ -143,11 +140,10 @@ class EvaluateConfig:
         words = (f"{name}={value!r}" for name, value, usual in given if value != usual)
         return f"EvaluateConfig({', '.join(words)})"
 
-    def images_together(self, images: int, processes: int = 1) -> int:
-        """The number of images that are attacked together, of all ``images``, by this number of processes."""
-        if isinstance(self.batch_size, int):
-            return self.batch_size
-        return USUAL_BATCH if processes == 1 else min(USUAL_BATCH, max(FEWEST, -(-images // DIVIDED)))
+    @property
+    def images_together(self) -> int:
+        """The largest number of images that are attacked together."""
+        return self.batch_size if isinstance(self.batch_size, int) else USUAL_BATCH
 
     def has_signs(self, attacks: Sequence[Any] | None) -> bool:
         """Tell whether an evaluation searches for signs that an attack has failed.

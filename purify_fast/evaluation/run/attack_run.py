@@ -62,7 +62,7 @@ class AttackRun:
 
     On a deterministic model the result of most attacks does not depend on the batches, because the random start of an
     image depends only on its index. On a random model each batch has a separate seed. The batches depend only on the
-    images and their order, on the batch size and on the rule, and never on the number of processes.
+    images and their order, on the batch size, on the number of shares and on the rule.
 
     Args:
         spec: the attack.
@@ -73,6 +73,7 @@ class AttackRun:
         folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
             process. It is made when the first batch is saved. With None, no batch is saved.
         rule: decides after each round of images whether the attack stops. With None, every batch is attacked.
+        shares: the smallest number of batches, if there are enough images. All rounds together have so many.
 
     Attributes:
         parts: the indices of the images of each batch.
@@ -87,14 +88,23 @@ class AttackRun:
     context: AttackContext
     folder: Path | None
     rule: StoppingRule | None = None
+    shares: int = 1
 
     def __post_init__(self) -> None:
         most, nearest = self.context.resources.batch_size or max(1, len(self.index)), self.spec.nearest
-        # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
-        most = most if nearest is None else min(most, max(1, nearest * most // USUAL_BATCH))
+        whole = max(1, min(len(self.index), self.rule.round) if self.rule else len(self.index))
+        if self.shares > 1:
+            # Other processes already take batches of later rounds, so few rounds are divided further.
+            in_round = math.ceil(self.shares / math.ceil(max(1, len(self.index)) / whole))
+            most = min(most, math.ceil(whole / in_round))
+            # A free process can begin with single images of the next attack (`Measure._ahead`).
+            most = 1 if nearest is not None and most == 2 else most
+        elif nearest is not None:
+            # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
+            most = min(most, max(1, nearest * most // USUAL_BATCH))
         self.by_image = nearest is not None and most == 1
         self.parts, self.rounds = list[Tensor](), list[range]()
-        for images in self.index.split(self.rule.round if self.rule else max(1, len(self.index))):
+        for images in self.index.split(whole):
             if len(images):
                 parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))

@@ -231,7 +231,7 @@ class Measure:
         }
         if subject.is_random:
             # Rows that were made by another rule for random models are not used.
-            whole |= {"rule": RULE, "choosing": subject.choosing}
+            whole |= {"rule": RULE, "choosing": subject.choosing} | self.team.divided()
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         named = all(revision is not None for _, revision, *_ in attacks)
         models = [subject.model, *([spec.other_model for spec in specs] or [None])]
@@ -412,4 +412,4 @@ class Measure:
             rule = None
             if spec.until is not None and not context.draws_differ:
                 rule = StoppingRule(spec.until, len(index), len(subject.y))
-            yield AttackRun(spec, counted, index, subject, context, folder=folder, rule=rule)
+            yield AttackRun(spec, counted, index, subject, context, folder=folder, rule=rule, shares=self.team.shares)

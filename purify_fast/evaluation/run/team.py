@@ -43,7 +43,7 @@ GOODBYE = 10.0
 VISIBLE = 60.0
 
 Result = TypeVar("Result")
-_AGAIN = "Start the same command again, with any number of processes, to continue after the finished batches"
+_AGAIN = "Start the same command again, with as many processes, to continue after the finished batches"
 
 
 class Task(NamedTuple):
@@ -77,17 +77,20 @@ class Team:
 
     Args:
         together: whether the processes of the group share the work. If not, this process evaluates alone.
+        evenly: whether the processes divide the images of each attack evenly. If not, only the batch size divides them.
 
     Attributes:
         rank: the number of this process.
         world: number of processes.
+        shares: number of parts into which the images of each attack are divided; 1 if only the batch size divides them.
     """
 
     _evaluations = 0
     _scratch: Path | None = None
 
-    def __init__(self, together: bool = True):
+    def __init__(self, together: bool = True, evenly: bool = False):
         self.rank, self.world = processes() if together else (0, 1)
+        self.shares = self.world if evenly else 1
         self._tasks, self._lists, self._ended = list[Task](), 0, False
         # The batches that a process is known to have taken, and those of them that are not known to be finished.
         self._taken, self._open = set[str](), dict[str, Task]()
@@ -124,6 +127,10 @@ class Team:
                 f"process {self.rank} of {self.world} cannot reach the store of the process group "
                 f"({str(error).splitlines()[0]}): the process or machine with the store has ended. {_AGAIN}"
             ) from error
+
+    def divided(self) -> dict[str, int]:
+        """The number of shares for the cache's names; empty for a single share, as in names of earlier versions."""
+        return {"shares": self.shares} if self.shares > 1 else {}
 
     # -- agreement of all processes -----------------------------------------------------------------------------------
 

@@ -141,12 +141,15 @@ SOLVERS = {
 }
 GUIDED = ("ddpm", "ddpm, large", "ddpm, learned", "ddim, eta", "vp_sde")
 SHAPES = ((3, 8, 12), (1, 9, 8), (2, 8, 11))
-CASES = [
-    (name, prediction, guidance, shape)
-    for number, (name, prediction) in enumerate(itertools.product(SOLVERS, ("noise", "x0", "v")))
-    for guidance in ((None, "mse", "ssim") if name in GUIDED else (None,))
-    for shape in (SHAPES[number % 3],)
+PREDICTIONS = ("noise", "x0", "v")
+#: Every solver with every prediction, and every solver that allows guidance with every guidance.
+KINDS = [(name, prediction, None) for name in SOLVERS for prediction in PREDICTIONS]
+KINDS += [
+    (name, PREDICTIONS[(number + later) % 3], guidance)
+    for number, name in enumerate(GUIDED)
+    for later, guidance in enumerate(("mse", "ssim"))
 ]
+CASES = [(*kind, SHAPES[number % 3], *((1, 1), (3, 2))[number % 2]) for number, kind in enumerate(KINDS)]
 
 
 def made_for(name, prediction, guidance, shape, samples, rounds):
@@ -156,8 +159,7 @@ def made_for(name, prediction, guidance, shape, samples, rounds):
     return defence(shape, process=Process(**options), samples=samples)
 
 
-@pytest.mark.parametrize(("samples", "rounds"), [(1, 1), (3, 2)])
-@pytest.mark.parametrize(("name", "prediction", "guidance", "shape"), CASES)
+@pytest.mark.parametrize(("name", "prediction", "guidance", "shape", "samples", "rounds"), CASES)
 def test_it_is_that_of_plain_autograd(name, prediction, guidance, shape, samples, rounds):
     made = made_for(name, prediction, guidance, shape, samples, rounds)
     (want, slope), (got, gradient) = both(made, images(2, shape))
