@@ -7,10 +7,11 @@ import torch
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def cases(shapes):
-    """Pairs of a shape and a dtype: float32 with all shapes, the others with the two largest of a ragged size.
+def cases(shapes, *ragged):
+    """Pairs of a shape and a dtype: float32 with all shapes, the others with empty shapes and those named.
 
     A kernel has one code for all dtypes, except for loads and stores, and for what is left behind whole vectors.
     """
-    ragged = sorted((shape for shape in shapes if math.prod(shape) % 16), key=math.prod)[-2:]
-    return [(shape, dtype) for dtype in DTYPES for shape in (shapes if dtype == torch.float32 else ragged)]
+    others = [shape for shape in shapes if shape in ragged or not math.prod(shape)]
+    assert len(ragged) <= len(others)
+    return [(shape, dtype) for dtype in DTYPES for shape in (shapes if dtype == torch.float32 else others)]

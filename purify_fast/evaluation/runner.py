@@ -152,6 +152,8 @@ def evaluate(
     model = as_classifier(model)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(Team(config.together, evenly=not isinstance(config.batch_size, int)))
+        if team.shares > 1:
+            report.about["divided"] = f"evenly among {team.shares} processes"
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))

@@ -1,7 +1,11 @@
 """The count of how much faster several processes are, by the order in which the package hands batches out."""
 
+import statistics
+
 import pytest
 
+from benchmarks import RESULTS
+from benchmarks.kept import rows_of
 from benchmarks.speed import processes
 from benchmarks.speed.processes import recorded, simulated
 
@@ -43,6 +47,19 @@ def test_an_error_in_a_simulated_process_is_raised():
     made["seconds"]["0 0 b"] = "a word"
     with pytest.raises(TypeError):
         processes.simulated(made, 3)
+
+
+@pytest.mark.parametrize("row", rows_of(RESULTS / "cpu" / processes.FILE), ids=lambda row: row["model"])
+def test_more_processes_are_faster_on_the_page(row):
+    seconds = [statistics.median(row["measured"][name]) for name in ("1", "2")]
+    seconds += [simulated(trace, int(name)) for name, trace in row["traces"].items()]
+    assert sorted(seconds, reverse=True) == seconds
+    for trace in row["traces"].values():
+        assert {place for each in trace["lists"] for place in each["needed"]} <= trace["seconds"].keys()
+    # Without the batches of later attacks it would be less.
+    found = row["traces"]["8"]
+    bare = found | {"lists": [each | {"tasks": each["tasks"][:1]} for each in found["lists"]]}
+    assert simulated(bare, 8) > simulated(found, 8)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from forks import Victim, together, until
 from teamwork import KINDS, kill_at_call, made, plain, report, reports
@@ -120,22 +121,24 @@ def test_a_process_that_leaves_the_probes_late_makes_no_batch_of_an_attack_there
     assert next(other.batches(Progress())) == (attack, 9)
 
 
-@pytest.mark.parametrize(("batch_size", "shares"), [(None, 3), ("auto", 3), (6, 1)])
-def test_without_a_batch_size_each_attack_is_divided_evenly(tmp_path, batch_size, shares):
-    """Rounds count together; two images of an attack on the nearest images are divided into single images."""
+@pytest.mark.parametrize(("batch_size", "evenly"), [(None, True), ("auto", True), (5, False)])
+def test_without_a_batch_size_each_attack_is_divided_evenly(tmp_path, batch_size, evenly):
+    """Of 22 images, 18 are classified correctly. Two images per process are divided into single images."""
 
     def work():
         sizes, original = {}, AttackRun.__post_init__
 
         def divide(self):
             original(self)
-            sizes[self.spec.seed] = [list(map(len, self.parts)), len(self.rounds), self.by_image]
+            sizes[self.spec.seed] = [[len(self.parts[each]) for each in numbers] for numbers in self.rounds]
+            assert self.by_image == (self.spec.nearest is not None and {*map(len, self.parts)} == {1})
 
         attacks = [
             AttackSpec(APGD(steps=2)),
             AttackSpec(APGD(steps=3), until=0.01, seed=1),
-            AttackSpec(APGD(steps=4), nearest=6, seed=2),
-            AttackSpec(APGD(steps=5), nearest=12, seed=3),
+            AttackSpec(APGD(steps=4), until=0.01, max_images=9, seed=2),
+            AttackSpec(APGD(steps=5), nearest=6, seed=3),
+            AttackSpec(APGD(steps=6), nearest=11, seed=4),
         ]
         with mock.patch.object(AttackRun, "__post_init__", divide), mock.patch.object(stopping, "SMALLEST", 4):
             made("deterministic", attacks=attacks, curve=(), batch_size=batch_size)
@@ -143,13 +146,50 @@ def test_without_a_batch_size_each_attack_is_divided_evenly(tmp_path, batch_size
 
     done = together(tmp_path, 3, work)
     assert done.codes == [0] * 3, done.errors
-    # Of 22 images, 18 are classified correctly. Five rounds have at most four of these each.
-    whole, rounds, few, many = (done.results[0][seed] for seed in range(4))
-    if shares == 3:
-        assert whole == [[6] * 3, 1, False] and few == [[1] * 6, 1, True] and many == [[4] * 3, 1, False]
-        assert rounds[1:] == [5, False] and max(rounds[0]) == 4
+    whole, rounds, few_rounds, few, many = (done.results[0][seed] for seed in range(5))
+    # A round has at most four images: there are enough rounds for three processes, or too few.
+    assert rounds == [[4], [4], [4], [4], [2]]
+    if evenly:
+        assert whole == [[6, 6, 6]] and few == [[1] * 6] and many == [[4, 4, 3]] and few_rounds == [[2, 2], [2, 1]]
     else:
-        assert whole == [[6] * 3, 1, False] and few == [[1] * 6, 1, True] and many == [[1] * 12, 1, True]
+        assert whole == [[5, 5, 5, 3]] and few == [[1] * 6] and many == [[1] * 11] and few_rounds == [[4], [3]]
+
+
+def test_more_images_than_processes_can_take_at_once_are_divided_evenly_too():
+    run = SimpleNamespace(shares=3, rule=None, index=torch.arange(1000))
+    assert [len(part) for part in AttackRun._divided(run, run.index, 250, 1000)] == [167] * 4 + [166] * 2
+
+
+@pytest.mark.slow
+def test_rows_of_a_random_model_are_used_again_by_as_many_processes_only(tmp_path):
+    """Without a batch size, another number of processes gives it other draws."""
+
+    def evaluated(world, folder):
+        done = together(folder.parent, world, lambda: plain(made("random", folder, batch_size=None)))
+        assert done.codes == [0] * world, done.errors
+        return done.results[0]
+
+    (tmp_path / "two").mkdir(), (tmp_path / "three").mkdir()
+    two, three = evaluated(2, tmp_path / "two" / "out"), evaluated(3, tmp_path / "three" / "out")
+    assert two["about"].pop("divided") == "evenly among 2 processes" and two["rows"] != three["rows"]
+    with mock.patch.object(AttackRun, "make", side_effect=AssertionError("made again")):
+        assert evaluated(2, tmp_path / "two" / "out")["rows"] == two["rows"]
+    assert evaluated(3, tmp_path / "two" / "out") == three
+
+
+def test_probes_are_divided_evenly(tmp_path):
+    def work():
+        counts, original = [], team.Team.shared
+        with mock.patch.object(
+            team.Team, "shared", lambda self, works, *given: counts.append(len(works)) or original(self, works, *given)
+        ):
+            return plain(made("masked", batch_size=None)), counts
+
+    done = together(tmp_path, 2, work)
+    assert done.codes == [0, 0], done.errors
+    assert [counts for _, counts in done.results] == [[2], [2]]
+    whole = plain(made("masked", batch_size=None))
+    assert done.results[0][0]["curves"]["defence"]["steps"] == whole["curves"]["defence"]["steps"]
 
 
 def test_probes_in_parts_find_what_they_find_on_all_images(one):
@@ -282,8 +322,9 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
 
     def work():
         yield refused(RuntimeError, lambda: made("deterministic", attacks=[attack], curve=()))
-        # another seed in each process
+        # another seed in each process, or another division of the images
         yield refused(ValueError, lambda: made("deterministic", seed=dist.get_rank()))
+        yield refused(ValueError, lambda: made("deterministic", batch_size=(None, 250)[dist.get_rank()]))
         # the other process waits for a value that the first one fails to make
         with mock.patch.object(runner, "kernels_now", side_effect=RuntimeError("process 0 has no kernels")):
             yield refused(RuntimeError, lambda: report("own"))
@@ -295,9 +336,10 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
     done = together(tmp_path, 2, lambda: list(work()))
     assert done.codes == [0, 0], done.errors
     assert done.results[0] == done.results[1]
-    failed, different, no_value, unseen = done.results[0]
+    failed, different, divided, no_value, unseen = done.results[0]
     assert failed == "process 1 has no memory"
     assert "process 1 evaluates something else than process 0 (different: seed" in different
+    assert "(different: batch size)" in divided
     assert no_value == "process 0 has no kernels"
     assert "does not see" in unseen and "give out=FOLDER" in unseen
 

@@ -145,7 +145,7 @@ def test_vote_is_counted_by_what_may_serve(gradient, monkeypatch):
 # numbers, every backend and dtype
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 5, 101), (2, 3, 1300)), ids=str)
 @pytest.mark.parametrize("method", op.METHODS)
 def test_values_and_gradients(backend, within_budget, poisoned, method, shape, dtype):
     index = op.METHODS.index(method)

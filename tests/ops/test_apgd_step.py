@@ -35,7 +35,7 @@ def by_reference(images, alpha, eps, momentum, norm, lo=0.0, hi=1.0):
 
 
 @pytest.mark.parametrize("momentum", [0.75, 1.0, 0.3])
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 5001)), ids=str)
 def test_linf_is_bit_exact(backend, poisoned, shape, dtype, momentum):
     images = inputs(*shape, dtype=dtype)
     alpha, eps = radii(shape[0])
@@ -46,7 +46,7 @@ def test_linf_is_bit_exact(backend, poisoned, shape, dtype, momentum):
     assert (distance <= eps + 2 * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 5001)), ids=str)
 def test_l2(backend, within_budget, poisoned, shape, dtype):
     images = inputs(*shape, dtype=dtype)
     alpha, eps = radii(shape[0])

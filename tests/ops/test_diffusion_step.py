@@ -119,7 +119,7 @@ def test_learned_variances_lie_between_the_two(backend):
 
 @pytest.mark.parametrize("noisy", [True, False], ids=["noisy", "noiseless"])
 @pytest.mark.parametrize("halves", [1, 2], ids=["fixed", "learned"])
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (5, 2, 9, 15), (3, 1, 2047)), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, monkeypatch, shape, dtype, halves, noisy):
     # normals differ by a few ulp between backends (test_philox.py): here everything else is compared
     monkeypatch.setattr(op, "_noise", lambda x, *key: noise(x.shape, name).to(x.dtype))

@@ -28,7 +28,7 @@ def test_published_values(backend):
     torch.testing.assert_close(gated_elu(features), torch.tensor([[0.7310586], [-0.3160603]]), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 6, 40, 33), (1, 2, 60, 50)), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, shape, dtype):
     for scale in (0.1, 3.0, 40.0):
         features = inputs(*shape, dtype=dtype, scale=scale)

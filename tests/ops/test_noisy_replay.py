@@ -82,7 +82,7 @@ def test_noise_is_the_named_stream(backend):
 # bits
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (3, 3, 33, 31), (3, 2047)), ids=str)
 def test_bit_exact(backend, poisoned, shape, dtype):
     x, adv, drift, ids = inputs(*shape, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)

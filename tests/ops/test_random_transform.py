@@ -23,6 +23,8 @@ SHAPES = (
     (0, 3, 8, 8, 4),
     (1, 1, 6, 5000, 2),
 )
+#: Those with which every dtype is tested.
+RAGGED = ((2, 2, 9, 15, 3), (2, 3, 128, 96, 32), (1, 1, 40, 200, 20))
 #: sample, two of 1,024 blocks that have one key under seed 0, and how many keys are less
 TIES = ((1037, [84, 843], 648), (5552, [690, 696], 222))
 
@@ -125,7 +127,7 @@ def test_gradient_of_the_clip(backend):
     assert owners.sum() == 2
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, *RAGGED), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, own_noise, shape, dtype):
     x, ids = images(*shape[:4], dtype=dtype), names(shape[0])
     count = (shape[2] // shape[4]) * (shape[3] // shape[4])

@@ -26,7 +26,7 @@ def test_published_values(backend):
         assert expected == pytest.approx(size * math.log(2), abs=1e-3)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 20001)), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, shape, dtype):
     for scale in (1.0, 30.0):
         logits, target = inputs(*shape, dtype=dtype, scale=scale)

@@ -111,7 +111,7 @@ def test_never_negative_near_the_teacher(backend, kind):
 # values and gradients against float64
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (2, 3, 33, 31), (4, 20001)), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(backend, within_budget, poisoned, kind, shape, dtype):
     index = KINDS.index(kind)

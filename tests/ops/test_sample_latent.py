@@ -34,7 +34,7 @@ def test_the_sample_is_the_named_noise(backend):
     assert not torch.equal(other, z)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, (5, 37), (2, 1026)), ids=str)
 def test_values_and_gradients(backend, within_budget, poisoned, monkeypatch, shape, dtype):
     # normals differ by a few ulp between backends (test_philox.py): here everything else is compared
     own = lambda mu, *key: philox(*key, mu.shape[1], stream=Stream.LATENT, distribution="normal")[:, 0]  # noqa: E731

@@ -17,6 +17,8 @@ SHAPES = (
     (2, 0, 4, 3, 8, 8, 2, 2),
     (1, 3, 4, 3, 128, 96, 4, 3),
 )
+#: Those with which every dtype is tested.
+RAGGED = ((2, 2, 4, 3, 12, 20, 3, 5), (1, 2, 3, 5, 9, 14, 3, 7))
 
 
 def inputs(shape: tuple, dtype=torch.float32, memory_format=PLAIN) -> tuple:
@@ -43,7 +45,7 @@ def picked(images: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("memory_format", [PLAIN, NHWC], ids=str)
-@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), cases(SHAPES, *RAGGED), ids=str)
 def test_values_and_gradients(backend, poisoned, shape, dtype, memory_format):
     images, owners = inputs(shape, dtype, memory_format)
     memory_format = memory_format if len(images) else PLAIN  # nothing is contiguous, above all

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class AttackRun:
         folder: a folder for the finished batches, which may contain batches of an interrupted run or of another
             process. It is made when the first batch is saved. With None, no batch is saved.
         rule: decides after each round of images whether the attack stops. With None, every batch is attacked.
-        shares: the smallest number of batches, if there are enough images. All rounds together have so many.
+        shares: number of processes among which the images are divided evenly; 1 if only the batch size divides them.
 
     Attributes:
         parts: the indices of the images of each batch.
@@ -93,24 +93,30 @@ class AttackRun:
     def __post_init__(self) -> None:
         most, nearest = self.context.resources.batch_size or max(1, len(self.index)), self.spec.nearest
         whole = max(1, min(len(self.index), self.rule.round) if self.rule else len(self.index))
-        if self.shares > 1:
-            # Other processes already take batches of later rounds, so few rounds are divided further.
-            in_round = math.ceil(self.shares / math.ceil(max(1, len(self.index)) / whole))
-            most = min(most, math.ceil(whole / in_round))
-            # A free process can begin with single images of the next attack (`Measure._ahead`).
-            most = 1 if nearest is not None and most == 2 else most
-        elif nearest is not None:
+        if nearest is not None and self.shares == 1:
             # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
             most = min(most, max(1, nearest * most // USUAL_BATCH))
+        elif nearest is not None and len(self.index) <= 2 * self.shares:
+            # A free process can begin with single images of the next attack (`Measure._ahead`).
+            most = 1
         self.by_image = nearest is not None and most == 1
         self.parts, self.rounds = list[Tensor](), list[range]()
         for images in self.index.split(whole):
             if len(images):
-                parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
+                parts = self._divided(images, most, whole)
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
                 self.parts += parts
         self.names = [self._name(number) for number in range(len(self.parts))]
         self._generators = self.subject.generators()
+
+    def _divided(self, images: Tensor, most: int, whole: int) -> Sequence[Tensor]:
+        """Divide the images of a round, of which each has ``whole`` images, into batches of at most ``most`` images."""
+        if self.shares == 1:
+            return images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
+        # Other processes already take batches of later rounds, so only few rounds are divided further.
+        in_round = math.ceil(self.shares / math.ceil(len(self.index) / whole))
+        count = in_round * math.ceil(len(images) / (in_round * most))
+        return images.tensor_split(min(count, len(images)))
 
     def _name(self, number: int) -> str:
         """Return the name of a batch. Batches of the same name and the same settings have the same outcome."""

@@ -146,8 +146,8 @@ PREDICTIONS = ("noise", "x0", "v")
 KINDS = [(name, prediction, None) for name in SOLVERS for prediction in PREDICTIONS]
 KINDS += [
     (name, PREDICTIONS[(number + later) % 3], guidance)
-    for number, name in enumerate(GUIDED)
     for later, guidance in enumerate(("mse", "ssim"))
+    for number, name in enumerate(GUIDED)
 ]
 CASES = [(*kind, SHAPES[number % 3], *((1, 1), (3, 2))[number % 2]) for number, kind in enumerate(KINDS)]
 
