@@ -126,6 +126,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
         error: any error. PyTorch has a class of errors for the memory of a GPU. If the memory of a CPU runs out,
             PyTorch raises a RuntimeError, which is recognized by its text.
     """
-    texts = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+    # oneDNN names no reason if it cannot allocate the memory of a primitive.
+    texts = "can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive"
     by_text = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or by_text

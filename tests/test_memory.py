@@ -91,6 +91,7 @@ def test_limits_of_the_process():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("Out of memory: 3 bytes"), True),
+        (RuntimeError("could not create a primitive"), True),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("not enough memory"), False),
     ],
