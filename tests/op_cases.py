@@ -12,6 +12,6 @@ def cases(shapes, *ragged):
 
     A kernel has one code for all dtypes, except for loads and stores, and for what is left behind whole vectors.
     """
+    assert set(ragged) <= set(shapes)
     others = [shape for shape in shapes if shape in ragged or not math.prod(shape)]
-    assert len(ragged) <= len(others)
     return [(shape, dtype) for dtype in DTYPES for shape in (shapes if dtype == torch.float32 else others)]

@@ -55,7 +55,7 @@ BAD = {
 
 @pytest.mark.parametrize(("attack", "output"), zip(ATTACKS, BAD, strict=True))
 def test_an_attack_refuses_an_output_that_is_not_logits(model, batch, attack, output):
-    """One check serves all attacks, so each attack gets another output, and PGD gets all of them."""
+    """The same check serves all attacks. So each attack gets a single bad output, and PGD gets each bad output."""
     change, error, message = BAD[output]
     with pytest.raises(error, match=message):
         ATTACKS[attack](lambda x: change(model(x)), *batch, eps=0.1)

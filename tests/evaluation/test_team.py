@@ -123,7 +123,7 @@ def test_a_process_that_leaves_the_probes_late_makes_no_batch_of_an_attack_there
 
 @pytest.mark.parametrize(("batch_size", "evenly"), [(None, True), ("auto", True), (5, False)])
 def test_without_a_batch_size_each_attack_is_divided_evenly(tmp_path, batch_size, evenly):
-    """Of 22 images, 18 are classified correctly. Two images per process are divided into single images."""
+    """The model classifies 18 of 22 images correctly. Up to two images per process become batches of one image."""
 
     def work():
         sizes, original = {}, AttackRun.__post_init__

@@ -110,7 +110,7 @@ class AttackRun:
         self._generators = self.subject.generators()
 
     def _divided(self, images: Tensor, most: int, whole: int) -> Sequence[Tensor]:
-        """Divide the images of a round, of which each has ``whole`` images, into batches of at most ``most`` images."""
+        """Divide a round's images into batches of at most ``most`` images; a full round has ``whole`` images."""
         if self.shares == 1:
             return images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
         # Other processes already take batches of later rounds, so only few rounds are divided further.
