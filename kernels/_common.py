@@ -92,10 +92,14 @@ def sum_tile(size: int, most: int = BLOCK) -> tuple[int, int]:
 
 #: The largest number of programs along the second and the third axis of a launch.
 MOST_PROGRAMS = 65535
+#: The largest number of rows of a launch: `program` computes the index of a row in int32.
+MOST_ROWS = 2**31 - 1 - MOST_PROGRAMS
 
 
 def grid(rows: int, blocks: int) -> tuple[int, int, int]:
     """Return the launch grid for ``rows`` rows with ``blocks`` blocks each. `program` returns a program's indices."""
+    if rows > MOST_ROWS:
+        raise ValueError(f"a kernel computes at most {MOST_ROWS} rows in a call, got {rows}: divide the call")
     third = cdiv(rows, MOST_PROGRAMS)
     return blocks, cdiv(rows, third), third
 

@@ -661,12 +661,15 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
     return z
 
 
-def parts(total: int, elements: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+def parts(total: int, elements: int, decoder: Decoder) -> list[tuple[int, int]]:
     """Divide the samples into parts whose feature maps need at most `MEMORY` bytes. Return (first, count) of each part.
 
     The feature maps of a sample have ``elements`` elements. A part has at least one sample.
     """
-    most = max(1, MEMORY // (elements * dtype.itemsize))
+    last = decoder.geometry.layers[-1]
+    # The kernels compute the offsets of a part's images in int32.
+    images = (2**31 - 1) // (padded(last.channels, CHANNEL_TILE) * last.height * last.width)
+    most = max(1, min(images, MEMORY // (elements * decoder.dtype.itemsize)))
     return [(first, min(most, total - first)) for first in range(0, total, most)]
 
 
@@ -711,7 +714,7 @@ def forward(
     inputs = condition.contiguous(), seed, sample_ids.contiguous()
     kept = [decoder.elements(index) for index in range(len(decoder.geometry.layers))]
     kept = kept[:-1] if decoder.together else kept
-    for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder.dtype):
+    for first, count in parts(total, max(kept[0::2]) + max(kept[1::2], default=0), decoder):
         maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=False)
         images = out[first : first + count]
         if decoder.together:
@@ -741,7 +744,7 @@ def backward(
     by_pixel = torch.empty((total, h * w, decoder.columns[0]), dtype=decoder.dtype, device=condition.device)
     inputs = condition.contiguous(), seed, sample_ids.contiguous()
     each = sum(decoder.elements(index) for index in range(len(layers)))
-    for first, count in parts(total, 2 * each, decoder.dtype):
+    for first, count in parts(total, 2 * each, decoder):
         part = slice(first, first + count)
         maps = _maps(decoder, inputs, first=first, count=count, draws=samples, kept=True)
         g = grad[part].float()

@@ -28,7 +28,8 @@ TILE, FEWEST = 2048, 32
 @triton.jit
 def _first(place, edge, size):
     """Return the first pixel of a window along one axis."""
-    return (place * (size - edge + 1).to(tl.float32)).to(tl.int32)
+    # A size of 1 is a constant of the compiler, which has no `to`.
+    return (place * tl.cast(size - edge + 1, tl.float32)).to(tl.int32)
 
 
 @triton.jit

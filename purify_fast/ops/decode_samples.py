@@ -169,12 +169,14 @@ def reference_backward(grad: Tensor, image: Tensor, condition: Tensor, *others: 
     seed, ids, packed, biases, numbers, samples, slope, squash = others
     geometry = tiles.Geometry.of(numbers)
     weights = unpack(packed, biases, geometry)
-    entered = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)
     g = wide(grad)
     g = (g * wide(image) * (1 - wide(image)) if squash else g).to(packed.dtype)
-    for layer, weight, x in zip(geometry.layers[::-1], weights.layers[::-1], entered[-2::-1], strict=True):
-        g = F.conv2d(g, weight, None, layer.stride, layer.padding)
-        g = torch.where(x > 0, g, slope * g)
+    # A caller may run the backward pass under autocast.
+    with without_autocast(grad.device):
+        entered = maps(condition, seed, ids, weights, geometry, samples=samples, slope=slope)
+        for layer, weight, x in zip(geometry.layers[::-1], weights.layers[::-1], entered[-2::-1], strict=True):
+            g = F.conv2d(g, weight, None, layer.stride, layer.padding)
+            g = torch.where(x > 0, g, slope * g)
     by_pixel = g.to(condition.dtype).permute(0, 2, 3, 1).flatten(1)
     return by_pixel.unflatten(0, (-1, samples)).sum(1)
 

@@ -28,7 +28,7 @@ def reference(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> t
     """Compute the op in plain PyTorch: (z [B, D] in mu's dtype, kl [B] in float32; float64 for float64)."""
     mean, logs = wide(mu), wide(logvar)
     z = mean + _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
-    return z.to(mu.dtype), 0.5 * (mean.square() + logs.exp() - logs - 1).sum(1)
+    return z.to(mu.dtype).contiguous(), 0.5 * (mean.square() + logs.exp() - logs - 1).sum(1)
 
 
 def reference_backward(
@@ -38,7 +38,7 @@ def reference_backward(
     mean, logs, to_z, to_kl = wide(mu), wide(logvar), wide(grad_z), wide(grad_kl)[:, None]
     deviation = _noise(mu, seed, sample_ids).to(mean.dtype) * torch.exp(0.5 * logs)
     to_logvar = 0.5 * (to_z * deviation + to_kl * torch.expm1(logs))
-    return (to_z + to_kl * mean).to(mu.dtype), to_logvar.to(logvar.dtype)
+    return (to_z + to_kl * mean).to(mu.dtype).contiguous(), to_logvar.to(logvar.dtype).contiguous()
 
 
 EXAMPLES = {((ROWS, 64),): "fb", ((ROWS, 37),): "h", ((ROWS, 2500),): ""}

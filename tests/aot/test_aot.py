@@ -118,7 +118,7 @@ FIXED = (
     "reconstruction_loss-forward",
     "representation_distance-[acl]*",
     "sample_latent-forward",
-    "square_proposal-l[12]",
+    "square_proposal-l[12]*",
 )
 
 

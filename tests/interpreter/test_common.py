@@ -33,6 +33,10 @@ def test_rows_beyond_an_axis(monkeypatch):
     from purify_fast.kernels import philox
 
     assert [_common.grid(rows, 7) for rows in (1, 65535, 65536)] == [(7, 1, 1), (7, 65535, 1), (7, 32768, 2)]
+    # The index of a row is computed in int32.
+    assert _common.grid(_common.MOST_ROWS, 1)[2] * _common.grid(_common.MOST_ROWS, 1)[1] < 2**31
+    with pytest.raises(ValueError, match=r"at most 2147418112 rows in a call, got 2147418113: divide the call"):
+        _common.grid(_common.MOST_ROWS + 1, 1)
     seed, ids = torch.tensor([5]), torch.arange(8)
     whole = philox.forward(seed, ids, 9, 1, 0)
     monkeypatch.setattr(_common, "MOST_PROGRAMS", 3)

@@ -136,9 +136,20 @@ def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
     assert torch.equal(kernel.forward(*one, *sizes), whole[2:4])
     monkeypatch.setattr(kernel, "MEMORY", 20_000)  # parts of two samples or so: images are cut
     decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=False)
-    assert len(kernel.parts(6, decoder.elements(1), decoder.dtype)) > 1
+    assert len(kernel.parts(6, decoder.elements(1), decoder)) > 1
     assert torch.equal(kernel.forward(*given, *sizes), whole)
     assert torch.equal(kernel.backward(grad, whole, *given, False), slopes)
+
+
+def test_the_offsets_of_a_parts_images_fit_into_int32():
+    """The last layer enlarges a map of one pixel to an image, so the maps need little memory."""
+    numbers = [32, 32, 1, 1, *(3, 32, 32, 0, 32, 32)]
+    geometry = op.tiles.Geometry.of(numbers)
+    packed, biases = (torch.zeros(size) for size in geometry.sizes())
+    decoder = kernel.Decoder(packed.bfloat16(), biases, numbers, slope=0.2, squash=False)
+    divided = kernel.parts(800_000, 32, decoder)
+    assert sum(count for _, count in divided) == 800_000
+    assert all(count * kernel.padded(3, kernel.CHANNEL_TILE) * 32 * 32 < 2**31 for _, count in divided)
 
 
 def test_fewer_rows_where_registers_are_fewer(monkeypatch):

@@ -78,14 +78,23 @@ def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
         kernel.forward(*forward)
 
 
+def spread(x: Tensor) -> Tensor:
+    """The same numbers, with foreign ones between them."""
+    return torch.stack([x, torch.full_like(x, 1e4)], -1)[..., 0]
+
+
 def test_layouts_and_empty_batches():
-    setting = ((3, 6, 7, 32), 48, (3, 3), (1, 1), (1, 1, 1, 1), op.RELU, "ba")
+    setting = ((3, 6, 7, 32), 48, (3, 3), (1, 1), (1, 1, 1, 1), op.RELU, "ban")
     given = op._arguments(*setting, torch.bfloat16, 0)
     wanted = kernel.forward(*given)[0]
     moved = [
         x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if i in (0, 1, 3) else x for i, x in enumerate(given)
     ]
+    moved[2], moved[4] = spread(given[2]), [spread(x) for x in given[4]]
     assert not moved[0].is_contiguous() and torch.equal(kernel.forward(*moved)[0], wanted)
+    backward = op._arguments_backward(*setting, torch.bfloat16, 0)
+    moved = [[spread(x) for x in one] if isinstance(one, list) and i == 6 else one for i, one in enumerate(backward)]
+    assert torch.equal(kernel.backward(*moved), kernel.backward(*backward))
     none = [x[:0] if i in (0, 3) else x for i, x in enumerate(given)]
     assert kernel.forward(*none)[0].shape == (0, 6, 7, 48)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from purify_fast import _library, ops
 from purify_fast.attacks.square import pattern
@@ -244,6 +245,11 @@ def smallest(name: str) -> dict[str, tuple]:
     return {variant: min(examples, key=size) for variant, examples in by_variant.items()}
 
 
+def reversed_strides(x: Tensor) -> Tensor:
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
 @pytest.fixture
 def function(backend, name) -> Function:
     """The function of that name, where the backend has a kernel of it."""
@@ -286,6 +292,19 @@ def test_compiles_to_one_graph(function, backend, compiles, name, request):
     )
 
 
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_reference_of_any_layout_has_the_strides_of_the_fake(name):
+    """The op runs the reference for float64 on a GPU, also inside compiled graphs, which rely on the fake."""
+    for example in smallest(name).values():
+        arguments = tree_map_only(Tensor, reversed_strides, list(example.make(torch.float64, 0)))
+        with FakeTensorMode() as mode:
+            fakes = tensors(REGISTRY[name].handle(*tree_map_only(Tensor, mode.from_tensor, arguments)))
+        for real, fake in zip(tensors(REGISTRY[name].reference(*arguments)), fakes, strict=True):
+            strides = zip(real.shape, real.stride(), fake.stride(), strict=True)
+            differing = [size for size, ours, theirs in strides if size > 1 and ours != theirs]
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype) and (real.numel() == 0 or not differing)
+
+
 @pytest.mark.parametrize("name", FIRST)
 def test_exports(function, backend, name, request):
     if name == "square_proposal linf" and backend == "reference" and torch.__version__ < "2.12":
@@ -323,9 +342,6 @@ def test_any_layout_and_no_mutation(function):
         around = x.new_full([size + 3 for size in x.shape], torch.nan if x.is_floating_point() else 1)
         view = around[tuple(slice(1, size + 1) for size in x.shape)]
         return view.copy_(x)
-
-    def reversed_strides(x: Tensor) -> Tensor:
-        return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
 
     for change in (lambda x: x.contiguous(memory_format=NHWC) if x.dim() == 4 else x, padded, reversed_strides):
         moved = tuple(change(x) if x.numel() > 1 else x for x in given)

@@ -48,6 +48,15 @@ def test_gradients_of_the_op(squash):
     assert torch.autograd.gradcheck(lambda c: op.reference(c, *rest), condition)
 
 
+def test_a_backward_under_autocast_keeps_the_precision_of_the_weights():
+    condition, *rest = packed_arguments(dtype=torch.float32)
+    condition.requires_grad_()
+    loss = opaque(condition, *rest, GEOMETRY.numbers(), 3, 0.2, True, False, torch.float32).square().sum()
+    expected = torch.autograd.grad(loss, condition, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(loss, condition)[0], expected)
+
+
 def test_white_pixels_keep_their_gradient(monkeypatch):
     """The image is in bfloat16, where the sigmoid of 6.5 is 1."""
     condition, seed, ids, packed, biases = packed_arguments(2, torch.bfloat16)
