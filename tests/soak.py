@@ -87,8 +87,7 @@ def commands(data: Path, inputs: Path) -> list[Command]:
         Command("train classifier", ("train", "classifier", *images, "--width", "4", "--epochs", "16", *attack, *FAST)),
         Command("train carso", ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST)),
         Command(
-            "train carso, bank",
-            ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST, *bank),
+            "train carso, bank", ("train", "carso", *base, *images, *carso, "--epochs", "10", *attack, *FAST, *bank)
         ),
         Command(
             "train generator",

@@ -106,21 +106,6 @@ def test_deterministic_algorithms(deterministic, name):
         NOT_DETERMINISTIC[name]()
 
 
-def test_a_cpu_refuses_other_mixtures_itself():
-    x, y, where = normal(3, 3), normal(3, 3, dtype=DOUBLE), torch.tensor([1])
-    for call in (
-        lambda: x @ y,
-        lambda: F.linear(x, x, y[0]),
-        lambda: F.conv2d(normal(*MAP), normal(4, 4, 3, 3), normal(4, dtype=DOUBLE)),
-        lambda: x.index_put((where,), y[:1]),
-        lambda: x.scatter(0, where[None], y),
-        lambda: x.index_add(0, where, y[:1]),
-        lambda: F.batch_norm(normal(*MAP), normal(4), normal(4), normal(4, dtype=HALF), normal(4, dtype=HALF)),
-    ):
-        with pytest.raises(RuntimeError):
-            call()
-
-
 def test_autocast_has_the_dtypes_of_cuda():
     x = normal(4, 4, dtype=HALF)
     with torch.autocast("cpu", HALF):

@@ -173,8 +173,7 @@ INTEGERS = st.one_of(
 CONSTANTS = st.sampled_from((0, 1, 16, 64, True, False, 2))
 OTHERS = st.one_of(POINTERS, INTEGERS, st.floats(-2, 2), st.booleans(), st.none())
 OPTIONS = st.fixed_dictionaries(
-    {},
-    optional={"num_warps": st.sampled_from((1, 4)), "enable_fp_fusion": st.booleans(), "maxnreg": st.just(128)},
+    {}, optional={"num_warps": st.sampled_from((1, 4)), "enable_fp_fusion": st.booleans(), "maxnreg": st.just(128)}
 )
 
 

@@ -6,14 +6,7 @@ from input_gradients import input_gradient
 from torch import nn
 
 from purify_fast import Carso
-from purify_fast.attacks import (
-    BpdaModel,
-    GradientHealth,
-    apgd,
-    fgsm,
-    frozen,
-    pgd,
-)
+from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, frozen, pgd
 from purify_fast.attacks.bpda import classifier_of
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate

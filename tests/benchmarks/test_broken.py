@@ -92,11 +92,7 @@ def test_the_truth_is_the_adaptive_attack_alone(robust, alarms, says):
         tables.ADAPTIVE: result("EMPIR", tables.ADAPTIVE, "1100"),
         tables.STRONG: result("EMPIR", tables.STRONG, robust, unreliable=alarms),
     }
-    assert tables.verdicts(each) == {
-        tables.OFFICIAL: "-",
-        tables.STANDARD: "-",
-        tables.STRONG: says,
-    }
+    assert tables.verdicts(each) == {tables.OFFICIAL: "-", tables.STANDARD: "-", tables.STRONG: says}
     assert set(tables.verdicts({tables.STRONG: each[tables.STRONG]}).values()) == {"-"}
 
 

@@ -103,10 +103,7 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch):
     assert names.count("pgd_step") == len(rows) and names.count("reconstruction_loss") == 2
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["ops", "nothing"], ["ops", "--device", "tpu"], [], ["pipelines", "nothing"]],
-)
+@pytest.mark.parametrize("arguments", [["ops", "nothing"], ["ops", "--device", "tpu"], [], ["pipelines", "nothing"]])
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(SystemExit):
         program.main(arguments)

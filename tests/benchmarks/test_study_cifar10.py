@@ -28,9 +28,7 @@ from purify_fast.training import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUDGET = replace(
-    names.budget_of("quick"),
-    judging=names.Judging(clean=20, fast=4, strong=3, held_out=10, authors=4),
-    seeds=2,
+    names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3, held_out=10, authors=4), seeds=2
 )
 
 

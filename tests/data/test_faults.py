@@ -244,11 +244,7 @@ def test_values_outside_of_0_to_1_by_rounding_are_clamped():
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
-        (
-            KeyError("a bug"),
-            1,
-            ["KeyError: 'a bug'", "this is an error in purify_fast", "Please report it"],
-        ),
+        (KeyError("a bug"), 1, ["KeyError: 'a bug'", "this is an error in purify_fast", "Please report it"]),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, ["not enough memory: CUDA out of memory", "--batch-size"]),
     ],
 )

@@ -80,11 +80,7 @@ def test_a_resized_crop_is_a_function_of_seed_epoch_and_id():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
-        ((X[0], 0, IDS), r"\[B, C, H, W\]"),
-        ((X, 0, IDS[:3]), "sample_ids"),
-        ((X, 0, IDS, -1), "padding"),
-    ],
+    [((X[0], 0, IDS), r"\[B, C, H, W\]"), ((X, 0, IDS[:3]), "sample_ids"), ((X, 0, IDS, -1), "padding")],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -211,10 +211,7 @@ def test_images_of_another_shape_are_named_with_what_the_model_takes():
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (
-            lambda z: z.argmax(1),
-            r"one whole number for each image, torch.int64 \[8\], .* looks like the class",
-        ),
+        (lambda z: z.argmax(1), r"one whole number for each image, torch.int64 \[8\], .* looks like the class"),
         (lambda z: z.argmax(1, keepdim=True), r"one whole number .*, torch.int64 \[8, 1\]"),
         (lambda z: z.argmax(1).float(), r"one whole number .*, torch.float32 \[8\].*without argmax"),
         (lambda z: (z > -9).long(), r"must return logits in floating point, got torch.int64 \[8, 4\]: .*output.float"),

@@ -285,12 +285,7 @@ def test_so_many_images_decide_and_one_less_do_not():
 @pytest.mark.parametrize(
     ("left", "n", "claim", "said"),
     [
-        (
-            100,
-            200,
-            "70",
-            "refuted. If the claim were true, the probability that 100 or fewer of 200 images are left",
-        ),
+        (100, 200, "70", "refuted. If the claim were true, the probability that 100 or fewer of 200 images are left"),
         (
             13,
             20,
@@ -299,12 +294,7 @@ def test_so_many_images_decide_and_one_less_do_not():
             "it. If the claim were true, the probability that 13 or fewer of 20 images are left would be 39.2 % (exact "
             "binomial test; refuted below 1 %). If 65.0 % of about 481 images were left, the claim would be refuted.",
         ),
-        (
-            15,
-            20,
-            "70",
-            "75.0 % of 20 images are left, which is not below the claim. If the claim were true, the",
-        ),
+        (15, 20, "70", "75.0 % of 20 images are left, which is not below the claim. If the claim were true, the"),
         (
             0,
             4,

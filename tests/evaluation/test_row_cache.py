@@ -51,15 +51,7 @@ class Defence(nn.Module):
     def forward(self, x):
         return self.layer(helper(x.flatten(1)) * {literal} * SIGMA){comment}
 """
-PLAIN = {
-    "constant": "SIGMA = 0.1",
-    "doc": "'a'",
-    "added": 1,
-    "share": 1,
-    "sigma": 0.1,
-    "literal": 2,
-    "comment": "",
-}
+PLAIN = {"constant": "SIGMA = 0.1", "doc": "'a'", "added": 1, "share": 1, "sigma": 0.1, "literal": 2, "comment": ""}
 
 
 def model_of(tmp_path, monkeypatch, **change):

@@ -30,10 +30,7 @@ def atop_defence(**options):
 REFUSED = {
     arrest: [
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
-        (
-            {"eps": 0.3},
-            r"alpha must be at least .* = 0.03, got 0.007843: .* reach 0.07843 of eps 0.3.* = 0.075",
-        ),
+        ({"eps": 0.3}, r"alpha must be at least .* = 0.03, got 0.007843: .* reach 0.07843 of eps 0.3.* = 0.075"),
         ({"eps": 0.2, "steps": 1}, "alpha must be at least .* = 0.2, got 0.007843"),
         ({"distillation_weight": -1.0}, "distillation_weight must be at least 0, got -1.0"),
         ({"distillation_weight": float("nan")}, "distillation_weight must be at least 0, got nan"),

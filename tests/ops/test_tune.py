@@ -2,15 +2,13 @@
 
 import json
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from purify_fast import _library, cli
 from purify_fast.cli import installation
@@ -18,6 +16,7 @@ from purify_fast.cli import tune as command
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import examples, races, racing, verify
 from purify_fast.ops.dispatch.op import Call, size_of
+from purify_fast.speed.memory import LiveBytes
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
@@ -105,9 +104,7 @@ def test_what_serves_keeps_its_place_where_it_is_level():
     op = REGISTRY["sample_latent"]
     for served in ("cpp", "reference"):
         races.write(
-            CPU,
-            {op.name: {"sources": op.code_hash("cpu"), "cells": {"": {"eager": served}}}},
-            {"date": "2026-01-01"},
+            CPU, {op.name: {"sources": op.code_hash("cpu"), "cells": {"": {"eager": served}}}}, {"date": "2026-01-01"}
         )
         for kernel_us in (0.97, 1.03):
             made, _ = racing.decide(op, [row("3x128", "", "float32", "small", kernel_us=kernel_us)], CPU)
@@ -222,29 +219,6 @@ def test_replays_are_captured_by_what_recovers(rerun):
     assert set(found.failed.values()) == {"RuntimeError: cannot be captured"}
 
 
-class Memory(TorchDispatchMode):
-    """The most bytes that lie in tensors at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = weakref.WeakKeyDictionary()
-
-    def gone(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for one in tree_leaves(out):
-            if isinstance(one, torch.Tensor) and one.untyped_storage() not in self.seen:
-                size = one.untyped_storage().nbytes()
-                self.seen[one.untyped_storage()] = size
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(one.untyped_storage(), self.gone, size)
-        return out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [name for name, op in REGISTRY.items() if op.launch is not None])
 def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
@@ -254,7 +228,7 @@ def test_the_races_of_a_gpu_take_24_gigabytes_at_most(op, monkeypatch):
     assert large
     for race in large:
         made = race.example.make(race.dtype, 0)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, Memory() as memory, torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as memory, torch.no_grad():
             given = tree_map_only(torch.Tensor, fake.from_tensor, made)
             REGISTRY[op].reference(*examples.tile(given, race.times))
         assert 0 < 2 * memory.most <= 24e9, (race.words(), memory.most)

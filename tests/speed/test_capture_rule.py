@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -101,22 +100,6 @@ def best(times: Times, order) -> float:
     )
 
 
-def rule_before(times: Times, order) -> float:
-    """Seconds by the rule of before: the last capture decides for all sizes how many launches a capture must wait."""
-    seconds, enough, launched, captured = 0.0, 40, Counter(), set()
-    for size in order:
-        eager, replay = times[size]
-        for _ in range(STEPS):
-            if size not in captured and launched[size] >= enough:
-                captured.add(size)
-                seconds += cost_of(times, size)
-                if eager > replay:
-                    enough = min(max(math.ceil(cost_of(times, size) / (eager - replay)), 10), 400)
-            launched[size] += size not in captured
-            seconds += replay if size in captured else eager
-    return seconds
-
-
 def orders() -> list[tuple[int, ...]]:
     """Every order of two batches of each size."""
     return sorted(set(itertools.permutations(2 * SIZES)))
@@ -130,14 +113,6 @@ def test_any_order_of_batches_ends_within_half_more_than_the_best_choice(times, 
     assert max(device.seconds for device in found) <= 1.5 * wanted
     # each size is captured once, also where that turns out to save nothing
     assert {device.captures for device in found} == {3}
-
-
-def test_the_rule_before_does_not():
-    """Its capture at 250 images, which saves little, stops the captures of smaller batches."""
-    times = TIMES["APGD-T 100"]
-    order = (250, 250, 16, 64, 16, 64)
-    assert rule_before(times, order) > 1.5 * best(times, order) > simulated(times, order).seconds
-    assert rule_before(times, order[::-1]) < 1.5 * best(times, order)
 
 
 def test_launches_pay_for_a_capture_once_they_have_cost_as_much():

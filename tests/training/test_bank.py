@@ -18,14 +18,7 @@ from purify_fast.methods.carso import task as carso_training
 from purify_fast.models import SmallCNN
 from purify_fast.training import BankConfig, FitConfig, fit, save_classifier
 from purify_fast.training import bank as bank_module
-from purify_fast.training.bank import (
-    AdversarialBank,
-    BankedImages,
-    FrozenAttack,
-    FrozenAttacks,
-    quantized,
-    restored,
-)
+from purify_fast.training.bank import AdversarialBank, BankedImages, FrozenAttack, FrozenAttacks, quantized, restored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {
@@ -477,12 +470,7 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
         (lambda: atop_task("pipeline"), {}, {}, "attacks a model that it changes"),
         (classifier_task, {}, {}, "attacks a model that it changes"),
         (TASKS["carso"], {"padding": 1}, {}, r"cropped at random \(padding 1, resized_crop 0\): train without crops"),
-        (
-            TASKS["carso"],
-            {"resized_crop": 0.5},
-            {},
-            r"cropped at random \(padding 0, resized_crop 0.5\): train",
-        ),
+        (TASKS["carso"], {"resized_crop": 0.5}, {}, r"cropped at random \(padding 0, resized_crop 0.5\): train"),
         (
             TASKS["carso"],
             {},

@@ -8,16 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from small_runs import (
-    EPS,
-    SHAPE,
-    arrest_task,
-    atop_task,
-    attack,
-    batch,
-    carso_task,
-    diffusion_task,
-)
+from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, diffusion_task
 
 from purify_fast.attacks import BpdaModel, GradientHealth, apgd, fgsm, pgd, stadv
 from purify_fast.data import crop_flip

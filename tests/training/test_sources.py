@@ -6,17 +6,7 @@ import json
 
 import pytest
 import torch
-from small_runs import (
-    StopAt,
-    Stopped,
-    arrest_task,
-    atop_task,
-    carso_task,
-    diffusion_task,
-    images,
-    same,
-    task,
-)
+from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, diffusion_task, images, same, task
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 

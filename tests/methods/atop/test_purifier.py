@@ -88,10 +88,7 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (
-            lambda t, m: t[:, :1],
-            r"Own must return .* \[2, 3, 16, 16\] .* it returned .*\[2, 1, 16, 16\], torch",
-        ),
+        (lambda t, m: t[:, :1], r"Own must return .* \[2, 3, 16, 16\] .* it returned .*\[2, 1, 16, 16\], torch"),
         (lambda t, m: (t, t[..., :8]), r"it returned .*\[2, 3, 16, 16\], .*\[2, 3, 16, 8\]"),
         (lambda t, m: {"image": t}, r"it returned .*dict"),
         (lambda t, m: (), r"it returned \[\]"),

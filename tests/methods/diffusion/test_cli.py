@@ -7,7 +7,6 @@ from pictures import write_bars
 import purify_fast
 from purify_fast import cli
 from purify_fast.evaluation import Report
-from purify_fast.methods.diffusion import DiffusionTask
 from purify_fast.methods.diffusion.denoiser import read_denoiser
 from purify_fast.models import SmallCNN
 from purify_fast.training import save_classifier
@@ -73,24 +72,6 @@ def test_a_denoiser_is_distilled(made, denoiser, tmp_path, short_signs):
     assert given.keys() == weights.keys() and not all(torch.equal(given[name], weights[name]) for name in given)
     ball = ["--classifier", classifier, "--eps", 0.05, "--t-star", 0.3]
     assert run(made, f"evaluate {out}", *ball, *FEW, "--out", tmp_path / "report") == 0
-
-
-def test_an_interrupted_run_goes_on(made, tmp_path, capsys, monkeypatch):
-    step, calls = DiffusionTask.training_step, []
-
-    def interrupted(self, batch):
-        calls.append(batch.step)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    monkeypatch.setattr(DiffusionTask, "training_step", interrupted)
-    options = ["--width", 4, "--checkpoint-seconds", 0]
-    assert train(made, tmp_path / "cut", *options) == 130
-    assert "run the same command again to continue" in capsys.readouterr().err
-    assert train(made, tmp_path / "cut", *options) == 0 and calls == [0, 1, 2, 2, 3]
-    assert train(made, tmp_path / "cut", *options, "--prediction", "x0") == 2
-    assert "prediction: 'noise' there, 'x0' now" in capsys.readouterr().err
 
 
 def test_what_is_refused(made, denoiser, tmp_path, capsys):

@@ -50,12 +50,7 @@ def test_the_contract_of_a_defence(process):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"solver": "vp_sde"},
-        {"solver": "ode"},
-        {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4},
-    ],
+    "options", [{"solver": "vp_sde"}, {"solver": "ode"}, {"solver": "ddpm", "guidance": "mse", "guidance_scale": 1e4}]
 )
 def test_purified_images_are_images_where_the_process_clips(options):
     class Far(nn.Module):
