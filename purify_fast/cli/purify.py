@@ -31,7 +31,7 @@ class Purify(ProcessOptions, Command):
     Args:
         model: Defence whose purifier is used: a folder that a `train` command wrote, or zoo:NAME for a model of the
             zoo.
-        source: Image to purify, a .png, .jpg or .jpeg file; or a folder, whose images of all subfolders are purified.
+        source: Image to purify, such as a .png or .jpg file; or a folder, whose images of all subfolders are purified.
         target: File to write, with the suffix .png; if SOURCE is a folder, the folder to write to. A file that exists
             is replaced.
         batch_size: Number of images that are purified at once.

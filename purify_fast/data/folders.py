@@ -19,7 +19,7 @@ import torch
 from filelock import BaseFileLock, FileLock
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
@@ -28,7 +28,8 @@ from .._memory import available_memory
 from .._tensors import content_hash, text_hash
 from .streaming import GIVE_SIZE, StreamedImages
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+#: The endings of image files, as in torchvision's ImageFolder.
+SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
 #: Version of the cache's format. If a cache has another version, the images are decoded again.
 FORMAT = 1
@@ -39,8 +40,8 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 #: Number of images per thread that are decoded ahead of their use. They remain in memory until then.
 CHUNK = 32
 FORM = (
-    "train/<class>/*.jpg or *.png, and the held-out images: val/ or test/ in the same form, or val/images and "
-    "val/val_annotations.txt as in tiny-imagenet-200"
+    "train/<class>/*.jpg (or .png, .webp and others), and the held-out images: val/ or test/ in the same form, or "
+    "val/images and val/val_annotations.txt as in tiny-imagenet-200"
 )
 
 
@@ -402,7 +403,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """Decode an image file, with the pixels that `purify_fast.data.load_dataset` reads from an image folder.
 
     Args:
-        path: a JPEG or PNG file.
+        path: a JPEG, PNG or another file of an image. Transparency and the orientation in the metadata of a photo are
+            ignored.
         size: height and width. The image is resized until it just covers this size, and its center is cropped. None
             keeps the size of the image.
 
@@ -419,7 +421,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 class EncodedImages(StreamedImages):
-    """JPEG or PNG images that several threads decode whenever they are read.
+    """Files of images that several threads decode whenever they are read.
 
     Decoded images may need too much space: ImageNet's 1.28 million training images need 193 GB at 224 x 224 pixels. The
     pixels are the same as those of images that are decoded once.

@@ -215,9 +215,9 @@ def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManage
 
     Args:
         defence: the defence that draws noise.
-        batch: this process's share of the batch.
+        batch: this process's share of the batch, or the whole batch.
     """
-    rank, world = processes()
+    rank, world = (0, 1) if batch.whole else processes()
     return defence.noise_ids(torch.arange(rank, world * len(batch.x), world, device=batch.x.device))
 
 

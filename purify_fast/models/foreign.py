@@ -16,6 +16,7 @@ import pickle
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +135,12 @@ def build_foreign(
             raise ValueError(
                 f"weights must be for the {num_classes} classes of the data, got {weights} of {spec} for {classes} "
                 "classes"
+            )
+        if num_classes < classes:
+            warnings.warn(
+                f"{weights} of {spec} are for {classes} classes, but the data have {num_classes}: label 0 of the data "
+                "means class 0 of the weights, and so on. If the data have other classes, train a classifier on them",
+                stacklevel=2,
             )
         if in_channels != len(own_mean):
             # Images with a single channel are normalized before the channel is repeated, so average the statistics.

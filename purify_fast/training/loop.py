@@ -181,11 +181,14 @@ def _end_if_asked(run: Run, stop: Stop) -> None:
 def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop: Stop) -> TrainingState:
     """Train the rest of the run's epoch, with checkpoints in between, and put the epoch's means into ``run.last``."""
     task, config, epoch = run.task, run.config, run.epoch
-    began, images, world = time.monotonic(), 0, processes()[1]
+    began, images, checked, world = time.monotonic(), 0, 0, processes()[1]
     for raw in run.source.epoch(epoch, run.step % run.steps):
-        if not images and isinstance(run.source, Loader):
-            # the shape of a loader's images is not known before
-            task.check(tuple(raw[0].shape[1:]), int(raw[1].max()) + 1)
+        # the shape and the labels of a loader's images are not known before; a GPU would wait for each batch's labels
+        if isinstance(run.source, Loader) and (not images or raw[1].device.type == "cpu"):
+            classes = int(raw[1].max()) + 1
+            if classes > checked:
+                task.check(tuple(raw[0].shape[1:]), classes)
+                checked = classes
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)

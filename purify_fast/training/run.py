@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import ops
 from .._files import with_room, write_text
 from .._process import processes
+from .._tensors import weights_fingerprint
 from ..data import crop_flip, mirrored, resized_crop, to_float
 from ..speed.memory import peak_so_far
 from .bank import AdversarialBank, BankConfig
@@ -29,6 +31,8 @@ from .optimizers import weights_of
 from .schedules import RunLength
 from .sources import RawBatch, Source, step_seed
 from .task import Batch, Metrics, Task
+
+logger = logging.getLogger("purify_fast")
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
@@ -102,6 +106,7 @@ class Run:
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.expected: float | None = None
         self._began, self._spent = time.monotonic(), 0.0
+        self._initial = "" if folder is None else weights_fingerprint(task.model)
 
     @property
     def epoch(self) -> int:
@@ -131,10 +136,8 @@ class Run:
         if augment and self.bank is not None:
             flipped = mirrored(config.seed, ids, epoch) if config.flip else None
             banked = self.bank.at_step(step, seed, ids, flipped)
-        before = self.length.images_before(step)
-        return Batch(
-            x, labels, ids, seed, epoch=epoch, epochs=config.epochs, step=step, images_before=before, bank=banked
-        )
+        before, place = self.length.images_before(step), {"epoch": epoch, "epochs": config.epochs, "step": step}
+        return Batch(x, labels, ids, seed, **place, images_before=before, bank=banked, whole=not augment)
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to the sums of its epoch. A delayed term of the loss may still be missing."""
@@ -163,7 +166,7 @@ class Run:
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
         progress |= {"best": self.best, "rows": self.rows, "seconds": self.seconds, "expected": self.expected}
-        return {**weights, "facts": self.facts, **progress}
+        return {**weights, "facts": self.facts, **progress, "initial": self._initial}
 
     def resume(self) -> None:
         """Resume from the checkpoint, if there is one. All processes use the state that the first process reads.
@@ -180,6 +183,15 @@ class Run:
         for rank, difference in enumerate(by_process):
             if difference:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
+        # Checkpoints of earlier releases have no fingerprint.
+        began = saved.get("initial", self._initial)
+        if began != self._initial and processes()[0] == 0:
+            logger.warning(
+                "the run in %s began from other weights than those that the model has now. It continues from its "
+                "checkpoint. For a new run from the model's present weights, choose another folder",
+                self.folder,
+            )
+        self._initial = began
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])

@@ -56,6 +56,8 @@ class RunLength:
         Raises:
             ValueError: ``unit`` is "images", and the batch size is not known.
         """
+        if delay <= 0:
+            return 0
         if unit == "steps":
             return -int(-delay // 1)
         if unit == "epochs":

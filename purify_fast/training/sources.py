@@ -126,7 +126,7 @@ class Loader:
 
     torch's global generator is seeded before each epoch and before each batch. A DataLoader's own generator is seeded
     before each epoch. So the DataLoader's random draws, such as the order and the seeds of its workers, depend only on
-    the seed and the epoch.
+    the seed and the epoch. A sampler with ``set_epoch``, such as a DistributedSampler, gets the number of the epoch.
 
     With ``drop_last``, a single process leaves out the last batch of an epoch if it is known to be smaller than the
     first (see `_ends_smaller`).
@@ -162,10 +162,19 @@ class Loader:
         self.description = f"batches, {self.steps} an epoch"
 
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
+        x: Any = self.x(epoch) if callable(self.x) else self.x
+        if isinstance(x, DataLoader):
+            if x.persistent_workers and x._iterator is None:
+                # The first iterator of persistent workers draws other numbers than the next ones.
+                iter(x)
+            if x.generator is not None:
+                x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
+            samplers: list[Any] = [x.sampler, x.batch_sampler, getattr(x.batch_sampler, "sampler", None)]
+            for sampler in samplers:
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
-        if isinstance(self.x, DataLoader) and self.x.generator is not None:
-            self.x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
-        given, seen, clamped = iter(self.x(epoch) if callable(self.x) else self.x), 0, False
+        given, seen, clamped = iter(x), 0, False
         for k in range(self.steps):
             torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
             try:
@@ -185,6 +194,8 @@ class Loader:
                     clamped = _outside_by_rounding(images)
                 if clamped:
                     images = images.clamp(0, 1)
+                if images.is_floating_point():
+                    images = images.float()
                 yield tuple(part.to(self.device, non_blocking=True) for part in (images, labels, ids))  # type: ignore[misc]
 
     def batch_of_one(self) -> str:
@@ -237,7 +248,12 @@ def make_sources(
     at_once = replace(config, batch_size=VALIDATION_BATCH, drop_last=False, steps_per_epoch=None)
     if held is not None or isinstance(validation, tuple):
         images, labels = cast(Any, validation if held is None else (x, y))
-        return source, InMemory(images, labels, at_once, 0, 1, ids=held)
+        second = InMemory(images, labels, at_once, 0, 1, ids=held)
+        try:
+            task.check(tuple(images.shape[1:]), int(labels.max()) + 1)
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
+        return source, second
     if validation is not None:
         return source, Loader(validation, at_once, device)
     if config.keep_best != "off":

@@ -43,6 +43,7 @@ class Batch:
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
         bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
+        whole: whether every process has the whole batch, as in a validation.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.
@@ -57,6 +58,7 @@ class Batch:
     step: int = 0
     images_before: int = 0
     bank: BankedStep | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)

@@ -181,7 +181,10 @@ def test_weights_of_the_library_are_taken_from_its_folder_and_never_downloaded(t
     network = torchvision.models.resnet18()
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
+    with pytest.warns(
+        UserWarning, match="are for 1000 classes, but the data have 10: label 0 of the data means class 0"
+    ):
+        made = build_foreign("torchvision:resnet18", 3, 10, mean, std, weights="IMAGENET1K_V1")
     assert made.arguments["num_classes"] == 1000 and made.arguments["mean"] == [0.485, 0.456, 0.406]
     assert torch.equal(made.model.fc.weight, network.fc.weight)
     with pytest.raises(ValueError, match=r"weights must .* 2000 classes .* IMAGENET1K_V1 .* 1000 classes"):

@@ -140,6 +140,14 @@ def test_every_8_bit_mode_becomes_rgb(tmp_path, mode, ending):
     assert np.array_equal(data.load_dataset(tmp_path).x_train[0].numpy(), want)
 
 
+@pytest.mark.parametrize("ending", ["bmp", "webp", "TIFF"])
+def test_the_files_that_torchvision_reads_are_read(tmp_path, ending):
+    folder(tmp_path)
+    Image.new("RGB", (8, 10), (3, 4, 5)).save(tmp_path / "train" / "cat" / f"zzz.{ending}", lossless=True)
+    read = data.load_dataset(tmp_path)
+    assert read.y_train[:6].tolist() == [0] * 6 and read.x_train[5, :, 0, 0].tolist() == [3, 4, 5]
+
+
 @pytest.mark.parametrize("decode", ["once", "each_time"])
 def test_files_that_cannot_be_decoded_are_left_out(tmp_path, decode, monkeypatch):
     made = folder(tmp_path / "pets")

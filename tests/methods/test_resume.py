@@ -9,7 +9,7 @@ from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.diffusion import ConsistencyTask, DiffusionConfig, DiffusionTask
 from purify_fast.models import PreActResNet18, SmallCNN, UNet
-from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training import Batch, FitConfig, TrainingAttack, fit
 from purify_fast.training.checkpoint import read_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,3 +87,66 @@ def test_killed_and_resumed_training_is_the_same(name, tmp_path):
     assert one["model"].keys() == two["model"].keys()
     assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def perturbed(folder, stop_at=None, images=32):
+    """The weights of ARREST with perturbed weights. With ``stop_at``, this call of the loss raises an error."""
+    torch.manual_seed(0)
+    made, digits, calls = arrest(SmallCNN(width=4), awp_gamma=0.05), data.load_dataset("digits"), []
+    loss = made.loss
+
+    def counted(*given):
+        calls.append(given)
+        if len(calls) == stop_at:
+            raise Killed
+        return loss(*given)
+
+    made.loss = counted
+    run = digits.x_train[:images], digits.y_train[:images], FitConfig(2, 16, checkpoint_seconds=0, drop_last=False)
+    if stop_at is not None:
+        with pytest.raises(Killed):
+            fit(made, *run, folder)
+        if images % 16 == 0:
+            # as in a notebook, with the same task
+            fit(made, *run, folder)
+            return made.result.state_dict()
+        return perturbed(folder, images=images)
+    fit(made, *run, folder)
+    return made.result.state_dict()
+
+
+@pytest.mark.parametrize(("images", "stop_at"), [(32, 6), (33, 9)])
+def test_an_interrupted_step_and_the_trial_of_a_batch_of_one_leave_no_perturbation(tmp_path, images, stop_at):
+    """A step computes the loss twice. It was interrupted between the perturbation and the optimizer's step."""
+    whole, resumed = perturbed(tmp_path / "whole", images=images), perturbed(tmp_path / "cut", stop_at, images)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_a_run_that_began_from_other_weights_is_continued_with_a_warning(tmp_path, caplog):
+    digits, config = data.load_dataset("digits"), FitConfig(1, 16)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        made = diffusion()
+        fit(made, digits.x_train[:32], digits.y_train[:32], config, tmp_path)
+        results.append(made.result.state_dict())
+        warned = f"the run in {tmp_path} began from other weights than those that the model has now" in caplog.text
+        assert warned == (seed == 1)
+    assert all(torch.equal(value, results[2][key]) for key, value in results[0].items())
+
+
+def test_a_delay_of_nothing_needs_no_batch_size():
+    digits = data.load_dataset("digits")
+    made = AtopTask(atop().defence, AtopConfig(cls_delay=0))
+    fit(made, [(digits.x_train[:16], digits.y_train[:16])] * 2, None, FitConfig(1))
+    assert made.acts_from_step["cross_entropy"] == 0
+
+
+def test_held_out_images_get_the_same_noise_from_any_number_of_processes(monkeypatch):
+    made, digits = carso(attack_target="pipeline"), data.load_dataset("digits")
+    batch = Batch(digits.x_test[:8].float() / 255, digits.y_test[:8], torch.arange(8), seed=1, whole=True)
+    torch.manual_seed(1)
+    alone = made.validate(batch)
+    torch.manual_seed(1)
+    monkeypatch.setattr("purify_fast.methods.base.processes", lambda: (0, 2))
+    assert made.validate(batch) == alone

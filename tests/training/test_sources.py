@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task, diffusion_task, images, same, task
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
@@ -319,6 +319,46 @@ def test_a_loaders_run_is_resumed_at_an_epochs_end_and_a_functions_at_any_step(t
     resumed.training_step = lambda batch: taken.append(batch.epoch) or step(batch)
     fit(resumed, data, None, config, tmp_path / "cut", progress=False)
     assert taken == again and same(whole, resumed)
+
+
+def order(loader, *epochs):
+    source = sources.Loader(loader, FitConfig(4, 8), torch.device("cpu"))
+    return [[int(label) for _, labels, _ in source.epoch(epoch, 0) for label in labels] for epoch in epochs]
+
+
+def test_persistent_workers_are_in_the_same_order_after_a_kill():
+    dataset = TensorDataset(torch.zeros(40, 1, 8, 8), torch.arange(40))
+
+    def loader():
+        return DataLoader(dataset, 8, shuffle=True, num_workers=1, persistent_workers=True)
+
+    first, second, third = order(loader(), 0, 1, 2)
+    assert order(loader(), 1, 2) == [second, third] and first != second != third
+
+
+def test_a_distributed_sampler_shuffles_each_epoch_anew():
+    dataset = TensorDataset(torch.zeros(40, 1, 8, 8), torch.arange(40))
+    first, second = order(DataLoader(dataset, 10, sampler=DistributedSampler(dataset, 2, 0)), 0, 1)
+    assert len(first) == 20 and first != second
+
+
+def test_a_loader_of_doubles_trains_as_one_of_floats():
+    x, y = images()
+    made = [task(), task()]
+    for one, dtype in zip(made, (torch.float32, torch.float64), strict=True):
+        batches = [(part.div(255).to(dtype), labels) for part, labels in zip(x.split(16), y.split(16), strict=True)]
+        fit(one, batches, None, FitConfig(1), progress=False)
+    assert same(*made)
+
+
+def test_wrong_held_out_images_and_later_labels_are_named_before_they_are_used():
+    x, y = images()
+    with pytest.raises(ValueError, match=r"validation: y: the largest label is 2, but the model has 2 classes"):
+        fit(task(), x, y, FitConfig(1, 16), progress=False, validation=(x, y + 1))
+    with pytest.raises(ValueError, match=r"validation: x: the classifier must map images \[B, 1, 4, 8\] to logits"):
+        fit(task(), x, y, FitConfig(1, 16), progress=False, validation=(x[:, :, :4], y))
+    with pytest.raises(ValueError, match="the largest label is 2, but the model has 2 classes"):
+        fit(task(), [(x[:16], y[:16]), (x[:16], y[:16] + 1)], None, FitConfig(1), progress=False)
 
 
 def test_loaders_that_cannot_be_used_are_refused():

@@ -108,7 +108,8 @@ class ArrestTask(MethodTask):
             self.optimizer = torch.optim.SGD(weights, rate, config.momentum, weight_decay=decay, foreach=True)
         else:
             self.optimizer = self.adamw(weights)
-        self._unperturbed: list[tuple[Tensor, Tensor]] = []
+        # each perturbed weight, its values before, and the number of its changes after the perturbation
+        self._unperturbed: list[tuple[Tensor, Tensor, int]] = []
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
 
@@ -201,14 +202,17 @@ class ArrestTask(MethodTask):
             for buffer, before in buffers:
                 buffer.copy_(before)
             for weight, gradient in used:
-                self._unperturbed.append((weight, weight.clone()))
+                before = weight.clone()
                 weight.add_(gradient * (self.config.awp_gamma * weight.norm() / (gradient.norm() + 1e-12)))
+                self._unperturbed.append((weight, before, weight._version))
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Remove the perturbation, so that the optimizer changes the unperturbed weights."""
-        for weight, before in self._unperturbed:
-            weight.copy_(before)
+        for weight, before, version in self._unperturbed:
+            # After an interrupted step, a checkpoint may have replaced the perturbed weights.
+            if weight._version == version:
+                weight.copy_(before)
         self._unperturbed = []
 
     # -- methods that `fit` calls -------------------------------------------------------------------------------------

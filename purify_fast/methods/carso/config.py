@@ -158,6 +158,6 @@ def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = F
         raise ValueError(
             f"adversarial_fraction {adversarial_fraction} of a batch of {batch_size} images is not enough for four "
             "attacks: use at least 4 / adversarial_fraction images per batch and process. If only the last batch of an "
-            "epoch is so small, leave it out with drop_last=True, which a DataLoader also has"
+            "epoch is so small, leave it out with drop_last=True (--drop-last), which a DataLoader also has"
         )
     return atom
