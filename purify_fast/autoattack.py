@@ -29,11 +29,11 @@ from torch import Tensor
 from ._validation import NormName, check_literal, read_norm
 from .attacks import APGD, FABT, Attack, AttackContext, Resources, Square, frozen
 from .attacks.arguments import check_at_least_one, check_eps
-from .attacks.attacked_model import TRIED_CALLS, differ, returning_logits
+from .attacks.attacked_model import TRIED_CALLS, differ, draws_elsewhere, returning_logits
 from .attacks.gradient_copy import GradientCopies
 from .attacks.sequence import FEW, AttackSequence
 from .evaluation.asked.inputs import collect
-from .evaluation.asked.subject import device_of
+from .evaluation.asked.subject import TRIED, device_of
 from .protocols import Classifier
 from .speed.precision import whole_float32_by_default
 
@@ -260,6 +260,7 @@ class AutoAttack:
             model, classes = returning_logits(self.model, x[:FEW].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             is_random = self._is_random(model, x[:FEW].to(device))
+            is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), size)
             self._tell(f"using {self.version} version including {', '.join(names)}")
             for note in notes:
                 self._tell(f"NOTE: {note}")

@@ -302,10 +302,11 @@ def fingerprint(model: object, revision: str | None = None) -> str | None:
     predictions. The seed of a torch.Generator is hashed, but not its state.
 
     The whole source file, comments included, is hashed for the user's functions, for the methods of the user's classes,
-    and for the functions that this code reads as global variables. In a notebook, the cell is hashed. Other code, such
-    as a function of an imported module, is hashed by its name only: pass another ``revision`` after you edit such code.
-    Installed packages are hashed by name and version, and PyTorch, NumPy and Python's own modules by name; `evaluate`
-    stores PyTorch's version. A function without source text cannot be compared.
+    and for the functions that this code reads as global variables or from the user's imported modules. In a notebook,
+    the cell is hashed. Global variables, and values that this code reads from the user's imported modules, are hashed
+    too. Installed packages are hashed by name and version, and PyTorch, NumPy and Python's own modules by name;
+    `evaluate` stores PyTorch's version. Environment variables and files are not hashed: pass another ``revision`` after
+    a change there. A function without source text cannot be compared.
 
     A model with a generator of NumPy or of Python's ``random``, whose seed neither shows nor is set by `evaluate`, has
     no fingerprint. Use PyTorch's default generator, which `evaluate` seeds, or pass a revision.
@@ -428,7 +429,8 @@ class _Values(_Walk):
         # columns, so all lambdas of a line look the same.
         places = list(getattr(code, "co_positions", code.co_lines)())
         mark = _name(function), text_hash(source).hexdigest(), places
-        return mark, [*inside, *read_globals(function)]
+        read = list(read_globals(function))
+        return mark, [*inside, *read, *_read_from_modules(function, read)]
 
     def _object(self, value: Any) -> Children:
         """The class of an object, its state as for a copy or a pickle, and its attributes."""
@@ -451,6 +453,22 @@ class _Values(_Walk):
         # The remaining elements of ``reduced`` are the members of a subclass of list, and the entries of one of dict.
         inside += [("members", None if each is None else list(each)) for each in members[:2]]
         return inside if _is_library(_package(kind)) else [*inside, *_by_name(attributes(value), left_out)]
+
+
+def _read_from_modules(function: FunctionType, read: Children) -> Iterator[tuple[str, Any]]:
+    """Yield what a function may read from the user's modules among its global variables, such as ``config.SIGMA``."""
+    names = {name for code in code_and_inner(function.__code__) for name in code.co_names}
+    waiting, seen = deque(read), set[int]()
+    while waiting:
+        place, module = waiting.popleft()
+        if not isinstance(module, ModuleType) or id(module) in seen or _is_library(module.__name__.partition(".")[0]):
+            continue
+        seen.add(id(module))
+        for name in sorted(names & vars(module).keys()):
+            part = vars(module)[name]
+            waiting.append((f"{place}.{name}", part))
+            if not isinstance(part, ModuleType):
+                yield f"{place}.{name}", part
 
 
 def _by_name(named: Children, left_out: Iterable[str] = ()) -> list[tuple[Any, Any]]:

@@ -290,6 +290,22 @@ def differ(first: Tensor, second: Tensor) -> bool:
     return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
 
 
+def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
+    """Tell whether two predictions differ on images, on noisy images, or on means of two images.
+
+    Some defences draw only for images that are not on the grid of 8 bits, or of whose class they are not sure. The
+    random generators are not restored.
+
+    Args:
+        model: images to logits.
+        x: images ``[B, C, H, W]`` in [0, 1].
+        most: largest number of images in a forward pass.
+    """
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) - 0.5
+    tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
+    return any(differ(model(part.clone()), model(part.clone())) for images in tried for part in images.split(most))
+
+
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first.
 

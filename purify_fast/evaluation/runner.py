@@ -39,10 +39,10 @@ from .asked.checked_arguments import check_kinds, check_radii, naming_config, re
 from .asked.config import BatchSize, EvaluateConfig, ProtocolName
 from .asked.first_facts import facts, first_notes
 from .asked.inputs import as_classifier, images_and_labels
-from .asked.module_checks import refresh_stale_copies
+from .asked.module_checks import note_of_switched_modules, refresh_stale_copies
 from .asked.naming import beside_fixed, feasible, row_name, threat_name
 from .asked.specs import AttackFunction, AttackSpec
-from .asked.subject import Subject, Variant, device_of
+from .asked.subject import DrawsUnderAttack, Subject, Variant, device_of
 from .results.rows import CURVE, Row
 from .results.witnesses import gathered, model_marks
 from .results.worst_rows import worst_rows
@@ -62,6 +62,11 @@ logger = logging.getLogger("purify_fast")
 
 #: "worst_of": an attack succeeds if ``n_eval`` fresh draws would all be correct with at most this probability.
 MAX_SURVIVAL = 0.01
+#: Said of a model that is random only on attacked images.
+VARYING = (
+    "two predictions of the same attacked images differ, although those of clean images and of images near them were "
+    "alike, so it is attacked and judged as a random model"
+)
 
 
 @naming_config
@@ -148,58 +153,71 @@ def evaluate(
     check_radii(norm, eps, given, pixels)
     radii = radii_of(config.curve, eps, largest_distance(norm, pixels))
     device = device_of(model, images)
-    report = Report(about=facts(config, norm, eps, model, device), notes=notes)
     model = as_classifier(model)
-    with contextlib.ExitStack() as stack:
-        team = stack.enter_context(Team(config.together, evenly=not isinstance(config.batch_size, int)))
-        if team.shares > 1:
-            report.about["divided"] = f"evenly among {team.shares} processes"
-        stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
-        stack.enter_context(frozen(model))
-        refresh_stale_copies(model, base, *(spec.other_model for spec in given))
-        judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
-        subject = Subject(model, images, labels, batch_size=config.images_together, **judging)
-        if config.batch_size == "auto":
-            make_room(subject, [subject.model], config.memory, RowCache(None))
-        # After the trial predictions, so that it is the same in every run: a model's last input may be a part of it.
-        mark, reason = fingerprint_or_reason(subject.model, revision)
-        if mark is not None:
-            report.about["model"] = mark
-        report.notes += first_notes(config, model, subject, name)
-        before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
-        ball = ThreatModel(norm, float(eps))
-        plan = given
-        if config.protocol is not None:
-            plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
-        if config.predict is not None:
-            plan = beside_fixed(plan, subject)
-        context = _context(config, subject, ball)
-        served = None
-        if out is not None or team.world > 1:
-            # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
-            served = team.from_first("kernels", lambda: kernels_now(device))
-            stack.enter_context(keep_kernels(served))
-        folder = Path(out) if out is not None and team.rank == 0 else None
-        if folder is not None and mark is None:
-            why = f'because this model {reason}. In Python, evaluate(..., revision="1") keeps them'
-            logger.warning("out: the finished rows of %s are not kept, %s", name, why)
-        cache = RowCache(folder, served, revision)
-        cache.know(subject.model, mark)
-        others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
-        if config.batch_size == "auto":
-            make_room(subject, others, config.memory, cache)
-            at_once = team.from_first("images at once", lambda: subject.room.limit(context.resources.max_forward_batch))
-            context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
-        shown = Progress(name, progress and team.rank == 0)
-        measure = Measure(subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all")
-        witnessed = None
-        if config.keep == "all":
-            about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
-            witnessed = about_model | {"random": subject.is_random} | judging
-        run = _Evaluation(report, measure, plan, radii=radii, before=before, mark=mark, stack=stack)
-        return run.fill(witnessed)
+
+    def run(draws: bool) -> Report:
+        report = Report(about=facts(config, norm, eps, model, device), notes=list(notes))
+        with contextlib.ExitStack() as stack:
+            team = stack.enter_context(Team(config.together, evenly=not isinstance(config.batch_size, int)))
+            if team.shares > 1:
+                report.about["divided"] = f"evenly among {team.shares} processes"
+            stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
+            switched = note_of_switched_modules(model, name)
+            stack.enter_context(frozen(model))
+            refresh_stale_copies(model, base, *(spec.other_model for spec in given))
+            judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
+            subject = Subject(model, images, labels, batch_size=config.images_together, draws=draws, **judging)
+            if config.batch_size == "auto":
+                make_room(subject, [subject.model], config.memory, RowCache(None))
+            # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
+            mark, reason = fingerprint_or_reason(subject.model, revision)
+            if mark is not None:
+                report.about["model"] = mark
+            report.notes += [f"the model: {VARYING}"] * draws + first_notes(config, model, subject, name, switched)
+            before = subject.room.within(lambda: Before(subject)) if config.has_signs(attacks) else None
+            ball = ThreatModel(norm, float(eps))
+            plan = given
+            if config.protocol is not None:
+                plan = protocol_attacks(config.protocol, subject, ball, base, config.steps)
+            if config.predict is not None:
+                plan = beside_fixed(plan, subject)
+            context = _context(config, subject, ball)
+            served = None
+            if out is not None or team.world > 1:
+                # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
+                served = team.from_first("kernels", lambda: kernels_now(device))
+                stack.enter_context(keep_kernels(served))
+            folder = Path(out) if out is not None and team.rank == 0 else None
+            if folder is not None and mark is None:
+                why = f'because this model {reason}. In Python, evaluate(..., revision="1") keeps them'
+                logger.warning("out: the finished rows of %s are not kept, %s", name, why)
+            cache = RowCache(folder, served, revision)
+            cache.know(subject.model, mark)
+            others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
+            if config.batch_size == "auto":
+                make_room(subject, others, config.memory, cache)
+                at_once = team.from_first(
+                    "images at once", lambda: subject.room.limit(context.resources.max_forward_batch)
+                )
+                context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
+            shown = Progress(name, progress and team.rank == 0)
+            measure = Measure(
+                subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all"
+            )
+            witnessed = None
+            if config.keep == "all":
+                about_model = {"model": model_marks(subject.base_model, mark), "classes": subject.num_classes}
+                witnessed = about_model | {"random": subject.is_random} | judging
+            known: dict[str, Any] = {"before": before, "mark": mark, "compares": config.probes is None}
+            return _Evaluation(report, measure, plan, radii=radii, stack=stack, **known).fill(witnessed)
+
+    try:
+        return run(draws=False)
+    except DrawsUnderAttack:
+        logger.warning("%s: %s. The evaluation begins again", name, VARYING)
+        return run(draws=True)
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:
@@ -260,6 +278,7 @@ class _Evaluation:
         before: predictions of the model before the attacks; None without probes.
         mark: the model's fingerprint.
         stack: the stack of contexts in which models are frozen.
+        compares: see `Suspicion`.
     """
 
     report: Report
@@ -269,6 +288,7 @@ class _Evaluation:
     before: Before | None
     mark: str | None
     stack: contextlib.ExitStack
+    compares: bool
 
     def fill(self, witnessed: dict[str, Any] | None) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process.
@@ -289,7 +309,7 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
-        suspicion = Suspicion(report, measure, self.before)
+        suspicion = Suspicion(report, measure, self.before, self.compares)
         asked = None if self.before is None else suspicion.ask_before(self.before, self.costs())
         if self.before is not None:
             signs = None if asked is None else signs_of_masking(asked, subject.is_random)

@@ -12,8 +12,8 @@ import torch
 
 from .._tensors import digest
 from .alarms import Evidence, Probes, findings, probe
-from .alarms.answers import PROBED, Before, has_no_gradient
-from .alarms.probes import Probe, asked_before, probes_before
+from .alarms.answers import PROBED, Before, Missing, differences, has_no_gradient
+from .alarms.probes import Probe, asked_before, near, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst
 from .results.worst_rows import count_fallen
@@ -30,11 +30,13 @@ class Suspicion:
         report: the report, to which findings are added.
         measure: makes the rows of the report.
         before: predictions of the model before the attacks; None without probes.
+        compares: whether the gradients are compared with finite differences if there are no probes.
     """
 
     report: Report
     measure: Measure
     before: Before | None
+    compares: bool = True
 
     def conclude(self, asked: Probes | None) -> None:
         """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows.
@@ -60,6 +62,8 @@ class Suspicion:
         elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
             # The rows only count gradients of zeros. The probes would have told why.
             evidence = replace(evidence, no_gradient=has_no_gradient(subject))
+        elif self.compares and evidence.with_counted_gradients():
+            evidence = replace(evidence, cosine=subject.room.within(self.cosine))
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
@@ -72,6 +76,13 @@ class Suspicion:
             if headline and doubts and (row.accuracy > 0 or inconsistent):
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
+
+    def cosine(self) -> float | Missing:
+        """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
+        context, subject = self.measure.context, self.measure.subject
+        some = slice(min(PROBED, subject.batch_size))
+        x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
+        return differences(subject, y, x, near(context, x))[0]
 
     def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
         """Judge the points of a random model's images that fell to probes; None if there are none."""

@@ -146,6 +146,15 @@ def test_a_broken_defence_is_marked_and_the_row_is_named(model, alarm, row):
     assert Report.from_json(report.to_json()).findings == report.findings
 
 
+@pytest.mark.parametrize(("probes", "verdict"), [(None, "unreliable"), (False, "passed")])
+def test_a_list_of_attacks_has_its_gradients_compared_with_small_steps(probes, verdict):
+    report = judged(Around(rounded), [PGD(steps=5)], probes=probes)
+    health = next(finding for finding in report.findings if finding.alarm == "gradient health")
+    assert (health.verdict, report.headline.reliable) == (verdict, verdict == "passed")
+    assert ("cosine" in health.measured) == (probes is None)
+    assert judged(standard(), [PGD(steps=5)], probes=probes).headline.reliable
+
+
 @pytest.mark.slow
 def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
     _, _, x, _ = digits()

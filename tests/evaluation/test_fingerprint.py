@@ -38,6 +38,25 @@ def test_models_that_differ_in_anything_have_other_fingerprints(way):
     assert None not in (fingerprint(make(1.0)), fingerprint(make(0.0)))
 
 
+def test_what_a_model_reads_from_a_users_module_counts(tmp_path, monkeypatch):
+    settings = "SCALE, UNUSED = 1.0, 1\n\n\ndef changed(x):\n    return x\n"
+    (tmp_path / "settings_of_a_user.py").write_text(settings)
+    (tmp_path / "model_of_a_user.py").write_text(
+        "import settings_of_a_user as settings\nfrom torch import nn\n\n\nclass Model(nn.Module):\n"
+        "    def forward(self, x):\n        return settings.changed(x.flatten(1)[:, :3]) * settings.SCALE\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, module = importlib.import_module("model_of_a_user").Model(), sys.modules["settings_of_a_user"]
+    mark = fingerprint(model)
+    monkeypatch.setattr(module, "UNUSED", 2)
+    assert fingerprint(model) == mark is not None
+    for name, value in (("SCALE", 2.0), ("changed", torch.neg)):
+        with monkeypatch.context() as changed:
+            changed.setattr(module, name, value)
+            assert fingerprint(model) != mark
+    assert fingerprint(model) == mark
+
+
 @pytest.mark.slow
 def test_fingerprints_are_the_same_in_another_process():
     """Also where sets, and strings with them, are in another order there."""

@@ -513,6 +513,17 @@ def test_other_functions_are_not(trio, caplog):
         assert not any("training mode" in note for note in report.notes) and not caplog.text
 
 
+def test_a_dropout_in_training_mode_inside_a_model_in_evaluation_mode_is_told(caplog):
+    """The dropout of a Bayesian network, which is switched off for the evaluation."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).eval()
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4) % 3
+    assert not evaluate(model, x, y, **QUIET | {"attacks": []}).notes
+    model[1].train()
+    (note,) = evaluate(model, x, y, **QUIET | {"attacks": []}, name="mine").notes
+    assert note.startswith("mine is in evaluation mode, but holds modules in training mode: 1 (Dropout). They were put")
+    assert note in caplog.text and model[1].training and not model.training
+
+
 class UsesGlobal(nn.Module):
     def forward(self, x):
         return self.through(x)

@@ -8,6 +8,7 @@ from torch import nn
 
 from purify_fast.attacks import PGD
 from purify_fast.attacks.attacked_model import differ
+from purify_fast.autoattack import AutoAttack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +49,62 @@ def test_the_scale_of_the_logits_does_not_matter(scale, offset):
         found = evaluate(still, x, y, **options)
         assert [row.n_eval for row in found.rows] == [1, 1, 1] and found.rows[1].settings["eot_iter"] == 1
         assert found.rows[0].deterministic
+
+
+class Sometimes(nn.Module):
+    """The network behind noise, which only some images get."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.inner, self.where = standard(), where
+
+    def forward(self, x):
+        noisy = self.where(self, x).float()[:, None, None, None]
+        return self.inner(x + 0.3 * noisy * torch.randn_like(x))
+
+
+def off_the_grid(_, x):
+    return (16 * x - (16 * x).round()).abs().flatten(1).amax(1) > 1e-3
+
+
+def unsure(model, x):
+    return model.inner(x).softmax(1).amax(1) < 0.99
+
+
+def attacked(_, x):
+    """As far from a clean image as an attack goes."""
+    distance = (x[:, None] - digits()[2][:16]).abs().flatten(2).amax(2).amin(1)
+    return (distance - 0.1).abs() < 1e-3
+
+
+RULES = {"off the grid": off_the_grid, "unsure": unsure, "attacked": attacked}
+
+
+def surest_first(n):
+    x, y = digits()[2:]
+    return [part[standard()(x).softmax(1).amax(1).argsort(descending=True)][:n] for part in (x, y)]
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("order", ["surest first", "surest last"])
+def test_a_model_that_draws_for_some_images_only_is_random(name, order, caplog):
+    """A defence may detect attacked images, and predict clean images always alike."""
+    x, y = (part[:16] for part in digits()[2:]) if name == "attacked" else surest_first(48)
+    x, y = (x, y) if order == "surest first" else (x.flip(0), y.flip(0))
+    options = {"eps": 0.1, "steps": 5, "eot_iter": 3, "n_eval": 4, "attacks": [PGD()], "progress": False}
+    found = evaluate(Sometimes(RULES[name]), x, y, **options)
+    assert not found.rows[0].deterministic and [row.n_eval for row in found.rows] == [4, 4, 4]
+    assert found.rows[1].settings["eot_iter"] == 3
+    again = "two predictions of the same attacked images differ"
+    assert (again in caplog.text) == (again in " ".join(found.notes)) == (name == "attacked")
+
+
+def test_the_class_autoattack_averages_draws_of_such_a_model(capsys):
+    x, y = surest_first(24)
+    adversary = AutoAttack(Sometimes(off_the_grid), norm="Linf", eps=0.1, attacks_to_run=["apgd-ce"], version="custom")
+    adversary.apgd.n_iter = 2
+    adversary.run_standard_evaluation(x, y)
+    assert "the model is random, but each step uses a single draw" in capsys.readouterr().out
 
 
 def test_what_is_not_finite_is_compared_too():

@@ -103,9 +103,10 @@ def test_what_decides_a_row_makes_it_anew(tmp_path, monkeypatch, counted):
         (lambda: mock.patch.dict(os.environ, PURIFY_FAST_BACKEND="reference"), 2),
         (lambda: use_backend("reference"), 2),
         (lambda: float32_products(tf32=True), 2),
+        (lambda: torch.autocast("cpu", torch.bfloat16), 2),
         (float32_products, 0),
     ],
-    ids=["revision of an attack", "protocol", "backend", "backend of a block", "tf32", "float32"],
+    ids=["revision of an attack", "protocol", "backend", "backend of a block", "tf32", "autocast", "float32"],
 )
 def test_versions_backends_and_precisions_have_rows_of_their_own(tmp_path, monkeypatch, counted, block, rows):
     model = model_of(tmp_path, monkeypatch)

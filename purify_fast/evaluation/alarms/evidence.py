@@ -84,6 +84,8 @@ class Evidence:
         one_hot: whether the probabilities are all 0 or 1.
         protocol: name of the protocol; None for a list of attacks.
         no_gradient: whether the output is known to have no gradient with respect to the images.
+        cosine: between the changes that gradients predict and the measured changes, see `differences`, without probes;
+            None if it was not measured.
     """
 
     rows: Sequence[Row]
@@ -93,6 +95,7 @@ class Evidence:
     one_hot: bool = False
     protocol: str | None = None
     no_gradient: bool = False
+    cosine: float | Missing | None = None
 
     def attacks(self) -> list[Row]:
         """The attacks in the report's threat model that were judged on the deployed model."""

@@ -158,7 +158,7 @@ def asked_before(before: Before, context: AttackContext, measured: Sequence[Any]
     curves, own, copied, missing, reached = zip(*sweeps, strict=True)
     steps = [(float(n), _share(torch.cat(each))) for n, each in zip(ITERATIONS, zip(*curves, strict=True), strict=True)]
     eot = [(float(n), _share(torch.cat([*each]))) for n, each in zip(DRAWS, by_draws, strict=False)]
-    cosine, without = answers.differences(subject, y[some], x[some], _near(context, x)[some])
+    cosine, without = answers.differences(subject, y[some], x[some], near(context, x)[some])
     # A part whose images all fell to the model's own gradients has no result for the surrogates.
     names = dict.fromkeys(name for each in copied for name in each)
     copies = {
@@ -198,7 +198,7 @@ def probe(before: Before, context: AttackContext, asked: Probes, left: Sequence[
         # The predictions are compared after all attacks, because a model may change after some number of calls.
         later_changes=before.later_changes(),
         state_changed=before.state_changed(),
-        watched_changes=answers.watched_changes(subject, before.model, x, _near(context, x)),
+        watched_changes=answers.watched_changes(subject, before.model, x, near(context, x)),
         sets_seed=answers.sets_seed(subject.model, subject.sample_images()),
     )
 
@@ -290,7 +290,7 @@ class _Short:
         return robust
 
 
-def _near(context: AttackContext, x: Tensor) -> Tensor:
+def near(context: AttackContext, x: Tensor) -> Tensor:
     """Add noise of at most half the radius to the images.
 
     A defence may recognize clean images by their few different pixel values, and behave differently on noisy images.

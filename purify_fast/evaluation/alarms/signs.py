@@ -235,7 +235,7 @@ def logits(evidence: Evidence) -> Outcome | None:
 def gradient_health(evidence: Evidence) -> Outcome:
     """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
-    cosine = None if evidence.probes is None else evidence.probes.cosine
+    cosine = evidence.cosine if evidence.probes is None else evidence.probes.cosine
     advice = WITHOUT_GRADIENTS[cosine] if isinstance(cosine, str) else counted.advice
     if counted.verdict == "unreliable":
         return counted._replace(advice=advice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -43,15 +44,17 @@ def facts(
     return {what: value for what, value in known.items() if value is not None}
 
 
-def first_notes(config: EvaluateConfig, model: Classifier, subject: Subject, name: str) -> list[str]:
-    """Return the first notes for the report."""
+def first_notes(
+    config: EvaluateConfig, model: Classifier, subject: Subject, name: str, switched: Sequence[str] = ()
+) -> list[str]:
+    """Return the first notes for the report, after those on modules that were ``switched`` to evaluation mode."""
     draws = f"{config.n_eval} fresh draws of the model"
     judged = {
         None: [],
         "worst_of": [f"each image was judged by the worst of {draws}: it has fallen if any of them is wrong"],
         "votes": [f"each image was judged by one majority vote of {draws}, and the attacks attacked this vote"],
     }
-    notes = notes_of_modules(model, name)
+    notes = [*switched, *notes_of_modules(model, name)]
     for note in notes:
         logger.warning(note)
     dtype = subject.base_model.dtype if isinstance(subject.base_model, LogitsOf) else None

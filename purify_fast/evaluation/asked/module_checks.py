@@ -20,6 +20,25 @@ logger = logging.getLogger("purify_fast")
 _NAMED = 3
 
 
+def note_of_switched_modules(model: Classifier, name: str) -> list[str]:
+    """A note on modules in training mode inside a model in evaluation mode, such as the dropout of a Bayesian network.
+
+    Args:
+        model: the judged model, before `purify_fast.attacks.frozen` puts all of its modules into evaluation mode.
+        name: name of the model in the report.
+    """
+    if not isinstance(model, nn.Module) or model.training:
+        return []
+    parts = [(place, part) for place, part in model.named_modules() if part.training and _asks_for_mode(part)]
+    if not parts:
+        return []
+    return [
+        f"{name} is in evaluation mode, but holds modules in training mode: {_listed(parts)}. They were put into "
+        "evaluation mode too, so the numbers describe the model without their randomness. To judge the model as it is, "
+        "give a function in its place: evaluate(lambda x: model(x), ...)"
+    ]
+
+
 def notes_of_modules(model: Classifier, name: str) -> list[str]:
     """Notes on modules that the model uses in training mode, and on modules that PyTorch does not know of.
 

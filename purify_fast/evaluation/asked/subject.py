@@ -19,6 +19,7 @@ from ...attacks.attacked_model import (
     check_leaves_images,
     differ,
     drawn_once_per_call,
+    draws_elsewhere,
     explained_errors,
     logits_of,
     returning_logits,
@@ -41,6 +42,8 @@ Variant = Literal["random", "fixed", "deterministic"]
 #: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
 Phase = Literal["choose", "attack", "judge"]
 PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
+#: The largest number of images on which repeated predictions are compared.
+TRIED = 64
 #: At least this number of draws chooses between two points of an image.
 CHOOSING = 10
 #: The largest differences of an image's logits that are taken as rounding, as shares of the spread of the logits
@@ -50,6 +53,10 @@ SAME_SHAPE, OTHER_SHAPE = 0.01, 0.05
 #: A variant is refused only if the logits of more than this share of the images differ by more than rounding. A few
 #: images may differ, because rounding inside the model may move a value across a discontinuity.
 FEW = 0.25
+
+
+class DrawsUnderAttack(Exception):
+    """A model that was taken as deterministic predicts the same attacked images differently."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,10 @@ def device_of(model: Classifier, x: Tensor) -> torch.device:
 def precision_name(model: Classifier, device: torch.device) -> str | None:
     """The precision of a model's multiplications for the report; None for float32, which the report does not name.
 
-    bfloat16 is recognized only in accelerated defences of this package.
+    bfloat16 is recognized in accelerated defences of this package, and in an autocast of the caller.
     """
+    if torch.is_autocast_enabled(device.type):
+        return f"autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
     parts = model.modules() if isinstance(model, nn.Module) else ()
     settings = [part.acceleration for part in parts if isinstance(part, Defence)]
     if any(each is not None and each["dtype"] == torch.bfloat16 for each in settings):
@@ -139,6 +148,7 @@ class Subject:
         n_eval: number of predictions of a random model on each image; with "votes", number of draws in a prediction.
         seed: seed of all random numbers.
         predict: rule by which the predictions on an image decide; None decides like "worst_of".
+        draws: True if it is known that the model draws random numbers for some images.
 
     Attributes:
         room: number of images that fit into memory in a pass; no limit at first.
@@ -164,8 +174,9 @@ class Subject:
         n_eval: int,
         seed: int,
         predict: Predict | None = None,
+        draws: bool = False,
     ):
-        self.x, self.y = x, y
+        self.x, self.y, self.draws = x, y, draws
         self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
         self.device = device_of(model, x)
         self.room = Room(None, self.device)
@@ -174,7 +185,8 @@ class Subject:
         self.model, self.num_classes = returning_logits(model, self.sample_images())
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
-        self.is_random = differ(one, other) or self.answers_vary(self.model)
+        self.is_random = True
+        self.is_random = differ(one, other) or self.answers_vary(self.model) or draws
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
@@ -230,13 +242,44 @@ class Subject:
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
     def answers_vary(self, model: Classifier) -> bool:
-        """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made."""
+        """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made.
+
+        A model may be random only for some images, so it is also tried on more images, and on images near them. For the
+        models of a subject that is not random, this is left out.
+        """
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
             return True
         # The generators are restored, so that later draws do not depend on the number of trials.
         with self._forked_generators():
-            return any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2))
+            if any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2)):
+                return True
+            some = self.x[:TRIED].to(self.device)
+
+            def elsewhere() -> bool:
+                with explained_errors(model, some):
+                    return draws_elsewhere(model, some, self.batch_size)
+
+            return self.is_random and self.room.within(elsewhere)
+
+    def check_repeats(self, x: Tensor, variant: Variant) -> None:
+        """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again.
+
+        Args:
+            x: attacked images, of which the first are tried.
+            variant: variant of the model.
+        """
+        if self.is_random or len(x) == 0:
+            return
+        some, model = x[:TRIED].to(self.device), self.judged_model(variant)
+
+        def vary() -> bool:
+            parts = some.split(self.batch_size)
+            return any(differ(model(part.clone()), model(part.clone())) for part in parts)
+
+        with self._forked_generators(), self.variant(variant):
+            if self.room.within(vary):
+                raise DrawsUnderAttack
 
     def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])

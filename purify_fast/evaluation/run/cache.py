@@ -81,9 +81,9 @@ class RowCache:
         """The name of the row with these settings and these models.
 
         The name also depends on PyTorch's release, on the presence of the kernel extension and on forced backends,
-        because they change the last bits of a model's results. It depends on the precision of float32 on a GPU, which
-        changes more than the last bits. It does not depend on the bytes of the extension, because a new build of the
-        same sources computes the same.
+        because they change the last bits of a model's results. It depends on the precision of float32 on a GPU, and on
+        an autocast of the caller, which change more than the last bits. It does not depend on the bytes of the
+        extension, because a new build of the same sources computes the same.
 
         Args:
             settings: everything on which the row depends, except the models, as plain values.
@@ -97,7 +97,9 @@ class RowCache:
             return None
         # The name contains both settings of the backend, because `use_backend` overrides the environment variable.
         backends = [os.environ.get("PURIFY_FAST_BACKEND", ""), forced_backends()]
-        machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings()]
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        autocasts = [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds]
+        machine = [str(torch.__version__), _library.loaded(), *backends, float32_settings(), *autocasts]
         whole = [PROTOCOL_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 

@@ -396,9 +396,10 @@ class Measure:
         subject.reseed("attack")
         target = target_of(spec, self.subject)
         with subject.variant(spec.variant), frozen(target):
-            # Some aggregations give infinite logits, which hide differences: the draws are then taken as different.
+            # Some aggregations give infinite logits, which hide differences, and some models draw only for attacked
+            # images: the draws are then taken as different.
             may_hide = subject.is_random and spec.variant == "random"
-            hidden = may_hide and not target(subject.sample_images()).isfinite().all()
+            hidden = may_hide and (subject.draws or not target(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
             tried = hidden or subject.answers_vary(target)
             context = replace(

@@ -91,6 +91,7 @@ class RowJudge:
                 may count.
         """
         begin, spec, variant = time.perf_counter(), run.spec, settings["variant"]
+        self.subject.check_repeats(sums.images[run.index], variant)
         judged = self.subject.judge(sums.images, variant, "judge", spec.judge)
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.resolved.settings(run.context).items() if name == "eot_iter"}

@@ -132,6 +132,7 @@ def notes_of_unsearched(rows: Sequence[Row]) -> list[str]:
     return [
         f"the searches that ended early missed at most {points:.2f} points, at 95 % confidence for each attack. "
         "An attack begins with the images to which earlier attacks came nearest. It stops when so many images in a row "
-        "have withstood the attack that hardly any other image can fall. Images that were not searched: "
+        "have withstood the attack that hardly any other image can fall, if the others fall no more often than these. "
+        "Images that were not searched: "
         f"{each}. The protocol strong searches every image"
     ]
