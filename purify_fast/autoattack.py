@@ -260,7 +260,7 @@ class AutoAttack:
             model, classes = returning_logits(self.model, x[:FEW].to(device, copy=True))
             draws = max(attack.eot_iter or 1 for attack in attacks.values())
             is_random = self._is_random(model, x[:FEW].to(device))
-            is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), size)
+            is_random = is_random or draws_elsewhere(model, x[:TRIED].to(device), FEW)
             self._tell(f"using {self.version} version including {', '.join(names)}")
             for note in notes:
                 self._tell(f"NOTE: {note}")

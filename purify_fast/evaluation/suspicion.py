@@ -62,7 +62,7 @@ class Suspicion:
         elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
             # The rows only count gradients of zeros. The probes would have told why.
             evidence = replace(evidence, no_gradient=has_no_gradient(subject))
-        elif self.compares and evidence.with_counted_gradients():
+        elif self.compares and evidence.followed_gradients():
             evidence = replace(evidence, cosine=subject.room.within(self.cosine))
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]

@@ -105,6 +105,11 @@ class Evidence:
         """The attacks that used the model's own gradients and counted them."""
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
+    def followed_gradients(self) -> bool:
+        """Tell whether an attack followed the model's own gradients, and not those of BPDA or of another model."""
+        counted = self.with_counted_gradients()
+        return any(row.kind != "bpda" and not row.settings.get("gradients_from") for row in counted)
+
     def tried(self) -> set[str]:
         """The stronger attacks that ran, by their names in `purify_fast.evaluation.alarms.signs.EFFORTS`.
 
