@@ -73,12 +73,13 @@ ROWS = {
     "torch.compile of plain, bfloat16": "the compiled networks of *plain* under `torch.autocast`.",
     "lean plain": "plain PyTorch without AToP's needless work.",
     "plain, checkpointed": "plain PyTorch that computes each step of a diffusion again (`torch.utils.checkpoint`).",
-    "expert": "the best code that we could write with PyTorch alone. Attacks compute only the gradient of the images, "
-    "on a frozen copy of the network in bfloat16 and channels_last with folded BatchNorms. Training uses autocast.",
-    "expert, compiled": "the expert's code under `torch.compile`, in the mode that is fastest on the device. A step of "
-    "an attack (forward pass, gradient and new point) is one compiled graph.",
-    "our matrix products in the expert's code": "the expert's attack with an idea of this package, which no page of "
-    "PyTorch names: wide convolutions of small maps are products of matrices.",
+    "expert": "the fastest code that we could write by published advice on PyTorch. Attacks compute only the gradient "
+    "of the images, on a frozen copy of the network in bfloat16 and channels_last with folded BatchNorms. Training "
+    "uses autocast.",
+    "expert, compiled": "the expert's code under `torch.compile`: on a CPU in the default mode, on a GPU in the "
+    "fastest mode. A step of an attack (forward pass, gradient and new point) is one compiled graph.",
+    "our matrix products in the expert's code": "the expert's attack, but wide convolutions of small maps are products "
+    "of matrices, an idea of this package.",
     "our matrix products in the expert's code, compiled": "the same under `torch.compile`.",
     "ours": "this package after `accelerate()`.",
     "ours, compiled": "this package after `accelerate(compile=True)`.",
