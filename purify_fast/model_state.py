@@ -456,19 +456,26 @@ class _Values(_Walk):
 
 
 def _read_from_modules(function: FunctionType, read: Children) -> Iterator[tuple[str, Any]]:
-    """Yield what a function may read from the user's modules among its global variables, such as ``config.SIGMA``."""
-    names = {name for code in code_and_inner(function.__code__) for name in code.co_names}
-    waiting, seen = deque(read), set[int]()
-    while waiting:
-        place, module = waiting.popleft()
-        if not isinstance(module, ModuleType) or id(module) in seen or _is_library(module.__name__.partition(".")[0]):
-            continue
-        seen.add(id(module))
-        for name in sorted(names & vars(module).keys()):
-            part = vars(module)[name]
-            waiting.append((f"{place}.{name}", part))
-            if not isinstance(part, ModuleType):
-                yield f"{place}.{name}", part
+    """Yield what a function reads from the user's modules among its global variables, such as ``config.SIGMA``."""
+    known = dict(read)
+    found: dict[str, Any] = {}
+    for code in code_and_inner(function.__code__):
+        place, value = "", None
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                place, value = instruction.argval, known.get(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and _is_users_module(value):
+                place = f"{place}.{instruction.argval}"
+                value = vars(value).get(instruction.argval)
+                if value is not None and not isinstance(value, ModuleType):
+                    found[place] = value
+            elif instruction.opname != "CACHE":
+                value = None
+    yield from found.items()
+
+
+def _is_users_module(value: Any) -> bool:
+    return isinstance(value, ModuleType) and not _is_library(value.__name__.partition(".")[0])
 
 
 def _by_name(named: Children, left_out: Iterable[str] = ()) -> list[tuple[Any, Any]]:

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common.h"
 #include "convolution_tiles.h"
 
@@ -101,6 +103,11 @@ std::tuple<Tensor, Tensor> weight_gradient(Tensor grad, Tensor input, Two kernel
   const Sizes s = sizes_of(x.size(0), x.size(1), x.size(2), x.size(3), weight, stride, padding, dilation);
   STD_TORCH_CHECK(g.size(0) == s.images && g.size(1) == s.out_height && g.size(2) == s.out_width,
                   "convolution: grad must have the shape of the output");
+  if (g.numel() == 0 || x.numel() == 0) {
+    std::fill_n(writable<float>(weight), weight.numel(), 0.0f);
+    std::fill_n(writable<float>(bias), bias.numel(), 0.0f);
+    return {weight, bias};
+  }
   if (convolution::by_tiles(s, fewest_tiles_of_gradient)) {
     convolution::TiledWeightGradient(s).run(words(x), words(g), writable<float>(weight), Parallel{});
   } else {

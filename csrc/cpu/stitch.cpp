@@ -19,7 +19,8 @@ int64_t size_of(ScalarType dtype) {
 PF_CLONES void share_out(const uint16_t* __restrict__ row, const uint16_t* __restrict__ owner, int64_t passes,
                          int64_t stride, uint16_t* __restrict__ out, int64_t n) {
   for (int64_t pass = 0; pass < passes; ++pass, out += stride) {
-    const auto part = static_cast<uint16_t>(pass);
+    // Owners are below 256, so later passes own nothing.
+    const auto part = static_cast<uint16_t>(std::min<int64_t>(pass, 256));
     for (int64_t i = 0; i < n; ++i) {
       // The value is read in any case, so that the loop is vectorized.
       const uint16_t value = row[i];

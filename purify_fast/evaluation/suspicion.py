@@ -12,7 +12,7 @@ import torch
 
 from .._tensors import digest
 from .alarms import Evidence, Probes, findings, probe
-from .alarms.answers import PROBED, Before, Missing, differences, has_no_gradient
+from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_gradient
 from .alarms.probes import Probe, asked_before, near, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst
@@ -77,10 +77,10 @@ class Suspicion:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
-    def cosine(self) -> float | Missing:
+    def cosine(self) -> float | Missing | None:
         """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
         context, subject = self.measure.context, self.measure.subject
-        some = slice(min(PROBED, subject.batch_size))
+        some = slice(min(ALONE, subject.batch_size))
         x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
         return differences(subject, y, x, near(context, x))[0]
 
@@ -99,7 +99,7 @@ class Suspicion:
         context, subject = self.measure.context, self.measure.subject
         settings = {name: getattr(context, name) for name in ("eps", "norm", "eot_iter")}
         settings |= {name: getattr(context.resources, name) for name in ("batch_size", "max_forward_batch")}
-        settings |= {"probes": 9, "images": PROBED, "data": subject.data, "seed": subject.seed}
+        settings |= {"probes": 10, "images": PROBED, "data": subject.data, "seed": subject.seed}
         settings |= {"rule": RULE} | self.measure.team.divided() if subject.is_random else {}
         return self.measure.cache.key(settings | {"variant": subject.is_random} | more, subject.model)
 

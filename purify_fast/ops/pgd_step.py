@@ -49,6 +49,8 @@ def direction(grad: Tensor, norm: int) -> Tensor:
     """
     if NORMS[norm] == "linf":
         return torch.sign(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
+    if grad.numel() == 0:
+        return grad
     dims = list(range(1, grad.dim()))
     peak = grad.abs().amax(dims, keepdim=True)
     # amax propagates NaN, so a sample with a NaN is not usable.
@@ -68,6 +70,8 @@ def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: flo
 
     A coordinate at the border of the box can move only inwards. If no coordinate can move, the step is 0.
     """
+    if grad.numel() == 0:
+        return grad
     position, g = x.flatten(1), grad.flatten(1)
     usable = torch.isfinite(g.abs().amax(1, keepdim=True))
     stopped = ((position >= hi) & (g > 0)) | ((position <= lo) & (g < 0))
@@ -79,6 +83,8 @@ def sparse_direction(x: Tensor, grad: Tensor, lo: float, hi: float, density: flo
 
 def project(x: Tensor, x_nat: Tensor, eps: Tensor, norm: int, lo: float, hi: float) -> Tensor:
     """Project ``x`` onto the ball, then the box (linf, l2), or onto their intersection (l1). eps is [B, 1, ...]."""
+    if x.numel() == 0:
+        return x
     dims = list(range(1, x.dim()))
     if NORMS[norm] == "linf":
         x = torch.minimum(torch.maximum(x, x_nat - eps), x_nat + eps)

@@ -91,7 +91,7 @@ def reference(x: Tensor, seed: Tensor, sample_ids: Tensor, sigma: float, *settin
     t = torch.where(hidden, 0, (2 * clipped - 1)[:, :, None]).to(dtype)
     # torch.cat raises an error for float16 under CPU autocast.
     with without_autocast(x.device):
-        packed = torch.cat([t, torch.ones_like(t[:, :, :, :1]), hidden.to(dtype)], dim=3)
+        packed = torch.cat([t, t.new_ones((*t.shape[:3], 1, height, width)), hidden.to(dtype)], dim=3)
     return packed.flatten(0, 2).contiguous(memory_format=memory_format(channels_last)), owners
 
 

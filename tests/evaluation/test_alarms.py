@@ -155,6 +155,35 @@ def test_a_list_of_attacks_has_its_gradients_compared_with_small_steps(probes, v
     assert judged(standard(), [PGD(steps=5)], probes=probes).headline.reliable
 
 
+def inside(self, x):
+    """The classifier of a user whose images must be in [0, 1]."""
+    assert x.min() >= 0 and x.max() <= 1
+    return self.net(x)
+
+
+def gamma(self, x):
+    """Not finite outside of [0, 1]."""
+    return self.net(x**1.2)
+
+
+def noise_of_its_own(self, x):
+    """Noise from another generator than PyTorch's global one, which no seed repeats."""
+    self.generator = getattr(self, "generator", None) or torch.Generator()
+    return self.net(x + 0.02 * torch.randn(x.shape, generator=self.generator))
+
+
+@pytest.mark.parametrize("change", [inside, gamma, noise_of_its_own])
+@pytest.mark.parametrize("probes", [None, True])
+def test_an_honest_model_is_not_marked_for_what_lies_outside_of_the_box_or_for_its_own_noise(change, probes):
+    if change is noise_of_its_own and probes:
+        pytest.skip("other probes need noise that a seed repeats")
+    report = judged(Around(change), [PGD(steps=3)], probes=probes)
+    health = next(finding for finding in report.findings if finding.alarm == "gradient health")
+    # Three steps are too few for the probes' sign of missed images.
+    assert health.verdict == "passed" and (report.headline.reliable or probes)
+    assert ("cosine" in health.measured) == (change is not noise_of_its_own)
+
+
 @pytest.mark.slow
 def test_a_sharp_gate_is_given_away_by_the_gradients_of_its_parts():
     _, _, x, _ = digits()

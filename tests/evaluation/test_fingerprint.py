@@ -39,11 +39,12 @@ def test_models_that_differ_in_anything_have_other_fingerprints(way):
 
 
 def test_what_a_model_reads_from_a_users_module_counts(tmp_path, monkeypatch):
-    settings = "SCALE, UNUSED = 1.0, 1\n\n\ndef changed(x):\n    return x\n"
+    # An open file cannot be compared, but the model does not read it: its `log` is another one.
+    settings = "SCALE, UNUSED, log = 1.0, 1, open(__file__)\n\n\ndef changed(x):\n    return x\n"
     (tmp_path / "settings_of_a_user.py").write_text(settings)
     (tmp_path / "model_of_a_user.py").write_text(
         "import settings_of_a_user as settings\nfrom torch import nn\n\n\nclass Model(nn.Module):\n"
-        "    def forward(self, x):\n        return settings.changed(x.flatten(1)[:, :3]) * settings.SCALE\n"
+        "    def forward(self, x):\n        return settings.changed(x.flatten(1)[:, :3]).log() * settings.SCALE\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     model, module = importlib.import_module("model_of_a_user").Model(), sys.modules["settings_of_a_user"]

@@ -364,6 +364,21 @@ def test_a_share_of_1_is_no_claim(claim, written):
         check_claim(claim)
 
 
+def test_a_claim_is_not_tested_by_predictions_without_a_class():
+    """The model returns NaN on attacked images only."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x = torch.rand(64, 1, 4, 4) / 2 + 0.25
+    x[:, 0, 0, 0] = 0.5
+
+    def broken(images):
+        return model(images) + torch.where((images[:, 0, 0, 0] - 0.5).abs() < 1e-6, 0.0, torch.nan)[:, None]
+
+    y = model(x).argmax(1)
+    report = evaluate(broken, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=95, progress=False)
+    assert report.row("clean").accuracy == 1 and report.headline.accuracy == 0
+    assert report.claim_test().verdict == "not tested" and report.headline.nonfinite_predictions == 64
+
+
 def test_evaluate_takes_a_claim():
     x, y = torch.rand(6, 1, 4, 4), torch.zeros(6).long()
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))

@@ -207,6 +207,12 @@ def test_reports_that_differ_in_what_they_measure_are_not_merged():
     for what, other in (("threat", about("L-inf 0.15")), ("precision", about("L-inf 0.05", precision="bfloat16"))):
         with pytest.raises(ValueError, match=f"same {what}, got different ones"):
             merge([a, Report([row("b", "B")], about=other)])
+    # The rule of prediction matters for random models only.
+    votes = Report([row("b", "B", deterministic=False)], about=about("L-inf 0.05", predict="votes"))
+    still = Report([row("a", "A", deterministic=True)], about=about("L-inf 0.05"))
+    assert merge([still, votes]).models == ["a", "b"]
+    with pytest.raises(ValueError, match="same predict, got different ones"):
+        merge([Report([row("a", "A", deterministic=False)], about=about("L-inf 0.05")), votes])
     unknown = merge([a, Report([row("b", "B")])])
     with pytest.raises(ValueError):
         merge([unknown, Report([row("c", "C")], about=about("L-inf 0.15"))])

@@ -90,6 +90,17 @@ def test_another_model_is_told_and_what_no_longer_falls(tmp_path, capsys):
     assert check_witnesses(tmp_path, lambda x: digit_nets.standard()(x)).same_model is None
 
 
+def test_another_ball_than_that_of_the_report_is_told(tmp_path):
+    report, model = saved(tmp_path), digit_nets.standard()
+    checked = check_witnesses(tmp_path, model)
+    assert checked.confirmed and f"every witness lies in its ball ({report.about['threat']})" in checked.to_text()
+    witnesses = Witnesses.load(tmp_path)
+    for attack in witnesses.about["attacks"]:
+        attack["eps"] = 1.0
+    witnesses.save(tmp_path)
+    assert check_witnesses(tmp_path, model).changed.all()
+
+
 def test_a_changed_image_is_told(tmp_path):
     saved(tmp_path)
     changed(tmp_path, adversarial=lambda images: images[3].add_(0.5))

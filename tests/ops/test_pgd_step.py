@@ -213,3 +213,10 @@ def test_l1_moves_no_more_where_denormals_are_flushed(backend):
     finally:
         torch.set_flush_denormal(False)
     assert (moved != x).sum() == 2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 4)])
+def test_nothing_is_moved_where_there_is_nothing(backend, norm, shape):
+    x = torch.rand(shape)
+    assert pgd_step(x, x, x, 0.1, 0.2, norm).shape == shape

@@ -96,3 +96,10 @@ def test_a_block_without_an_owner_is_zero(backend):
     assert (out[1, :, 6:, 12:] == 0).all() and (out[1, :, :6] != 0).all()
     (grad,) = torch.autograd.grad(out.sum(), leaf)
     assert (grad[3:, :, 6:, 12:] == 0).all() and grad.sum() == out.numel() - 5 * 3 * 2
+
+
+@pytest.mark.parametrize("passes", [65536, 65537])
+def test_passes_beyond_the_owners_numbers_get_nothing(backend, passes):
+    x = torch.ones(passes, 1, 1, 1, requires_grad=True)
+    stitch(x, torch.zeros(1, 1, 1, 1, dtype=torch.uint8)).sum().backward()
+    assert x.grad.nonzero()[:, 0].tolist() == [0]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...attacks.attacked_model import gradient_to
+from ...attacks.attacked_model import differ, gradient_to
 from ...attacks.losses import margin
 from ...model_state import fingerprint
 from ...protocols import Classifier, FixedNoise, supports
@@ -170,7 +170,7 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
     return torch.equal(after(1), after(2))
 
 
-def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing, float]:
+def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
     """Compare the changes of a model's margin with the changes that its gradients predict.
 
     Args:
@@ -182,10 +182,13 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
         Two values. The first is the cosine between the predicted and the measured changes: for each of the ``points``
         the larger cosine of the two lengths of `SMALL`, and of these cosines the smallest. If there is no cosine, the
         first value is the reason: "not finite" (a logit or a gradient is NaN or infinite), "no gradient" (PyTorch has
-        no gradient of the output with respect to the images) or "zero gradient" (the gradient is 0 everywhere). The
-        second value is the share of images whose gradient is zero, not finite or missing, at the points where it is
-        largest.
+        no gradient of the output with respect to the images) or "zero gradient" (the gradient is 0 everywhere); or None
+        if the model draws other noise in every call even with the same seed. The second value is the share of images
+        whose gradient is zero, not finite or missing, at the points where it is largest.
     """
+    with subject.variant(quiet(subject)):
+        if differ(*(_margin(subject, points[0], y)[:, None] for _ in range(2))):
+            return None, 0.0
     measured = [_differences(subject, point, y) for point in points]
     missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
     cosine = missing[0] if missing else min(cosine for cosine, _ in measured if not isinstance(cosine, str))
@@ -211,8 +214,10 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
         cosines: list[float] = []
         for length in SMALL:
             steps = [length * _signs(x, seed) for seed in range(DIRECTIONS)]
-            promised = [(gradient * step).flatten(1).sum(1) for step in steps]
-            measured = [(_margin(subject, x + step, y) - _margin(subject, x - step, y)) / 2 for step in steps]
+            # The model may not accept images outside of [0, 1].
+            ends = [((x + step).clamp(0, 1), (x - step).clamp(0, 1)) for step in steps]
+            promised = [(gradient * (right - left)).flatten(1).sum(1) for right, left in ends]
+            measured = [_margin(subject, right, y) - _margin(subject, left, y) for right, left in ends]
             a, b = torch.cat(promised).double(), torch.cat(measured).double()
             if not bool(a.isfinite().all() and b.isfinite().all()):
                 return "not finite", without

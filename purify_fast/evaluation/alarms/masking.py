@@ -25,7 +25,7 @@ def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
         signs.append(f"{100 * asked.without_gradient:.0f} % of the images have no usable gradient")
     elif isinstance(asked.cosine, str):
         signs.append("gradients are missing or not finite")
-    elif asked.cosine < WRONG_GRADIENTS:
+    elif asked.cosine is not None and asked.cosine < WRONG_GRADIENTS:
         signs.append(f"the model does not change as its gradients predict (cosine {asked.cosine:.2f})")
     fell = [sum(each) for each in asked.copies.values()]
     # On a random model each further attack makes images fall by chance, so only the surrogate with most images counts.

@@ -52,7 +52,8 @@ class Probes:
     Args:
         n: number of images.
         steps: curve over the steps of the attack; an image that fell with fewer steps counts as fallen.
-        cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none.
+        cosine: cosine between the predicted and the measured changes of the margin, or the reason why there is none;
+            None if it cannot be measured.
         without_gradient: share of images whose gradient is zero, not finite or missing: the larger of the shares at the
             clean images and near them.
         eot: curve over the number of draws averaged per step; empty for a deterministic model.
@@ -75,7 +76,7 @@ class Probes:
 
     n: int
     steps: Curve
-    cosine: float | answers.Missing
+    cosine: float | answers.Missing | None
     without_gradient: float = 0.0
     eot: Curve = field(default_factory=list)
     fell: list[int] = field(default_factory=list)

@@ -70,7 +70,8 @@ class EvaluateConfig:
             `Report.curve` has the results of all radii.
         probes: whether to test if the robust accuracy is reliable: by short attacks on a few images with different
             numbers of steps and draws, by small steps in random directions, and by repeated predictions. Default: test
-            with every protocol except "authors". With a list of attacks, only compare the gradients with small steps.
+            with every protocol except "authors". With a list of attacks, only compare the gradients with small steps
+            on 16 images, which False leaves out too.
         keep: the attacked images that the report keeps. "some": a few for each attack, for the pictures. "all": also
             every fallen image, exactly as the model got it, in a file next to the report, 25 KB for each image of
             CIFAR-10. `check_witnesses` and the command `purify-fast check` test these images again.

@@ -195,7 +195,8 @@ class Subject:
         self._check_labels()
         if predict is not None and not self.is_random:
             raise ValueError(
-                f"predict={predict!r} needs a random model, but this model always predicts the same: leave predict out"
+                f"predict={predict!r} needs a random model, but this model predicts clean images, and images near "
+                "them, always the same: leave predict out"
             )
         self.base_model = self.model
         #: The number of predictions that choose between two points of an image.

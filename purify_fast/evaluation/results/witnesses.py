@@ -80,7 +80,7 @@ class Witnesses:
         parts = (self.clean, self.adversarial, self.labels, self.numbers, self.attacks)
         each = [digest(*witness)[:SHORT] for witness in zip(*parts, strict=True)]
         checksums = {"clean": digest(self.clean), "adversarial": digest(self.adversarial)}
-        return {"file": FILE, "count": len(self)} | checksums | {"each": each}
+        return {"file": FILE, "count": len(self)} | checksums | {"each": each, "attacks": self.about["attacks"]}
 
     def outside(self) -> Tensor:
         """Tell which witnesses are outside the ball or [0, 1] by more than rounding, or contain NaN, bool ``[W]``.
@@ -215,4 +215,6 @@ def load_witnesses(report: str | Path) -> tuple[Witnesses, list[bool]]:
             f"{folder / FILE} has {len(each)} witnesses, but {path} names {len(named['each'])}: the files belong to "
             "different reports"
         )
-    return witnesses, [one != other for one, other in zip(each, named["each"], strict=True)]
+    # Reports of earlier releases do not name the attacks, with their balls.
+    same = named.get("attacks", witnesses.about["attacks"]) == witnesses.about["attacks"]
+    return witnesses, [one != other or not same for one, other in zip(each, named["each"], strict=True)]

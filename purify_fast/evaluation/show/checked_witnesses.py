@@ -17,6 +17,7 @@ from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..asked.config import Predict
 from ..asked.inputs import as_classifier
+from ..asked.naming import ball_name
 from ..asked.subject import Subject
 from ..results.witnesses import load_witnesses, model_marks
 from .text import render
@@ -39,6 +40,7 @@ class CheckedWitnesses:
         changed: bool ``[W]``, True for witnesses whose image, clean image, label, index or attack differs from the
             report.
         margins: the true logit minus the largest other logit in the report's evaluation, float32 ``[W]``.
+        balls: the balls of the attacks, in words.
         model: a sentence on whether the model is the report's model.
         same_model: whether the model is the report's model; None if they cannot be compared.
     """
@@ -51,6 +53,7 @@ class CheckedWitnesses:
     outside: np.ndarray
     changed: np.ndarray
     margins: np.ndarray = field(repr=False)
+    balls: str
     model: str = ""
     same_model: bool | None = None
 
@@ -115,6 +118,7 @@ def check_witnesses(
         outside=witnesses.outside().numpy(),
         changed=np.array(changed),
         margins=witnesses.margins.numpy(),
+        balls=", ".join(dict.fromkeys(ball_name(each["norm"], each["eps"]) for each in about["attacks"])),
         model=sentence,
         same_model=same,
     )

@@ -364,7 +364,10 @@ def merge(reports: Iterable[Report]) -> Report:
     merged = Report()
     together = list(reports)
     # A report without a threat model has that of the other reports, and without a precision float32.
-    facts = {what: {report.about.get(what) for report in together} for what in ("threat", "predict", "precision")}
+    facts = {what: {report.about.get(what) for report in together} for what in ("threat", "precision")}
+    # Every rule of prediction gives the same numbers of a deterministic model.
+    random = [report for report in together if not all(row.deterministic for row in report.rows)]
+    facts["predict"] = {report.about.get("predict") for report in random}
     facts["threat"].discard(None)
     differing = [what for what, values in facts.items() if len(values) > 1]
     if differing:
