@@ -158,7 +158,9 @@ def speed_table(results: Path) -> list[str]:
         said.append("**The expert is faster where the speedup over it is below 1.**")
     if more:
         gains = _range([float(speedup) for *_, speedup in more])
-        said.append(f"With two threads, it is {gains} in {len(more)} races ([table](docs/speed.md#how-sure-are-they)).")
+        said.append(
+            f"With two threads, it is {gains} in {len(more)} race{'s' * (len(more) > 1)} ([table](docs/speed.md#how-sure-are-they))."
+        )
     lent = [row for row in read_csv(results / CPU / PIPELINES) if row["threads"] == "1" and row["ms"]]
     if idea := fastest([row for row in lent if row["pipeline"] == "pgd_forms"], LENT, "contestant"):
         said.append(f"With our matrix products, the expert's attack by PGD-10 takes {idea:,.0f} ms.")
@@ -261,8 +263,8 @@ def broken_sentence(results: Path) -> list[str]:
     flagged, above = default.count("flagged"), default.count("flagged") + default.count("missed")
     return [
         "| rebuilt defences that [adaptive attacks](docs/judge_reference.md#defences-that-were-broken) have broken | "
-        f"Of {len(both)} defences that both judged, on 40 to 100 images each, AutoAttack overestimates "
-        f"{official.count('missed')} by more than 2 points, compared with the adaptive attack. `standard` "
+        f"AutoAttack and `standard` both judged {len(both)} defences, on 40 to 100 images each. Compared with the "
+        f"adaptive attack, AutoAttack overestimates {official.count('missed')} by more than 2 points. `standard` "
         f"overestimates {above}, and marks its results for {'these' if flagged == above else f'{flagged} of these'} as "
         "unreliable. |"
     ]

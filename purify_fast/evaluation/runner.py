@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._process import processes
 from .._validation import NormName, check_folder, read_norm
 from ..attacks import Attack, AttackContext, frozen
 from ..attacks.arguments import check_eps, largest_distance
@@ -213,11 +214,12 @@ def evaluate(
             known: dict[str, Any] = {"before": before, "mark": mark, "compares": config.probes is None}
             return _Evaluation(report, measure, plan, radii=radii, stack=stack, **known).fill(witnessed)
 
-    try:
+    # The second run is outside of the block, so that the first has freed its memory.
+    with contextlib.suppress(DrawsUnderAttack):
         return run(draws=False)
-    except DrawsUnderAttack:
+    if not config.together or processes()[0] == 0:
         logger.warning("%s: %s. The evaluation begins again", name, VARYING)
-        return run(draws=True)
+    return run(draws=True)
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> AttackContext:

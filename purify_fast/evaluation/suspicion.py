@@ -13,6 +13,7 @@ import torch
 from .._tensors import digest
 from .alarms import Evidence, Probes, findings, probe
 from .alarms.answers import ALONE, PROBED, Before, Missing, differences, has_no_gradient
+from .alarms.evidence import IDENTITIES
 from .alarms.probes import Probe, asked_before, near, probes_before
 from .alarms.probes import cost as cost_of_probes
 from .results.rows import Worst
@@ -62,7 +63,12 @@ class Suspicion:
         elif any(row.lacked_gradients for row in evidence.with_counted_gradients()):
             # The rows only count gradients of zeros. The probes would have told why.
             evidence = replace(evidence, no_gradient=has_no_gradient(subject))
-        elif self.compares and evidence.followed_gradients():
+        elif (
+            self.compares
+            and evidence.followed_gradients()
+            # The gradients of such a model are approximations by design.
+            and type(subject.base_model).__name__ not in IDENTITIES
+        ):
             evidence = replace(evidence, cosine=subject.room.within(self.cosine))
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]

@@ -106,7 +106,7 @@ class Run:
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.expected: float | None = None
         self._began, self._spent = time.monotonic(), 0.0
-        self._initial = "" if folder is None else weights_fingerprint(task.model)
+        self._initial = "" if folder is None else first_weights(task, folder)
 
     @property
     def epoch(self) -> int:
@@ -327,6 +327,12 @@ class Run:
             if not math.isnan(score) and (not self.best or score > self.best["score"]):
                 state = {name: value.to("cpu", copy=True) for name, value in self.task.model.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "model": state}
+
+
+def first_weights(task: Task, folder: Path) -> str:
+    """Return the fingerprint of the weights with which a task's first run in a folder began, also in later runs."""
+    known: dict[str, str] = vars(task).setdefault("_first_weights", {})
+    return known.get(str(folder)) or known.setdefault(str(folder), weights_fingerprint(task.model))
 
 
 def loop_facts(config: FitConfig) -> dict[str, Any]:

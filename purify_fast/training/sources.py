@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from .._process import processes
 from .._tensors import digest
@@ -164,7 +164,8 @@ class Loader:
     def epoch(self, epoch: int, first: int) -> Generator[RawBatch]:
         x: Any = self.x(epoch) if callable(self.x) else self.x
         if isinstance(x, DataLoader):
-            if x.persistent_workers and x._iterator is None:
+            kept = x is self.x and not isinstance(x.dataset, IterableDataset)
+            if kept and x.persistent_workers and x._iterator is None:
                 # The first iterator of persistent workers draws other numbers than the next ones.
                 iter(x)
             if x.generator is not None:

@@ -16,6 +16,7 @@ from purify_fast.evaluation import AttackSpec, Report, suspicion
 from purify_fast.evaluation.alarms import Evidence, Probes, findings
 from purify_fast.evaluation.alarms.signs import ALARMS
 from purify_fast.evaluation.asked.config import check_claim
+from purify_fast.evaluation.results import claims
 from purify_fast.evaluation.results.claims import chance_of_at_most, images_to_decide
 from purify_fast.evaluation.results.rows import Worst
 from purify_fast.evaluation.results.worst_rows import count_fallen, worst_rows
@@ -377,6 +378,12 @@ def test_a_claim_is_not_tested_by_predictions_without_a_class():
     report = evaluate(broken, x, y, eps=0.1, attacks=[PGD(steps=1)], claim=95, progress=False)
     assert report.row("clean").accuracy == 1 and report.headline.accuracy == 0
     assert report.claim_test().verdict == "not tested" and report.headline.nonfinite_predictions == 64
+    # A few of them do not save a claim that the others refute.
+    attacked = row("A", [0] * 60 + [1] * 40)
+    attacked.nonfinite_predictions = 5
+    assert claims.tested_claim(0.95, attacked, None).verdict == "refuted"
+    attacked.nonfinite_predictions = 58
+    assert claims.tested_claim(0.95, attacked, None).verdict == "not tested"
 
 
 def test_evaluate_takes_a_claim():

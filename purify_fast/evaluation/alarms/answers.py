@@ -187,7 +187,7 @@ def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | M
         whose gradient is zero, not finite or missing, at the points where it is largest.
     """
     with subject.variant(quiet(subject)):
-        if differ(*(_margin(subject, points[0], y)[:, None] for _ in range(2))):
+        if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
             return None, 0.0
     measured = [_differences(subject, point, y) for point in points]
     missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
@@ -234,6 +234,10 @@ def _signs(x: Tensor, seed: int) -> Tensor:
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
+    return margin(_seeded(subject, x), y)
+
+
+def _seeded(subject: Subject, x: Tensor) -> Tensor:
     # With the seed, a model that draws from torch's global generator has the same noise in every call.
     torch.manual_seed(subject.seed)
-    return margin(subject.model(x).float(), y)
+    return subject.model(x).float()

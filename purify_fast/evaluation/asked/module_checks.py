@@ -34,7 +34,7 @@ def note_of_switched_modules(model: Classifier, name: str) -> list[str]:
         return []
     return [
         f"{name} is in evaluation mode, but holds modules in training mode: {_listed(parts)}. They were put into "
-        "evaluation mode too, so the numbers describe the model without their randomness. To judge the model as it is, "
+        "evaluation mode too, and the numbers describe the model in this state. To judge the model as it is, "
         "give a function in its place: evaluate(lambda x: model(x), ...)"
     ]
 

@@ -107,7 +107,10 @@ def tested_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
         share = min(1.0, share + max(row.of_draws) - sum(row.of_draws) / len(row.of_draws))
     left = math.ceil(share * row.n - 1e-9)
     chance = chance_of_at_most(left, row.n, claim)
-    broken = row.nothing_to_attack or any(one is not None and one.nonfinite_predictions for one in (row, clean))
     verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if chance < REFUTED else "not refuted"
-    verdict = "not tested" if broken else verdict
+    # Predictions without a class must not refute a claim, so they are also counted as right.
+    nameless = math.ceil(row.nonfinite_predictions / row.n_eval)
+    by_names = chance_of_at_most(min(row.n, left + nameless), row.n, claim) < REFUTED
+    if row.nothing_to_attack or (clean is not None and clean.nonfinite_predictions) or by_names != (chance < REFUTED):
+        verdict = "not tested"
     return ClaimTest(verdict, claim=claim, share=share, left=left, images=row.n, chance=chance)

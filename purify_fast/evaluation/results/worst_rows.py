@@ -99,7 +99,7 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
         deterministic=first.deterministic,
         attacked=max(row.attacked or 0 for row in group),
         threat=first.threat,
-        nonfinite_predictions=max(row.nonfinite_predictions for row in group),
+        nonfinite_predictions=min(sum(row.nonfinite_predictions for row in group), n * first.n_eval),
         # Draws that all images of a call share are the same in every row, so the first row shows how much they vary.
         of_draws=first.of_draws,
     )
