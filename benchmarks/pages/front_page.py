@@ -158,9 +158,8 @@ def speed_table(results: Path) -> list[str]:
         said.append("**The expert is faster where the speedup over it is below 1.**")
     if more:
         gains = _range([float(speedup) for *_, speedup in more])
-        said.append(
-            f"With two threads, it is {gains} in {len(more)} race{'s' * (len(more) > 1)} ([table](docs/speed.md#how-sure-are-they))."
-        )
+        races = f"{len(more)} race{'s' * (len(more) > 1)}"
+        said.append(f"With two threads, it is {gains} in {races} ([table](docs/speed.md#how-sure-are-they)).")
     lent = [row for row in read_csv(results / CPU / PIPELINES) if row["threads"] == "1" and row["ms"]]
     if idea := fastest([row for row in lent if row["pipeline"] == "pgd_forms"], LENT, "contestant"):
         said.append(f"With our matrix products, the expert's attack by PGD-10 takes {idea:,.0f} ms.")

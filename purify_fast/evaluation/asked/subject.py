@@ -196,8 +196,8 @@ class Subject:
         if predict is not None and not self.is_random:
             raise ValueError(
                 f"predict={predict!r} needs a random model, but this model predicts clean images, and images near "
-                "them, always the same: leave predict out. If it draws for attacked images only, it is then judged as a "
-                "random model by the default rule"
+                "them, always the same: leave predict out. If it draws for attacked images only, it is then judged as "
+                "a random model by the default rule"
             )
         self.base_model = self.model
         #: The number of predictions that choose between two points of an image.

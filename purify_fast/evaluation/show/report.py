@@ -384,7 +384,8 @@ def merge(reports: Iterable[Report]) -> Report:
         shared = {key: value for key, value in together[0].about.items() if key != "command"}
         merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
         for what in ("threat", "predict"):
-            merged.about |= {what: value for value in facts[what] if value is not None}
+            for value in filter(None, facts[what]):
+                merged.about[what] = value
     counts = Counter((row.model, row.attack) for row in merged.rows)
     double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
     if double:
