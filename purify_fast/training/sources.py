@@ -172,8 +172,9 @@ class Loader:
                 x.generator.manual_seed(step_seed(self.seed, epoch * self.steps))
             samplers: list[Any] = [x.sampler, x.batch_sampler, getattr(x.batch_sampler, "sampler", None)]
             for sampler in samplers:
-                if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(epoch)
+                set_epoch = getattr(sampler, "set_epoch", None)
+                if set_epoch is not None:
+                    set_epoch(epoch)
         torch.manual_seed(step_seed(self.seed, epoch * self.steps))
         given, seen, clamped = iter(x), 0, False
         for k in range(self.steps):

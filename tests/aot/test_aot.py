@@ -119,6 +119,7 @@ FIXED = (
     "representation_distance-[acl]*",
     "sample_latent-forward",
     "square_proposal-l[12]*",
+    "square_proposal-linf-flat",
 )
 
 
