@@ -132,7 +132,8 @@ def read_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """The global variables that a function reads. For a function of PyTorch there are none."""
     known = function.__globals__
     if str(known.get("__name__")).partition(".")[0] != "torch":
-        yield from ((name, known[name]) for name in _global_names(function.__code__) if name in known)
+        names = dict.fromkeys(name for name, *_ in _names_read(function.__code__))
+        yield from ((name, known[name]) for name in names if name in known)
 
 
 def code_and_inner(code: CodeType) -> Iterator[CodeType]:
@@ -144,14 +145,21 @@ def code_and_inner(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """The names of the global variables that a function reads. ``co_names`` would also include names of attributes."""
-    read = (
-        instruction.argval
-        for inner in code_and_inner(code)
-        for instruction in dis.get_instructions(inner)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    )
+def _names_read(code: CodeType) -> tuple[tuple[str, ...], ...]:
+    """The global variables that a function reads, each with the attributes that it reads of it: ("config", "SIGMA").
+
+    ``co_names`` does not tell variables from attributes.
+    """
+    read, going_on = list[tuple[str, ...]](), False
+    for inner in code_and_inner(code):
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                read.append((instruction.argval,))
+                going_on = True
+            elif going_on and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                read[-1] += (instruction.argval,)
+            else:
+                going_on = False
     return tuple(dict.fromkeys(read))
 
 
@@ -459,18 +467,14 @@ def _read_from_modules(function: FunctionType, read: Children) -> Iterator[tuple
     """Yield what a function reads from the user's modules among its global variables, such as ``config.SIGMA``."""
     known = dict(read)
     found: dict[str, Any] = {}
-    for code in code_and_inner(function.__code__):
-        place, value = "", None
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                place, value = instruction.argval, known.get(instruction.argval)
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and _is_users_module(value):
-                place = f"{place}.{instruction.argval}"
-                value = vars(value).get(instruction.argval)
-                if value is not None and not isinstance(value, ModuleType):
-                    found[place] = value
-            elif instruction.opname != "CACHE":
-                value = None
+    for place, *names in _names_read(function.__code__):
+        value = known.get(place)
+        for name in names:
+            if not _is_users_module(value):
+                break
+            place, value = f"{place}.{name}", vars(value).get(name)
+            if value is not None and not isinstance(value, ModuleType):
+                found[place] = value
     yield from found.items()
 
 

@@ -15,6 +15,7 @@ from ..robustness.broken import broken_tables
 from ..robustness.studies import diffusion
 from ..robustness.truth import truth_tables as truth
 from ..speed import sheets
+from ..speed.pipelines.pgd_forms import PRODUCTS
 from ..speed.sheets import PIPELINES, ROWS, fastest, ops_speedups, read_csv
 from . import gpu_tables, performance
 
@@ -51,8 +52,6 @@ CASES = [
     (GPU, "CARSO training step, through the pipeline", "carso_training", "pipeline step"),
     (GPU, "ARREST training step", "arrest_step", "all attacked"),
 ]
-#: The beginning of the names of the expert's forms that have an idea of this package.
-LENT = "our matrix products in the expert's code"
 #: The number of images of the attack by PGD on a GPU in the table of speeds.
 IMAGES = "256"
 
@@ -161,7 +160,7 @@ def speed_table(results: Path) -> list[str]:
         races = f"{len(more)} race{'s' * (len(more) > 1)}"
         said.append(f"With two threads, it is {gains} in {races} ([table](docs/speed.md#how-sure-are-they)).")
     lent = [row for row in read_csv(results / CPU / PIPELINES) if row["threads"] == "1" and row["ms"]]
-    if idea := fastest([row for row in lent if row["pipeline"] == "pgd_forms"], LENT, "contestant"):
+    if idea := fastest([row for row in lent if row["pipeline"] == "pgd_forms"], PRODUCTS, "contestant"):
         said.append(f"With our matrix products, the expert's attack by PGD-10 takes {idea:,.0f} ms.")
     return [*lines, "", " ".join(said)] if said else lines
 

@@ -290,6 +290,11 @@ def differ(first: Tensor, second: Tensor) -> bool:
     return bool(apart > SAME_SPREAD * spread + SAME_SIZE * size)
 
 
+def predicts_otherwise(model: Classifier, x: Tensor, most: int) -> bool:
+    """Tell whether two predictions of the same images ``x`` differ, in passes of at most ``most`` images."""
+    return any(differ(model(part.clone()), model(part.clone())) for part in x.split(most))
+
+
 def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
     """Tell whether two predictions differ on images, on noisy images, or on means of two images.
 
@@ -303,7 +308,7 @@ def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
     """
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) - 0.5
     tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
-    return any(differ(model(part.clone()), model(part.clone())) for images in tried for part in images.split(most))
+    return any(predicts_otherwise(model, images, most) for images in tried)
 
 
 def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:

@@ -106,7 +106,8 @@ class Run:
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.expected: float | None = None
         self._began, self._spent = time.monotonic(), 0.0
-        self._initial = "" if folder is None else first_weights(task, folder)
+        # Only the first process reads the checkpoint, and warns.
+        self._initial = "" if folder is None or processes()[0] > 0 else first_weights(task, folder)
 
     @property
     def epoch(self) -> int:

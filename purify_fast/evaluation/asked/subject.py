@@ -23,6 +23,7 @@ from ...attacks.attacked_model import (
     draws_elsewhere,
     explained_errors,
     logits_of,
+    predicts_otherwise,
     returning_logits,
 )
 from ...attacks.base import ThreatModel
@@ -186,8 +187,7 @@ class Subject:
         self.model, self.num_classes = returning_logits(model, self.sample_images())
         check_leaves_images(self.model, self.sample_images()[:1])
         one, other = self.logits(self.model, self.sample_images()), self.logits(self.model, self.sample_images())
-        self.is_random = True
-        self.is_random = differ(one, other) or self.answers_vary(self.model) or draws
+        self.is_random = differ(one, other) or self.answers_vary(self.model, elsewhere=True) or draws
         self.draws_once_per_call = self.is_random and drawn_once_per_call(self.model, self.sample_images(), TRIED_ROWS)
         self.has_probabilities = are_probabilities(one) and are_probabilities(other)
         self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
@@ -244,11 +244,13 @@ class Subject:
         """
         return surrogates(self.base_model, self.sample_images(), self.num_classes, ball, absent)
 
-    def answers_vary(self, model: Classifier) -> bool:
+    def answers_vary(self, model: Classifier, elsewhere: bool) -> bool:
         """Tell whether repeated predictions on the same images differ. Two may be equal by chance, so more are made.
 
-        A model may be random only for some images, so it is also tried on more images, and on images near them. For the
-        models of a subject that is not random, this is left out.
+        Args:
+            model: images to logits.
+            elsewhere: whether to try the model on more images too, and on images near them, because a model may be
+                random only for some images.
         """
         one = model(self.sample_images())
         if differ(one, model(self.sample_images())):
@@ -257,7 +259,7 @@ class Subject:
         with self._forked_generators():
             if any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2)):
                 return True
-            return self.is_random and self._draws_elsewhere(model)
+            return elsewhere and self._draws_elsewhere(model)
 
     def _draws_elsewhere(self, model: Classifier) -> bool:
         some = self.x[:TRIED].to(self.device)
@@ -280,13 +282,8 @@ class Subject:
         if self.is_random or len(x) == 0:
             return
         some, model = x[:TRIED].to(self.device), self.judged_model(variant)
-
-        def vary() -> bool:
-            parts = some.split(self.batch_size)
-            return any(differ(model(part.clone()), model(part.clone())) for part in parts)
-
         with self._forked_generators(), self.variant(variant):
-            if self.room.within(vary):
+            if self.room.within(lambda: predicts_otherwise(model, some, self.batch_size)):
                 raise DrawsUnderAttack
 
     def _forked_generators(self) -> contextlib.AbstractContextManager[None]:

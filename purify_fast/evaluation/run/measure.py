@@ -401,7 +401,7 @@ class Measure:
             may_hide = subject.is_random and spec.variant == "random"
             hidden = may_hide and (subject.draws or not target(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
-            tried = hidden or subject.answers_vary(target)
+            tried = hidden or subject.answers_vary(target, elsewhere=subject.is_random)
             context = replace(
                 self.context,
                 draws_differ=tried if draws_differ is None else draws_differ,
