@@ -1,5 +1,6 @@
 """Evaluate, train and speed up adversarial defences of image classifiers in PyTorch.
 
+- `purify_fast.accelerate`, `restore`, `images_only`: make any module's predictions and attacks faster, in place.
 - `purify_fast.Carso`, `purify_fast.Atop`, `purify_fast.DiffusionPurifier`: defences. Each is a module that maps images
   in [0, 1] to logits.
 - `purify_fast.load_defence`, `purify_fast.load_classifier`: functions that read a saved model.
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from .methods.carso import Carso as Carso
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
+    from .speed.accelerate import accelerate as accelerate
+    from .speed.accelerate import images_only as images_only
+    from .speed.accelerate import restore as restore
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier

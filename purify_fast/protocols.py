@@ -170,6 +170,14 @@ class PassesOn(Protocol):
 
 
 @runtime_checkable
+class CompilesSteps(Protocol):
+    """A frozen copy on which whole steps of attacks may be compiled."""
+
+    def compiled_steps(self) -> dict[Any, Any] | None:
+        """The compiled steps by their keys, to which the caller adds further ones; None if no step is compiled."""
+
+
+@runtime_checkable
 class PreparesReplay(Protocol):
     """Stores values that were computed from the weights. Replays of a captured step read these values from memory."""
 

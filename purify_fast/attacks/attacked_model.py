@@ -20,6 +20,7 @@ from .._memory import ran_out_of_memory
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules, switch_to_evaluation
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
+from ..speed.accelerate import plainly
 from .outputs import (
     INSTEAD_OF_PROBABILITIES,
     ONE_VALUE,
@@ -72,7 +73,9 @@ def frozen(model: Classifier) -> Iterator[None]:
             switch_to_evaluation(whole)
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
+        with plainly(*wholes):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -7,6 +7,7 @@ its value from an `AttackContext`.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -283,7 +284,7 @@ def worst_of_runs(
     success by a failure.
 
     Args:
-        attack: an attack with ``restarts``.
+        attack: an attack with ``restarts`` and ``precision``.
         one_run: a function of the objective, the number of the run from 0, and the `GradientHealth` that counts the
             gradients (None: nothing is counted). It returns the points of the run.
         batch: the attacked model, the images and their labels.
@@ -293,9 +294,12 @@ def worst_of_runs(
     resources = context.resources
     health = GradientHealth() if resources.counts_health else None
     _, draws, loss, _ = attack.decided(context)
-    with frozen(model):
+    with frozen(model), contextlib.ExitStack() as stack:
         apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
-        objective = Objective(model, loss, draws, resources.max_forward_batch, resources.graphs, apart=apart)
+        source = gradient_copy(model, x[:COMPARED], attack.precision, resources.copies) if len(x) else model
+        if source is not model:
+            stack.enter_context(frozen(source))
+        objective = Objective(source, loss, draws, resources.max_forward_batch, resources.graphs, apart=apart)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)

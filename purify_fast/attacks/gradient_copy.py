@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .._processor import fast_bfloat16
 from .._validation import GradientPrecision
 from ..defences.stochastic import StochasticDefence
 from ..model_state import identity_key
@@ -31,26 +33,19 @@ from ..protocols import (
     is_purifier,
     supports,
 )
+from ..speed.accelerate import FEWEST_WEIGHTS, Follower, accelerated, matrix_weights, unaccelerated_copy
+from ..speed.agreement import same_direction, same_logits
 from ..speed.folding.batchnorm import fold_sequential
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
 from .attacked_model import gradient_to
 from .outputs import LogitsOf, checked_logits, logits_in
 
-#: With the precision "auto", a model with fewer weights in convolutions and linear layers than this gets no copy,
-#: because conversions to bfloat16 would take more time than they save.
-FEWEST_WEIGHTS = 250_000
 #: The number of images on which a copy is compared with its model.
 COMPARED = 8
-#: The limit for errors in a copy's logits. The gap of a class is the logit of the predicted class minus the logit of
-#: this class. The copy's gap may differ from the model's gap by this share of the model's gap. If the model's gap is
-#: small, the limit is this share of the median gap of the class with the fourth highest logit (see `_same_logits`).
-TOLERANCE = 0.1
 #: A copy is used only if its purified images differ from its model's purified images by at most this number, averaged
 #: over the pixels, in image units.
 PURIFIED_TOLERANCE = 0.03
-#: A copy is used only if the cosine between its input gradient and its model's input gradient is at least this number.
-LEAST_COSINE = 0.8
 #: The number of copies that are kept: an evaluation attacks several variants of one model, one after the other.
 REMEMBERED = 2
 #: The number of kept wrappers. A wrapper holds a copy. Wrappers are kept because a step that was captured as a CUDA
@@ -127,29 +122,40 @@ def gradient_copy(
         return _inside(model, x, precision, copies)
     if not isinstance(model, nn.Module):
         return model
+    forward = accelerated(model)
+    if forward is not None:
+        forward.follow(model, x)
+        return model if forward.copy is None else forward.copy
     # A defence that makes many samples of an image is faster in bfloat16 even with few weights.
     small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
     if precision == "auto" and small:
         return model
     # A model may draw random numbers while it is copied. These draws must not change the random numbers of the attack.
     with _same_draws(x.device):
+        if copies is None and not supports(model, Accelerates):
+            return _followed(model, x)
         duplicate = _made(model, x) if copies is None else copies.of(model, x.shape[1:], lambda: _made(model, x))
     # A kept copy is compared again for two reasons. Some changes of a user's model cannot be detected. And the choice
     # must not depend on when, and on which images, the copy was first compared.
     return duplicate if duplicate is not None and _fits(duplicate, model, x) else model
 
 
-def fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether a CPU or a GPU has instructions that multiply bfloat16 faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+class _Compared(Follower):
+    """A copy of a model that is attacked by direct calls, compared with the model when it is made."""
+
+    def make(self, model: nn.Module, x: Tensor) -> InferenceCopy | None:
+        made = _made(model, x)
+        return made if isinstance(made, InferenceCopy) and _fits(made, model, x) else None
 
 
-def matrix_weights(model: nn.Module) -> int:
-    """The number of weights in the convolutions and linear layers of a model."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
+#: The copies of models that are attacked by direct calls, as in a training loop of a user.
+_alone: weakref.WeakKeyDictionary[nn.Module, _Compared] = weakref.WeakKeyDictionary()
+
+
+def _followed(model: nn.Module, x: Tensor) -> Classifier:
+    follower = _alone.setdefault(model, _Compared())
+    follower.follow(model, x)
+    return model if follower.copy is None else follower.copy
 
 
 def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
@@ -188,7 +194,7 @@ def _made(model: nn.Module, x: Tensor) -> Classifier | None:
             return cast(Classifier, duplicate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return InferenceCopy(plain, tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
+            return InferenceCopy(unaccelerated_copy(plain), tuple(x.shape[1:]), torch.bfloat16, fine=True).eval()
     except Exception:
         # A user's module may raise any error when it is copied, folded or run in bfloat16. Such a module has no copy.
         return None
@@ -226,30 +232,12 @@ def _without_noise(model: object) -> contextlib.AbstractContextManager[Any]:
 def _fits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
     """Tell whether a copy computes the same as its model; both draw the same noise for the comparison."""
     try:
-        return _same_logits(duplicate, model, x) and _same_direction(duplicate, model, x)
+        with torch.no_grad():
+            got, want = _logits(duplicate, x), _logits(model, x)
+        return same_logits(got, want) and _same_direction(duplicate, model, x)
     except Exception:
         # An error of the copy must not end the attack. An error of the model itself will be raised by the attack.
         return False
-
-
-@torch.no_grad()
-def _same_logits(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
-    """Tell whether a copy has the logits of its model.
-
-    A constant that is added to all logits of an image changes neither the predicted class nor the softmax. So for each
-    class the comparison takes the difference between its logit and the logit of the class that the model predicts.
-    """
-    want, got = (_logits(each, x) for each in (model, duplicate))
-    # Measure the gap from the first to the fourth class, because targeted DLR reads the four highest logits. With fewer
-    # than nine classes, measure to an earlier class, because the smallest logit may be far from all others.
-    leading = want.topk(min(4, 2 + (want.shape[1] - 1) // 4), 1).values
-    if want.shape != got.shape or not bool(got.isfinite().all()):
-        return False
-    top = want.argmax(1, keepdim=True)
-    behind, its_own = (logits.gather(1, top) - logits for logits in (want, got))
-    # Each class has its own limit: a class with a very low logit would allow large errors in all others.
-    allowed = TOLERANCE * behind.clamp_min((leading[:, 0] - leading[:, -1]).median())
-    return bool(((its_own - behind).abs() <= allowed).all())
 
 
 def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
@@ -267,11 +255,7 @@ def _same_direction(duplicate: Classifier, model: nn.Module, x: Tensor) -> bool:
             # The model has no gradient, for example because its weights were made in inference mode. The copy may have
             # a gradient. The copy is allowed, because the model itself checks the points that an attack finds.
             return True
-        size = want.norm()
-        if not (bool(size.isfinite()) and bool(size > 0)):
-            return True
-        got = _input_gradient(duplicate, x.detach().clone())
-    return bool(torch.dot(want, got) >= LEAST_COSINE * size * got.norm())
+        return same_direction(_input_gradient(duplicate, x.detach().clone()), want)
 
 
 def _run(model: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import AtLeast0, Count, NormName
+from .._validation import AtLeast0, Count, GradientPrecision, NormName
 from ..ops.pgd_step import per_sample, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
@@ -146,13 +146,16 @@ class PGD(Attack):
             both on its base classifier.
         start_std: standard deviation, in image units, of a normal random start that is projected onto the ball. With
             None, the start is uniform in the ball.
+        precision: precision of the steps: "float32" is that of the model itself, "bfloat16" takes a copy that
+            multiplies in bfloat16, and "auto" takes such a copy if the device is faster in bfloat16 and the model is
+            large enough.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "pgd"
-    code_version: ClassVar[str] = "3"
+    code_version: ClassVar[str] = "4"
     norms: ClassVar[tuple[str, ...]] = NORMS
     #: The first word of the attack's name.
     label: ClassVar[str] = "PGD"
@@ -166,6 +169,7 @@ class PGD(Attack):
     restarts: Count = 1
     alpha: float | Tensor | None = None
     start_std: AtLeast0 | None = None
+    precision: GradientPrecision = "auto"
 
     def __post_init__(self) -> None:
         check_not_negative(alpha=self.alpha)
@@ -220,7 +224,7 @@ class LeavingPGD(PGD):
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    code_version: ClassVar[str] = "3, leaving 1"
+    code_version: ClassVar[str] = "4, leaving 1"
 
     look_every: Count = 20
 
@@ -265,18 +269,20 @@ class FGSM(Attack):
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
+        precision: precision of the step, see `PGD`.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
     kind: ClassVar[str] = "fgsm"
-    code_version: ClassVar[str] = "2"
+    code_version: ClassVar[str] = "3"
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     eps: float | None = None
     norm: NormName | None = None
     loss: Loss = "ce"
+    precision: GradientPrecision = "auto"
 
     def name(self, context: AttackContext) -> str:
         return f"FGSM {self.decided(context).loss}"

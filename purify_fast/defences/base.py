@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .._compiler import is_compiled
+from .._processor import fast_bfloat16
 from .._tensors import dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
 from ..ops.aggregate import aggregate
@@ -21,6 +23,8 @@ from .voting import majority
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger("purify_fast")
 
 
 class Defence(StochasticDefence):
@@ -188,7 +192,7 @@ class Defence(StochasticDefence):
     # -- speed --------------------------------------------------------------------------------------------------------
 
     def accelerate(
-        self, dtype: torch.dtype | None = torch.bfloat16, *, fold: bool = True, compile: bool = False
+        self, dtype: torch.dtype | Literal["auto"] | None = "auto", *, fold: bool = True, compile: bool = False
     ) -> Self:
         """Make predictions, attacks and trainings of the defence faster.
 
@@ -203,6 +207,7 @@ class Defence(StochasticDefence):
 
         Args:
             dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.
+                "auto" is bfloat16 where the processor or card multiplies faster in it, or else float32.
             fold: whether to fold BatchNorms into the layers before them.
             compile: whether to compile the classifier and the parts of the purifier with `torch.compile`, each once for
                 all batch sizes. In training mode, the purifier's compiled parts are not used.
@@ -213,6 +218,9 @@ class Defence(StochasticDefence):
         Raises:
             ValueError: the dtype is not allowed, or `purify_fast.speed.fold_batchnorm` refuses the classifier.
         """
+        if dtype == "auto":
+            dtype = torch.bfloat16 if fast_bfloat16(first_tensor(self.classifier).device) else torch.float32
+            logger.info("%s computes its products in %s", type(self).__name__, dtype)
         settings = None if dtype is None else {"dtype": dtype, "fold": fold, "compile": compile}
         # If this fails, for example because memory runs out, the earlier copies remain in use.
         self.fast = None if settings is None else self._make_copies(settings)

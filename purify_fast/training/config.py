@@ -128,6 +128,8 @@ class TrainingAttack:
             seed=batch.seed,
             sample_ids=ids,
             graphs=graphs,
+            # The training itself has chosen the precision of the model that it attacks.
+            precision="float32",
         )
 
     def of_validations(self) -> TrainingAttack:

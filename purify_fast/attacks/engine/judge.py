@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...protocols import Classifier
+from ...speed.accelerate import FEWEST_WEIGHTS, matrix_weights
 from ...speed.graphs.step_graphs import StepGraphs
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from ..attacked_model import logits_of
-from ..gradient_copy import FEWEST_WEIGHTS, matrix_weights
 from ..objective import Objective, ObjectiveStep
 
 #: From this number of draws on, one more row takes a CPU longer than a change of the batch size.

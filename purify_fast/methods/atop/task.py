@@ -57,7 +57,7 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
             return config.attack.run(model, batch, graphs=graphs, rows=rows)
         now = config.attack.at_epoch(batch.epoch, batch.epochs)
         x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
-        return fgsm(model, x, y, eps=now.eps, norm=now.norm, graphs=graphs)
+        return fgsm(model, x, y, eps=now.eps, norm=now.norm, graphs=graphs, precision="float32")
 
     if batch.bank is not None and not pipeline:
         count = len(batch.x)

@@ -104,8 +104,10 @@ def balanced_batch(
             seed=batch.seed,
             sample_ids=ids[slow],
             graphs=graphs,
+            precision="float32",
         )
-        by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], norm=attack.norm, graphs=graphs)
+        how = {"norm": attack.norm, "graphs": graphs, "precision": "float32"}
+        by_fgsm = fgsm(classifier, clean[fast], y[fast], eps=eps[fast], **how)
         return torch.cat([by_pgd, by_fgsm])
 
     if batch.bank is None:

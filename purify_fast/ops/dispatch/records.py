@@ -1,9 +1,8 @@
 """Identifies this machine, and stores its results of verifying and racing kernels as files in a cache folder.
 
-A machine has three JSON files: ``verified-*.json`` says whether each kernel is correct, ``raced-*.json`` has the
-results of the races, and ``formed-*.json`` has the fastest forms of steps of attacks
-(`purify_fast.speed.graphs.step_forms`). Each file has the device, the versions that determine what a kernel computes,
-and an entry for each op or step.
+A machine has two JSON files: ``verified-*.json`` says whether each kernel is correct, and ``raced-*.json`` has the
+results of the races. Each file has the device, the versions that determine what a kernel computes, and an entry for
+each op.
 
 The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole. Only one
 process at a time changes a file.
@@ -32,7 +31,7 @@ from ... import _files
 
 logger = logging.getLogger("purify_fast")
 
-Kind = Literal["verified", "raced", "formed"]
+Kind = Literal["verified", "raced"]
 
 
 def folder() -> Path:

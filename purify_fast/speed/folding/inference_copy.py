@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
@@ -24,6 +25,7 @@ from .fused_networks import chains_serve, fuse_convolutions
 from .unrolled import unroll
 
 DTYPES = (torch.float32, torch.bfloat16)
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
 #: For batches below this size, PyTorch chooses another convolution algorithm on a CPU, so torch.compile makes another
 #: graph.
 SMALL_BATCH = 16
@@ -70,7 +72,8 @@ class CompiledRegion:
         self.static: dict[tuple[int, torch.device], Callable[..., Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        # A step that is traced or compiled as a whole contains the operators of this function.
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return self.function(*inputs)
         batch, device = len(inputs[0]), inputs[0].device
         if not keeps_sizes(device):
@@ -168,7 +171,12 @@ def _see_images_in_float32(model: nn.Module, image_shape: tuple[int, ...]) -> li
 
 
 def prepare_for_inference(
-    model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, fold: bool = True, fine: bool = False
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    fold: bool = True,
+    fine: bool = False,
+    channels_last: bool | None = None,
 ) -> tuple[list[tuple[str, str]], bool]:
     """Prepare a frozen model for `autocast_to`, in place.
 
@@ -182,6 +190,8 @@ def prepare_for_inference(
         dtype: float32 or bfloat16.
         fold: whether to fold BatchNorms into the layers before them. Layers with forward hooks are not folded.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
+        channels_last: whether to convert the weights to channels_last. None converts them, except for a model in
+            float32 with transposed convolutions, which are slower in channels_last.
 
     Returns:
         The names of the folded pairs (layer, BatchNorm), and the result of `convert_to_channels_last`.
@@ -197,7 +207,9 @@ def prepare_for_inference(
     example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0)).to(device)
     if fold:
         pairs = fold_batchnorm(model, example)
-    uses_channels_last = convert_to_channels_last(model, image_shape)
+    if channels_last is None:
+        channels_last = dtype != torch.float32 or not any(isinstance(one, _TRANSPOSED) for one in model.modules())
+    uses_channels_last = channels_last and convert_to_channels_last(model, image_shape)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     for module in model.modules():
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in in_float32:
@@ -220,8 +232,9 @@ class InferenceCopy(nn.Module):
         image_shape: shape (C, H, W) of an image.
         dtype: dtype of the matrix products, float32 or bfloat16.
         fold: whether to fold BatchNorms into the layers before them.
-        compile: whether to compile the copy as a `CompiledRegion`.
+        compile: whether to compile the copy as a `CompiledRegion`, and whole steps of attacks on it.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
+        channels_last: see `prepare_for_inference`.
 
     Attributes:
         folded: number of folded BatchNorms.
@@ -231,8 +244,8 @@ class InferenceCopy(nn.Module):
         ValueError: `prepare_for_inference` refuses the arguments.
     """
 
-    #: Captured steps do not depend on `_folding`. Only `refresh` uses it, and the steps read the refreshed weights.
-    not_dependencies = frozenset({"_folding"})
+    #: Captured steps do not depend on `_folding`, which only `refresh` uses, and read the refreshed weights.
+    not_dependencies = frozenset({"_folding", "_steps"})
 
     def __init__(
         self,
@@ -242,17 +255,29 @@ class InferenceCopy(nn.Module):
         fold: bool = True,
         compile: bool = False,
         fine: bool = False,
+        channels_last: bool | None = None,
     ):
         super().__init__()
         self.dtype = dtype
         self.classifier = without_recorders(copy.deepcopy(classifier)).requires_grad_(False)
-        self._pairs, self.uses_channels_last = prepare_for_inference(self.classifier, image_shape, dtype, fold, fine)
+        self._pairs, self.uses_channels_last = prepare_for_inference(
+            self.classifier, image_shape, dtype, fold, fine, channels_last
+        )
         self.folded = len(self._pairs)
         self.region = CompiledRegion(self._logits) if compile else None
         self._folding: FoldedPairs | None = None
+        self._steps: dict[Hashable, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return first_tensor(self.classifier).device
 
     def forward(self, x: Tensor) -> Tensor:
         return self._logits(x) if self.region is None else self.region(x)
+
+    def compiled_steps(self) -> dict[Hashable, Any] | None:
+        return None if self.region is None else self._steps
 
     def _logits(self, x: Tensor) -> Tensor:
         with autocast_to(x.device, self.dtype):

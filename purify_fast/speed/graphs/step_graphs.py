@@ -11,20 +11,18 @@ capture would take. With this rule, which is known from the ski rental problem, 
 the best choice in hindsight. Launches are counted separately for each step and batch size. If a replay saves less than
 a tenth of the time, the graph is deleted, and the step is not captured again at this batch size.
 
-A step has several forms (`step_forms`). The step is captured first as it is written. When the replays of its graph have
-taken as much time as a comparison of all forms would take, the forms are compared, and the fastest is captured. It is
-remembered on disk, and a later run captures it without a comparison, as soon as this has become worth its cost.
+On a device, a step whose copy the user has chosen to compile is captured in its compiled form (`compiled_step`). If the
+number of coming steps is known to be large enough, every step is tried in this form, and the faster form is captured.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Hashable
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -34,11 +32,23 @@ from ..._validation import CudaGraphs, check_literal
 from ...model_state import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..memory import retry_when_memory_ends
+from ..precision import raced_convolutions
+from .compiled_step import agrees, compiled_step, copies_in
 from .cuda_capture import CudaCapture
 from .host_syncs import HostSyncs
-from .step_forms import Form, agrees, candidates, form_errors, keep_form, known_form, make_form, structure
-from .step_loop import RETRIED_AFTER, Captured, LaunchCost, State, StepFunction, Steps, parts_of
-from .step_trials import all_alike, device_generator, first_replay_agrees, host_generators, no_trace, numerics
+from .step_loop import (
+    RETRIED_AFTER,
+    Captured,
+    LaunchCost,
+    State,
+    StepFunction,
+    Steps,
+    begin_steps,
+    parts_of,
+    step_key,
+    weak_key,
+)
+from .step_trials import all_alike, device_generator, first_replay_agrees, host_generators, no_trace
 
 logger = logging.getLogger("purify_fast")
 
@@ -53,9 +63,9 @@ TIMINGS = 3
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launch costs are remembered.
 REMEMBERED = 64
-#: The seconds of replays of a step after which its forms are compared, if no comparison was timed yet. A compilation of
-#: the step of a ResNet-18 takes about this long.
-CHOICE_SECONDS = 60.0
+#: The seconds that the compilation of a step of a ResNet-18 takes on a slow host, and the share of a captured step that
+#: it saves: the compiler fuses its elementwise operators.
+COMPILE_SECONDS, COMPILE_SAVES = 60.0, 0.1
 
 
 class _Step(NamedTuple):
@@ -66,24 +76,6 @@ class _Step(NamedTuple):
     base: Hashable
     objects: list[Any]
     device: torch.device
-
-
-class _Recorded(NamedTuple):
-    """A form of a step as a graph.
-
-    Attributes:
-        name: the form.
-        replay: function that launches the graph.
-        seconds: seconds of a replay.
-        cost: seconds until the form was made and checked.
-        objects: objects that the graph needs.
-    """
-
-    name: Form
-    replay: Callable[[], None]
-    seconds: float
-    cost: float
-    objects: list[Any]
 
 
 def write(values: State, buffers: State) -> None:
@@ -102,24 +94,6 @@ def write(values: State, buffers: State) -> None:
         buffers[name].copy_(value)
 
 
-def weak_key(value: Any) -> Hashable:
-    """Make a key that is equal for equal values and has only weak references to modules.
-
-    Args:
-        value: a module, a value that can be hashed, or a dataclass of such values.
-
-    Raises:
-        TypeError: a value cannot be hashed.
-    """
-    if isinstance(value, nn.Module):
-        return weakref.ref(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = (weak_key(getattr(value, field.name)) for field in fields(value) if field.compare)
-        return (type(value), *parts)
-    hash(value)
-    return value
-
-
 class StepGraphs:
     """The captured steps of a training or an evaluation.
 
@@ -131,10 +105,9 @@ class StepGraphs:
         mode: "auto": a step is captured when its launches have taken as much time as a capture would take. "always": a
             step is captured at its first use. "off": no step is captured.
         capture: object that makes graphs. None means CUDA graphs, on CUDA devices.
-        choose_after: seconds of replays of a step after which its forms are compared. With None, it is the time of
-            such a comparison. Under deterministic algorithms, forms are never compared.
 
     Attributes:
+        coming: the expected number of steps of the whole run, which decides whether steps are compiled; 0 if unknown.
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
             captured. The capture is tried again after `RETRIED_AFTER` steps, except if a replay saves too little time.
 
@@ -142,16 +115,13 @@ class StepGraphs:
         ValueError: the mode is unknown.
     """
 
-    def __init__(
-        self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None, choose_after: float | None = None
-    ):
+    def __init__(self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None):
         check_literal("mode", mode, CudaGraphs)
         self.mode = mode
         self.capture = CudaCapture() if capture is None else capture
         self.refusal: str | None = None
-        self.choose_after = choose_after
+        self.coming = 0.0
         self._costs: list[float] = []
-        self._choice_costs: list[float] = []
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, LaunchCost] = {}
         self._told: set[str] = set()
@@ -166,7 +136,7 @@ class StepGraphs:
 
     def __deepcopy__(self, memo: Any) -> StepGraphs:
         # A copy of the trained or attacked model needs its own captures.
-        return StepGraphs(self.mode, self.capture, self.choose_after)
+        return StepGraphs(self.mode, self.capture)
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop.
@@ -180,7 +150,9 @@ class StepGraphs:
         """
         off = self.mode == "off" or next(iter(state.values())).device.type != self.capture.kind
         nothing = any(value.numel() == 0 for value in state.values())
-        return Steps(function, state, None if off or nothing or torch.compiler.is_compiling() else self)
+        if off or nothing or torch.compiler.is_compiling():
+            return begin_steps(None, function, state)
+        return Steps(function, state, self)
 
     def may_replay(self, device: torch.device) -> bool:
         """Tell whether loops on a device are or may still be captured.
@@ -224,9 +196,8 @@ class StepGraphs:
         model = function.model
         if not isinstance(model, nn.Module):
             return self._refuse(None, f"{_name(model)} is not a torch.nn.Module, so its dependencies are unknown")
-        shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
         try:
-            base = weak_key((weak_key(function), shapes, device, numerics(device)))
+            base = step_key(function, state)
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
         refused = self._launched.get(base)
@@ -245,8 +216,7 @@ class StepGraphs:
             return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
         step = _Step(function, state, base, objects, device)
         if key in self._captured:
-            fastest = self._fastest(self._captured[key], step)
-            return remember(self._captured, key, fastest, MOST_GRAPHS)
+            return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
         launched = remember(self._launched, key, self._launched.get(key) or LaunchCost(), REMEMBERED)
         if self.mode != "always" and not launched.pays(self.cost):
             return launched
@@ -266,39 +236,19 @@ class StepGraphs:
         launched = LaunchCost(refusal=reason, retried_after=retried_after)
         return None if base is None else remember(self._launched, base, launched, REMEMBERED)
 
-    def _fastest(self, captured: Captured, step: _Step) -> Captured:
-        """Capture the fastest form of a captured step, if the replays have taken as much time as this would take.
-
-        If the fastest form is not known, all forms are compared.
-        """
-        known = captured.known
-        cost = min(self._choice_costs, default=CHOICE_SECONDS) if known is None else known.cost
-        patience = cost if self.choose_after is None else self.choose_after
-        if captured.final or captured.replays * captured.seconds < patience:
-            return captured
-        captured.final = True
-        found = self._make(step, candidates(step.function) if known is None else [known.form])
-        if isinstance(found, Captured):
-            return found
-        # The forms cannot be made, for example because memory ran out. The captured step still works.
-        self.refusal = None
-        self._launched.pop(step.base, None)
-        return captured
-
-    def _make(self, step: _Step, forms: Sequence[Form] = ()) -> Captured | LaunchCost | None:
-        """Capture a step, in the fastest of the given forms. If this fails, return the launch cost with the reason.
+    def _make(self, step: _Step) -> Captured | LaunchCost | None:
+        """Capture a step. If this fails, return the launch cost with the reason.
 
         Args:
             step: the step.
-            forms: the forms. The fastest of several forms is remembered on disk. Without forms, the step is captured in
-                a form that needs no compiler.
         """
         function, state, base, objects, device = step
         buffers = {name: value.detach().clone() for name, value in state.items()}
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before = [counter.counted() for counter in counters]
         try:
-            with no_trace(device):
+            # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
+            with no_trace(device), raced_convolutions("auto", device):
                 begun = self.capture.now(device)
                 with self.capture.aside(device):
                     # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device. So
@@ -313,23 +263,17 @@ class StepGraphs:
                 draws = device_generator(device) != drawn
                 counts = [counter.counted() - start for counter, start in zip(counters, tried, strict=True)]
                 eager = self._timed(lambda: function(buffers), device)
-                digest = structure(function, state, numerics(device))
-                known = None if torch.are_deterministic_algorithms_enabled() else known_form(digest, device)
-                plain: Form = "unfused" if known is not None and known.form == "unfused" else "launched"
-                asked = [form for form in forms if not draws or form in ("launched", "unfused")]
-                right = [one for form in asked or [plain] if (one := self._record(form, step, buffers)) is not None]
-                if not right and forms:
-                    return None
-                if not right and plain != "launched" and (one := self._record("launched", step, buffers)) is not None:
-                    right = [one]
+                wanted = any(part.region is not None for part in copies_in(function.model))
+                compiles = wanted or self.coming * eager * COMPILE_SAVES > COMPILE_SECONDS
+                compiled = compiled_step(function, buffers) if compiles and not draws else None
+                right = [one for run in (compiled, function) if run and (one := self._record(run, step, buffers))]
                 if not right:
                     return self._refuse(base, "a replay gives another result than the step")
-                best = min(right, key=lambda form: form.seconds)
-                (self._costs if len(forms) < 2 else self._choice_costs).append(self.capture.now(device) - begun)
-                if len(forms) > 1:
-                    keep_form(digest, device, {form.name: (form.seconds, form.cost) for form in right})
-                if self.mode != "always" and eager - best.seconds < LEAST_SAVING * eager:
-                    logger.debug("a replay takes %.3g ms, the step alone %.3g ms", best.seconds * 1e3, eager * 1e3)
+                # The graph calls compiled code, which must stay alive.
+                replay, seconds = min(right, key=itemgetter(1))
+                self._costs.append(self.capture.now(device) - begun)
+                if self.mode != "always" and eager - seconds < LEAST_SAVING * eager:
+                    logger.debug("a replay takes %.3g ms, the step alone %.3g ms", seconds * 1e3, eager * 1e3)
                     return self._refuse(base, SAVES_TOO_LITTLE, retried_after=math.inf)
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
@@ -339,50 +283,32 @@ class StepGraphs:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
-        alone = torch.are_deterministic_algorithms_enabled() or len(candidates(function)) == 1
-        final = bool(forms) or alone or (known is not None and known.form == best.name)
-        return Captured(
-            weakref.ref(function.model),
-            buffers,
-            best.replay,
-            counts=counts,
-            objects=[*objects, *best.objects],
-            form=best.name,
-            seconds=best.seconds,
-            known=known,
-            final=final,
-        )
+        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, compiled])
 
-    def _record(self, form: Form, step: _Step, buffers: State) -> _Recorded | None:
-        """Record a form of a step, and time its replay. Return None if the form does not exist, or if it is wrong.
+    def _record(self, run: Any, step: _Step, buffers: State) -> tuple[Callable[[], None], float] | None:
+        """Record a form of a step. Return its replay and the seconds of a replay, or None if its result is wrong.
 
         Args:
-            form: the form. An error of the form "launched" is raised.
+            run: the step itself, or its compiled form.
             step: the step.
             buffers: the buffers of the graph.
         """
         function, device = step.function, step.device
-        if form != "launched":
-            # The timing of an earlier form has changed the buffers.
-            write(step.state, buffers)
-        begun = self.capture.now(device)
-        with form_errors(form) if form != "launched" else contextlib.nullcontext():
-            made = make_form(form, function, buffers)
-            if form != "launched":
-                with self.capture.aside(device):
-                    made.run(buffers)
+        # The timing of an earlier form has changed the buffers.
+        write(step.state, buffers)
+        if run is not function:
+            with self.capture.aside(device):
+                run(buffers)
 
-            def advance() -> None:
-                write(made.run(buffers), buffers)
+        def advance() -> None:
+            write(run(buffers), buffers)
 
-            # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
-            replay = self.capture.record(advance, device)
-            compared = all_alike if form == "launched" else partial(agrees, before=step.state)
-            if first_replay_agrees(lambda: function(buffers), buffers, replay, compared):
-                cost = self.capture.now(device) - begun
-                return _Recorded(form, replay, self._timed(replay, device), cost, made.objects)
-            logger.info("the form %r of a step gives another result than the step, and is not used", form)
-        return None
+        # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
+        replay = self.capture.record(advance, device)
+        compared = all_alike if run is function else partial(agrees, before=step.state)
+        if not first_replay_agrees(lambda: function(buffers), buffers, replay, compared):
+            return None
+        return replay, self._timed(replay, device)
 
     def _timed(self, run: Callable[[], object], device: torch.device) -> float:
         """The seconds until the device has finished a step. This is the smallest of several timings."""

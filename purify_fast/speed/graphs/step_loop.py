@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from ...protocols import CountsImages
+from ...protocols import CompilesSteps, CountsImages
 from .cuda_capture import CudaCapture
-from .step_forms import Form, KnownForm
+from .step_trials import numerics
 
 #: The estimated cost of a capture, in launches of its step, used until a capture was measured. For a PGD step of a
 #: ResNet-18 on an H200, a capture took as long as 13 to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32
@@ -132,7 +133,6 @@ class Steps:
             self._ask(self.graphs)
         if self.captured is not None:
             self.captured.replay()
-            self.captured.replays += 1
             for counter, images in self.counters:
                 counter.count(images)
         elif self.graphs is not None and self.launched is not None:
@@ -196,11 +196,6 @@ class Captured:
         replay: function that launches the captured step.
         counts: the numbers of images that a replay adds to the counters in the model, one number for each counter.
         objects: objects that the captured step uses, and that must therefore stay alive.
-        form: the form of the step that was captured.
-        seconds: seconds of a replay.
-        known: the fastest form on this machine; None if it is not known.
-        final: whether no other form of the step will be captured.
-        replays: number of replays so far.
         loop: the `StepGraphs` loop that replayed this step last. Its state is in the buffers until another loop begins.
     """
 
@@ -209,11 +204,6 @@ class Captured:
     replay: Callable[[], None]
     counts: list[int]
     objects: list[Any]
-    form: Form
-    seconds: float
-    known: KnownForm | None
-    final: bool
-    replays: int = 0
     loop: weakref.ref[Steps] | None = None
 
 
@@ -227,12 +217,55 @@ def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
     return [part for part in model.modules() if issubclass(type(part), protocol)]
 
 
+def weak_key(value: Any) -> Hashable:
+    """Make a key that is equal for equal values and has only weak references to modules.
+
+    Args:
+        value: a module, a value that can be hashed, or a dataclass of such values.
+
+    Raises:
+        TypeError: a value cannot be hashed.
+    """
+    if isinstance(value, nn.Module):
+        return weakref.ref(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = (weak_key(getattr(value, field.name)) for field in fields(value) if field.compare)
+        return (type(value), *parts)
+    hash(value)
+    return value
+
+
+def step_key(function: StepFunction, state: State) -> Hashable:
+    """Return a key of a step, its shapes and the settings of the process, with weak references to modules.
+
+    Args:
+        function: the step.
+        state: its state: tensors by name, on the same device.
+
+    Raises:
+        TypeError: a value of the step cannot be hashed.
+    """
+    device = next(iter(state.values())).device
+    shapes = tuple((name, value.shape, value.stride(), value.dtype) for name, value in sorted(state.items()))
+    return weak_key((weak_key(function), shapes, device, numerics(device)))
+
+
 def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: State) -> Steps:
     """Begin a loop of a step, which ``graphs`` may capture.
 
     Args:
-        graphs: the captured steps of the caller. With None, the loop is eager.
+        graphs: the captured steps of the caller. With None, the loop is eager, or it runs the compiled step if the copy
+            in its model is to be compiled.
         function: the step.
         state: the initial state: tensors by name, on the same device.
     """
-    return Steps(function, state) if graphs is None else graphs.begin(function, state)
+    if graphs is not None:
+        return graphs.begin(function, state)
+    parts = parts_of(function.model, CompilesSteps) if isinstance(function.model, nn.Module) else []
+    known = [steps for part in parts if (steps := part.compiled_steps()) is not None]
+    if known and not torch.compiler.is_compiling():
+        # Most attacks do not need the compiler, whose import takes seconds.
+        from .compiled_step import compiled_if_repeated
+
+        function = compiled_if_repeated(function, state, step_key(function, state), known[0])
+    return Steps(function, state)

@@ -1,0 +1,499 @@
+"""Make the predictions and input gradients of any module faster, in place, without changing the module otherwise.
+
+In evaluation mode, an accelerated module runs on a frozen copy of itself (`InferenceCopy`), which follows its weights.
+In training mode it runs as it is. The gradients of weights are right in both modes: if a backward pass asks for them,
+the module itself is called again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .._compiler import is_compiled
+from .._processor import fast_bfloat16
+from ..ops.dispatch.gradient import transformed
+from .agreement import same_direction, same_logits
+from .folding.inference_copy import DTYPES, InferenceCopy
+from .watch import Watch, can_read_values, tensors_of
+
+logger = logging.getLogger("purify_fast")
+
+Model = TypeVar("Model", bound=nn.Module)
+Dtype = torch.dtype | Literal["auto"]
+
+#: The number of images on which a copy is compared and timed.
+TRIED = 8
+#: The largest error of the logits and the least cosine of the gradient of a copy in float32.
+ERROR, COSINE = 1e-3, 0.999
+#: With the dtype "auto", a model with fewer weights in convolutions and linear layers than this computes in float32,
+#: because conversions to bfloat16 would take more time than they save.
+FEWEST_WEIGHTS = 250_000
+#: The number of times that a copy is made for a model whose parts change. A model that counts its own calls in an
+#: attribute would otherwise get a new copy for each count.
+MOST_COPIES = 8
+#: Attributes of a module that decide what it computes, if their values have one of these types.
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) -> Model:
+    """Make predictions and input gradients of a module faster, in place.
+
+    Calls in evaluation mode with float32 images run on a frozen copy: BatchNorms are folded, products are in ``dtype``,
+    in the memory format that is faster. The copy is made at the first such call. It follows every change of the
+    weights. A constant batch without gradient is computed once for the same weights, as long as the batch exists.
+    Everything else runs the module itself: training mode, other inputs, an autocast of the caller, hooks on inner
+    modules. A backward pass that asks for gradients of weights calls the module itself again, so they are right; an
+    attack should not ask for them (`images_only`).
+
+    If the copy disagrees with the module at the first call, or cannot be made, one warning says why, and the module
+    itself runs. If the module itself is faster, it runs too. Parameters, state dict, hooks and names do not change. A
+    copy or a pickle of the module is accelerated too.
+
+    Args:
+        model: module from images ``[B, C, H, W]`` to logits ``[B, classes]``. A defence of this package is accelerated
+            by its own method of this name. For ``DistributedDataParallel`` the module inside is accelerated.
+        dtype: dtype of the products, ``torch.float32`` or ``torch.bfloat16``. "auto" is bfloat16 where the processor or
+            card multiplies faster in it and the model is not tiny, or else float32.
+        compile: whether to compile the copy by `torch.compile`, and whole steps of this package's attacks on it.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        TypeError: the model is no module in eager mode.
+        ValueError: the dtype is not allowed.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+        raise TypeError(f"model must be a torch.nn.Module in eager mode, got {type(model).__name__}")
+    if is_compiled(model):
+        raise TypeError("model must not be compiled yet: call accelerate(model, compile=True) on the plain module")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f'dtype must be "auto", {", ".join(map(str, DTYPES))}, got {dtype}')
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        accelerate(model.module, dtype=dtype, compile=compile)
+    elif callable(own := getattr(model, "accelerate", None)):
+        own(dtype, compile=compile)
+    else:
+        restore(model)
+        model.forward = _Forward(model, dtype, compile)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`.
+
+    Args:
+        model: an accelerated module. Any other module is not changed.
+
+    Returns:
+        The module itself.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        restore(model.module)
+    elif callable(own := getattr(model, "accelerate", None)):
+        own(None)
+    elif (forward := accelerated(model)) is not None:
+        del model.forward
+        if forward.own is not None:
+            model.forward = forward.own
+    return model
+
+
+@contextlib.contextmanager
+def images_only(model: nn.Module) -> Iterator[None]:
+    """A block in which the parameters of a module need no gradients, for attacks on the images alone.
+
+    Use it for attacks that keep the training mode, or that call ``loss.backward()``. Afterwards ``requires_grad`` of
+    each parameter is as before. What is computed in the block gives no gradients of weights later.
+
+    Args:
+        model: any module.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def unaccelerated_copy(model: Model) -> Model:
+    """Copy a module, and undo `accelerate` in the copy and its parts.
+
+    Args:
+        model: any module.
+    """
+    duplicate = copy.deepcopy(model)
+    for part in duplicate.modules():
+        if accelerated(part) is not None:
+            restore(part)
+    return duplicate
+
+
+def accelerated(model: object) -> _Forward | None:
+    """Return the forward of a module that `accelerate` has changed; None for everything else."""
+    forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
+    return forward if isinstance(forward, _Forward) else None
+
+
+@contextlib.contextmanager
+def plainly(*models: object) -> Iterator[None]:
+    """A block in which accelerated modules, also inside others, run as they are.
+
+    Args:
+        models: modules. Everything else is ignored.
+    """
+    parts = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
+    found = [forward for part in parts if (forward := accelerated(part)) is not None and not forward.off]
+    try:
+        for forward in found:
+            forward.off = True
+        yield
+    finally:
+        for forward in found:
+            forward.off = False
+
+
+def auto_dtype(dtype: Dtype | None, model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the dtype that "auto" means for a model on a device; any other dtype as it is.
+
+    Args:
+        dtype: a dtype, or "auto".
+        model: the model whose products are computed.
+        device: its device.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return torch.bfloat16 if fast_bfloat16(device) and matrix_weights(model) >= FEWEST_WEIGHTS else torch.float32
+
+
+def matrix_weights(model: nn.Module) -> int:
+    """The number of weights in the convolutions and linear layers of a model."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
+
+
+class Follower:
+    """A frozen copy of a model that follows the model's weights.
+
+    Attributes:
+        copy: the copy; None if the model itself should run.
+    """
+
+    def __init__(self) -> None:
+        self.copy: InferenceCopy | None = None
+        self._facts: list[Any] | None = None
+        self._watch = Watch()
+        #: The number of images with which the copy was made, and the number of copies so far.
+        self._tried = self._copies = 0
+
+    def follow(self, model: nn.Module, x: Tensor) -> bool:
+        """Give the copy the present weights. Make it at the first call, and if the model has other parts than before.
+
+        Args:
+            model: the model, which is the same in all calls.
+            x: images, on which a new copy is compared with the model.
+
+        Returns:
+            True if the weights or the parts were other ones.
+        """
+        facts, tensors = _facts(model), [one for _, one in tensors_of(model)]
+        reads = can_read_values(x.device)
+        new = facts != self._facts or (self.copy is not None and self.copy.device != x.device)
+        # A copy pays more for a larger batch.
+        new = new or (self.copy is None and self._tried < TRIED and len(x) >= 2 * self._tried)
+        if not self._watch.changed(tensors, reads) and not new:
+            return False
+        if new and reads:
+            self._facts, self._tried, self._copies = facts, min(TRIED, len(x)), self._copies + 1
+            self.copy = self.make(model, x[:TRIED].detach()) if self._copies <= MOST_COPIES else None
+        elif self.copy is not None and not new:
+            self.copy.refresh(model)
+        return True
+
+    def make(self, model: nn.Module, x: Tensor) -> InferenceCopy | None:
+        """Make the copy; None if the model itself should run.
+
+        Args:
+            model: the model, in evaluation mode.
+            x: a few images.
+        """
+        raise NotImplementedError
+
+
+class _Forward(Follower):
+    """The forward of an accelerated module.
+
+    Args:
+        model: the module.
+        dtype: dtype of the copy's products, or "auto".
+        compile: whether the copy is compiled.
+
+    Attributes:
+        own: the ``forward`` that the user had set on the module itself, or None.
+        off: True within `plainly`.
+        asked: True after a backward pass that asked for gradients of weights in evaluation mode.
+    """
+
+    not_dependencies = frozenset(
+        {"off", "copy", "asked", "_facts", "_watch", "_tried", "_copies", "_constant", "_draws"}
+    )
+
+    def __init__(self, model: nn.Module, dtype: Dtype, compile: bool):
+        super().__init__()
+        self.model, self.dtype, self.compile = model, dtype, compile
+        # While a module is unpickled, it has no attributes yet.
+        self.own = vars(model).get("forward")
+        #: The last batch without gradient: the batch itself, its values, and the logits.
+        self._constant: tuple[weakref.ref[Tensor], Tensor, Tensor] | None = None
+        self.off = self.asked = self._draws = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Forward, (self.model, self.dtype, self.compile), {"own": self.own}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        made = _Forward(copy.deepcopy(self.model, memo), self.dtype, self.compile)
+        made.own = copy.deepcopy(self.own, memo)
+        return made
+
+    def plain(self, *given: Any, **named: Any) -> Any:
+        """Run the module itself."""
+        return type(self.model).forward(self.model, *given, **named) if self.own is None else self.own(*given, **named)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling() or self.off or named or len(given) != 1 or not self._takes(given[0]):
+            return self.plain(*given, **named)
+        x: Tensor = given[0]
+        if self.follow(self.model, x):
+            self._constant = None
+        records = torch.is_grad_enabled()
+        weights = [one for one in self.model.parameters() if one.requires_grad] if records else []
+        if weights and (self.asked or self._draws):
+            return self.plain(x)
+        if not (records and x.requires_grad):
+            return self._of_constant(x, weights)
+        if self.copy is None:
+            return self.plain(x)
+        return _with_weights(self, x, weights, None) if weights else self.copy(x)
+
+    def _takes(self, x: Any) -> bool:
+        """Tell whether the copy can stand for the module: for these images, in its present mode and context."""
+        if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or x.dtype != torch.float32 or not len(x):
+            return False
+        if torch.is_autocast_enabled(x.device.type) or transformed() or forward_ad._current_level >= 0:
+            return False
+        first = next(self.model.parameters(), None)
+        if first is None or first.device != x.device or first.dtype != torch.float32:
+            return False
+        hooked = any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+        inner = (part for part in self.model.modules() if part is not self.model)
+        return not (hooked or self.model.training or any(_is_special(part) for part in inner))
+
+    def make(self, model: nn.Module, x: Tensor) -> InferenceCopy | None:
+        dtype = auto_dtype(self.dtype, model, x.device)
+        forks = [x.device] if x.device.type == "cuda" else []
+        with torch.inference_mode(False), torch.random.fork_rng(forks), plainly(model), images_only(model):
+            x = x.clone()
+            try:
+                want, seconds = _answers(model, x)
+                torch.manual_seed(0)
+                before = torch.get_rng_state()
+                model(x)
+                self._draws = not torch.equal(before, torch.get_rng_state())
+            except Exception as error:
+                # The call of the module itself will raise this error, if it is not about the gradient.
+                self._refuse(f"it has no input gradient ({_line(error)})")
+                return None
+            made, reasons = dict[float, InferenceCopy](), list[str]()
+            # Transposed convolutions in float32 are slower in channels_last, and so are some small networks.
+            for last in (True,) if dtype == torch.bfloat16 else (True, False):
+                try:
+                    duplicate = unaccelerated_copy(model)
+                    one = InferenceCopy(duplicate, tuple(x.shape[1:]), dtype, compile=self.compile, channels_last=last)
+                    got, time_of_copy = _answers(one, x)
+                    if not _agree(got, want, dtype):
+                        reasons.append(f"its copy in {dtype} gives other logits or gradients")
+                    made[time_of_copy] = one
+                except Exception as error:
+                    # A user's module may raise any error when it is copied, folded or run in another dtype.
+                    reasons.append(_line(error))
+            if reasons:
+                self._refuse(reasons[0])
+                return None
+            fastest, watch = min(made), Watch()
+            for _ in range(2):
+                begin = time.perf_counter()
+                watch.changed([one for _, one in tensors_of(model)])
+                extra = time.perf_counter() - begin
+            pays = fastest + extra < seconds
+            logger.info(
+                "%s in %s takes %.3g ms for %d images, and the model itself %.3g ms: %s runs",
+                type(model).__name__, dtype, 1e3 * fastest, len(x), 1e3 * seconds, "the copy" if pays else "the model",
+            )  # fmt: skip
+            return made[fastest] if pays else None
+
+    def _refuse(self, reason: str) -> None:
+        name = type(self.model).__name__
+        warnings.warn(f"{name} is not accelerated: {reason}. The model itself runs", RuntimeWarning, stacklevel=5)
+
+    def _of_constant(self, x: Tensor, weights: list[nn.Parameter]) -> Any:
+        """Return the logits of images that need no gradient. Those of the last batch are not computed again."""
+        if self._constant is not None:
+            batch, values, logits = self._constant
+            if batch() is x and can_read_values(x.device) and torch.equal(values, x):
+                return _with_weights(self, x, weights, logits) if weights else logits.clone()
+        self._constant = None
+        out = self.plain(x) if weights or self.copy is None else self.copy(x)
+        if type(out) is Tensor and not (self._draws or out.is_inference()) and can_read_values(x.device):
+            owner = weakref.ref(self)
+
+            def forget(batch: weakref.ref[Tensor]) -> None:
+                forward = owner()
+                if forward is not None and forward._constant is not None and forward._constant[0] is batch:
+                    forward._constant = None
+
+            self._constant = weakref.ref(x, forget), x.detach().clone(), out.detach().clone()
+        return out
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _is_special(part: nn.Module) -> bool:
+    """Tell whether an inner module is in training mode or has hooks, which a copy would not call."""
+    return part.training or any(getattr(part, name) for name in _HOOKS)
+
+
+def _facts(model: nn.Module) -> list[Any]:
+    """The modules of a model, and their plain attributes, such as strides and slopes."""
+    facts: list[Any] = []
+    for part in model.modules():
+        # A weak reference lets the model go, and is equal to another one only for the same object.
+        facts.append(weakref.ref(part))
+        facts += [item for item in vars(part).items() if type(item[1]) in _PLAIN and item[0] != "training"]
+    return facts
+
+
+def _answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return logits and input gradient, from one seed, and the seconds of the faster of two calls."""
+    with torch.enable_grad():
+        seconds = []
+        for _ in range(3):
+            torch.manual_seed(0)
+            begin, leaf = time.perf_counter(), x.clone().requires_grad_()
+            out = model(leaf)
+            weight = torch.linspace(-1, 1, out.numel(), device=out.device).sin_().view_as(out)
+            gradient = torch.autograd.grad((out * weight).sum(), leaf)[0]
+            if x.device.type == "cuda":
+                torch.cuda.synchronize(x.device)
+            seconds.append(time.perf_counter() - begin)
+    # The first call allocates memory and compiles.
+    return (out.detach(), gradient), min(seconds[1:])
+
+
+def _agree(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:
+    if got[0].shape != want[0].shape:
+        return False
+    if dtype == torch.bfloat16 and want[0].dim() == 2 and want[0].shape[1] > 1:
+        return same_logits(got[0], want[0]) and same_direction(got[1], want[1])
+    error, cosine = (ERROR, COSINE) if dtype == torch.float32 else (50 * ERROR, 0.8)
+    close = bool((got[0] - want[0]).abs().max() <= error * want[0].abs().max())
+    return close and same_direction(got[1], want[1], cosine)
+
+
+# -- gradients of weights, if a backward pass asks for them ------------------------------------------------------------
+
+
+class _Asked:
+    """The gradients of weights between the two functions of a call."""
+
+    node: Any = None
+    weights: tuple[nn.Parameter, ...] = ()
+    gradients: tuple[Tensor | None, ...] = ()
+
+
+class _Weights(torch.autograd.Function):
+    """A number that depends on all weights. Its backward passes the gradients on that `_Call` has computed."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: _Asked, *weights: Tensor) -> Tensor:
+        ctx.asked, ctx.number = asked, len(weights)
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, *(ctx.asked.gradients or (None,) * ctx.number)
+
+
+class _Call(torch.autograd.Function):
+    """A call of the copy, or its known result. The gradient of the images is that of the copy.
+
+    If the backward pass asks for gradients of weights, or for a second derivative, the module itself is called.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, owner: _Forward, asked: _Asked, known: Tensor | None, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.owner, ctx.asked = owner, asked
+        # Autograd raises an error if a weight was changed between forward and backward.
+        ctx.save_for_backward(x, *weights[1:])
+        if known is not None:
+            return known.clone()
+        assert owner.copy is not None
+        with torch.enable_grad():
+            ctx.leaf = x.detach().requires_grad_()
+            ctx.out = owner.copy(ctx.leaf)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # The weights are saved only so that autograd checks them.
+        x, *saved = ctx.saved_tensors
+        owner, asked, images = ctx.owner, ctx.asked, ctx.needs_input_grad[3]
+        wanted = torch._C._will_engine_execute_node(asked.node)
+        of_images, nothing = None, (None,) * len(saved)
+        if not wanted and not torch.is_grad_enabled():
+            of_images = torch.autograd.grad(ctx.out, ctx.leaf, grad, retain_graph=True)[0]
+            return None, None, None, of_images, None, *nothing
+        if wanted and not owner.asked:
+            owner.asked = True
+            warnings.warn(
+                f"a backward pass asked for gradients of the weights of {type(owner.model).__name__} in evaluation "
+                "mode, so the model itself runs from now on: in an attack, use torch.autograd.grad or "
+                "purify_fast.images_only",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), plainly(owner.model):
+            leaf = x if again else x.detach().requires_grad_(images)
+            out = owner.plain(leaf)
+            inputs = ([leaf] if images else []) + (list(asked.weights) if wanted else [])
+            found = torch.autograd.grad(out, inputs, grad, create_graph=again, allow_unused=True)
+        of_images = found[0] if images else None
+        asked.gradients = found[1:] if images else found
+        return None, None, None, of_images, grad.new_zeros(()), *nothing
+
+
+def _with_weights(owner: _Forward, x: Tensor, weights: list[nn.Parameter], known: Tensor | None) -> Tensor:
+    """Return the logits of images as a function of the images and of the weights."""
+    asked = _Asked()
+    asked.weights = tuple(weights)
+    number = _Weights.apply(asked, *weights)
+    asked.node = number.grad_fn
+    result: Tensor = _Call.apply(owner, asked, known, x, number, *(one.detach() for one in weights))
+    return result

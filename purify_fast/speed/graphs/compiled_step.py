@@ -1,0 +1,180 @@
+"""Compile a whole step of an attack: the forward pass, the loss, the gradient of the images and their move.
+
+The step is traced to a single graph of operators, which `torch.compile` compiles for one batch size. So the compiler
+also fuses operators of the forward pass with others. The weights are inputs of the graph, so they may change.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..._tensors import without_autocast
+from ..folding.fused_networks import without_fusion
+from ..folding.inference_copy import Accelerated, InferenceCopy
+
+logger = logging.getLogger("purify_fast")
+
+#: The compiler. Tests replace it by a faster one.
+BACKEND = "inductor"
+#: Tolerances for a compiled step: the least cosine between the changes of an image tensor, and the largest mean error
+#: of another tensor, as a share of its largest value. Products in bfloat16 have other rounding errors when compiled.
+LEAST_COSINE, LARGEST_ERROR = 0.8, 0.05
+#: The largest number of compiled steps of a copy. Steps with further batch sizes are not compiled.
+MOST_STEPS = 8
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A compiled step for one shape of the state.
+
+    Attributes:
+        model: the model that the step uses.
+        run: function that computes the step.
+    """
+
+    model: Any
+    run: Callable[[Mapping[str, Tensor]], State]
+
+    def __call__(self, state: Mapping[str, Tensor]) -> State:
+        return self.run(state)
+
+
+def copies_in(model: Any) -> list[InferenceCopy]:
+    """The inference copies in a model, also those of accelerated defences."""
+    found: list[Any] = []
+    for part in model.modules() if isinstance(model, nn.Module) else ():
+        fast = getattr(part, "fast", None)
+        found += [part, *([fast.classifier] if isinstance(fast, Accelerated) else [])]
+    return [part for part in dict.fromkeys(found) if isinstance(part, InferenceCopy)]
+
+
+def compiled_if_repeated(function: Any, state: State, key: Hashable, steps: dict[Hashable, Any]) -> Any:
+    """Return the compiled form of a step, or the step itself.
+
+    A step is compiled when it begins for the second time, because attacks also begin loops with many batch sizes that
+    never occur again.
+
+    Args:
+        function: the step.
+        state: its state: tensors by name.
+        key: a key of the step and its shapes.
+        steps: the known steps by their keys. None marks a step that has begun once. The dictionary is changed.
+    """
+    if key not in steps:
+        steps[key] = None
+    elif steps[key] is None:
+        full = sum(isinstance(step, CompiledStep) for step in steps.values()) >= MOST_STEPS
+        steps[key] = (None if full else compiled_step(function, state)) or function
+    return steps[key] or function
+
+
+def compiled_step(function: Any, state: State) -> CompiledStep | None:
+    """Compile a step. The result is compared with the step, once.
+
+    Args:
+        function: the step.
+        state: the state: tensors by name. They are not changed.
+
+    Returns:
+        The compiled step; None if tracing or compiling fails, or if the results differ. The log has the reason.
+    """
+    try:
+        made = CompiledStep(function.model, _traced(function, state))
+        if agrees(made(state), function(state), state):
+            return made
+        reason = "it gives another result"
+    except Exception as error:
+        # A user's model may raise any error when it is traced or compiled.
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    logger.warning("a step of %s is not compiled: %s", type(function.model).__name__, reason)
+    return None
+
+
+def _traced(function: Any, state: State) -> Callable[[Mapping[str, Tensor]], State]:
+    names, device = sorted(state), next(iter(state.values())).device
+
+    def flat(*values: Tensor) -> State:
+        result: State = function(dict(zip(names, values, strict=True)))
+        return result
+
+    # A backward pass in another thread would not be traced.
+    with without_fusion(), torch.autograd.set_multithreading_enabled(False):
+        traced = make_fx(flat)(*[state[name] for name in names])
+    graph, tensors = _with_inputs(traced)
+    # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
+    called = torch.compile(graph, dynamic=False, fullgraph=True, backend=BACKEND)
+
+    def run(state: Mapping[str, Tensor]) -> State:
+        # The graph already has the casts of an autocast.
+        with torch.no_grad(), without_autocast(device):
+            result: State = called(*tensors, *[state[name] for name in names])
+        return result
+
+    return run
+
+
+def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Make inputs of the tensors in a traced step, such as weights, and return the new graph and these tensors.
+
+    The compiler may store the values of constants in its code, but weights may change from replay to replay.
+    """
+    graph, tensors, inputs = fx.Graph(), dict[str, Tensor](), dict[str, Any]()
+    known: dict[Any, Any] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target not in inputs:
+            value = operator.attrgetter(node.target)(traced)
+            if not isinstance(value, Tensor):
+                raise RuntimeError(f"the step has the constant {node.target}, which is not a tensor")
+            inputs[node.target] = graph.placeholder(f"tensor_{len(inputs)}")
+            tensors[node.target] = value.detach()
+    for node in traced.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise RuntimeError(f"the step draws random numbers in the operator {node.target}")
+        known[node] = inputs[node.target] if node.op == "get_attr" else graph.node_copy(node, lambda one: known[one])
+    graph.eliminate_dead_code()
+    return fx.GraphModule(nn.Module(), graph), list(tensors.values())
+
+
+def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
+    """Tell whether a compiled step has the same results as the step, up to rounding. This waits for the device.
+
+    Args:
+        got: the results of the compiled step.
+        wanted: the results of the step.
+        before: the state before the step.
+    """
+    if not got.keys() >= wanted.keys():
+        return False
+    return all(
+        _close(got[name], value, before[name])
+        for name, value in wanted.items()
+        if value.is_floating_point() and value.numel()
+    )
+
+
+def _close(got: Tensor, wanted: Tensor, before: Tensor) -> bool:
+    if got.shape != wanted.shape or got.dtype != wanted.dtype or not torch.equal(got.isnan(), wanted.isnan()):
+        return False
+    # Infinite numbers, such as the loss of a point that was never judged, must be equal.
+    rest = wanted.isfinite()
+    if not torch.equal(got[~rest & ~wanted.isnan()], wanted[~rest & ~wanted.isnan()]):
+        return False
+    zeros = torch.zeros_like(wanted)
+    one, other = (torch.where(rest, value, zeros).double() for value in (got, wanted))
+    if wanted.dim() < 2:
+        return bool((one - other).abs().mean() <= LARGEST_ERROR * other.abs().amax())
+    old = torch.where(rest & before.isfinite(), before, zeros).double()
+    moved, target = (one - old).flatten(), (other - old).flatten()
+    if not bool(target.any()):
+        return not bool(moved.any())
+    return bool(torch.dot(moved, target) >= LEAST_COSINE * moved.norm() * target.norm() > 0)

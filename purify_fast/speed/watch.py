@@ -1,0 +1,75 @@
+"""Tell whether the weights of a model have changed since the last look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .._tensors import in_memory_order
+
+#: The number of neighboring words whose sum is remembered for each block of a tensor.
+BLOCK = 64
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a model with all of their names.
+
+    Args:
+        model: any module.
+    """
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def can_read_values(device: torch.device) -> bool:
+    """Tell whether the host may read values of tensors now: not while a step is traced, compiled or captured."""
+    if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+class Watch:
+    """Remembers the weights of a model, and tells whether they have changed.
+
+    PyTorch counts the writes to a tensor, but not those through ``p.data``. So the values are compared too: on a CPU by
+    the sums of their bits over blocks of 512 bytes, at about the speed of the memory, and on other devices by the sum
+    and the norm of each tensor. A change that keeps all of these, such as an exchange of two numbers within a block, is
+    not seen.
+    """
+
+    def __init__(self) -> None:
+        self._stamps: list[tuple[int, int, int]] | None = None
+        self._marks: list[Tensor] = []
+        # An id is unique only while its tensor exists.
+        self._tensors: list[Tensor] = []
+
+    def changed(self, tensors: list[Tensor], values: bool = True) -> bool:
+        """Tell whether tensors differ from those of the last call. The first call returns True.
+
+        Args:
+            tensors: the tensors.
+            values: whether to compare the values too, if no counted write was found.
+        """
+        stamps = [(id(one), one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
+        counted, self._stamps = stamps != self._stamps, stamps
+        if counted or values:
+            before, self._marks, self._tensors = self._marks, _marks(tensors) if values else [], tensors
+            if not counted and before:
+                return not all(map(torch.equal, before, self._marks))
+        return counted
+
+
+@torch.no_grad()
+def _marks(tensors: list[Tensor]) -> list[Tensor]:
+    """Return numbers that change with the values of tensors."""
+    if tensors and tensors[0].device.type != "cpu":
+        wide = [one.detach().float() for one in tensors]
+        return [torch.stack([*torch._foreach_norm(wide), *(one.sum() for one in wide)])]
+    marks = []
+    for one in tensors:
+        flat = in_memory_order(one.detach()).reshape(-1)
+        whole = flat.numel() * flat.element_size() % (8 * BLOCK) == 0 and flat.data_ptr() % 8 == 0
+        marks.append(flat.view(torch.int64).view(-1, BLOCK).sum(1) if whole else flat.clone())
+    return marks
