@@ -13,7 +13,7 @@ FASTER = 0.8
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32. A CPU is timed once, for some milliseconds."""
+    """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32. A CPU is timed once."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and _measured_ratio() < FASTER

@@ -284,7 +284,7 @@ def worst_of_runs(
     success by a failure.
 
     Args:
-        attack: an attack with ``restarts`` and ``precision``.
+        attack: an attack with ``restarts``. Without ``precision``, its steps run on the model itself.
         one_run: a function of the objective, the number of the run from 0, and the `GradientHealth` that counts the
             gradients (None: nothing is counted). It returns the points of the run.
         batch: the attacked model, the images and their labels.
@@ -294,9 +294,10 @@ def worst_of_runs(
     resources = context.resources
     health = GradientHealth() if resources.counts_health else None
     _, draws, loss, _ = attack.decided(context)
+    precision = getattr(attack, "precision", "float32")
     with frozen(model), contextlib.ExitStack() as stack:
         apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
-        source = gradient_copy(model, x[:COMPARED], attack.precision, resources.copies) if len(x) else model
+        source = gradient_copy(model, x[:COMPARED], precision, resources.copies) if len(x) else model
         if source is not model:
             stack.enter_context(frozen(source))
         objective = Objective(source, loss, draws, resources.max_forward_batch, resources.graphs, apart=apart)

@@ -291,7 +291,7 @@ def test_what_the_host_launches_beside_a_graph(model, name, launched):
     attack, options, expected, most = COUNTS[name]
     with use_backend("cpp" if _library.loaded() else "reference"):
         eager = dispatched(attack, model, None, **options)
-        captured = dispatched(attack, model, StepGraphs("always", capture=launched, choose_after=math.inf), **options)
+        captured = dispatched(attack, model, StepGraphs("always", capture=launched), **options)
     if name != "l1" or _library.loaded():
         assert captured <= most
     if _library.loaded():

@@ -155,6 +155,7 @@ def test_settings_are_plain_and_say_what_was_decided():
         "start_std": None,
         "keep_best": True,
         "restarts": 1,
+        "precision": "auto",
         "eot_iter": 3,
         "eps": EPS,
         "norm": "linf",
@@ -169,7 +170,7 @@ def test_settings_are_plain_and_say_what_was_decided():
         assert attack().draws(context()) == 1
 
 
-@pytest.mark.parametrize(("attack", "revision"), [(PGD, "3"), (FGSM, "2"), (BPDA, "3"), (StAdv, "3")])
+@pytest.mark.parametrize(("attack", "revision"), [(PGD, "4"), (FGSM, "3"), (BPDA, "4"), (StAdv, "3")])
 def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model, batch):
     """A random model draws once for each pass. Where other images share one, the revision has to rise as well."""
     sizes = set()

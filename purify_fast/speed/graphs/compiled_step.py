@@ -88,6 +88,8 @@ def compiled_step(function: Any, state: State) -> CompiledStep | None:
     Returns:
         The compiled step; None if tracing or compiling fails, or if the results differ. The log has the reason.
     """
+    # The trace would confuse two names of one tensor.
+    state = {name: value.detach().clone() for name, value in state.items()}
     try:
         made = CompiledStep(function.model, _traced(function, state))
         if agrees(made(state), function(state), state):

@@ -1,0 +1,202 @@
+"""When a step is compiled as a whole, that it follows its weights, and that a wrong compilation never serves."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from captures import Rerun
+from torch import Tensor, nn
+
+from purify_fast.attacks import pgd
+from purify_fast.attacks.objective import GradientStep, Objective
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed import InferenceCopy, StepGraphs
+from purify_fast.speed.graphs import compiled_step as compiling
+from purify_fast.speed.graphs.compiled_step import CompiledStep, agrees, compiled_step, copies_in
+from purify_fast.zoo import load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def fast_compiler(monkeypatch):
+    """The real compiler would take most of the time of these tests, and changes no decision."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, **{**options, "backend": "aot_eager"})
+    )
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network(width: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    made = SmallCNN(3, 10, (8, 8), width).eval()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.mul_(3)
+    return made
+
+
+def attack(model: nn.Module, graphs: StepGraphs | None = None, images: int = 8, steps: int = 4) -> Tensor:
+    x = torch.rand(images, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"eps": 8 / 255, "alpha": 2 / 255, "steps": steps, "random_start": False, "graphs": graphs}
+    return pgd(model, x, torch.arange(images) % 10, **options)
+
+
+def inference_copy(dtype: torch.dtype = torch.float32, compile: bool = True) -> InferenceCopy:
+    return InferenceCopy(network(), (3, 8, 8), dtype, compile=compile)
+
+
+def different(got: Tensor, want: Tensor) -> float:
+    """The share of the pixels that differ."""
+    return float(((got - want).abs() > 1e-6).float().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype):
+    model = inference_copy(dtype)
+    wanted = attack(inference_copy(dtype, compile=False))
+    for images in (8, 8, 6, 8, 6):
+        found = attack(model, images=images)
+        assert different(found, wanted[:images]) < 0.05
+    steps = model.compiled_steps()
+    assert len(steps) == 2 and all(isinstance(step, CompiledStep) for step in steps.values())
+    before = dict(steps)
+    attack(model)
+    assert steps == before and attack(inference_copy(compile=False)) is not None
+
+
+def test_sizes_beyond_the_limit_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(compiling, "MOST_STEPS", 1)
+    model = inference_copy()
+    for images in (8, 8, 6, 6):
+        attack(model, images=images)
+    assert sum(isinstance(step, CompiledStep) for step in model.compiled_steps().values()) == 1
+
+
+def test_a_compiled_step_uses_weights_that_change_in_place():
+    model = inference_copy()
+    attack(model), attack(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-1)
+    plain = inference_copy(compile=False)
+    plain.load_state_dict(model.state_dict())
+    assert different(attack(model), attack(plain)) < 0.05
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails"])
+def test_a_wrong_compiled_step_never_serves(monkeypatch, caplog, fault):
+    original = compiling._traced
+
+    def traced(function, state):
+        if fault == "fails":
+            raise ValueError("no compiler here")
+        run = original(function, state)
+
+        def against(state):
+            new = run(state)
+            return {**new, "point": 2 * state["point"] - new["point"]}
+
+        return against
+
+    monkeypatch.setattr(compiling, "_traced", traced)
+    model = inference_copy()
+    first, second = attack(model), attack(model)
+    assert torch.equal(first, second) and not any(
+        isinstance(step, CompiledStep) for step in model.compiled_steps().values()
+    )
+    reason = "ValueError: no compiler here" if fault == "fails" else "it gives another result"
+    assert f"a step of InferenceCopy is not compiled: {reason}" in caplog.text
+
+
+class Timed(Rerun):
+    """Stands for a GPU on which each recorded function takes the next of the given seconds."""
+
+    def __init__(self, *seconds: float):
+        super().__init__()
+        self.seconds = list(seconds)
+
+    def record(self, run, device):
+        self.replay_time = self.seconds.pop(0)
+        return super().record(run, device)
+
+
+@pytest.mark.parametrize("compiled", [1e-3, 3e-3])
+def test_of_both_forms_the_faster_is_captured(compiled, monkeypatch):
+    """With a compiled copy, and with so many coming steps that the compilation pays."""
+    for copy, coming in ((inference_copy(), 0), (inference_copy(compile=False), 1e9)):
+        capture = Timed(compiled, 2e-3)
+        graphs = StepGraphs("always", capture)
+        graphs.coming = coming
+        assert different(attack(copy, graphs), attack(inference_copy(compile=False))) < 0.05
+        (captured,) = graphs._captured.values()
+        assert not capture.seconds and captured.objects[-1] is not None
+    graphs = StepGraphs("always", capture := Timed(2e-3))
+    attack(inference_copy(compile=False), graphs)
+    assert not capture.seconds
+
+
+def test_a_caller_under_autocast_gets_the_compiled_step_in_the_same_precision():
+    model = inference_copy(compile=False)
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    step = GradientStep(Objective(model, "ce"))
+    zeros = torch.zeros(8)
+    state = {"point": x, "y": torch.arange(8), "image": torch.zeros_like(x), "loss": zeros, "wrong": zeros}
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, found = step(state), compiled_step(step, state)(state)
+    assert torch.allclose(found["image"], wanted["image"], rtol=1e-4, atol=1e-7)
+
+
+@dataclass(frozen=True)
+class Noisy:
+    model: nn.Module
+
+    def __call__(self, state):
+        return {"x": self.model(state["x"]) + torch.rand_like(state["x"])}
+
+
+def test_a_step_that_draws_random_numbers_is_not_compiled(caplog):
+    assert compiled_step(Noisy(nn.Identity()), {"x": torch.zeros(3)}) is None
+    assert "draws random numbers in the operator aten" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("got", "same"),
+    [
+        ({"point": [[1.0, 2.0]], "loss": [3.0]}, True),
+        ({"point": [[1.1, 2.0]], "loss": [3.01]}, True),
+        ({"point": [[0.0, 0.0]], "loss": [3.0]}, False),
+        ({"point": [[-1.0, -2.0]], "loss": [3.0]}, False),
+        ({"point": [[1.0, 2.0]], "loss": [4.0]}, False),
+        ({"point": [[1.0, float("nan")]], "loss": [3.0]}, False),
+        ({"point": [[1.0, 2.0]], "loss": [float("inf")]}, False),
+        ({"point": [[1.0, 2.0]]}, False),
+    ],
+)
+def test_results_agree_up_to_rounding_only(got, same):
+    wanted, before = {"point": [[1.0, 2.0]], "loss": [3.0]}, {"point": [[0.0, 0.0]], "loss": [0.0]}
+    tensors = [{name: torch.tensor(value) for name, value in one.items()} for one in (got, wanted, before)]
+    assert agrees(*tensors) is same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-standard", "digits-pgd-at", "digits-arrest"])
+def test_compiled_steps_agree_on_the_models_of_the_zoo(monkeypatch, name):
+    """With Inductor itself: the same logits within the tolerance of a copy, and the same direction."""
+    monkeypatch.undo()
+    model = load(name)
+    shape = (1, 16, 16)
+    made = InferenceCopy(getattr(model, "classifier", model), shape, torch.bfloat16)
+    assert copies_in(made) == [made]
+    x = torch.rand(16, *shape, generator=torch.Generator().manual_seed(3))
+    y = made(x).argmax(1)
+    step = GradientStep(Objective(made, "ce"))
+    state = {"point": x, "y": y, "image": torch.zeros_like(x), "loss": torch.zeros(16), "wrong": torch.zeros(16)}
+    wanted = step(state)
+    got = compiled_step(step, state)(state)
+    assert agrees(got, wanted, state)
+    assert (got["loss"] - wanted["loss"]).abs().max() <= 0.05 * wanted["loss"].abs().max()
