@@ -104,7 +104,8 @@ def gradient_copy(
         model: the attacked model, images to logits.
         x: a few of the images ``[B, C, H, W]``, on which the copy is compared with the model.
         precision: "float32" takes the model itself. "bfloat16" takes a copy that multiplies in bfloat16, if possible.
-            "auto" takes such a copy if the device multiplies faster in bfloat16 and the model is large enough.
+            "auto" takes such a copy if the device multiplies faster in bfloat16 and the model is large enough. An
+            accelerated model has its own copy, which serves unless the precision is "float32".
         copies: an object that keeps copies for the next attack; None: the copy is not kept.
 
     Returns:
@@ -116,16 +117,16 @@ def gradient_copy(
         TypeError: the model's output is neither a tensor nor an object or mapping with ``logits``.
         ValueError: the model's logits do not have a row for each image and a column for each of several classes.
     """
+    forward = accelerated(model)
+    if forward is not None and precision != "float32":
+        forward.follow(model, x)
+        return model if forward.copy is None else forward.copy
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
     if isinstance(model, PassesOn) and supports(model, PassesOn):
         return _inside(model, x, precision, copies)
     if not isinstance(model, nn.Module):
         return model
-    forward = accelerated(model)
-    if forward is not None:
-        forward.follow(model, x)
-        return model if forward.copy is None else forward.copy
     # A defence that makes many samples of an image is faster in bfloat16 even with few weights.
     small = not supports(model, Accelerates) and matrix_weights(model) < FEWEST_WEIGHTS
     if precision == "auto" and small:

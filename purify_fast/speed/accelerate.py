@@ -315,8 +315,8 @@ class _Forward(Follower):
                 model(x)
                 self._draws = not torch.equal(before, torch.get_rng_state())
             except Exception as error:
-                # The call of the module itself will raise this error, if it is not about the gradient.
-                self._refuse(f"it has no input gradient ({_line(error)})")
+                # The call of the module itself will raise this error, if it is not about the gradient or the output.
+                self._refuse(_line(error))
                 return None
             made, reasons = dict[float, InferenceCopy](), list[str]()
             # Transposed convolutions in float32 are slower in channels_last, and so are some small networks.
@@ -397,6 +397,8 @@ def _answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[tuple[Tensor
             torch.manual_seed(0)
             begin, leaf = time.perf_counter(), x.clone().requires_grad_()
             out = model(leaf)
+            if type(out) is not Tensor:
+                raise TypeError(f"the model must return a tensor of logits, got {type(out).__name__}")
             weight = torch.linspace(-1, 1, out.numel(), device=out.device).sin_().view_as(out)
             gradient = torch.autograd.grad((out * weight).sum(), leaf)[0]
             if x.device.type == "cuda":

@@ -4,7 +4,6 @@ CUDA graphs are stood for by functions that are run again on the buffers they we
 """
 
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 

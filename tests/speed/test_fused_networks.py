@@ -17,14 +17,13 @@ from torchvision.models.resnet import BasicBlock
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cuda_launches import NO_LAUNCH, CudaLaunches
+from cuda_launches import NO_LAUNCH
 from test_folding import trained
 
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, WideResNet
 from purify_fast.models.unet import UNet
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.ops.fused_convolution import SILU
 from purify_fast.speed.folding import convolution_chains
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.folding.convolution_chains import Chain
