@@ -21,6 +21,9 @@ os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[
 # torch.compile starts processes that compile for it and import PyTorch: that costs tests more than it saves
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# no test measures the fastest number of threads, unless it is about that: the bits of results would depend on it
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 from captures import Launched, Rerun
 from slow_shares import of_other_shares
 

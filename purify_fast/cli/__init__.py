@@ -26,6 +26,7 @@ from .evaluate import Evaluate
 from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan
 from .purify import Purify
+from .shared_machine import allowed_cores, wait_passively
 from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import TrainArrest, TrainClassifier
 from .train_diffusion import TrainDiffusion
@@ -97,10 +98,16 @@ def _run(arguments: list[str]) -> int:
                 f"only train and evaluate can run in several processes, got `{command.called}` in {several} "
                 "processes: run it in one process"
             )
+        import torch
+
         from ..speed import retain_freed_memory
+        from ..speed.threads import restored_threads
         from ..training.distributed import own_device
 
         retain_freed_memory()
+        stack.enter_context(restored_threads())
+        if not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(min(torch.get_num_threads(), allowed_cores()))
         if isinstance(command, (Training, Evaluate)):
             command = replace(command, device=own_device(usable_device(command.device)))
         # `typed` is no field, so run.yaml does not contain it. A frozen dataclass refuses a plain assignment.
@@ -126,6 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
         in this package or in the user's code, whose traceback is on stderr. 2: the input cannot be used, or there is
         not enough memory; stderr has one line about it. 130: Ctrl-C.
     """
+    if arguments is None:
+        # A caller's process decides itself how its threads wait.
+        wait_passively()
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:

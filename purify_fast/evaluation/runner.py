@@ -33,6 +33,7 @@ from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
+from ..speed.threads import restored_threads
 from .alarms import signs_of_masking
 from .alarms.answers import Before
 from .asked.attack_lists import SEARCHES, protocol_attacks, to_the_end
@@ -56,6 +57,7 @@ from .run.row_judge import EXAMPLES
 from .run.specified import settings_of
 from .run.stopping import notes_of_proofs, notes_of_unsearched
 from .run.team import Team
+from .run.thread_choice import choose_threads
 from .show.report import Report
 from .suspicion import Suspicion
 
@@ -165,6 +167,7 @@ def evaluate(
             stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
             stack.enter_context(torch.no_grad())
             stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
+            stack.enter_context(restored_threads())
             switched = note_of_switched_modules(model, name)
             stack.enter_context(frozen(model))
             refresh_stale_copies(model, base, *(spec.other_model for spec in given))
@@ -203,6 +206,7 @@ def evaluate(
                     "images at once", lambda: subject.room.limit(context.resources.max_forward_batch)
                 )
                 context = replace(context, resources=replace(context.resources, max_forward_batch=at_once))
+            choose_threads(subject, cache)
             shown = Progress(name, progress and team.rank == 0)
             measure = Measure(
                 subject, context, name, cache=cache, progress=shown, team=team, keep_all=config.keep == "all"

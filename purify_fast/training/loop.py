@@ -2,7 +2,8 @@
 
 The result of a step depends only on the seed, the number of the step, and the state in the checkpoint: the order of the
 images, the random starts of attacks and torch's global generator are seeded for each step. So a run that was killed and
-resumed ends with the same weights as a run without interruption, to the bit on the same CPU.
+resumed ends with the same weights as a run without interruption, to the bit on the same CPU. Sums in another number of
+threads are rounded otherwise, so a checkpoint also has the number that was measured to be the fastest.
 
 Several processes (`purify_fast.training.distributed`) share each batch. They end with the weights of a single process,
 up to rounding. After the backward pass, they average all gradients and metrics in one exchange.
@@ -28,6 +29,7 @@ from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
+from ..speed.threads import fastest_threads, may_choose, restored_threads
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
@@ -192,6 +194,8 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
         seed = step_seed(config.seed, run.step)
         torch.manual_seed(seed)
         batch = run.batch(raw, run.step, seed)
+        if images == 0:
+            choose_threads(run, batch)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
         with report_missing_process(run.step):
@@ -275,12 +279,36 @@ def train_step(task: Task, batch: Batch) -> Metrics:
     return task.graphs.retry_without_graphs(take, batch.x.device)
 
 
+def choose_threads(run: Run, batch: Batch) -> None:
+    """Set the number of threads for the steps of a run: that of the run's beginning, or else the fastest.
+
+    Args:
+        run: the run.
+        batch: a batch of the run, on which steps are tried, and undone.
+    """
+    task = run.task
+
+    def step() -> None:
+        for update in task.updates(replace(batch, bank=None)):
+            task.optimizers[update.optimizer].zero_grad(set_to_none=True)
+            update.loss.backward()
+
+    if not may_choose(batch.x.device):
+        return
+    # With another number of cores, the sums of the beginning cannot be repeated anyway.
+    if run.threads is None or run.threads[0] != run.given_threads:
+        with _undone(task.model, batch.x.device):
+            task.model.train()
+            run.threads = [run.given_threads, fastest_threads(step)]
+    torch.set_num_threads(run.threads[1])
+
+
 @contextlib.contextmanager
 def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
     """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster.
 
-    On a CPU this changes nothing. Before the block, the task's weights must be on the device, and its optimizers must
-    have the state with which the run is resumed.
+    The number of threads of a CPU, see `choose_threads`, is restored after the block. Before the block, the task's
+    weights must be on the device, and its optimizers must have the state with which the run is resumed.
     """
     for optimizer in task.optimizers.values():
         fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
@@ -290,7 +318,7 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
     elif task.graphs is None and device.type == "cuda":
         task.graphs = StepGraphs(config.cuda_graphs)
     try:
-        with raced_convolutions(config.cudnn_benchmark, device):
+        with raced_convolutions(config.cudnn_benchmark, device), restored_threads():
             yield
     finally:
         # without a reference to the graphs, their memory is freed
@@ -316,11 +344,9 @@ def _check_batch_of_one(run: Run) -> None:
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    seed, device = step_seed(run.config.seed, 0), run.source.device
+    seed = step_seed(run.config.seed, 0)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _undone(model, run.source.device):
             torch.manual_seed(seed)
             images, labels, ids = next(run.source.epoch(0, 0))
             batch = run.batch((images[:1], labels[:1], ids[:1]), 0, seed)
@@ -336,11 +362,23 @@ def _check_batch_of_one(run: Run) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """After the block, restore the random generators, and a model's modes, weights, buffers and gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for tensor, before in tensors:
+            for tensor, before, gradient in tensors:
                 tensor.copy_(before)
+                tensor.grad = gradient
 
 
 def _check_batchnorm(model: nn.Module) -> None:

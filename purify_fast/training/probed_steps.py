@@ -14,7 +14,7 @@ from ..speed.memory import peak_so_far
 from ..speed.run_cost import Forecast
 from .checkpoint import save_checkpoint
 from .config import FitConfig
-from .loop import step_settings, train_step
+from .loop import choose_threads, step_settings, train_step
 from .run import Run
 from .sources import HeldOut, Images, make_sources, step_seed
 from .task import Batch, Task
@@ -51,6 +51,7 @@ def forecast(
     begins = sorted({0, *(step for step in run.terms.values() if 0 < step < run.total)})
     whole = 0.0
     with step_settings(task, config, device):
+        choose_threads(run, next(_steps(run, 0)))
         for begin, end in zip(begins, [*begins[1:], run.total], strict=True):
             steps = _steps(run, begin)
             median = _timed(lambda steps=steps: train_step(task, next(steps)), device, seconds / len(begins))  # type: ignore[misc]

@@ -70,6 +70,9 @@ class Run:
         best: the best validation so far: its ``score``, its ``step`` and the ``model``'s state; empty before the first.
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
         expected: the time of the whole run in seconds, as the first steps predict it; None before the prediction.
+        given_threads: torch's number of threads when this object was made.
+        threads: the given number of threads when the fastest number was measured, and the fastest number; None if it
+            was not measured.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class Run:
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
         self.expected: float | None = None
+        self.given_threads = torch.get_num_threads()
+        self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
         # Only the first process reads the checkpoint, and warns.
         self._initial = "" if folder is None or processes()[0] > 0 else first_weights(task, folder)
@@ -167,6 +172,7 @@ class Run:
         weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
         progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
         progress |= {"best": self.best, "rows": self.rows, "seconds": self.seconds, "expected": self.expected}
+        progress["threads"] = self.threads
         return {**weights, "facts": self.facts, **progress, "initial": self._initial}
 
     def resume(self) -> None:
@@ -199,8 +205,9 @@ class Run:
         for name in ("step", "last", "best", "rows", "counts"):
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
-        # Checkpoints of earlier releases have no times.
+        # Checkpoints of earlier releases have no times and no threads.
         self._spent, self.expected = saved.get("seconds", 0.0), saved.get("expected")
+        self.threads = saved.get("threads")
 
     def _read(self) -> dict[str, Any] | None:
         saved = None

@@ -1,0 +1,106 @@
+"""On a machine that others use, a command's threads wait passively, and are no more than the cores it may use."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from purify_fast import cli
+from purify_fast.cli import shared_machine
+
+#: Tells, when PyTorch is loaded, how its threads will wait.
+LOOKING = """
+import sys
+class Look:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            import os
+            told = {each: os.environ.get(each) for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+            print("torch is loaded", told)
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Look())
+sys.argv = ["purify-fast", "zoo"]
+"""
+#: The two ways to start the program.
+STARTS = (
+    "from purify_fast.cli import main; main()",
+    "import runpy; runpy.run_module('purify_fast', run_name='__main__')",
+)
+
+
+def told(start, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in shared_machine.WAITING}
+    kept["PYTHONPATH"] = str(Path(cli.__file__).parents[2])
+    command = [sys.executable, "-c", LOOKING + start]
+    printed = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout
+    return next(line for line in printed.splitlines() if line.startswith("torch is loaded"))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_waiting_is_passive_before_torch_is_loaded(start):
+    assert told(start).endswith("{'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': None}")
+
+
+def test_the_users_own_setting_wins():
+    assert told(STARTS[0], OMP_WAIT_POLICY="ACTIVE").endswith("{'OMP_WAIT_POLICY': 'ACTIVE', 'GOMP_SPINCOUNT': None}")
+    assert told(STARTS[0], GOMP_SPINCOUNT="9").endswith("{'OMP_WAIT_POLICY': None, 'GOMP_SPINCOUNT': '9'}")
+
+
+def test_a_caller_of_main_keeps_its_environment_and_threads(run, monkeypatch):
+    for name in (*shared_machine.WAITING, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    before, inside = torch.get_num_threads(), []
+    monkeypatch.setattr(cli, "allowed_cores", lambda: 1)
+    monkeypatch.setattr(cli.Zoo, "run", lambda self: inside.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        assert run("zoo")[0] == 0
+        assert inside == [1] and torch.get_num_threads() == 2 and "OMP_WAIT_POLICY" not in os.environ
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert run("zoo")[0] == 0 and inside == [1, 2]
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine(root, groups, files):
+    """The files of a machine: the groups of this process, and the files of the groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "250000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
+        ("0::/\n", {"cpu.max": "1600000 100000\n"}, 8),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
+        ("0::/../elsewhere\n", {"cpu.max": "300000 100000\n"}, 3),
+        (V1, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        (V1, {"cpu/docker/a/cpu.cfs_quota_us": "-1\n", "cpu/docker/a/cpu.cfs_period_us": "100000\n"}, 8),
+        (V1, {"cpu.max": "100000 100000\n", "memory/cpu.cfs_quota_us": "1\n"}, 8),
+    ],
+)
+def test_cores_by_the_quota(tmp_path, monkeypatch, groups, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert shared_machine.allowed_cores(machine(tmp_path, groups, files)) == cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the affinity")
+def test_cores_by_the_affinity(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    assert shared_machine.allowed_cores(tmp_path) == 2

@@ -1,0 +1,77 @@
+"""A training measures its number of threads by trial steps, which change nothing, and a resumed one takes it again."""
+
+import pytest
+import torch
+from small_runs import Listener, StopAt, Stopped, arrest_task, images, same, task
+from trainings import small_set, small_task
+
+from purify_fast.training import FitConfig, fit, loop
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """The numbers of threads that measurements find, one after the other; a measurement takes two steps."""
+    numbers, before = [], torch.get_num_threads()
+
+    def fastest(step):
+        step()
+        step()
+        return numbers.pop(0)
+
+    monkeypatch.setattr(loop, "may_choose", lambda device: True)
+    monkeypatch.setattr(loop, "fastest_threads", fastest)
+    torch.set_num_threads(2)
+    yield numbers
+    torch.set_num_threads(before)
+
+
+KINDS = ("classifier", "convolutional", "diffusion", "atop", "atop pipeline", "pipeline", "carso")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "arrest"])
+def test_the_trial_steps_change_nothing(found, monkeypatch, kind):
+    def train():
+        made = arrest_task(awp_gamma=0.01) if kind == "arrest" else small_task(kind)
+        metrics = fit(made, *small_set(), FitConfig(2, 32, padding=1, flip=True), progress=False)
+        return made, metrics
+
+    found += [2]
+    made, metrics = train()
+    monkeypatch.setattr(loop, "may_choose", lambda device: False)
+    plain, expected = train()
+    assert not found and same(made, plain) and metrics == expected
+
+
+class Threads(Listener):
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, state):
+        self.seen.append(torch.get_num_threads())
+
+
+def test_the_number_holds_inside_and_a_resumed_run_takes_it_again(found, tmp_path):
+    threads, (x, y) = Threads(), images()
+
+    def train(*listeners):
+        made = task()
+        config = FitConfig(3, 16, checkpoint_seconds=0)
+        fit(made, x, y, config, tmp_path, progress=False, callbacks=(threads, *listeners))
+        return made
+
+    found += [1]
+    with pytest.raises(Stopped):
+        train(StopAt(6))
+    assert torch.get_num_threads() == 2 and threads.seen == [1] * 6
+    train()
+    assert torch.get_num_threads() == 2 and set(threads.seen) == {1} and len(threads.seen) > 12
+
+
+def test_with_another_number_of_cores_a_resumed_run_measures_again(found, tmp_path):
+    threads, (x, y) = Threads(), images()
+    found += [1, 3]
+    with pytest.raises(Stopped):
+        fit(task(), x, y, FitConfig(3, 16), tmp_path, progress=False, callbacks=(StopAt(6),))
+    torch.set_num_threads(3)
+    fit(task(), x, y, FitConfig(3, 16), tmp_path, progress=False, callbacks=(threads,))
+    assert not found and set(threads.seen) == {3}
