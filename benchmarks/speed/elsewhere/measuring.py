@@ -29,8 +29,10 @@ from .. import sheets, timing
 from . import Batches, Dtype, Row, changed_lines, registry
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
+#: The contestants whose lines and results are compared with theirs.
+CHANGED = ("expert", "ours")
 #: The results of processors that have AVX2 alone are in a file of their own.
-FILES = {"elsewhere.csv": "", "elsewhere_avx2.csv": " with AVX2 alone"}
+FILES = "elsewhere.csv", "elsewhere_avx2.csv"
 #: The least and the most rounds of a row, and the seconds after which no round begins that is not needed.
 LEAST, MOST, SECONDS = 5, 9, 75.0
 #: What is compared in the first step, and after some steps of a small network.
@@ -140,22 +142,24 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"row": name, "images": row.images, "rounds": len(times["theirs"])}
     for who in CONTESTANTS:
         found[f"{who}_ms"] = f"{1e3 * statistics.median(times[who]):.2f}" if who in times else ""
-    for who in ("expert", "ours"):
+    for who in CHANGED:
         found[f"lines_{who}"] = changed_lines(row.theirs, row.form(who))
         one, theirs = firsts.get(who, {}), firsts["theirs"]
         found |= {f"{key}_{who}": difference(one[key], theirs[key]) if key in one else "" for key in COMPARED}
-    found |= _later(row, 2 if quick else LATER) if row.trains and "ours" in contests else dict.fromkeys(LATE, "")
+        compared = row.trains and who in contests
+        later = _later(row, who, 2 if quick else LATER) if compared else dict.fromkeys(LATE, "")
+        found |= {f"{key}_{who}": value for key, value in later.items()}
     fast = torch.cpu._is_avx512_bf16_supported()
     return found | {"fast_bfloat16": fast} | timing.environment(torch.device("cpu"))
 
 
-def _later(row: Row, steps: int) -> dict[str, str]:
-    """Train a small network in float32 by theirs and by ours, and return the differences of weights and losses."""
-    theirs, ours = (Contest(row, who, torch.float32, True) for who in ("theirs", "ours"))
-    for contest in (theirs, ours):
+def _later(row: Row, who: str, steps: int) -> dict[str, str]:
+    """Train a small network in float32 by theirs and by another form. Return the differences of weights and losses."""
+    theirs, other = (Contest(row, each, torch.float32, True) for each in ("theirs", who))
+    for contest in (theirs, other):
         for seed in range(steps):
             contest.step(seed)
-    pairs = ((ours.weights(), theirs.weights()), (ours.loss, theirs.loss))
+    pairs = ((other.weights(), theirs.weights()), (other.loss, theirs.loss))
     return dict(zip(LATE, (difference(*pair) for pair in pairs), strict=True))
 
 
@@ -172,7 +176,7 @@ def main(chosen: argparse.Namespace) -> str:
     torch.set_num_threads(1)
     retain_freed_memory()
     limited = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    path = options.out_of(chosen, chosen.quick, "cpu") / list(FILES)[limited]
+    path = options.out_of(chosen, chosen.quick, "cpu") / FILES[limited]
     kept = {row["row"]: row for row in sheets.rows_of(path)}
     rows = registry()
     left = [name for name in rows if name in chosen.names and not (chosen.resume and _complete(kept.get(name, {})))]
@@ -194,6 +198,12 @@ def _complete(row: dict[str, Any]) -> bool:
     return bool(row) and all(row[f"{who}_ms"] for who in CONTESTANTS)
 
 
+def _numbers(row: dict[str, str], key: str) -> str:
+    """Return the cell of a difference: our number, and the expert's in brackets if there is one."""
+    expert = row[f"{key}_expert"]
+    return (row[f"{key}_ours"] or "-") + (f" ({expert})" if expert else "")
+
+
 def _tables(rows: list[dict[str, str]]) -> list[str]:
     def ratio(row: dict[str, str], who: str) -> str:
         return f"{float(row[who]) / float(row['ours_ms']):.2f}" if row[who] and row["ours_ms"] else "-"
@@ -203,7 +213,7 @@ def _tables(rows: list[dict[str, str]]) -> list[str]:
         times = [f"{float(row[f'{who}_ms']):,.0f}" if row[f"{who}_ms"] else "-" for who in CONTESTANTS]
         ratios = [f"**{ratio(row, 'theirs_ms')}**", ratio(row, "expert_ms")]
         body.append([row["row"], row["images"], *times, *ratios, row["lines_ours"], row["lines_expert"], row["rounds"]])
-        apart.append([row["row"], *(row[key] or "-" for key in (*(f"{each}_ours" for each in COMPARED), *LATE))])
+        apart.append([row["row"], *(_numbers(row, key) for key in (*COMPARED, *LATE))])
     head = ["loop", "images", "theirs, ms", "expert, ms", "purify_fast, ms", "theirs compiled, ms"]
     head += ["theirs / purify_fast", "expert / purify_fast", "changed lines", "lines of the expert", "rounds"]
     later = (f"weights after {LATER} steps", f"loss after {LATER} steps")
@@ -217,8 +227,8 @@ def table(results: Path) -> list[str]:
         results: the folder ``benchmarks/results``.
     """
     lines: list[str] = []
-    for file, kind in FILES.items():
+    for file in FILES:
         if rows := sheets.rows_of(results / "cpu" / file):
             fast = "fast bfloat16" if rows[0]["fast_bfloat16"] == "True" else "no fast bfloat16"
-            lines += [f"{sheets.measured_on(rows, 'row').removesuffix('.')}{kind}, {fast}.", "", *_tables(rows), ""]
+            lines += [f"{sheets.measured_on(rows, 'row').removesuffix('.')}, {fast}.", "", *_tables(rows), ""]
     return lines[:-1] or ["Nothing has been measured yet."]
