@@ -88,7 +88,14 @@ def test_rows_with_all_times_are_kept(tmp_path, monkeypatch):
     compared = [*measuring.COMPARED, *measuring.LATE]
     row |= {f"{key}_ours": "1.00e-03" for key in compared} | {f"{key}_expert": "" for key in compared}
     row |= {"lines_ours": 2, "lines_expert": 60, "loss_expert": "2.00e-03"}
-    row |= {"fast_bfloat16": True, "device": "a processor", "threads": 1, "torch": "2", "triton": ""}
+    row |= {
+        "bfloat16": True,
+        "expert_dtype": "float32",
+        "device": "a processor",
+        "threads": 1,
+        "torch": "2",
+        "triton": "",
+    }
     (tmp_path / "cpu").mkdir()
     sheets.write_csv(tmp_path / "cpu" / "elsewhere.csv", [row])
     monkeypatch.setattr(measuring, "measured", lambda *_: pytest.fail("measured again"))
@@ -96,6 +103,7 @@ def test_rows_with_all_times_are_kept(tmp_path, monkeypatch):
     options = {"names": [OWN[0]], "quick": False, "out": tmp_path / "cpu", "resume": True}
     assert "| **2.50** | 1.25 | 2 | 60 | 5 |" in measuring.main(Namespace(**options))
     lines = measuring.table(tmp_path)
-    assert lines[0] == "Measured on a processor, 1 thread, torch 2, triton absent, fast bfloat16."
+    machine = "Measured on a processor, 1 thread, torch 2, triton absent, with instructions for bfloat16; "
+    assert lines[0] == machine + "the expert computes in float32."
     assert lines[-1] == f"| {OWN[0]} | 1.00e-03 | 1.00e-03 (2.00e-03) | 1.00e-03 | 1.00e-03 | 1.00e-03 |"
     assert measuring.table(tmp_path / "cpu") == ["Nothing has been measured yet."]

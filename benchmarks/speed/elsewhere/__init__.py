@@ -23,7 +23,7 @@ import purify_fast
 from ..pipelines.carso_inference import classifier
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-#: A dtype, or "auto" for bfloat16 where the processor multiplies it fast, and float32 elsewhere.
+#: A dtype of frozen copies, or "auto" for the dtype that suits the processor.
 Dtype = torch.dtype | Literal["auto"]
 #: A function of a model, batches and a dtype. The result yields the loss of each training step, or attacked images.
 Program = Callable[[nn.Module, Batches, Dtype], Iterator[Tensor]]

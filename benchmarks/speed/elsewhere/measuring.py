@@ -27,6 +27,7 @@ from purify_fast.speed import retain_freed_memory
 from ... import options
 from .. import sheets, timing
 from . import Batches, Dtype, Row, changed_lines, registry
+from .expert_changes import fastest
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
 #: The contestants whose lines and results are compared with theirs.
@@ -149,8 +150,8 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
         compared = row.trains and who in contests
         later = _later(row, who, 2 if quick else LATER) if compared else dict.fromkeys(LATE, "")
         found |= {f"{key}_{who}": value for key, value in later.items()}
-    fast = torch.cpu._is_avx512_bf16_supported()
-    return found | {"fast_bfloat16": fast} | timing.environment(torch.device("cpu"))
+    found |= {"bfloat16": torch.cpu._is_avx512_bf16_supported(), "expert_dtype": str(fastest()).removeprefix("torch.")}
+    return found | timing.environment(torch.device("cpu"))
 
 
 def _later(row: Row, who: str, steps: int) -> dict[str, str]:
@@ -229,6 +230,7 @@ def table(results: Path) -> list[str]:
     lines: list[str] = []
     for file in FILES:
         if rows := sheets.rows_of(results / "cpu" / file):
-            fast = "fast bfloat16" if rows[0]["fast_bfloat16"] == "True" else "no fast bfloat16"
-            lines += [f"{sheets.measured_on(rows, 'row').removesuffix('.')}, {fast}.", "", *_tables(rows), ""]
+            with_or_without = "with" if rows[0]["bfloat16"] == "True" else "without"
+            kind = f"{with_or_without} instructions for bfloat16; the expert computes in {rows[0]['expert_dtype']}"
+            lines += [f"{sheets.measured_on(rows, 'row').removesuffix('.')}, {kind}.", "", *_tables(rows), ""]
     return lines[:-1] or ["Nothing has been measured yet."]

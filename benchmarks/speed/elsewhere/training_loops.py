@@ -16,7 +16,7 @@ import purify_fast
 from ..pipelines import expert
 from . import ALPHA, EPS, Batches, Dtype, Form, Row, with_our_line
 from .attack_loops import pgd, stepped
-from .expert_changes import WRITTEN, Frozen, best, cast
+from .expert_changes import WRITTEN, Frozen, best, cast, fastest
 
 #: Steps of TRADES' attack, weight of its divergence, and length of AWP's step relative to the weights.
 TRADES_STEPS, BETA, GAMMA = 10, 6.0, 5e-3
@@ -172,7 +172,9 @@ def _fast_row(images: int, **how: Any) -> Row:
     def by_expert(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
         return trained(model, batches, partial(fast_by_expert, dtype=dtype, **how))
 
-    return Row(images, form(fast_loss), Form(by_expert, (fast_by_expert, best, cast)), form(fast_with_our_line), True)
+    return Row(
+        images, form(fast_loss), Form(by_expert, (fast_by_expert, fastest, best, cast)), form(fast_with_our_line), True
+    )
 
 
 def _trades_frozen(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
