@@ -17,6 +17,7 @@ from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
 from .speed import gradient_memory, plans, processes, running
+from .speed.elsewhere import measuring as elsewhere
 from .speed.ops import registry
 
 _ops = SimpleNamespace(main=running.ops_command, arguments=partial(running.arguments, known=list(registry("cuda"))))
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         SimpleNamespace(main=running.pipelines_command, arguments=running.pipelines_arguments),
         "measure the speed of whole predictions and training steps, compared with a plain implementation",
     ),
+    "elsewhere": (elsewhere, "measure loops of other papers and packages: theirs, an expert's, and with this package"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "alone": (alone, "count the images that fall to a single attack of the protocol standard"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),

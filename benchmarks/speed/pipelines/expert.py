@@ -111,17 +111,18 @@ def wide(layer: nn.Module) -> bool:
 
 
 class FrozenCopy:
-    """A frozen copy of a network, in bfloat16 and channels_last, with folded BatchNorms.
+    """A frozen copy of a network in channels_last, with folded BatchNorms.
 
     Args:
-        source: network in evaluation mode. It is copied.
+        source: network. It is copied, and the copy is in evaluation mode.
         products: True to use `WideConv` where it is faster.
+        dtype: dtype of the copy.
 
     Attributes:
         model: the copy.
     """
 
-    def __init__(self, source: nn.Module, products: bool = False):
+    def __init__(self, source: nn.Module, products: bool = False, dtype: torch.dtype = torch.bfloat16):
         self.source, self.pairs = source, pairs(source)
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
         for name, norm in self.pairs:
@@ -130,7 +131,7 @@ class FrozenCopy:
             layer.weight, layer.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
             parent, _, own = norm.rpartition(".")
             setattr(self.model.get_submodule(parent), own, nn.Identity())
-        self.model.to(torch.bfloat16)
+        self.model.to(dtype)
         self.model.to(memory_format=LAST)
         for layer in filter(wide, self.model.modules() if products else ()):
             layer.__class__ = WideConv

@@ -1,0 +1,109 @@
+"""Loops of other people: the contestants agree, and the table has the numbers of the results file."""
+
+import csv
+import importlib.util
+import io
+from argparse import Namespace
+
+import pytest
+import torch
+
+import purify_fast
+from benchmarks.speed import elsewhere, sheets
+from benchmarks.speed.elsewhere import measuring
+from benchmarks.speed.elsewhere.expert_changes import Frozen
+from benchmarks.speed.elsewhere.installed_attacks import PKG_RESOURCES
+
+#: These rows need no further package.
+OWN = [name for name, row in elsewhere.registry().items() if not row.package]
+
+
+def measured(folder, names, **options):
+    measuring.main(Namespace(names=names, quick=True, out=folder, **{"resume": False} | options))
+    (path,) = folder.iterdir()
+    return {row["row"]: row for row in csv.DictReader(io.StringIO(path.read_text()))}
+
+
+def test_the_expert_computes_what_the_loops_of_others_compute(tmp_path):
+    rows = measured(tmp_path, OWN)
+    assert list(rows) == OWN
+    for name, row in rows.items():
+        assert float(row["theirs_ms"]) > 0 and float(row["loss_expert"]) < 1e-4, name
+        # A sign of a vanishing gradient may differ in the attack.
+        assert not row["gradients_expert"] or float(row["gradients_expert"]) < 1e-2, name
+        assert all(float(row[f"{key}_expert"] or 0) < 1e-2 for key in measuring.LATE), name
+        assert int(row["lines_ours"]) <= 4 < int(row["lines_expert"]), name
+
+
+@pytest.mark.skipif("accelerate" not in purify_fast.__all__, reason="the package has no function accelerate yet")
+def test_this_package_computes_what_the_loops_of_others_compute(tmp_path):
+    for name, row in measured(tmp_path, OWN).items():
+        assert float(row["loss_ours"]) < 1e-4 and float(row["logits_ours"]) < 1e-4, name
+        assert float(row["gradients_ours"]) < 1e-2, name
+        assert all(float(row[f"{key}_ours"] or 0) < 1e-2 for key in measuring.LATE), name
+
+
+@pytest.mark.parametrize("name", [name for name in elsewhere.registry() if name not in OWN])
+def test_attacks_of_packages_run(name, tmp_path):
+    package = elsewhere.registry()[name].package
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package == "robustbench" and not PKG_RESOURCES.is_dir():
+        pytest.skip("robustbench is not installed with a setuptools that has pkg_resources")
+    row = measured(tmp_path, [name])[name]
+    assert float(row["theirs_ms"]) > 0 and float(row["loss_expert"]) < 1e-3
+
+
+def test_a_frozen_copy_follows_the_weights():
+    model = elsewhere.network(small=True)
+    copy = Frozen(model, torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    copy.copy.refresh()
+    x = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(copy(x), model(x))
+
+
+def test_changed_lines_are_those_that_a_person_adds_and_removes():
+    def before(x):
+        """Return something."""
+        y = x + 1
+        return y
+
+    def after(x):
+        # This is a comment.
+        y = x + 2
+        z = y
+        return z
+
+    forms = [elsewhere.Form(before, (one,)) for one in (before, after)]
+    assert elsewhere.changed_lines(*forms) == 5
+    assert elsewhere.changed_lines(forms[0], elsewhere.with_our_line(forms[0])) == 2
+
+
+def test_rows_with_all_times_are_kept(tmp_path, monkeypatch):
+    row = {"row": OWN[0], "images": 8, "rounds": 5}
+    row |= {f"{who}_ms": 1000.0 for who in measuring.CONTESTANTS} | {"ours_ms": 400.0, "expert_ms": 500.0}
+    compared = [*measuring.COMPARED, *measuring.LATE]
+    row |= {f"{key}_ours": "1.00e-03" for key in compared} | {f"{key}_expert": "" for key in compared}
+    row |= {"lines_ours": 2, "lines_expert": 60, "loss_expert": "2.00e-03"}
+    row |= {
+        "bfloat16": True,
+        "expert_dtype": "float32",
+        "device": "a processor",
+        "threads": 1,
+        "torch": "2",
+        "triton": "",
+    }
+    (tmp_path / "cpu").mkdir()
+    sheets.write_csv(tmp_path / "cpu" / "elsewhere.csv", [row])
+    monkeypatch.setattr(measuring, "measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    options = {"names": [OWN[0]], "quick": False, "out": tmp_path / "cpu", "resume": True}
+    assert "| **2.50** | 1.25 | 2 | 60 | 5 |" in measuring.main(Namespace(**options))
+    lines = measuring.table(tmp_path)
+    machine = "Measured on a processor, 1 thread, torch 2, triton absent, with instructions for bfloat16; "
+    assert lines[0] == machine + "the expert computes in float32."
+    assert lines[-1] == f"| {OWN[0]} | 1.00e-03 | 1.00e-03 (2.00e-03) | 1.00e-03 | 1.00e-03 | 1.00e-03 |"
+    assert measuring.table(tmp_path / "cpu") == ["Nothing has been measured yet."]
