@@ -294,7 +294,7 @@ def worst_of_runs(
     resources = context.resources
     health = GradientHealth() if resources.counts_health else None
     _, draws, loss, _ = attack.decided(context)
-    precision = getattr(attack, "precision", "float32")
+    precision: GradientPrecision = getattr(attack, "precision", "float32")
     with frozen(model), contextlib.ExitStack() as stack:
         apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
         source = gradient_copy(model, x[:COMPARED], precision, resources.copies) if len(x) else model

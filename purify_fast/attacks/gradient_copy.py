@@ -119,7 +119,7 @@ def gradient_copy(
     """
     forward = accelerated(model)
     if forward is not None and precision != "float32":
-        forward.follow(model, x)
+        forward.follow(forward.model, x)
         return model if forward.copy is None else forward.copy
     if precision == "float32" or (precision == "auto" and not fast_bfloat16(x.device)):
         return model
