@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import time
+from typing import Any, TypeVar
 
 import torch
+
+logger = logging.getLogger("purify_fast")
+
+Config = TypeVar("Config", bound=Any)
+
 
 #: A CPU is fast in bfloat16 if a product of matrices takes less than this share of the time in float32. It took 1.6
 #: times as long on a Xeon with AVX512-BF16 whose tiles were hidden, about half on an EPYC, and a ninth with tiles.
@@ -17,6 +25,20 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and _measured_ratio() < FASTER
+
+
+def with_known_precision(config: Config, device: torch.device) -> Config:
+    """Replace the precision "auto" in a training's settings by "bfloat16" or "float32", and log the choice.
+
+    Args:
+        config: dataclass with the field ``precision``.
+        device: device of the training.
+    """
+    if config.precision != "auto":
+        return config
+    chosen = "bfloat16" if fast_bfloat16(device) else "float32"
+    logger.info("the precision of the training is %s", chosen)
+    return dataclasses.replace(config, precision=chosen)
 
 
 @functools.cache

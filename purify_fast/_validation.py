@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 Norm = Literal["linf", "l2", "l1"]
 #: The norms that public functions accept. "Linf", "L2" and "L1" are the names in AutoAttack and RobustBench.
 NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
-#: The precision of a training or an evaluation. "tf32" rounds products' factors to ten bits of mantissa.
-Precision = Literal["float32", "tf32", "bfloat16"]
+#: The precision of a training. "tf32" rounds products' factors to ten bits of mantissa. "auto" is bfloat16 where the
+#: processor or card multiplies faster in it, or else float32.
+Precision = Literal["float32", "tf32", "bfloat16", "auto"]
 #: The precision of an attack's gradients; see `purify_fast.attacks.gradient_copy`.
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
 #: The use of CUDA graphs for steps of attacks; see `purify_fast.speed.StepGraphs`.

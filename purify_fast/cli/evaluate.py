@@ -184,7 +184,7 @@ class Evaluate(ProcessOptions, DataCommand):
         return model, None
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
-        """Load the models, in bfloat16 if --precision asks for it.
+        """Load the models, accelerated if --precision asks for it.
 
         TF32 is a setting of PyTorch, not of the model, so the callers of this method switch it on.
         """
@@ -193,12 +193,13 @@ class Evaluate(ProcessOptions, DataCommand):
         from ..defences.base import Defence
 
         model, base = self.loaded(images)
-        if self.precision == "bfloat16":
+        if self.precision in ("bfloat16", "auto"):
             if not isinstance(model, Defence):
                 raise ValueError(
-                    f"--precision bfloat16 is only for defences of this package, got {self.folder}: leave it out"
+                    f"--precision {self.precision} is only for defences of this package, got {self.folder}: leave it "
+                    "out"
                 )
-            model.accelerate(torch.bfloat16)
+            model.accelerate(torch.bfloat16 if self.precision == "bfloat16" else "auto")
         return model, base
 
     def behind(self, folder: Path, images: DataSet) -> nn.Module:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from .._process import processes
-from .._tensors import weights_fingerprint
+from .._processor import with_known_precision
+from .._tensors import first_tensor, weights_fingerprint
 from ..defences.base import Defence
 from ..models.representation import evaluation_mode
 from ..training.checkpoint import save_model
@@ -32,6 +33,7 @@ class MethodTask(Task):
     Args:
         config: settings, a dataclass with ``precision``, ``learning_rate`` and ``weight_decay``; ``schedule`` is
             optional.
+        model: the trained model, on the device of the training.
     """
 
     #: The method's name in checkpoints.
@@ -43,8 +45,8 @@ class MethodTask(Task):
     average: AveragedModel | None = None
     averaged: nn.Module
 
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, config: Any, model: nn.Module):
+        self.config = with_known_precision(config, first_tensor(model).device)
         self.tf32 = config.precision == "tf32"
 
     def keep_average(self, name: str, decay: float, warm_up: bool = False) -> None:
@@ -95,7 +97,8 @@ class PurifierTask(MethodTask, Generic[D]):
     """
 
     def __init__(self, defence: D, config: Any, origin: str):
-        super().__init__(config)
+        super().__init__(config, defence)
+        config = self.config
         self.defence, self.origin = defence, origin
         self.model = defence
         # the fingerprint is taken before the training, because a method may train the classifier too

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import structure_fingerprint
+from .._processor import with_known_precision
+from .._tensors import first_tensor, structure_fingerprint
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..speed.folding.inference_copy import autocast_to
@@ -29,7 +30,8 @@ class ClassifierTask(Task):
     """
 
     def __init__(self, model: nn.Module, config: ClassifierConfig):
-        self.model, self.config = model, config
+        self.model = model
+        self.config = config = with_known_precision(config, first_tensor(model).device)
         self.tf32 = config.precision == "tf32"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True

@@ -137,7 +137,8 @@ def fit(
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []
-        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device):
+        coming = run.total - run.step
+        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, source.device, coming):
             _train(run, listeners, stop)
         task.finish()
         if run.best:
@@ -304,11 +305,12 @@ def choose_threads(run: Run, batch: Batch) -> None:
 
 
 @contextlib.contextmanager
-def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterator[None]:
+def step_settings(task: Task, config: FitConfig, device: torch.device, coming: int = 0) -> Iterator[None]:
     """Within the block, use CUDA graphs, cuDNN's benchmark and fused optimizers, which make steps on a GPU faster.
 
     The number of threads of a CPU, see `choose_threads`, is restored after the block. Before the block, the task's
-    weights must be on the device, and its optimizers must have the state with which the run is resumed.
+    weights must be on the device, and its optimizers must have the state with which the run is resumed. ``coming`` is
+    the number of steps that will be done.
     """
     for optimizer in task.optimizers.values():
         fuse(optimizer, config.fused_optimizers == "auto" and device.type == "cuda")
@@ -317,6 +319,8 @@ def step_settings(task: Task, config: FitConfig, device: torch.device) -> Iterat
         task.graphs = None
     elif task.graphs is None and device.type == "cuda":
         task.graphs = StepGraphs(config.cuda_graphs)
+        attack = getattr(getattr(task, "config", None), "attack", None)
+        task.graphs.coming = coming * getattr(attack, "steps", 1)
     try:
         with raced_convolutions(config.cudnn_benchmark, device), restored_threads():
             yield

@@ -6,7 +6,6 @@ graph for each step. Without a GPU nothing is captured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy, StepGraphs
+from purify_fast.speed.accelerate import auto_dtype
 
 from . import EXPERT as FORM
 from . import Case, Contestant, Job, autocast, expert
@@ -27,7 +27,7 @@ STEPS, EPS, ALPHA = 10, 8 / 255, 2 / 255
 EXPERT = f"{FORM}, compiled"
 #: The expert's code with this package's idea, which helps on a CPU with matrix tiles only.
 PRODUCTS = "our matrix products in the expert's code"
-CAPTURED, FASTEST = "ours, captured", "ours, fastest form captured"
+CAPTURED, FASTEST = "ours, captured", "ours, compiled and captured"
 
 
 def sizes(quick: bool) -> tuple[int, ...]:
@@ -104,9 +104,8 @@ def ours(
     count: int,
     compiled: bool = False,
     captured: bool = False,
-    fastest: bool = False,
 ) -> Job:
-    """Return the attack by this package, with an inference copy in bfloat16.
+    """Return the attack by this package, with an inference copy in the dtype that is faster.
 
     Args:
         device: device that computes.
@@ -114,12 +113,11 @@ def ours(
         count: number of images.
         compiled: True to compile the inference copy.
         captured: True to capture the step of the attack as a CUDA graph.
-        fastest: True to compare the forms of the step, and to capture the fastest of them.
     """
     x, y = _images(device, quick, count)
-    graphs = StepGraphs("always", choose_after=0.0 if fastest else math.inf) if captured or fastest else None
+    graphs = StepGraphs("always") if captured else None
     network = _network(quick).to(device)
-    copy = InferenceCopy(network, tuple(x.shape[1:]), torch.bfloat16, compile=compiled)
+    copy = InferenceCopy(network, tuple(x.shape[1:]), auto_dtype("auto", network, device), compile=compiled)
     how: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": STEPS, "random_start": False, "graphs": graphs}
 
     def run() -> Tensor:
@@ -128,8 +126,8 @@ def ours(
             raise RuntimeError(f"the step was not captured: {graphs.refusal}")
         return found
 
-    if fastest:
-        # The first attack captures the step as it is written, and the second compares the forms.
+    if compiled:
+        # A step is compiled when it begins for the second time.
         for _ in range(2):
             run()
     return _job(run, network, x, y)
@@ -143,7 +141,7 @@ def forms(count: int) -> dict[str, Contestant]:
         "ours": {},
         CAPTURED: {"captured": True},
         "ours, compiled": {"compiled": True},
-        FASTEST: {"fastest": True},
+        FASTEST: {"compiled": True, "captured": True},
     }
     return {
         # By default, PyTorch computes convolutions of float32 in TF32.

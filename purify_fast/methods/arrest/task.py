@@ -81,7 +81,8 @@ class ArrestTask(MethodTask):
         teacher: nn.Module | None = None,
         compile: bool = False,
     ):
-        super().__init__(config)
+        super().__init__(config, model)
+        config = self.config
         self.classifier = model
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         start = model if teacher is None else teacher

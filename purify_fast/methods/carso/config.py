@@ -107,7 +107,7 @@ class CarsoConfig:
                 "attack_target must be 'pipeline' if joint=True or targets='classifier', got 'classifier': only a "
                 "training through the pipeline has the loss of the predictions, which both options need"
             )
-        if self.joint and (self.targets == "classifier" or self.precision == "bfloat16"):
+        if self.joint and (self.targets == "classifier" or self.precision in ("bfloat16", "auto")):
             raise ValueError(
                 "joint=True needs targets='labels' and precision 'float32' or 'tf32', because it leaves no frozen "
                 f"classifier, got targets={self.targets!r} and precision={self.precision!r}"

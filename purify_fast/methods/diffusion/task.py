@@ -122,7 +122,7 @@ class DiffusionTask(MethodTask):
 
     def __init__(self, denoiser: nn.Module, config: DiffusionConfig, origin: str = "scratch"):
         self.refuse(config)
-        super().__init__(config)
+        super().__init__(config, denoiser)
         self.denoiser, self.origin = denoiser, origin
         self.process = Process(Schedule(config.noise_schedule), config.prediction)
         self.optimizer = self.adamw(denoiser.parameters())
