@@ -18,6 +18,7 @@ from .._tensors import dtype_of, first_tensor, write_stamp
 from ..models.representation import Representation
 from ..ops.aggregate import aggregate
 from ..speed.folding.inference_copy import Accelerated, autocast_to, convert_to_channels_last
+from ..speed.watch import can_read_values
 from .stochastic import StochasticDefence
 from .voting import majority
 
@@ -161,12 +162,16 @@ class Defence(StochasticDefence):
     def check_images(self, x: Tensor) -> None:
         """Raise a ValueError unless ``x`` is a tensor of floating-point images of the defence's shape.
 
+        Every prediction begins here, so the copies of an accelerated defence get changed weights here.
+
         Args:
             x: the tensor to check.
         """
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
             want = ", ".join(map(str, self.image_shape))
             raise ValueError(f"x must be floating point [B, {want}], got {x.dtype} {list(x.shape)}")
+        if self.fast is not None and can_read_values(x.device) and self.fast.outdated():
+            self.refresh()
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The autocast context in which the purifier computes."""
@@ -201,9 +206,8 @@ class Defence(StochasticDefence):
         statistics and losses remain float32. Images, condition, latents and logits are float32 between the parts. With
         bfloat16, layers round the images to the 8 significant bits of bfloat16.
 
-        The copies are updated by the methods ``to``, ``cuda``, ``cpu`` and ``load_state_dict`` of the defence. If the
-        weights of the classifier change in another way, call `refresh`. `purify_fast.evaluation.evaluate` calls
-        `refresh` itself if it finds such a change.
+        The copies follow the weights of the classifier. Only writes through ``.data`` need a call of `refresh`, which
+        `purify_fast.evaluation.evaluate` makes itself.
 
         Args:
             dtype: ``torch.bfloat16``, or ``torch.float32`` to fold BatchNorms only, or None to end the acceleration.

@@ -45,6 +45,15 @@ class Watch:
         # An id is unique only while its tensor exists.
         self._tensors: list[Tensor] = []
 
+    def __deepcopy__(self, memo: object) -> Watch:
+        # A copy of the model has other tensors with the same values.
+        return Watch()
+
+    @property
+    def begun(self) -> bool:
+        """Whether `changed` was called."""
+        return self._stamps is not None
+
     def changed(self, tensors: list[Tensor], values: bool = True) -> bool:
         """Tell whether tensors differ from those of the last call. The first call returns True.
 

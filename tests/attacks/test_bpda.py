@@ -119,7 +119,7 @@ def test_of_carso(batch, mode, fast):
     torch.manual_seed(5)
     carso = Carso(SmallCNN(1, 4, (8, 8), 4), ["conv2"], (1, 8, 8), cond_dim=8, latent_dim=4, samples=3).eval()
     if fast:
-        carso.accelerate()
+        carso.accelerate(torch.bfloat16)
         assert classifier_of(carso) is carso.frozen_classifier is not carso.classifier
     contexts = {"fixed": lambda: carso.fixed_noise(3), "deterministic": carso.deterministic}
     wrapped = BpdaModel.of(carso)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..._tensors import first_tensor, without_autocast
 from ...models.representation import Representation, evaluation_mode, without_recorders
+from ..watch import Watch, tensors_of
 from .batchnorm import FoldedPairs, fold_batchnorm
 from .fused_networks import chains_serve, fuse_convolutions
 from .unrolled import unroll
@@ -336,7 +337,7 @@ class Accelerated:
 
     #: A captured step does not depend on this attribute (`purify_fast.model_state`), which changes with every training
     #: step.
-    not_dependencies = frozenset({"packed_from"})
+    not_dependencies = frozenset({"packed_from", "_source", "_watch"})
 
     # The copies are made outside inference mode even if the caller is in it, because attacks differentiate through
     # them.
@@ -357,7 +358,15 @@ class Accelerated:
         self.regions = {part.__name__: CompiledRegion(part) for part in parts} if settings["compile"] else {}
         self.packed: Any = None
         self.packed_from: int | None = None
+        # In a tuple and not registered, the classifier is no part of this object.
+        self._source, self._watch = (classifier,), Watch()
+        self.outdated()
         self.device = first_tensor(self.classifier).device
+
+    def outdated(self) -> bool:
+        """Tell whether a counted write has changed the classifier since the last call, of which there was one."""
+        begun = self._watch.begun
+        return self._watch.changed([one for _, one in tensors_of(self._source[0])], values=False) and begun
 
     def to(self, device: torch.device) -> None:
         """Move the copies."""
@@ -367,6 +376,7 @@ class Accelerated:
             self.reader.model.to(device)
         # The packed weights are on the old device, so they are packed again at their next use.
         self.packed = None
+        self.outdated()
 
     def classify(self, x: Tensor) -> Tensor:
         """The logits of the classifier's copy, float32 ``[B, classes]``."""

@@ -159,7 +159,7 @@ def test_accelerated_it_stays_close_and_keeps_its_gradients():
     made, x = defence(SmallGenerator(1, width=4), sigma=0.1), images(8)
     with made.fixed_noise(1):
         plain = made(x)
-        made.accelerate()
+        made.accelerate(torch.bfloat16)
         fast = made(x)
         leaf = x.clone().requires_grad_()
         gradient = torch.autograd.grad(made(leaf).sum(), leaf)[0]

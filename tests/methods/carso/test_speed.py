@@ -79,7 +79,7 @@ def test_the_accelerated_function_and_gradient_are_the_plain_ones(dtype, toleran
 
 
 def test_borders_are_float32_and_bfloat16_is_inside():
-    made, x = defence().accelerate(), images(3)
+    made, x = defence().accelerate(torch.bfloat16), images(3)
     inside = []
     for module in (made.fast.classifier.classifier.conv1, made.fast.reader.model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
@@ -125,7 +125,7 @@ def test_nothing_of_it_is_saved_trained_or_counted(tmp_path):
     made = defence()
     before = {name: value.clone() for name, value in made.state_dict().items()}
     names = [name for name, _ in made.named_parameters()]
-    made.accelerate()
+    made.accelerate(torch.bfloat16)
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in before.items()}
     assert all(torch.equal(made.state_dict()[k], v) for k, v in before.items())
     assert [name for name, _ in made.named_parameters()] == names
@@ -141,7 +141,7 @@ def test_compiled_parts_serve_every_batch_size_with_one_graph_each(monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, fullgraph=True, backend=counter))
     made, x = defence(samples=2).requires_grad_(False), images(20)
-    want = response(made.accelerate(), x)
+    want = response(made.accelerate(torch.bfloat16), x)
     made.accelerate(compile=True)
     for got, right in zip(response(made, x), want, strict=True):
         assert relative(got, right) < 0.05
@@ -244,7 +244,7 @@ def test_what_fails_leaves_the_defence_as_it_was(monkeypatch):
 
     monkeypatch.setattr("purify_fast.speed.folding.inference_copy.InferenceCopy", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        made.accelerate()
+        made.accelerate(torch.bfloat16)
     assert made.acceleration is None and torch.equal(response(made.to("cpu"), x)[0], want[0])
 
 
@@ -294,7 +294,7 @@ def test_a_packed_decoder_computes_the_same(packing):
     made, x = defence().requires_grad_(False), images(5)
     want = response(made, x)
     assert not packing  # in full precision the layers decode
-    got = response(made.accelerate(), x)
+    got = response(made.accelerate(torch.bfloat16), x)
     assert packing == [4, 4]
     for a, b, tolerance in zip(got, want, (0.02, 0.1), strict=True):
         assert relative(a, b) < tolerance
@@ -310,7 +310,7 @@ def test_a_packed_decoder_computes_the_same(packing):
 
 
 def test_a_packed_decoder_follows_its_weights(packing):
-    made, x = defence().accelerate(), images(3)
+    made, x = defence().accelerate(torch.bfloat16), images(3)
     made(x)
     assert not packing  # a gradient of the decoder's weights may be asked for
     with torch.no_grad(), made.fixed_noise(3):
@@ -327,7 +327,7 @@ def test_a_packed_decoder_follows_its_weights(packing):
     with torch.no_grad(), made.fixed_noise(3):
         assert relative(after, made.accelerate(None).reconstruct(x)) < 0.01
     with torch.inference_mode():
-        made.accelerate()(x)
+        made.accelerate(torch.bfloat16)(x)
     made.train()(x)
     assert len(packing) == 3  # not in training
     twin = pickle.loads(pickle.dumps(copy.deepcopy(made).eval()))
@@ -337,21 +337,21 @@ def test_a_packed_decoder_follows_its_weights(packing):
 
 
 def test_a_packed_decoder_follows_statistics_and_partly_frozen_weights(packing):
-    made, x = defence().requires_grad_(False).accelerate(), images(16)
+    made, x = defence().requires_grad_(False).accelerate(torch.bfloat16), images(16)
     with torch.no_grad(), made.fixed_noise(3):
         before = made.reconstruct(x)
         made.train().reconstruct(x)  # BatchNorm's statistics move, and no weight does
         after = made.eval().reconstruct(x)
         assert packing == [4, 4] and relative(after, before) > 1e-3
         assert relative(after, made.accelerate(None).reconstruct(x)) < 0.01
-    made.accelerate()
+    made.accelerate(torch.bfloat16)
     del packing[:]
     next(made.decoder.parameters()).requires_grad_(True)
     assert made.reconstruct(x[:2]).requires_grad and not packing
 
 
 def test_the_copies_follow_what_is_loaded_and_moved_as_a_part_of_a_module():
-    made, x = defence().accelerate(), images(4)
+    made, x = defence().accelerate(torch.bfloat16), images(4)
     whole = nn.ModuleDict({"defence": made})
     state = {name: value.clone() for name, value in whole.state_dict().items()}
     want = response(made, x)[0]

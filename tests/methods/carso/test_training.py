@@ -224,7 +224,7 @@ def test_joint_training_that_would_not_reach_the_classifier_is_refused():
     with pytest.raises(ValueError, match=r"joint=True needs .*release_classifier\(\)"):
         training_loss(made, batch(epoch=9), config)
     with pytest.raises(ValueError, match=r"accelerate\(None\) first"):
-        made.accelerate().release_classifier()
+        made.accelerate(torch.bfloat16).release_classifier()
     made.accelerate(None).release_classifier()
     with pytest.raises(ValueError, match="not accelerated"):
-        training_loss(made.accelerate(), batch(epoch=9), config)
+        training_loss(made.accelerate(torch.bfloat16), batch(epoch=9), config)
