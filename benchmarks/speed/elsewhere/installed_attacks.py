@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,10 +24,16 @@ PKG_RESOURCES = Path(sys.prefix) / "setuptools-80"
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def apgd(model: nn.Module, x: Tensor, y: Tensor, kind: str, **options: Any) -> Tensor:
-    """Attack by a class of pyautoattack for Auto-PGD."""
-    attack = getattr(importlib.import_module("pyautoattack.autopgd_base"), kind)
-    return attack(model, n_iter=STEPS, eps=EPS, device="cpu", **options).perturb(x, y)
+def apgd_ce(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Attack by Auto-PGD with the cross-entropy, and return the points of the highest loss."""
+    base = importlib.import_module("pyautoattack.autopgd_base")
+    return base.APGDAttack(model, n_iter=STEPS, eps=EPS, device="cpu").perturb(x, y, best_loss=True)
+
+
+def apgd_t(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Attack by Auto-PGD with the targeted loss DLR and one target, and return the misclassified points."""
+    base = importlib.import_module("pyautoattack.autopgd_base")
+    return base.APGDAttack_targeted(model, n_iter=STEPS, eps=EPS, n_target_classes=1, device="cpu").perturb(x, y)
 
 
 def torchattacks_pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -85,8 +90,8 @@ def _row(attack: Attack, package: str) -> Row:
 
 
 ROWS = {
-    "APGD-CE of pyautoattack": _row(partial(apgd, kind="APGDAttack"), "pyautoattack"),
-    "APGD-T of pyautoattack": _row(partial(apgd, kind="APGDAttack_targeted", n_target_classes=1), "pyautoattack"),
+    "APGD-CE of pyautoattack": _row(apgd_ce, "pyautoattack"),
+    "APGD-T of pyautoattack": _row(apgd_t, "pyautoattack"),
     "PGD of torchattacks": _row(torchattacks_pgd, "torchattacks"),
     "RobustBench with AutoAttack": _row(robustbench, "robustbench"),
 }

@@ -124,6 +124,8 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
         row: the row.
         quick: True for one round of small networks, in float32 and without compilation.
     """
+    # The networks of all rows share code, of which PyTorch keeps few compiled forms.
+    torch.compiler.reset()
     contests, firsts = dict[str, Contest](), dict[str, dict[str, Tensor]]()
     for who in CONTESTANTS:
         try:
