@@ -16,7 +16,7 @@ from .robustness import alone, contests, large_images, own_data, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import gradient_memory, plans, processes, running
+from .speed import gradient_memory, neighbors, plans, processes, running
 from .speed.elsewhere import measuring as elsewhere
 from .speed.ops import registry
 
@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "plan": (plans, "compare the predictions of purify-fast plan with the time and the memory of the runs"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
     "processes": (processes, "measure an evaluation on two processes, and count how much faster eight processes are"),
+    "neighbors": (neighbors, "time gradients in one and in all threads, alone and beside busy processes"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),
         "put the kernel choices that purify-fast tune made on this or another machine into the package",

@@ -25,7 +25,7 @@ from ..robustness import alone, contests, large_images, own_data, pack_zoo
 from ..robustness.broken import broken_tables as broken
 from ..robustness.broken import code as code_of_broken
 from ..robustness.truth import truth_tables as truth
-from ..speed import gradient_memory, plans, processes, running, sheets, shipping
+from ..speed import gradient_memory, neighbors, plans, processes, running, sheets, shipping
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, gpu_tables, performance
 
@@ -76,6 +76,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "processes": processes.table,
     "plan": plans.table,
     "elsewhere": elsewhere.table,
+    "neighbors": neighbors.table,
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"

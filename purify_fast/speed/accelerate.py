@@ -340,10 +340,9 @@ class _Forward(Follower):
                 watch.changed([one for _, one in tensors_of(model)])
                 extra = time.perf_counter() - begin
             pays = fastest + extra < seconds
-            logger.info(
-                "%s in %s takes %.3g ms for %d images, and the model itself %.3g ms: %s runs",
-                type(model).__name__, dtype, 1e3 * fastest, len(x), 1e3 * seconds, "the copy" if pays else "the model",
-            )  # fmt: skip
+            text = f"{type(model).__name__} in {dtype} takes {1e3 * fastest:.3g} ms for {len(x)} images"
+            chosen = "the copy" if pays else "the model itself"
+            logger.info("%s, and the model itself %.3g ms: %s runs", text, 1e3 * seconds, chosen)
             return made[fastest] if pays else None
 
     def _refuse(self, reason: str) -> None:

@@ -15,8 +15,10 @@ from .._process import processes
 
 logger = logging.getLogger("purify_fast")
 
-#: The measurement ends after this number of rounds, or after the round in which so many seconds have passed.
-ROUNDS, SECONDS = 20, 1.0
+#: Steps are timed for so many seconds with each number of threads, in so many rounds.
+SECONDS, ROUNDS = 0.15, 2
+#: After so many seconds, there is no further round.
+LONG = 2.0
 
 
 @contextlib.contextmanager
@@ -51,18 +53,35 @@ def fastest_threads(step: Callable[[], object]) -> int:
         step: a typical part of the work, which can be repeated.
     """
     present, began = torch.get_num_threads(), time.perf_counter()
-    times: dict[int, list[float]] = {threads: [] for threads in (present, max(1, present // 2), 1)}
+    timed = {threads: (0.0, 0) for threads in (present, max(1, present // 2), 1)}
     with restored_threads():
-        # In rounds, so that a change of the other programs' load concerns all numbers.
-        while len(times[1]) < ROUNDS and time.perf_counter() - began < SECONDS:
-            for threads, taken in times.items():
+        # In rounds, because the other programs' load may change.
+        for _ in range(ROUNDS):
+            for threads, (seconds, steps) in timed.items():
                 torch.set_num_threads(threads)
-                before = time.perf_counter()
-                step()
-                taken.append(time.perf_counter() - before)
-    # The first step with a number of threads also makes what the later steps use again.
-    means = {threads: sum(taken[1:] or taken) / len(taken[1:] or taken) for threads, taken in times.items()}
+                more = _timed(step)
+                timed[threads] = seconds + more[0], steps + more[1]
+            if time.perf_counter() - began > LONG:
+                break
+    means = {threads: seconds / steps for threads, (seconds, steps) in timed.items()}
     chosen = min(means, key=lambda threads: means[threads])
     told = ", ".join(f"{1000 * mean:.3g} ms with {threads}" for threads, mean in means.items())
     logger.info("the number of threads is %d, because a step took %s", chosen, told)
     return chosen
+
+
+def _timed(step: Callable[[], object]) -> tuple[float, int]:
+    """Take steps for a while. Return the seconds and the number of steps."""
+    # The number changes only after many steps. If one thread and two took turns, two threads would seem to be slow:
+    # beside busy processes, the second would have to wait for a core again in each step.
+    began, steps = time.perf_counter(), 0
+    step()
+    first = time.perf_counter() - began
+    if first > SECONDS:
+        return first, 1
+    # The first step also makes what the later steps use again, so it does not count.
+    began = time.perf_counter()
+    while not steps or time.perf_counter() - began < SECONDS:
+        step()
+        steps += 1
+    return time.perf_counter() - began, steps

@@ -262,7 +262,7 @@ class InferenceCopy(nn.Module):
         self.dtype = dtype
         self.classifier = without_recorders(copy.deepcopy(classifier)).requires_grad_(False)
         self._pairs, self.uses_channels_last = prepare_for_inference(
-            self.classifier, image_shape, dtype, fold, fine, channels_last
+            self.classifier, image_shape, dtype, fold=fold, fine=fine, channels_last=channels_last
         )
         self.folded = len(self._pairs)
         self.region = CompiledRegion(self._logits) if compile else None
