@@ -8,7 +8,6 @@ from argparse import Namespace
 import pytest
 import torch
 
-import purify_fast
 from benchmarks.speed import elsewhere, sheets
 from benchmarks.speed.elsewhere import measuring
 from benchmarks.speed.elsewhere.expert_changes import Frozen

@@ -17,14 +17,15 @@ from torchvision.models.resnet import BasicBlock
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cuda_launches import NO_LAUNCH
+from cuda_launches import NO_LAUNCH, CudaLaunches
 from test_folding import trained
 
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, WideResNet
 from purify_fast.models.unet import UNet
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.folding import convolution_chains
+from purify_fast.ops.fused_convolution import SILU
+from purify_fast.speed.folding import convolution_chains, kept_layouts
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.folding.convolution_chains import Chain
 from purify_fast.speed.folding.fused_networks import FusedForward, fuse_convolutions
@@ -32,6 +33,20 @@ from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE, HALF = (3, 16, 16), torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def no_tiles(monkeypatch):
+    """Most tests are about the op, which a CPU with matrix tiles would hardly use."""
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: False)
+
+
+@pytest.fixture
+def tiles(no_tiles, monkeypatch):
+    """Pretend that the CPU has matrix tiles, and that no convolution is faster as a product of matrices."""
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: True)
+    monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.pays", lambda *_: False)
+    monkeypatch.setattr("purify_fast.speed.folding.unrolled.has_tiles", lambda: False)
 
 
 def cifar_resnet18() -> nn.Module:
@@ -403,7 +418,75 @@ def test_the_page_has_these_counts():
         assert f"| {launches[0]} | {launches[1]} | {kilobytes[0]} | {kilobytes[1]} |" in page
 
 
-def test_a_chain_without_gradients_frees_its_maps(served):
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+@pytest.mark.parametrize("name", ["resnet18", "small_cnn", "in place", "two normalizations"])
+def test_on_a_cpu_with_tiles_a_prediction_takes_one_call_of_onednn_for_a_convolution(name, tiles):
+    model = prepared(NETWORKS[name][0]())
+    given = [one.to(HALF) for one in example(model)]
+    with torch.no_grad():
+        wanted = model(*given)
+    assert fuse_convolutions(model, *given) == NETWORKS[name][1]
+    with torch.no_grad(), CudaLaunches() as calls:
+        found = model(*given)
+    fused = calls.by_name.get("_convolution_pointwise", 0)
+    # A BatchNorm that is not folded has no such call.
+    assert fused == NETWORKS[name][1] - (name == "two normalizations")
+    if name == "resnet18":
+        assert not {"relu", "relu_", "add", "add_"} & calls.by_name.keys()
+    assert (found - wanted).float().norm() <= 0.02 * wanted.float().norm()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on_a_cpu_with_tiles_the_gradient_is_computed_in_place(name, tiles):
+    """It errs as the network itself does. Networks with SiLU or BatchNorm in a step run as they were."""
+    torch.manual_seed(0)
+    model = prepared(NETWORKS[name][0]())
+    exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    fuse_convolutions(model, *(one.to(HALF) for one in example(model)))
+    halves = [one.to(HALF) for one in example(model, batch=3)]
+    with CudaLaunches() as calls:
+        found = answers(model, halves)
+    steps = [step for chain in chains(model) for step in chain.steps]
+    fast = all(step.norm is None and step.activation != SILU for step in steps)
+    # The gradient of a layer with stride 2 has another operator.
+    strided = sum(step.layer.stride != (1, 1) for step in steps)
+    if name not in WAYS:
+        count = 2 * len(steps) - strided if fast else 0
+        assert calls.by_name.get("_convolution_pointwise", 0) == count
+    if name == "resnet18":
+        assert strided == calls.by_name["convolution_backward"] == 6
+        # The calls of oneDNN add the gradients of a block, except those of its layers with stride 2.
+        assert calls.by_name["add_"] == 3 and "add" not in calls.by_name
+    truth = answers(exact, [one.double() for one in halves])
+    for one, own, right in zip(found, answers(plain, halves), truth, strict=True):
+        errors = [((value.double() - right).norm() / right.norm()).item() for value in (one, own)]
+        assert one.shape == own.shape and errors[0] <= 1.5 * errors[1] + 1e-3, errors
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+def test_packed_weights_follow_the_weights(tiles):
+    """They are made once for weights that do not change, whatever the batch."""
+    torch.manual_seed(0)
+    classifier = trained(cifar_resnet18())
+    view, exact = (InferenceCopy(classifier, SHAPE, dtype) for dtype in (HALF, torch.float32))
+    images = torch.rand(5, *SHAPE)
+    weight = chains(view.classifier)[0].steps[1].layer.weight
+    for _ in range(2):
+        trained(classifier)
+        for copies in (view, exact):
+            copies.refresh(classifier)
+        found, right = ([torch.no_grad()(copies)(images), *answers(copies, [images])] for copies in (view, exact))
+        for one, other in zip(found, right, strict=True):
+            assert (one - other).norm() < 0.25 * other.norm()
+        layouts = kept_layouts._kept[weight][1]
+        kept = dict(layouts)
+        answers(view, [images[:3]])
+        assert len(layouts) == 2 and all(layouts[name] is kept[name] for name in kept)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
+def test_a_chain_without_gradients_frees_its_maps(tiles):
     model = prepared(cifar_resnet18())
     given = [one.to(HALF) for one in example(model)]
     fuse_convolutions(model, *given)

@@ -12,7 +12,8 @@ from torch.nn.grad import conv2d_input
 
 from purify_fast.models.layers import Conv2d
 from purify_fast.speed import InferenceCopy
-from purify_fast.speed.folding import unrolled
+from purify_fast.speed.folding import convolution_chains, kept_layouts, unrolled
+from purify_fast.speed.folding.kept_layouts import matrix, packed_matrix, turned
 
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
@@ -45,8 +46,8 @@ def test_results_and_gradients_are_those_of_the_convolution(side, kernel, stride
         assert (a.double() - b).norm() < 0.006 * b.norm()
 
 
-def test_the_gradient_of_the_images_is_that_of_the_convolution_in_a_trace_too():
-    """A trace does not record the weights as a constant."""
+def test_the_matrix_of_the_gradient_follows_the_weights():
+    """It is kept for frozen weights, and made again after these change. A trace does not record it as a constant."""
     torch.manual_seed(0)
     weight, grad = (torch.randn(shape).to(BF16) for shape in ((512, 512, 3, 3), (2, 512, 4, 4)))
     rest = torch.Size((2, 512, 4, 4)), (1, 1), (1, 1)
@@ -55,10 +56,32 @@ def test_the_gradient_of_the_images_is_that_of_the_convolution_in_a_trace_too():
         right = conv2d_input(rest[0], weight.double(), grad.double(), 1, 1)
         return (found.double() - right).norm() < 0.006 * right.norm()
 
+    def layout():
+        return packed_matrix(weight, turned, (4, 4))
+
     assert close(unrolled.input_gradient(grad, weight, *rest))
+    kept = layout()
+    assert layout() is kept
+    weight.mul_(torch.rand(512)[:, None, None, None].to(BF16))
+    assert close(unrolled.input_gradient(grad, weight, *rest)) and layout() is not kept
     traced = make_fx(lambda one, other: unrolled.input_gradient(one, other, *rest))(grad, weight)
     weight.neg_()
     assert close(traced(grad, weight))
+    with torch.inference_mode():
+        assert close(unrolled.input_gradient(grad, weight.clone(), *rest))
+    trained = weight.clone().requires_grad_()
+    assert close(unrolled.input_gradient(grad, trained, *rest)) and trained not in kept_layouts._kept
+
+
+def test_layouts_are_few_and_follow_new_memory():
+    weight = torch.rand(512, 512, 3, 3).to(BF16)
+    for side in range(1, 12):
+        packed_matrix(weight, turned, (side, 1))
+    assert len(kept_layouts._kept[weight][1]) == kept_layouts.MOST
+    rows = torch.rand(1, 2, 2, 9 * 512).to(BF16)
+    unrolled.product(rows, weight, matrix)
+    weight.data = torch.zeros_like(weight)
+    assert not unrolled.product(rows, weight, matrix).any()
 
 
 def test_empty_batches_and_fake_tensors():
@@ -69,6 +92,17 @@ def test_empty_batches_and_fake_tensors():
     with FakeTensorMode() as mode:
         fakes = (mode.from_tensor(one) for one in (torch.rand(2, 512, 4, 4).to(BF16), weight))
         assert unrolled.unrolled(*fakes, None, (1, 1), (1, 1)).shape == (2, 512, 4, 4)
+
+
+def test_the_gradient_is_a_product_for_small_maps_of_wide_layers_alone():
+    for outputs, side, kernel, product in (
+        (512, 4, 3, True),
+        (64, 4, 3, False),
+        (512, 8, 3, False),
+        (512, 4, 1, False),
+    ):
+        weight, grad = torch.rand(outputs, 512, kernel, kernel).to(BF16), torch.rand(1, outputs, side, side).to(BF16)
+        assert unrolled.gradient_pays(grad, weight) == product
 
 
 def test_it_serves_small_maps_of_wide_layers_alone():
@@ -99,7 +133,10 @@ class _Net(nn.Module):
 def test_an_inference_copy_takes_it_where_there_are_tiles(usable, monkeypatch):
     monkeypatch.setattr(unrolled, "has_tiles", lambda: usable)
     calls, torch_s = [], unrolled.unrolled
+    product = unrolled.product
     monkeypatch.setattr(unrolled, "unrolled", lambda *a: calls.append(len(a)) or torch_s(*a))
+    # A chain calls the product itself.
+    monkeypatch.setattr(convolution_chains, "product", lambda *a, **b: calls.append(len(a)) or product(*a, **b))
     torch.manual_seed(0)
     network = _Net().eval()
     copy = InferenceCopy(network, (3, 16, 16), BF16)

@@ -10,6 +10,9 @@ For a residual block:
 
 Here z and z' are the sums before the activations that made x and x'. Each formula is a launch. Besides the maps that
 enter and leave the convolutions themselves, the block reads x in the forward, and h, x and dz' in the backward.
+
+On a CPU with matrix tiles, a step of the forward is a single call of oneDNN. The gradient of its input is another call,
+and the sum and the derivative of the activation are computed in place.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
-from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, kind, output_size, through_activation
+from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
+from .kept_layouts import convolved, matrix, packed, packed_gradient
+from .unrolled import gradient_pays, has_tiles, input_gradient, patches, pays, product
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"
@@ -42,6 +48,28 @@ def value_of(formula: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(formula, Formula):
         return formula.function(*[value_of(one, shape) for one in formula.arguments])
     return shape if formula == SHAPE else formula
+
+
+#: The activations in oneDNN, by their numbers in `ACTIVATIONS`.
+_NAMES = {number: {"silu": "swish"}.get(name, name) for number, name in enumerate(ACTIVATIONS)}
+
+
+def onednn_serves(device: torch.device) -> bool:
+    """Tell whether oneDNN computes the steps of a chain in bfloat16 on a device.
+
+    This was measured on CPUs with matrix tiles only. On other CPUs, kernels of this package compute some layers.
+    """
+    return device.type == "cpu" and has_tiles() and torch.backends.mkldnn.is_available()
+
+
+def _by_onednn(x: Tensor) -> bool:
+    # The rewritten network is compared with its original in float64, for which oneDNN has no calls.
+    return x.dtype == torch.bfloat16 and onednn_serves(x.device)
+
+
+def conv2d_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, *settings: Any) -> Tensor:
+    """Return the gradient of the images by PyTorch's operator, with the arguments of `input_gradient`."""
+    return conv2d_input(shape, weight, grad, *settings)
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,61 @@ class Step:
         shape = 1, self.layer.in_channels, *size
         return list(self.layer.stride), [value_of(one, shape) for one in self.padding]
 
+    def by_onednn(self, x: Tensor, added: Tensor | None) -> Tensor | None:
+        """Return the result of the step by one call of oneDNN; None if oneDNN has no such call.
+
+        Args:
+            x: map that is convolved, ``[B, H, W, C]`` in bfloat16 on a CPU.
+            added: map that is added, ``[B, H', W', O]``, or None.
+        """
+        layer, (_, (top, bottom, left, right)) = self.layer, self.settings(x.shape[1:3])
+        if self.norm is not None or (top, left) != (bottom, right) or (added is not None and self.activation == SILU):
+            return None
+        images, name = channels_first(x), _NAMES[self.activation]
+        if pays(images, layer.weight, layer.stride, (top, left)):
+            rows = patches(images, layer.kernel_size, layer.stride, (top, left))
+            return product(rows, layer.weight, matrix, layer.bias, added=added, name=name)
+        weight = packed(layer.weight, x.shape[1:3], layer.stride, (top, left))
+        settings = [top, left], layer.stride
+        beside = None if added is None else channels_first(added)
+        return channels_last(convolved(images, weight, layer.bias, settings, added=beside, name=name))
+
+    def backward_by_onednn(
+        self,
+        grad: Tensor,
+        size: Sequence[int],
+        earlier: Tensor | None,
+        entered: Tensor | None,
+        beside: Tensor | None,
+    ) -> Tensor | None:
+        """Return the gradient of the convolved map, computed in place; None if the padding is not symmetric.
+
+        Args:
+            grad: gradient of the step's sum, ``[B, H', W', O]`` in bfloat16 on a CPU.
+            size: height and width of the convolved map.
+            earlier: gradient of the map from its other uses, or None.
+            entered: the map itself if a ReLU made it, or None.
+            beside: gradient of the map's sum from its uses without activation, or None.
+        """
+        layer, (stride, (top, bottom, left, right)) = self.layer, self.settings(size)
+        if (top, left) != (bottom, right):
+            return None
+        given, padding = (channels_first(grad), layer.weight), (top, left)
+        around = [taps - 1 - zeros for taps, zeros in zip(layer.kernel_size, padding, strict=True)]
+        if stride == [1, 1] and min(around) >= 0 and not gradient_pays(*given):
+            weight = packed_gradient(layer.weight, grad.shape[1:3], around)
+            other = None if earlier is None else channels_first(earlier)
+            found = channels_last(convolved(given[0], weight, None, (around, stride), added=other))
+        else:
+            shape = torch.Size((len(grad), layer.in_channels, *size))
+            computed = input_gradient if gradient_pays(*given) else conv2d_gradient
+            found = channels_last(computed(*given, shape, tuple(stride), padding)).contiguous()
+            if earlier is not None:
+                found.add_(earlier)
+        if entered is not None:
+            torch.ops.aten.threshold_backward.grad_input(found, entered, 0, grad_input=found)
+        return found if beside is None else found.add_(beside)
+
     def variant(self) -> str:
         layer = self.layer
         return kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
@@ -97,6 +180,9 @@ class Chain(nn.Module):
         inputs: number of maps that enter the chain.
         outputs: the maps that leave the chain.
 
+    Attributes:
+        has_fast_gradient: whether oneDNN computes all steps in a forward pass that keeps maps for the gradient.
+
     ``forward(*maps)``: the maps ``[B, C, H, W]`` that enter the chain -> a tuple of the maps that leave it, in the
     dtype of the weights.
     """
@@ -106,6 +192,7 @@ class Chain(nn.Module):
         self.steps, self.inputs, self.outputs = tuple(steps), inputs, tuple(outputs)
         self.producers = {step.out: step for step in steps if step.activation}
         self.uses = Counter(value for step in steps for value in (step.input, step.added) if value is not None)
+        self.has_fast_gradient = all(step.norm is None and step.activation != SILU for step in steps)
         self.saved = sorted({step.entered for step in steps if step.activation})
 
     def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
@@ -129,11 +216,21 @@ class Chain(nn.Module):
                 size = output_size(x.shape[1:3], step.layer.kernel_size, *step.settings(x.shape[1:3]))
                 added = added.expand(len(x), *size, step.layer.out_channels).contiguous()
             keep = step.activation != NONE and step.total in wanted
-            weight = channels_last(step.layer.weight)
-            given = x, weight, step.layer.bias, added, *step.numbers(), step.activation, keep
-            values[step.out], total = OP(*given, *step.settings(x.shape[1:3]), variant=step.variant())
-            if keep:
-                values[step.total] = total
+            fused = step.by_onednn(x, added) if not keep and _by_onednn(x) else None
+            if fused is None:
+                given = (
+                    x,
+                    channels_last(step.layer.weight),
+                    step.layer.bias,
+                    added,
+                    *step.numbers(),
+                    step.activation,
+                    keep,
+                )
+                fused, total = OP(*given, *step.settings(x.shape[1:3]), variant=step.variant())
+                if keep:
+                    values[step.total] = total
+            values[step.out] = fused
             for value in (step.input, step.added):
                 left.subtract([] if value is None else [value])
                 if value is not None and left[value] == 0 and not saving and value not in self.outputs:
@@ -173,8 +270,13 @@ class Chain(nn.Module):
                 entered, beside = saved[before.entered], grads.pop(before.total, None)
                 norm, activation = before.numbers(), before.activation
             target = step.input if before is None else before.total
-            given = grad, channels_last(step.layer.weight), *size, earlier, entered, *norm, beside, activation
-            grads[target] = BACKWARD(*given, *step.settings(size), variant=step.variant())
+            found = None
+            if _by_onednn(grad) and not norm[0] and activation != SILU:
+                found = step.backward_by_onednn(grad, size, earlier, entered, beside)
+            if found is None:
+                given = grad, channels_last(step.layer.weight), *size, earlier, entered, *norm, beside, activation
+                found = BACKWARD(*given, *step.settings(size), variant=step.variant())
+            grads[target] = found
         return grads
 
     def _of_sum(self, step: Step, grads: dict[int, Tensor], saved: dict[int, Tensor]) -> Tensor | None:

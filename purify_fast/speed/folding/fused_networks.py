@@ -21,11 +21,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ...models.layers import BatchNorm2d, Conv2d
-from ...ops.dispatch.gradient import transformed
+from ...ops.dispatch.gradient import needs_gradient, transformed
 from ...ops.fused_convolution import BACKWARD, NONE, OP, RELU, SILU, VARIANTS, kind
 from ...ops.group_norm_silu import group_norm, group_norm_silu
 from .batchnorm import close, hooked
-from .convolution_chains import SHAPE, Chain, Formula, Step
+from .convolution_chains import SHAPE, Chain, Formula, Step, onednn_serves
 
 _Norm = nn.modules.batchnorm._BatchNorm
 #: Nodes of torch.fx, whose arguments have too many types for a type checker.
@@ -293,7 +293,7 @@ class FusedForward:
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         other = named or tuple(isinstance(one, Tensor) for one in given) != self.tensors
-        if _off or torch.compiler.is_compiling() or other or not _served(given):
+        if _off or torch.compiler.is_compiling() or other or not _served(given, self.graph):
             return type(self.module).forward(self.module, *given, **named)
         return self.graph(*given)
 
@@ -318,19 +318,25 @@ def has_fused_parts(model: nn.Module) -> bool:
     return any(isinstance(part.__dict__.get("forward"), FusedForward) for part in model.modules())
 
 
-def _served(given: tuple[Any, ...]) -> bool:
+def _served(given: tuple[Any, ...], graph: fx.GraphModule) -> bool:
     if transformed() or forward_ad._current_level >= 0:
         return False
     kinds = {type(one) for one in given}
     devices = {one.device for one in given if isinstance(one, Tensor)}
     if len(devices) != 1 or not kinds <= {Tensor, nn.Parameter, type(None)}:
         return False
-    return chains_serve(devices.pop())
+    (device,) = devices
+    if onednn_serves(device) and needs_gradient(*(one for one in given if isinstance(one, Tensor))):
+        return all(chain.has_fast_gradient for chain in graph.children() if isinstance(chain, Chain))
+    return chains_serve(device)
 
 
 def chains_serve(device: torch.device) -> bool:
-    """Return True if a kernel of the op `fused_convolution` or of its backward serves on a device."""
-    return OP.may_serve(device) or BACKWARD.may_serve(device)
+    """Return True if a kernel serves some steps of chains on a device.
+
+    On a GPU it is a kernel of the op `fused_convolution` or of its backward, on a CPU a call of oneDNN.
+    """
+    return onednn_serves(device) or OP.may_serve(device) or BACKWARD.may_serve(device)
 
 
 def fuse_convolutions(model: nn.Module, *example: Tensor) -> int:

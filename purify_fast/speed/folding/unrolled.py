@@ -11,6 +11,8 @@ The results differ from those of `torch.nn.functional.conv2d` only by the roundi
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..._processor import has_tiles
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
+from .kept_layouts import convolved, matrix, packed_matrix, transposed, turned
 
 #: The largest number of pixels in a map of the result.
 PIXELS = 16
 #: The smallest product of the numbers of input and output channels.
 CHANNELS = 2**17
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Tell whether the processor has matrix tiles (AMX) for bfloat16."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
 
 
 def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
@@ -35,9 +44,43 @@ def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
-def matrix(weight: Tensor) -> Tensor:
-    """Return weights ``[O, C, K, L]`` as the matrix ``[O, K L C]`` of the patches. It is a view in channels_last."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
+def product(
+    rows: Tensor,
+    weight: Tensor,
+    form: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+    *,
+    added: Tensor | None = None,
+    name: str = "none",
+) -> Tensor:
+    """Multiply the pixels of maps with a matrix of weights.
+
+    PyTorch computes such a product in a single thread if the matrix has a few hundred rows. A convolution of one image,
+    whose pixels are the rows, is shared among the threads.
+
+    Args:
+        rows: ``[B, H, W, M]`` in bfloat16 on a CPU, contiguous.
+        weight: weights of a convolution.
+        form: function from the weights to the matrix ``[N, M]``.
+        bias: ``[N]``, or None.
+        added: map ``[B, H, W, N]`` that is added, or None.
+        name: oneDNN's name of the activation: "none", "relu" or "swish".
+
+    Returns:
+        ``[B, H, W, N]``.
+    """
+    packs = type(rows) is Tensor and rows.numel() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.requires_grad or not packs:
+        # To pack weights that change in each step would take longer than is gained. Fake tensors cannot be packed.
+        out = F.linear(rows, form(weight), bias)
+        out = out if added is None else out.add_(added)
+        return out if name == "none" else out.relu_() if name == "relu" else F.silu(out, True)
+    b, h, w, _ = rows.shape
+    image, shape = rows.view(1, b * h, w, -1).permute(0, 3, 1, 2), (b, h, w, -1)
+    packed = packed_matrix(weight, form, (h, w))
+    beside = None if added is None else added.view(1, b * h, w, -1).permute(0, 3, 1, 2)
+    out = convolved(image, packed, bias, ((0, 0), (1, 1)), added=beside, name=name)
+    return out.permute(0, 2, 3, 1).view(shape)
 
 
 class _Unrolled(torch.autograd.Function):
@@ -47,7 +90,7 @@ class _Unrolled(torch.autograd.Function):
         ctx.settings = x.shape, stride, padding
         ctx.save_for_backward(weight, rows if ctx.needs_input_grad[1] else None)
         # The next layer may change the result in place, which a view that a Function returns does not allow.
-        return F.linear(rows, matrix(weight), bias).permute(0, 3, 1, 2).data
+        return product(rows, weight, matrix, bias).permute(0, 3, 1, 2).data
 
     @staticmethod
     @first_order
@@ -88,6 +131,17 @@ def pays(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int,
     return min(sides) > 0 and sides[0] * sides[1] <= PIXELS
 
 
+def gradient_pays(grad: Tensor, weight: Tensor) -> bool:
+    """Tell whether the gradient of the images of a convolution in bfloat16 on a CPU is faster as a product of matrices.
+
+    Args:
+        grad: gradient of the result ``[B, O, H', W']``.
+        weight: ``[O, C, K, L]``.
+    """
+    wide = weight.shape[0] * weight.shape[1] >= CHANNELS and weight.shape[2:] != (1, 1)
+    return wide and grad.shape[2] * grad.shape[3] <= PIXELS and has_tiles()
+
+
 def input_gradient(
     grad: Tensor, weight: Tensor, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
@@ -103,13 +157,11 @@ def input_gradient(
     (b, c, h, w), (rows, columns), (top, left) = shape, weight.shape[2:], padding
     around = rows - 1 - top, columns - 1 - left
     if stride == (1, 1) and min(around) >= 0:
-        # The gradient is a convolution with the taps in reverse order.
-        turned = weight.detach().flip(2, 3).permute(1, 2, 3, 0).flatten(1)
-        return F.linear(patches(grad, (rows, columns), stride, around), turned).permute(0, 3, 1, 2)
+        return product(patches(grad, (rows, columns), stride, around), weight, turned).permute(0, 3, 1, 2)
     # Each pixel of the result adds to the pixels of its patch.
     grad = grad.permute(0, 2, 3, 1)
     high, wide = grad.shape[1:3]
-    taps = F.linear(grad, matrix(weight).mT).unflatten(3, (rows, columns, c))
+    taps = product(grad.contiguous(), weight, transposed).unflatten(3, (rows, columns, c))
     total = torch.zeros(b, h + 2 * top, w + 2 * left, c, dtype=torch.float32, device=grad.device)
     for i in range(rows):
         for j in range(columns):
