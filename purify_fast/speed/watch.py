@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,8 @@ from .._tensors import in_memory_order
 
 #: The number of neighboring words whose sum is remembered for each block of a tensor.
 BLOCK = 64
+#: Tensors with at most this many numbers are copied instead, all together.
+SMALL = 4096
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -66,6 +69,7 @@ class Watch:
         if counted or values:
             before, self._marks, self._tensors = self._marks, _marks(tensors) if values else [], tensors
             if not counted and before:
+                # Equal stamps mean equal shapes, so there are as many marks as before.
                 return not all(map(torch.equal, before, self._marks))
         return counted
 
@@ -76,9 +80,12 @@ def _marks(tensors: list[Tensor]) -> list[Tensor]:
     if tensors and tensors[0].device.type != "cpu":
         wide = [one.detach().float() for one in tensors]
         return [torch.stack([*torch._foreach_norm(wide), *(one.sum() for one in wide)])]
-    marks = []
+    small, sums = defaultdict[torch.dtype, list[Tensor]](list), list[Tensor]()
     for one in tensors:
-        flat = in_memory_order(one.detach()).reshape(-1)
+        flat = one.detach().view(-1) if one.is_contiguous() else in_memory_order(one.detach()).reshape(-1)
         whole = flat.numel() * flat.element_size() % (8 * BLOCK) == 0 and flat.data_ptr() % 8 == 0
-        marks.append(flat.view(torch.int64).view(-1, BLOCK).sum(1) if whole else flat.clone())
-    return marks
+        if whole and flat.numel() > SMALL:
+            sums.append(flat.view(torch.int64).view(-1, BLOCK).sum(1))
+        else:
+            small[flat.dtype].append(flat)
+    return [torch.cat(group) for group in (*small.values(), sums) if group]
