@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._tensors import in_memory_order
 
 #: The number of neighboring words whose sum is remembered for each block of a tensor.
-BLOCK = 64
+BLOCK = 512
 #: Tensors with at most this many numbers are copied instead, all together.
 SMALL = 4096
 
@@ -37,7 +37,7 @@ class Watch:
     """Remembers the weights of a model, and tells whether they have changed.
 
     PyTorch counts the writes to a tensor, but not those through ``p.data``. So the values are compared too: on a CPU by
-    the sums of their bits over blocks of 512 bytes, at about the speed of the memory, and on other devices by the sum
+    the sums of their bits over blocks of 4 kB, and on other devices by the sum
     and the norm of each tensor. A change that keeps all of these, such as an exchange of two numbers within a block, is
     not seen.
     """
