@@ -1,10 +1,15 @@
-"""What the processor can do."""
+"""Tells what the processor can. All code that depends on its instructions asks the functions of this file.
+
+PyTorch's variable ATEN_CPU_CAPABILITY and oneDNN's variable ONEDNN_MAX_CPU_ISA also lower these answers. So with
+``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``, every CPU is used as one that has AVX2 alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
+import os
 import time
 from typing import Any, TypeVar
 
@@ -14,17 +19,46 @@ logger = logging.getLogger("purify_fast")
 
 Config = TypeVar("Config", bound=Any)
 
-
 #: A CPU is fast in bfloat16 if a product of matrices takes less than this share of the time in float32. It took 1.6
 #: times as long on a Xeon with AVX512-BF16 whose tiles were hidden, about half on an EPYC, and a ninth with tiles.
 FASTER = 0.8
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Return what the CPU can do in bfloat16.
+
+    Returns:
+        Some of these names: "avx512_bf16" and "amx_tile" are instructions, the second matrix tiles (AMX). "onednn"
+        means that oneDNN accepts bfloat16, if necessary by other instructions.
+    """
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    plain = os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
+    tiles = not plain and any(name in most for name in ("AMX", "ALL", "DEFAULT"))
+    pairs = tiles or (not plain and any(name in most for name in ("BF16", "FP16", "AVX10")))
+    found = {
+        "avx512_bf16": pairs and torch.cpu._is_avx512_bf16_supported(),
+        "amx_tile": tiles and torch.cpu._is_amx_tile_supported(),
+        "onednn": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    }
+    return frozenset(name for name, there in found.items() if there)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Tell whether a CPU or a GPU multiplies bfloat16 faster than float32. A CPU is timed once."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and _measured_ratio() < FASTER
+    return device.type == "cpu" and "avx512_bf16" in cpu_features() and _measured_ratio() < FASTER
+
+
+def has_tiles() -> bool:
+    """Tell whether the processor has matrix tiles (AMX) for bfloat16."""
+    return "amx_tile" in cpu_features()
+
+
+def onednn_takes_bfloat16() -> bool:
+    """Tell whether oneDNN accepts weights in bfloat16 on this processor."""
+    return "onednn" in cpu_features()
 
 
 def with_known_precision(config: Config, device: torch.device) -> Config:
@@ -54,10 +88,3 @@ def _measured_ratio() -> float:
             torch.mm(a, b)
             fastest[dtype] = min(fastest.get(dtype, float("inf")), time.perf_counter() - begin)
     return fastest[torch.bfloat16] / fastest[torch.float32]
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Tell whether the processor has matrix tiles (AMX) for bfloat16."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())

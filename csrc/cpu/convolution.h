@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
@@ -23,10 +24,12 @@
 
 namespace pf::cpu::convolution {
 
-// Returns true if the processor has the instructions of PF_PAIRS.
+// Returns true if the processor has the instructions of PF_PAIRS, and PyTorch's variable does not forbid them.
 inline bool has_pairs() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = set ? set : "";
+  return most != "avx2" && most != "default" && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 // True if the processor has the instructions of PF_PAIRS but no AMX, with which oneDNN is faster.

@@ -67,11 +67,15 @@ def test_the_cross_entropy_of_a_sure_model_is_that_of_float64(classes, dtype, lo
     value, exact, z = in_float64(logits, y)
     assert loss.dtype == torch.promote_types(dtype, torch.float32) and gradient.dtype == dtype
     seen = z > -lowest
-    assert seen.sum() > 5 and (loss.double() / value - 1)[seen].abs().max() < min(rounding, 1e-4)
-    assert relative(gradient, exact)[seen].max() < rounding
+    # The usual formula adds the classes up to a number near 1, whose distance to 1 is the loss, at least SURE. Each
+    # addition errs by at most half an eps. The order of the additions depends on the processor's instructions.
+    summed = usual(logits.to(loss.dtype), y) >= SURE[loss.dtype]
+    sums = summed * classes * torch.finfo(loss.dtype).eps / 2 / SURE[loss.dtype]
+    assert seen.sum() > 5 and ((loss.double() / value - 1).abs() < min(rounding, 1e-4) + sums)[seen].all()
+    assert (relative(gradient, exact) < rounding + sums)[seen].all()
     # further down the size stays, so that no gradient vanishes, and the direction is right
     units = (each / each.norm(dim=1, keepdim=True) for each in (gradient.double(), exact))
-    assert relative(*units).max() < rounding
+    assert (relative(*units) < rounding + sums).all()
     assert gradient.double().norm(dim=1).min() > torch.finfo(dtype).tiny ** 0.8
     # a smaller margin has a higher loss, everywhere
     rises = loss[z.argsort()].diff()

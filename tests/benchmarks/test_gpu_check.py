@@ -346,8 +346,9 @@ def test_the_longest_kernels_of_a_step_are_listed(rehearsal, monkeypatch):
         times = [float(row["us"]) for row in own]
         assert 10 < len(own) <= gpu_sections.LONGEST and times == sorted(times, reverse=True)
         assert [row["rank"] for row in own] == [str(rank) for rank in range(1, len(own) + 1)]
-        # a step has a convolution for each layer of the network
-        (convolution,) = [row for row in own if row["kernel"] == "aten::mkldnn_convolution"]
+        # A step has a convolution for each layer of the network. Without AVX512, oneDNN computes none in bfloat16.
+        names = "aten::mkldnn_convolution", "aten::_slow_conv2d_forward"
+        (convolution,) = [row for row in own if row["kernel"] in names]
         assert float(convolution["launches"]) == 4 and 0 < float(convolution["share"]) < 1
 
 

@@ -132,7 +132,7 @@ def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
 @pytest.mark.parametrize("side", [4, 5])
 def test_a_wide_convolution_of_small_maps_is_a_product_of_matrices(side, monkeypatch):
     """Its result and its gradient are those of the convolution, also after new weights."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(expert, "has_tiles", lambda: True)
     source = torch.nn.Sequential(torch.nn.Conv2d(256, 320, 3, padding=1), torch.nn.Conv2d(320, 8, 3, padding=1))
     assert not any(isinstance(layer, expert.WideConv) for layer in expert.FrozenCopy(source).model)
     copy = expert.FrozenCopy(source, products=True)

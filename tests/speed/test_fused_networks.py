@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cuda_launches import NO_LAUNCH, CudaLaunches
 from test_folding import trained
 
+from purify_fast._processor import onednn_takes_bfloat16
 from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, WideResNet
 from purify_fast.models.unet import UNet
@@ -44,6 +45,8 @@ def no_tiles(monkeypatch):
 @pytest.fixture
 def tiles(no_tiles, monkeypatch):
     """Pretend that the CPU has matrix tiles, and that no convolution is faster as a product of matrices."""
+    if not onednn_takes_bfloat16():
+        pytest.skip("oneDNN takes no bfloat16 without AVX512-BF16")
     monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.has_tiles", lambda: True)
     monkeypatch.setattr("purify_fast.speed.folding.convolution_chains.pays", lambda *_: False)
     monkeypatch.setattr("purify_fast.speed.folding.unrolled.has_tiles", lambda: False)
@@ -418,7 +421,6 @@ def test_the_page_has_these_counts():
         assert f"| {launches[0]} | {launches[1]} | {kilobytes[0]} | {kilobytes[1]} |" in page
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
 @pytest.mark.parametrize("name", ["resnet18", "small_cnn", "in place", "two normalizations"])
 def test_on_a_cpu_with_tiles_a_prediction_takes_one_call_of_onednn_for_a_convolution(name, tiles):
     model = prepared(NETWORKS[name][0]())
@@ -436,7 +438,6 @@ def test_on_a_cpu_with_tiles_a_prediction_takes_one_call_of_onednn_for_a_convolu
     assert (found - wanted).float().norm() <= 0.02 * wanted.float().norm()
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_on_a_cpu_with_tiles_the_gradient_is_computed_in_place(name, tiles):
     """It errs as the network itself does. Networks with SiLU or BatchNorm in a step run as they were."""
@@ -464,7 +465,6 @@ def test_on_a_cpu_with_tiles_the_gradient_is_computed_in_place(name, tiles):
         assert one.shape == own.shape and errors[0] <= 1.5 * errors[1] + 1e-3, errors
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
 def test_packed_weights_follow_the_weights(tiles):
     """They are made once for weights that do not change, whatever the batch."""
     torch.manual_seed(0)
@@ -485,7 +485,6 @@ def test_packed_weights_follow_the_weights(tiles):
         assert len(layouts) == 2 and all(layouts[name] is kept[name] for name in kept)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the CPU has no AVX512-BF16")
 def test_a_chain_without_gradients_frees_its_maps(tiles):
     model = prepared(cifar_resnet18())
     given = [one.to(HALF) for one in example(model)]

@@ -10,7 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from purify_fast._processor import onednn_takes_bfloat16
 from purify_fast.models.layers import Conv2d
+from purify_fast.ops.convolution import OP as CONVOLUTION
 from purify_fast.speed import InferenceCopy
 from purify_fast.speed.folding import convolution_chains, kept_layouts, unrolled
 from purify_fast.speed.folding.kept_layouts import matrix, packed_matrix, turned
@@ -18,11 +20,14 @@ from purify_fast.speed.folding.kept_layouts import matrix, packed_matrix, turned
 BF16, LAST = torch.bfloat16, torch.channels_last
 #: The side of the images, the side of the kernel, the stride and the padding.
 FORMS = [(4, 3, 1, 1), (5, 3, 1, 3), (8, 3, 2, 1), (5, 3, 1, 0), (2, 3, 1, 1), (7, 3, 2, 0), (6, 2, 2, 0), (9, 5, 3, 2)]
+packs = pytest.mark.skipif(not onednn_takes_bfloat16(), reason="oneDNN takes no bfloat16 without AVX512-BF16")
 
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
     monkeypatch.setattr(unrolled, "has_tiles", lambda: True)
+    # A CPU with tiles has no kernel of `conv2d`.
+    monkeypatch.setitem(CONVOLUTION.available, "cpu", ("reference",))
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
@@ -46,6 +51,7 @@ def test_results_and_gradients_are_those_of_the_convolution(side, kernel, stride
         assert (a.double() - b).norm() < 0.006 * b.norm()
 
 
+@packs
 def test_the_matrix_of_the_gradient_follows_the_weights():
     """It is kept for frozen weights, and made again after these change. A trace does not record it as a constant."""
     torch.manual_seed(0)
@@ -73,6 +79,7 @@ def test_the_matrix_of_the_gradient_follows_the_weights():
     assert close(unrolled.input_gradient(grad, trained, *rest)) and trained not in kept_layouts._kept
 
 
+@packs
 def test_layouts_are_few_and_follow_new_memory():
     weight = torch.rand(512, 512, 3, 3).to(BF16)
     for side in range(1, 12):

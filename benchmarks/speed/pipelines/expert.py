@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fusion
 
+from purify_fast._processor import has_tiles
+
 LAST = torch.channels_last
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 #: The smallest number of channels and the largest number of pixels for which a convolution is a product of matrices. On
@@ -102,8 +104,7 @@ class WideConv(nn.Conv2d):
 
 def wide(layer: nn.Module) -> bool:
     """Tell whether `WideConv` computes what a layer computes, and faster where the maps are small."""
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    if not isinstance(layer, nn.Conv2d) or layer.weight.device.type != "cpu" or tiles is None or not tiles():
+    if not isinstance(layer, nn.Conv2d) or layer.weight.device.type != "cpu" or not has_tiles():
         return False
     same = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
     plain = layer.groups == 1 and layer.padding_mode == "zeros"

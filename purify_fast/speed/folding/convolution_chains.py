@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from ..._processor import has_tiles
 from ...ops.convolution import channels_first, channels_last
 from ...ops.dispatch.gradient import first_order, needs_gradient
 from ...ops.fused_convolution import ACTIVATIONS, BACKWARD, NONE, OP, RELU, SILU, kind, output_size, through_activation
 from .kept_layouts import convolved, matrix, packed, packed_gradient
-from .unrolled import gradient_pays, has_tiles, input_gradient, patches, pays, product
+from .unrolled import gradient_pays, input_gradient, patches, pays, product
 
 #: In a `Formula`, the shape ``(B, C, H, W)`` of the map that is convolved.
 SHAPE = "shape"

@@ -11,7 +11,6 @@ The results differ from those of `torch.nn.functional.conv2d` only by the roundi
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..._processor import has_tiles, onednn_takes_bfloat16
 from ...models.layers import Conv2d
 from ...ops.dispatch.gradient import first_order, transformed
 from .kept_layouts import convolved, matrix, packed_matrix, transposed, turned
@@ -28,13 +28,6 @@ from .kept_layouts import convolved, matrix, packed_matrix, transposed, turned
 PIXELS = 16
 #: The smallest product of the numbers of input and output channels.
 CHANNELS = 2**17
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Tell whether the processor has matrix tiles (AMX) for bfloat16."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())
 
 
 def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
@@ -69,7 +62,7 @@ def product(
     Returns:
         ``[B, H, W, N]``.
     """
-    packs = type(rows) is Tensor and rows.numel() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packs = type(rows) is Tensor and rows.numel() and onednn_takes_bfloat16()
     if weight.requires_grad or not packs:
         # To pack weights that change in each step would take longer than is gained. Fake tensors cannot be packed.
         out = F.linear(rows, form(weight), bias)
