@@ -24,7 +24,7 @@ ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-interpreter test-cpp lint format docs bench cuda-check compat wheel clean
+.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp lint format docs bench cuda-check compat wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -45,6 +45,12 @@ test-cpp: $(STAMPS)/cmake
 test-python: $(STAMPS)/package test-cpp
 	@echo "== Python tests"
 	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(ARGS)
+
+# The variables let PyTorch, oneDNN and this package use a CPU as one that has AVX2 alone.
+test-avx2: $(STAMPS)/package  ## run the tests that depend on the processor as on a CPU with AVX2 alone
+	@echo "== Python tests with AVX2 alone"
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PARALLEL) -n auto --dist worksteal -m "not slow" \
+	  tests/speed tests/attacks tests/methods $(ARGS)
 
 # Triton's interpreter must be chosen before Triton is imported, so these tests run in a separate process.
 test-interpreter: $(STAMPS)/package

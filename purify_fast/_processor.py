@@ -19,8 +19,8 @@ logger = logging.getLogger("purify_fast")
 
 Config = TypeVar("Config", bound=Any)
 
-#: A CPU is fast in bfloat16 if a product of matrices takes less than this share of the time in float32. It took 1.6
-#: times as long on a Xeon with AVX512-BF16 whose tiles were hidden, about half on an EPYC, and a ninth with tiles.
+#: A CPU is fast in bfloat16 if a product of matrices takes less than this share of the time in float32. The
+#: instructions alone do not tell: on a Xeon with AVX512-BF16 and without tiles, it took 1.6 times as long.
 FASTER = 0.8
 
 
