@@ -20,7 +20,6 @@ from .._memory import ran_out_of_memory
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules, switch_to_evaluation
 from ..protocols import Classifier, CountsImages, SharesDraws, draws_for_each_image, supports
-from ..speed.accelerate import plainly
 from .outputs import (
     INSTEAD_OF_PROBABILITIES,
     ONE_VALUE,
@@ -74,6 +73,8 @@ def frozen(model: Classifier) -> Iterator[None]:
         for parameter in trainable:
             parameter.requires_grad_(False)
         # The model itself judges. An attack takes its gradients from the copy of an accelerated model.
+        from ..speed.accelerate import plainly
+
         with plainly(*wholes):
             yield
     finally:

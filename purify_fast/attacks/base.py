@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
-from ..protocols import Classifier
+from ..protocols import Classifier, KeepsCopies
 from .arguments import check_eps, check_images
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
@@ -26,7 +26,6 @@ from .context import AttackContext
 from .engine.judge import Judge
 from .engine.pace import FEWEST_STEPS
 from .engine.row_batches import ActiveSet
-from .gradient_copy import COMPARED, gradient_copy
 from .losses import usable_loss
 from .objective import Objective
 from .search import GradientHealth, better_of
@@ -262,6 +261,16 @@ def times(restarts: int) -> str:
 # -- attacks that follow the gradient of the model itself -------------------------------------------------------------
 
 
+def _source(model: Classifier, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None) -> Classifier:
+    """The model from which an attack takes its gradients, see `purify_fast.attacks.gradient_copy`."""
+    if precision == "float32" or not len(x):
+        return model
+    # Attacks in float32 need none of what makes copies.
+    from .gradient_copy import COMPARED, gradient_copy
+
+    return gradient_copy(model, x[:COMPARED], precision, copies)
+
+
 def cost_of_ascents(attack: Any, context: AttackContext) -> int:
     """Return the number of forward passes per image that `worst_of_runs` makes."""
     steps, draws, *_ = attack.decided(context)
@@ -297,7 +306,7 @@ def worst_of_runs(
     precision: GradientPrecision = getattr(attack, "precision", "float32")
     with frozen(model), contextlib.ExitStack() as stack:
         apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
-        source = gradient_copy(model, x[:COMPARED], precision, resources.copies) if len(x) else model
+        source = _source(model, x, precision, resources.copies)
         if source is not model:
             stack.enter_context(frozen(source))
         objective = Objective(source, loss, draws, resources.max_forward_batch, resources.graphs, apart=apart)
@@ -372,7 +381,7 @@ class EngineAttack(Attack):
             active = ActiveSet(x, y, ball, judge, ids)
             active.health = GradientHealth() if resources.counts_health else None
             if source is None:
-                source = gradient_copy(target, x[:COMPARED], self.precision, resources.copies)
+                source = _source(target, x, self.precision, resources.copies)
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)

@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from .._validation import Count, NormName, check_types
-from ..protocols import Classifier
-from ..speed.graphs.step_graphs import StepGraphs
+from ..protocols import Classifier, KeepsCopies
+from ..speed.graphs.step_loop import CapturesSteps
 from .arguments import check_at_least_one
-from .gradient_copy import GradientCopies
 from .signatures import check_names
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image.
@@ -44,8 +43,8 @@ class Resources:
     max_forward_batch: Count | None = None
     batch_size: Count | None = None
     counts_health: bool = False
-    graphs: StepGraphs | None = None
-    copies: GradientCopies | None = None
+    graphs: CapturesSteps | None = None
+    copies: KeepsCopies | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

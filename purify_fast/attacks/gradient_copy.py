@@ -27,17 +27,19 @@ from ..protocols import (
     CountsImages,
     DeterministicMode,
     FixedNoise,
+    KeepsCopies,
     PassesOn,
     Purifies,
     SampleLogits,
     is_purifier,
     supports,
 )
-from ..speed.accelerate import FEWEST_WEIGHTS, Follower, accelerated, matrix_weights, unaccelerated_copy
+from ..speed.accelerate import Follower, accelerated, unaccelerated_copy
 from ..speed.agreement import same_direction, same_logits
 from ..speed.folding.batchnorm import fold_sequential
 from ..speed.folding.inference_copy import InferenceCopy
 from ..speed.graphs.step_graphs import remember
+from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from .attacked_model import gradient_to
 from .outputs import LogitsOf, checked_logits, logits_in
 
@@ -96,7 +98,7 @@ class GradientCopies:
 
 
 def gradient_copy(
-    model: Classifier, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None = None
+    model: Classifier, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None = None
 ) -> Classifier:
     """The model from which an attack takes its gradients: a fast copy of the attacked model, or this model itself.
 
@@ -159,7 +161,7 @@ def _followed(model: nn.Module, x: Tensor) -> Classifier:
     return model if follower.copy is None else follower.copy
 
 
-def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: GradientCopies | None) -> Classifier:
+def _inside(wrapper: PassesOn, x: Tensor, precision: GradientPrecision, copies: KeepsCopies | None) -> Classifier:
     """A wrapper around a copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
     copied: Classifier | None = None
 

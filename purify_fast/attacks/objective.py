@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Classifier, SharesDraws, supports
-from ..speed.graphs.step_graphs import StepGraphs
-from ..speed.graphs.step_loop import State, begin_steps
+from ..speed.graphs.step_loop import CapturesSteps, State, begin_steps
 from .attacked_model import gradient_to, logits_of_draws
 from .losses import LOSSES, TARGETED
 
@@ -56,7 +55,7 @@ class Objective:
     eot_iter: int = 1
     max_forward_batch: int | None = None
     #: A comparison of objectives ignores `graphs`, because graphs change the result by rounding errors only.
-    graphs: StepGraphs | None = field(default=None, compare=False)
+    graphs: CapturesSteps | None = field(default=None, compare=False)
     apart: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .._memory import ran_out_of_memory
 from .._tensors import dtype_of
-from ..defences.base import Defence
 from ..model_state import switch_to_evaluation, used_modules
 from ..protocols import Classifier
 
@@ -284,8 +283,9 @@ def image_shape_of(model: Any, given: Sequence[int]) -> tuple[int, ...] | None:
         model: any callable.
         given: the shape of the present images, (C, H, W). It gives the height and width if the model accepts any size.
     """
-    if isinstance(model, Defence):
-        return model.image_shape
+    shape = getattr(model, "image_shape", None)
+    if isinstance(shape, tuple):
+        return shape
     facts = getattr(model, "arguments", None)
     if not isinstance(facts, Mapping) or "in_channels" not in facts:
         return None

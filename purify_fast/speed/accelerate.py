@@ -25,7 +25,7 @@ from .._processor import fast_bfloat16
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
 from .folding.inference_copy import DTYPES, InferenceCopy
-from .watch import Watch, can_read_values, tensors_of
+from .watch import FEWEST_WEIGHTS, Watch, can_read_values, matrix_weights, tensors_of
 
 logger = logging.getLogger("purify_fast")
 
@@ -36,9 +36,6 @@ Dtype = torch.dtype | Literal["auto"]
 TRIED = 8
 #: The largest error of the logits and the least cosine of the gradient of a copy in float32.
 ERROR, COSINE = 1e-3, 0.999
-#: With the dtype "auto", a model with fewer weights in convolutions and linear layers than this computes in float32,
-#: because conversions to bfloat16 would take more time than they save.
-FEWEST_WEIGHTS = 250_000
 #: The number of times that a copy is made for a model whose parts change. A model that counts its own calls in an
 #: attribute would otherwise get a new copy for each count.
 MOST_COPIES = 8
@@ -179,12 +176,6 @@ def auto_dtype(dtype: Dtype | None, model: nn.Module, device: torch.device) -> t
     if isinstance(dtype, torch.dtype):
         return dtype
     return torch.bfloat16 if fast_bfloat16(device) and matrix_weights(model) >= FEWEST_WEIGHTS else torch.float32
-
-
-def matrix_weights(model: nn.Module) -> int:
-    """The number of weights in the convolutions and linear layers of a model."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
 class Follower:

@@ -1,4 +1,4 @@
-"""Tell whether the weights of a model have changed since the last look."""
+"""Look at the weights of a model: how many there are, and whether they have changed since the last look."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from .._tensors import in_memory_order
 BLOCK = 512
 #: Tensors with at most this many numbers are copied instead, all together.
 SMALL = 4096
+#: With the dtype "auto", a model with fewer weights in convolutions and linear layers than this computes in float32,
+#: because conversions to bfloat16 would take more time than they save.
+FEWEST_WEIGHTS = 250_000
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -31,6 +34,12 @@ def can_read_values(device: torch.device) -> bool:
     if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def matrix_weights(model: nn.Module) -> int:
+    """The number of weights in the convolutions and linear layers of a model."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
 
 
 class Watch:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...protocols import Classifier
-from ...speed.accelerate import FEWEST_WEIGHTS, matrix_weights
-from ...speed.graphs.step_graphs import StepGraphs
-from ...speed.graphs.step_loop import State, Steps, begin_steps
+from ...speed.graphs.step_loop import CapturesSteps, State, Steps, begin_steps
+from ...speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..attacked_model import logits_of
 from ..objective import Objective, ObjectiveStep
 
@@ -87,7 +86,7 @@ class Judge:
     max_forward_batch: int | None = None
     apart: bool = False
     enough: float = 1.0
-    graphs: StepGraphs | None = field(default=None, compare=False)
+    graphs: CapturesSteps | None = field(default=None, compare=False)
     #: The loop of the judgements of each batch size and dtype.
     _loops: dict[tuple[torch.Size, torch.dtype], Steps] = field(default_factory=dict, compare=False, repr=False)
 

@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ CAPTURE_STEPS = 15
 RETRIED_AFTER = 1000
 
 State = dict[str, Tensor]
+Result = TypeVar("Result")
 
 
 class StepFunction(Protocol):
@@ -88,6 +89,7 @@ class CapturesSteps(Protocol):
     """Begins loops of steps, and captures a step when this saves time, as `StepGraphs` does."""
 
     capture: CudaCapture
+    refusal: str | None
 
     @property
     def cost(self) -> float | None:
@@ -95,6 +97,12 @@ class CapturesSteps(Protocol):
 
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop of a step from the initial state."""
+
+    def may_replay(self, device: torch.device) -> bool:
+        """Tell whether loops on a device are or may still be captured."""
+
+    def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
+        """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again."""
 
     def find(self, function: StepFunction, state: State) -> Captured | LaunchCost | None:
         """Return the captured step, or the cost of its launches, or None if launches need not be counted."""
