@@ -146,7 +146,7 @@ def gradient_copy(
 class _Compared(Follower):
     """A copy of a model that is attacked by direct calls, compared with the model when it is made."""
 
-    def make(self, model: nn.Module, x: Tensor) -> InferenceCopy | None:
+    def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
         made = _made(model, x)
         return made if isinstance(made, InferenceCopy) and _fits(made, model, x) else None
 

@@ -211,17 +211,18 @@ class Follower:
             return False
         if new and reads:
             self._facts, self._tried, self._copies = facts, min(TRIED, len(x)), self._copies + 1
-            self.copy = self.make(model, x[:TRIED].detach()) if self._copies <= MOST_COPIES else None
+            self.copy = self.make(model, x[:TRIED].detach(), len(x)) if self._copies <= MOST_COPIES else None
         elif self.copy is not None and not new:
             self.copy.refresh(model)
         return True
 
-    def make(self, model: nn.Module, x: Tensor) -> InferenceCopy | None:
+    def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
         """Make the copy; None if the model itself should run.
 
         Args:
             model: the model, in evaluation mode.
             x: a few images.
+            batch: number of images in the whole batch.
         """
         raise NotImplementedError
 
@@ -294,7 +295,7 @@ class _Forward(Follower):
         inner = (part for part in self.model.modules() if part is not self.model)
         return not (hooked or self.model.training or any(_is_special(part) for part in inner))
 
-    def make(self, model: nn.Module, x: Tensor) -> InferenceCopy | None:
+    def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
         dtype = auto_dtype(self.dtype, model, x.device)
         forks = [x.device] if x.device.type == "cuda" else []
         with torch.inference_mode(False), torch.random.fork_rng(forks), plainly(model):
@@ -330,7 +331,8 @@ class _Forward(Follower):
                 begin = time.process_time()
                 watch.changed([one for _, one in tensors_of(model)])
                 extra = time.process_time() - begin
-            pays = fastest + extra < seconds
+            # The comparison of the weights takes as long for a larger batch.
+            pays = fastest + extra * len(x) / batch < seconds
             text = f"{type(model).__name__} in {dtype} takes {1e3 * fastest:.3g} ms for {len(x)} images"
             chosen = "the copy" if pays else "the model itself"
             logger.info("%s, and the model itself %.3g ms: %s runs", text, 1e3 * seconds, chosen)
@@ -380,12 +382,12 @@ def _facts(model: nn.Module) -> list[Any]:
 
 
 def _answers(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
-    """Return logits and input gradient, from one seed, and the seconds of the faster of two calls."""
+    """Return logits and input gradient, from one seed, and the seconds of the fastest of three calls."""
     # Other work on the machine changes the time of a process less than the wall time.
     clock = time.perf_counter if x.device.type == "cuda" else time.process_time
     with torch.enable_grad():
         seconds = []
-        for _ in range(3):
+        for _ in range(4):
             torch.manual_seed(0)
             begin, leaf = clock(), x.clone().requires_grad_()
             out = model(leaf)
