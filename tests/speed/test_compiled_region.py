@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils import _python_dispatch
 
 from purify_fast._compiler import outside_graphs
 from purify_fast.attacks import pgd
@@ -110,7 +111,10 @@ def test_what_is_captured_is_what_was_compiled(monkeypatch, rerun):
     assert min(compiled.values()) > 5
 
 
-def test_modes_that_overlap_in_threads_leave_the_compiler_on(graphs):
+def test_modes_that_overlap_in_threads_leave_the_compiler_on(graphs, monkeypatch):
+    # After modes that overlap, PyTorch takes one for active until the process ends. Pytest then sets the flags back.
+    for flag in ("_is_in_torch_dispatch_mode", "_is_in_non_infra_torch_dispatch_mode"):
+        monkeypatch.setattr(_python_dispatch, flag, False)
     first, second = HostSyncs(), HostSyncs()
     begun, ended = threading.Event(), threading.Event()
 
