@@ -131,13 +131,13 @@ def test_a_model_whose_saving_was_killed_is_the_one_before(tmp_path, monkeypatch
     assert loaded.arguments == before.arguments and same(loaded.state_dict(), before.state_dict())
 
 
-#: A training that may not write files larger than 16,000 bytes, which are less than a checkpoint.
+#: A training that may not write files larger than 13,500 bytes, which are less than a checkpoint.
 FULL = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
 import small_runs as t
 # a checkpoint is larger, the other files of a run are smaller
-resource.setrlimit(resource.RLIMIT_FSIZE, (16000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (13500, resource.RLIM_INFINITY))
 t.train(sys.argv[1], epochs=1, checkpoint_seconds=0)
 """
 
