@@ -267,3 +267,25 @@ def rerun() -> Rerun:
 @pytest.fixture
 def launched() -> Launched:
     return Launched()
+
+
+@pytest.fixture
+def found_threads(monkeypatch):
+    """A function that lets a module find the given numbers of threads, one after the other, each in two steps."""
+    before = torch.get_num_threads()
+
+    def given(module):
+        numbers = []
+
+        def fastest(step):
+            step()
+            step()
+            return numbers.pop(0)
+
+        monkeypatch.setattr(module, "may_choose", lambda device: True)
+        monkeypatch.setattr(module, "fastest_threads", fastest)
+        torch.set_num_threads(2)
+        return numbers
+
+    yield given
+    torch.set_num_threads(before)

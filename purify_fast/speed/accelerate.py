@@ -7,6 +7,7 @@ the module itself is called again.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import logging
@@ -22,6 +23,7 @@ from torch.autograd import forward_ad
 
 from .._compiler import is_compiled
 from .._processor import fast_bfloat16
+from ..model_state import HOOKS
 from ..ops.dispatch.gradient import transformed
 from .agreement import same_direction, same_logits
 from .folding.inference_copy import DTYPES, InferenceCopy
@@ -41,7 +43,6 @@ ERROR, COSINE = 1e-3, 0.999
 MOST_COPIES = 8
 #: Attributes of a module that decide what it computes, if their values have one of these types.
 _PLAIN = (bool, int, float, str, tuple, type(None))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def accelerate(model: Model, *, dtype: Dtype = "auto", compile: bool = False) -> Model:
@@ -178,7 +179,7 @@ def auto_dtype(dtype: Dtype | None, model: nn.Module, device: torch.device) -> t
     return torch.bfloat16 if fast_bfloat16(device) and matrix_weights(model) >= FEWEST_WEIGHTS else torch.float32
 
 
-class Follower:
+class Follower(abc.ABC):
     """A frozen copy of a model that follows the model's weights.
 
     Attributes:
@@ -216,6 +217,7 @@ class Follower:
             self.copy.refresh(model)
         return True
 
+    @abc.abstractmethod
     def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
         """Make the copy; None if the model itself should run.
 
@@ -224,7 +226,6 @@ class Follower:
             x: a few images.
             batch: number of images in the whole batch.
         """
-        raise NotImplementedError
 
 
 class _Forward(Follower):
@@ -291,7 +292,7 @@ class _Forward(Follower):
         first = next(self.model.parameters(), None)
         if first is None or first.device != x.device or first.dtype != torch.float32:
             return False
-        hooked = any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+        hooked = any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
         inner = (part for part in self.model.modules() if part is not self.model)
         return not (hooked or self.model.training or any(_is_special(part) for part in inner))
 
@@ -368,7 +369,7 @@ def _line(error: Exception) -> str:
 
 def _is_special(part: nn.Module) -> bool:
     """Tell whether an inner module is in training mode or has hooks, which a copy would not call."""
-    return part.training or any(getattr(part, name) for name in _HOOKS)
+    return part.training or any(getattr(part, name) for name in HOOKS)
 
 
 def _facts(model: nn.Module) -> list[Any]:

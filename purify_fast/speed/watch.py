@@ -63,7 +63,7 @@ class Watch:
 
     @property
     def begun(self) -> bool:
-        """Whether `changed` was called."""
+        """True after the first call of `changed`."""
         return self._stamps is not None
 
     def changed(self, tensors: list[Tensor], values: bool = True) -> bool:

@@ -27,20 +27,9 @@ class Seeing(nn.Module):
 
 
 @pytest.fixture
-def found(monkeypatch):
-    """The numbers of threads that measurements find, one after the other; a measurement takes two steps."""
-    numbers, before = [], torch.get_num_threads()
-
-    def fastest(step):
-        step()
-        step()
-        return numbers.pop(0)
-
-    monkeypatch.setattr(thread_choice, "may_choose", lambda device: True)
-    monkeypatch.setattr(thread_choice, "fastest_threads", fastest)
-    torch.set_num_threads(2)
-    yield numbers
-    torch.set_num_threads(before)
+def found(found_threads):
+    """The numbers of threads that measurements find, one after the other."""
+    return found_threads(thread_choice)
 
 
 @pytest.fixture
