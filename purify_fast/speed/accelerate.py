@@ -204,11 +204,13 @@ class Follower(abc.ABC):
             True if the weights or the parts were other ones.
         """
         facts, tensors = _facts(model), [one for _, one in tensors_of(model)]
+        # Without a copy, only the known logits of a constant batch depend on the weights.
         reads = can_read_values(x.device)
+        compared = reads and (self.copy is not None or not x.requires_grad)
         new = facts != self._facts or (self.copy is not None and self.copy.device != x.device)
         # A copy pays more for a larger batch.
         new = new or (self.copy is None and self._tried < TRIED and len(x) >= 2 * self._tried)
-        if not self._watch.changed(tensors, reads) and not new:
+        if not self._watch.changed(tensors, compared) and not new:
             return False
         if new and reads:
             self._facts, self._tried, self._copies = facts, min(TRIED, len(x)), self._copies + 1

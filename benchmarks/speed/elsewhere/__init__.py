@@ -106,8 +106,8 @@ class Row:
 
 
 def accelerated(model: nn.Module, dtype: Dtype) -> None:
-    """Accelerate a model."""
-    purify_fast.accelerate(model, dtype=dtype)
+    """Accelerate a model, whose trainings are faster with weights in channels_last."""
+    purify_fast.accelerate(model.to(memory_format=torch.channels_last), dtype=dtype)
 
 
 def with_our_line(theirs: Form) -> Form:

@@ -107,7 +107,7 @@ def fast_loss(model: nn.Module, x: Tensor, y: Tensor, alpha: float, steps: int) 
 
 def fast_with_our_line(model: nn.Module, x: Tensor, y: Tensor, alpha: float, steps: int) -> Tensor:
     """Return the loss of `fast_loss`, by this package."""
-    model.train()
+    model.to(memory_format=torch.channels_last).train()
     with purify_fast.images_only(model):
         delta = attack(model, x, y, alpha, steps)
     return F.cross_entropy(model(x + delta), y)
