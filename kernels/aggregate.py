@@ -78,9 +78,10 @@ def _logsumexp(x):
 
 @triton.jit
 def _softmax(x, inside):
-    """Return softmax over axis 0. Like in torch.softmax, a column that has +inf or only -inf gives NaN."""
-    e = tl.where(inside, tl.exp(x - tl.max(x, 0)[None, :]), 0.0)
-    return e / tl.sum(e, 0)[None, :]
+    """Return softmax over axis 0. Beside +inf it is 0, as the gradient of torch.logsumexp. At +inf it is NaN."""
+    high = tl.max(x, 0)
+    e = tl.where(inside, tl.exp(x - high[None, :]), 0.0)
+    return e / tl.where(high == float("inf"), 1.0, tl.sum(e, 0))[None, :]
 
 
 @triton.jit

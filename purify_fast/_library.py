@@ -50,7 +50,7 @@ def _load() -> None:
             torch.ops.load_library(path)
         # The pure-Python package must work in spite of an extension that cannot be loaded.
         except Exception as error:
-            load_error = ImportError(f"{path} cannot be loaded: {error}; {BUILD_HINT}")
+            load_error = ImportError(f"{path} cannot be loaded: {error.__cause__ or error}; {BUILD_HINT}")
     if load_error is not None:
         level = logging.INFO if path is None else logging.WARNING
         logger.log(level, "the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)

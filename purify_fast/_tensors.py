@@ -26,6 +26,11 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+#: The dtypes of tensors that ops compute with.
+FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
+_ALLOWED = ", ".join(str(one).removeprefix("torch.") for one in FLOATING)
+
+
 def check_one_device(**tensors: Tensor) -> None:
     """Raise a ValueError if the tensors are on different devices. The keywords are the names in the message."""
     first, *others = tensors.values()
@@ -45,8 +50,10 @@ def check_floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{name} must be floating point ({_ALLOWED}), got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
     check_one_device(**tensors)
 
 
@@ -57,13 +64,14 @@ def check_alike(**tensors: Tensor) -> None:
     """
     first, *others = tensors.values()
     # Every call of an op runs this loop, so it must be fast.
-    shape_fits, dtype_fits = first.dim() >= 2, first.is_floating_point()
+    shape_fits, dtype_fits = first.dim() >= 2, first.dtype in FLOATING and first.layout == torch.strided
     for other in others:
         shape_fits = shape_fits and other.shape == first.shape
         dtype_fits = dtype_fits and other.dtype == first.dtype
     if not (shape_fits and dtype_fits):
         *names, last = tensors
-        kind, what = ("dtype", "floating-point dtype") if shape_fits else ("shape", "shape [B, ...]")
+        what = f"floating-point dtype ({_ALLOWED}) and be dense" if shape_fits else "shape [B, ...]"
+        kind = "dtype" if shape_fits else "shape"
         got = [getattr(tensor, kind) for tensor in tensors.values()]
         texts = ", ".join(str(one if shape_fits else list(one)) for one in got)
         raise ValueError(f"{', '.join(names)} and {last} must have the same {what}, got {texts}")
@@ -132,6 +140,21 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
         A context manager, which does nothing for meta tensors.
     """
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """A block with PyTorch's own defaults: float32, tensors on the CPU, and no inference mode.
+
+    Networks that are built in it have the dtypes of their files and gradients, whatever the caller has set.
+    """
+    dtype = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def first_tensor(module: nn.Module) -> Tensor:

@@ -97,14 +97,14 @@ PF_INLINE void logsumexp_lanes(const T* __restrict__ x, int64_t samples, int64_t
 template <class T, class W>
 PF_INLINE void softmax_lanes(const W* __restrict__ grad, const T* __restrict__ x, T* __restrict__ out, int64_t samples,
                              int64_t lanes, int64_t stride, W* __restrict__ scratch) {
-  constexpr W nan = std::numeric_limits<W>::quiet_NaN();
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] = load(x[k * stride + j]);
   }
   W most[aggregate_lanes], sum[aggregate_lanes];
   tile_exponentials(scratch, samples, lanes, lanes, most, sum);
-  // An infinite maximum gives NaN, like in torch.softmax.
-  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : nan;
+  // Where the maximum is infinite, the exponentials are NaN at infinite numbers and 0 beside them, as the gradient of
+  // torch.logsumexp.
+  for (int64_t j = 0; j < lanes; ++j) sum[j] = finite(most[j]) ? grad[j] / sum[j] : grad[j];
   for (int64_t k = 0; k < samples; ++k) {
     for (int64_t j = 0; j < lanes; ++j) scratch[k * lanes + j] *= sum[j];
   }
@@ -353,7 +353,6 @@ PF_INLINE void aggregate_tile(Aggregation method, W* __restrict__ tile, int64_t 
 template <class W>
 PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile, W* __restrict__ grad, int64_t samples,
                                        int64_t images, int64_t classes, int64_t width, W* scratch) {
-  constexpr W nan = std::numeric_limits<W>::quiet_NaN();
   W* const __restrict__ a = scratch;
   W* const __restrict__ b = scratch + width;
   W* const __restrict__ c = scratch + 2 * width;
@@ -363,8 +362,8 @@ PF_INLINE void aggregate_tile_backward(Aggregation method, W* __restrict__ tile,
     case Aggregation::peel:
       tile_exponentials(tile, samples, width, width, a, b);
       for (int64_t i = 0; i < width; ++i) {
-        // An infinite maximum gives NaN, like in torch.softmax.
-        c[i] = (finite(a[i]) ? W(1) : nan) / b[i];
+        // `softmax_lanes` explains the case of an infinite maximum.
+        c[i] = finite(a[i]) ? W(1) / b[i] : W(1);
         a[i] += log(b[i]);
       }
       if (method == Aggregation::peel) {

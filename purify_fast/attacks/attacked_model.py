@@ -310,7 +310,7 @@ def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
         x: images ``[B, C, H, W]`` in [0, 1].
         most: largest number of images in a forward pass.
     """
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) - 0.5
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
     tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
     return any(predicts_otherwise(model, images, most) for images in tried)
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..ops.dispatch.gradient import first_order
 from ..speed.memory import free_memory
 
 Step = Callable[..., Tensor]
@@ -181,7 +181,7 @@ class _Steps(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 6)
         for i in reversed(range(ctx.steps)):

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ..ops.dispatch.gradient import first_order
 
 #: The usual formula of the cross-entropy in float32 is replaced where its result is below SURE. In float64 the limit is
 #: smaller by the ratio of the two precisions.
@@ -74,7 +75,7 @@ class _Mixed(torch.autograd.Function):
         return torch.where(kept, usual, exact)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, kept = ctx.saved_tensors
         return gradient * grad[:, None], grad * kept, None, None, None

@@ -74,7 +74,9 @@ def affine_layers(model: Classifier, shape: Sequence[int], most: int | None = No
             units = sum(widths[1:])
             if most is None or units <= most:
                 layers = _read(exact, shape, widths)
-                x = torch.rand(COMPARED, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+                x = torch.rand(
+                    COMPARED, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu"
+                )
                 logits = logits_in(exact(x))
     except Exception as error:
         raise _refused(model, f"{type(error).__name__}: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .._tensors import weights_fingerprint
+from .._tensors import torch_defaults, weights_fingerprint
 from ..training import load_classifier
 from ..training.checkpoint import read_model
 from .atop.defence import Atop
@@ -32,6 +32,7 @@ def is_denoiser(folder: str | Path) -> bool:
     return bool(read_model(folder)[0]["kind"] == ALONE)
 
 
+@torch_defaults()
 def load_defence(
     folder: str | Path,
     classifier: nn.Module | None = None,

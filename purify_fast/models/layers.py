@@ -27,6 +27,7 @@ from .._process import processes
 from .._tensors import last_channels
 from .._validation import check_counts
 from ..ops.convolution import OP, conv2d
+from ..ops.dispatch.gradient import first_order
 
 #: A statistic of images: a number for all channels, or one per channel.
 Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
@@ -214,7 +215,7 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, weight, bias, eps=_EPS)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         # The arguments are positional because the operator has no names for them in Python.
@@ -255,7 +256,7 @@ class _NormalizeByTorch(torch.autograd.Function):
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, _EPS)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, counts = ctx.saved_tensors
         grad = grad if last_channels(grad) else grad.contiguous()

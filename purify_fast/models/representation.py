@@ -143,6 +143,7 @@ class Representation:
         for index, name in enumerate(layers):
             modules[name].register_forward_hook(_Recorder(self, index))
 
+    @torch.inference_mode(False)
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
         seen: list[list[tuple[Tensor, int]]] = [[] for _ in self.layers]
 

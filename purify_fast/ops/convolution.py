@@ -318,11 +318,10 @@ def conv2d(
         TypeError: if input, weight or bias is not a tensor.
         ValueError: if shapes, dtypes, devices or settings do not match.
 
-    Inside transforms of ``torch.func``, PyTorch's convolution is used. A kernel has first-order gradients only: a
-    gradient computed with ``create_graph=True`` has no gradient itself. ``use_backend("reference")`` avoids this
-    limitation. The result does not depend on the number of threads, and the result of an image does not depend on the
-    other images. The choice between kernel and PyTorch depends on the batch size. Numbers below float32's normal range
-    count as zero.
+    Inside transforms of ``torch.func``, PyTorch's convolution is used. A kernel has first-order gradients only:
+    ``create_graph=True`` is refused, except within ``use_backend("reference")``. The result does not depend on the
+    number of threads, and the result of an image does not depend on the other images. The choice between kernel and
+    PyTorch depends on the batch size. Numbers below float32's normal range count as zero.
     """
     _check(input, weight, bias)
     settings = pair_of("stride", stride, 1), pair_of("padding", padding, 0), pair_of("dilation", dilation, 1)

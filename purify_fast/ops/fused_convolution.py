@@ -328,7 +328,9 @@ class _FusedConvolution(torch.autograd.Function):
         out, total = OP.handle(*given, [], 0.0, activation, keep, *settings)
         ctx.settings, ctx.activation, ctx.size = settings, activation, images.shape[2:]
         ctx.save_for_backward(channels_last(weight), total if keep else out if activation == RELU else None)
-        return channels_first(out)
+        # The next layer may change the result in place, which a view that a Function returns does not allow. Autograd
+        # must know of such a change if the result itself is kept.
+        return channels_first(out) if activation == RELU else channels_first(out).data
 
     @staticmethod
     @first_order

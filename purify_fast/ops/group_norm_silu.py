@@ -123,7 +123,8 @@ class _Normalized(torch.autograd.Function):
         x = images.permute(0, 2, 3, 1)
         ctx.save_for_backward(x, *numbers[:3])
         ctx.settings = numbers[3:]
-        return OP.handle(x, *numbers).permute(0, 3, 1, 2)
+        # The next layer may change the result in place, which a view that a Function returns does not allow.
+        return OP.handle(x, *numbers).permute(0, 3, 1, 2).data
 
     @staticmethod
     @first_order

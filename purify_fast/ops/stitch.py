@@ -62,7 +62,7 @@ RACED = tuple(((ROWS, 3, 32, 32), (4, 4), 4, layout) for layout in LAYOUTS)
 
 def _arguments(*setting: Any) -> tuple[Tensor, Tensor, int]:
     shape, grid, passes, layout, dtype, seed = setting
-    owners = torch.randint(passes, (1, ROWS, *grid), generator=torch.Generator().manual_seed(seed))
+    owners = torch.randint(passes, (1, ROWS, *grid), generator=torch.Generator().manual_seed(seed), device="cpu")
     images = normal(seed, shape[0] * passes, *shape[1:]).to(dtype)
     return laid_out(images, layout), owners.to(torch.uint8), passes
 

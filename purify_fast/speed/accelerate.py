@@ -204,13 +204,11 @@ class Follower(abc.ABC):
             True if the weights or the parts were other ones.
         """
         facts, tensors = _facts(model), [one for _, one in tensors_of(model)]
-        # Without a copy, only the known logits of a constant batch depend on the weights.
         reads = can_read_values(x.device)
-        compared = reads and (self.copy is not None or not x.requires_grad)
         new = facts != self._facts or (self.copy is not None and self.copy.device != x.device)
         # A copy pays more for a larger batch.
-        new = new or (self.copy is None and self._tried < TRIED and len(x) >= 2 * self._tried)
-        if not self._watch.changed(tensors, compared) and not new:
+        new = new or (self.copy is None and self.may_pay(x))
+        if not self._watch.changed(tensors, reads) and not new:
             return False
         if new and reads:
             self._facts, self._tried, self._copies = facts, min(TRIED, len(x)), self._copies + 1
@@ -218,6 +216,10 @@ class Follower(abc.ABC):
         elif self.copy is not None and not new:
             self.copy.refresh(model)
         return True
+
+    def may_pay(self, x: Tensor) -> bool:
+        """Tell whether a batch is so much larger than the one on which the copy was refused that it is tried again."""
+        return self._tried < TRIED and len(x) >= 2 * self._tried
 
     @abc.abstractmethod
     def make(self, model: nn.Module, x: Tensor, batch: int) -> InferenceCopy | None:
@@ -270,25 +272,30 @@ class _Forward(Follower):
         return type(self.model).forward(self.model, *given, **named) if self.own is None else self.own(*given, **named)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() or self.off or named or len(given) != 1 or not self._takes(given[0]):
+        if torch.compiler.is_compiling() or self.off or named or len(given) != 1 or not _is_batch(given[0]):
             return self.plain(*given, **named)
         x: Tensor = given[0]
+        records = torch.is_grad_enabled()
+        gradient = records and x.requires_grad
+        # In an attack on a small network, even a look at its modules would take a share of the time.
+        if gradient and self.copy is None and self._tried and not self.may_pay(x):
+            return self.plain(x)
+        wanted = gradient and self.asked and any(one.requires_grad for one in self.model.parameters())
+        if wanted or not self._takes(x):
+            return self.plain(x)
         if self.follow(self.model, x):
             self._constant = None
-        records = torch.is_grad_enabled()
         weights = [one for one in self.model.parameters() if one.requires_grad] if records else []
-        if weights and (self.asked or self._draws):
+        if weights and self._draws:
             return self.plain(x)
-        if not (records and x.requires_grad):
+        if not gradient:
             return self._of_constant(x, weights)
         if self.copy is None:
             return self.plain(x)
         return _with_weights(self, x, weights, None) if weights else self.copy(x)
 
-    def _takes(self, x: Any) -> bool:
+    def _takes(self, x: Tensor) -> bool:
         """Tell whether the copy can stand for the module: for these images, in its present mode and context."""
-        if type(x) not in (Tensor, nn.Parameter) or x.dim() != 4 or x.dtype != torch.float32 or not len(x):
-            return False
         if torch.is_autocast_enabled(x.device.type) or transformed() or forward_ad._current_level >= 0:
             return False
         first = next(self.model.parameters(), None)
@@ -332,9 +339,11 @@ class _Forward(Follower):
             fastest, watch = min(made), Watch()
             for _ in range(2):
                 begin = time.process_time()
+                self._takes(x)
+                _facts(model)
                 watch.changed([one for _, one in tensors_of(model)])
                 extra = time.process_time() - begin
-            # The comparison of the weights takes as long for a larger batch.
+            # A look at the modules and their weights takes as long for a larger batch.
             pays = fastest + extra * len(x) / batch < seconds
             text = f"{type(model).__name__} in {dtype} takes {1e3 * fastest:.3g} ms for {len(x)} images"
             chosen = "the copy" if pays else "the model itself"
@@ -363,6 +372,10 @@ class _Forward(Follower):
 
             self._constant = weakref.ref(x, forget), x.detach().clone(), out.detach().clone()
         return out
+
+
+def _is_batch(x: Any) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.dim() == 4 and x.dtype == torch.float32 and len(x) > 0
 
 
 def _line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._processor import with_known_precision
-from .._tensors import first_tensor, structure_fingerprint
+from .._tensors import first_tensor, structure_fingerprint, torch_defaults
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..speed.folding.inference_copy import autocast_to
@@ -96,6 +96,7 @@ def is_classifier(folder: str | Path) -> bool:
     return read_model(folder)[0]["kind"] in _KINDS
 
 
+@torch_defaults()
 def load_classifier(folder: str | Path) -> nn.Module:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 

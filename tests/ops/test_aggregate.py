@@ -196,6 +196,16 @@ def test_sigmoids_of_any_size_keep_their_digits_and_leave_their_neighbours_alone
         assert torch.equal(alone[0], value[i : i + 1]) and torch.equal(alone[1], gradient[i : i + 1])
 
 
+@pytest.mark.parametrize("classes", [5, 100])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_logits_have_the_gradient_of_logsumexp(backend, value, classes):
+    logits = random(2, 4, classes, dtype=torch.float32)
+    logits[0, 1, 2] = value
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    (aggregate(leaves[0]).sum() + torch.logsumexp(leaves[1], 1).sum()).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, equal_nan=True)
+
+
 @pytest.mark.parametrize("method", op.METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_logits_are_not_hidden(backend, method, value):

@@ -230,7 +230,7 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
 def _signs(x: Tensor, seed: int) -> Tensor:
     """Random signs for each image, shape of x."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+    return torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x) * 2 - 1
 
 
 def _margin(subject: Subject, x: Tensor, y: Tensor) -> Tensor:

@@ -299,5 +299,5 @@ def near(context: AttackContext, x: Tensor) -> Tensor:
     size = x[0].numel()
     each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
     generator = torch.Generator().manual_seed(context.seed)
-    noise = torch.rand(x.shape, generator=generator).to(x) - 0.5
+    noise = torch.rand(x.shape, generator=generator, device="cpu").to(x) - 0.5
     return (x + each * noise).clamp(0, 1)

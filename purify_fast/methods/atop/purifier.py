@@ -66,6 +66,7 @@ class PurifierAdapter(nn.Module):
         self._overwrites = False
         self._dry_run()
 
+    @torch.inference_mode(False)
     def _dry_run(self) -> None:
         channels, h, w = self.image_shape
         first = first_tensor(self.module)

@@ -242,7 +242,7 @@ class Denoiser(nn.Module):
                 layer.to(torch.bfloat16)
         device = first_tensor(duplicate).device
         if chains_serve(device):
-            images = torch.rand((2, *image_shape), generator=torch.Generator().manual_seed(0))
+            images = torch.rand((2, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu")
             times = torch.tensor([300.0, 600.0], dtype=torch.float64, device=device)
             fuse_convolutions(duplicate, images.to(device), times)
         return duplicate

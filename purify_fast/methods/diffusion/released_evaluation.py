@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...attacks import BPDA, PGD, AutoAttack
 from ...evaluation import AttackSpec
 from ...ops.diffusion_step import diffusion_step
+from ...ops.dispatch.gradient import first_order
 from .schedule import END
 
 DIFFPURE = "as eval_sde_adv.py (NVlabs/DiffPure): AutoAttack rand through the adjoint SDE"
@@ -116,7 +116,7 @@ class _Adjoint(torch.autograd.Function):
         return state
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         y, seed, ids, draws = ctx.saved_tensors
         defence, process = ctx.defence, ctx.defence.process

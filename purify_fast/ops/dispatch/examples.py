@@ -109,12 +109,12 @@ def tile(arguments, times: int):
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     """Return random numbers from a normal distribution, in float64."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64) * scale
 
 
 def uniform(seed: int, *shape: int) -> Tensor:
     """Return random numbers from the uniform distribution on [0, 1), in float64."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -43,21 +43,28 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Do the same as torch's ``once_differentiable``, but without its overhead if no second derivative is recorded.
+    """Refuse ``create_graph=True`` in an autograd function that has no second derivative.
 
     Args:
         backward: a function's ``backward(ctx, *grads)``.
 
     Returns:
-        A function that raises an error if its result is differentiated and the incoming gradient itself requires a
-        gradient. Under ``create_graph=True``, ``once_differentiable`` treats the gradient of a plain sum as a constant,
-        and so does this function. A penalty on gradients therefore needs ``use_backend("reference")``.
+        A function that raises a RuntimeError if autograd records the gradients. ``once_differentiable`` would treat
+        them as constants if the incoming gradient needs no gradient, as that of a plain sum. A Hessian would be 0.
     """
+
     guarded = once_differentiable(backward)
 
     def run(ctx: Any, *grads: Any) -> Any:
-        # Autograd records gradients in a backward pass only under create_graph=True.
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        # Autograd records gradients in a backward pass only under create_graph=True, and inside torch.func.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        if transformed():
+            return guarded(ctx, *grads)
+        raise RuntimeError(
+            "this kernel has no second derivative, so create_graph=True is refused: run the forward pass within "
+            'purify_fast.ops.use_backend("reference")'
+        )
 
     return run
 

@@ -139,7 +139,7 @@ def _response(model: nn.Module, example: Tensor) -> list[Tensor]:
         leaf = example.detach().clone().requires_grad_()
         output = model(leaf)
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
+        weight = torch.randn(output.shape, generator=generator, device="cpu", dtype=output.dtype).to(output.device)
         gradient = torch.autograd.grad((output * weight).sum(), leaf)[0]
     return [output.detach(), gradient, *seen]
 

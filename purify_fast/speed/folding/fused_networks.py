@@ -427,7 +427,7 @@ def _answers(function: Callable[..., Any], given: tuple[Any, ...]) -> list[Tenso
     ]
     with torch.enable_grad():
         output = function(*leaves)
-        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=output.dtype)
         total = (output * weight.to(output.device)).sum()
         floating = [one for one in leaves if isinstance(one, Tensor) and one.requires_grad]
         return [output.detach(), *torch.autograd.grad(total, floating, materialize_grads=True)]

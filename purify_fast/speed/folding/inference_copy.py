@@ -205,7 +205,7 @@ def prepare_for_inference(
     model.float().eval()
     pairs: list[tuple[str, str]] = []
     device = first_tensor(model).device
-    example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0)).to(device)
+    example = torch.rand((4, *image_shape), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     if fold:
         pairs = fold_batchnorm(model, example)
     if channels_last is None:
