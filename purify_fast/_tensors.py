@@ -51,7 +51,7 @@ def check_floating(**tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
-            raise ValueError(f"{name} must be floating point ({_ALLOWED}), got {tensor.dtype}")
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}: the allowed dtypes are {_ALLOWED}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
     check_one_device(**tensors)

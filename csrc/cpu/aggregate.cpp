@@ -163,7 +163,6 @@ PF_INLINE void mean_image_backward(const W* grad, T* out, int64_t samples, int64
 template <class T, class W = wide_t<T>>
 PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, int64_t samples, int64_t classes,
                           W* scratch) {
-  constexpr W nan = std::numeric_limits<W>::quiet_NaN();
   W *most = kept, *factor = kept + classes, *share = kept + 2 * classes;
   for_lanes(classes, [=](int64_t at, int64_t width) PF_INLINED_LAMBDA {
     exponentials(logits + at, samples, width / lanes * lanes, classes, most + at, share + at);
@@ -171,8 +170,8 @@ PF_INLINE void keep_image(Aggregation method, const T* logits, W* out, W* kept, 
   for (int64_t i = 0; i < classes; ++i) {
     const W whole = most[i] + log(share[i]);
     out[i] = finite(most[i]) ? whole : most[i];
-    // An infinite maximum gives NaN, like in torch.softmax.
-    factor[i] = (finite(most[i]) ? W(1) : nan) / share[i];
+    // `softmax_lanes` explains the case of an infinite maximum.
+    factor[i] = finite(most[i]) ? W(1) / share[i] : W(1);
   }
   if (method == Aggregation::lse) return;
   for (int64_t i = 0; i < classes; ++i) {

@@ -69,7 +69,9 @@ def reference_backward(grad: Tensor, logits: Tensor, method: int) -> Tensor:
         if name == "peel":
             s, slope = _tangent_exp(torch.logsumexp(x, 1))
             g = (g - torch.softmax(s, 1) * g.sum(1, keepdim=True)) * slope
-        out = torch.softmax(x, 1) * g[:, None]
+        top = x.amax(1, keepdim=True)
+        # Beside +inf the gradient of logsumexp is 0, where softmax would give NaN.
+        out = torch.where(top == torch.inf, (x - top).exp(), torch.softmax(x, 1)) * g[:, None]
     elif name == "mean":
         out = (g / x.shape[1])[:, None].expand_as(x)
     elif name == "mean_sigmoid":
