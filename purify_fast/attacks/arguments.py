@@ -12,13 +12,20 @@ from .._validation import check_number
 ROUNDING = 1e-4
 
 
-def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: float = 1.0) -> None:
+def check_images(
+    x: Tensor,
+    y: Tensor,
+    clip_min: float | Tensor | None = None,
+    clip_max: float | Tensor = 1.0,
+    *,
+    labels: bool = True,
+) -> None:
     """Refuse images or labels that are not allowed, with TypeError or ValueError.
 
     x must be floating point ``[B, ...]`` in [clip_min, clip_max]; without ``clip_min`` a pixel may have any value. y
-    must be int64 ``[B]``, at least 0. The values of tensors are checked only on a CPU: on a GPU the check would have to
-    wait for the device, and `evaluate` checks the values anyway. The values are not checked while a compiler or a
-    dispatch mode is active.
+    must be int64 ``[B]``, at least 0, or any tensor ``[B, ...]`` without ``labels``. The values of tensors are checked
+    only on a CPU: on a GPU the check would have to wait for the device, and `evaluate` checks the values anyway. The
+    values are not checked while a compiler or a dispatch mode is active.
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -28,13 +35,19 @@ def check_images(x: Tensor, y: Tensor, clip_min: float | None = None, clip_max: 
         raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, ...], got {x.dtype} {list(x.shape)}")
-    if y.shape != (x.shape[0],) or y.dtype != torch.int64:
+    if not labels and (y.dim() == 0 or len(y) != len(x)):
+        raise ValueError(f"y must have a row for each of the {len(x)} images, got {list(y.shape)}")
+    if labels and (y.shape != (x.shape[0],) or y.dtype != torch.int64):
         hint = ": y.long() makes it int64" if y.shape == (x.shape[0],) and not y.is_floating_point() else ""
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}{hint}")
     if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return
     try:
-        label = int(y.min())
+        label = int(y.min()) if labels else 0
+        if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
+            # Each pixel has its own range, so the images are moved and scaled into [0, 1].
+            low, high = (torch.as_tensor(one, device=x.device) for one in (clip_min, clip_max))
+            x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
         least, most = (0.0, 0.0) if clip_min is None else (float(value) for value in x.detach().aminmax())
     except RuntimeError:
         # Tensors inside torch.func.vmap have no values. Neither do fake tensors outside of their mode.

@@ -49,7 +49,7 @@ SAME_SIZE = 2e-6
 
 
 @contextlib.contextmanager
-def frozen(model: Classifier) -> Iterator[None]:
+def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
     At the end of the context, modes and flags are restored. The parameters are frozen to save time: a compiled backward
@@ -59,6 +59,7 @@ def frozen(model: Classifier) -> Iterator[None]:
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
             caller must freeze the module.
+        keep_mode: whether the modes are left as they are.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -68,7 +69,7 @@ def frozen(model: Classifier) -> Iterator[None]:
     # The flag of a tensor that was made in inference mode could not be restored.
     trainable = [p for whole in wholes for p in whole.parameters() if p.requires_grad and not p.is_inference()]
     try:
-        for whole in wholes:
+        for whole in wholes if not keep_mode else ():
             switch_to_evaluation(whole)
         for parameter in trainable:
             parameter.requires_grad_(False)

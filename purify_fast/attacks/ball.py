@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import per_image
 from .._validation import Norm, read_norm
-from ..ops.pgd_step import per_sample, pgd_step
+from ..ops.pgd_step import per_pixel, pgd_step, spread
 from ..ops.philox import Stream, philox
 from .arguments import check_eps
 
@@ -21,17 +20,17 @@ class Ball:
     """A ball around each image of a batch, within the box [clip_min, clip_max].
 
     Args:
-        eps: the radius of each image's ball in image units, ``[B]``.
+        eps: the radius of each image's ball in image units, ``[B]``, or that of each pixel, of the images' shape.
         norm: "linf", "l2" or "l1".
-        clip_min: the smallest value of a pixel.
-        clip_max: the largest value of a pixel.
+        clip_min: the smallest value of a pixel, a number or a tensor that can be broadcast over the images.
+        clip_max: the largest value of a pixel, as clip_min.
     """
 
     #: Not compared: a captured step takes eps as an input, so it can be replayed for every radius.
     eps: Tensor = field(compare=False)
     norm: Norm = "linf"
-    clip_min: float = 0.0
-    clip_max: float = 1.0
+    clip_min: Any = 0.0
+    clip_max: Any = 1.0
 
     @property
     def bounds(self) -> dict[str, Any]:
@@ -48,9 +47,13 @@ class Ball:
 
 
 def ball_around(
-    x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float = 0.0, clip_max: float = 1.0
+    x: Tensor,
+    eps: float | Tensor,
+    norm: str = "linf",
+    clip_min: float | Tensor = 0.0,
+    clip_max: float | Tensor = 1.0,
 ) -> Ball:
-    """Check the radius ``eps``, a number or ``[B]``, and the norm (see `read_norm`), and make the balls around images.
+    """Check the radius ``eps``, see `Radius`, and the norm (see `read_norm`), and make the balls around images.
 
     Returns:
         The ball. Its eps is on x's device, with the dtype float32, or float64 if x is float64.
@@ -60,8 +63,9 @@ def ball_around(
         ValueError: an unknown norm, or a radius of a wrong shape or size.
     """
     known = read_norm(norm)
-    check_eps(eps, known, max(1.0, clip_max - clip_min), per_image=True, pixels=x.shape[1:].numel())
-    return Ball(per_sample("eps", eps, x), known, clip_min, clip_max)
+    width = float(torch.as_tensor(clip_max - clip_min).max())
+    check_eps(eps, known, max(1.0, width), per_image=True, pixels=x.shape[1:].numel())
+    return Ball(per_pixel("eps", eps, x), known, clip_min, clip_max)
 
 
 def philox_key(seed: int, device: torch.device) -> Tensor:
@@ -124,5 +128,6 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int = 0, sample_ids: Tensor |
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1) ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
-    point = x + noise.view_as(x) * per_image(ball.eps, x)
-    return point.clamp(ball.clip_min, ball.clip_max).to(x.dtype)
+    point = x + noise.view_as(x) * spread("eps", ball.eps, x)
+    low, high = (torch.as_tensor(one, dtype=point.dtype, device=x.device) for one in (ball.clip_min, ball.clip_max))
+    return point.clamp(low, high).to(x.dtype)

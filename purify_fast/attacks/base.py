@@ -22,7 +22,7 @@ from ..protocols import Classifier, KeepsCopies
 from .arguments import check_eps, check_images
 from .attacked_model import called_directly, drawn_once_per_call, frozen
 from .ball import Ball, ball_around
-from .context import AttackContext
+from .context import AttackContext, drawn_seed
 from .engine.judge import Judge
 from .engine.pace import FEWEST_STEPS
 from .engine.row_batches import ActiveSet
@@ -143,7 +143,7 @@ class Attack(abc.ABC):
             TypeError: x or y is no tensor.
             ValueError: images, labels, a norm or a radius that are not allowed.
         """
-        check_images(x, y, context.clip_min, context.clip_max)
+        check_images(x, y, context.clip_min, context.clip_max, labels=context.loss_function is None)
         norm, eps = self._norm_and_radius(context)
         return ball_around(x, eps, norm, context.clip_min, context.clip_max)
 
@@ -225,7 +225,7 @@ class Attack(abc.ABC):
             ValueError: a missing radius; images, labels or options that are not allowed; or logits without a row for
                 each image or a column for each of several classes.
         """
-        context = AttackContext.from_options(**options)
+        context = AttackContext.from_options(**{"seed": drawn_seed(), **options})
         if "eps" not in options and self.threat_model(context).eps == 0:
             raise ValueError(f"eps must be given: call {type(self).__name__}(...)(model, x, y, eps=8 / 255)")
         with called_directly(model, x):
@@ -303,12 +303,13 @@ def worst_of_runs(
     resources = context.resources
     health = GradientHealth() if resources.counts_health else None
     _, draws, loss, _ = attack.decided(context)
-    precision: GradientPrecision = getattr(attack, "precision", "float32")
-    with frozen(model), contextlib.ExitStack() as stack:
+    precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
+    with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
         apart = drawn_once_per_call(model, x, draws, resources.max_forward_batch)
         source = _source(model, x, precision, resources.copies)
         if source is not model:
             stack.enter_context(frozen(source))
+        loss = context.loss_function or loss
         objective = Objective(source, loss, draws, resources.max_forward_batch, resources.graphs, apart=apart)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
@@ -367,6 +368,8 @@ class EngineAttack(Attack):
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         ball = self.ball(x, y, context)
+        if ball.eps.dim() > 1 or isinstance(ball.clip_min, Tensor) or isinstance(ball.clip_max, Tensor):
+            raise ValueError(f"eps, clip_min and clip_max must be numbers, or eps [B], for {type(self).__name__}")
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
@@ -385,6 +388,7 @@ class EngineAttack(Attack):
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
+                loss = context.loss_function or loss
                 objective = Objective(source, loss, draws, most, resources.graphs, apart=apart)
                 active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                 self.explore(active, objective, context)

@@ -6,9 +6,11 @@ arguments of the call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .._validation import Count, NormName, check_types
@@ -17,8 +19,17 @@ from ..speed.graphs.step_loop import CapturesSteps
 from .arguments import check_at_least_one
 from .signatures import check_names
 
-#: A radius in image units: a number for all images, or ``[B]``, a number for each image.
+#: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
+#: can be broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
 Radius = float | Tensor
+#: A function of logits ``[B, classes]`` and of the caller's y that returns the loss of each image, ``[B]``.
+LossFunction: TypeAlias = Callable[[Tensor, Any], Tensor]
+
+
+def drawn_seed(generator: torch.Generator | None = None) -> int:
+    """Draw a seed from a generator, or from torch's generator of the CPU."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +66,8 @@ class AttackContext:
     """The settings of an attack besides its own options.
 
     Args:
-        eps: radius of the ball in image units, a number or ``[B]``; usual values on CIFAR-10 are 8/255 for "linf", 0.5
-            for "l2" and 12 for "l1".
+        eps: radius of the ball in image units, see `Radius`; usual values on CIFAR-10 are 8/255 for "linf", 0.5 for
+            "l2" and 12 for "l1".
         norm: norm of the ball: "linf", "l2" or "l1".
         clip_min: the smallest value of a pixel.
         clip_max: the largest value of a pixel.
@@ -77,6 +88,9 @@ class AttackContext:
         gradients_from: another model from which the attack takes its gradients. The attacked model still checks every
             success. Only attacks with `Attack.follows_gradients` use it. With None, the attacked model gives the
             gradients.
+        loss_function: a loss that replaces the attack's own in PGD, FGSM and Auto-PGD.
+        keep_mode: whether PGD and FGSM leave the model in its mode, so that BatchNorms in training mode take the
+            statistics of the batch and update their averages. The steps are then those of the model itself.
         resources: settings that concern time and memory.
 
     Raises:
@@ -85,8 +99,8 @@ class AttackContext:
 
     eps: Radius = 0.0
     norm: NormName = "linf"
-    clip_min: float = 0.0
-    clip_max: float = 1.0
+    clip_min: float | Tensor = 0.0
+    clip_max: float | Tensor = 1.0
     num_classes: int = 0
     steps: int = 100
     eot_iter: int = 1
@@ -98,6 +112,8 @@ class AttackContext:
     begin: Tensor | None = None
     sample_ids: Tensor | None = None
     gradients_from: Classifier | None = None
+    loss_function: LossFunction | None = None
+    keep_mode: bool = False
     resources: Resources = Resources()
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_loop import CapturesSteps, State, begin_steps
 from .attacked_model import gradient_to, logits_of_draws
+from .context import LossFunction
 from .losses import LOSSES, TARGETED
 
 
@@ -43,7 +44,8 @@ class Objective:
 
     Args:
         model: images ``[B, ...]`` to logits ``[B, classes]``; in evaluation mode, see `purify_fast.attacks.frozen`.
-        loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`.
+        loss: a name of `purify_fast.attacks.losses.LOSSES` or `TARGETED`, or a function of logits and y. With a
+            function, y may be any tensor ``[B, ...]``, and no draw counts as misclassified.
         eot_iter: number of draws of a random model that are averaged.
         max_forward_batch: the largest number of images in one forward pass; None: all draws of all images.
         apart: whether each draw takes a separate forward pass, because the model draws only once per call.
@@ -51,7 +53,7 @@ class Objective:
     """
 
     model: Classifier
-    loss: str = "ce"
+    loss: str | LossFunction = "ce"
     eot_iter: int = 1
     max_forward_batch: int | None = None
     #: A comparison of objectives ignores `graphs`, because graphs change the result by rounding errors only.
@@ -136,6 +138,9 @@ class Objective:
     def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the logits and the label of every draw, ``[draws * B, ...]``."""
         logits = logits_of_draws(self.model, x, draws)
+        if callable(self.loss):
+            y = y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y
+            return self.loss(logits, y), logits, y
         columns = y.view(len(y), -1)
         labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
         return self._loss_of(logits, labels), logits, labels[0]
@@ -147,6 +152,8 @@ class Objective:
         a draw also counts as misclassified if its largest logit is infinite, and the true class is only one of several
         classes with this logit: the margin is then NaN.
         """
+        if callable(self.loss):
+            return _summed(losses, draws), torch.zeros_like(_summed(losses, draws))
         top, decided = logits.max(1)
         nameless = losses if self.loss == "margin" else top
         wrong = ((decided != labels) | nameless.isnan()).float()
@@ -154,7 +161,7 @@ class Objective:
 
     def _loss_of(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
         """The loss of every row of logits; ValueError for a label outside the model's classes."""
-        formula = (LOSSES | TARGETED)[self.loss]
+        formula = (LOSSES | TARGETED)[str(self.loss)]
         # A compiler cannot trace the `try` block below.
         if torch.compiler.is_compiling():
             return formula(logits, *labels)

@@ -13,6 +13,8 @@ evaluation mode, and its parameters get no gradients; both settings are restored
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -20,14 +22,14 @@ import torch
 from torch import Tensor
 
 from .._validation import AtLeast0, Count, GradientPrecision, NormName
-from ..ops.pgd_step import per_sample, pgd_step
+from ..ops.pgd_step import per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_not_negative
 from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import NORMS, Attack, AttackResult, cost_of_ascents, times, worst_of_runs
 from .context import AttackContext
-from .functions import as_function
+from .functions import as_function, run_alone
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import GradientHealth, Search, noted
@@ -187,7 +189,7 @@ class PGD(Attack):
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
-        alpha = None if self.alpha is None else per_sample("alpha", self.alpha, x)
+        alpha = None if self.alpha is None else per_pixel("alpha", self.alpha, x)
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
@@ -256,8 +258,24 @@ class LeavingPGD(PGD):
         return whole
 
 
-pgd = as_function(
+_pgd = as_function(
     "pgd", PGD, "Per image the last point, or the best point with ``keep_best``.", steps=40, keep_best=False
+)
+
+
+@functools.wraps(_pgd)
+def pgd(model: Classifier, x: Tensor, *given: Any, stop_when_fallen: bool = False, **options: Any) -> Tensor:
+    # Images leave as soon as a step misclassifies them.
+    if not stop_when_fallen:
+        return _pgd(model, x, *given, **options)
+    if callable(options.get("loss")) or options.get("targeted") is not None:
+        raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
+    return run_alone(LeavingPGD, model, x, *given, **{"steps": 40, "look_every": 1, **options, "keep_best": True})
+
+
+_STOP = inspect.Parameter("stop_when_fallen", inspect.Parameter.KEYWORD_ONLY, default=False)
+pgd.__signature__ = inspect.signature(_pgd).replace(  # type: ignore[attr-defined]
+    parameters=[*inspect.signature(_pgd).parameters.values(), _STOP]
 )
 
 
@@ -298,4 +316,5 @@ class FGSM(Attack):
         return one.search(target, x, y, context)
 
 
-fgsm = as_function("fgsm", FGSM, "Per image the point after the step.")
+# FGSM has no random numbers, so a call draws no seed.
+fgsm = as_function("fgsm", FGSM, "Per image the point after the step.", seed=0)

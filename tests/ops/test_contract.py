@@ -438,7 +438,6 @@ BALL = [
     ({"lo": 1.0, "hi": 0.5}, "lo must be .*lo = 1.0 and hi = 0.5"),
     ({"lo": math.nan}, "lo = nan and hi = 1.0"),
     ({"alpha": torch.zeros(2)}, r"alpha must be a number or a tensor \[B\] = \[3\], got \[2\]"),
-    ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
     ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
     ({"eps": math.nan}, "eps must be at least 0, got nan"),
 ]
@@ -477,6 +476,7 @@ REFUSALS: dict[str, tuple[dict, list[tuple[dict, str]]]] = {
         {"x": ROW, "grad": ROW, "x_nat": ROW, "previous": ROW, "alpha": 0.1, "eps": 0.1},
         [
             *BALL,
+            ({"eps": torch.zeros(3, 1)}, r"eps must be a number or a tensor \[B\] = \[3\], got \[3, 1\]"),
             ({"previous": torch.zeros(3, 5)}, r"x, grad, x_nat and previous must have the same shape \[B, ...\]"),
             ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
             ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),

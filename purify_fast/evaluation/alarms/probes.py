@@ -271,7 +271,7 @@ class _Short:
         torch.manual_seed(context.seed)
         if len(at) == 0:
             return robust
-        settings: dict[str, Any] = {"steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
+        settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
         attacked = apgd(
             self.model,
             self.x[at],
