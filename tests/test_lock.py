@@ -109,26 +109,6 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
         assert "is in use by another run" in capsys.readouterr().err
 
 
-def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
-    """Two at once would slow each other, and both write one file."""
-    import torch
-
-    from purify_fast import _library, cli
-    from purify_fast.ops.dispatch import records
-
-    if not _library.loaded():
-        pytest.skip("the CPU's kernels are the extension's")
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    process = start_holder(records.file_of("raced", torch.device("cpu")).with_suffix(""))
-    try:
-        assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 2
-        assert "is in use by another run" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.wait()
-    assert not list((tmp_path / "cache").glob("*.json"))
-
-
 @pytest.mark.parametrize("words", [["study", "carso_digits", "--quick"], ["gpu_check", "correct", "--rehearse"]])
 def test_the_studies_and_the_check_of_a_gpu_lock_their_folders(tmp_path, holder, words):
     from benchmarks.__main__ import main

@@ -19,7 +19,7 @@ from ..ops import REGISTRY
 from ..ops.dispatch import races, records
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op, forced_backends
-from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
+from ..ops.dispatch.verify import Verdict, known_verdicts, mode
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
@@ -87,7 +87,7 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 def _verdicts(kind: str) -> dict[str, Verdict]:
     """For each op, by its name, the stored result of the verification of its kernel on this machine's CPU or GPU."""
     device = _devices().get(kind)
-    return {} if device is None else by_op(known_verdicts(REGISTRY, device))
+    return {} if device is None else known_verdicts(REGISTRY, device)
 
 
 def _served(kind: str) -> str:

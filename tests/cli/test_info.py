@@ -13,7 +13,6 @@ from purify_fast import __version__, _library
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records, verify
-from purify_fast.ops.dispatch.op import Call
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -56,7 +55,7 @@ def test_the_short_answer_says_which_ops_a_forced_backend_leaves_without_a_kerne
 def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, kernel_cache):
     rows = {line.split()[0]: line for line in installation.info(True).splitlines() if line}
     assert "cpp" in rows["philox"] and "verified at first use" in rows["philox"]
-    verdicts = {name: verify.verdict_of(REGISTRY[name], Call(CPU)) for name in ("philox", "stitch")}
+    verdicts = {name: verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
     verdicts["stitch"] = dataclasses.replace(verdicts["stitch"], error=0.25, budget=0.0, case="3x3x32x32, float32")
     records.update("verified", CPU, {name: dataclasses.asdict(verdict) for name, verdict in verdicts.items()}, {})
     monkeypatch.setattr(verify, "_known", {})
@@ -103,7 +102,7 @@ def test_the_command_answers_in_a_few_lines(run):
 
 
 def test_the_short_answer_names_wrong_kernels(monkeypatch):
-    verdicts = {name: verify.verdict_of(REGISTRY[name], Call(CPU)) for name in ("philox", "stitch")}
+    verdicts = {name: verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
     verdicts["stitch"] = dataclasses.replace(verdicts["stitch"], error=1.0)
     monkeypatch.setattr(installation, "known_verdicts", lambda ops, device: verdicts)
     assert "WRONG here, and therefore not used: stitch; please report it" in " ".join(installation.info(False).split())

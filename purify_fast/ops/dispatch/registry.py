@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ import torch
 
 from ... import _library
 from ..._compiler import constant_in_graphs
+from ..._tensors import text_hash
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, KERNELS, SIZES, Backend, Call, Definition, first_argument
@@ -123,7 +125,7 @@ class Op(Definition):
     def _choose(self, call: Call) -> Backend:
         backend = self.wanted(call).backend
         if backend != "reference":
-            right = verify.serves(self, call)
+            right = verify.serves(self, call.device)
             if right is None:
                 return "reference"
             backend = backend if right else "reference"
@@ -181,6 +183,22 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
     device = torch.device(kind) if index is None else torch.device(kind, index)
     call = Call(device, variant, dtype, 0, "graph")
     return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
+
+
+def kernels_now(device: torch.device) -> str:
+    """Return a hash of the kernels, and the choices among them, that may change the bits of results on a device.
+
+    Args:
+        device: the device on which a run computes.
+    """
+    # Without a GPU the races of its kernels cannot be read, and none of the kernels is used.
+    here = device.type != "cuda" or torch.cuda.is_available()
+    chosen = {
+        name: [op.kernel(device.type), [entry["cells"] for entry, _ in races.entries_of(op, device)] if here else []]
+        for name, op in REGISTRY.items()
+        if op.kernel(device.type) != "reference" and not all(example.exact for example in op.examples)
+    }
+    return text_hash(json.dumps([device.type, _forced, chosen], sort_keys=True)).hexdigest()
 
 
 def forget_choices() -> None:
