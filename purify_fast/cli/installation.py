@@ -94,16 +94,11 @@ def _served(kind: str) -> str:
     """A sentence that counts the ops that kernels compute in eager calls, and names the kernels that are wrong."""
     verdicts = _verdicts(kind)
     eager = [_state(op, kind, verdicts.get(name))[0] for name, op in REGISTRY.items()]
-    served = f"kernels compute {len(eager) - eager.count('reference') - eager.count('nothing')} of {len(eager)} ops"
-    if forced := forced_backends():
-        served += f", and plain PyTorch {eager.count('reference')}; {','.join(forced)} is forced"
-        if failing := eager.count("nothing"):
-            served += f": the other {failing} raise an error, because they have no such kernel on {kind}"
-    else:
-        served += ", and plain PyTorch the others"
-    wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
-    text = f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
-    return f"on {kind}, {served}{text}"
+    served = sum(backends not in ("reference", "nothing") for backends in eager)
+    forced = f"; {','.join(forced_backends())} is forced" if forced_backends() else ""
+    wrong = ", ".join(name for name, verdict in verdicts.items() if not verdict.passed)
+    told = f"; WRONG here, and therefore not used: {wrong}; please report it" if wrong else ""
+    return f"on {kind}, kernels compute {served} of {len(eager)} ops, and plain PyTorch the others{forced}{told}"
 
 
 def _raced(kind: str) -> str:
@@ -113,19 +108,11 @@ def _raced(kind: str) -> str:
         return "this machine has no GPU; on a GPU, kernels are verified at their first use"
     own, near = races.read(device), races.nearest(records.machine(device))
     if own.get("ops"):
-        stale = [
-            name
-            for name, entry in own["ops"].items()
-            if name not in REGISTRY or entry.get("sources") != REGISTRY[name].code_hash(kind)
-        ]
-        told = f"{len(own['ops'])} ops were timed on this machine on {own['date']}, {records.file_of('raced', device)}"
-        if stale:
-            told += f"; OUTDATED for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
-        return told
-    if near is None:
-        return "no kernel was timed on this card or a similar card: run `purify-fast tune`"
-    machine = near["machine"]["device"]
-    return f"no kernel was timed on this machine, but on {machine} on {near['date']}: run `purify-fast tune`"
+        stale = [name for name in own["ops"] if name not in REGISTRY or not races.own_entry(REGISTRY[name], device)]
+        told = f"; OUTDATED for {', '.join(stale)}: run `purify-fast tune`" if stale else ""
+        return f"{len(own['ops'])} ops were timed here on {own['date']}, {records.file_of('raced', device)}{told}"
+    where = f", but on {near['machine']['device']} on {near['date']}" if near else " or on a similar card"
+    return f"no kernel was timed on this machine{where}: run `purify-fast tune`"
 
 
 def info(everything: bool) -> str:

@@ -78,4 +78,4 @@ def test_a_card_of_another_architecture_begins_without_races(card):
     card("NVIDIA A100", 8)
     assert races.nearest(records.machine(CARD)) is None
     text = installation.info(True)
-    assert "no kernel was timed on this card or a similar card" in text and "H200" not in text
+    assert "no kernel was timed on this machine or on a similar card" in text and "H200" not in text
