@@ -30,7 +30,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
 _PATHS = sysconfig.get_paths()
-_LIBRARIES = (*map(_PATHS.get, ("stdlib", "platstdlib", "purelib", "platlib", "scripts")), str(Path(__file__).parent))
+_LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts"))
 
 Inside = Callable[[Any], Any]
 
@@ -222,8 +222,20 @@ def _is_users(name: str) -> bool:
     file = getattr(module, "__file__", None)
     if file is None:
         return module is None or name == "__main__"
-    installed = file.startswith(_LIBRARIES) or "site-packages" in file or "dist-packages" in file
-    return not installed and name.partition(".")[0] != "purify_fast"
+    return not is_installed(file) and name.partition(".")[0] != "purify_fast"
+
+
+def is_installed(file: str) -> bool:
+    """Tell whether a source file belongs to this package, to an installed package or to Python.
+
+    Args:
+        file: path of the file.
+    """
+    return (
+        file.startswith(("<frozen ", str(Path(__file__).parent), *_LIBRARIES))
+        or "site-packages" in file
+        or "dist-packages" in file
+    )
 
 
 @outside_graphs

@@ -14,7 +14,6 @@ import importlib.util
 import os
 import pickle
 import sys
-import sysconfig
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -27,15 +26,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._validation import check_shapes
+from ..model_state import is_installed
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
-#: Code that is not the user's: messages name the last line of the user's code in a traceback.
-_NOT_OWN = (
-    "<frozen ",
-    f"{Path(__file__).parents[1]}{os.sep}",
-    *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-)
 
 
 class ForeignClassifier(nn.Module):
@@ -87,10 +81,8 @@ class ForeignClassifier(nn.Module):
             # A saved classifier contains this name, and loading the classifier must not run an arbitrary file.
             if spec.rpartition(":")[0].endswith(".py"):
                 raise ValueError(
-                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}. Only "
-                    "`purify-fast evaluate` accepts the path of a file. Write the module's name instead, such as "
-                    f"{Path(spec).stem}:{name}, and run the command in the folder of the file, or add that folder to "
-                    "PYTHONPATH"
+                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, such as "
+                    f"{Path(spec).stem}:{name} in the folder of the file, got {spec!r}"
                 )
             model = called_by(spec, fresh=True)
             if not isinstance(model, nn.Module):
@@ -215,23 +207,13 @@ def check_library_name(spec: str) -> None:
         ModuleNotFoundError: the library is not installed.
     """
     library, _, name = spec.partition(":")
-    if library == "torchvision":
-        from torchvision import models
-
-        known, place = models.list_models(module=models), "torchvision.models.list_models()"
-        if name in known:
-            return
-    else:
-        try:
-            timm = importlib.import_module("timm")
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(f"{spec}: timm is not installed, run pip install timm") from None
-        if timm.is_model(name):
-            return
-        known, place = timm.list_models(), "timm.list_models()"
-    near = difflib.get_close_matches(name, known, 3)
-    hint = f"near: {', '.join(near)}; " if near else ""
-    raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} lists all names")
+    try:
+        known = importlib.import_module("torchvision.models" if library == "torchvision" else "timm").list_models()
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{spec}: timm is not installed, run pip install timm") from None
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3))
+        raise ValueError(f"{library} has no classifier {name!r}, near: {near or 'none'}")
 
 
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
@@ -292,17 +274,11 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
         sys.path.insert(0, folder)
     module = _imported(spec, place)
     if name not in vars(module):
-        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)])
-        hint = f"; near: {', '.join(near)}" if near else ""
-        where = place if place.endswith(".py") else f"{place} ({module.__file__})"
-        raise ValueError(f"{spec}: {where} has no function or class {name!r}{hint}")
+        raise ValueError(f"{spec}: {module.__file__} has no function or class {name!r}")
     factory = vars(module)[name]
     if isinstance(factory, nn.Module):
         if fresh:
-            raise ValueError(
-                f"spec {spec!r} must name a function or class that makes a new module in each call; {name} is a "
-                "module that exists already, and all classifiers of this name would share its weights"
-            )
+            raise ValueError(f"spec must name a function that makes a new module in each call, got {spec!r}, a module")
         return factory
     try:
         return factory()
@@ -315,37 +291,29 @@ def _imported(spec: str, place: str) -> ModuleType:
     if is_file and not Path(place).is_file():
         raise FileNotFoundError(f"{spec}: there is no file {place}")
     try:
-        return _from_file(Path(place)) if is_file else importlib.import_module(place)
+        if not is_file:
+            return importlib.import_module(place)
+        # With this name the module does not hide another module.
+        name = f"own_{Path(place).stem}"
+        found = importlib.util.spec_from_file_location(name, Path(place).resolve())
+        assert found is not None and found.loader is not None
+        # dataclasses and pickle look up the module of a class in sys.modules.
+        sys.modules[name] = module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module
     except ImportError as error:
         raise ModuleNotFoundError(f"{spec}: {error}") from error
     except (Exception, SystemExit) as error:
-        advice = '. Move the code that runs the program below `if __name__ == "__main__":`'
-        told = f"{described(error)}{advice if isinstance(error, SystemExit) else ''}"
-        raise ValueError(f"{spec}: {place} cannot be imported: {told}") from error
-
-
-def _from_file(path: Path) -> ModuleType:
-    """Import a file as a module. The module's name begins with ``own_``, so that it does not hide another module."""
-    name = f"own_{path.stem}"
-    place = importlib.util.spec_from_file_location(name, path.resolve())
-    assert place is not None and place.loader is not None
-    module = importlib.util.module_from_spec(place)
-    # dataclasses and pickle look up the module of a class in sys.modules.
-    sys.modules[name] = module
-    place.loader.exec_module(module)
-    return module
+        raise ValueError(f"{spec}: {place} cannot be imported: {described(error)}") from error
 
 
 def described(error: BaseException) -> str:
     """Describe an error in one line, with the file and the number of the last line of the user's code that ran.
 
     Args:
-        error: the error, after it was caught. If none of its lines is the user's, the lines of its cause are searched.
+        error: the error, after it was caught.
     """
-    places = list[traceback.FrameSummary]()
-    cause: BaseException | None = error
-    while not places and cause is not None:
-        every = traceback.extract_tb(cause.__traceback__)
-        places, cause = [place for place in every if not place.filename.startswith(_NOT_OWN)], cause.__cause__
+    every = [place for one in (error.__cause__, error) if one for place in traceback.extract_tb(one.__traceback__)]
+    places = [place for place in every if not is_installed(place.filename)]
     at = "".join(f" ({place.filename}, line {place.lineno})" for place in places[-1:])
     return f"{type(error).__name__}: {error}{at}"
