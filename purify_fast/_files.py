@@ -13,9 +13,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +22,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
 PATIENCE = 0.2
-
-#: For each lock of this process, the ids of the process and of the thread that took the lock. The process id differs
-#: in a forked child, which does not have its parent's locks.
-_owners: dict[Path, tuple[int, int]] = {}
 
 #: The file beside the compiled extension that contains, among other facts, the hash of the extension's C++ sources.
 RECORD = "_build.json"
@@ -53,11 +47,7 @@ def with_room(write: Callable[[], None], path: Path, remark: str = "") -> None:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
-        free = ""
-        with contextlib.suppress(OSError):
-            free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
-        text = f"{error.strerror}: {path} cannot be written{free}{remark}"
+        text = f"{error.strerror}: {path} cannot be written{remark}"
         raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
 
 
@@ -146,30 +136,21 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     folder = Path(folder)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path, this = folder.resolve() / LOCK, (os.getpid(), threading.get_ident())
-    owner = _owners.get(path)
-    if owner == this:
-        yield
-        return
-    if owner is not None and owner[0] == this[0]:
-        raise FolderInUse(
-            f"{folder} is in use by another thread of this process: wait for that thread, or give another folder"
-        )
-    lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10)
+    path = folder.resolve() / LOCK
+    # Each thread has its own lock, which it may take again.
+    lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
         raise FolderInUse(
             f"{folder} is in use by another run; wait for that run, end it, or give another folder"
         ) from None
-    _owners[path] = this
     try:
         yield
     finally:
-        del _owners[path]
         # Remove the lock file before the lock is released. After the release, another run may have locked the file.
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if lock.lock_counter == 1:
+            path.unlink(missing_ok=True)
         lock.release()
         # Remove the empty folders among those that this block created.
         with contextlib.suppress(OSError):

@@ -70,7 +70,7 @@ def test_the_same_thread_may_take_it_again_and_another_may_not(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert len(refused) == 1 and "another thread of this process" in refused[0]
+    assert len(refused) == 1 and "is in use by another run" in refused[0]
     # a folder that was created for the lock alone is removed with the lock
     assert not (tmp_path / "a").exists()
 
