@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
@@ -84,19 +83,9 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value``, the argument called ``name``, is a number.
-
-    For a fraction in quotes, such as "8/255", the message says how to write it as a number.
-    """
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return
-    got, hint = repr(value), ""
-    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+\s*/\s*[\d.]+\s*", value):
-        hint = f": write {' / '.join(part.strip() for part in value.split('/'))} without quotes"
-    elif (shape := getattr(value, "shape", None)) is not None:
-        got = f"{type(value).__module__}.{type(value).__name__} {list(shape)}"
-        hint = f": convert it by float({name})" if math.prod(shape) == 1 else ""
-    raise TypeError(f"{name} must be a number, such as 8 / 255, got {got}{hint}")
+    """Raise a TypeError unless ``value``, the argument called ``name``, is a number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, such as 8 / 255, got {value!r}")
 
 
 def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
@@ -203,10 +192,7 @@ def usable_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        # For an unknown name, PyTorch's message is a list of all names that it knows.
-        why = "PyTorch has no such device" if why.startswith("Expected one of") else why
-        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N ({why})") from error
+        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N") from error
     return name
 
 

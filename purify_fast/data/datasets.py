@@ -230,22 +230,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is not an ``.npz`` file, is damaged, lacks an array, or contains Python objects.
     """
-    place, arrays = str(path), {}
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError(f"the file contains a single {type(file).__name__}")
-        with file:
-            for name in [name for name in ARRAYS if name in file]:
-                place = f"{name} of {path}"
-                arrays[name] = file[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS if name in file}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{place} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
+            f"{path} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
         ) from error
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(ARRAYS)}, and has {file.files}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(ARRAYS)}")
     return arrays
 
 

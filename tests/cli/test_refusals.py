@@ -33,8 +33,7 @@ TRAIN = "train {} --data {{bars}} --device cpu "
 REFUSED = {
     "train classifier --data nowhere.npz": "nowhere.npz",
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
-    "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N ("
-    "PyTorch has no such device)",
+    "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N",
     "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "--model must be one of small_cnn, preact_resnet18",

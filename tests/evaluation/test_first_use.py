@@ -164,10 +164,10 @@ def test_arrays_and_other_dtypes_are_converted(trio, of_images, of_labels):
     [
         (None, "got None$"),
         ([0.1], r"got \[0.1\]$"),
-        ("8/255", "got '8/255': write 8 / 255 without quotes"),
+        ("8/255", "got '8/255'"),
         ("much", "got 'much'$"),
-        (torch.tensor(0.1), r"got torch.Tensor \[\]: convert it by float\(eps\)"),
-        (torch.full((10,), 0.1), r"got torch.Tensor \[10\]$"),
+        (torch.tensor(0.1), r"got tensor\(0.1"),
+        (torch.full((10,), 0.1), r"got tensor\(\[0.1"),
     ],
     ids=str,
 )
