@@ -80,20 +80,7 @@ class _Description:
 
 
 def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
-    """Make a key from the addresses of a model's tensors, its modes and its attributes.
-
-    An object of a user's class is identified by its id, so a change inside it is not noticed.
-
-    Args:
-        model: a module.
-
-    Returns:
-        Three values: the key, which can be hashed; the objects that are identified by their ids, which the caller must
-        keep alive as long as the key; and the model's tensors, without repetition.
-
-    Raises:
-        TypeError: a tensor has a special class, such as a part of a sharded weight, whose memory is elsewhere.
-    """
+    """Make a key from the addresses of a model's tensors, its modes and its attributes."""
     objects: list[Any] = []
     tensors: list[Tensor] = []
 
@@ -110,17 +97,7 @@ def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
 
 
 def fingerprint(model: object, revision: str | None = None) -> str | None:
-    """Hash a model by value: its state (`state_hash`), its code, and the user's name for the version of the code.
-
-    The code is the source files of all of the user's modules that are loaded, and the arguments of the user's script.
-
-    Args:
-        model: the evaluated model.
-        revision: the user's name for this version of the model.
-
-    Returns:
-        The hash; None for a function without a revision, and for a model that cannot be compared.
-    """
+    """Hash a model by value: its state (`state_hash`), its code, and the user's name for the version of the code."""
     return fingerprint_or_reason(model, revision)[0]
 
 
@@ -146,14 +123,7 @@ def fingerprint_or_reason(model: object, revision: str | None = None) -> tuple[s
 
 
 def state_hash(model: Any) -> str:
-    """Hash the tensors, modes, hooks and attributes of a module by value.
-
-    Functions are compared by code, default values and the variables around them, and objects of installed packages by
-    class.
-
-    Raises:
-        Exception: the model holds a value that cannot be compared, such as a TorchScript module.
-    """
+    """Hash the tensors, modes, hooks and attributes of a module by value."""
     model = model._orig_mod if is_compiled(model) else model
     # The state has what is in no attribute, such as the packed weights of quantized layers.
     return text_hash(repr(_Description(_by_value).of((model, model.state_dict(keep_vars=True))))).hexdigest()
@@ -226,11 +196,7 @@ def _is_users(name: str) -> bool:
 
 
 def is_installed(file: str) -> bool:
-    """Tell whether a source file belongs to this package, to an installed package or to Python.
-
-    Args:
-        file: path of the file.
-    """
+    """Tell whether a source file belongs to this package, to an installed package or to Python."""
     return (
         file.startswith(("<frozen ", str(Path(__file__).parent), *_LIBRARIES))
         or "site-packages" in file
@@ -249,14 +215,7 @@ def switch_to_evaluation(module: nn.Module) -> None:
 
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Find modules in the attributes of a model, or in lists, tuples and dicts there, which PyTorch does not know of.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Pairs of a name, such as ``encoder.parts[0]``, and a module.
-    """
+    """Find modules in the attributes of a model, or in lists, tuples and dicts there, which PyTorch does not know of."""
     named = [
         (f"{path}.{name}".lstrip("."), part)
         for path, whole in model.named_modules()
@@ -267,14 +226,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:
-    """Find the modules among the variables that a function reads, or in the attributes of a callable object.
-
-    Args:
-        function: any callable that is not a module.
-
-    Returns:
-        Pairs of a name and a module.
-    """
+    """Find the modules among the variables that a function reads, or in the attributes of a callable object."""
     if isinstance(function, functools.partial):
         return [
             *_modules(function.keywords.items()),

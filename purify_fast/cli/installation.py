@@ -116,11 +116,7 @@ def _raced(kind: str) -> str:
 
 
 def info(everything: bool) -> str:
-    """The text of the command ``info``: versions, devices, the number of ops that kernels compute, and wrong kernels.
-
-    Args:
-        everything: whether to add the environment and a table of all ops.
-    """
+    """The text of the command ``info``: versions, devices, the number of ops that kernels compute, and wrong kernels."""
     verdicts = {kind: _verdicts(kind) for kind in ("cpu", "cuda")}
     body = [
         (name if kind == "cpu" else "", kind, ", ".join(exists), *_state(op, kind, verdicts[kind].get(name)))

@@ -89,17 +89,7 @@ def _refuse_ignored(command: Command, given: set[str]) -> None:
 
 
 def parse(kind: type[C], arguments: list[str]) -> C:
-    """Make a command of a class from the words after the command's name.
-
-    Args:
-        kind: the class of the command.
-        arguments: the words.
-
-    Raises:
-        ValueError: a recipe or a file cannot be used, or the options contradict each other.
-        OSError: the file cannot be read.
-        SystemExit: a word is not an option or value of this command, or ``--help`` was given.
-    """
+    """Make a command of a class from the words after the command's name."""
     early, given = early_options().parse_known_args(arguments)[0], _names(arguments)
     in_file = {} if early.config is None else options_of(early.config, kind)
     default, options = kind(), in_file

@@ -73,13 +73,7 @@ class Purify(ProcessOptions, Command):
         print(f"written: {self.target} ({len(files)} image{'s' if len(files) > 1 else ''}{first})")
 
     def files(self) -> dict[Path, Path]:
-        """The images to read, each with the file to write.
-
-        Raises:
-            FileNotFoundError: SOURCE does not exist, or contains no images.
-            ValueError: TARGET is no PNG file, or no folder; or it would replace an image of SOURCE, or contain two
-                images in a single file.
-        """
+        """The images to read, each with the file to write."""
         from ..data.folders import SUFFIXES
 
         if self.source.is_file():
@@ -98,12 +92,7 @@ class Purify(ProcessOptions, Command):
         return files
 
     def defence(self) -> Defence:
-        """Load the defence to the device.
-
-        Raises:
-            FileNotFoundError: the folder or a file of it is missing.
-            ValueError: MODEL is not a saved defence or denoiser.
-        """
+        """Load the defence to the device."""
         from torch import nn
 
         from ..methods.loading import is_denoiser, load_defence
@@ -123,15 +112,7 @@ class Purify(ProcessOptions, Command):
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decode an image, uint8 ``[C, H, W]``. Transparency and the orientation in the metadata of a photo are ignored.
-
-    Args:
-        path: the file.
-        shape: the shape (C, H, W) that the image must have. A gray image is also an image of three channels.
-
-    Raises:
-        ValueError: the file cannot be decoded, or the image has another shape.
-    """
+    """Decode an image, uint8 ``[C, H, W]``. Transparency and the orientation in the metadata of a photo are ignored."""
     import numpy as np
     from PIL import Image
 

@@ -59,24 +59,7 @@ def read_folder(
     cache: Path | None,
     workers: int | None,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
-    """Read the images of an image folder. If the cache is missing or the files have changed, decode the images first.
-
-    The arguments are those of `purify_fast.data.load_dataset`. The classes are the sorted names of the folders in
-    ``train``. The held-out images are those of ``val`` if it exists, or else those of ``test``.
-
-    Returns:
-        Three values: the images (RGB, uint8 ``[N, 3, H, W]``) and the labels (int64 ``[N]``), each by the keys
-        ``train`` and ``test``, and the number of classes.
-
-    Raises:
-        FileNotFoundError: a required folder is missing.
-        ValueError: a class has no images or does not occur in ``train``, a label is not allowed, an image cannot be
-            decoded, or images differ in size and ``image_size`` is None.
-        OSError: the cache cannot be written, or its disk has too little space.
-
-    Warns:
-        UserWarning: images are left out, or a class has no held-out image.
-    """
+    """Read the images of an image folder."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder)
     # On Linux this is the number of CPUs that this process may use.
@@ -282,23 +265,7 @@ def first_size(files: Sequence[Path]) -> tuple[int, int]:
 def decode(
     files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
 ) -> dict[str, str]:
-    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time.
-
-    Args:
-        files: the images, in the order in which they are written.
-        size: height and width of the images in the file.
-        resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
-        out: path of the file to write.
-        workers: number of threads that decode.
-        title: text of the progress bar.
-
-    Returns:
-        The errors of the images that cannot be decoded, by path. If there are any, the file is not complete.
-
-    Raises:
-        ValueError: an image has another size.
-        OSError: the file cannot be written.
-    """
+    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time."""
     failed: dict[str, str] = {}
     # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
     with out.open("wb") as file:
@@ -332,10 +299,7 @@ def _decoded(
 
 
 def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
-    """Decode an image to RGB, uint8 ``[3, H, W]``, or return an error text that names the file.
-
-    Transparency and the orientation in the metadata of a photo are ignored.
-    """
+    """Decode an image to RGB, uint8 ``[3, H, W]``, or return an error text that names the file."""
     try:
         with Image.open(path) as file:
             if file.mode not in MODES:
@@ -375,18 +339,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 class EncodedImages(StreamedImages):
-    """Files of images that several threads decode whenever they are read.
-
-    Decoded images may need too much space: ImageNet's 1.28 million training images need 193 GB at 224 x 224 pixels. The
-    pixels are the same as those of images that are decoded once.
-
-    Args:
-        files: the images. They must not change while this object is used.
-        size: height and width of the images that are read.
-        digest: text that identifies the images. `purify_fast._tensors.digest` uses it in place of the images.
-        resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
-        workers: number of threads that decode.
-    """
+    """Files of images that several threads decode whenever they are read."""
 
     device = torch.device("cpu")
 

@@ -30,13 +30,7 @@ SHIPPED = Path(__file__).parents[1] / "races.json"
 
 
 class Winner(NamedTuple):
-    """The backend that should compute a call: the winner of a race or, without a race, the choice of a rule.
-
-    Attributes:
-        backend: name of the backend. Whether its kernel is correct is verified separately.
-        why: where and when the race took place, or the rule, in words.
-        gain: the kernel's speed relative to its reference, in words; empty if unknown.
-    """
+    """The backend that should compute a call: the winner of a race or, without a race, the choice of a rule."""
 
     backend: Backend
     why: str
@@ -125,11 +119,7 @@ def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
 
 
 def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write entries into the user's file for a device, and keep the entries of other ops.
-
-    Raises:
-        OSError: if the folder cannot be written. The message says how to choose another folder.
-    """
+    """Write entries into the user's file for a device, and keep the entries of other ops."""
     path = records.file_of("raced", device)
     try:
         records.update("raced", device, ops, facts)

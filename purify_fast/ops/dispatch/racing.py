@@ -50,15 +50,7 @@ RUN = 1e-3
 
 @dataclass(frozen=True)
 class Race:
-    """The race of an op for one variant, layout, dtype and size.
-
-    Attributes:
-        op: name of the op.
-        example: a few samples of realistic shapes.
-        dtype: dtype of the call.
-        size: ``small``, ``medium`` or ``large``.
-        times: the number of times that the samples of the example are repeated.
-    """
+    """The race of an op for one variant, layout, dtype and size."""
 
     op: str
     example: Example
@@ -79,19 +71,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Row:
-    """The measured times of one race.
-
-    Attributes:
-        example: the shapes of a few samples, with their layout and settings.
-        variant: setting for which the op's backend is chosen separately.
-        dtype: name of the dtype, without ``torch.``.
-        size: ``small``, ``medium`` or ``large``.
-        style: ``eager`` calls, or the ``replay`` of a CUDA graph.
-        elements: number of elements of the tensor that `Definition.size_key` chooses.
-        reference_us: microseconds per call of the reference.
-        kernel_us: microseconds per call of the kernel.
-        megabytes: size of all arguments and results together.
-    """
+    """The measured times of one race."""
 
     example: str
     variant: str
@@ -178,11 +158,7 @@ class Capture(Protocol):
 
 
 def replayed(call: Callable[[], object], device: torch.device, capture: Capture) -> Callable[[], object]:
-    """Return a function that replays a CUDA graph of one call. The call runs once before, on the stream of the capture.
-
-    Raises:
-        RuntimeError: if the call cannot be captured. The device remains usable.
-    """
+    """Return a function that replays a CUDA graph of one call."""
 
     def run() -> None:
         call()
@@ -218,15 +194,7 @@ def run_race(race: Race, device: torch.device, capture: Capture | None = None) -
 
 @dataclass(frozen=True)
 class Change:
-    """Calls whose backend is changed by a race.
-
-    Attributes:
-        op: name of the op.
-        call: variant, dtype and size of the calls.
-        before: backend before the race.
-        after: backend after the race.
-        gain: speed of the kernel relative to the reference.
-    """
+    """Calls whose backend is changed by a race."""
 
     op: str
     call: Call
@@ -237,17 +205,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The results of `tune`.
-
-    Attributes:
-        path: the file that was written.
-        seconds: duration in seconds.
-        rows: the times of the races that were run, by op.
-        changes: the calls whose backend has changed.
-        left_out: races that were not run because the time ended, in words.
-        failed: races that raised an error, with the error.
-        wrong: kernels that are wrong on this machine, with the reason. They were not raced.
-    """
+    """The results of `tune`."""
 
     path: Path
     seconds: float
@@ -298,22 +256,7 @@ def tune(
     capture: Capture | None = None,
     tell: Callable[[float, str], None] = lambda share, what: None,
 ) -> Tuned:
-    """Verify the kernels of a device, race them, and write the results into the user's file.
-
-    Args:
-        device: the device.
-        seconds: time limit. No race begins after this many seconds, and ops without a finished race keep their backend.
-        ops: names of ops; empty for all ops that have a kernel for the device.
-        capture: object that captures CUDA graphs, so that replays are raced too; None for a device without them.
-        tell: function that is called with the finished fraction and the name of the next race.
-
-    Returns:
-        The measurements. The faster backends are used from now on, also in this process.
-
-    Raises:
-        ValueError: if an op does not exist or has no kernel for the device.
-        OSError: if the user's file cannot be written.
-    """
+    """Verify the kernels of a device, race them, and write the results into the user's file."""
     began = time.perf_counter()
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     for name in ops:

@@ -92,11 +92,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def missing_compiler() -> str | None:
-    """Return a text that says what Triton lacks for kernels on a GPU and how to install it; None if it lacks nothing.
-
-    Triton compiles a small C module that calls the CUDA driver. It needs no compiler for modules that are already in
-    its cache folder.
-    """
+    """Return a text that says what Triton lacks for kernels on a GPU and how to install it; None if it lacks nothing."""
     if not sys.platform.startswith("linux"):
         # On other platforms Triton has its own compiler.
         return None
@@ -151,14 +147,7 @@ def read(kind: Kind, device: torch.device) -> dict[str, Any]:
 
 
 def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write entries into a file, and keep the entries of other ops. Of two processes at once, the last writer wins.
-
-    Args:
-        kind: kind of the file.
-        device: device of the file.
-        ops: entries by op.
-        facts: other facts in the file, such as its date.
-    """
+    """Write entries into a file, and keep the entries of other ops. Of two processes at once, the last writer wins."""
     path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
     content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
     _files.write_text(path, json.dumps(content, indent=1) + "\n")

@@ -94,9 +94,7 @@ class Op(Definition):
     """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
-        """Choose the backend for these arguments, of which the first is a tensor, and run it. Kernels record no
-        gradient.
-        """
+        """Choose the backend for these arguments, of which the first is a tensor, and run it."""
         dtype, size = self.size_key(*args)
         return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)
 
@@ -110,11 +108,7 @@ class Op(Definition):
         return (backend or self.serving(Call(device, variant, dtype, bits))) == "reference"
 
     def serving(self, call: Call) -> Backend:
-        """Return the backend that computes a call. A kernel is used only after it was verified.
-
-        Raises:
-            RuntimeError: if the forced backend does not exist for this device.
-        """
+        """Return the backend that computes a call. A kernel is used only after it was verified."""
         forced = self.forced(call.device.type) if _forced else None
         if forced is not None:
             return forced
@@ -159,11 +153,7 @@ class Op(Definition):
         return any(self.serving(call) != "reference" for call in calls)
 
     def forced(self, kind: str) -> Backend | None:
-        """Return the backend that is forced for a type of device, or None.
-
-        Raises:
-            RuntimeError: if the op has none of the forced backends for this type of device.
-        """
+        """Return the backend that is forced for a type of device, or None."""
         there = self.available.get(kind, ("reference",))
         for name in _forced:
             if name in there:

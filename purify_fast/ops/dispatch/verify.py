@@ -59,14 +59,7 @@ def mode() -> str:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The deviation of a result from the definition.
-
-    Attributes:
-        error: the largest absolute error, or the root mean square of the errors if the result is not continuous
-            (`Example.jumps`). Infinite if a result is not finite but should be.
-        budget: the allowed error.
-        case: the example and its dtype, or the error that a kernel raised.
-    """
+    """The deviation of a result from the definition."""
 
     error: float
     budget: float
@@ -84,15 +77,7 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Deviation):
-    """The result of one verification, for the example and dtype with the largest error relative to the allowed error.
-
-    Attributes:
-        backend: the backend whose kernel was verified.
-        sources: hash of the kernel's sources.
-        status: ``compared``, or ``raised`` if the kernel could not be run.
-        seconds: duration of the verification.
-        date: date of the verification in ISO 8601.
-    """
+    """The result of one verification, for the example and dtype with the largest error relative to the allowed error."""
 
     backend: str
     sources: str
@@ -110,11 +95,9 @@ class Verdict(Deviation):
 
 
 def cases(op: Definition, device: torch.device) -> list[tuple[Example, torch.dtype]]:
-    """Return the examples, each with a dtype, that verify a kernel on a device.
-
-    A CPU's kernel is verified with all examples. A GPU's kernel is compiled for every dtype and setting, which takes a
-    third of a second each. So the examples and dtypes of `Example.gpu` represent the whole op.
-    """
+    """Return the examples, each with a dtype, that verify a kernel on a device."""
+    # A GPU's kernel is compiled for every dtype and setting, which takes a third of a second each. So the examples and
+    # dtypes of `Example.gpu` represent the whole op there.
     if device.type == "cpu":
         return [(example, one) for example in op.examples for one in example.dtypes]
     return [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
@@ -275,10 +258,7 @@ def verdict_of(op: Definition, device: torch.device) -> Verdict:
 
 
 def serves(op: Definition, device: torch.device) -> bool | None:
-    """Return True if the op's kernel may be used on a device, and False if it is wrong or cannot be run.
-
-    Return None if this is not known now. The caller then uses the reference, and asks again at the next call.
-    """
+    """Return True if the op's kernel may be used on a device, False if it is wrong, None if this is not known now."""
     if mode() == "off":
         return True
     if getattr(_verifying, "active", False):
