@@ -228,7 +228,7 @@ def _read(device: torch.device) -> dict[str, Verdict]:
     path = str(records.file_of("verified", device))
     fields = set(Verdict.__dataclass_fields__)
     entries = records.read("verified", device).get("ops", {}).items()
-    verdicts = {name: Verdict(**entry) for name, entry in entries if set(entry) == fields}
+    verdicts = {name: Verdict(**entry) for name, entry in entries if isinstance(entry, dict) and set(entry) == fields}
     return verdicts | {name: verdict for (file, name), verdict in _known.items() if file == path}
 
 
