@@ -36,7 +36,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
 
 
 def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result in the graph."""
+    """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result."""
     # `torch.compiler.assume_constant_result` only sets this attribute, in every version since PyTorch 2.0.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -31,16 +31,21 @@ _IN_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_f
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, *_IN_TORCH)
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts"))
+_SIMPLE = frozenset(_PLAIN)
 
 Inside = Callable[[Any], Any]
 
 
 def attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object by name, without those that PyTorch registers and those in ``not_dependencies``."""
-    kind = type(value)
-    left_out = {name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ())}
-    left_out |= BARE if isinstance(value, nn.Module) else set()
+    left_out = _left_out(type(value))  # type: ignore[arg-type]
     return sorted(item for item in getattr(value, "__dict__", {}).items() if item[0] not in left_out)
+
+
+@functools.lru_cache(maxsize=4096)
+def _left_out(kind: type) -> frozenset[str]:
+    named = frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
+    return named | BARE if issubclass(kind, nn.Module) else named
 
 
 class _Description:
@@ -53,7 +58,8 @@ class _Description:
 
     def of(self, value: Any) -> Any:
         kind = type(value)
-        if isinstance(value, _PLAIN):
+        # Most values pass the first test, which is the fastest.
+        if kind in _SIMPLE or (kind is tuple and _SIMPLE.issuperset(map(type, value))) or isinstance(value, _PLAIN):
             return value
         if isinstance(value, tuple):
             return (kind.__name__, *map(self.of, value))
@@ -61,15 +67,17 @@ class _Description:
             return ("seen", self.seen[id(value)][0])
         self.seen[id(value)] = len(self.seen), value
         if isinstance(value, nn.Module):
-            registered = [vars(value)[group] for group in ("_parameters", "_buffers", "_modules")]
-            hooks = [hook for group in HOOKS for hook in getattr(value, group).values()]
-            return (value.training, *map(self.of, (kind, *registered, hooks, attributes(value))))
+            groups = [vars(value)[group] for group in ("_parameters", "_buffers", "_modules")]
+            held = [item for group in groups for item in group.items()]
+            hooks = [("a hook", hook) for group in HOOKS for hook in getattr(value, group).values()]
+            inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]
+            return (self.of(kind), value.training, *inside)
         if isinstance(value, (set, frozenset)):
             return (kind.__name__, *sorted(map(self.of, value), key=repr))
         if isinstance(value, (list, deque)):
             return (kind.__name__, *map(self.of, value))
         if isinstance(value, (dict, types.MappingProxyType)):
-            return (kind.__name__, *map(self.of, value.items()))
+            return (kind.__name__, *[(self.of(key), self.of(part)) for key, part in value.items()])
         if isinstance(value, slice):
             return ("slice", value.start, value.stop, value.step)
         # Objects of this package that are not called are settings.
@@ -215,7 +223,7 @@ def switch_to_evaluation(module: nn.Module) -> None:
 
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Find modules in the attributes of a model, or in lists, tuples and dicts there, which PyTorch does not know of."""
+    """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
     named = [
         (f"{path}.{name}".lstrip("."), part)
         for path, whole in model.named_modules()

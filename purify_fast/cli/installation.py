@@ -116,7 +116,7 @@ def _raced(kind: str) -> str:
 
 
 def info(everything: bool) -> str:
-    """The text of the command ``info``: versions, devices, the number of ops that kernels compute, and wrong kernels."""
+    """The text of the command ``info``: versions, devices, how many ops kernels compute, and wrong kernels."""
     verdicts = {kind: _verdicts(kind) for kind in ("cpu", "cuda")}
     body = [
         (name if kind == "cpu" else "", kind, ", ".join(exists), *_state(op, kind, verdicts[kind].get(name)))

@@ -113,7 +113,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
-    """Raise a ValueError if a model was trained on images of another size, or on fewer classes than these images have."""
+    """Raise a ValueError if a model was trained on images of another size, or on fewer classes than these images."""
     from ..attacks.outputs import image_shape_of
     from ..defences.base import Defence
 

@@ -92,7 +92,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def missing_compiler() -> str | None:
-    """Return a text that says what Triton lacks for kernels on a GPU and how to install it; None if it lacks nothing."""
+    """Return a text that says what Triton lacks for kernels on a GPU and how to install it, or None."""
     if not sys.platform.startswith("linux"):
         # On other platforms Triton has its own compiler.
         return None

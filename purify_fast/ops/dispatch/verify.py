@@ -77,7 +77,7 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Deviation):
-    """The result of one verification, for the example and dtype with the largest error relative to the allowed error."""
+    """The result of one verification, for the example and dtype with the largest error for its budget."""
 
     backend: str
     sources: str
