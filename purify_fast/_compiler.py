@@ -21,12 +21,7 @@ _R = TypeVar("_R")
 
 
 def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callable[_P, _R]:
-    """Exclude a function from compiled graphs, like `torch.compiler.disable`.
-
-    Args:
-        function: the function, which is called between two graphs.
-        recursive: whether the functions that ``function`` calls are excluded too.
-    """
+    """Exclude a function from compiled graphs, like `torch.compiler.disable`."""
     # This private decorator is the only one that can be applied without importing the compiler.
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(function, recursive)
 
@@ -41,11 +36,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
 
 
 def constant_in_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result in the graph.
-
-    Args:
-        function: a function whose arguments and result are plain values, such as numbers and strings.
-    """
+    """Mark a function as constant: the compiler calls it while it traces a graph, and stores the result."""
     # `torch.compiler.assume_constant_result` only sets this attribute, in every version since PyTorch 2.0.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -58,11 +49,7 @@ def is_compiled(module: Any) -> bool:
 
 
 class EagerDispatchMode(TorchDispatchMode):
-    """A dispatch mode in which compiled functions run as they were written.
-
-    PyTorch compiles nothing while a dispatch mode is active. With torch 2.11, a compiled function that was called
-    within a plain dispatch mode never used its compiled form again.
-    """
+    """A dispatch mode in which compiled functions run as they were written."""
 
     #: The stance belongs to the whole process: the first of several modes sets it, and the last restores it.
     _lock = threading.Lock()

@@ -25,13 +25,7 @@ class ProcessLost(ConnectionError):
 
 
 class Sign(NamedTuple):
-    """A sign of life of a process.
-
-    Attributes:
-        beat: number of the sign. It rises by 1 with each sign.
-        step: the step of the work that the process has reached.
-        state: "works", "waits" or "done".
-    """
+    """A sign of life of a process."""
 
     beat: str
     step: str
@@ -39,20 +33,7 @@ class Sign(NamedTuple):
 
 
 class Heartbeat:
-    """Exchanges signs of life with the other processes.
-
-    One thread exchanges the signs, which may block for long if the process that serves the store was stopped. So a
-    second thread counts the beats (intervals of `BEAT` seconds) without a sign of another process. It reads no clock: a
-    pause of this process itself does not count as silence of the others.
-
-    Args:
-        store: a connection that is used only for the signs. A connection that the work also uses would delay them.
-        name: name of this training or evaluation, the same in all processes.
-
-    Attributes:
-        signs: the last sign of each other process that gave a sign.
-        missed: for each other process, the number of beats since its last sign, or since the start.
-    """
+    """Exchanges signs of life with the other processes."""
 
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name

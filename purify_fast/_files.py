@@ -13,9 +13,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +22,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
 PATIENCE = 0.2
-
-#: For each lock of this process, the ids of the process and of the thread that took the lock. The process id differs
-#: in a forked child, which does not have its parent's locks.
-_owners: dict[Path, tuple[int, int]] = {}
 
 #: The file beside the compiled extension that contains, among other facts, the hash of the extension's C++ sources.
 RECORD = "_build.json"
@@ -38,40 +32,19 @@ MARKS = ("core/philox.h", "cpu/philox.cpp")
 
 
 def with_room(write: Callable[[], None], path: Path, remark: str = "") -> None:
-    """Write a file. If the disk is full, raise an error that says what to do.
-
-    Args:
-        write: function that writes the file, and removes its partial file if it fails.
-        path: path of the file, for the message.
-        remark: text in the message, for example about the previous version of the file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a file. If the disk is full, raise an error that says what to do."""
     try:
         write()
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        # The free space cannot be read if the disk was disconnected. Then the message does not contain it.
-        free = ""
-        with contextlib.suppress(OSError):
-            free = f", its disk has {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free"
-        text = f"{error.strerror}: {path} cannot be written{free}{remark}"
+        text = f"{error.strerror}: {path} cannot be written{remark}"
         raise OSError(error.errno, f"{text}; make room, then run the same command again to continue") from error
 
 
 @contextlib.contextmanager
 def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block ends without an error.
-
-    The content is synced to the disk before the file is renamed. The new name is synced before this function returns.
-
-    Args:
-        path: the file to write. Its folder is created if it is missing.
-        previous: path to which an existing file ``path`` is moved. Then ``path`` or ``previous`` is a complete file at
-            every moment. If None, the existing file is replaced.
-    """
+    """Write a file atomically: yield a temporary path, and rename it to ``path`` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -105,12 +78,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically.
-
-    Args:
-        path: the file.
-        text: all of its content.
-    """
+    """Write a UTF-8 text file atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode())
 
@@ -124,16 +92,7 @@ class FolderInUse(ValueError):
 
 @contextlib.contextmanager
 def folder_lock(folder: str | Path | None) -> Iterator[None]:
-    """Lock a folder against all other processes and threads within the block. The same thread may lock it again.
-
-    Args:
-        folder: the folder, which is created if it is missing; None locks nothing.
-
-    Raises:
-        FolderInUse: another run has the lock.
-        ValueError: the path is a file.
-        OSError: the folder is not writable, or its file system does not support locks.
-    """
+    """Lock a folder against all other processes and threads within the block. The same thread may lock it again."""
     if folder is None:
         yield
         return
@@ -146,30 +105,21 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
     folder = Path(folder)
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path, this = folder.resolve() / LOCK, (os.getpid(), threading.get_ident())
-    owner = _owners.get(path)
-    if owner == this:
-        yield
-        return
-    if owner is not None and owner[0] == this[0]:
-        raise FolderInUse(
-            f"{folder} is in use by another thread of this process: wait for that thread, or give another folder"
-        )
-    lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10)
+    path = folder.resolve() / LOCK
+    # Each thread has its own lock, which it may take again.
+    lock = FileLock(path, timeout=PATIENCE, poll_interval=PATIENCE / 10, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
         raise FolderInUse(
             f"{folder} is in use by another run; wait for that run, end it, or give another folder"
         ) from None
-    _owners[path] = this
     try:
         yield
     finally:
-        del _owners[path]
         # Remove the lock file before the lock is released. After the release, another run may have locked the file.
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if lock.lock_counter == 1:
+            path.unlink(missing_ok=True)
         lock.release()
         # Remove the empty folders among those that this block created.
         with contextlib.suppress(OSError):
@@ -181,11 +131,7 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
 
 
 def csrc_hash(folder: Path) -> str:
-    """A hash of the names and contents of the C++ sources.
-
-    Args:
-        folder: the folder ``csrc``.
-    """
+    """A hash of the names and contents of the C++ sources."""
     content = hashlib.blake2b(digest_size=16)
     for path in sorted(path for part in PARTS for path in (folder / part).glob("*") if path.is_file()):
         for text in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
@@ -194,14 +140,7 @@ def csrc_hash(folder: Path) -> str:
 
 
 def is_stale(extension: Path, folder: Path) -> bool:
-    """Tell whether an extension was built from C++ sources that differ from those of the checkout.
-
-    The ops of a stale extension may have other arguments than the Python code passes.
-
-    Args:
-        extension: the shared object. The record ``_build.json`` lies in the same folder.
-        folder: ``csrc`` of the checkout. An installed wheel has no such folder, and its extension is never stale.
-    """
+    """Tell whether an extension was built from C++ sources that differ from those of the checkout."""
     if not all((folder / name).is_file() for name in MARKS):
         return False
     try:

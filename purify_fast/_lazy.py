@@ -14,14 +14,7 @@ from typing import Any
 
 
 def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """Make ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are imported when they are first used.
-
-    The package lists its names as imports under ``if TYPE_CHECKING:``, such as ``from .module import name as name``.
-    Python does not run these imports. Type checkers read them, and this function reads them from the source text.
-
-    Args:
-        package: the package's ``__name__``.
-    """
+    """Make ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are imported at their first use."""
     module = sys.modules[package]
     source = module.__spec__.loader.get_source(package)  # type: ignore[union-attr]
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]

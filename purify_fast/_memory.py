@@ -15,14 +15,7 @@ USUAL = 8 * 2**30
 
 
 def bytes_of(amount: int | str) -> int:
-    """An amount of memory in bytes.
-
-    Args:
-        amount: a number of bytes, or a text such as "20GB", "512 MB" or "8GiB".
-
-    Raises:
-        ValueError: ``amount`` cannot be read as an amount of memory, or is less than one byte.
-    """
+    """An amount of memory in bytes."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
     if found is None or found[2] not in UNITS or (count := int(float(found[1]) * UNITS[found[2]])) < 1:
         raise ValueError(f"memory must be a number of bytes, or a text such as 20GB or 8GiB, got {amount!r}")
@@ -30,12 +23,7 @@ def bytes_of(amount: int | str) -> int:
 
 
 def available_memory() -> int:
-    """The bytes that this process can still allocate on the host.
-
-    This is the smallest of three amounts: the memory that Linux reports as available, the unused memory of the
-    process's control groups, and the unused part of its limits on address space and data. On other systems the
-    result is 8 GiB.
-    """
+    """The bytes that this process can still allocate on the host."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -45,12 +33,7 @@ def available_memory() -> int:
 
 
 def _left_to_groups(groups: Path, mounted: Path) -> Iterator[int]:
-    """The unused bytes of each control group (version 1 or 2) that contains this process.
-
-    Args:
-        groups: the file that names the groups.
-        mounted: the folder where the system shows the groups as folders.
-    """
+    """The unused bytes of each control group (version 1 or 2) that contains this process."""
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
             _, controllers, place = line.split(":", 2)
@@ -95,11 +78,7 @@ def resident_memory() -> int:
 
 
 def peak_resident_memory(process: int | str = "self") -> int:
-    """The peak of a process's memory so far, in bytes; 0 if the system does not tell, or if the process has ended.
-
-    Args:
-        process: number of the process.
-    """
+    """The peak of a process's memory so far, in bytes; 0 if the system does not tell, or if the process has ended."""
     # The peak that getrusage or wait4 gives includes that of the process which started this process.
     return _of_process("VmHWM", process)
 
@@ -120,12 +99,7 @@ def _of_process(name: str, process: int | str = "self") -> int:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out.
-
-    Args:
-        error: any error. PyTorch has a class of errors for the memory of a GPU. If the memory of a CPU runs out,
-            PyTorch raises a RuntimeError, which is recognized by its text.
-    """
+    """Tell whether an error says that memory ran out."""
     # oneDNN names no reason if it cannot allocate the memory of a primitive.
     texts = "can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive"
     by_text = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)

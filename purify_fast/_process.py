@@ -29,10 +29,7 @@ def end_with_parent() -> None:
 
 
 def worker_pool(count: int, prepare: Callable[[], None] = end_with_parent) -> ProcessPoolExecutor:
-    """Make a pool of spawned processes. Forked processes would lack the threads of this process.
-
-    Each process first calls ``prepare``, which must call `end_with_parent`.
-    """
+    """Make a pool of spawned processes. Forked processes would lack the threads of this process."""
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=prepare)
 
 
@@ -43,30 +40,14 @@ def end_workers() -> None:
 
 
 class Stop:
-    """Tells whether this process was asked to end.
-
-    Attributes:
-        asked: whether a SIGTERM arrived within `stop_on_sigterm`.
-    """
+    """Tells whether this process was asked to end."""
 
     asked: bool = False
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """Record a first SIGTERM within the block, so that the work can end cleanly. A second SIGTERM ends the process.
-
-    The signal is not recorded in these cases:
-
-    - The user has set a handler for SIGTERM.
-    - This function is called outside the main thread, where Python sets no handlers.
-    - This process is a worker. Its parent ends it by SIGTERM.
-    - This process belongs to a group of several processes. It may be waiting for another process, and would then not
-      see the record.
-
-    Yields:
-        An object that tells whether a SIGTERM arrived.
-    """
+    """Record a first SIGTERM within the block, so that the work can end cleanly. A second SIGTERM ends the process."""
     stop = Stop()
     main = threading.current_thread() is threading.main_thread()
     alone = processes()[1] == 1 and multiprocessing.parent_process() is None
@@ -86,22 +67,14 @@ def stop_on_sigterm() -> Iterator[Stop]:
 
 
 def processes() -> tuple[int, int]:
-    """The rank of this process and the number of processes, in torch's default process group.
-
-    Returns:
-        Rank and number; (0, 1) without a process group.
-    """
+    """The rank of this process and the number of processes, in torch's default process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def patience() -> timedelta:
-    """The longest wait for another process: PURIFY_FAST_TIMEOUT in seconds, or 1800 if the variable is not set.
-
-    Raises:
-        ValueError: the variable is not a number above 0.
-    """
+    """The longest wait for another process: PURIFY_FAST_TIMEOUT in seconds, or 1800 if the variable is not set."""
     text = os.environ.get("PURIFY_FAST_TIMEOUT") or "1800"
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) < 1e9:

@@ -26,12 +26,7 @@ FASTER = 0.8
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Return what the CPU can do in bfloat16.
-
-    Returns:
-        Some of these names: "avx512_bf16" and "amx_tile" are instructions, the second matrix tiles (AMX). "onednn"
-        means that oneDNN accepts bfloat16, if necessary by other instructions.
-    """
+    """Return what the CPU can do in bfloat16."""
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     plain = os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
     tiles = not plain and any(name in most for name in ("AMX", "ALL", "DEFAULT"))
@@ -62,12 +57,7 @@ def onednn_takes_bfloat16() -> bool:
 
 
 def with_known_precision(config: Config, device: torch.device) -> Config:
-    """Replace the precision "auto" in a training's settings by "bfloat16" or "float32", and log the choice.
-
-    Args:
-        config: dataclass with the field ``precision``.
-        device: device of the training.
-    """
+    """Replace the precision "auto" in a training's settings by "bfloat16" or "float32", and log the choice."""
     if config.precision != "auto":
         return config
     chosen = "bfloat16" if fast_bfloat16(device) else "float32"

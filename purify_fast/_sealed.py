@@ -24,14 +24,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previous: Path | None = None) -> None:
-    """Write tensors and a JSON value to one safetensors file, atomically.
-
-    Args:
-        path: the file.
-        content: the JSON value.
-        tensors: tensors by their names.
-        previous: path to which an existing file ``path`` is moved. If None, the existing file is replaced.
-    """
+    """Write tensors and a JSON value to one safetensors file, atomically."""
     # safetensors refuses tensors that share memory, so clone them.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(content)
@@ -41,14 +34,7 @@ def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor], previo
 
 
 def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Read the JSON value and the tensors that `write_sealed` wrote.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: the file is damaged or has another format. The message does not contain the file's name.
-    """
+    """Read the JSON value and the tensors that `write_sealed` wrote."""
     # Open the file only once, because another process may replace it at any time. safetensors.safe_open opens it twice.
     data = path.read_bytes()
     try:

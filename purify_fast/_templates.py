@@ -11,13 +11,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def environment(package: str) -> jinja2.Environment:
-    """The jinja2 environment of a package's templates.
-
-    A missing variable raises an error. HTML templates escape every text.
-
-    Args:
-        package: the package that contains the templates.
-    """
+    """The jinja2 environment of a package's templates."""
     # The import of jinja2 takes 0.05 seconds, and ``--help`` on the command line should not wait for it.
     import jinja2
 
@@ -30,11 +24,5 @@ def environment(package: str) -> jinja2.Environment:
 
 
 def render(package: str, template: str, **values: Any) -> str:
-    """Render a template to text.
-
-    Args:
-        package: the package that contains the template.
-        template: the name of its file.
-        values: the variables of the template.
-    """
+    """Render a template to text."""
     return environment(package).get_template(template).render(values)

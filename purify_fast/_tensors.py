@@ -14,15 +14,7 @@ from torch import Tensor, nn
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape a vector with one number per image, so that it can be broadcast over the images.
-
-    Args:
-        values: the numbers ``[B]``, any dtype.
-        like: images ``[B, ...]``, or any tensor with one entry per image.
-
-    Returns:
-        A view of ``values`` of shape ``[B, 1, ...]`` with the number of dimensions of ``like``.
-    """
+    """Reshape a vector with one number per image, so that it can be broadcast over the images."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -41,12 +33,7 @@ def check_one_device(**tensors: Tensor) -> None:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raise an error unless all arguments are floating-point tensors on one device. The keywords are their names.
-
-    Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: a dtype is not floating point, or the devices differ.
-    """
+    """Raise an error unless all arguments are floating-point tensors on one device. The keywords are their names."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -58,10 +45,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_alike(**tensors: Tensor) -> None:
-    """Raise a ValueError if the tensors differ in shape, dtype or device. The keywords are the names in the message.
-
-    The shape must be [B, ...], with at least two dimensions, and the dtype must be a floating-point dtype.
-    """
+    """Raise a ValueError if the tensors differ in shape, dtype or device. The keywords are the names in the message."""
     first, *others = tensors.values()
     # Every call of an op runs this loop, so it must be fast.
     shape_fits, dtype_fits = first.dim() >= 2, first.dtype in FLOATING and first.layout == torch.strided
@@ -79,39 +63,17 @@ def check_alike(**tensors: Tensor) -> None:
 
 
 def repeat_batch(x: Tensor, times: int) -> Tensor:
-    """Repeat the whole batch ``times`` times.
-
-    Args:
-        x: tensor ``[B, ...]``.
-        times: number of copies, at least 1.
-
-    Returns:
-        A new tensor ``[times * B, ...]``. ``unflatten(0, (times, -1))`` separates the copies again.
-    """
+    """Repeat the whole batch ``times`` times."""
     return x.repeat(times, *[1] * (x.dim() - 1))
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """Permute the dimensions of a tensor into their order in memory, from the largest stride to the smallest.
-
-    Args:
-        x: any tensor.
-
-    Returns:
-        A view of ``x``. The view is contiguous if there are no gaps in memory between the numbers of ``x``.
-    """
+    """Permute the dimensions of a tensor into their order in memory, from the largest stride to the smallest."""
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
 def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
-    """View a vector with the shape and the memory layout of ``x``.
-
-    Args:
-        numbers: contiguous vector ``[N]`` with one number for each element of ``x``, in the order of
-            `in_memory_order`.
-        x: the tensor whose shape the view gets. The view also gets the strides of ``x`` if there are no gaps in memory
-            between the numbers of ``x``.
-    """
+    """View a vector with the shape and the memory layout of ``x``."""
     ordered = in_memory_order(x)
     if ordered.is_contiguous():
         return numbers.as_strided(x.shape, x.stride(), numbers.storage_offset())
@@ -130,24 +92,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Switch ``torch.autocast`` off within a block, so that operators keep the dtypes of their inputs.
-
-    Args:
-        device: device of the tensors. Meta tensors have no autocast, and PyTorch raises an error if it is switched off
-            for them.
-
-    Returns:
-        A context manager, which does nothing for meta tensors.
-    """
+    """Switch ``torch.autocast`` off within a block, so that operators keep the dtypes of their inputs."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """A block with PyTorch's own defaults: float32, tensors on the CPU, and no inference mode.
-
-    Networks that are built in it have the dtypes of their files and gradients, whatever the caller has set.
-    """
+    """A block with PyTorch's own defaults: float32, tensors on the CPU, and no inference mode."""
     dtype = torch.get_default_dtype()
     with torch.inference_mode(False), torch.device("cpu"):
         torch.set_default_dtype(torch.float32)
@@ -158,28 +109,12 @@ def torch_defaults() -> Iterator[None]:
 
 
 def first_tensor(module: nn.Module) -> Tensor:
-    """The first floating-point parameter or buffer of a module. Callers use its device and dtype as the module's.
-
-    Args:
-        module: any module.
-
-    Returns:
-        The tensor; for a module without floating-point tensors, a float32 zero on the CPU.
-    """
+    """The first floating-point parameter or buffer of a module. Callers use its device and dtype as the module's."""
     return next(_floating(module), torch.zeros(()))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of `first_tensor`.
-
-    This function never makes a tensor, because a new tensor would split the graph of a compiled step.
-
-    Args:
-        module: any module.
-
-    Returns:
-        The dtype; float32 for a module without floating-point tensors.
-    """
+    """The dtype of `first_tensor`."""
     return next((tensor.dtype for tensor in _floating(module)), torch.float32)
 
 
@@ -204,10 +139,7 @@ def content_hash(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
 
 
 def digest(*tensors: Tensor | Digested) -> str:
-    """A hash of the dtypes, shapes and contents of tensors.
-
-    The hash is made from one hash per tensor. So the stored hash of a tensor can be passed in place of the tensor.
-    """
+    """A hash of the dtypes, shapes and contents of tensors."""
     whole = text_hash()
     for tensor in tensors:
         if isinstance(tensor, Tensor):
@@ -220,10 +152,8 @@ def digest(*tensors: Tensor | Digested) -> str:
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameters and buffers: names, dtypes, shapes and bytes.
-
-    Saved models and checkpoints contain this hash. Do not change its computation: all saved files would be refused.
-    """
+    """A short hash of a module's parameters and buffers: names, dtypes, shapes and bytes."""
+    # Saved models and checkpoints contain this hash, so its computation must not change.
     content = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -242,10 +172,5 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_stamp(tensor: Tensor) -> int:
-    """A number that changes when the tensor is written to, or when a tensor at another address takes its place.
-
-    Args:
-        tensor: any tensor. The number of a tensor that was made in inference mode never changes, because PyTorch does
-            not count the writes to such a tensor.
-    """
+    """A number that changes when the tensor is written to, or when a tensor at another address takes its place."""
     return hash((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

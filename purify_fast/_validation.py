@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
@@ -40,15 +39,7 @@ _types_of: dict[type, dict[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Range:
-    """The allowed numbers of a field, as a part of its type: ``Annotated[float, Range(0, 1)]``.
-
-    Args:
-        low: the lower bound.
-        high: the upper bound; infinity if there is no upper bound.
-        above: whether ``low`` itself is excluded.
-        below: whether ``high`` itself is excluded. With an infinite ``high``, this means that the value is finite.
-        unit: text after the bounds in the message.
-    """
+    """The allowed numbers of a field, as a part of its type: ``Annotated[float, Range(0, 1)]``."""
 
     low: float
     high: float = math.inf
@@ -84,32 +75,13 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value``, the argument called ``name``, is a number.
-
-    For a fraction in quotes, such as "8/255", the message says how to write it as a number.
-    """
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return
-    got, hint = repr(value), ""
-    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+\s*/\s*[\d.]+\s*", value):
-        hint = f": write {' / '.join(part.strip() for part in value.split('/'))} without quotes"
-    elif (shape := getattr(value, "shape", None)) is not None:
-        got = f"{type(value).__module__}.{type(value).__name__} {list(shape)}"
-        hint = f": convert it by float({name})" if math.prod(shape) == 1 else ""
-    raise TypeError(f"{name} must be a number, such as 8 / 255, got {got}{hint}")
+    """Raise a TypeError unless ``value``, the argument called ``name``, is a number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, such as 8 / 255, got {value!r}")
 
 
 def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
-    """Convert the name of a norm to this package's spelling, such as ``linf``.
-
-    Args:
-        norm: the name in upper or lower case, with or without ``-`` or ``_``: ``Linf``, ``L-inf`` and ``l_inf`` mean
-            ``linf``.
-        allowed: the norms that the caller allows, in this package's spelling.
-
-    Raises:
-        ValueError: ``norm`` is none of the allowed norms.
-    """
+    """Convert the name of a norm to this package's spelling, such as ``linf``."""
     known = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
     if known not in allowed:
         raise ValueError(
@@ -126,15 +98,7 @@ def check_literal(name: str, value: Any, literal: Any) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raise a ValueError if a field of a dataclass does not have the type and the `Range` of its annotation.
-
-    Python itself does not check annotations. Without this check, a wrong type, such as "5" in place of 5, could remain
-    unnoticed for hours, and then stop a training.
-
-    Args:
-        config: the dataclass. A field is checked if its type is bool, int, float, str, ``typing.Literal``, a dataclass
-            or a tuple of these, also if the field may be None. Fields of other types are not checked.
-    """
+    """Raise a ValueError if a field of a dataclass does not have the type and the `Range` of its annotation."""
     if type(config) not in _types_of:
         _types_of[type(config)] = get_type_hints(type(config), include_extras=True)
     for name, kind in _types_of[type(config)].items():
@@ -174,12 +138,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def check_folder(name: str, path: str | Path | None) -> None:
-    """Raise a ValueError if the path of a folder, or one of its parents, is a file.
-
-    Args:
-        name: name of the argument.
-        path: its value. None is accepted.
-    """
+    """Raise a ValueError if the path of a folder, or one of its parents, is a file."""
     if path is None:
         return
     for place in (Path(path), *Path(path).parents):
@@ -191,11 +150,7 @@ def check_folder(name: str, path: str | Path | None) -> None:
 
 
 def usable_device(name: str) -> str:
-    """Check the name of a device, and replace "auto" by "cuda" or "cpu".
-
-    Raises:
-        ValueError: there is no such device, or this machine does not have it.
-    """
+    """Check the name of a device, and replace "auto" by "cuda" or "cpu"."""
     import torch
 
     if name == "auto":
@@ -203,25 +158,12 @@ def usable_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        # For an unknown name, PyTorch's message is a list of all names that it knows.
-        why = "PyTorch has no such device" if why.startswith("Expected one of") else why
-        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N ({why})") from error
+        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N") from error
     return name
 
 
 def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Raise an error if tensors are missing, unknown or have a wrong shape.
-
-    Args:
-        what: the beginning of the message.
-        shapes: the shape of each tensor, by its name.
-        wanted: the required shape of each tensor, by its name.
-
-    Raises:
-        ValueError: a tensor is missing, is unknown or has a wrong shape. The message names at most four of these
-            tensors.
-    """
+    """Raise an error if tensors are missing, unknown or have a wrong shape."""
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
     problems += [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
     problems += [

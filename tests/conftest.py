@@ -134,7 +134,6 @@ def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PURIFY_FAST_VERIFY", raising=False)
     monkeypatch.setattr(verify, "_known", {})
-    monkeypatch.setattr(verify, "_postponed", {})
     verify._warn_unwritable.cache_clear()
     races.forget_files()
     registry.forget_choices()

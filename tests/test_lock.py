@@ -70,7 +70,7 @@ def test_the_same_thread_may_take_it_again_and_another_may_not(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert len(refused) == 1 and "another thread of this process" in refused[0]
+    assert len(refused) == 1 and "is in use by another run" in refused[0]
     # a folder that was created for the lock alone is removed with the lock
     assert not (tmp_path / "a").exists()
 
@@ -107,26 +107,6 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
     for attacked in (tmp_path / "model", "zoo:digits-pgd-at", f"{tmp_path}/mine.py:make"):
         assert cli.main(["evaluate", str(attacked), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
         assert "is in use by another run" in capsys.readouterr().err
-
-
-def test_a_second_race_of_the_same_kernels(tmp_path, monkeypatch, capsys):
-    """Two at once would slow each other, and both write one file."""
-    import torch
-
-    from purify_fast import _library, cli
-    from purify_fast.ops.dispatch import records
-
-    if not _library.loaded():
-        pytest.skip("the CPU's kernels are the extension's")
-    monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
-    process = start_holder(records.file_of("raced", torch.device("cpu")).with_suffix(""))
-    try:
-        assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 2
-        assert "is in use by another run" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.wait()
-    assert not list((tmp_path / "cache").glob("*.json"))
 
 
 @pytest.mark.parametrize("words", [["study", "carso_digits", "--quick"], ["gpu_check", "correct", "--rehearse"]])

@@ -33,7 +33,6 @@ from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import racing, records, verify
-from purify_fast.ops.dispatch.op import Call
 from purify_fast.ops.dispatch.registry import Op
 from purify_fast.speed import retain_freed_memory
 from purify_fast.speed.graphs.cuda_capture import CudaCapture
@@ -245,7 +244,7 @@ def verdicts(context: Context) -> Outcome:
     """Compare every kernel with its definition in float64. Most of the measured time is compilation."""
 
     def one(op: Op) -> dict:
-        verdict = verify.verdict_of(op, Call(context.device))
+        verdict = verify.verdict_of(op, context.device)
         return {"op": op.name, **asdict(verdict), "passed": verdict.passed}
 
     return measured(context, VERDICTS, {op.name: partial(one, op) for op in _with_kernels(context.device)})
@@ -473,7 +472,7 @@ def races(context: Context) -> Outcome:
     capture = CudaCapture() if device.type == "cuda" else None
     tuned = racing.tune(device, seconds=(0.5 if context.rehearsal else 0.9) * context.left, capture=capture)
     shipping.take(device, context.out)
-    ratios = [row.ratio for op in _with_kernels(device) for row in racing.known_rows(op, device)]
+    ratios = [row.ratio for rows in tuned.rows.values() for row in rows]
     problems = {**tuned.failed, **tuned.wrong}
     summary = (
         f"{len(ratios)} comparisons of kernel and reference, the kernel was faster in "

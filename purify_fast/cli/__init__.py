@@ -23,7 +23,7 @@ from .._version import __version__
 from .check import Check
 from .command import Command
 from .evaluate import Evaluate
-from .parsing import Refused, cli, early_options, parse
+from .parsing import cli, early_options, parse
 from .plan import Plan, read_plan
 from .purify import Purify
 from .shared_machine import allowed_cores, wait_passively
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         # The program that reads the output, such as `head`, has closed the pipe. So print nothing more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Refused, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # Each of several processes prints its own error, so the message names the process.
         rank = _rank()
         # stderr may be closed, or a file on a full disk.

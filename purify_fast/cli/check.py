@@ -58,9 +58,7 @@ class Check(Command):
         return 0 if checked.confirmed else 1
 
     def evaluated(self, folder: Path) -> Evaluate:
-        """The `evaluate` command that wrote the report in a folder, with MODEL if given. It loads the model, and is not
-        run.
-        """
+        """The `evaluate` command that wrote the report in a folder, with MODEL if given."""
         if self.model is not None:
             words = [self.model]
         elif (path := folder / RUN_FILE).is_file():

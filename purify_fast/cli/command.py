@@ -43,10 +43,7 @@ class Command(ABC):
         return getattr(self, "out", None)
 
     def ignored_beside(self) -> dict[tuple[str, ...], str]:
-        """Options that have no effect together with this command's other options, with the message that refuses them.
-
-        In a message, ``{given}`` stands for the names of the refused options.
-        """
+        """Options that have no effect beside this command's other options, with the message that refuses them."""
         return {}
 
 

@@ -184,10 +184,7 @@ class Evaluate(ProcessOptions, DataCommand):
         return model, None
 
     def prepared(self, images: DataSet) -> tuple[Classifier, nn.Module | None]:
-        """Load the models, accelerated if --precision asks for it.
-
-        TF32 is a setting of PyTorch, not of the model, so the callers of this method switch it on.
-        """
+        """Load the models, accelerated if --precision asks for it."""
         import torch
 
         from ..defences.base import Defence

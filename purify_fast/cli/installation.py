@@ -19,7 +19,7 @@ from ..ops import REGISTRY
 from ..ops.dispatch import races, records
 from ..ops.dispatch.op import Call, Style
 from ..ops.dispatch.registry import Op, forced_backends
-from ..ops.dispatch.verify import Verdict, by_op, known_verdicts, mode
+from ..ops.dispatch.verify import Verdict, known_verdicts, mode
 
 
 def facts(extension: str | Path | None) -> dict[str, str | None]:
@@ -87,23 +87,18 @@ def _state(op: Op, kind: str, verdict: Verdict | None) -> tuple[str, str, str]:
 def _verdicts(kind: str) -> dict[str, Verdict]:
     """For each op, by its name, the stored result of the verification of its kernel on this machine's CPU or GPU."""
     device = _devices().get(kind)
-    return {} if device is None else by_op(known_verdicts(REGISTRY, device))
+    return {} if device is None else known_verdicts(REGISTRY, device)
 
 
 def _served(kind: str) -> str:
     """A sentence that counts the ops that kernels compute in eager calls, and names the kernels that are wrong."""
     verdicts = _verdicts(kind)
     eager = [_state(op, kind, verdicts.get(name))[0] for name, op in REGISTRY.items()]
-    served = f"kernels compute {len(eager) - eager.count('reference') - eager.count('nothing')} of {len(eager)} ops"
-    if forced := forced_backends():
-        served += f", and plain PyTorch {eager.count('reference')}; {','.join(forced)} is forced"
-        if failing := eager.count("nothing"):
-            served += f": the other {failing} raise an error, because they have no such kernel on {kind}"
-    else:
-        served += ", and plain PyTorch the others"
-    wrong = [name for name, verdict in verdicts.items() if not verdict.passed and name in REGISTRY]
-    text = f"; WRONG here, and therefore not used: {', '.join(wrong)}; please report it" if wrong else ""
-    return f"on {kind}, {served}{text}"
+    served = sum(backends not in ("reference", "nothing") for backends in eager)
+    forced = f"; {','.join(forced_backends())} is forced" if forced_backends() else ""
+    wrong = ", ".join(name for name, verdict in verdicts.items() if not verdict.passed)
+    told = f"; WRONG here, and therefore not used: {wrong}; please report it" if wrong else ""
+    return f"on {kind}, kernels compute {served} of {len(eager)} ops, and plain PyTorch the others{forced}{told}"
 
 
 def _raced(kind: str) -> str:
@@ -113,27 +108,15 @@ def _raced(kind: str) -> str:
         return "this machine has no GPU; on a GPU, kernels are verified at their first use"
     own, near = races.read(device), races.nearest(records.machine(device))
     if own.get("ops"):
-        stale = [
-            name
-            for name, entry in own["ops"].items()
-            if name not in REGISTRY or entry.get("sources") != REGISTRY[name].code_hash(kind)
-        ]
-        told = f"{len(own['ops'])} ops were timed on this machine on {own['date']}, {records.file_of('raced', device)}"
-        if stale:
-            told += f"; OUTDATED for {', '.join(stale)}, whose sources have changed: run `purify-fast tune`"
-        return told
-    if near is None:
-        return "no kernel was timed on this card or a similar card: run `purify-fast tune`"
-    machine = near["machine"]["device"]
-    return f"no kernel was timed on this machine, but on {machine} on {near['date']}: run `purify-fast tune`"
+        stale = [name for name in own["ops"] if name not in REGISTRY or not races.own_entry(REGISTRY[name], device)]
+        told = f"; OUTDATED for {', '.join(stale)}: run `purify-fast tune`" if stale else ""
+        return f"{len(own['ops'])} ops were timed here on {own['date']}, {records.file_of('raced', device)}{told}"
+    where = f", but on {near['machine']['device']} on {near['date']}" if near else " or on a similar card"
+    return f"no kernel was timed on this machine{where}: run `purify-fast tune`"
 
 
 def info(everything: bool) -> str:
-    """The text of the command ``info``: versions, devices, the number of ops that kernels compute, and wrong kernels.
-
-    Args:
-        everything: whether to add the environment and a table of all ops.
-    """
+    """The text of the command ``info``: versions, devices, how many ops kernels compute, and wrong kernels."""
     verdicts = {kind: _verdicts(kind) for kind in ("cpu", "cuda")}
     body = [
         (name if kind == "cpu" else "", kind, ", ".join(exists), *_state(op, kind, verdicts[kind].get(name)))

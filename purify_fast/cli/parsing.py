@@ -2,30 +2,17 @@
 
 A recipe and the file ``--config`` change the defaults of the options, but not options on the command line.
 
-tyro reads the values, and makes the dataclasses of the command from them. Three rules differ from tyro's own rules:
-
-- Numbers may be fractions: ``--eps 8/255``.
-- tyro accepts any word for an option with a fixed set of words. The dataclass refuses wrong words more clearly.
-- If a dataclass refuses a value, its message is printed unchanged, without tyro's text around it.
+tyro reads the values, and makes the dataclasses of the command from them. Numbers may be fractions: ``--eps 8/255``.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-    StructConstructorSpec,
-    StructTypeInfo,
-)
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from .._version import __version__
 from .command import Command
@@ -38,52 +25,23 @@ C = TypeVar("C", bound=Command)
 MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
-class _Unread(str):
-    """A word that should be a number but is not. `_refuse_words` refuses the word later, when the option is known."""
-
-
-class Refused(Exception):
-    """Raised if a configuration does not accept its values. tyro would change the text of a ValueError."""
-
-
 def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if info.type is not float:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="FLOAT",
-        instance_from_str=lambda words: _number_or_word(words[0]),
+        instance_from_str=lambda words: number(words[0]),
         is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
         str_from_instance=lambda value: [f"{value:.6g}" if value == float(f"{value:.6g}") else str(value)],
     )
 
 
-def _number_or_word(word: str) -> float | _Unread:
-    """The number that a word stands for, or the word itself as `_Unread`."""
-    try:
-        return number(word)
-    except ValueError:
-        return _Unread(word)
-
-
-def _refuse_words(values: Mapping[str, Any]) -> None:
-    """Raise `Refused` if a value is a word in place of a number. ``values`` are a dataclass's values by field name."""
-    for name, value in values.items():
-        for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, _Unread):
-                option = f"--{name.replace('_', '-')}"
-                if name == "claim":
-                    raise Refused(
-                        f"--claim must be a number of percent without the sign %, as in --claim 70, got {one}"
-                    )
-                raise Refused(f"{option} must be a number or a fraction such as 8/255, got {str(one)!r}")
-
-
 def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Any word for an option with a fixed set of words: the dataclass allows other spellings, such as Linf."""
     allowed = get_args(info.type)
     if get_origin(info.type) is not Literal or not all(isinstance(word, str) for word in allowed):
         return None
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(allowed) + "}",
@@ -93,36 +51,11 @@ def _choices(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-class _InTyroLookup:
-    """Marks a type that `_refused_in_its_own_words` must skip, so that tyro returns its own rule for the type."""
-
-
-def _refused_in_its_own_words(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The rule for dataclasses. It is tyro's rule, but a ValueError becomes `Refused`."""
-    if _InTyroLookup in info.markers or not dataclasses.is_dataclass(info.type):
-        return None
-    spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _InTyroLookup)))
-    if not isinstance(spec, StructConstructorSpec):
-        return None
-    build = spec.instantiate
-
-    @wraps(build)
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        _refuse_words(kwargs)
-        try:
-            return build(*args, **kwargs)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-
-    return dataclasses.replace(spec, instantiate=refusing)
-
-
 def option_types() -> ConstructorRegistry:
     """The rules of this module, for ``tyro.cli(registry=...)``."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_fractions)
     registry.primitive_rule(_choices)
-    registry.struct_rule(_refused_in_its_own_words)
     return registry
 
 
@@ -156,18 +89,7 @@ def _refuse_ignored(command: Command, given: set[str]) -> None:
 
 
 def parse(kind: type[C], arguments: list[str]) -> C:
-    """Make a command of a class from the words after the command's name.
-
-    Args:
-        kind: the class of the command.
-        arguments: the words.
-
-    Raises:
-        ValueError: a recipe or a file cannot be used, or the options contradict each other.
-        OSError: the file cannot be read.
-        Refused: a configuration does not accept a value.
-        SystemExit: a word is not an option or value of this command, or ``--help`` was given.
-    """
+    """Make a command of a class from the words after the command's name."""
     early, given = early_options().parse_known_args(arguments)[0], _names(arguments)
     in_file = {} if early.config is None else options_of(early.config, kind)
     default, options = kind(), in_file

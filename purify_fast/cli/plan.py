@@ -42,12 +42,7 @@ class Plan(Command):
 
 
 def read_plan(words: list[str], read: Callable[[list[str]], Command]) -> Plan:
-    """Make a plan from the words after ``plan``.
-
-    Args:
-        words: the options of the plan, then the command of the run.
-        read: function that makes a command from its words.
-    """
+    """Make a plan from the words after ``plan``."""
     begin = next((i for i, word in enumerate(words) if word in ("train", "evaluate")), len(words))
     return replace(parse(Plan, words[:begin]), run_planned=read(words[begin:]) if begin < len(words) else None)
 

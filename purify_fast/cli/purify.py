@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,21 +73,10 @@ class Purify(ProcessOptions, Command):
         print(f"written: {self.target} ({len(files)} image{'s' if len(files) > 1 else ''}{first})")
 
     def files(self) -> dict[Path, Path]:
-        """The images to read, each with the file to write.
-
-        Raises:
-            FileNotFoundError: SOURCE does not exist, or contains no images.
-            ValueError: SOURCE is no image; TARGET is no PNG file, or no folder; TARGET would replace an image of
-                SOURCE; or two images would be written to a single file.
-        """
+        """The images to read, each with the file to write."""
         from ..data.folders import SUFFIXES
 
-        allowed = ", ".join(SUFFIXES)
-        if not self.source.exists():
-            raise FileNotFoundError(f"SOURCE {self.source} does not exist: give an image file, or a folder of images")
         if self.source.is_file():
-            if self.source.suffix.lower() not in SUFFIXES:
-                raise ValueError(f"SOURCE must be a {allowed} file or a folder, got {self.source}")
             if self.target.is_dir() or self.target.suffix.lower() != ".png":
                 raise ValueError(f"TARGET must be a .png file, because SOURCE is a file, got {self.target}")
             files = {self.source: self.target}
@@ -96,24 +84,15 @@ class Purify(ProcessOptions, Command):
             check_folder("TARGET", self.target)
             images = sorted(path for path in self.source.rglob("*") if path.suffix.lower() in SUFFIXES)
             if not images:
-                raise FileNotFoundError(f"SOURCE {self.source} contains no images: give a folder of {allowed} files")
+                raise FileNotFoundError(f"SOURCE must be an image, or a folder of images, got {self.source}")
             files = {path: self.target / path.relative_to(self.source).with_suffix(".png") for path in images}
-        sources = {path.resolve() for path in files}
-        readers: dict[Path, Path] = {}
-        for path, written in files.items():
-            if written.resolve() in sources:
-                raise ValueError(f"TARGET must not replace an image of SOURCE, got {self.target}: choose another name")
-            if (other := readers.setdefault(written, path)) != path:
-                raise ValueError(f"{other} and {path} would both be written to {written}: rename one of them")
+        written = [path.resolve() for path in files.values()]
+        if len({*written, *(path.resolve() for path in files)}) < 2 * len(files):
+            raise ValueError(f"each image needs its own file in TARGET, apart from SOURCE, got {self.target}")
         return files
 
     def defence(self) -> Defence:
-        """Load the defence to the device.
-
-        Raises:
-            FileNotFoundError: the folder or a file of it is missing.
-            ValueError: MODEL is not a saved defence or denoiser.
-        """
+        """Load the defence to the device."""
         from torch import nn
 
         from ..methods.loading import is_denoiser, load_defence
@@ -133,15 +112,7 @@ class Purify(ProcessOptions, Command):
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decode an image, uint8 ``[C, H, W]``. Transparency and the orientation in the metadata of a photo are ignored.
-
-    Args:
-        path: the file.
-        shape: the shape (C, H, W) that the image must have. A gray image is also an image of three channels.
-
-    Raises:
-        ValueError: the file cannot be decoded, or the image has another shape.
-    """
+    """Decode an image, uint8 ``[C, H, W]``. Transparency and the orientation in the metadata of a photo are ignored."""
     import numpy as np
     from PIL import Image
 
@@ -158,10 +129,8 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     image = image[:1] if shape[0] == 1 and (image == image[:1]).all() else image
     if image.shape != tuple(shape):
         got, wanted = ("x".join(map(str, sizes)) for sizes in (image.shape, shape))
-        size, gray = f"{shape[2]}x{shape[1]}", " -colorspace Gray" if shape[0] == 1 else ""
         raise ValueError(
             f"{path} must be {wanted} (channels x height x width), like the images on which the defence was trained, "
-            f"got {got}: convert the image first, for example by ImageMagick: convert {shlex.quote(str(path))} -resize "
-            f"{size}^ -gravity center -extent {size}{gray} converted.png"
+            f"got {got}: convert the image first"
         )
     return image

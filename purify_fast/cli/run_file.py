@@ -63,11 +63,7 @@ def write_run_file(command: Command, folder: Path) -> None:
 
 
 def ball_of_run(folder: Path) -> tuple[float, str] | None:
-    """The radius and the norm of a training; None if no file contains them, or if the images were not attacked.
-
-    Raises:
-        ValueError: ``run.yaml`` or the checkpoint is damaged.
-    """
+    """The radius and the norm of a training; None if no file contains them, or if the images were not attacked."""
     if (folder / RUN_FILE).is_file():
         options = read_run_file(folder / RUN_FILE)
     else:
@@ -102,13 +98,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
-    """Read the options of a command from a file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: there is no such file, or it is not a table, belongs to another command, or contains a name that is
-            not an option.
-    """
+    """Read the options of a command from a file."""
     name = kind.called
     options = {key.replace("-", "_"): value for key, value in read_run_file(path).items()}
     options.pop("version", None)
@@ -122,12 +112,7 @@ def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
 
 
 def with_options(config: C, options: dict[str, Any]) -> C:
-    """Make a copy of a command or configuration in which some options have other values.
-
-    Args:
-        config: the command or configuration. Options of configurations inside it are replaced too.
-        options: the new values, as read from YAML. A number may be a text such as "8/255".
-    """
+    """Make a copy of a command or configuration in which some options have other values."""
     hints, changed = typing.get_type_hints(type(config)), {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
@@ -152,15 +137,7 @@ def _as_type(value: Any, kind: Any) -> Any:
 
 
 def report_file(folder: Path, name: str) -> Path:
-    """Find a file of a report.
-
-    Args:
-        folder: folder of the report, or of the run that was evaluated.
-        name: name of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Find a file of a report."""
     for path in (folder / name, folder / EVALUATION / name):
         if path.is_file():
             return path

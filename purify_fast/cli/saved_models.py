@@ -24,15 +24,7 @@ def zoo_name(folder: str | Path) -> str | None:
 
 
 def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
-    """The folder of a saved model.
-
-    Args:
-        folder: a folder, or ``zoo:NAME`` for a model of the zoo.
-        classifier: whether to return the folder of the classifier of a saved defence instead.
-
-    Raises:
-        ValueError: the zoo has no such model.
-    """
+    """The folder of a saved model."""
     name = zoo_name(folder)
     if name is None:
         return Path(folder) / "classifier" if classifier else Path(folder)
@@ -47,12 +39,7 @@ def is_named(classifier: str) -> bool:
 
 
 def refuse_fresh_weights(spec: str, instead: str) -> None:
-    """Raise a ValueError for the name of a network of torchvision or timm, because the network has random weights.
-
-    Args:
-        spec: the name.
-        instead: advice for the message.
-    """
+    """Raise a ValueError for the name of a network of torchvision or timm, because the network has random weights."""
     from ..models.foreign import LIBRARIES, check_library_name
 
     if spec.partition(":")[0] in LIBRARIES:
@@ -61,17 +48,7 @@ def refuse_fresh_weights(spec: str, instead: str) -> None:
 
 
 def own_model(spec: str, images: DataSet) -> Classifier:
-    """Call a function of the user and return its result, which is a module or a function from images to logits.
-
-    Args:
-        spec: the function, as ``package.module:function`` or ``path/to/file.py:function``.
-        images: the data set, on which the model is tried.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ModuleNotFoundError: the module is not installed.
-        ValueError: the function does not return a model, or the model does not run on the images.
-    """
+    """Call a function of the user and return its result, which is a module or a function from images to logits."""
     from ..models.foreign import called_by
 
     refuse_fresh_weights(spec, "name a folder, or your function that loads weights, as module:function")
@@ -85,12 +62,7 @@ def own_model(spec: str, images: DataSet) -> Classifier:
 
 
 def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Module:
-    """Make a network by its name, with random or given weights.
-
-    Raises:
-        FileNotFoundError: the weights do not exist.
-        ValueError: no network has this name, the weights are damaged, or the network does not run on the images.
-    """
+    """Make a network by its name, with random or given weights."""
     from ..data import statistics
     from ..models.foreign import build_foreign
 
@@ -100,17 +72,7 @@ def named_classifier(spec: str, weights: str | None, images: DataSet) -> nn.Modu
 
 
 def trained_classifier(classifier: str | Path, weights: str | None, images: DataSet) -> nn.Module:
-    """Load a trained classifier to the device of the images.
-
-    Args:
-        classifier: a folder, ``zoo:NAME``, or the name of a network.
-        weights: the weights, if ``classifier`` is the name of a network; None for a folder or ``zoo:NAME``.
-        images: the data set.
-
-    Raises:
-        FileNotFoundError: the folder or the weights do not exist.
-        ValueError: the weights are damaged, or do not fit the network or the images.
-    """
+    """Load a trained classifier to the device of the images."""
     from ..training import load_classifier
 
     text = str(classifier)
@@ -129,13 +91,7 @@ def trained_classifier(classifier: str | Path, weights: str | None, images: Data
 
 
 def on_images(model: Model, spec: str, images: DataSet) -> Model:
-    """Move a module to the device of the images, and try the model on two images.
-
-    If the model is a function, the modules that it uses are not moved.
-
-    Raises:
-        ValueError: the model fails, or returns too few logits for the classes of the data set.
-    """
+    """Move a module to the device of the images, and try the model on two images."""
     from torch import nn
 
     from ..attacks.attacked_model import frozen, returning_logits
@@ -157,13 +113,7 @@ def on_images(model: Model, spec: str, images: DataSet) -> Model:
 
 
 def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
-    """Raise a ValueError if a model was trained on images of another size, or on fewer classes than these images have.
-
-    Args:
-        model: a defence, or a classifier of this package.
-        images: the data set.
-        what: name of the model in the message.
-    """
+    """Raise a ValueError if a model was trained on images of another size, or on fewer classes than these images."""
     from ..attacks.outputs import image_shape_of
     from ..defences.base import Defence
 

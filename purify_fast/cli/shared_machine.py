@@ -15,21 +15,13 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait, unless the user has decided. Call this before PyTorch is loaded.
-
-    By default the threads spin. If another program has one of the cores, each of thousands of short parallel loops then
-    waits until the system gives the core back.
-    """
+    """Let OpenMP's threads sleep while they wait, unless the user has decided. Call this before PyTorch is loaded."""
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def allowed_cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use, by its affinity and by the CPU quota of its container; at least 1.
-
-    Args:
-        root: root of the file system.
-    """
+    """Return how many cores this process may use, by its affinity and by the CPU quota of its container; at least 1."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():

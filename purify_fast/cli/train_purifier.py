@@ -285,11 +285,7 @@ def check_size(purifier: nn.Module, images: DataSet) -> None:
 
 
 def saved_start(folder: Path, kind: type[Defence], classifier: nn.Module, **options: Any) -> Any:
-    """Load the defence from which a training starts. ``options`` are arguments of `purify_fast.load_defence`.
-
-    Raises:
-        ValueError: the folder contains a defence of another class.
-    """
+    """Load the defence from which a training starts. ``options`` are arguments of `purify_fast.load_defence`."""
     from ..methods.loading import load_defence
 
     defence = load_defence(folder, classifier, **options)

@@ -99,13 +99,7 @@ class FollowsRecipe(Training):
 
     @classmethod
     def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
-        """Make this command with the settings of a recipe.
-
-        Args:
-            name: the name, with or without the method.
-            official_code: repeat the known mistakes of the authors' code.
-            batch_size: images per step, if this is not the recipe's number.
-        """
+        """Make this command with the settings of a recipe."""
         from ..methods.recipes import recipe
 
         published = recipe(name, cls.of)

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .._files import FolderInUse, folder_lock
 from .._validation import Positive, usable_device
 from .command import Command
 
@@ -24,28 +23,21 @@ class Tune(Command):
 
     Args:
         device: Device whose kernels are timed: cpu or cuda. auto: a GPU if there is any.
-        full: Time the kernels also inside graphs of torch.compile, whose compilation takes longer; see --minutes.
         ops: Names of the ops to time, as `info` lists them. Default: all ops that have a kernel for this device.
-        again: Repeat saved timings, too. By default, timings that are saved for this device and these versions are
-            skipped.
-        minutes: Time limit in minutes. No timing begins later, and the missing timings are listed. Default: 4.5, or 30
-            with --full.
+        minutes: Time limit in minutes. No timing begins later, and the missing timings are listed.
     """
 
     called: ClassVar[str] = "tune"
 
     device: str = "auto"
-    full: bool = False
     ops: tuple[str, ...] = ()
-    again: bool = False
-    minutes: Positive | None = None
+    minutes: Positive = 4.5
 
     def run(self) -> None:
         import torch
         from tqdm import tqdm
 
         from ..ops.dispatch.racing import tune
-        from ..ops.dispatch.records import file_of
         from ..ops.dispatch.registry import forced_backends
         from ..speed.graphs.cuda_capture import CudaCapture
 
@@ -54,16 +46,7 @@ class Tune(Command):
             raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}, for which there are no kernels")
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        minutes = self.minutes if self.minutes is not None else 30.0 if self.full else 4.5
         with contextlib.ExitStack() as stack:
-            try:
-                # If another process timed this device's kernels at the same time, all times would be wrong.
-                stack.enter_context(folder_lock(file_of("raced", device).with_suffix("")))
-            except FolderInUse:
-                raise
-            except (OSError, ValueError):
-                # If the folder cannot be written, `tune` raises an error that says how to name another folder.
-                pass
             bar = stack.enter_context(tqdm(total=100, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}"))
 
             def tell(share: float, what: str) -> None:
@@ -71,9 +54,7 @@ class Tune(Command):
                 bar.set_description(what[:60], refresh=True)
 
             capture = CudaCapture() if device.type == "cuda" else None
-            tuned = tune(
-                device, seconds=60 * minutes, full=self.full, ops=self.ops, again=self.again, capture=capture, tell=tell
-            )
+            tuned = tune(device, seconds=60 * self.minutes, ops=self.ops, capture=capture, tell=tell)
             tell(1.0, "timed")
         print(text(tuned))
         if forced_backends():
@@ -86,15 +67,14 @@ def text(tuned: Tuned) -> str:
     from .._templates import render
     from ..evaluation.show.tables import terminal_table
 
-    groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for change in tuned.changes:
-        where = "eager calls" if change.call.style == "eager" else "graphs"
-        calls = groups.setdefault((change.op, where, change.before, change.after), [])
+        calls = groups.setdefault((change.op, change.before, change.after), [])
         calls.append((change.call.cell, change.gain))
     body = []
     for group, calls in groups.items():
         least, most = (f"{limit(gain for _, gain in calls):.2g}" for limit in (min, max))
         speed = f"{least} to {most} times" if len(calls) > 1 else f"{least} times"
         body.append([*group, speed, ", ".join(cell for cell, _ in calls)])
-    head = ["op", "in", "used before", "used now", "kernel's speed", "calls"]
+    head = ["op", "used before", "used now", "kernel's speed", "calls"]
     return render(__package__, "tune.txt.jinja", tuned=tuned, table=terminal_table(head, body, color=False))

@@ -178,11 +178,7 @@ def load_dataset(
 
 
 def small_digits() -> tuple[Tensor, Tensor]:
-    """Load the digits as published, in the published order. The file digits.txt names their source.
-
-    Returns:
-        Images ``[1797, 1, 8, 8]``, uint8 from 0 (black) to 16 (white), and labels ``[1797]``, int64 from 0 to 9.
-    """
+    """Load the digits as published, in the published order. The file digits.txt names their source."""
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         return torch.from_numpy(file["images"])[:, None], torch.from_numpy(file["labels"]).long()
 
@@ -222,46 +218,22 @@ def _find(path: Path, root: Path | None) -> Path:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read the four `ARRAYS` of an ``.npz`` file. Other arrays of the file are ignored.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: the file is not an ``.npz`` file, is damaged, lacks an array, or contains Python objects.
-    """
-    place, arrays = str(path), {}
+    """Read the four `ARRAYS` of an ``.npz`` file. Other arrays of the file are ignored."""
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError(f"the file contains a single {type(file).__name__}")
-        with file:
-            for name in [name for name in ARRAYS if name in file]:
-                place = f"{name} of {path}"
-                arrays[name] = file[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS if name in file}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{place} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
+            f"{path} is damaged, or not a file that numpy.savez wrote from arrays without Python objects: {error}"
         ) from error
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(ARRAYS)}, and has {file.files}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it must have {', '.join(ARRAYS)}")
     return arrays
 
 
 def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[dict[str, Tensor], int]:
-    """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes.
-
-    Args:
-        arrays: the arrays by their names in `ARRAYS`, in any form that `purify_fast.data.load_dataset` accepts.
-        num_classes: number of classes; None: they are counted, and every label up to the largest must occur.
-
-    Returns:
-        The tensors by their names, and the number of classes.
-
-    Raises:
-        ValueError: the content of an array is not allowed. The message names the first wrong index and value.
-    """
+    """Convert images to uint8 ``[N, C, H, W]`` and labels to int64 ``[N]``, and count the classes."""
     checked = {name: (_images if name[0] == "x" else _labels)(name, arrays[name]) for name in ARRAYS}
     shapes = [list(checked[name].shape[1:]) for name in ("x_train", "x_test")]
     if shapes[0] != shapes[1]:
@@ -285,15 +257,7 @@ def check_arrays(arrays: dict[str, np.ndarray], num_classes: int | None) -> tupl
 
 
 def chosen_classes(present: int, asked: int | None) -> int:
-    """The number of classes: ``asked``, or ``present`` if ``asked`` is None.
-
-    Args:
-        present: the largest label plus 1.
-        asked: the user's ``num_classes``.
-
-    Raises:
-        ValueError: ``asked`` is smaller than ``present``.
-    """
+    """The number of classes: ``asked``, or ``present`` if ``asked`` is None."""
     if asked is not None and asked < present:
         raise ValueError(f"num_classes is {asked}, but the labels go up to {present - 1}: pass at least {present}")
     return present if asked is None else asked

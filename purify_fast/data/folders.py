@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import BaseFileLock, FileLock
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -31,8 +30,6 @@ from .streaming import GIVE_SIZE, StreamedImages
 #: The endings of image files, as in torchvision's ImageFolder.
 SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
-#: Version of the cache's format. If a cache has another version, the images are decoded again.
-FORMAT = 1
 #: The largest number of files or classes that a message names.
 NAMED = 10
 #: Modes of Pillow with 8 bits or less per channel.
@@ -62,52 +59,29 @@ def read_folder(
     cache: Path | None,
     workers: int | None,
 ) -> tuple[dict[str, Tensor | StreamedImages], dict[str, Tensor], int]:
-    """Read the images of an image folder. If the cache is missing or the files have changed, decode the images first.
-
-    The arguments are those of `purify_fast.data.load_dataset`. The classes are the sorted names of the folders in
-    ``train``. The held-out images are those of ``val`` if it exists, or else those of ``test``.
-
-    Returns:
-        Three values: the images (RGB, uint8 ``[N, 3, H, W]``) and the labels (int64 ``[N]``), each by the keys
-        ``train`` and ``test``, and the number of classes.
-
-    Raises:
-        FileNotFoundError: a required folder is missing.
-        ValueError: a class has no images or does not occur in ``train``, a label is not allowed, an image cannot be
-            decoded, or images differ in size and ``image_size`` is None.
-        OSError: the cache cannot be written, or its disk has too little space.
-
-    Warns:
-        UserWarning: images are left out, or a class has no held-out image.
-    """
+    """Read the images of an image folder."""
     root = folder / CACHE if cache is None else cache / folder.resolve().name
     splits, classes = _listed(folder)
-    source = _fingerprint(folder, splits, classes)
     # On Linux this is the number of CPUs that this process may use.
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    count = cpus if workers is None else workers
-    if skip_broken and (broken := _broken(folder, root, source, splits, workers=count)):
-        splits = _without(splits, broken, classes)
-        source = _fingerprint(folder, splits, classes)
-    present = set(splits["test"].labels.tolist())
-    if absent := [name for label, name in enumerate(classes) if label not in present]:
-        named = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
+    count = cpus if workers is None else max(workers, 1)
+    if skip_broken:
+        splits = _without(splits, _broken(folder, root, splits, workers=count), classes)
+    source = _fingerprint(folder, splits, classes)
+    absent = [name for label, name in enumerate(classes) if label not in splits["test"].labels]
+    if absent:
         warnings.warn(
-            f"{len(absent)} of the {len(classes)} classes of {folder} have no held-out image ({named}): accuracies on "
-            "held-out images say nothing about them",
+            f"{len(absent)} of the {len(classes)} classes of {folder} have no held-out image ({_some(absent)}): "
+            "accuracies on held-out images say nothing about them",
             stacklevel=3,
         )
-    images: dict[str, StreamedImages] | None
+    size = first_size(splits["train"].files) if image_size is None else image_size
+    how: dict[str, Any] = {"resize": image_size is not None, "workers": count}
+    images: dict[str, StreamedImages]
     if decode_once:
-        place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
-        images = _opened(place, source, splits)
-        if images is None:
-            with _locked(place):
-                # Another process may have written the cache in the meantime.
-                images = _opened(place, source, splits) or _write(place, source, splits, image_size, workers=count)
+        place = root / ("native" if image_size is None else f"{size[0]}x{size[1]}")
+        images = _cached(place, source, splits, size, **how)
     else:
-        size = first_size(splits["train"].files) if image_size is None else image_size
-        how: dict[str, Any] = {"resize": image_size is not None, "workers": count}
         images = {
             part: EncodedImages(split.files, size, f"{part} of {source}", **how) for part, split in splits.items()
         }
@@ -144,22 +118,10 @@ def _listed(folder: Path) -> tuple[dict[str, Split], list[str]]:
     return {"train": _by_class(folder / "train", classes, every=True), "test": test}, classes
 
 
-def _refuse_circles(folder: Path, files: Sequence[Path]) -> None:
-    """Raise a ValueError for a link to a folder that contains the link, because its images would repeat."""
-    parents = {path.parent for path in files}
-    places = {place for parent in parents for place in (parent, *parent.parents) if place.is_relative_to(folder)}
-    real = {place: place.resolve() for place in places}
-    for place in sorted(places - {folder}):
-        up = place.is_symlink() and real[place.parent].is_relative_to(real[place])
-        # Several links may form a circle. Then a folder is the same as a folder above it.
-        if up or any(real[place] == real.get(above) for above in place.parents):
-            raise ValueError(f"{place} leads to a folder that contains it, so images would repeat: remove the link")
-
-
 def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
     unknown = sorted(set(_classes_in(folder)) - set(classes))
     if unknown:
-        raise ValueError(f"{folder} has the classes {', '.join(unknown[:NAMED])}, which the folder train/ lacks")
+        raise ValueError(f"{folder} has the classes {_some(unknown)}, which the folder train/ lacks")
     numbered = {name: label for label, name in enumerate(classes)}
     listed = make_dataset(folder, numbered, SUFFIXES, allow_empty=True)
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
@@ -170,9 +132,7 @@ def _by_class(folder: Path, classes: list[str], every: bool) -> Split:
         raise ValueError(f"{folder / empty[0]} contains no image ({', '.join(SUFFIXES)})")
     if not samples:
         raise ValueError(f"{folder} contains no image ({', '.join(SUFFIXES)}) in a folder of its class")
-    files = [path for _, path in samples]
-    _refuse_circles(folder, files)
-    return Split(files, labels)
+    return Split([path for _, path in samples], labels)
 
 
 def _annotated(path: Path, classes: list[str]) -> Split:
@@ -190,7 +150,7 @@ def _annotated(path: Path, classes: list[str]) -> Split:
 
 def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> str:
     """A hash of the names, sizes, modification times and labels of the files, and of the names of the classes."""
-    content = text_hash(json.dumps([FORMAT, classes]))
+    content = text_hash(json.dumps(classes))
     for part, split in splits.items():
         for path, label in zip(split.files, split.labels.tolist(), strict=True):
             facts, name = path.stat(), path.relative_to(folder).as_posix()
@@ -201,35 +161,30 @@ def _fingerprint(folder: Path, splits: dict[str, Split], classes: list[str]) -> 
 # ---- images that cannot be decoded
 
 
-def _broken(folder: Path, root: Path, source: str, splits: dict[str, Split], workers: int) -> dict[str, str]:
-    """The errors of the images that cannot be decoded, by path. They are found once, and kept in ``broken.json``.
-
-    The file has paths relative to the folder of the images, because the same folder may be given by another path later.
-    """
-    place, threads, broken = root / "broken.json", max(workers, 1), dict[str, str]()
+def _broken(folder: Path, root: Path, splits: dict[str, Split], workers: int) -> dict[str, str]:
+    """The errors of the images that cannot be decoded, by path. They are found once, and kept in ``broken.json``."""
+    place, known, errors = root / "broken.json", dict[str, Any](), dict[str, str]()
     files = [path for split in splits.values() for path in split.files]
-    names = {path.relative_to(folder).as_posix(): str(path) for path in files}
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        facts = json.loads(place.read_text())
-        if facts["source"] == source:
-            return {names[name]: error for name, error in facts["broken"].items()}
-    bar = tqdm(total=len(files), unit="img", desc="check images", mininterval=0.1 if sys.stderr.isatty() else 10)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(files), CHUNK * threads):
-            part = files[first : first + CHUNK * threads]
-            for path, image in zip(part, pool.map(_image, part, repeat(None)), strict=True):
-                bar.update()
-                if isinstance(image, str):
-                    broken[path.relative_to(folder).as_posix()] = image
+    source = text_hash(json.dumps([[str(path), path.stat().st_mtime_ns] for path in files])).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(place.read_text())
+    if known.get("source") == source:
+        return dict(known["broken"])
+    images = _decoded(files, None, resize=False, workers=workers)
+    for path, image in zip(files, _bar(images, len(files), "check images"), strict=True):
+        if isinstance(image, str):
+            errors[str(path)] = image
     root.mkdir(parents=True, exist_ok=True)
-    write_text(place, json.dumps({"source": source, "broken": broken}))
-    return {names[name]: error for name, error in broken.items()}
+    write_text(place, json.dumps({"source": source, "broken": errors}))
+    return errors
 
 
 def _without(splits: dict[str, Split], broken: dict[str, str], classes: list[str]) -> dict[str, Split]:
     """Leave out images, with a warning that names them. Raise a ValueError if a class of ``train`` would be empty."""
+    if not broken:
+        return splits
     total = sum(len(split.files) for split in splits.values())
-    warnings.warn(f"{len(broken)} of {total} images are left out: {_some(broken)}", stacklevel=4)
+    warnings.warn(f"{len(broken)} of {total} images are left out: {_some(broken.values())}", stacklevel=4)
     kept = {}
     for part, split in splits.items():
         ids = [number for number, path in enumerate(split.files) if str(path) not in broken]
@@ -237,82 +192,62 @@ def _without(splits: dict[str, Split], broken: dict[str, str], classes: list[str
     empty = [name for label, name in enumerate(classes) if label not in kept["train"].labels]
     if empty or not kept["test"].files:
         what = f"the class {empty[0]} of train" if empty else "the held-out images"
-        raise ValueError(f"no image of {what} can be decoded: replace the images. The errors are: {_some(broken)}")
+        raise ValueError(f"no image of {what} can be decoded: replace them. The errors are: {_some(broken.values())}")
     return kept
 
 
-def _some(errors: dict[str, str]) -> str:
-    """The first errors."""
-    return "; ".join(list(errors.values())[:NAMED]) + ("; ..." if len(errors) > NAMED else "")
+def _some(texts: Iterable[str]) -> str:
+    """The first texts."""
+    first = list(islice(texts, NAMED + 1))
+    return "; ".join(first[:NAMED]) + ("; ..." if len(first) > NAMED else "")
 
 
 # ---- the cache: x_train-<hash>.npy and x_test-<hash>.npy, with the hash of `_fingerprint`, and set.json, written last
 
 
-def _array(place: Path, part: str, source: str) -> Path:
-    return place / f"x_{part}-{source[:16]}.npy"
-
-
-def _opened(place: Path, source: str, splits: dict[str, Split]) -> dict[str, StreamedImages] | None:
-    """The cached images of exactly these files; None if the cache is missing or has other files."""
-    try:
-        facts = json.loads((place / "set.json").read_text())
-        if facts["source"] != source:
-            return None
-        images = {
-            part: StreamedImages(_array(place, part, source), digest) for part, digest in facts["digests"].items()
-        }
-    except (OSError, ValueError, KeyError):
-        return None
-    whole = all(len(images[part]) == len(split.files) for part, split in splits.items())
-    return images if whole else None
-
-
-def _locked(place: Path) -> contextlib.AbstractContextManager[BaseFileLock]:
-    """Wait for the lock of the cache, and take it. Only the process that has the lock writes the cache."""
+def _cached(
+    place: Path, source: str, splits: dict[str, Split], size: tuple[int, int], *, resize: bool, workers: int
+) -> dict[str, StreamedImages]:
+    """Open the decoded images of exactly these files. If they are missing, decode them first."""
+    paths = {part: place / f"x_{part}-{source[:16]}.npy" for part in splits}
     try:
         place.mkdir(parents=True, exist_ok=True)
-        return FileLock(place / ".lock").acquire()
+        lock = FileLock(place / ".lock").acquire()
     except OSError as error:
         raise OSError(f"decoded images cannot be kept in {place} ({error}): give another folder as cache") from error
+    # The process that has the lock writes the cache, and the others wait for it.
+    with lock:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            digests = json.loads((place / "set.json").read_text())[source]
+            images = {part: StreamedImages(path, digests[part]) for part, path in paths.items()}
+            if all(len(images[part]) == len(split.files) for part, split in splits.items()):
+                return images
+        # Remove the arrays of an earlier cache, and the temporary files of killed processes.
+        for old in [place / "set.json", *place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
+            old.unlink(missing_ok=True)
+        failed = dict[str, str]()
+        for part, split in splits.items():
+            with atomic(paths[part]) as temporary:
+                title = f"decode {part} images"
+                failed |= decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
+        if failed:
+            for path in paths.values():
+                path.unlink()
+            total = sum(len(split.files) for split in splits.values())
+            raise ValueError(
+                f"{len(failed)} of {total} images cannot be decoded: replace or remove them, or leave them out by "
+                f"broken='skip' (--broken skip). The errors are: {_some(failed.values())}"
+            )
+        made = {part: StreamedImages(path, _digest(path)) for part, path in paths.items()}
+        write_text(place / "set.json", json.dumps({source: {part: one.digest for part, one in made.items()}}))
+        return made
 
 
-def _write(
-    place: Path, source: str, splits: dict[str, Split], image_size: tuple[int, int] | None, *, workers: int
-) -> dict[str, StreamedImages]:
-    (place / "set.json").unlink(missing_ok=True)
-    # Remove the arrays of an earlier cache, and the temporary files of killed processes.
-    for old in [*place.glob("x_*.npy"), *place.glob(".x_*.npy")]:
-        old.unlink()
-    size = first_size(splits["train"].files) if image_size is None else image_size
-    needed = sum(len(split.files) for split in splits.values()) * 3 * size[0] * size[1]
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OSError(
-            f"the decoded images need {needed} bytes, but {place} has {free} bytes free: give another folder as cache"
-        )
-    images: dict[str, StreamedImages] = {}
-    paths, failed = {part: _array(place, part, source) for part in splits}, dict[str, str]()
-    for part, split in splits.items():
-        with atomic(paths[part]) as temporary:
-            resize, title = image_size is not None, f"decode {part} images"
-            failed |= decode(split.files, size, resize=resize, out=temporary, workers=workers, title=title)
-    if failed:
-        for path in paths.values():
-            path.unlink()
-        total = sum(len(split.files) for split in splits.values())
-        raise ValueError(
-            f"{len(failed)} of {total} images cannot be decoded: replace or remove them, or leave them out by "
-            f"broken='skip' (--broken skip). The errors are: {_some(failed)}"
-        )
-    for part, path in paths.items():
-        array = np.load(path, mmap_mode="r")
-        content = content_hash(torch.uint8, array.shape)
-        content.update(array.data)
-        images[part] = StreamedImages(path, content.hexdigest())
-    digests = {part: array.digest for part, array in images.items()}
-    write_text(place / "set.json", json.dumps({"source": source, "digests": digests}))
-    return images
+def _digest(path: Path) -> str:
+    array = np.load(path, mmap_mode="r")
+    content = content_hash(torch.uint8, array.shape)
+    content.update(array.data)
+    return content.hexdigest()
 
 
 # ---- decoding
@@ -324,39 +259,20 @@ def first_size(files: Sequence[Path]) -> tuple[int, int]:
         image = _image(path, None)
         if not isinstance(image, str):
             return image.shape[1], image.shape[2]
-    raise ValueError(
-        f"none of the {len(files)} training images can be decoded; the first error is: {_image(files[0], None)}"
-    )
+    raise ValueError(f"none of the {len(files)} training images can be decoded, the first is {files[0]}")
 
 
 def decode(
     files: Sequence[Path], size: tuple[int, int], *, resize: bool, out: Path, workers: int, title: str
 ) -> dict[str, str]:
-    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time.
-
-    Args:
-        files: the images, in the order in which they are written.
-        size: height and width of the images in the file.
-        resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
-        out: path of the file to write.
-        workers: number of threads that decode.
-        title: text of the progress bar.
-
-    Returns:
-        The errors of the images that cannot be decoded, by path. If there are any, the file is not complete.
-
-    Raises:
-        ValueError: an image has another size.
-        OSError: the file cannot be written.
-    """
-    bar = tqdm(total=len(files), unit="img", desc=title, mininterval=0.1 if sys.stderr.isatty() else 10)
+    """Decode images into an ``.npy`` file, uint8 ``[N, 3, H, W]``. Only a part of the images is in memory at a time."""
     failed: dict[str, str] = {}
     # The images are written one after another: a full disk ends a write with an OSError, but a memory map with SIGBUS.
-    with bar, out.open("wb") as file:
+    with out.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), 3, *size)}
         np.lib.format.write_array_header_1_0(file, header)
-        for path, image in zip(files, _decoded(files, size, resize=resize, workers=workers), strict=True):
-            bar.update()
+        images = _decoded(files, size, resize=resize, workers=workers)
+        for path, image in zip(files, _bar(images, len(files), title), strict=True):
             if isinstance(image, str):
                 failed[str(path)] = image
             elif not failed:
@@ -364,24 +280,26 @@ def decode(
     return failed
 
 
-def _decoded(files: Sequence[Path], size: tuple[int, int], *, resize: bool, workers: int) -> Iterator[np.ndarray | str]:
+def _bar(images: Iterator[np.ndarray | str], total: int, title: str) -> Iterator[np.ndarray | str]:
+    return iter(tqdm(images, title, total, unit="img", mininterval=0.1 if sys.stderr.isatty() else 10))
+
+
+def _decoded(
+    files: Sequence[Path], size: tuple[int, int] | None, *, resize: bool, workers: int
+) -> Iterator[np.ndarray | str]:
     """Yield the image or the error of each file, in order, with a limited number of images decoded ahead."""
-    threads, target = max(workers, 1), size if resize else None
-    with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(files), CHUNK * threads):
-            part = files[first : first + CHUNK * threads]
-            for path, image in zip(part, pool.map(_image, part, repeat(target)), strict=True):
-                if not isinstance(image, str) and image.shape[1:] != size:
+    with ThreadPoolExecutor(workers) as pool:
+        for first in range(0, len(files), CHUNK * workers):
+            part = files[first : first + CHUNK * workers]
+            for path, image in zip(part, pool.map(_image, part, repeat(size if resize else None)), strict=True):
+                if size is not None and not isinstance(image, str) and image.shape[1:] != size:
                     got = " x ".join(map(str, image.shape[1:]))
                     raise ValueError(f"{path} has {got} pixels, but others have {size[0]} x {size[1]}: {GIVE_SIZE}")
                 yield image
 
 
 def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
-    """Decode an image to RGB, uint8 ``[3, H, W]``, or return an error text that names the file.
-
-    Transparency and the orientation in the metadata of a photo are ignored.
-    """
+    """Decode an image to RGB, uint8 ``[3, H, W]``, or return an error text that names the file."""
     try:
         with Image.open(path) as file:
             if file.mode not in MODES:
@@ -421,18 +339,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 class EncodedImages(StreamedImages):
-    """Files of images that several threads decode whenever they are read.
-
-    Decoded images may need too much space: ImageNet's 1.28 million training images need 193 GB at 224 x 224 pixels. The
-    pixels are the same as those of images that are decoded once.
-
-    Args:
-        files: the images. They must not change while this object is used.
-        size: height and width of the images that are read.
-        digest: text that identifies the images. `purify_fast._tensors.digest` uses it in place of the images.
-        resize: whether to resize and crop the images to this size. Otherwise an image of another size is an error.
-        workers: number of threads that decode.
-    """
+    """Files of images that several threads decode whenever they are read."""
 
     device = torch.device("cpu")
 

@@ -69,13 +69,7 @@ def batches(
 
 
 class Subset(NamedTuple):
-    """Some images of a data set.
-
-    Attributes:
-        x: the images ``[n, C, H, W]``.
-        y: the labels, int64 ``[n]``.
-        ids: the indices in the data set, int64 ``[n]``.
-    """
+    """Some images of a data set."""
 
     x: Tensor
     y: Tensor

@@ -112,14 +112,7 @@ class StreamedImages:
 
 
 class ResizedImages(StreamedImages):
-    """Images that are resized bilinearly and cropped whenever they are read, as `load_dataset` describes.
-
-    This saves memory: CIFAR-10 needs 9.8 GB at the 256 x 256 pixels that AToP attacks, and 0.15 GB as it is stored.
-
-    Args:
-        images: the stored images, uint8 ``[N, C, H, W]``. They are kept on the CPU.
-        size: height and width of the images that are read.
-    """
+    """Images that are resized bilinearly and cropped whenever they are read, as `load_dataset` describes."""
 
     device = torch.device("cpu")
 

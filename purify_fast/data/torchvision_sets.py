@@ -30,24 +30,7 @@ TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 def find_official(
     name: str, root: Path, download: bool, image_size: tuple[int, int] | None
 ) -> Path | dict[str, np.ndarray]:
-    """Find a well-known data set: the path of its ``.npz`` or image folder, or its arrays.
-
-    Args:
-        name: a name in `purify_fast.data.datasets.NAMES`.
-        root: folder of ``<root>/<name>.npz``, or else of the official files in torchvision's folders.
-        download: whether torchvision may download missing files to root.
-        image_size: height and width of the images. It decides which archive of imagenette is used: the smallest with
-            large enough images.
-
-    Returns:
-        A path, or the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``: images uint8 ``[N, H, W]``,
-        ``[N, H, W, C]`` or ``[N, C, H, W]``, and labels ``[N]``.
-
-    Raises:
-        FileNotFoundError: files are missing, damaged or not the official files, or the download has failed.
-        ValueError: imagenette needs ``image_size``.
-        ModuleNotFoundError: SVHN needs scipy, which is not installed.
-    """
+    """Find a well-known data set: the path of its ``.npz`` or image folder, or its arrays."""
     npz = root / f"{name}.npz"
     if npz.is_file():
         return npz

@@ -28,7 +28,7 @@ from ..attacks.attacked_model import check_leaves_images, explained_errors
 from ..attacks.base import ThreatModel
 from ..attacks.gradient_copy import GradientCopies
 from ..model_state import fingerprint, fingerprint_or_reason
-from ..ops import keep_kernels, kernels_now
+from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.memory import peak_so_far
@@ -188,16 +188,11 @@ def evaluate(
             if config.predict is not None:
                 plan = beside_fixed(plan, subject)
             context = _context(config, subject, ball)
-            served = None
-            if out is not None or team.world > 1:
-                # The kernels are chosen once for the whole evaluation, because kernels differ in the last bits.
-                served = team.from_first("kernels", lambda: kernels_now(device))
-                stack.enter_context(keep_kernels(served))
             folder = Path(out) if out is not None and team.rank == 0 else None
             if folder is not None and mark is None:
                 why = f'because this model {reason}. In Python, evaluate(..., revision="1") keeps them'
                 logger.warning("out: the finished rows of %s are not kept, %s", name, why)
-            cache = RowCache(folder, served, revision)
+            cache = RowCache(folder, kernels_now(device), revision)
             cache.know(subject.model, mark)
             others = _admit([base, *(spec.other_model for spec in plan)], subject, cache, stack)
             if config.batch_size == "auto":

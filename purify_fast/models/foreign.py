@@ -14,7 +14,6 @@ import importlib.util
 import os
 import pickle
 import sys
-import sysconfig
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -27,39 +26,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._validation import check_shapes
+from ..model_state import is_installed
 from .layers import Normalize, Statistic
 
 LIBRARIES = ("torchvision", "timm")
-#: Code that is not the user's: messages name the last line of the user's code in a traceback.
-_NOT_OWN = (
-    "<frozen ",
-    f"{Path(__file__).parents[1]}{os.sep}",
-    *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-)
 
 
 class ForeignClassifier(nn.Module):
-    """A classifier from outside this package. It is made by its name, so that it can be saved and loaded.
-
-    ``forward(x)``: images ``[B, in_channels, H, W]`` in [0, 1] -> logits ``[B, num_classes]``. The network is the
-    submodule ``model``, so its layers are ``model.layer1`` and so on.
-
-    Args:
-        spec: name of the classifier: ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``. The last form
-            imports a module and calls a function, so load a saved classifier of this form only from a trusted folder.
-            The module may also be in the working folder, which then remains on ``sys.path`` because the model may
-            import more modules when it runs.
-        in_channels: number of channels of the images: 1 or 3 for torchvision. A torchvision network needs three
-            channels, so a single channel is repeated three times.
-        num_classes: number of classes; a function of the user ignores it.
-        mean: mean of the images: a number, or a number for each channel; a function of the user ignores it.
-        std: standard deviation of the images, in the same form; a function of the user ignores it.
-
-    Raises:
-        ValueError: there is no classifier of this name; the name contains the path of a file; the function does not
-            return a module; or the name is that of a module that exists already, not of a function.
-        ModuleNotFoundError: the library or the module is not installed.
-    """
+    """A classifier from outside this package. It is made by its name, so that it can be saved and loaded."""
 
     def __init__(self, spec: str, in_channels: int, num_classes: int, mean: Statistic = 0.5, std: Statistic = 0.5):
         super().__init__()
@@ -87,10 +61,8 @@ class ForeignClassifier(nn.Module):
             # A saved classifier contains this name, and loading the classifier must not run an arbitrary file.
             if spec.rpartition(":")[0].endswith(".py"):
                 raise ValueError(
-                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, got {spec!r}. Only "
-                    "`purify-fast evaluate` accepts the path of a file. Write the module's name instead, such as "
-                    f"{Path(spec).stem}:{name}, and run the command in the folder of the file, or add that folder to "
-                    "PYTHONPATH"
+                    f"spec must be torchvision:NAME, timm:NAME or package.module:function, such as "
+                    f"{Path(spec).stem}:{name} in the folder of the file, got {spec!r}"
                 )
             model = called_by(spec, fresh=True)
             if not isinstance(model, nn.Module):
@@ -105,23 +77,7 @@ class ForeignClassifier(nn.Module):
 def build_foreign(
     spec: str, in_channels: int, num_classes: int, mean: Statistic, std: Statistic, weights: str | None = None
 ) -> ForeignClassifier:
-    """Make a classifier by its name, with random or given weights. This function downloads nothing.
-
-    Args:
-        spec: name of the classifier, as in `ForeignClassifier`.
-        in_channels: number of channels of the images.
-        num_classes: number of classes of the data.
-        mean: mean of the images: a number, or a number for each channel. It is ignored if ``weights`` is a library's
-            name, because such weights have their own mean.
-        std: standard deviation of the images, in the same form. It is ignored in the same case.
-        weights: path of a file (``.safetensors``, or a file of PyTorch, from which only tensors are read), or the
-            library's name for weights that it has downloaded before: ``IMAGENET1K_V1`` of torchvision, ``pretrained``
-            of timm. None means random weights.
-
-    Raises:
-        FileNotFoundError: the file does not exist, or the library has not downloaded the weights.
-        ValueError: the weights have other shapes, or the file contains Python objects other than tensors.
-    """
+    """Make a classifier by its name, with random or given weights. This function downloads nothing."""
     if weights is None:
         return ForeignClassifier(spec, in_channels, num_classes, mean, std)
     library, _, name = spec.partition(":")
@@ -151,15 +107,7 @@ def build_foreign(
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop_prefix: bool = False) -> None:
-    """Load a state dict, whose names and shapes must be equal to the model's.
-
-    Args:
-        model: the module that gets the weights.
-        state: the state dict.
-        what: the beginning of the message if names or shapes differ.
-        drop_prefix: whether to remove a prefix of the names that a wrapper has added, such as "0." of a Sequential.
-            Entries without this prefix are left out.
-    """
+    """Load a state dict, whose names and shapes must be equal to the model's."""
     own = model.state_dict()
     if drop_prefix:
         first = next(iter(own))
@@ -170,17 +118,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, drop
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a file. Only tensors are read.
-
-    Args:
-        path: path of a ``.safetensors`` file or a file of ``torch.save``. If the file contains a dictionary under the
-            key ``state_dict``, ``model_state_dict``, ``model`` or ``G`` (the generator of a GAN), this dictionary is
-            the state dict. The prefix ``module.`` of DataParallel is removed from the names.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file does not contain a state dict.
-    """
+    """Read a state dict from a file. Only tensors are read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give the path of a file of weights")
@@ -205,33 +143,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def check_library_name(spec: str) -> None:
-    """Raise an error if a library has no classifier of a name.
-
-    Args:
-        spec: ``torchvision:NAME`` or ``timm:NAME``.
-
-    Raises:
-        ValueError: the library has no classifier of this name.
-        ModuleNotFoundError: the library is not installed.
-    """
+    """Raise an error if a library has no classifier of a name."""
     library, _, name = spec.partition(":")
-    if library == "torchvision":
-        from torchvision import models
-
-        known, place = models.list_models(module=models), "torchvision.models.list_models()"
-        if name in known:
-            return
-    else:
-        try:
-            timm = importlib.import_module("timm")
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(f"{spec}: timm is not installed, run pip install timm") from None
-        if timm.is_model(name):
-            return
-        known, place = timm.list_models(), "timm.list_models()"
-    near = difflib.get_close_matches(name, known, 3)
-    hint = f"near: {', '.join(near)}; " if near else ""
-    raise ValueError(f"{library} has no classifier {name!r}; {hint}{place} lists all names")
+    try:
+        known = importlib.import_module("torchvision.models" if library == "torchvision" else "timm").list_models()
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{spec}: timm is not installed, run pip install timm") from None
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3))
+        raise ValueError(f"{library} has no classifier {name!r}, near: {near or 'none'}")
 
 
 def _torchvision_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...], tuple[float, ...]]:
@@ -266,21 +186,7 @@ def _timm_weights(name: str, weights: str) -> tuple[Path, int, tuple[float, ...]
 
 
 def called_by(spec: str, *, fresh: bool = False) -> Any:
-    """Import a function or class by its name, call it without arguments, and return its result.
-
-    Args:
-        spec: ``package.module:name`` or ``path/to/file.py:name``. Python also searches the working folder for the
-            first form, and the file's folder for the second. That folder remains on ``sys.path``, because a model may
-            import more modules when it runs. If the name is that of a torch.nn.Module, not of a function, the module
-            itself is returned.
-        fresh: whether to refuse the name of a torch.nn.Module, because all models of this name would share its
-            weights.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ModuleNotFoundError: the module, or a module that it imports, is not installed.
-        ValueError: the name does not exist or cannot be called, the call fails, or `fresh` refuses the name.
-    """
+    """Import a function or class by its name, call it without arguments, and return its result."""
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(
@@ -292,17 +198,11 @@ def called_by(spec: str, *, fresh: bool = False) -> Any:
         sys.path.insert(0, folder)
     module = _imported(spec, place)
     if name not in vars(module):
-        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)])
-        hint = f"; near: {', '.join(near)}" if near else ""
-        where = place if place.endswith(".py") else f"{place} ({module.__file__})"
-        raise ValueError(f"{spec}: {where} has no function or class {name!r}{hint}")
+        raise ValueError(f"{spec}: {module.__file__} has no function or class {name!r}")
     factory = vars(module)[name]
     if isinstance(factory, nn.Module):
         if fresh:
-            raise ValueError(
-                f"spec {spec!r} must name a function or class that makes a new module in each call; {name} is a "
-                "module that exists already, and all classifiers of this name would share its weights"
-            )
+            raise ValueError(f"spec must name a function that makes a new module in each call, got {spec!r}, a module")
         return factory
     try:
         return factory()
@@ -315,37 +215,25 @@ def _imported(spec: str, place: str) -> ModuleType:
     if is_file and not Path(place).is_file():
         raise FileNotFoundError(f"{spec}: there is no file {place}")
     try:
-        return _from_file(Path(place)) if is_file else importlib.import_module(place)
+        if not is_file:
+            return importlib.import_module(place)
+        # With this name the module does not hide another module.
+        name = f"own_{Path(place).stem}"
+        found = importlib.util.spec_from_file_location(name, Path(place).resolve())
+        assert found is not None and found.loader is not None
+        # dataclasses and pickle look up the module of a class in sys.modules.
+        sys.modules[name] = module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module
     except ImportError as error:
         raise ModuleNotFoundError(f"{spec}: {error}") from error
     except (Exception, SystemExit) as error:
-        advice = '. Move the code that runs the program below `if __name__ == "__main__":`'
-        told = f"{described(error)}{advice if isinstance(error, SystemExit) else ''}"
-        raise ValueError(f"{spec}: {place} cannot be imported: {told}") from error
-
-
-def _from_file(path: Path) -> ModuleType:
-    """Import a file as a module. The module's name begins with ``own_``, so that it does not hide another module."""
-    name = f"own_{path.stem}"
-    place = importlib.util.spec_from_file_location(name, path.resolve())
-    assert place is not None and place.loader is not None
-    module = importlib.util.module_from_spec(place)
-    # dataclasses and pickle look up the module of a class in sys.modules.
-    sys.modules[name] = module
-    place.loader.exec_module(module)
-    return module
+        raise ValueError(f"{spec}: {place} cannot be imported: {described(error)}") from error
 
 
 def described(error: BaseException) -> str:
-    """Describe an error in one line, with the file and the number of the last line of the user's code that ran.
-
-    Args:
-        error: the error, after it was caught. If none of its lines is the user's, the lines of its cause are searched.
-    """
-    places = list[traceback.FrameSummary]()
-    cause: BaseException | None = error
-    while not places and cause is not None:
-        every = traceback.extract_tb(cause.__traceback__)
-        places, cause = [place for place in every if not place.filename.startswith(_NOT_OWN)], cause.__cause__
+    """Describe an error in one line, with the file and the number of the last line of the user's code that ran."""
+    every = [place for one in (error.__cause__, error) if one for place in traceback.extract_tb(one.__traceback__)]
+    places = [place for place in every if not is_installed(place.filename)]
     at = "".join(f" ({place.filename}, line {place.lineno})" for place in places[-1:])
     return f"{type(error).__name__}: {error}{at}"

@@ -10,10 +10,8 @@ from .convolution import conv2d as conv2d
 from .decode_samples import decode_prior as decode_prior
 from .diffusion_step import diffusion_step as diffusion_step
 from .dispatch.registry import REGISTRY as REGISTRY
+from .dispatch.registry import kernels_now as kernels_now
 from .dispatch.registry import use_backend as use_backend
-from .dispatch.run_kernels import keep_kernels as keep_kernels
-from .dispatch.run_kernels import kernels_now as kernels_now
-from .dispatch.run_kernels import tell_changes as tell_changes
 from .fused_convolution import fused_convolution as fused_convolution
 from .gated_elu import gated_elu as gated_elu
 from .group_norm_silu import group_norm_silu as group_norm_silu

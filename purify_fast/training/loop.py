@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
 from .._files import folder_lock
 from .._process import Stop, processes, stop_on_sigterm
 from ..models.layers import BatchNorm1d, BatchNorm2d
@@ -133,7 +132,7 @@ def fit(
         run.write_log()
         if task.tf32:
             stack.enter_context(float32_products(tf32=True))
-        stack.enter_context(ops.keep_kernels(from_first(run.kernels)))
+        from_first(run.record_kernels)
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
         devices = [source.device] if source.device.type == "cuda" else []

@@ -264,18 +264,15 @@ class Run:
             path, text = self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)
             with_room(lambda: write_text(path, text), path)
 
-    def kernels(self) -> dict[str, Any]:
-        """Return the kernels for the run. A resumed run uses the kernels of its start, which its folder records."""
-        now = ops.kernels_now(self.source.device)
+    def record_kernels(self) -> None:
+        """Write into the folder which kernels the run uses. Warn if a resumed run began with other kernels."""
         if self.folder is None:
-            return now
-        path = self.folder / KERNELS
-        if self.step > 0 and path.exists():
-            begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            ops.tell_changes(begun, now)
-            return begun
-        with_room(lambda: write_text(path, json.dumps(now) + "\n"), path)
-        return now
+            return
+        path, now = self.folder / KERNELS, json.dumps(ops.kernels_now(self.source.device))
+        if self.step == 0 or not path.exists():
+            with_room(lambda: write_text(path, now), path)
+        elif path.read_text(encoding="utf-8") != now:
+            logger.warning("this run began with other kernels, so it will not repeat its results exactly")
 
     # -- held-out images
 

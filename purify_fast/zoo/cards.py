@@ -103,14 +103,7 @@ class Card:
 
 
 def read_card(folder: Path) -> Card:
-    """Read the card in a model's folder.
-
-    Args:
-        folder: folder of the model.
-
-    Raises:
-        FileNotFoundError: the folder has no card.
-    """
+    """Read the card in a model's folder."""
     facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return Card(
         **facts
@@ -123,12 +116,7 @@ def read_card(folder: Path) -> Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write a card to the folder of its model, atomically.
-
-    Args:
-        card: the description of the model.
-        folder: folder of the model.
-    """
+    """Write a card to the folder of its model, atomically."""
     write_text(folder / FILE, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
 
 

@@ -211,9 +211,9 @@ def test_wrong_options(attack, options, message):
 @pytest.mark.parametrize(
     ("eps", "message"),
     [
-        ("8/255", r"eps must be a number, such as 8 / 255, got '8/255': write 8 / 255 without quotes"),
+        ("8/255", r"eps must be a number, such as 8 / 255, got '8/255'"),
         ([0.1], r"eps must be a number, such as 8 / 255, got \[0.1\]"),
-        (torch.tensor([0.1]), r"eps must be .*, got torch.Tensor \[1\]: convert it by float\(eps\)"),
+        (torch.tensor([0.1]), r"eps must be .*, got tensor\("),
         (True, "eps must be a number, such as 8 / 255, got True"),
     ],
     ids=str,
@@ -281,8 +281,8 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"eps": torch.zeros(3)}, ValueError, r"must be a number or a tensor \[B\]"),
         ({"eps": None}, TypeError, r"eps is missing"),
         ({"eps": [0.1]}, TypeError, r"eps must be a number, such as 8 / 255, got \[0.1\]"),
-        ({"eps": "8/255"}, TypeError, r"eps must be .*, got '8/255': write 8 / 255 without quotes"),
-        ({"eps": np.zeros(9)}, TypeError, r"eps must be .*, got numpy.ndarray \[9\]$"),
+        ({"eps": "8/255"}, TypeError, r"eps must be .*, got '8/255'"),
+        ({"eps": np.zeros(9)}, TypeError, r"eps must be .*, got array"),
         ({"eot_iter": 0}, ValueError, "eot_iter must be at least 1"),
         ({"max_forward_batch": 0}, ValueError, "max_forward_batch must be at least 1"),
     ):

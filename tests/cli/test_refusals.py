@@ -33,8 +33,7 @@ TRAIN = "train {} --data {{bars}} --device cpu "
 REFUSED = {
     "train classifier --data nowhere.npz": "nowhere.npz",
     "train classifier --data {bars} --epochs 0": "epochs must be at least 1, got 0",
-    "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N ("
-    "PyTorch has no such device)",
+    "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N",
     "train classifier --data imagenette": "give image_size=(H, W), on the command line --size H W",
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet": "--model must be one of small_cnn, preact_resnet18",
@@ -78,10 +77,10 @@ REFUSED = {
     "evaluate {saved} --data {bars} --device cpu --eps 0.1": " are 1x16x16, but the model in {saved} was",
     "evaluate zoo:digits-pgd-at --eps 0": "eps must be above 0, got 0",
     "evaluate zoo:digits-pgd-at --claim 170": "claim must be from 0 to 100, got 170",
-    "evaluate zoo:digits-pgd-at --claim 70%": "--claim must be a number of percent without the sign %, as in --claim",
+    "evaluate zoo:digits-pgd-at --claim 70%": "Error parsing --claim",
     "evaluate zoo:digits-pgd-at --claim 0.7": "claim must be in percent, got 0.7: write a claim of 70 % as claim=70",
-    "evaluate zoo:digits-pgd-at --eps abc": "--eps must be a number or a fraction such as 8/255, got 'abc'",
-    "evaluate runs/x --t-star 0.1 abc": "--t-star must be a number or a fraction such as 8/255, got 'abc'",
+    "evaluate zoo:digits-pgd-at --eps abc": "must be a number or a fraction such as 8/255, got 'abc'",
+    "evaluate runs/x --t-star 0.1 abc": "Error parsing --t-star",
     "evaluate zoo:digits-pgd-at --out {bars}": "--out must be a folder, got {bars}: {bars} is a file",
     "evaluate zoo:digits-pgd-at --out {bars}/report": "--out must be a folder, got {bars}/report: {bars} is a file",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",

@@ -55,28 +55,11 @@ def test_links_are_followed(pets, tmp_path):
     assert len(load(tmp_path / "link").x_train) == 14
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
-@pytest.mark.parametrize("target", ["..", "../..", "."])
-def test_links_that_lead_in_a_circle(pets, target):
-    """They were read forty times over, until the system refused to follow them."""
-    (pets / "train" / "cat" / "loop").symlink_to(target)
-    with pytest.raises(ValueError, match="leads to a folder that contains it"):
-        load(pets)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few make links")
-def test_links_that_lead_in_a_circle_over_two_classes(pets):
-    (pets / "train" / "cat" / "x").symlink_to("../dog")
-    (pets / "train" / "dog" / "y").symlink_to("../cat")
-    with pytest.raises(ValueError, match="leads to a folder that contains it"):
-        load(pets)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
 def test_images_are_written_from_front_to_back(pets, tmp_path):
     """So a full disk makes a write fail. With a memory map of a sparse file, it would end the process by SIGBUS."""
     files, pipe = sorted(pets.glob("train/*/*.png")), tmp_path / "pipe"
-    how = {"resize": False, "workers": 0, "title": ""}
+    how = {"resize": False, "workers": 1, "title": ""}
     with pytest.raises(OSError, match="No space left"):
         decode(files, (8, 8), out=Path("/dev/full"), **how)
     os.mkfifo(pipe)

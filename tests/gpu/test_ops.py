@@ -194,27 +194,6 @@ def test_a_captured_graph_follows_its_inputs(op):
 
 @needs_cuda
 @pytest.mark.parametrize("op", OPS)
-def test_a_direct_launch_gives_what_triton_s_launch_gives(op, monkeypatch):
-    """Triton launches a kernel for the first time; then the compiled kernel that it chose is started."""
-    from purify_fast.kernels import _launch
-
-    def by_triton(*args):
-        raise AssertionError("it is not the first launch")
-
-    for example in REGISTRY[op].examples:
-        for dtype in example.dtypes:
-            arguments = examples.to(example.make(dtype, 0), DEVICE)
-            run(op, arguments)
-            with monkeypatch.context() as patch:
-                patch.setattr(_launch, "_launch_by_triton", by_triton)
-                direct = run(op, arguments)
-            with monkeypatch.context() as patch:
-                patch.setattr(_launch, "_RUN", None)
-                same_bits(direct, run(op, arguments))
-
-
-@needs_cuda
-@pytest.mark.parametrize("op", OPS)
 def test_works_on_the_current_stream(op):
     """A kernel on another stream would read the inputs before they are written."""
     arguments, values, side = given(op), given(op, 1), torch.cuda.Stream()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...attacks.attacked_model import differ, gradient_to
 from ...attacks.losses import margin
-from ...model_state import fingerprint
+from ...model_state import state_hash
 from ...protocols import Classifier, FixedNoise, supports
 from ..asked.subject import Subject, Variant
 
@@ -50,7 +50,7 @@ class Before:
         self.predicted = self.predictions()
         # A random model that draws from another generator than PyTorch's differs even with the same seed.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
-        self.mark = fingerprint(subject.model)
+        self.mark = self._state()
 
     def predictions(self) -> Tensor:
         """The predicted classes of the clean images, with the same noise every time if the model allows it."""
@@ -66,11 +66,19 @@ class Before:
         """Predict the clean images several times again, and return the largest share of changed predictions."""
         return max(share(self.predicted, self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
+    def _state(self) -> str | None:
+        """A hash of the model's state; None for a function, and for a model that cannot be compared."""
+        try:
+            return state_hash(self.subject.model) if isinstance(self.subject.base_model, nn.Module) else None
+        # A user's module may raise any error while its state is read.
+        except Exception:
+            return None
+
     def state_changed(self) -> bool:
         """Tell whether weights, buffers or attributes have changed since this object was made."""
-        # Called before the first fingerprint, of which a model's last input may be a part.
+        # A model's last input may be a part of its state.
         self.predictions()
-        return self.mark != fingerprint(self.subject.model)
+        return self.mark != self._state()
 
 
 def quiet(subject: Subject) -> Variant:

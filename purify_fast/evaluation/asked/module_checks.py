@@ -10,7 +10,7 @@ from torch import nn
 
 from ..._tensors import digest
 from ...defences import Defence
-from ...model_state import class_functions, fingerprint, hidden_modules, used_modules
+from ...model_state import fingerprint, hidden_modules, used_modules
 from ...protocols import Classifier
 from ...speed.folding.inference_copy import Accelerated
 
@@ -42,28 +42,24 @@ def note_of_switched_modules(model: Classifier, name: str) -> list[str]:
 def notes_of_modules(model: Classifier, name: str) -> list[str]:
     """Notes on modules that the model uses in training mode, and on modules that PyTorch does not know of.
 
-    An evaluation puts a model and its modules into evaluation mode. But the mode of modules that only a function uses,
-    or that are in a global variable, is not changed.
+    An evaluation puts a model and its modules into evaluation mode, but not modules that only a function uses.
 
     Args:
         model: the judged model, frozen by `purify_fast.attacks.frozen`.
         name: name of the model in the report.
     """
     if isinstance(model, nn.Module):
-        hidden = hidden_modules(model)
-        switched = {id(part) for whole in (model, *(module for _, module in hidden)) for part in whole.modules()}
-        used = [each for each in used_modules(class_functions(model)) if id(each[1]) not in switched]
-        what, advice = "uses modules, besides its own parts,", "make them attributes of the module that uses them"
+        hidden, used = hidden_modules(model), []
     else:
-        hidden, used = [], [*used_modules(model)]
-        what, advice = "is a function that uses modules", "give a module in place of the function"
+        hidden, used = [], used_modules(model)
     parts = [(place, part) for place, module in used for part in module.modules()]
     training = [(place, part) for place, part in parts if part.training and _asks_for_mode(part)]
     notes = []
     if training:
         notes.append(
-            f"{name} {what} in training mode: {_listed(training)}. The numbers describe the model as it is in "
-            f"training. If this is not intended, call .eval() on these modules before evaluate, or {advice}"
+            f"{name} is a function that uses modules in training mode: {_listed(training)}. The numbers describe the "
+            "model as it is in training. If this is not intended, call .eval() on these modules before evaluate, or "
+            "give a module in place of the function"
         )
     if hidden:
         notes.append(

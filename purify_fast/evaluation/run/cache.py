@@ -55,8 +55,8 @@ class RowCache:
 
     Args:
         folder: folder of the whole evaluation; None: nothing is cached.
-        served: the kernels that run the ops, from `purify_fast.ops.kernels_now`. Rows that were made with other kernels
-            are not used, because kernels differ in the last bits of their results.
+        served: a hash of the kernels that run the ops, from `purify_fast.ops.kernels_now`. Rows that were made with
+            other kernels are not used, because kernels differ in the last bits of their results.
         revision: the user's name for the model's code, on which every row depends.
 
     Attributes:
@@ -66,9 +66,9 @@ class RowCache:
 
     source = ""
 
-    def __init__(self, folder: Path | None, served: dict[str, Any] | None = None, revision: str | None = None):
+    def __init__(self, folder: Path | None, served: str = "", revision: str | None = None):
         self.folder = None if folder is None else folder / "rows"
-        self.served, self.revision = served or {}, revision
+        self.served, self.revision = served, revision
         self.busy = set[Path]()
         # The names of the rows that this object has made.
         self._made = set[str | None]()

@@ -26,15 +26,7 @@ from .registry import Op
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Return True if a derivative of a function of these tensors may be needed.
-
-    Args:
-        tensors: the tensors in which the op is differentiable.
-
-    Returns:
-        True if gradients are recorded and a tensor requires a gradient. Also True inside forward-mode differentiation:
-        the ops' autograd functions raise an error there, while a bare kernel would silently lose the tangent.
-    """
+    """Return True if a derivative of a function of these tensors may be needed."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
@@ -43,15 +35,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse ``create_graph=True`` in an autograd function that has no second derivative.
-
-    Args:
-        backward: a function's ``backward(ctx, *grads)``.
-
-    Returns:
-        A function that raises a RuntimeError if autograd records the gradients. ``once_differentiable`` would treat
-        them as constants if the incoming gradient needs no gradient, as that of a plain sum. A Hessian would be 0.
-    """
+    """Refuse ``create_graph=True`` in an autograd function that has no second derivative."""
 
     guarded = once_differentiable(backward)
 
@@ -75,20 +59,7 @@ def differentiable(
     saved: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = lambda inputs, outputs: inputs,
     constants: int = 0,
 ) -> Callable[..., Any]:
-    """Make an autograd function with first-order gradients from an op.
-
-    Args:
-        forward: function that maps the inputs to one output or a tuple of outputs.
-        backward: function that maps the gradients of the outputs, then the saved tensors, then the saved settings, to
-            the gradient of the first input, or to a tuple of gradients of the first inputs. The other inputs have no
-            gradient. ``backward`` must be a plain function, because torch.compile cannot trace an op that a closure
-            holds.
-        saved: function that selects the arguments of backward from the inputs and the outputs, tensors first.
-        constants: number of outputs without a gradient. These are the last outputs.
-
-    Returns:
-        The method ``apply`` of the autograd function, which is called with the inputs.
-    """
+    """Make an autograd function with first-order gradients from an op."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -135,21 +106,12 @@ SAVING_KERNELS = _library.has_kernel("purify_fast::scaled_rows", "CPU")
 
 
 def transformed() -> bool:
-    """Return True if an eager call is inside a transform of ``torch.func``.
-
-    The CPU kernels that save values are not used there. Nor are autograd functions that receive the context in
-    ``forward``, such as those of `conv2d` and `group_norm_silu`, because transforms do not support them. With
-    ``setup_context`` instead, each call would take 20 us more, because PyTorch inspects a signature.
-    """
+    """Return True if an eager call is inside a transform of ``torch.func``."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def may_save(x: Tensor) -> bool:
-    """Return True if kernels that exist only for a CPU can be called.
-
-    They cannot be called on a GPU, in compiled graphs, in functorch's transforms, and with subclasses of Tensor, such
-    as tensors without data.
-    """
+    """Return True if kernels that exist only for a CPU can be called."""
     if not SAVING_KERNELS or x.device.type != "cpu" or type(x) not in (Tensor, Parameter):
         return False
     return not (torch.compiler.is_compiling() or transformed())

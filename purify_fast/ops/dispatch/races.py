@@ -27,18 +27,10 @@ from .op import Backend, Call, Definition, Style, call_of
 logger = logging.getLogger("purify_fast")
 
 SHIPPED = Path(__file__).parents[1] / "races.json"
-#: During a run, these results of races are used instead of those in the files. `run_kernels.keep_kernels` sets them.
-of_run: dict[str, Any] = {}
 
 
 class Winner(NamedTuple):
-    """The backend that should compute a call: the winner of a race or, without a race, the choice of a rule.
-
-    Attributes:
-        backend: name of the backend. Whether its kernel is correct is verified separately.
-        why: where and when the race took place, or the rule, in words.
-        gain: the kernel's speed relative to its reference, in words; empty if unknown.
-    """
+    """The backend that should compute a call: the winner of a race or, without a race, the choice of a rule."""
 
     backend: Backend
     why: str
@@ -95,8 +87,6 @@ def own_entry(op: Definition, device: torch.device) -> dict[str, Any]:
 
 def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any], str]]:
     """Return the entries of an op, the user's entry before the shipped entry, and where and when each was raced."""
-    if device.type == of_run.get("device") and op.name in of_run["ops"]:
-        return [({"cells": cells}, "as the run began") for cells in of_run["ops"][op.name]["races"]]
     entries, near = [], nearest(records.machine(device))
     if own := own_entry(op, device):
         entries.append((own, f"raced on this machine, {read(device).get('date')}"))
@@ -105,11 +95,6 @@ def entries_of(op: Definition, device: torch.device) -> list[tuple[dict[str, Any
     if near is not None and op.name in near["ops"]:
         entries.append((near["ops"][op.name], f"raced on {near['machine']['device']}, {near['date']}"))
     return entries
-
-
-def winners(op: Definition, device: torch.device) -> list[dict[str, Any]]:
-    """Return the cells of each entry of an op, in the order in which the entries are searched for a call."""
-    return [entry.get("cells", {}) for entry, _ in entries_of(op, device)]
 
 
 def winner(op: Definition, call: Call) -> Winner | None:
@@ -134,16 +119,11 @@ def calls(op: Definition, device: torch.device, style: Style) -> list[Call]:
 
 
 def write(device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write entries into the user's file for a device, and keep the entries of other ops.
-
-    Raises:
-        OSError: if the folder cannot be written. The message says how to choose another folder.
-    """
+    """Write entries into the user's file for a device, and keep the entries of other ops."""
     path = records.file_of("raced", device)
-    with records.locked("raced", device):
-        try:
-            records.update("raced", device, ops, facts)
-        except OSError as error:
-            raise OSError(f"{path} cannot be written ({error}): set PURIFY_FAST_CACHE to a writable folder") from error
+    try:
+        records.update("raced", device, ops, facts)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): set PURIFY_FAST_CACHE to a writable folder") from error
     forget_files()
     return path

@@ -1,13 +1,11 @@
 """Races kernels against their references on a device of this machine, for ``purify-fast tune``.
 
-Each op is raced by variant, memory layout, dtype and size, separately for forward and backward: by eager calls; on a
-GPU also by replays of a CUDA graph, which have no launch overhead on the host; and, if ``full`` is requested, inside a
-graph of ``torch.compile``, between operations that can be fused.
+Each op is raced by variant, memory layout, dtype and size, separately for forward and backward: by eager calls and, on
+a GPU, also by replays of a CUDA graph, which have no launch overhead on the host.
 
 A kernel is used for eager calls of a variant, dtype and size if it is faster in every layout and, on a GPU, in the
 replay too. A kernel that is already in use may be five percent slower, so that two races on a machine have the same
-result. In a compiled graph, where a kernel prevents fusion, it must be twice as fast, and the reference must be one
-that compilers do not fuse.
+result.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import races
-from .examples import Example, tensors, tile, to
+from .examples import Example, tile, to
 from .op import SIZES, Backend, Call, size_of
 from .registry import REGISTRY, Op, forget_choices, use_backend
 from .verify import verdict_of
@@ -48,57 +46,32 @@ MOST = {"decode_samples": 2**22}
 ATTEMPTS = 3
 #: The shortest duration of a timed run in seconds. Shorter calls are repeated within the run.
 RUN = 1e-3
-#: Inside compiled graphs, a kernel must be this many times as fast as the compiled reference: it is not fused with its
-#: neighbors, which may cost more in a user's graph than in the race.
-IN_GRAPHS = 2.0
 
 
 @dataclass(frozen=True)
 class Race:
-    """The race of an op for one variant, layout, dtype and size.
-
-    Attributes:
-        op: name of the op.
-        example: a few samples of realistic shapes.
-        dtype: dtype of the call.
-        size: ``small``, ``medium`` or ``large``.
-        times: the number of times that the samples of the example are repeated.
-        compiled: whether the calls are inside a compiled graph.
-    """
+    """The race of an op for one variant, layout, dtype and size."""
 
     op: str
     example: Example
     dtype: torch.dtype
     size: str
     times: int
-    compiled: bool = False
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """The values that distinguish this race from the other races of the op."""
+        """The first values of a `Row`."""
         return self.example.name, self.example.variant, str(self.dtype).removeprefix("torch."), self.size
 
     def words(self) -> str:
         """Return a description for the progress bar."""
         example, _, dtype, size = self.key
-        return f"{self.op} {example} {dtype} {size}{' compiled' if self.compiled else ''}"
+        return f"{self.op} {example} {dtype} {size}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """The measured times of one race.
-
-    Attributes:
-        example: the shapes of a few samples, with their layout and settings.
-        variant: setting for which the op's backend is chosen separately.
-        dtype: name of the dtype, without ``torch.``.
-        size: ``small``, ``medium`` or ``large``.
-        style: ``eager`` calls, the ``replay`` of a CUDA graph, or inside a compiled ``graph``.
-        elements: number of elements of the tensor that `Definition.size_key` chooses.
-        reference_us: microseconds per call of the reference.
-        kernel_us: microseconds per call of the kernel.
-        megabytes: size of all arguments and results together.
-    """
+    """The measured times of one race."""
 
     example: str
     variant: str
@@ -111,21 +84,13 @@ class Row:
     megabytes: float = 0.0
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """The values that distinguish this row from the rows of the op's other races."""
-        return self.example, self.variant, self.dtype, self.size, self.style
-
-    @property
     def ratio(self) -> float:
         """The speed of the kernel relative to the reference."""
         return self.reference_us / self.kernel_us
 
     def call(self, device: torch.device) -> Call:
-        """Return the calls that this race decides: eager calls of its size, or all calls inside compiled graphs."""
-        dtype = getattr(torch, self.dtype)
-        if self.style == "graph":
-            return Call(device, self.variant, dtype, 0, "graph")
-        return Call(device, self.variant, dtype, SIZES[self.size] - 1)
+        """Return the eager calls that this race decides."""
+        return Call(device, self.variant, getattr(torch, self.dtype), SIZES[self.size] - 1)
 
 
 def races_of(op: Op, device: torch.device, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Race]:
@@ -193,11 +158,7 @@ class Capture(Protocol):
 
 
 def replayed(call: Callable[[], object], device: torch.device, capture: Capture) -> Callable[[], object]:
-    """Return a function that replays a CUDA graph of one call. The call runs once before, on the stream of the capture.
-
-    Raises:
-        RuntimeError: if the call cannot be captured. The device remains usable.
-    """
+    """Return a function that replays a CUDA graph of one call."""
 
     def run() -> None:
         call()
@@ -207,24 +168,9 @@ def replayed(call: Callable[[], object], device: torch.device, capture: Capture)
     return capture.record(run, device)
 
 
-def _in_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], object]:
-    """Compile a call together with elementwise operations before and after it."""
-    first = next((i for i, one in enumerate(arguments) if isinstance(one, Tensor) and one.is_floating_point()), None)
-
-    def surrounded(*given: Any) -> list[Tensor]:
-        if first is not None:
-            given = (*given[:first], given[first] * 0.99, *given[first + 1 :])
-        outputs = tensors(function(*given))
-        return [out * 0.5 + 1 if out.is_floating_point() else out for out in outputs]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(surrounded, fullgraph=True, dynamic=False)
-    return lambda: compiled(*arguments)
-
-
 @torch.no_grad()
 def run_race(race: Race, device: torch.device, capture: Capture | None = None) -> list[Row]:
-    """Run a race, and return its rows: for a compiled graph, or for eager calls and, with ``capture``, for replays."""
+    """Run a race, and return its rows: for eager calls and, with ``capture``, for replays."""
     op = REGISTRY[race.op]
     arguments = to(tile(race.example.make(race.dtype, 0), race.times), device)
     elements = op.size_key(*arguments)[1]
@@ -235,12 +181,9 @@ def run_race(race: Race, device: torch.device, capture: Capture | None = None) -
     moved = sum(one.nbytes for one in tree_leaves((arguments, results)) if isinstance(one, Tensor))
     del results
     contestants: list[Callable[[], object]] = [lambda: op.reference(*arguments), lambda: op.handle(*arguments)]
-    if race.compiled:
-        seconds = {"graph": fastest([_in_graph(one, arguments) for one in (op.reference, op.handle)], device)}
-    else:
-        seconds = {"eager": _settled(contestants, device, serves)}
-        if capture is not None:
-            seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
+    seconds = {"eager": _settled(contestants, device, serves)}
+    if capture is not None:
+        seconds["replay"] = _settled([replayed(call, device, capture) for call in contestants], device, serves)
     times = {style: [round(1e6 * one, 3) for one in both] for style, both in seconds.items()}
     megabytes = round(moved / 1e6, 3)
     return [
@@ -251,15 +194,7 @@ def run_race(race: Race, device: torch.device, capture: Capture | None = None) -
 
 @dataclass(frozen=True)
 class Change:
-    """Calls whose backend is changed by a race.
-
-    Attributes:
-        op: name of the op.
-        call: variant, dtype, size and style of the calls.
-        before: backend before the race.
-        after: backend after the race.
-        gain: speed of the kernel relative to the reference.
-    """
+    """Calls whose backend is changed by a race."""
 
     op: str
     call: Call
@@ -270,24 +205,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The results of `tune`.
-
-    Attributes:
-        path: the file that was written.
-        seconds: duration in seconds.
-        rows: the times of the races that were run, by op.
-        changes: the calls whose backend has changed.
-        known: number of races that were not run because their results were known.
-        left_out: races that were not run because the time ended, in words.
-        failed: races that raised an error, with the error.
-        wrong: kernels that are wrong on this machine, with the reason. They were not raced.
-    """
+    """The results of `tune`."""
 
     path: Path
     seconds: float
     rows: dict[str, list[Row]]
     changes: list[Change]
-    known: int
     left_out: list[str]
     failed: dict[str, str]
     wrong: dict[str, str]
@@ -300,14 +223,6 @@ def _gain(rows: list[Row]) -> str:
     return f"{statistics.geometric_mean(ratios):.1f} times as fast ({least} to {most})"
 
 
-def _wins(op: Op, call: Call, rows: list[Row]) -> bool:
-    """Return True if the kernel should be used for a call, according to the measured times of the call."""
-    if call.style == "graph":
-        return call.variant in op.serves_unraced("graph") and all(row.ratio >= IN_GRAPHS for row in rows)
-    serves = op.wanted(call).backend == op.kernel(call.device.type)
-    return all(level(row.ratio, serves) for row in rows)
-
-
 def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], list[Change]]:
     """Choose the backend for each call of an op on a device, from the rows of the op's races."""
     by_call: defaultdict[Call, list[Row]] = defaultdict(list)
@@ -316,85 +231,32 @@ def decide(op: Op, rows: list[Row], device: torch.device) -> tuple[dict[str, Any
     cells: dict[str, dict[str, Backend]] = {}
     changes: list[Change] = []
     for call, own in by_call.items():
-        before, after = op.wanted(call).backend, op.kernel(device.type) if _wins(op, call, own) else "reference"
+        before, kernel = op.wanted(call).backend, op.kernel(device.type)
+        after = kernel if all(level(row.ratio, before == kernel) for row in own) else "reference"
         if before != after:
             changes.append(Change(op.name, call, before, after, statistics.geometric_mean(row.ratio for row in own)))
         # A call that was not raced uses the kernel only if the kernel won every race of the call's variant or, for a
         # variant that was not raced, every race of the op.
         for name in {"", call.variant, call.cell}:
             served = cells.setdefault(name, {})
-            served[call.style] = "reference" if served.get(call.style) == "reference" else after
-    by_style = {style: [row for row in rows if row.call(device).style == style] for style in ("eager", "graph")}
+            served["eager"] = "reference" if served.get("eager") == "reference" else after
     return {
         "sources": op.code_hash(device.type),
         "cells": dict(sorted(cells.items())),
-        "gain": {style: _gain(own) for style, own in by_style.items() if own},
+        "gain": {"eager": _gain(rows)},
         "rows": [asdict(row) for row in rows],
     }, changes
 
 
-def known_rows(op: Op, device: torch.device) -> list[Row]:
-    """Return the rows in the user's file that are valid for the op's current kernel."""
-    try:
-        return [Row(**row) for row in races.own_entry(op, device).get("rows", [])]
-    except TypeError:
-        # The file comes from a version whose rows have other fields.
-        return []
-
-
-def _keep_rows(op: Op, rows: list[Row], device: torch.device, facts: dict[str, Any]) -> None:
-    """Write rows into the user's file, where they replace rows of the same races.
-
-    The rows have no effect until all races are finished. If the process is killed, the next run does not repeat these
-    races.
-    """
-    every = {row.key: row for row in (*known_rows(op, device), *rows)}.values()
-    now = {"sources": op.code_hash(device.type), "rows": [asdict(row) for row in every]}
-    races.write(device, {op.name: races.own_entry(op, device) | now}, facts)
-
-
-def _ordered(chosen: list[Op], device: torch.device, full: bool) -> list[Race]:
-    """Return all races: eager calls, and with ``full`` also compiled graphs."""
-    order = {"medium": 0, "large": 1, "small": 2}
-    every = sorted((race for op in chosen for race in races_of(op, device)), key=lambda race: order[race.size])
-    # Compiling takes seconds, so one example and one size per variant and dtype represent the graphs of every size.
-    first: dict[tuple[str, str, torch.dtype], Race] = {}
-    for race in every if full else ():
-        first.setdefault((race.op, race.example.variant, race.dtype), replace(race, compiled=True))
-    return [*every, *first.values()]
-
-
-# This function is long because its steps follow each other, and each step is a few lines.
 def tune(
     device: torch.device,
     *,
     seconds: float = 270.0,
-    full: bool = False,
     ops: Iterable[str] = (),
-    again: bool = False,
     capture: Capture | None = None,
     tell: Callable[[float, str], None] = lambda share, what: None,
 ) -> Tuned:
-    """Verify the kernels of a device, race them, and write the results into the user's file.
-
-    Args:
-        device: the device.
-        seconds: time limit. No race begins after this many seconds, and calls without a finished race keep their
-            backend.
-        full: whether calls inside graphs of ``torch.compile`` are raced too.
-        ops: names of ops; empty for all ops that have a kernel for the device.
-        again: whether to repeat races whose results are known for this device and these versions of the package, torch
-            and Triton.
-        capture: object that captures CUDA graphs, so that replays are raced too; None for a device without them.
-        tell: function that is called with the finished fraction and the name of the next race.
-
-    Returns:
-        The measurements. The faster backends are used from now on, also in this process.
-
-    Raises:
-        ValueError: if an op does not exist or has no kernel for the device.
-        OSError: if the user's file cannot be written.
-    """
+    """Verify the kernels of a device, race them, and write the results into the user's file."""
     began = time.perf_counter()
     with_kernel = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     for name in ops:
@@ -408,43 +270,36 @@ def tune(
     wrong: dict[str, str] = {}
     for index, (name, op) in enumerate(chosen.items()):
         tell(0.1 * index / len(chosen), f"verifying {name}")
-        verdict = verdict_of(op, Call(device))
+        verdict = verdict_of(op, device)
         if not verdict.passed:
             wrong[name] = verdict.words()
-    known = {(name, *row.key) for name, op in chosen.items() if not again for row in known_rows(op, device)}
-    last = {False: "eager" if capture is None else "replay", True: "graph"}
-    work = _ordered([op for name, op in chosen.items() if name not in wrong], device, full)
-    new = [race for race in work if (race.op, *race.key, last[race.compiled]) not in known]
+    order = {"medium": 0, "large": 1, "small": 2}
+    work = [race for name, op in chosen.items() if name not in wrong for race in races_of(op, device)]
+    work.sort(key=lambda race: order[race.size])
     rows: defaultdict[str, list[Row]] = defaultdict(list)
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    for index, race in enumerate(new):
+    for index, race in enumerate(work):
         if time.perf_counter() - began > seconds:
-            left_out = [one.words() for one in new[index:]]
+            left_out = [one.words() for one in work[index:]]
             break
-        tell(0.1 + 0.9 * index / len(new), race.words())
+        tell(0.1 + 0.9 * index / len(work), race.words())
         try:
-            timed = run_race(race, device, capture)
+            rows[race.op] += run_race(race, device, capture)
         except Exception as error:
             # If memory runs out, or if a kernel cannot be captured, the other races still run.
             failed[race.words()] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        rows[race.op] += timed
-        _keep_rows(chosen[race.op], timed, device, facts)
         if device.type == "cuda" and race.size == "large":
             # Free the memory of this op's reference and graphs, so that it is not added to the memory of the next ops.
             torch.cuda.empty_cache()
-    decided = {
-        name: decide(op, all_rows, device) for name, op in chosen.items() if (all_rows := known_rows(op, device))
-    }
+    decided = {name: decide(chosen[name], own, device) for name, own in rows.items() if own}
     path = races.write(device, {name: entry for name, (entry, _) in decided.items()}, facts)
     forget_choices()
     return Tuned(
         path=path,
         seconds=time.perf_counter() - began,
-        rows=rows,
+        rows={name: own for name, own in rows.items() if own},
         changes=[change for _, changes in decided.values() for change in changes],
-        known=len(work) - len(new),
         left_out=left_out,
         failed=failed,
         wrong=wrong,

@@ -4,8 +4,7 @@ A machine has two JSON files: ``verified-*.json`` says whether each kernel is co
 results of the races. Each file has the device, the versions that determine what a kernel computes, and an entry for
 each op.
 
-The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole. Only one
-process at a time changes a file.
+The folder is ``PURIFY_FAST_CACHE``, or the platform's cache folder. Files are always replaced as a whole.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,11 +92,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def missing_compiler() -> str | None:
-    """Return a text that says what Triton lacks for kernels on a GPU and how to install it; None if it lacks nothing.
-
-    Triton compiles a small C module that calls the CUDA driver. It needs no compiler for modules that are already in
-    its cache folder.
-    """
+    """Return a text that says what Triton lacks for kernels on a GPU and how to install it, or None."""
     if not sys.platform.startswith("linux"):
         # On other platforms Triton has its own compiler.
         return None
@@ -153,34 +147,7 @@ def read(kind: Kind, device: torch.device) -> dict[str, Any]:
 
 
 def update(kind: Kind, device: torch.device, ops: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write entries into a file, and keep the entries of other ops. The caller must hold the lock (`locked`).
-
-    Args:
-        kind: kind of the file.
-        device: device of the file.
-        ops: entries by op.
-        facts: other facts in the file, such as its date.
-    """
+    """Write entries into a file, and keep the entries of other ops. Of two processes at once, the last writer wins."""
     path, entries = file_of(kind, device), {**read(kind, device).get("ops", {}), **ops}
     content = {"machine": machine(device), **facts, "ops": {op: entries[op] for op in sorted(entries)}}
     _files.write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def locked(kind: Kind, device: torch.device) -> Iterator[None]:
-    """Run the block in only one process at a time.
-
-    The lock is released when its process ends, even by a crash. If no file can be created, or if the file system has no
-    locks, nothing is locked and the last writer wins.
-    """
-    # Imported here because importing filelock takes 0.05 seconds, and most processes write nothing.
-    from filelock import FileLock
-
-    lock = FileLock(file_of(kind, device).with_suffix(".lock"))
-    with contextlib.suppress(OSError, NotImplementedError):
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ import torch
 
 from ... import _library
 from ..._compiler import constant_in_graphs
+from ..._tensors import text_hash
 from . import races, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, KERNELS, SIZES, Backend, Call, Definition, first_argument
@@ -92,9 +94,7 @@ class Op(Definition):
     """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
-        """Choose the backend for these arguments, of which the first is a tensor, and run it. Kernels record no
-        gradient.
-        """
+        """Choose the backend for these arguments, of which the first is a tensor, and run it."""
         dtype, size = self.size_key(*args)
         return (self.reference if self.uses_reference(args[0].device, dtype, size, variant) else self.handle)(*args)
 
@@ -108,11 +108,7 @@ class Op(Definition):
         return (backend or self.serving(Call(device, variant, dtype, bits))) == "reference"
 
     def serving(self, call: Call) -> Backend:
-        """Return the backend that computes a call. A kernel is used only after it was verified.
-
-        Raises:
-            RuntimeError: if the forced backend does not exist for this device.
-        """
+        """Return the backend that computes a call. A kernel is used only after it was verified."""
         forced = self.forced(call.device.type) if _forced else None
         if forced is not None:
             return forced
@@ -123,7 +119,7 @@ class Op(Definition):
     def _choose(self, call: Call) -> Backend:
         backend = self.wanted(call).backend
         if backend != "reference":
-            right = verify.serves(self, call)
+            right = verify.serves(self, call.device)
             if right is None:
                 return "reference"
             backend = backend if right else "reference"
@@ -157,11 +153,7 @@ class Op(Definition):
         return any(self.serving(call) != "reference" for call in calls)
 
     def forced(self, kind: str) -> Backend | None:
-        """Return the backend that is forced for a type of device, or None.
-
-        Raises:
-            RuntimeError: if the op has none of the forced backends for this type of device.
-        """
+        """Return the backend that is forced for a type of device, or None."""
         there = self.available.get(kind, ("reference",))
         for name in _forced:
             if name in there:
@@ -181,6 +173,22 @@ def _in_graph(name: str, kind: str, index: int | None, variant: str, dtype: torc
     device = torch.device(kind) if index is None else torch.device(kind, index)
     call = Call(device, variant, dtype, 0, "graph")
     return REGISTRY[name].served.get(call) or REGISTRY[name]._choose(call)
+
+
+def kernels_now(device: torch.device) -> str:
+    """Return a hash of the kernels, and the choices among them, that may change the bits of results on a device.
+
+    Args:
+        device: the device on which a run computes.
+    """
+    # Without a GPU the races of its kernels cannot be read, and none of the kernels is used.
+    here = device.type != "cuda" or torch.cuda.is_available()
+    chosen = {
+        name: [op.kernel(device.type), [entry["cells"] for entry, _ in races.entries_of(op, device)] if here else []]
+        for name, op in REGISTRY.items()
+        if op.kernel(device.type) != "reference" and not all(example.exact for example in op.examples)
+    }
+    return text_hash(json.dumps([device.type, _forced, chosen], sort_keys=True)).hexdigest()
 
 
 def forget_choices() -> None:

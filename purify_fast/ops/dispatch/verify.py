@@ -1,8 +1,7 @@
 """Verifies kernels on the machine on which they run: each kernel is compared once with its definition in float64.
 
 Before its first use, a kernel is compared on the examples of its op, and the verdict is stored on disk (`records`). A
-kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without verification. On a
-GPU, a call waits only for the kernels of its own variant and dtype (`cases`), which are compiled in parallel.
+kernel that fails is not used on this machine. ``PURIFY_FAST_VERIFY=off`` allows every kernel without verification.
 
 The allowed error is that of the tests: twice the error of the definition in the same dtype, plus two units in the last
 place of the largest number, or 0 if a kernel must have the same bits. An example can define another allowed error
@@ -21,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -30,29 +29,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..._memory import ran_out_of_memory
 from . import records
 from .examples import Example, double, tensors, to
-from .op import Call, Definition
+from .op import Definition
 
 logger = logging.getLogger("purify_fast")
 
 MODES = ("first_use", "off")
 #: The devices whose kernels take seconds to verify, mostly for their compilation: they show progress.
 SLOW = {"cuda"}
-#: If memory runs out while a kernel is verified, the kernel is verified again after this many seconds.
-PATIENCE = 60.0
 #: If a result is not continuous (`Example.jumps`), the root mean square of its error is compared. The allowed error is
 #: twice that of the definition in the same dtype, plus this multiple of the result's root mean square.
 JUMPS = 0.1
 #: The dtypes for the letters of `Example.gpu`.
 DTYPES = {"f": torch.float32, "b": torch.bfloat16, "h": torch.float16}
-#: The threads that are verifying a kernel: their own calls use references, or verified kernels.
-_verifying: set[int] = set()
-#: The verdicts of this process, by file and part (`_part_name`), because the folder may not be writable.
+#: Has the attribute ``active`` in the thread that verifies a kernel: its own calls use references.
+_verifying = threading.local()
+#: The verdicts of this process by file and op, because the folder may not be writable.
 _known: dict[tuple[str, str], Verdict] = {}
-#: The time from which a kernel is verified again after its verification ran out of memory. The keys are as in `_known`.
-_postponed: dict[tuple[str, str], float] = {}
 
 
 def mode() -> str:
@@ -65,14 +59,7 @@ def mode() -> str:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The deviation of a result from the definition.
-
-    Attributes:
-        error: the largest absolute error, or the root mean square of the errors if the result is not continuous
-            (`Example.jumps`). Infinite if a result is not finite but should be.
-        budget: the allowed error.
-        case: the example and its dtype, or the error that a kernel raised.
-    """
+    """The deviation of a result from the definition."""
 
     error: float
     budget: float
@@ -90,20 +77,11 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Deviation):
-    """The result of one verification, for the example and dtype with the largest error relative to the allowed error.
-
-    Attributes:
-        backend: the backend whose kernel was verified.
-        sources: hash of the kernel's sources.
-        status: ``compared``; ``raised`` if the kernel could not be run; or ``no memory``, which means that the kernel
-            may be correct or not.
-        seconds: duration of the verification.
-        date: date of the verification in ISO 8601.
-    """
+    """The result of one verification, for the example and dtype with the largest error for its budget."""
 
     backend: str
     sources: str
-    status: Literal["compared", "raised", "no memory"]
+    status: Literal["compared", "raised"]
     seconds: float
     date: str
 
@@ -116,36 +94,13 @@ class Verdict(Deviation):
         return self.case
 
 
-def _part(call: Call) -> Call:
-    """Return the part of the op to which a call belongs: all calls that are verified together with it.
-
-    On a GPU, these are the calls of the same variant and dtype; on a CPU, they are all calls of the op.
-    """
-    whole = call.device.type == "cpu" or call.dtype is None
-    return Call(call.device) if whole else Call(call.device, call.variant, call.dtype)
-
-
-def _part_name(op: Definition, part: Call) -> str:
-    """Return the name of a part in a file of verdicts. It begins with the op's name."""
-    return f"{op.name} {part.cell}".strip()
-
-
-def cases(op: Definition, call: Call) -> list[tuple[Example, torch.dtype]]:
-    """Return the examples, each with a dtype, that verify a kernel before it is used for a call.
-
-    A CPU's kernel is verified with all examples. A GPU's kernel is compiled for every dtype and setting, which takes a
-    third of a second each. So the examples and dtypes of `Example.gpu` represent the whole op. A call of one variant
-    and dtype uses only the examples of this variant, in this dtype.
-    """
-    dtype = call.dtype
-    if call.device.type == "cpu":
+def cases(op: Definition, device: torch.device) -> list[tuple[Example, torch.dtype]]:
+    """Return the examples, each with a dtype, that verify a kernel on a device."""
+    # A GPU's kernel is compiled for every dtype and setting, which takes a third of a second each. So the examples and
+    # dtypes of `Example.gpu` represent the whole op there.
+    if device.type == "cpu":
         return [(example, one) for example in op.examples for one in example.dtypes]
-    standing = [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
-    if dtype is None:
-        return standing
-    own = [(example, dtype) for example in op.examples if example.gpu and dtype in example.dtypes]
-    # Without an example of the call's variant, use all variants; without one of its dtype, those of `Example.gpu`.
-    return [case for case in own if case[0].variant == call.variant] or own or standing
+    return [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Deviation:
@@ -208,29 +163,21 @@ def _compile(op: Definition, device: torch.device, chosen: list[tuple[Example, t
     ahead.compile_together(launch)
 
 
-def _in_fresh_thread(function: Callable[[], Deviation]) -> Deviation:
-    """Run in a new thread, which has none of the caller's modes: gradients, autocast, fake tensors, vmap."""
+def _verify(op: Definition, device: torch.device) -> Verdict:
+    began = time.perf_counter()
 
     def work() -> Deviation:
-        _verifying.add(threading.get_ident())
-        try:
-            return function()
-        finally:
-            _verifying.discard(threading.get_ident())
+        _verifying.active = True
+        return compare(op, device, cases(op, device))
 
-    with ThreadPoolExecutor(1, "purify_fast-verify") as pool:
-        return pool.submit(work).result()
-
-
-def _verify(op: Definition, part: Call) -> Verdict:
-    began, device = time.perf_counter(), part.device
-    status: Literal["compared", "raised", "no memory"] = "compared"
+    status: Literal["compared", "raised"] = "compared"
     try:
-        worst = _in_fresh_thread(lambda: compare(op, device, cases(op, part)))
+        # A new thread has none of the caller's modes: gradients, autocast, fake tensors, vmap.
+        with ThreadPoolExecutor(1) as pool:
+            worst = pool.submit(work).result()
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {first}")
-        status = "no memory" if ran_out_of_memory(error) else "raised"
+        worst = Deviation(math.inf, 0.0, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        status = "raised"
     return Verdict(
         **asdict(worst),
         backend=op.kernel(device.type),
@@ -277,84 +224,45 @@ def _holds(op: Definition, verdict: Verdict, device: torch.device) -> bool:
 
 
 def _read(device: torch.device) -> dict[str, Verdict]:
-    """Return the verdicts of this process and those on the disk, by the name of the part (see `_part_name`)."""
-    path, verdicts = str(records.file_of("verified", device)), {}
-    for name, entry in records.read("verified", device).get("ops", {}).items():
-        try:
-            verdicts[name] = Verdict(**entry)
-        except TypeError:
-            logger.info("%s: another version wrote the verdict on %s, which is not used", path, name)
+    """Return the verdicts of this process and those on the disk, by op."""
+    path = str(records.file_of("verified", device))
+    fields = set(Verdict.__dataclass_fields__)
+    entries = records.read("verified", device).get("ops", {}).items()
+    verdicts = {name: Verdict(**entry) for name, entry in entries if isinstance(entry, dict) and set(entry) == fields}
     return verdicts | {name: verdict for (file, name), verdict in _known.items() if file == path}
 
 
 def known_verdicts(ops: Mapping[str, Definition], device: torch.device) -> dict[str, Verdict]:
-    """Return the saved verdicts on the current kernels of these ops, by the name of the part. Verify no kernel."""
-    by_part = ((ops.get(name.partition(" ")[0]), name, verdict) for name, verdict in _read(device).items())
-    return {name: verdict for op, name, verdict in by_part if op is not None and _holds(op, verdict, device)}
+    """Return the saved verdicts on the current kernels of these ops, by op. Verify no kernel."""
+    return {name: one for name, one in _read(device).items() if name in ops and _holds(ops[name], one, device)}
 
 
-def by_op(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
-    """Return the worst verdict on the parts of each op: a wrong kernel's, or that of the larger relative error."""
-    worst: dict[str, Verdict] = {}
-    for name, verdict in sorted(verdicts.items(), key=lambda one: (one[1].passed, -one[1].share)):
-        worst.setdefault(name.partition(" ")[0], verdict)
-    return worst
-
-
-def verdict_of(op: Definition, call: Call) -> Verdict:
-    """Return the verification of the kernel that a call would use, made now if missing. Other processes wait for it."""
-    part, device = _part(call), call.device
-    name, path = _part_name(op, part), str(records.file_of("verified", device))
-
-    def known() -> Verdict | None:
-        verdict = _known.get((path, name)) or _read(device).get(name)
-        if verdict is not None and _holds(op, verdict, device):
-            return _known.setdefault((path, name), verdict)
-        return None
-
-    verdict = known()
-    if verdict is not None:
-        return verdict
-    with records.locked("verified", device):
-        # Another process may have verified the kernel in the meantime.
-        verdict = known()
-        if verdict is not None:
-            return verdict
-        verdict = _verify(op, part)
-        if verdict.status == "no memory":
-            _postponed[path, name] = time.monotonic() + PATIENCE
-            logger.warning(
-                f"memory ran out while the kernel of {name} was verified ({verdict.case}): PyTorch computes this op "
-                f"for now, and the kernel is verified again after {PATIENCE:.0f} s"
-            )
-            return verdict
-        _known[path, name] = verdict
+def verdict_of(op: Definition, device: torch.device) -> Verdict:
+    """Return the verification of an op's kernel on a device, made now if missing."""
+    key = str(records.file_of("verified", device)), op.name
+    verdict = _known.get(key) or _read(device).get(op.name)
+    if verdict is None or not _holds(op, verdict, device):
+        verdict = _verify(op, device)
+        logger.info("%s: %s verified in %.2f s, %s", op.name, verdict.backend, verdict.seconds, verdict)
         # A verdict on a kernel that raised an error is not stored on the disk, because the kernel may work in the next
-        # process, for example with a compiler or with another driver.
+        # process, for example with a compiler, with more memory or with another driver.
         if verdict.status == "compared":
             try:
-                records.update("verified", device, {name: asdict(verdict)}, {})
+                records.update("verified", device, {op.name: asdict(verdict)}, {})
             except OSError:
-                _warn_unwritable(path)
-    logger.info("%s: %s verified in %.2f s, %s", name, verdict.backend, verdict.seconds, verdict)
-    if not verdict.passed:
-        _warn(name, device, verdict)
+                _warn_unwritable(key[0])
+        if not verdict.passed:
+            _warn(op.name, device, verdict)
+    _known[key] = verdict
     return verdict
 
 
-def serves(op: Definition, call: Call) -> bool | None:
-    """Return True if the op's kernel may be used for a call, and False if it is wrong or cannot be run.
-
-    Return None if this is not known now. The caller then uses the reference, and asks again at the next call.
-    """
+def serves(op: Definition, device: torch.device) -> bool | None:
+    """Return True if the op's kernel may be used on a device, False if it is wrong, None if this is not known now."""
     if mode() == "off":
         return True
-    device, name = call.device, _part_name(op, _part(call))
-    if threading.get_ident() in _verifying:
+    if getattr(_verifying, "active", False):
         return None
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
         return None
-    if _postponed.get((str(records.file_of("verified", device)), name), 0.0) > time.monotonic():
-        return None
-    verdict = verdict_of(op, call)
-    return None if verdict.status == "no memory" else verdict.passed
+    return verdict_of(op, device).passed
