@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | recipe | evaluate | purify | check | plan | report | zoo | ...``.
+"""The command line: ``purify-fast train ... | recipe | evaluate | purify | check | plan | report | zoo | ...``.
 
 A command imports PyTorch only when it runs, so help and the refusal of wrong options do not wait for the import.
 """
@@ -27,7 +27,7 @@ from .parsing import Refused, cli, early_options, parse
 from .plan import Plan, read_plan
 from .purify import Purify
 from .shared_machine import allowed_cores, wait_passively
-from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
+from .show import Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import TrainArrest, TrainClassifier
 from .train_diffusion import TrainDiffusion
 from .train_purifier import TrainAtop, TrainCarso, TrainGenerator
@@ -38,7 +38,7 @@ __all__ = ["main"]
 
 
 _TRAININGS = (TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion)
-_ALL = (Demo, *_TRAININGS, ShowRecipe, Evaluate, Purify, Check, Plan, ShowReport, Zoo, Tune, Info)
+_ALL = (*_TRAININGS, ShowRecipe, Evaluate, Purify, Check, Plan, ShowReport, Zoo, Tune, Info)
 _KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
 
 

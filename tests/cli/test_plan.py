@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from examples.demo import setting
 from purify_fast import zoo
 from purify_fast.attacks import APGD, PGD
 from purify_fast.cli import main
 from purify_fast.data import to_float
-from purify_fast.demo import setting
 from purify_fast.evaluation import EvaluateConfig, Report
 from purify_fast.evaluation import forecast as evaluations
 from purify_fast.evaluation.results.rows import Row
