@@ -31,7 +31,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(STAMPS)/package  ## train and attack on digits (some minutes on 2 cores); ARGS=--quick takes a minute or two
-	$(BIN)/purify-fast demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: test-cpp test-python test-interpreter  ## test C++, Python, and Triton in its interpreter; MARKS= adds slow tests
 
@@ -42,28 +42,28 @@ test-cpp: $(STAMPS)/cmake
 	$(BIN)/cmake --build $(CMAKE) -- --quiet
 	$(BIN)/ctest --test-dir $(CMAKE) --output-on-failure
 
-test-python: $(STAMPS)/package test-cpp
+test-python: $(STAMPS)/tests test-cpp
 	@echo "== Python tests"
 	PURIFY_FAST_TEST_COMPLETE=1 $(PARALLEL) -n auto --dist worksteal -m "$(MARKS)" $(ARGS)
 
 # The variables let PyTorch, oneDNN and this package use a CPU as one that has AVX2 alone. The compiler's cache does not
 # know of them: code for one kind of CPU would run on the other and give wrong numbers, so this run has its own cache.
-test-avx2: $(STAMPS)/package  ## run the tests that depend on the processor as on a CPU with AVX2 alone
+test-avx2: $(STAMPS)/tests  ## run the tests that depend on the processor as on a CPU with AVX2 alone
 	@echo "== Python tests with AVX2 alone"
 	TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2) \
 	  ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PARALLEL) -n auto --dist worksteal -m "not slow" \
 	  tests/speed tests/attacks tests/methods $(ARGS)
 
 # Triton's interpreter must be chosen before Triton is imported, so these tests run in a separate process.
-test-interpreter: $(STAMPS)/package
+test-interpreter: $(STAMPS)/tests
 	@echo "== Triton kernels in the interpreter"
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter
 
 EXAMPLES ?= 1000
-fuzz: $(STAMPS)/package  ## run about 70 tests with random arguments, each EXAMPLES=1000 times
+fuzz: $(STAMPS)/tests  ## run about 70 tests with random arguments, each EXAMPLES=1000 times
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
 
-lint: $(STAMPS)/lint $(STAMPS)/package  ## run ruff, clang-format, mypy and import-linter
+lint: $(STAMPS)/lint $(STAMPS)/tests  ## run ruff, clang-format, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
@@ -75,7 +75,7 @@ format: $(STAMPS)/lint  ## rewrite the sources in the format that the linters re
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(STAMPS)/docs $(STAMPS)/package  ## build the documentation in build/docs; warnings are errors; needs no network
+docs: $(STAMPS)/docs $(STAMPS)/tests  ## build the documentation in build/docs; warnings are errors; needs no network
 	$(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs
 	$(BIN)/python -m benchmarks report --check
 	@echo "== build/docs/index.html"
@@ -83,10 +83,10 @@ docs: $(STAMPS)/docs $(STAMPS)/package  ## build the documentation in build/docs
 bench: $(STAMPS)/package  ## time every op: eager PyTorch, torch.compile, and this package's kernel
 	$(BIN)/python -m benchmarks ops --device cpu $(ARGS)
 
-cuda-check: $(STAMPS)/package  ## compile the Triton kernels for sm_80, 90, 100, 120 and check their code; needs no GPU
+cuda-check: $(STAMPS)/tests  ## compile the Triton kernels for sm_80, 90, 100, 120 and check their code; needs no GPU
 	PURIFY_FAST_TEST_ARCHITECTURES=all $(PARALLEL) -n auto --dist worksteal tests/aot
 
-compat: $(COMPAT)/site/.done $(STAMPS)/package  ## build and test with the oldest torch and triton
+compat: $(COMPAT)/site/.done $(STAMPS)/tests  ## build and test with the oldest torch and triton
 	@echo "== the extension with $(OLDEST)"
 	$(ASIDE) $(BUILD) PATH="$(abspath $(BIN)):$$PATH" \
 	  $(BIN)/python setup.py --quiet build_ext --build-lib $(COMPAT)/lib --build-temp $(COMPAT)/objects
@@ -123,9 +123,13 @@ $(COMPAT)/site/.done: Makefile | $(STAMPS)/base
 
 $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	@echo "== purify_fast with its CPU kernels"
-	$(BUILD) $(PIP) --no-build-isolation -e '.[demo,test,diffusion]'
+	$(BUILD) $(PIP) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(STAMPS)/tests: $(STAMPS)/package
+	@echo "== the packages of the tests"
 	# Tests run AutoAttack's class from RobustBench, and compare a network with RobustBench's.
-	$(PIP) robustbench
+	$(PIP) pytest pytest-timeout pytest-xdist hypothesis diffusers adjustText robustbench
 	# Tests run attacks in AttackBench, and PGD of torchattacks in a report. The other requirements of these two
 	# packages are not needed.
 	$(PIP) --no-deps attackbenchlib torchattacks

@@ -83,12 +83,6 @@ def peak_resident_memory(process: int | str = "self") -> int:
     return _of_process("VmHWM", process)
 
 
-def forget_peak_resident_memory() -> None:
-    """Let `peak_resident_memory` count from now on. Where the system does not allow this, it keeps counting."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _of_process(name: str, process: int | str = "self") -> int:
     try:
         status = Path(f"/proc/{process}/status").read_text()

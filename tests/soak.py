@@ -68,10 +68,6 @@ class Command:
         words = [word.replace(OUT, str(out)) for word in self.words]
         return [*words, self.out, str(out)] if self.out else words
 
-    def folder(self, out: Path) -> Path:
-        """The folder that it writes to, given ``out``."""
-        return out.with_name(out.name + "-quick") if self.name == "demo" else out
-
 
 def commands(data: Path, inputs: Path) -> list[Command]:
     """The commands, small; each may use what the undisturbed runs of those before it left in ``inputs``."""
@@ -101,7 +97,6 @@ def commands(data: Path, inputs: Path) -> list[Command]:
             ("evaluate", str(inputs / "train carso"), *images, "--device", "cpu", *few, "--batch-size", "2"),
             program=tuple(TORCHRUN),
         ),
-        Command("demo", ("demo", "--quick"), program=(sys.executable, __file__, "small")),
         Command("tune", ("tune", "--device", "cpu", "--ops", *RACED, "--minutes", "10"), out=""),
     ]
 
@@ -176,15 +171,14 @@ def plain(value: object) -> object:
 
 def results(command: Command, out: Path) -> dict[str, object]:
     """The outcome of a run, by file: models to the bit, logs, tables and reports without times; of `tune` the races."""
-    folder = command.folder(out)
     found: dict[str, object] = {}
     if not command.out:
-        (path,) = folder.glob("raced-*.json")
+        (path,) = out.glob("raced-*.json")
         raced = json.loads(path.read_text())["ops"]
         names = ("example", "variant", "dtype", "size", "style", "elements")
         return {op: sorted([str(row[name]) for name in names] for row in raced[op]["rows"]) for op in sorted(raced)}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
         # rows are named by what they depend on, and the files that lead to a result are none
         if path.name.startswith((".", "checkpoint")) or "rows/" in name or not path.is_file():
             continue
@@ -290,8 +284,7 @@ class Soak:
     def round(self, command: Command) -> None:
         """Disturb a command until it has had some faults, let it end, and compare."""
         out = self.folder / "disturbed"
-        for folder in {out, command.folder(out)}:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
         kinds = [kind for kind in self.faults if self.applies(kind, command)]
         # a kill is what happens most
         kills = ["SIGKILL"] * self.draw.randint(2, 5)
@@ -387,8 +380,7 @@ class Soak:
 
     def full_disk(self, command: Command, out: Path) -> None:
         """From a random moment on, no file can be written that is larger than a few bytes."""
-        codes = (0, 2) if command.name != "demo" else (0, 1, 2)
-        code, errors = self.disturb("full disk", command, out, fill_disk, codes)
+        code, errors = self.disturb("full disk", command, out, fill_disk, (0, 2))
         if code == 2 and str(out) not in errors:
             self.lost(f"{command.name} on a full disk names no file: {errors[-400:]}")
 
@@ -458,7 +450,7 @@ class Soak:
         seen: list[tuple[int, str]] = []
 
         def another(process: subprocess.Popen) -> None:
-            if any(command.folder(out).rglob(".purify_fast.lock")):
+            if any(out.rglob(".purify_fast.lock")):
                 seen.append(ended(start(command, out, self.cache)))
 
         self.disturb("second run", command, out, another, (0, 2))
@@ -508,7 +500,7 @@ def cycle(folder: Path) -> int:
     torch.set_num_threads(1)
     inputs = folder / "steady inputs"
     for command in commands(folder / "data.npz", inputs):
-        if command.name in ("demo", "tune", "evaluate, 2 processes"):
+        if command.name in ("tune", "evaluate, 2 processes"):
             continue
         out = inputs / command.name
         if command.name != "evaluate":
@@ -560,20 +552,6 @@ def with_jumping_clock(words: list[str]) -> int:
 
     real, draw = time.time, random.Random(os.getpid())
     time.time = lambda: real() + draw.uniform(-2.6e6, 2.6e6)  # type: ignore[assignment]
-    return cli.main(words)
-
-
-def small_demo(words: list[str]) -> int:
-    """The demonstration's quick form with still less of everything: the same path in seconds."""
-    from purify_fast import cli, demo
-
-    few = {"images": 12, "peel_images": 6, "autoattack_images": 2, "atop_images": 6}
-    least = {"steps": 2, "peel_steps": 2, "autoattack_steps": 2, "autoattack_queries": 2, "atop_steps": 2, "eot": 1}
-    # the classifiers learn something, so that there is something to attack
-    # in fewer epochs a term of the paper's objective would never act, which is refused
-    learned = ("standard_epochs", "base_epochs", "objective_epochs", "atop_objective_epochs")
-    epochs = {name: 1 for name in vars(demo.QUICK) if name.endswith("_epochs") and name not in learned}
-    demo.QUICK = replace(demo.QUICK, **few, **least, **epochs)
     return cli.main(words)
 
 
@@ -630,7 +608,6 @@ def main(minutes: float, out: Path, seed: int, only: list[str], folder: Path | N
 #: Functions of the processes that a soak starts, by their first word.
 PARTS: dict[str, Callable[[list[str]], int]] = {
     "clock": with_jumping_clock,
-    "small": small_demo,
     "steady": lambda words: work(Path(words[0])),
 }
 

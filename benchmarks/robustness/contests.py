@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from examples.demo.methods import BASE, FOLDERS, train
+from examples.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast import zoo
 from purify_fast._files import write_text
 from purify_fast._tensors import digest, weights_fingerprint
@@ -42,8 +44,6 @@ from purify_fast.attacks.original_autoattack import implementation
 from purify_fast.attacks.sequence import AttackSequence
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
-from purify_fast.demo.methods import BASE, FOLDERS, train
-from purify_fast.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate
 from purify_fast.evaluation.asked import subject as evaluated
 from purify_fast.evaluation.asked.attack_lists import protocol_attacks

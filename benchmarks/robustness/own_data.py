@@ -20,7 +20,7 @@ from purify_fast.training.checkpoint import CHECKPOINT, last_checkpoint, read_mo
 from .. import kept, options
 from ..kept import Row
 from ..speed import reading, sheets, timing
-from ..speed.plans import called
+from ..speed.commands import called
 
 FILE = "own_data.json"
 

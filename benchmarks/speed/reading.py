@@ -21,7 +21,7 @@ from purify_fast.training import Batch, ClassifierConfig, ClassifierTask
 from purify_fast.training.loop import train_step
 
 from ..kept import Row
-from .plans import called
+from .commands import called
 
 SIDE, BATCH = 224, 8
 #: Number of images that a measurement reads, and its seconds.

@@ -1,4 +1,4 @@
-"""The command line: ``purify-fast demo | train ... | recipe | evaluate | purify | check | plan | report | zoo | ...``.
+"""The command line: ``purify-fast train ... | recipe | evaluate | purify | check | report | zoo | ...``.
 
 A command imports PyTorch only when it runs, so help and the refusal of wrong options do not wait for the import.
 """
@@ -24,10 +24,9 @@ from .check import Check
 from .command import Command
 from .evaluate import Evaluate
 from .parsing import cli, early_options, parse
-from .plan import Plan, read_plan
 from .purify import Purify
 from .shared_machine import allowed_cores, wait_passively
-from .show import Demo, Info, ShowRecipe, ShowReport, Zoo
+from .show import Info, ShowRecipe, ShowReport, Zoo
 from .train_classifier import TrainArrest, TrainClassifier
 from .train_diffusion import TrainDiffusion
 from .train_purifier import TrainAtop, TrainCarso, TrainGenerator
@@ -38,7 +37,7 @@ __all__ = ["main"]
 
 
 _TRAININGS = (TrainClassifier, TrainCarso, TrainGenerator, TrainAtop, TrainArrest, TrainDiffusion)
-_ALL = (Demo, *_TRAININGS, ShowRecipe, Evaluate, Purify, Check, Plan, ShowReport, Zoo, Tune, Info)
+_ALL = (*_TRAININGS, ShowRecipe, Evaluate, Purify, Check, ShowReport, Zoo, Tune, Info)
 _KINDS: dict[str, type[Command]] = {kind.called: kind for kind in _ALL}
 
 
@@ -50,8 +49,6 @@ def _any_of(kinds: dict[str, type]) -> Any:
 
 def _read(arguments: list[str]) -> Command:
     """Make a command from the words of a command line."""
-    if arguments[:1] == [Plan.called]:
-        return read_plan(arguments[1:], _read)
     for length in (1, 2):
         name = " ".join(arguments[:length])
         if name in _KINDS:

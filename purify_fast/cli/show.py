@@ -1,4 +1,4 @@
-"""The short commands ``purify-fast demo``, ``recipe``, ``report``, ``zoo`` and ``info``."""
+"""The short commands ``purify-fast recipe``, ``report``, ``zoo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -11,33 +11,6 @@ import tyro
 
 from .command import Command
 from .run_file import report_file
-
-
-@dataclass(frozen=True)
-class Demo(Command):
-    """Train and attack ten models on digits, print a table, and write a report with pictures.
-
-    An interrupted demo continues if the same command is run again.
-
-    Args:
-        out: Folder for models, reports and pictures.
-        quick: Try the demo in about a minute, with trainings too short for meaningful numbers. Write to OUT-quick.
-        seed: Seed of all random draws.
-    """
-
-    called: ClassVar[str] = "demo"
-
-    out: Path = Path("runs/demo")
-    quick: bool = False
-    seed: int = 0
-
-    def writes(self) -> Path:
-        return self.out.with_name(self.out.name + "-quick") if self.quick else self.out
-
-    def run(self) -> None:
-        from .. import demo
-
-        demo.run(self.out, self.quick, self.seed)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from .._compiler import EagerDispatchMode
 from .._memory import (
     available_memory,
     bytes_of,
-    forget_peak_resident_memory,
     peak_resident_memory,
     ran_out_of_memory,
     resident_memory,
@@ -90,18 +89,6 @@ def peak_so_far(device: torch.device) -> int:
         device: device on which it computes.
     """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
-
-
-def forget_peak(device: torch.device) -> None:
-    """Let `peak_so_far` count from now on.
-
-    Args:
-        device: device on which it computes.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        forget_peak_resident_memory()
 
 
 def free_memory(device: torch.device, budget: int | str | None) -> int:

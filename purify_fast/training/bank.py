@@ -27,6 +27,7 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import atomic, with_room
 from .._tensors import per_image, text_hash
 from .._validation import Count, Norm, Share, check_types
 from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox
+from .distributed import from_first
 
 #: A step should replace about this number of old variants or more, because an attack on few images takes nearly as
 #: long. If each step would replace fewer, every k-th step replaces k times as many.
 TOGETHER = 64
-#: Version of the file's layout and of the rule for random draws, on which the hash in the file's name depends.
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,15 @@ def restored(x: Tensor, steps: Tensor, scale: Tensor, ball: Ball) -> Tensor:
 
 
 class AdversarialBank:
-    """Stores variants of images in a file, which several processes may use at the same time.
+    """Stores variants of images in an array on disk, which several processes may use at the same time.
 
-    The file has M places for each image. A record has a checksum of its content and its place: if it is incomplete, or
+    The array has M places for each image. A record has a checksum of its content and its place: if it is incomplete, or
     if two processes wrote it at once, it counts as missing, and its variant is made again. So no process waits for
     another, and a process sees immediately what the others on the same machine wrote.
 
     Attributes:
-        path: the file. Its name is a hash over the model, the data, the attacks and the file's layout.
+        path: the file, in NumPy's format. Its name is a hash over the model, the data, the attacks and the record's
+            fields.
         made: number of images that this process attacked.
         read: number of images that this process read from the bank, in place of an attack.
         damaged: number of damaged records that were made again.
@@ -181,33 +183,25 @@ class AdversarialBank:
 
     def __init__(self, config: BankConfig, attacks: FrozenAttacks | None, images: BankedImages, batch_size: int):
         if attacks is None:
-            raise ValueError(
-                "bank must be None for this training, which attacks a model that it changes, or attacks nothing. A "
-                "bank needs attacks on a frozen classifier: CARSO or AToP with attack_target='classifier'"
-            )
+            frozen = "attacks on a frozen classifier, as of CARSO or AToP with attack_target='classifier'"
+            raise ValueError(f"bank must be None for this training; a bank needs {frozen}")
         self.config, self.attacks, self.images = config, attacks, images
         self.slots = _slots(config.variants, attacks)
         self.made = self.read = self.damaged = 0
-        size = math.prod(images.shape)
         head = [("check", "<u4"), ("number", "<u4"), ("draw", "<i8"), ("scale", "<f4")]
-        kind = np.dtype([*head, ("steps", "i1", (size,))])
-        places = self.slots[-1].stop
-        of_attacks = [attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], places]
-        of_images = [images.count, list(images.shape), images.data, images.views]
-        text = json.dumps([FORMAT, *of_attacks, *of_images], sort_keys=True)
+        kind = np.dtype([*head, ("steps", "i1", (math.prod(images.shape),))])
+        shape = (images.count * images.views, self.slots[-1].stop)
+        facts = [attacks.facts, attacks.norm, [one.eps for one in attacks.attacks], images.data, images.shape]
+        text = json.dumps([*facts, images.views, shape, kind.descr], sort_keys=True)
         folder = cache_folder() / "banks" if config.folder is None else Path(config.folder)
-        self.path = folder / f"{text_hash(text).hexdigest()}.bank"
-        shape = (images.count * images.views, places)
-        with os.fdopen(_allocated(self.path, math.prod(shape) * kind.itemsize), "r+b") as file:
-            self._map = np.memmap(file, dtype=kind, mode="r+", shape=shape)
+        self.path = folder / f"{text_hash(text).hexdigest()}.npy"
+        from_first(lambda: with_room(lambda: _reserve(self.path, kind, shape), self.path, ", or lower variants"))
+        self._map = np.lib.format.open_memmap(self.path, "r+")
         # indexing a memory map takes several times as long as indexing an array
         self.records: np.ndarray = np.asarray(self._map)
-        self._random = np.array([one.random for one in attacks.attacks])
-        adversarial = batch_size * sum(one.share for one in attacks.attacks if one.random)
-        self.period = 1
-        if 0 < config.refresh < 1:
-            wanted = math.ceil(TOGETHER / max(config.refresh * adversarial, 1e-9))
-            self.period = max(1, min(wanted, int(1 / config.refresh + 1e-9)))
+        anew = config.refresh * batch_size * sum(one.share for one in attacks.attacks if one.random)
+        most = int(1 / config.refresh + 1e-9) if 0 < config.refresh < 1 else 1
+        self.period = max(1, min(math.ceil(TOGETHER / max(anew, 1e-9)), most))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -226,89 +220,44 @@ class AdversarialBank:
         entries = sample_ids.cpu() * self.images.views
         return BankedStep(self, step, seed, entries if mirrored is None else entries + mirrored.cpu())
 
-    def find(self, entries: np.ndarray, kinds: np.ndarray, seed: int, draws: np.ndarray) -> Found:
-        """Read one variant of each image. Prefer a variant that the same step made before the run was resumed.
+    def find(self, entry: int, kind: int, seed: int, draw: float) -> tuple[np.void | None, bool]:
+        """Return a variant of an image, chosen by ``draw`` in [0, 1), and whether the same step made it before.
 
-        Args:
-            entries: index of each image's entry in the bank, int ``[A]``.
-            kinds: index of each image's attack, ``[A]``.
-            seed: seed of the step.
-            draws: uniform random numbers that choose among the variants, ``[A]``.
-
-        Returns:
-            The variants. An image counts as found if this step made one of its variants, or if its entry has no empty
-            place for its attack. Otherwise an attack must first fill an empty place.
+        It is None while an empty place must first be filled, unless this step filled one before the run was resumed.
         """
-        steps = np.zeros((len(entries), self.records.dtype["steps"].shape[0]), np.int8)
-        found = Found(steps, np.zeros(len(entries), np.float32), *np.zeros((2, len(entries)), bool))
-        for image, (entry, kind) in enumerate(zip(entries.tolist(), kinds.tolist(), strict=True)):
-            records, whole = self._variants(entry, self.slots[kind])
-            own = [there and draw == seed for there, draw in zip(whole, records["draw"].tolist(), strict=True)]
-            if any(own) or all(whole):
-                count = len(whole)
-                chosen = own.index(True) if any(own) else min(int(draws[image] * count), count - 1)
-                found.steps[image], found.scale[image] = records["steps"][chosen], records["scale"][chosen]
-                found.found[image], found.made_by_this_step[image] = True, any(own)
-        return found
+        records, whole = self._variants(entry, self.slots[kind])
+        own = whole & (records["draw"] == seed)
+        if own.any():
+            return records[own.argmax()], True
+        return (records[min(int(draw * len(records)), len(records) - 1)] if whole.all() else None), False
 
-    def keep(self, entries: np.ndarray, kinds: np.ndarray, seed: int, steps: np.ndarray, scale: np.ndarray) -> None:
-        """Write each variant into an empty or damaged place of its image, or over the image's oldest variant.
+    def keep(self, entry: int, kind: int, seed: int, steps: np.ndarray, scale: float) -> None:
+        """Write a variant into an empty or damaged place of its image, or over the image's oldest variant.
 
-        A variant is not written if the bank has a variant of this image, attack and seed.
-
-        Args:
-            entries: index of each image's entry in the bank, int ``[A]``.
-            kinds: index of each image's attack, ``[A]``.
-            seed: seed of the step that made the variants.
-            steps: q, int8 ``[A, D]``.
-            scale: s, float32 ``[A]``. A variant whose scale is not finite is not written.
+        Nothing is written if this step wrote a variant before the run was resumed, or if the scale is not finite.
         """
-        for i in np.flatnonzero(np.isfinite(scale)):
-            entry, places = int(entries[i]), self.slots[kinds[i]]
-            records, whole = self._variants(entry, places)
-            if (records["draw"][whole] == seed).any():
-                continue
-            numbers = np.where(whole, records["number"], 0)
-            place = int(numbers.argmin())
-            self.damaged += bool(records["number"][place]) and not whole[place]
-            at = entry, places.start + place
-            record = np.zeros((), self.records.dtype)
-            record["number"], record["draw"] = int(numbers.max()) + 1, seed
-            record["scale"], record["steps"] = scale[i], steps[i]
-            record["check"] = _record_checksum(record, at)
-            self.records[at] = record
+        places = self.slots[kind]
+        records, whole = self._variants(entry, places)
+        if not np.isfinite(scale) or (whole & (records["draw"] == seed)).any():
+            return
+        numbers = np.where(whole, records["number"], 0)
+        place = int(numbers.argmin())
+        self.damaged += bool(records["number"][place]) and not whole[place]
+        record, at = records[place], (entry, places.start + place)
+        record["number"], record["draw"], record["scale"], record["steps"] = numbers.max() + 1, seed, scale, steps
+        record["check"] = _record_checksum(record, at)
+        self.records[at] = record
 
-    def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, list[bool]]:
-        """Return the records at some places of an image's entry, and for each record True if it has a whole variant."""
-        # the records are copied, because another process may overwrite them at any moment
+    def _variants(self, entry: int, places: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return a copy of the records at some places of an image's entry, and which of them have a whole variant."""
+        # another process may overwrite the records at any moment
         records = self.records[entry, places].copy()
-        heads = zip(records["number"].tolist(), records["check"].tolist(), strict=True)
-        whole = [
-            number > 0 and check == _record_checksum(records[i], (entry, places.start + i))
-            for i, (number, check) in enumerate(heads)
-        ]
-        return records, whole
+        checks = [_record_checksum(record, (entry, place)) for place, record in enumerate(records, places.start)]
+        return records, (records["number"] > 0) & (records["check"] == np.array(checks))
 
     def flush(self) -> None:
         """Write the variants to the disk. A power failure loses others; a process that is killed loses none."""
         self._map.flush()
-
-
-@dataclass
-class Found:
-    """The variants that `AdversarialBank.find` read for A images.
-
-    Args:
-        steps: q, int8 ``[A, D]``.
-        scale: s, float32 ``[A]``.
-        found: True for images for which a variant was read, bool ``[A]``.
-        made_by_this_step: True for variants that the same step made before the run was resumed, bool ``[A]``.
-    """
-
-    steps: np.ndarray
-    scale: np.ndarray
-    found: np.ndarray
-    made_by_this_step: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -340,51 +289,50 @@ class BankedStep:
         Returns:
             The adversarial images, with the shape and dtype of ``x``.
         """
-        bank, entries = self.bank, self.entries[rows]
-        at, kind = entries.numpy(), kinds.numpy()
-        if bank.config.refresh == 1:
-            made = make(None)
-            bank.keep(at, kind, self.seed, *(each.cpu().numpy() for each in quantized(x, made)))
-            bank.made += len(x)
-            return made
+        bank, n, kind = self.bank, len(x), kinds.tolist()
+        at = self.entries[rows].tolist()
         # each image has two numbers: the first decides if it is attacked again, and the second which variant is read
-        draws = philox(torch.tensor([self.seed]), entries, 2, stream=Stream.BANK)[:, 0].numpy()
-        found = bank.find(at, kind, self.seed, draws[:, 1])
+        draws = philox(torch.tensor([self.seed]), self.entries[rows], 2, stream=Stream.BANK)[:, 0].numpy()
+        found = [bank.find(at[i], kind[i], self.seed, draws[i, 1]) for i in range(n)]
+        missing, own = (np.array(each) for each in zip(*((record is None, own) for record, own in found), strict=True))
         anew = draws[:, 0] < (bank.config.refresh * bank.period if self.step % bank.period == 0 else 0.0)
         # an attack without a random start would make the same image again
-        anew &= bank._random[kind]
-        due = ~found.found | (anew & ~found.made_by_this_step)
-        if due.any():
-            # Also attack the images again that this step attacked before the run was resumed. So the attacked batch has
-            # its earlier size, on which the last bits of the model's output may depend.
-            due |= found.made_by_this_step
-            index = None if due.all() else torch.from_numpy(np.flatnonzero(due)).to(x.device)
-            some = x if index is None else x[index]
-            kept = (each.cpu().numpy() for each in quantized(some, make(index)))
-            found.steps[due], found.scale[due] = kept
-            bank.keep(at[due], kind[due], self.seed, found.steps[due], found.scale[due])
-        bank.made += int(due.sum())
-        bank.read += int((~due).sum())
+        random = np.array([bank.attacks.attacks[k].random for k in kind])
+        due = missing | (anew & random & ~own) | (bank.config.refresh == 1)
+        # Also attack the images again that this step attacked before the run was resumed. So the attacked batch has
+        # its earlier size, on which the last bits of the model's output may depend.
+        due |= own & due.any()
+        again = np.flatnonzero(due)
+        index = None if due.all() else torch.from_numpy(again).to(x.device)
+        bank.made, bank.read = bank.made + len(again), bank.read + n - len(again)
+        steps, scale = np.zeros((n, x[0].numel()), np.int8), np.zeros(n, np.float32)
+        for i in np.flatnonzero(~due):
+            steps[i], scale[i] = found[i][0]["steps"], found[i][0]["scale"]  # type: ignore[index]
+        if len(again):
+            made = make(index)
+            steps[again], scale[again] = (e.cpu().numpy() for e in quantized(x if index is None else x[index], made))
+            for i in again:
+                bank.keep(at[i], kind[i], self.seed, steps[i], scale[i])
+            if bank.config.refresh == 1:
+                return made
         eps = torch.tensor([one.eps for one in bank.attacks.attacks])[kinds]
-        steps, scale = torch.from_numpy(found.steps).to(x.device), torch.from_numpy(found.scale).to(x.device)
-        return restored(x, steps, scale, Ball(eps.to(x.device), bank.attacks.norm))
+        ball = Ball(eps.to(x.device), bank.attacks.norm)
+        return restored(x, torch.from_numpy(steps).to(x.device), torch.from_numpy(scale).to(x.device), ball)
 
 
 def _slots(variants: int, attacks: FrozenAttacks) -> list[slice]:
     """Return the places of each attack in an image's entry; raise ValueError if there are fewer places than attacks."""
-    every = attacks.attacks
-    if variants < len(every):
-        raise ValueError(f"variants must be at least {len(every)}, one for each attack of the training, got {variants}")
-    random = sum(one.random for one in every)
-    counts, place, seen = [], 0, 0
-    for one in every:
-        # Each attack without a random start gets 1 place. The attacks with a random start share all other places. If
-        # these places do not divide evenly, the first attacks with a random start get 1 more.
-        share = (variants - (len(every) - random) + random - 1 - seen) // random if one.random else 1
-        seen += one.random
-        counts.append(slice(place, place + share))
-        place += share
-    return counts
+    random = [one.random for one in attacks.attacks]
+    if variants < len(random):
+        raise ValueError(
+            f"variants must be at least {len(random)}, one for each attack of the training, got {variants}"
+        )
+    # Each attack without a random start gets 1 place. The others share all other places, and the first may get 1 more.
+    left, others, counts = variants - random.count(False), random.count(True), list[int]()
+    for one in random:
+        counts.append(-(-left // others) if one else 1)
+        left, others = left - counts[-1] * one, others - one
+    return [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
 def _record_checksum(record: Any, place: tuple[int, int]) -> int:
@@ -392,25 +340,12 @@ def _record_checksum(record: Any, place: tuple[int, int]) -> int:
     return zlib.crc32(record.tobytes()[4:], zlib.crc32(f"{place[0]} {place[1]}".encode()))
 
 
-def _allocated(path: Path, size: int) -> int:
-    """Return a descriptor of a bank's file. The file is created if it is missing, and gets its full size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mode, new = os.O_RDWR | getattr(os, "O_BINARY", 0), True
-    try:
-        handle = os.open(path, mode | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        handle, new = os.open(path, mode), False
-    try:
+def _reserve(path: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Create a bank's file in its full size, unless it exists: on a disk that fills up later, a write would kill us."""
+    if path.exists():
+        return
+    with atomic(path) as new:
+        np.lib.format.open_memmap(new, "w+", kind, shape)
         if (allocate := getattr(os, "posix_fallocate", None)) is not None:
-            # The file is written through a memory map. If the disk filled up later, the process would be killed.
-            allocate(handle, 0, size)
-        else:
-            os.truncate(handle, size)
-    except OSError as error:
-        os.close(handle)
-        if new:
-            path.unlink(missing_ok=True)
-        advice = "Free space on this disk, pass another folder, or lower variants"
-        message = f"{error.strerror}: no room for a bank of {size / 1e9:.3g} GB. {advice}"
-        raise OSError(error.errno, message, str(path)) from error
-    return handle
+            with new.open("r+b") as file:
+                allocate(file.fileno(), 0, new.stat().st_size)

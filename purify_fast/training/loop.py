@@ -32,7 +32,7 @@ from ..speed.threads import fastest_threads, may_choose, restored_threads
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
-from .distributed import average_, from_first, heartbeat, report_missing_process
+from .distributed import average_, from_first
 from .loss_watch import Diverged, LossWatch
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
@@ -46,7 +46,6 @@ logger = logging.getLogger("purify_fast")
 FEW = 6
 
 
-@heartbeat()
 @whole_float32_by_default()
 def fit(
     task: Task,
@@ -109,8 +108,7 @@ def fit(
             is not synchronized.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
-        ProcessLost: another process died or does not answer. A process that cannot raise the error, because it waits in
-            a driver, ends with status 1.
+        RuntimeError: with several processes, another process ended, or did not answer within the group's timeout.
         SystemExit: the process received SIGTERM. Before the exit, a checkpoint of the last step is written. With a
             loader, whose order is not known, the last checkpoint is that of the epoch before.
     """
@@ -198,8 +196,7 @@ def _train_epoch(run: Run, listeners: Sequence[Callback], watch: LossWatch, stop
             choose_threads(run, batch)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)
-        with report_missing_process(run.step):
-            measured = train_step(task, batch)
+        measured = train_step(task, batch)
         run.add(measured)
         watch.add(run.step, measured["loss"])
         run.step += 1

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import RESULTS, kept
 from benchmarks.robustness import own_data
-from benchmarks.speed import plans, reading
+from benchmarks.speed import commands, reading
 from purify_fast.evaluation import Report
 
 WAITS = """
@@ -21,20 +21,27 @@ time.sleep({})
 
 def python(monkeypatch, code):
     """Every process of `called` runs this code."""
-    start = plans.subprocess.Popen
-    monkeypatch.setattr(plans.subprocess, "Popen", lambda words, **more: start([sys.executable, "-c", code], **more))
+    start = commands.subprocess.Popen
+    monkeypatch.setattr(commands.subprocess, "Popen", lambda words, **more: start([sys.executable, "-c", code], **more))
 
 
 def test_a_process_is_killed_when_its_file_is_there(tmp_path, monkeypatch):
     python(monkeypatch, WAITS.format(600))
-    text, seconds, memory = plans.called(["train"], str(tmp_path), kill_after=tmp_path / "file")
+    text, seconds, memory = commands.called(["train"], str(tmp_path), kill_after=tmp_path / "file")
     assert text == "begun\n" and 0.2 <= seconds < 60 and memory > 1e6
 
 
 def test_a_process_that_ends_before_its_file_is_there_is_an_error(tmp_path, monkeypatch):
     python(monkeypatch, WAITS.format(0))
     with pytest.raises(RuntimeError, match="purify-fast train ended with 0:\nbegun"):
-        plans.called(["train"], str(tmp_path), kill_after=tmp_path / "other")
+        commands.called(["train"], str(tmp_path), kill_after=tmp_path / "other")
+
+
+def test_the_memory_of_a_process_is_its_own(tmp_path, monkeypatch):
+    here = bytearray(b"x") * (500 * 10**6)
+    python(monkeypatch, "held = bytearray(b'x') * (300 * 10**6); import time; time.sleep(0.5); print('done')")
+    text, seconds, memory = commands.called(["train"], str(tmp_path))
+    assert text == "done\n" and 0.5 <= seconds < 60 and 3e8 < memory < 4e8 < len(here)
 
 
 @pytest.mark.slow

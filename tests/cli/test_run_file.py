@@ -22,7 +22,6 @@ COMMANDS = [
     ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
     ["train arrest", "--eps", "0.3", "--tau", "0.01", "--no-replay"],
     ["evaluate", "runs/a folder", "--protocol", "rand", "--eps", "0.1"],
-    ["demo", "--quick", "--seed", "3"],
 ]
 
 

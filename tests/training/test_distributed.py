@@ -125,9 +125,9 @@ def test_the_command_by_several_processes(few_images, tmp_path):
     words = ["carso", "--classifier", str(tmp_path / "classifier"), "--layers", "conv2", "--epochs", "2"]
     words += ["--steps", "1", "--kl-delay", "0", "--batch-size", "21", "--out", str(tmp_path / "carso")]
     done = together(tmp_path, 2, lambda: cli.main(["train", *words, *few_images]), "torchrun")
-    assert done.results[0] == 2 and done.codes[1] == 1
-    said = [line for text in done.errors for line in text.splitlines() if line.startswith("purify-fast")]
-    assert said == ["purify-fast: batch_size must be a multiple of 2, the number of processes, got 21"], done.errors
+    assert done.results == [2, 2]
+    for name, text in zip(("purify-fast: ", "purify-fast, process 1: "), done.errors, strict=True):
+        assert f"{name}batch_size must be a multiple of 2, the number of processes, got 21" in text
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):

@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from examples.demo import setting
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import PGD
-from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.training import FitConfig, TrainingAttack, fit, load_classifier

@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from examples.demo import setting
 from purify_fast import data, load_defence
 from purify_fast._tensors import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, AutoAttack
 from purify_fast.defences import NoisyEnsemble, WithAggregation
-from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import BankConfig, FitConfig, fit, load_classifier

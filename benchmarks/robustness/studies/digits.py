@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from examples.demo import setting
 from purify_fast import load_defence
 from purify_fast._files import write_text
 from purify_fast.attacks import AutoAttack
-from purify_fast.demo import setting
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
 from purify_fast.evaluation.asked.subject import Variant
 from purify_fast.models.classifiers import SmallCNN

@@ -16,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
-from .._files import write_text
-from .._process import end_with_parent, end_workers, worker_pool
-from .._templates import render
-from ..evaluation import Report, Row, Tradeoff, merge, plot_tradeoff
-from ..evaluation.show.tables import percent
-from ..speed import retain_freed_memory
+from purify_fast._process import end_with_parent, end_workers, worker_pool
+from purify_fast.evaluation import Report, Row, merge
+from purify_fast.speed import retain_freed_memory
+
 from . import methods
 from .methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, CARSO_MODELS, METHODS, STANDARD, attack, model, train
 from .setting import EPS, QUICK, Budget, Workspace, digits
@@ -31,6 +30,10 @@ from .setting import EPS, QUICK, Budget, Workspace, digits
 #: With fewer images than this, the standard error of an accuracy may be above five percentage points.
 FEW = 100
 __all__ = ["EPS", "QUICK", "Budget", "Workspace", "run"]
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
+)
 
 
 def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> dict[str, Report]:
@@ -63,8 +66,8 @@ def run(out: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> di
             clean = next(row for row in reports[title].rows if (row.model, row.kind) == (name, "clean"))
             summary.setdefault(name, (clean, lowest, signs(reports[title], name)))
     values = {"quick": quick, "out": workspace.out.as_posix(), "summary": summary, "sections": sections}
-    page = render(__package__, "report.md.jinja", percent=percent, **values)
-    write_text(workspace.out / "report.md", page)
+    page = _TEMPLATES.get_template("report.md.jinja").render(percent=percent, **values)
+    (workspace.out / "report.md").write_text(page)
     folders = " and ".join(map(_folder, METHODS))
     print(f"written: {workspace.out}/report.md; the folders {folders} beside it contain report.html and report.json")
     return reports
@@ -113,9 +116,6 @@ def _report(workspace: Workspace, title: str) -> tuple[Report, tuple[Any, ...]]:
     conclusions = sentences(title, reports, workspace.budget)
     print(f"\n{report.to_text()}\n\n{conclusions}")
     report.save(place, {name: model(workspace, name) for name in models})
-    if beside:
-        points = {name: (100 * r.row("clean").accuracy, 100 * r.row("worst").accuracy) for name, r in reports.items()}
-        plot_tradeoff(place / "tradeoff.png", points, title="clean accuracy and PGD")
     # Lower the level of the report's headings by two, below the heading of the method.
     tables = re.sub(r"^#+", lambda heading: f"##{heading[0]}", (place / "report.md").read_text(), flags=re.MULTILINE)
     return report, (title, place.name, conclusions, tables, sorted(path.name for path in place.glob("*.png")))
@@ -146,9 +146,12 @@ def _folder(title: str) -> str:
 def sentences(title: str, reports: dict[str, Report], budget: Budget) -> str:
     """Sentences about the results of a method. ``reports`` are the reports of its models by their names."""
     functions = {"share": _share, "against": _against, "tradeoff": _tradeoff}
-    return render(
-        __package__, "sentences.md.jinja", title=title, reports=reports, budget=budget, m=methods, **functions
-    )
+    template = _TEMPLATES.get_template("sentences.md.jinja")
+    return template.render(title=title, reports=reports, budget=budget, m=methods, **functions)
+
+
+def percent(row: Row) -> str:
+    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
 def _share(report: Report, row: str) -> str:
@@ -165,7 +168,8 @@ def _against(report: Report, other: Report, row: str, what: str) -> str:
     return f"{points} against {what} (n = {paired.n}, paired), {verdict}"
 
 
-def _tradeoff(report: Report) -> Tradeoff:
-    """The clean accuracy and the accuracy under AutoAttack, on the same images."""
+def _tradeoff(report: Report) -> dict[str, float]:
+    """The sum and the harmonic mean (NRR) of clean accuracy and accuracy under AutoAttack, on the same images."""
     auto = report.row(AUTOATTACK)
-    return Tradeoff(100 * float(report.row("clean").robust[: auto.n].mean()), 100 * auto.accuracy)
+    clean, robust = 100 * float(report.row("clean").robust[: auto.n].mean()), 100 * auto.accuracy
+    return {"sum": clean + robust, "nrr": 2 * clean * robust / (clean + robust) if clean + robust else 0.0}

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from purify_fast import demo
-from purify_fast.demo import methods, sentences
-from purify_fast.demo.methods import ARREST_MODELS, ATOP_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
-from purify_fast.demo.setting import LAYERS, QUICK, Budget, Workspace
+from examples import demo
+from examples.demo import methods, sentences
+from examples.demo.methods import ARREST_MODELS, AUTOATTACK, BASE, FOLDERS, STANDARD
+from examples.demo.setting import LAYERS, QUICK, Budget, Workspace
 from purify_fast.evaluation import Report, Row
 from purify_fast.evaluation.alarms import Finding
 from purify_fast.methods.carso import Carso
@@ -45,30 +45,7 @@ def test_carsos_sentences_follow_the_numbers():
     assert "against its base (n = 8, paired), significantly worse." in text and "believable" in text
 
 
-def test_atops_sentences_follow_the_numbers():
-    rows = zip(ATOP_MODELS, ((2, 1), (8, 1), (5, 7)), strict=True)
-    reports = {
-        name: report(name, **{methods.ALONE: alone, methods.ADAPTIVE: adaptive}) for name, (alone, adaptive) in rows
-    }
-    before, objective, pipeline, _ = sentences("AToP", reports, Budget()).splitlines()
-    assert "25.0 ± 15.3 % when only its classifier is attacked, and 12.5 ± 11.7 % when the whole defence" in before
-    better = "+75.0 ± 15.3 points against the purifier before AToP (n = 8, paired), significantly better."
-    same = "+0.0 ± 0.0 points against the purifier before AToP (n = 8, paired), not significant."
-    assert f"only its classifier is attacked, its accuracy is 100.0 ± 0.0 %: {better}" in objective
-    assert f"the whole defence is attacked, its accuracy is 12.5 ± 11.7 %: {same}" in objective
-    assert "only its classifier is attacked, its accuracy is 62.5 ± 17.1 %: " in pipeline
-    assert f"the whole defence is attacked, its accuracy is 87.5 ± 11.7 %: {better}" in pipeline
-
-
-def test_arrests_sentences_follow_the_numbers():
-    rows = zip(COMPARED, ((0, 0), (4, 3), (5, 2), (6, 6), (6, 4)), strict=True)
-    reports = {name: report(name, worst=worst, **{AUTOATTACK: auto}) for name, (worst, auto) in rows}
-    scratch, finetuned, whole, carso_on_it, _ = sentences("ARREST", reports, Budget()).splitlines()
-    assert "Under PGD, its accuracy is 50.0 ± 17.7 %. Under AutoAttack, its accuracy is 37.5 ± 17.1 %. On" in scratch
-    assert "25.0 ± 15.3 %: -12.5 ± 11.7 points against the base (n = 8, paired), not significant." in finetuned
-    assert "75.0 ± 15.3 %: +37.5 ± 17.1 points against the base (n = 8, paired), significantly better." in whole
-    assert "of the clean images: +0.0 ± 0.0 points against ARREST" in carso_on_it
-    assert "Under AutoAttack, its accuracy is 50.0 ± 17.7 %: -25.0 ± 15.3 points against ARREST" in carso_on_it
+def test_a_sum_is_over_the_images_of_autoattack():
     # a sum needs one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
     lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
@@ -127,30 +104,3 @@ def test_the_summary_says_what_speaks_against_a_number():
     guessing = {"alarm": "better than guessing", "verdict": "noted", "prominent": True}
     assert believed(**guessing) == "none; fails *better than guessing*"
     assert believed(**guessing | {"prominent": False}) == "none"
-
-
-def test_the_page_names_its_own_folder_and_its_rows_are_not_told_twice(tmp_path, monkeypatch):
-    """The next steps of a quick run named the folder of the long one; its rows were "kept by an earlier run"."""
-    shown = []
-
-    def attack(workspace, name, constant_step=True):
-        shown.append(workspace.progress)
-        made = report(name)
-        made.rows.append(replace(made.row("clean"), attack="worst", kind="worst"))
-        made.rows[0].kind = "clean"
-        return made
-
-    def save(self, place, models):
-        place.mkdir(parents=True)
-        (place / "report.md").write_text("")
-
-    nothing = {"_train_and_attack": None, "model": None, "sentences": "", "plot_tradeoff": None}
-    for name, value in nothing.items():
-        monkeypatch.setattr(demo, name, lambda *_, value=value, **options: value)
-    monkeypatch.setattr(demo, "attack", attack)
-    monkeypatch.setattr(Report, "save", save)
-    demo.run(tmp_path / "mine", quick=True)
-    page = (tmp_path / "mine-quick" / "report.md").read_text()
-    assert f"evaluate {tmp_path}/mine-quick/carso_pipeline" in page and f"{tmp_path}/mine-quick/report_carso" in page
-    assert "runs/demo" not in page and "| signs of a failed attack |" in page
-    assert shown and not any(shown)

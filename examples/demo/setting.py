@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import data
-from ..attacks import PGD
-from ..evaluation import AttackSpec, EvaluateConfig, Report, evaluate
-from ..evaluation.asked.subject import Variant
-from ..protocols import Classifier
-from ..training import ClassifierConfig, TrainingAttack
+from purify_fast import data
+from purify_fast.attacks import PGD
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate
+from purify_fast.evaluation.asked.subject import Variant
+from purify_fast.protocols import Classifier
+from purify_fast.training import ClassifierConfig, TrainingAttack
 
 EPS = 0.2
 # Learning rate and weight decay are above the defaults. Among a dozen settings, these had the best accuracy under

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from .._tensors import weights_fingerprint
-from ..attacks import PGD, AutoAttack
-from ..evaluation import AttackSpec, EvaluateConfig, Report
-from ..methods.arrest import ArrestConfig, ArrestTask
-from ..methods.atop import Atop, AtopConfig, AtopTask
-from ..methods.atop.generators import SmallGenerator
-from ..methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
-from ..methods.loading import load_defence
-from ..models.classifiers import SmallCNN
-from ..training import (
+from purify_fast.attacks import PGD, AutoAttack
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report
+from purify_fast.methods.arrest import ArrestConfig, ArrestTask
+from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
+from purify_fast.methods.atop.generators import SmallGenerator
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
+from purify_fast.methods.loading import load_defence
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.training import (
     ClassifierConfig,
     ClassifierTask,
     FitConfig,
@@ -32,6 +31,7 @@ from ..training import (
     load_classifier,
     save_classifier,
 )
+
 from .setting import BASE_TRAINING, EPS, LAYERS, SIZES, Workspace, attacked, ce_then_dlr, digits
 
 STANDARD, BASE = "standard", "base (PGD-AT)"
@@ -137,13 +137,12 @@ def _task(workspace: Workspace, name: str) -> tuple[Task, int, int]:
         config, epochs = THROUGH_ATOP, budget.atop_pipeline_epochs
         if name == ATOP_OBJECTIVE:
             config, epochs = replace(ATOP_CONFIG, cls_delay=budget.atop_cls_delay), budget.atop_objective_epochs
-        return AtopTask(atop, config, weights_fingerprint(atop.purifier)), epochs, 64
+        return AtopTask(atop, config), epochs, 64
     defence = Carso(classifier, LAYERS, shape, **SIZES)
     if name == CARSO_OBJECTIVE:
         return CarsoTask(defence, CarsoConfig(attack=TrainingAttack(eps=EPS, steps=20))), budget.objective_epochs, 64
-    start = model(workspace, CARSO_OBJECTIVE)
-    defence.load_state_dict(start.state_dict())
-    return CarsoTask(defence, THROUGH_CARSO, weights_fingerprint(start)), budget.pipeline_epochs, 128
+    defence.load_state_dict(model(workspace, CARSO_OBJECTIVE).state_dict())
+    return CarsoTask(defence, THROUGH_CARSO), budget.pipeline_epochs, 128
 
 
 def model(workspace: Workspace, name: str) -> Any:
