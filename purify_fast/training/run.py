@@ -36,6 +36,8 @@ logger = logging.getLogger("purify_fast")
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
 _NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "fused_optimizers")
+#: The attributes of `Run` that a checkpoint restores as they are.
+_PROGRESS = ("step", "last", "best", "rows", "counts", "expected", "threads")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
 _WRITTEN = (Path(CHECKPOINT).stem, "kernels", "log", "model", "run")
 #: The file with the kernels that a run used at its start, and the timings by which they were chosen.
@@ -96,14 +98,7 @@ class Run:
         if bank is not None:
             self.facts["bank"] = task.bank = bank.facts
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
-        try:
-            self.terms = task.acts_from_step = task.terms(self.length)
-        except ValueError:
-            # If the images of the folder's run were changed, this is the reason.
-            there = None if folder is None else last_checkpoint(folder)
-            if folder is not None and there is not None and there["facts"]["data"] != source.description:
-                refuse_another(folder, there["facts"], self.facts)
-            raise
+        self.terms = task.acts_from_step = task.terms(self.length)
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
@@ -112,7 +107,7 @@ class Run:
         self.threads: list[int] | None = None
         self._began, self._spent = time.monotonic(), 0.0
         # Only the first process reads the checkpoint, and warns.
-        self._initial = "" if folder is None or processes()[0] > 0 else first_weights(task, folder)
+        self.initial = "" if folder is None or processes()[0] > 0 else first_weights(task, folder)
 
     @property
     def epoch(self) -> int:
@@ -169,11 +164,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
-        weights = {"model": self.task.model.state_dict(), "optimizers": optimizers}
-        progress = {"step": self.step, "last": self.last, "sums": self.sums, "counts": self.counts}
-        progress |= {"best": self.best, "rows": self.rows, "seconds": self.seconds, "expected": self.expected}
-        progress["threads"] = self.threads
-        return {**weights, "facts": self.facts, **progress, "initial": self._initial}
+        progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds", "initial")}
+        return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
     def resume(self) -> None:
         """Resume from the checkpoint, if there is one. All processes use the state that the first process reads.
@@ -184,30 +176,25 @@ class Run:
         saved = from_first(self._read)
         if saved is None:
             return
-        by_process = [differences(saved["facts"], self.facts, "in the first", "there")] * processes()[1]
+        by_process = [differences(saved["facts"], self.facts)] * processes()[1]
         if processes()[1] > 1:
             dist.all_gather_object(by_process, by_process[0])
         for rank, difference in enumerate(by_process):
             if difference:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
-        # Checkpoints of earlier releases have no fingerprint.
-        began = saved.get("initial", self._initial)
-        if began != self._initial and processes()[0] == 0:
+        if saved["initial"] != self.initial and processes()[0] == 0:
             logger.warning(
                 "the run in %s began from other weights than those that the model has now. It continues from its "
                 "checkpoint. For a new run from the model's present weights, choose another folder",
                 self.folder,
             )
-        self._initial = began
         self.task.model.load_state_dict(saved["model"])
         for name, optimizer in self.task.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for name in ("step", "last", "best", "rows", "counts"):
+        for name in (*_PROGRESS, "initial"):
             setattr(self, name, saved[name])
         self.sums = {key: value.to(self.source.device) for key, value in saved["sums"].items()}
-        # Checkpoints of earlier releases have no times and no threads.
-        self._spent, self.expected = saved.get("seconds", 0.0), saved.get("expected")
-        self.threads = saved.get("threads")
+        self._spent = saved["seconds"]
 
     def _read(self) -> dict[str, Any] | None:
         saved = None
@@ -255,7 +242,9 @@ class Run:
         row["peak_memory"] = peak_so_far(self.source.device)
         if self.bank is not None:
             row["bank"] = self.bank.facts
-        self.rows.append({**row, **({"acts_from_step": self.terms} if self.terms else {})})
+        if self.terms:
+            row["acts_from_step"] = self.terms
+        self.rows.append(row)
         self.write_log()
 
     def write_log(self) -> None:
@@ -345,37 +334,24 @@ def loop_facts(config: FitConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any], there: str, here: str, data: str = "data") -> str:
-    """Describe the differences between the facts of two runs, in a text that is empty if there are none.
-
-    Args:
-        saved: the facts of the first run.
-        wanted: the facts of the second run.
-        there: words for the first run.
-        here: words for the second run.
-        data: words for a difference of the images, which comes first.
-    """
-    # JSON turns a checkpoint's tuples into lists. Runs of before the setting `resized_crop` have no entry for it.
-    first, second = ({"resized_crop": 0.0} | json.loads(json.dumps(facts)) for facts in (saved, wanted))
-    images = [first.pop("data", None), second.pop("data", None)]
-    changed = [f"{data}: {images[0]} {there}, {images[1]} {here}"] if images[0] != images[1] else []
-    return "; ".join([*changed, *(f"{name}: {a!r} {there}, {b!r} {here}" for name, a, b in _different(first, second))])
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Describe the differences between the facts of two runs, in a text that is empty if there are none."""
+    # JSON turns a checkpoint's tuples into lists.
+    return "; ".join(_different(*(json.loads(json.dumps(facts)) for facts in (saved, wanted))))
 
 
-def _different(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the names and the two values of what differs in two JSON values, such as ``defence.samples``, 8 and 4."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            yield from _different(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    elif one != other:
-        yield name, one, other
+def _different(saved: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Yield the differences of two JSON values, such as ``defence.samples: 8, now 4``."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in sorted(saved.keys() | wanted.keys()):
+            yield from _different(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif saved != wanted:
+        yield f"{name}: {saved!r}, now {wanted!r}"
 
 
 def refuse_another(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ValueError if the facts ``saved`` in a folder's checkpoint differ from those of this run, ``wanted``."""
-    advice = "pass another folder, or remove this one"
-    if saved["task"] != wanted["task"]:
-        kinds = f"holds a run of the training {saved['task']!r}, but this is the training {wanted['task']!r}"
-        raise ValueError(f"{folder} {kinds}: {advice}")
-    if difference := differences(saved, wanted, "there", "now", data="the images have changed"):
-        raise ValueError(f"{folder} holds a run with other settings ({difference}): {advice}")
+    if difference := differences(saved, wanted):
+        raise ValueError(
+            f"{folder} holds a run with other images or settings ({difference}): pass another folder, or remove this one"
+        )
