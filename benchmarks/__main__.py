@@ -16,7 +16,7 @@ from .robustness import alone, contests, large_images, own_data, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import run_study
 from .robustness.truth import run_truth
-from .speed import gradient_memory, neighbors, plans, processes, running
+from .speed import gradient_memory, neighbors, plans, running
 from .speed.elsewhere import measuring as elsewhere
 from .speed.ops import registry
 
@@ -44,7 +44,6 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "gpu_train": (gpu_train, "train models of full size on CIFAR-10 within nine minutes of a GPU, and judge them"),
     "plan": (plans, "compare the predictions of purify-fast plan with the time and the memory of the runs"),
     "memory": (gradient_memory, "measure the memory of the gradient through a diffusion process"),
-    "processes": (processes, "measure an evaluation on two processes, and count how much faster eight processes are"),
     "neighbors": (neighbors, "time gradients in one and in all threads, alone and beside busy processes"),
     "ship": (
         SimpleNamespace(main=fill.ship, arguments=fill.ship_arguments),
